@@ -1,0 +1,3502 @@
+#!/usr/bin/env python3
+"""SOLLOL: one address in front of several unequal Ollama nodes, as one fast, dependable Ollama.
+
+    python sollol.py --hosts hosts.txt      then point any Ollama client at http://127.0.0.1:8000
+
+Runs on the Python 3.11+ standard library; uvloop is used when it can be imported. One request flows down this page:
+
+    client socket
+      -> head            parse, refuse what is malformed or ambiguous                  (wire, pure)
+      -> wants           model, priority, client, sizes, prefix, runner options        (admission, pure)
+      -> ticket          its place in the heap                                         (queue, pure)
+      -> lease           one slot on one node, released exactly once                   (dispatcher, pure)
+      -> exchange        connect or reuse, send, wait for the first byte, fail over    (upstream, I/O)
+      -> relay           bytes to the client as they come, back-pressure both ways     (upstream, I/O)
+      -> observation     timings in the answer's last line feed the node's estimates   (dispatcher, pure)
+      -> the next ticket
+
+Decisions are pure: they are told `now` (seconds of the running loop's clock) and `rng`, and touch no socket and no
+clock. They are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
+"""
+
+import argparse
+import asyncio
+import bisect
+import collections
+import contextlib
+import datetime
+import email.utils
+import enum
+import heapq
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import signal
+import socket
+import ssl
+import sys
+import urllib.parse
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__version__ = "0.1.0"
+
+# -----------------------------------------------------------------------------
+# Limits and defaults: which numbers were chosen, and why?
+# -----------------------------------------------------------------------------
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+# Wire. Go, and so Ollama, accepts heads of 1 MiB; no client is known to send more than a few KiB.
+MAX_HEAD_BYTES = 64 * KIB
+MAX_TARGET_BYTES = 16 * KIB
+MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
+MAX_TRAILER_BYTES = 16 * KIB
+READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
+ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
+TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
+
+# Client patience.
+KEEP_ALIVE_S = 75.0                 # an idle client connection
+BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
+LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
+
+# Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
+CONNECT_TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 3.0
+IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
+MAX_ATTEMPTS = 3                    # nodes tried for one request
+LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives up after this
+
+# Queue.
+DEFAULT_PRIORITY = 5
+PRIORITY_NAMES = {"critical": 10, "high": 8, "normal": 5, "low": 3, "batch": 1}
+HEAD_START_S = 6.0                  # one level of priority, in seconds of waiting; high is 18 s before normal
+
+# Routing: parameters, plateaus and what each is worth were measured on a simulator with real token traces.
+BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
+HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
+LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32
+OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
+SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
+CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
+RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
+HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
+SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
+STALL_S = 2.0                       # no token for this long, and ten expected gaps: the node is suspect
+STREAM_PATIENCE_S = 120.0           # a begun stream is given up after this long without a byte on a suspect node
+
+# What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
+# 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
+PRIOR_DECODE_S_PER_GB, PRIOR_PREFILL_S_PER_GB = 0.004, 0.00014
+PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
+PRIOR_MODEL_BYTES = 4.9e9
+PRIOR_OUTPUT_TOKENS = 150.0
+CHARS_PER_TOKEN = 4.0
+
+SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
+DECISIONS_KEPT = 100
+
+
+# -----------------------------------------------------------------------------
+# Vocabulary: what is spoken of below?
+# -----------------------------------------------------------------------------
+
+class Refusal(Exception):
+    """A request that the gateway answers itself. Carries its answer: `status`, `text`, and whether the connection ends."""
+
+    def __init__(self, status, text, *, close=False, retry_after_s=None):
+        super().__init__(text)
+        self.status, self.text, self.close, self.retry_after_s = status, text, close, retry_after_s
+
+
+class ProtocolError(Refusal):
+    """HTTP that is malformed or can be read in two ways. Always ends the connection: its framing is unknown."""
+
+    def __init__(self, text, status=400):
+        super().__init__(status, text, close=True)
+
+
+class ClientGone(Exception):
+    """The client closed its connection in the middle of a request."""
+
+
+class NodeFailure(Exception):
+    """A node did not give an answer. `kind`: refused, died, garbage, stalled."""
+
+    def __init__(self, kind, text):
+        super().__init__(text)
+        self.kind = kind
+
+
+class ConfigError(Exception):
+    """A mistake in a file or on the command line, in one line that names the place."""
+
+
+class Family(enum.Enum):
+    """Whose shape an error answer has: it follows from the path."""
+
+    OLLAMA = "ollama"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """A request line and its fields. `fields`: last value by lower-case name; `lines`: (name, raw line) to hand on."""
+
+    method: str
+    target: bytes                   # origin-form, as sent: signatures over the query stay valid
+    path: str                       # decoded, without query: for choosing the route only
+    version: int                    # the minor number: HTTP/1.0 or HTTP/1.1
+    fields: dict[bytes, bytes]
+    lines: list[tuple[bytes, bytes]]
+    length: int | None              # of the body; None = chunked
+    keep_alive: bool
+    expects_continue: bool
+
+
+@dataclass(slots=True)
+class ResponseHead:
+    """A status line and its fields; `length`: None = chunked, -1 = until the connection closes."""
+
+    status: int
+    reason: bytes
+    version: int
+    fields: dict[bytes, bytes]
+    lines: list[tuple[bytes, bytes]]
+    length: int | None
+    keep_alive: bool
+
+
+@dataclass(slots=True)
+class Wants:
+    """What a request asks of the cluster, read from its head and body."""
+
+    family: Family
+    model: str | None               # canonical; None = the body could not be read
+    priority: int = DEFAULT_PRIORITY
+    client: str = ""                # who shares fairly with whom: the address
+    stream: bool = False
+    prompt_chars: int = 0
+    max_output: int | None = None   # tokens, if the client bounds them
+    options: tuple = ()             # runner options given: another value means unload and load again
+    prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
+    embeds: bool = False            # no decode phase
+    inference: bool = True          # takes a slot; False for show, pull and the like
+
+
+class NodeSettings(NamedTuple):
+    """One line of hosts.txt."""
+
+    name: str
+    host: str
+    port: int
+    tls: bool = False
+    prefix: str = ""                # put before every path
+    host_header: str = ""
+    token: str = ""                 # sent as Authorization: Bearer
+    slots: int = 0                  # 0 = learn them
+    primary: bool = False
+
+    @property
+    def url(self):
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+
+
+# -----------------------------------------------------------------------------
+# Wire: what do these bytes say?
+#
+# RFC 9112, read strictly. A gateway and a node that disagree about where a request ends are how requests are
+# smuggled, so everything that can be read in two ways is refused and never passed on: bare CR or LF, folded
+# fields, space before a colon, two lengths, a length beside a transfer coding, any coding but chunked.
+# Bytes in, values out; nothing here knows a socket. `feed` may be given any split of the bytes.
+# -----------------------------------------------------------------------------
+
+# A control character, a CR or LF that is not part of CRLF, or a folded line (RFC 9112 2.2, 5.2).
+ILLEGAL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n|\n[\t ]")
+# The same while the head is still arriving: its last CR may yet be followed by LF.
+ILLEGAL_SO_FAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[\t ]")
+TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^ \t]+) HTTP/1\.([01])")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
+ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
+HOST = re.compile(rb"[^\s/\\@?#,]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
+
+# RFC 9110 7.6.1: these speak of one connection only, and are not handed on.
+HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
+                        b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
+ONLY_ONCE = frozenset((b"host", b"content-length", b"transfer-encoding"))
+
+UNTIL_CLOSE = -1
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def find_head(buffer, scanned=0):
+    """Return the length of the head in `buffer` with its empty line, or None if it is not complete.
+
+    `scanned` bytes are known to hold none. Raises ProtocolError at the first byte that no head can contain, so that
+    bare LF line ends are refused at once and not when a time-out ends the wait for CRLF CRLF.
+    """
+    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
+    if 0 <= end <= MAX_HEAD_BYTES:
+        return end + 4
+    if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2), len(buffer)):
+        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
+    if len(buffer) > MAX_HEAD_BYTES:
+        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES]
+        raise ProtocolError("request target too long" if over else "head too long", 414 if over else 431)
+    return None
+
+
+def parse_fields(lines):
+    """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
+    fields, kept = {}, []
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not TOKEN.fullmatch(name):
+            raise ProtocolError("malformed header field")
+        name, value = name.lower(), value.strip(b" \t")
+        if name in fields:
+            if name in ONLY_ONCE:
+                raise ProtocolError(f"more than one {name.decode()} field")
+            value = fields[name] + b", " + value
+        fields[name] = value
+        kept.append((name, line))
+    return fields, kept
+
+
+def parse_length(fields, version):
+    """Return the body length that the fields declare: a number, None for chunked, or 0 if they say nothing.
+
+    RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
+    """
+    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
+    if coding is not None:
+        if length is not None:      # 6.3: "might indicate an attempt to perform request smuggling"
+            raise ProtocolError("both Content-Length and Transfer-Encoding")
+        if version == 0:            # 6.1: "MUST treat the message as if the framing is faulty"
+            raise ProtocolError("Transfer-Encoding in HTTP/1.0")
+        if coding.lower() != b"chunked":
+            raise ProtocolError("unknown transfer coding")
+        return None
+    if length is None:
+        return 0
+    if not length.isdigit() or len(length) > 18:
+        raise ProtocolError("malformed Content-Length")
+    return int(length)
+
+
+def wants_keep_alive(fields, version):
+    """Tell whether the connection stays open after this message (RFC 9112 9.3)."""
+    options = fields.get(b"connection", b"").lower()
+    if not options:
+        return version == 1
+    options = [option.strip() for option in options.split(b",")]
+    return b"close" not in options and (version == 1 or b"keep-alive" in options)
+
+
+def parse_request(head):
+    """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
+    if ILLEGAL.search(head):
+        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
+    first, *lines = head[:-4].split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise ProtocolError("malformed request line")
+    method, target, version = match[1].decode(), match[2], int(match[3])
+    if len(target) > MAX_TARGET_BYTES:
+        raise ProtocolError("request target too long", 414)
+    fields, lines = parse_fields(lines)
+    host = fields.get(b"host")
+    if host is None and version == 1 or host is not None and not HOST.fullmatch(host):
+        raise ProtocolError("missing or malformed Host field")      # RFC 9112 3.2
+    if absolute := ABSOLUTE.fullmatch(target):      # 3.2.2: "a server MUST accept the absolute-form"
+        target = absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
+    elif target[:1] != b"/" and (method, target) != ("OPTIONS", b"*"):
+        raise ProtocolError("malformed request target")
+    return RequestHead(method, target, urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1")), version, fields,
+                       lines, parse_length(fields, version), wants_keep_alive(fields, version),
+                       version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
+
+
+def parse_response(head, method):
+    """Parse the head of the answer to a `method` request. Raises ProtocolError."""
+    if ILLEGAL.search(head):
+        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
+    first, *lines = head[:-4].split(b"\r\n")
+    match = STATUS_LINE.fullmatch(first)
+    if not match:
+        raise ProtocolError("malformed status line")
+    version, status = int(match[1]), int(match[2])
+    fields, lines = parse_fields(lines)
+    length = parse_length(fields, version)
+    if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
+        length = 0
+    elif length == 0 and b"content-length" not in fields:           # step 8
+        length = UNTIL_CLOSE
+    keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
+    return ResponseHead(status, match[3] or b"", version, fields, lines, length, keep_alive)
+
+
+class LengthBody:
+    """Decode a body of known length; `done` once it is complete."""
+
+    verbatim = False                # see ChunkedBody
+
+    def __init__(self, length):
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data):
+        """Return (payload, count of bytes of `data` that belong to the body)."""
+        if len(data) > self.left:
+            data = data[:self.left]
+        self.left -= len(data)
+        self.done = self.left == 0
+        return data, len(data)
+
+
+class UntilCloseBody:
+    """Decode a body that ends with its connection: never `done` by itself."""
+
+    verbatim = done = False
+
+    def feed(self, data):
+        """Return (payload, count of bytes of `data` that belong to the body): all of it."""
+        return data, len(data)
+
+
+class ChunkedBody:
+    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are read and dropped.
+
+    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
+    are, and whoever receives them stands between two chunks, where an error line can still be added.
+    """
+
+    SIZE, DATA, DATA_END, TRAILER = range(4)
+
+    def __init__(self):
+        self.state, self.left, self.line, self.trailer_bytes = self.SIZE, 0, b"", 0
+        self.done = self.verbatim = False
+
+    def feed(self, data):
+        """Return (payload, count of bytes of `data` that belong to the body). Raises ProtocolError."""
+        self.verbatim = self.state == self.SIZE and not self.line
+        payload, at = [], 0
+        while at < len(data) and not self.done:
+            if self.state == self.DATA:
+                part = data[at:at + self.left]
+                payload.append(part)
+                at += len(part)
+                self.left -= len(part)
+                if not self.left:
+                    self.state = self.DATA_END
+                continue
+            end = data.find(b"\n", at) + 1 or len(data)
+            self.line += data[at:end]
+            at = end
+            if len(self.line) > MAX_CHUNK_LINE_BYTES:
+                raise ProtocolError("chunk line too long")
+            if self.line[-1:] == b"\n":
+                self.take_line(self.line)
+                self.line = b""
+        self.verbatim = self.verbatim and not self.line and (self.done or self.state == self.SIZE)
+        return payload[0] if len(payload) == 1 else b"".join(payload), at
+
+    def take_line(self, line):
+        """Step over one CRLF-ended line of the framing."""
+        if self.state == self.SIZE:
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise ProtocolError("malformed chunk size")
+            self.left = int(match[1], 16)
+            self.state = self.DATA if self.left else self.TRAILER
+            self.verbatim = self.verbatim and not match[2]
+        elif self.state == self.DATA_END:
+            if line != b"\r\n":
+                raise ProtocolError("chunk longer than its size")
+            self.state = self.SIZE
+        elif line == b"\r\n":
+            self.done = True
+        else:
+            self.verbatim = False
+            self.trailer_bytes += len(line)
+            if line[-2:] != b"\r\n" or self.trailer_bytes > MAX_TRAILER_BYTES:
+                raise ProtocolError("malformed or too long trailers")
+
+
+def body_decoder(length):
+    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE."""
+    if length is None:
+        return ChunkedBody()
+    return UntilCloseBody() if length == UNTIL_CLOSE else LengthBody(length)
+
+
+def chunk(data):
+    """Encode `data` as one chunk; empty data is nothing, since an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def end_to_end(lines, fields, dropped=frozenset()):
+    """Return the raw lines that are handed on: neither hop-by-hop, nor named by Connection, nor `dropped`."""
+    listed = fields.get(b"connection")
+    if listed:
+        dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
+    return [line for name, line in lines if name not in HOP_BY_HOP and name not in dropped]
+
+
+# Length and coding are written anew, Host is the node's, Expect was answered here, the rest is ours to read.
+NOT_FOR_NODES = frozenset((b"host", b"content-length", b"expect", b"x-priority"))
+
+
+def render_request(head, settings, length):
+    """Return the head to send to a node for `head`, with a body of `length` bytes (None = chunked)."""
+    dropped = NOT_FOR_NODES | {b"authorization"} if settings.token else NOT_FOR_NODES
+    lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), settings.prefix.encode(), head.target),
+             b"Host: " + settings.host_header.encode()]
+    lines += end_to_end(head.lines, head.fields, dropped)
+    if settings.token:
+        lines.append(b"Authorization: Bearer " + settings.token.encode())
+    if length is None:
+        lines.append(b"Transfer-Encoding: chunked")
+    elif length or head.method in ("POST", "PUT", "PATCH"):
+        lines.append(b"Content-Length: %d" % length)
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
+
+
+def render_response(head, added, framing):
+    """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
+    lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
+    lines += end_to_end(head.lines, head.fields, frozenset((b"content-length",)))
+    return b"\r\n".join(lines + added + framing + [b"\r\n"])
+
+
+# -----------------------------------------------------------------------------
+# Admission: what does this request want?
+#
+# Read as Ollama's own server reads it: keys in any case, the last duplicate wins, bytes after the first JSON value
+# and the Content-Type do not matter. What cannot be read is no error here: some node answers it in its own words.
+# -----------------------------------------------------------------------------
+
+class Route(NamedTuple):
+    """What a path carries. `kind`: generate, chat, embed, control (model in the body, no slot)."""
+
+    kind: str
+    family: Family
+    streams: bool = False           # when the body does not say
+
+
+ROUTES = {
+    ("POST", "/api/generate"): Route("generate", Family.OLLAMA, True),
+    ("POST", "/api/chat"): Route("chat", Family.OLLAMA, True),
+    ("POST", "/api/embed"): Route("embed", Family.OLLAMA),
+    ("POST", "/api/embeddings"): Route("embed", Family.OLLAMA),
+    ("POST", "/v1/completions"): Route("generate", Family.OPENAI),
+    ("POST", "/v1/chat/completions"): Route("chat", Family.OPENAI),
+    ("POST", "/v1/responses"): Route("chat", Family.OPENAI),
+    ("POST", "/v1/embeddings"): Route("embed", Family.OPENAI),
+    ("POST", "/v1/messages"): Route("chat", Family.ANTHROPIC),
+    ("POST", "/api/show"): Route("control", Family.OLLAMA),
+    ("POST", "/api/pull"): Route("control", Family.OLLAMA, True),
+    ("POST", "/api/push"): Route("control", Family.OLLAMA, True),
+    ("POST", "/api/create"): Route("control", Family.OLLAMA, True),
+    ("POST", "/api/copy"): Route("control", Family.OLLAMA),
+    ("DELETE", "/api/delete"): Route("control", Family.OLLAMA),
+}
+
+SERVICE_TIERS = {"priority": 8, "flex": 3}
+RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
+OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+PREFIX_BLOCK_CHARS = 512            # a prompt without messages is compared in blocks of this size
+PREFIX_FIRST, PREFIX_LAST = 4, 12   # parts remembered from the front (system prompt) and the back (the last turns)
+
+
+def family_of(path):
+    """Return the family whose error shape fits a path."""
+    if path.startswith("/v1/messages"):
+        return Family.ANTHROPIC
+    return Family.OPENAI if path.startswith("/v1/") else Family.OLLAMA
+
+
+def lower_keys(pairs):
+    """Build a JSON object as Go does: keys in any case are the same key, and the last one wins."""
+    return {key.lower(): value for key, value in pairs}
+
+
+JSON_VALUE = json.JSONDecoder(object_pairs_hook=lower_keys)
+
+
+def read_object(body):
+    """Return the JSON object that `body` begins with, keys in lower case; {} if there is none."""
+    try:
+        value, _ = JSON_VALUE.raw_decode(body.decode().lstrip())
+    except (ValueError, RecursionError):        # also UnicodeDecodeError
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def canonical(name):
+    """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
+    name = name.strip().lower()
+    name = name.partition("://")[2] or name
+    if name.endswith(":local"):
+        name = name[:-len(":local")]
+    for default in ("registry.ollama.ai/", "library/"):
+        name = name.removeprefix(default)
+    if name and ":" not in name.rpartition("/")[2]:
+        name += ":latest"
+    return name
+
+
+def is_cloud(model):
+    """Tell whether a canonical name is run by ollama.com and not by a card of the node's own."""
+    return model.endswith((":cloud", "-cloud"))
+
+
+def parse_priority(text):
+    """Return the priority 1..10 that a header value means. Raises Refusal."""
+    text = text.strip().lower()
+    if text in PRIORITY_NAMES:
+        return PRIORITY_NAMES[text]
+    if text.isascii() and text.isdigit() and len(text) <= 2 and 1 <= int(text) <= 10:
+        return int(text)
+    raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
+
+
+def priority_of(head, fields, family):
+    """Return the priority of a request: header, then body field, then OpenAI's service tier, then 5. Raises Refusal."""
+    header = head.fields.get(b"x-priority")
+    if header is not None:
+        return parse_priority(header.decode("latin-1"))
+    value = fields.get("priority")
+    if value is not None:
+        if type(value) is not int or not 1 <= value <= 10:
+            raise Refusal(400, "priority must be a whole number from 1 to 10")
+        return value
+    tier = fields.get("service_tier") if family is Family.OPENAI else None
+    return SERVICE_TIERS.get(tier, DEFAULT_PRIORITY) if isinstance(tier, str) else DEFAULT_PRIORITY
+
+
+def text_of(content):
+    """Return the text of a message's content: a string, or the OpenAI and Anthropic list of parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" if isinstance(part, dict) and isinstance(part.get("text"), str)
+                       else part if isinstance(part, str) else "" for part in content)
+    return ""
+
+
+def prompt_parts(kind, fields):
+    """Return the prompt as a list of texts, in the order in which the model reads them."""
+    lead = [text_of(fields.get("system"))]
+    if kind == "embed":
+        return [text_of(fields.get("input", fields.get("prompt")))]
+    if kind == "generate":
+        prompt = text_of(fields.get("prompt"))
+        return lead + [prompt[at:at + PREFIX_BLOCK_CHARS] for at in range(0, len(prompt), PREFIX_BLOCK_CHARS)]
+    messages = fields.get("messages", fields.get("input"))
+    if isinstance(messages, list):
+        return lead + [text_of(message.get("content")) for message in messages if isinstance(message, dict)]
+    return lead + [text_of(messages)]
+
+
+def prefix_of(parts, seed):
+    """Return ((hash, chars), ...) of the leading parts of a prompt: equal hashes mean an equal beginning."""
+    chain, chars = [], 0
+    for part in parts:
+        chars += len(part)
+        seed = hash((seed, part))
+        chain.append((seed, chars))
+    return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
+
+
+def output_bound(fields, options):
+    """Return how many tokens the client wants at most, or None."""
+    bounds = [options.get("num_predict")] + [fields.get(name) for name in OUTPUT_BOUNDS]
+    bounds = [bound for bound in bounds if type(bound) is int and bound > 0]
+    return min(bounds, default=None)
+
+
+def runner_options(options):
+    """Return the options given that belong to a loaded model: with another value Ollama unloads and loads it again."""
+    given = ((name, options.get(name)) for name in RUNNER_OPTIONS)
+    return tuple((name, value) for name, value in given
+                 if isinstance(value, (int, bool)) and not (name == "num_gpu" and value < 0))
+
+
+def read_wants(head, route, body, client):
+    """Return what a request on a JSON route wants. Raises Refusal for a priority that is none."""
+    fields = read_object(body)
+    options = fields.get("options")
+    options = options if isinstance(options, dict) else {}
+    name = fields.get("model") or fields.get("name") or fields.get("source")
+    stream = fields.get("stream")
+    parts = prompt_parts(route.kind, fields) if route.kind != "control" else []
+    tools = fields.get("tools")
+    return Wants(
+        family=route.family,
+        model=canonical(name) if isinstance(name, str) else None,
+        priority=priority_of(head, fields if route.kind != "control" else {}, route.family),
+        client=client,
+        stream=stream if isinstance(stream, bool) else route.streams,
+        prompt_chars=sum(map(len, parts)),
+        max_output=output_bound(fields, options),
+        options=runner_options(options),
+        prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
+        embeds=route.kind == "embed",
+        inference=route.kind != "control",
+    )
+
+
+# -----------------------------------------------------------------------------
+# Queue: who is next?
+#
+# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. A key never
+# changes, so the order of two waiting tickets never changes: a heap suffices, and ageing costs nothing. A batch
+# request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
+#
+# Fair share is start-time fair queueing (Goyal 1996): within one priority each request of a client starts, virtually,
+# when that client's previous one ends. A client with nothing waiting or running owes nothing.
+# -----------------------------------------------------------------------------
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
+
+    id: str
+    wants: Wants
+    arrived_s: float
+    key_s: float
+    seq: int
+    waiting: bool = True
+    lease: object = None            # while it runs; see Lease
+    tried: set = field(default_factory=set)     # nodes that failed it
+    refusal: object = None          # why it will never run
+    waiter: object = None           # what the I/O side waits with
+
+
+class Queue:
+    """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
+
+    def __init__(self):
+        self.heaps = {}             # model: [(key_s, seq, ticket)]
+        self.tickets = {}           # waiting tickets in order of arrival: {ticket: None}
+
+    def __len__(self):
+        return len(self.tickets)
+
+    def push(self, ticket):
+        """Put a ticket at the place its key gives it."""
+        ticket.waiting = True
+        self.tickets[ticket] = None
+        heapq.heappush(self.heaps.setdefault(ticket.wants.model, []), (ticket.key_s, ticket.seq, ticket))
+
+    def discard(self, ticket):
+        """Take a ticket out. Its heap entry is only marked; `first` steps over it. O(1)."""
+        ticket.waiting = False
+        self.tickets.pop(ticket, None)
+
+    def first(self, model):
+        """Return the first waiting entry of a model, or None."""
+        heap = self.heaps.get(model, ())
+        while heap and not heap[0][2].waiting:
+            heapq.heappop(heap)
+        if not heap:
+            self.heaps.pop(model, None)
+            return None
+        return heap[0]
+
+    def pop(self, model):
+        """Take the first waiting entry of a model out of its heap; it still counts as waiting."""
+        entry = self.first(model)
+        heapq.heappop(self.heaps[model])
+        return entry
+
+    def restore(self, entry):
+        """Put an entry that `pop` returned back to its place."""
+        heapq.heappush(self.heaps.setdefault(entry[2].wants.model, []), entry)
+
+    def in_order(self):
+        """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
+        return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
+
+
+class FairShare:
+    """Keep, per client and priority, the virtual time at which its next request starts."""
+
+    def __init__(self):
+        self.next_s = {}            # (client, priority): virtual seconds
+        self.active = collections.Counter()
+
+    def charge(self, wants, now, cost_s):
+        """Return the virtual start of a new request that costs the cluster `cost_s` seconds."""
+        account = wants.client, wants.priority
+        start_s = max(now, self.next_s.get(account, now))
+        self.next_s[account] = start_s + cost_s
+        self.active[account] += 1
+        return start_s
+
+    def settle(self, wants):
+        """Count a request as gone; forget a client with none left."""
+        account = wants.client, wants.priority
+        self.active[account] -= 1
+        if not self.active[account]:
+            del self.active[account], self.next_s[account]
+
+
+# -----------------------------------------------------------------------------
+# Nodes: what is known of each?
+#
+# Ollama tells neither its slots nor its queue, but the last line of an answer gives both away:
+#     hidden wait = total_duration - load_duration - prompt_eval_duration - eval_duration
+# Requests that overlap without hidden wait prove slots; hidden wait disproves them.
+# -----------------------------------------------------------------------------
+
+class Breaker:
+    """Keep work away from what fails: closed, then open for growing pauses, then half-open for one trial."""
+
+    FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
+
+    def __init__(self, threshold=1):
+        self.threshold = threshold  # failures in a row that open it
+        self.failures = 0
+        self.until_s = 0.0
+        self.trial = False          # half-open, and its one trial is running
+
+    def state(self, now):
+        """Return closed, open or half-open."""
+        if self.failures < self.threshold:
+            return "closed"
+        return "open" if now < self.until_s else "half-open"
+
+    def allows(self, now):
+        """Tell whether one more request may be sent."""
+        return self.failures < self.threshold or now >= self.until_s and not self.trial
+
+    def begin(self, now):
+        """Note that a request is sent."""
+        self.trial = self.failures >= self.threshold
+
+    def fail(self, now):
+        """Count a failure; from the threshold on the pause doubles each time."""
+        self.failures += 1
+        self.trial = False
+        if self.failures >= self.threshold:
+            pause_s = self.FIRST_PAUSE_S * 2 ** min(self.failures - self.threshold, 10)
+            self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
+
+    def succeed(self):
+        """Close."""
+        self.failures, self.trial = 0, False
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """One model on one node: its residency, its slots and its speed, as far as they are known."""
+
+    node: object
+    model: str
+    row: dict = field(default_factory=dict)     # its entry in the node's /api/tags
+    disk_bytes: float = PRIOR_MODEL_BYTES
+    vram_bytes: float = 0.0         # when resident; 0 = never seen
+    on_disk: bool = False
+    ready_s: float | None = None    # when it is or will be loaded; None = not resident
+    options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
+    leases: list = field(default_factory=list)
+    used_s: float = -math.inf       # last sent to
+
+    slots: int = 1
+    slots_known: str = "guessed"    # guessed, learned, or set in hosts.txt
+    top: int = 1                    # most that were ever proved to run at once
+    probe_s: float = 0.0            # from then on one more than `slots` may be tried
+    disproofs: int = 0
+
+    progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
+    prefill_s: float = 0.0          # seconds a token
+    decode_s: float = 0.0
+    samples: int = 0                # behind those two
+    load_s: float = 0.0
+    lines_per_token: float = 1.0    # streamed lines, as this model sends them
+    prefixes: collections.OrderedDict = field(default_factory=collections.OrderedDict)  # last prompts: hashes
+    breaker: Breaker = field(default_factory=lambda: Breaker(2))    # answers 500 for this model
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One Ollama server. Only the Dispatcher writes to it."""
+
+    settings: NodeSettings
+    runners: dict = field(default_factory=dict)     # model: Runner
+    leases: list = field(default_factory=list)      # of all models, also those without a slot
+    busy: list = field(default_factory=list)        # runners with leases
+
+    probed: bool = False            # has answered, or failed to, at least once
+    indexed: bool = False           # its models are known
+    up: bool = False
+    draining: bool = False
+    misses: int = 0                 # probes in a row without an answer
+    breaker: Breaker = field(default_factory=lambda: Breaker(2))
+    suspect: bool = False
+    heard_s: float = 0.0            # last byte of any inference answer
+    stalled_s: float = -math.inf    # last time it was found to stand still
+    advanced_s: float = 0.0         # up to when the runners' progress is counted
+    speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
+    size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
+    rtt_s: float = 0.001
+    answer_s: float = 0.0           # EWMA of its answer times
+    vram_seen_bytes: float = 0.0    # most that was resident at once
+    vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
+
+    version: str = ""
+    running: list = field(default_factory=list)     # rows of its /api/ps
+    requests: int = 0
+    errors: int = 0
+    latencies_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=500))
+
+    @property
+    def name(self):
+        return self.settings.name
+
+    def state(self, now):
+        """Return up, suspect, down or draining."""
+        if self.draining:
+            return "draining"
+        if not self.up or self.breaker.state(now) == "open":
+            return "down"
+        return "suspect" if self.suspect else "up"
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The right to run one request on one node. Given by `dispatch`, ended exactly once by `Dispatcher.release`."""
+
+    ticket: Ticket
+    node: Node
+    runner: Runner | None           # None: takes no slot
+    sent_s: float
+    reason: str = ""
+    nth: int = 0                    # how many of its model ran there, itself included
+    start_progress_s: float = 0.0   # the runner's progress when it was sent, and at its first byte
+    first_progress_s: float = 0.0
+    ready_s: float = 0.0            # when its model is there
+    loads: bool = False             # its model was not
+    prompt_tokens: float = 0.0
+    new_tokens: float = 0.0         # what the prefix cache does not hold
+    predicted_first_s: float = 0.0  # when the first byte is due
+    predicted_end_s: float = 0.0
+    patience_s: float = 0.0         # time without a first byte that is still no reason for alarm
+    first_s: float | None = None
+    heard_s: float = 0.0
+    lines: int = 0
+    watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
+    watched_lines: int = 0
+    released: bool = False
+    abandon: object = None          # how the I/O side is told to give up
+
+
+class Timings(NamedTuple):
+    """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
+
+    total_s: float = 0.0
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    prompt_tokens: int = 0
+    output_s: float = 0.0
+    output_tokens: int = 0
+
+    @property
+    def hidden_wait_s(self):
+        """Time spent in the node's own queue, with templating and tokenising."""
+        return self.total_s - self.load_s - self.prompt_s - self.output_s
+
+
+TIMING = re.compile(rb'"(total_duration|load_duration|prompt_eval_duration|prompt_eval_count|eval_duration|eval_count'
+                    rb'|prompt_tokens|completion_tokens|input_tokens|output_tokens)":\s*(\d{1,18})')
+
+
+def read_timings(tail):
+    """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
+    found = {name.decode(): int(value) for name, value in TIMING.findall(tail)}
+    return Timings(
+        found.get("total_duration", 0) / 1e9, found.get("load_duration", 0) / 1e9,
+        found.get("prompt_eval_duration", 0) / 1e9,
+        found.get("prompt_eval_count") or found.get("prompt_tokens") or found.get("input_tokens") or 0,
+        found.get("eval_duration", 0) / 1e9,
+        found.get("eval_count") or found.get("completion_tokens") or found.get("output_tokens") or 0)
+
+
+class OutputLengths:
+    """Learn how many tokens a model answers with, by size of the prompt."""
+
+    def __init__(self):
+        self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
+        self.buckets = {}           # log2 of prompt tokens: [mean, samples]
+        self.chars_per_token = CHARS_PER_TOKEN
+
+    def expect(self, prompt_tokens):
+        """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
+        mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
+        weight = min(samples, 50)
+        return (weight * mean + 4 * self.mean) / (weight + 4)
+
+    def learn(self, prompt_tokens, output_tokens):
+        """Take in one finished answer."""
+        self.samples += 1
+        self.mean += max(OUTPUT_GAIN, 1 / self.samples) * (output_tokens - self.mean)
+        bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
+        bucket[1] += 1
+        bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
+
+
+# -----------------------------------------------------------------------------
+# Routing: when would this request be finished there?
+#
+#     finish = wait for a slot or for the model, whichever is longer
+#            + prefill of what the prefix cache lacks + decode of the expected output
+#            + harm to other models that run there + the load that an eviction will cost somebody later
+#
+# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
+# speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
+# All of these only read. They were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
+# -----------------------------------------------------------------------------
+
+class Candidate(NamedTuple):
+    """A node for a ticket, and when it would be finished there; sorts by that time."""
+
+    finish_s: float                 # from now
+    order: int                      # ties go to the node listed first
+    node: Node
+    runner: Runner
+    lanes: list                     # seconds until each slot is free, ascending; shared by one dispatch
+
+
+class Estimates:
+    """What the cluster has learned of models, whichever node they ran on."""
+
+    def __init__(self):
+        self.lengths = collections.defaultdict(OutputLengths)
+
+    def prompt_tokens(self, wants):
+        """Return the prompt's size in tokens, by the model's own characters per token."""
+        lengths = self.lengths.get(wants.model)
+        return wants.prompt_chars / (lengths.chars_per_token if lengths else CHARS_PER_TOKEN)
+
+    def output_tokens(self, wants):
+        """Return the output tokens expected of a fresh request."""
+        if wants.embeds:
+            return 0.0
+        lengths = self.lengths.get(wants.model)
+        expected = lengths.expect(self.prompt_tokens(wants)) if lengths else PRIOR_OUTPUT_TOKENS
+        return min(expected, wants.max_output) if wants.max_output else expected
+
+    def output_left(self, lease):
+        """Return the output tokens still expected of a running request; never less than 0.3 of the mean."""
+        expected = self.output_tokens(lease.ticket.wants)
+        return max(expected - lease.lines / lease.runner.lines_per_token, 0.3 * expected)
+
+
+def slowdown(node, runner, extra=0, full=False):
+    """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
+    together = runner.slots if full else min(runner.slots, max(1, len(runner.leases) + extra))
+    models = max(1, len(node.busy) + (1 if extra and not runner.leases else 0))
+    return together ** (1 - BATCH_GAIN) * models / node.speed
+
+
+def decode_s(runner):
+    """Return seconds per output token, alone; the prior scaled by the node's other models while unmeasured."""
+    return runner.decode_s or runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
+
+
+def prefill_s(runner):
+    """Return seconds per prompt token, alone."""
+    return runner.prefill_s or runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
+
+
+def load_s(runner):
+    """Return how long the model takes to load."""
+    return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
+
+
+def solo_left_s(estimates, lease, now):
+    """Return the solo-seconds that a running request still needs."""
+    runner = lease.runner
+    decode_left_s = estimates.output_left(lease) * decode_s(runner)
+    if lease.first_s is not None:
+        return decode_left_s
+    advanced_s = runner.progress_s - lease.start_progress_s
+    prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner) - advanced_s)
+    return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
+
+
+def free_lanes(estimates, node, runner, now):
+    """Return when each slot is free, in seconds from now, ascending: as many values as the runner has slots."""
+    slow = slowdown(node, runner)
+    lanes = sorted(solo_left_s(estimates, lease, now) * slow for lease in runner.leases)
+    spare = runner.slots - len(lanes)
+    return [0.0] * spare + lanes if spare >= 0 else lanes[-spare:]
+
+
+def is_loaded_for(runner, wants):
+    """Tell whether the model is resident, or loading, with runner options that suit."""
+    if runner.ready_s is None:
+        return False
+    return runner.options is None or runner.options == wants.options
+
+
+def resident_bytes(runner):
+    """Return the memory that the model takes when resident; weights and some context if never seen."""
+    return runner.vram_bytes or runner.disk_bytes * 1.2
+
+
+def must_evict(runner):
+    """Tell whether loading the model would push another one out."""
+    held = sum(resident_bytes(other) for other in runner.node.runners.values()
+               if other.ready_s is not None and other is not runner)
+    wanted = held + resident_bytes(runner)
+    return held > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+
+
+def ready_in_s(estimates, runner, wants, now):
+    """Return when the model would be loaded there, in seconds from now: loads happen one after the other."""
+    if is_loaded_for(runner, wants):
+        return max(0.0, runner.ready_s - now)
+    node = runner.node
+    loading_s = max((max(0.0, other.ready_s - now) for other in node.runners.values() if other.ready_s is not None),
+                    default=0.0)
+    victims = [runner] if runner.ready_s is not None else [
+        other for other in node.runners.values() if other.ready_s is not None] if must_evict(runner) else []
+    drain_s = min((max((solo_left_s(estimates, lease, now) * slowdown(node, victim) for lease in victim.leases),
+                       default=0.0) for victim in victims), default=0.0)
+    return load_s(runner) + max(loading_s, 1.5 * drain_s)
+
+
+def cached_tokens(estimates, runner, wants):
+    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
+    if runner.ready_s is None or not runner.prefixes:
+        return 0.0
+    for part, chars in reversed(wants.prefix):
+        if any(part in seen for seen in runner.prefixes.values()):
+            return chars * estimates.prompt_tokens(wants) / max(1, wants.prompt_chars)
+    return 0.0
+
+
+def solo_service_s(estimates, runner, wants):
+    """Return (prefill, decode) solo-seconds of a fresh request there."""
+    new_tokens = estimates.prompt_tokens(wants) - cached_tokens(estimates, runner, wants)
+    return OVERHEAD_S + new_tokens * prefill_s(runner), estimates.output_tokens(wants) * decode_s(runner)
+
+
+def finish_in_s(estimates, runner, wants, lane_s, now):
+    """Return when the request would be finished there, in seconds from now, its slot being free in `lane_s`."""
+    node = runner.node
+    prefill, decode = solo_service_s(estimates, runner, wants)
+    finish_s = max(lane_s, ready_in_s(estimates, runner, wants, now)) + node.rtt_s
+    finish_s += (prefill + decode) * slowdown(node, runner, 1, full=lane_s > 0)
+    if node.busy and not runner.leases:             # harm: every running request of another model gets slower
+        running = [lease for other in node.busy for lease in other.leases]
+        finish_s += sum(solo_left_s(estimates, lease, now) * slowdown(node, lease.runner)
+                        for lease in running) / len(running)
+    if not is_loaded_for(runner, wants) and (runner.ready_s is not None or must_evict(runner)):
+        finish_s += load_s(runner)                  # swap: what was evicted will have to come back
+    return finish_s
+
+
+def is_usable(node, now):
+    """Tell whether a node may get new work now."""
+    if not node.up or node.draining or node.suspect or not node.breaker.allows(now):
+        return False
+    if not node.busy:
+        return True
+    patience_s = max(lease.patience_s for runner in node.busy for lease in runner.leases)
+    return now - node.heard_s <= max(SILENT_S, 2 * patience_s)
+
+
+def slot_limit(node, runner, now, elsewhere_free):
+    """Return how many may run at once: the slots, one more while another is tried or while the way there is long."""
+    limit = runner.slots
+    if runner.slots_known != "set" and runner.probe_s <= now:
+        limit += 1
+    elif node.rtt_s > 0.03 * node.answer_s > 0 and not elsewhere_free:
+        limit += 1
+    return limit
+
+
+def pick_least_inflight(nodes, ticket, state):
+    """Return the node with the fewest requests; ties go to the node listed first."""
+    return min(nodes, key=lambda node: len(node.leases))
+
+
+def pick_round_robin(nodes, ticket, state):
+    """Return the nodes in turn."""
+    return nodes[next(state.turns) % len(nodes)]
+
+
+# A policy is a function (usable nodes, ticket, dispatcher) -> node, asked when the request arrives, as a plain proxy
+# does; None binds late, by predicted completion time, when a slot is free.
+POLICIES = {
+    "latency-weighted": None,
+    "least-inflight": pick_least_inflight,
+    "round-robin": pick_round_robin,
+}
+
+
+# -----------------------------------------------------------------------------
+# Dispatcher: which ticket goes to which node, now?
+#
+# The one owner of tickets, leases and nodes: everything that changes one of them is a method here. `dispatch` is called
+# whenever something changed that could let a ticket run: an arrival, the end of a lease, a node that came back. It
+# walks the queue in order, gives each ticket the node that is predicted to finish it first, and holds a ticket back
+# when the only free node would be 1.4 times slower than waiting for a better one. What is held still takes its virtual
+# place on that better node, so those behind it see it as taken.
+# -----------------------------------------------------------------------------
+
+class Decision(NamedTuple):
+    """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
+
+    at_s: float
+    id: str
+    model: str
+    node: str
+    finish_s: list                  # [(node name, seconds)]
+
+
+class Dispatcher:
+    """Own the queue and the nodes, and match them. Never waits, never looks at a clock."""
+
+    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0, rng=None):
+        self.pick = POLICIES[policy]
+        self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
+        self.rng = rng or random.Random()
+        self.nodes = {}             # name: Node, in the order of hosts.txt
+        self.holders = {}           # model: [Runner], same order; kept by `reindex`
+        self.queue = Queue()
+        self.fair = FairShare()
+        self.estimates = Estimates()
+        self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
+        self.turns = itertools.count()      # of round-robin
+        self.seq = itertools.count()
+
+    # Tickets ----------------------------------------------------------------
+
+    def enter(self, id, wants, now):
+        """Return a waiting ticket for a request. Raises Refusal if the queue is full."""
+        if len(self.queue) >= self.max_queue:
+            raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
+        start_s = self.fair.charge(wants, now, self.cost_s(wants))
+        ticket = Ticket(id, wants, now, start_s - HEAD_START_S * wants.priority, next(self.seq))
+        self.queue.push(ticket)
+        return ticket
+
+    def leave(self, ticket, now):
+        """End a ticket, whatever has become of it: waiting, running or refused."""
+        self.queue.discard(ticket)
+        if ticket.lease is not None:
+            self.release(ticket.lease, now)
+        self.fair.settle(ticket.wants)
+
+    def retry(self, ticket, now):
+        """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
+        if len(ticket.tried) >= MAX_ATTEMPTS or not self.untried(ticket, now):
+            return False
+        self.queue.push(ticket)
+        return True
+
+    def untried(self, ticket, now):
+        """Return the nodes, up but perhaps busy, that could still serve a ticket."""
+        holders = self.holders.get(ticket.wants.model)
+        nodes = [runner.node for runner in holders] if holders else self.nodes.values()
+        return [node for node in nodes if node.name not in ticket.tried and node.state(now) in ("up", "suspect")]
+
+    def refuse(self, ticket, refusal):
+        """Take a waiting ticket out with the answer that its client gets."""
+        self.queue.discard(ticket)
+        ticket.refusal = refusal
+        return ticket
+
+    def expire(self, now):
+        """Refuse and return the tickets that have waited too long."""
+        late = itertools.takewhile(lambda ticket: now - ticket.arrived_s >= self.queue_timeout_s, self.queue.tickets)
+        refusal = Refusal(503, f"no slot became free within {self.queue_timeout_s:g} s",
+                          retry_after_s=self.drain_s())
+        return [self.refuse(ticket, refusal) for ticket in list(late)]
+
+    def cost_s(self, wants):
+        """Return how long a request keeps the whole cluster busy: its service time over all slots."""
+        holders = self.holders.get(wants.model)
+        if not holders:
+            return 0.0
+        return sum(solo_service_s(self.estimates, holders[0], wants)) / sum(runner.slots for runner in holders)
+
+    def drain_s(self):
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
+        return max(1.0, sum(self.cost_s(ticket.wants) for ticket in self.queue.tickets))
+
+    # Dispatch ---------------------------------------------------------------
+
+    def dispatch(self, now):
+        """Match waiting tickets to nodes. Return (leases given, tickets refused)."""
+        if not self.queue.tickets:
+            return [], []
+        leases, refused = [], []
+        for model in list(self.queue.heaps):
+            holders = self.holders.get(model)
+            if not holders or self.pick:
+                self.bind_early(model, holders, now, leases, refused)
+            elif not any(runner.node.state(now) in ("up", "suspect") for runner in holders):
+                self.refuse_all(model, f"every node that has {model} is down", now, refused)
+        if not self.pick:
+            self.bind_late(now, leases, refused)
+        return leases, refused
+
+    def refuse_all(self, model, text, now, refused):
+        """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
+        if any(not node.probed for node in self.nodes.values()):
+            return
+        pauses_s = [node.breaker.until_s - now for node in self.nodes.values() if node.up]
+        refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
+        while self.queue.first(model):
+            refused.append(self.refuse(self.queue.first(model)[2], refusal))
+
+    def bind_early(self, model, holders, now, leases, refused):
+        """Send every waiting ticket of a model at once: policies without a queue, and models that no node is known to have.
+
+        A model that nobody has goes to any node, without a slot: the refusal must be Ollama's own.
+        """
+        if not holders and any(not (node.indexed or node.probed and not node.up) for node in self.nodes.values()):
+            return                  # somebody may have it; wait for the answer
+        up = [node for node in self.nodes.values() if node.up and not node.draining]
+        if not holders and model and is_cloud(model):
+            up = sorted(up, key=lambda node: not node.settings.primary)[:1]
+        while entry := self.queue.first(model):
+            ticket = entry[2]
+            nodes = [runner.node for runner in holders] if holders else up
+            nodes = [node for node in nodes if node.name not in ticket.tried
+                     and node.up and not node.draining and node.breaker.allows(now)]
+            if not nodes:
+                text = "every node that could answer has failed" if ticket.tried else "no node is up"
+                self.refuse_all(model, text, now, refused)
+                return
+            pick = self.pick if holders else pick_least_inflight
+            node = pick(nodes, ticket, self)
+            runner = node.runners.get(model) if holders else None
+            self.queue.discard(ticket)
+            leases.append(self.lease(ticket, node, runner, now, "only choice" if len(nodes) == 1 else pick.__name__[5:]))
+
+    def bind_late(self, now, leases, refused):
+        """Give free slots to waiting tickets by predicted completion time."""
+        usable = {node: is_usable(node, now) for node in self.nodes.values()}
+        rooms, lanes, held = {}, {}, []
+        for model in self.queue.heaps:
+            runners = [runner for runner in self.holders.get(model, ()) if usable[runner.node]]
+            if any(self.has_room(runner, runners, now) for runner in runners):
+                rooms[model] = [LOOK_AHEAD, runners]
+        while rooms:
+            model = min(rooms, key=lambda model: (self.queue.first(model) or (math.inf, 0))[:2])
+            room = rooms[model]
+            if not self.queue.first(model):
+                del rooms[model]
+                continue
+            entry = self.queue.pop(model)
+            ticket = entry[2]
+            candidates = self.candidates(ticket, room[1], lanes, now)
+            free = [it for it in candidates if self.has_room(it.runner, room[1], now)]
+            if free and free[0].finish_s <= HOLD * candidates[0].finish_s:
+                chosen = free[0]
+                self.queue.discard(ticket)
+                leases.append(self.lease(ticket, chosen.node, chosen.runner, now, self.explain(candidates, chosen)))
+                self.decisions.append(Decision(now, ticket.id, model, chosen.node.name,
+                                               [(it.node.name, it.finish_s) for it in candidates]))
+            elif not candidates and not self.untried(ticket, now):
+                refused.append(self.refuse(ticket, Refusal(502, "every node that could answer has failed")))
+                continue
+            else:
+                held.append(entry)
+                room[0] -= 1
+                chosen = candidates[0] if candidates else None
+            if chosen:
+                chosen.lanes.pop(0)
+                bisect.insort(chosen.lanes, chosen.finish_s)
+            if not room[0] or not any(self.has_room(runner, room[1], now) for runner in room[1]):
+                del rooms[model]
+        for entry in held:
+            self.queue.restore(entry)
+
+    def has_room(self, runner, others, now):
+        """Tell whether one more request may be sent to a runner."""
+        running = len(runner.leases)
+        if running < runner.slots:
+            return runner.breaker.allows(now)
+        elsewhere_free = any(len(other.leases) < other.slots for other in others)
+        return running < slot_limit(runner.node, runner, now, elsewhere_free) and runner.breaker.allows(now)
+
+    def candidates(self, ticket, runners, lanes, now):
+        """Return the Candidates for a ticket, best first."""
+        found = []
+        for order, runner in enumerate(runners):
+            if runner.node.name in ticket.tried:
+                continue
+            if runner not in lanes:
+                lanes[runner] = free_lanes(self.estimates, runner.node, runner, now)
+            finish_s = finish_in_s(self.estimates, runner, ticket.wants, lanes[runner][0], now)
+            found.append(Candidate(finish_s, order, runner.node, runner, lanes[runner]))
+        found.sort()
+        return found
+
+    def explain(self, candidates, chosen):
+        """Return why a node was chosen, in a few words."""
+        if len(candidates) == 1:
+            return f"only choice, {chosen.finish_s:.2f} s predicted"
+        other = candidates[1] if candidates[0] is chosen else candidates[0]
+        return f"{chosen.finish_s:.2f} s predicted, {other.node.name} {other.finish_s:.2f} s"
+
+    def place(self, id, wants, tried, now):
+        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
+        up = [node for node in self.nodes.values() if node.state(now) in ("up", "suspect") and node.name not in tried]
+        if not up:
+            if tried:
+                raise Refusal(502, "every node that could answer has failed")
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        holders = [runner.node for runner in self.holders.get(wants.model, ()) if runner.node in up]
+        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases)))
+        ticket = Ticket(id, wants, now, now, next(self.seq), waiting=False)
+        return self.lease(ticket, node, None, now, "has the model" if holders else "any node")
+
+    # Leases -----------------------------------------------------------------
+
+    def lease(self, ticket, node, runner, now, reason):
+        """Give a ticket its lease, and note what the node will now be doing, as believed."""
+        lease = ticket.lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+        self.advance(node, now)
+        node.breaker.begin(now)
+        node.requests += 1
+        if not node.leases:
+            node.heard_s = now
+        node.leases.append(lease)
+        if runner is None:
+            lease.patience_s = LOAD_PATIENCE_S
+            return lease
+        runner.breaker.begin(now)
+        wants = ticket.wants
+        prefill, decode = solo_service_s(self.estimates, runner, wants)
+        slow = slowdown(node, runner, 1)
+        lane_s = free_lanes(self.estimates, node, runner, now)[0]
+        lease.ready_s = now + ready_in_s(self.estimates, runner, wants, now)
+        lease.loads = not is_loaded_for(runner, wants)
+        lease.prompt_tokens = self.estimates.prompt_tokens(wants)
+        lease.new_tokens = lease.prompt_tokens - cached_tokens(self.estimates, runner, wants)
+        start_s = max(now + lane_s, lease.ready_s) + node.rtt_s
+        lease.predicted_first_s = start_s + prefill * slow + (0 if wants.stream else decode * slow)
+        lease.predicted_end_s = start_s + (prefill + decode) * slow
+        lease.patience_s = self.patience_s(lease, start_s - now, slow)
+        lease.start_progress_s = runner.progress_s
+        if lease.loads:
+            self.believe_loaded(runner, wants, lease.ready_s, now)
+        self.remember_prefix(runner, wants)
+        if not runner.leases:
+            node.busy.append(runner)
+        runner.leases.append(lease)
+        lease.nth = len(runner.leases)
+        runner.used_s = now
+        return lease
+
+    def patience_s(self, lease, start_s, slow):
+        """Return how long a lease may show no byte before its node is doubted; generous while speeds are unmeasured.
+
+        An answer that does not stream shows nothing before its end, so all it could say is allowed for.
+        """
+        runner, wants = lease.runner, lease.ticket.wants
+        silent_tokens = 0 if wants.stream else wants.max_output or max(4 * self.estimates.output_tokens(wants), 2048)
+        first_s = start_s + (OVERHEAD_S + lease.new_tokens * prefill_s(runner) + silent_tokens * decode_s(runner)) * slow
+        return max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1))
+
+    def believe_loaded(self, runner, wants, ready_s, now):
+        """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
+        while must_evict(runner):
+            victims = [other for other in runner.node.runners.values()
+                       if other.ready_s is not None and other is not runner]
+            victim = min(victims, key=lambda other: (len(other.leases), other.used_s))
+            self.believe_unloaded(victim)
+        runner.prefixes.clear()
+        runner.ready_s, runner.options = ready_s, wants.options
+
+    def believe_unloaded(self, runner):
+        """Note that a model is no longer resident; its prefix cache went with it."""
+        runner.ready_s = runner.options = None
+        runner.prefixes.clear()
+
+    def remember_prefix(self, runner, wants):
+        """Note which prompt a slot of the node will hold: the last one for each slot, and a few more in host memory."""
+        if not wants.prefix or wants.embeds:
+            return
+        parts = frozenset(part for part, _ in wants.prefix)
+        runner.prefixes[wants.prefix[-1][0]] = parts
+        runner.prefixes.move_to_end(wants.prefix[-1][0])
+        while len(runner.prefixes) > runner.slots + 2:
+            runner.prefixes.popitem(last=False)
+
+    def advance(self, node, now):
+        """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
+        elapsed_s = now - node.advanced_s
+        for runner in node.busy:
+            runner.progress_s += elapsed_s / slowdown(node, runner)
+        node.advanced_s = now
+
+    def heard(self, lease, lines, now):
+        """Note bytes of an answer; `lines` streamed lines were among them."""
+        lease.heard_s = lease.node.heard_s = now
+        if lease.first_s is None:
+            self.first_byte(lease, now)
+        lease.lines += lines
+
+    def first_byte(self, lease, now):
+        """Note the first byte of an answer: of a stream, the first token. Streams that overlap prove slots."""
+        lease.first_s = now
+        runner = lease.runner
+        if runner is None:
+            return
+        if runner.ready_s is not None:
+            runner.ready_s = min(runner.ready_s, now)
+        if not lease.ticket.wants.stream:
+            return
+        self.advance(lease.node, now)
+        lease.first_progress_s = runner.progress_s
+        self.prove_slots(runner, sum(1 for other in runner.leases
+                                     if other.first_s is not None and other.ticket.wants.stream))
+
+    def prove_slots(self, runner, count):
+        """Raise what is known of a runner's slots: `count` requests ran at once."""
+        runner.top = max(runner.top, count)
+        if runner.slots_known != "set" and runner.top > runner.slots:
+            runner.slots, runner.slots_known, runner.disproofs = runner.top, "learned", 0
+
+    def disprove_slots(self, runner, now):
+        """Note that a request had to wait inside the node: no more than what was proved; try again after a pause."""
+        if runner.slots_known == "set":
+            return
+        runner.slots, runner.slots_known = runner.top, "learned"
+        runner.probe_s = now + RETRY_SLOT_S * 2 ** min(runner.disproofs, 6)
+        runner.disproofs += 1
+
+    def observe(self, lease, timings, now):
+        """Learn from a complete answer. Before its release."""
+        node, runner = lease.node, lease.runner
+        took_s = now - lease.sent_s
+        node.breaker.succeed()
+        node.heard_s = now
+        node.misses = 0
+        if runner is None:
+            return
+        runner.breaker.succeed()
+        node.latencies_s.append(took_s)
+        node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
+        if timings.total_s:
+            self.advance(node, now)
+            self.learn_slots(lease, timings, took_s, now)
+            self.learn_speed(lease, timings, took_s)
+        if timings.output_tokens and not lease.ticket.wants.embeds:
+            self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
+        if lease.lines > 8 and timings.output_tokens > 8:
+            runner.lines_per_token += SPEED_GAIN * (lease.lines / timings.output_tokens - runner.lines_per_token)
+
+    def learn_slots(self, lease, timings, took_s, now):
+        """Take an answer as proof or disproof that `lease.nth` requests run at once."""
+        runner, wait_s = lease.runner, timings.hidden_wait_s
+        if lease.loads or timings.load_s > 1.0:
+            return                  # requests that came with a load also wait for it
+        if wait_s < HIDDEN_WAIT_S + 0.02 * took_s:
+            overlapped = [other for other in runner.leases if other is not lease and other.sent_s < lease.sent_s]
+            if len(overlapped) + 1 >= lease.nth:        # none of those before it left while it waited
+                self.prove_slots(runner, lease.nth)
+        elif lease.nth > runner.top:
+            self.disprove_slots(runner, now)
+
+    def learn_speed(self, lease, timings, took_s):
+        """Take an answer's durations as samples of the speeds that a lone request would see."""
+        node, runner = lease.node, lease.runner
+        if timings.load_s > 1.0:
+            runner.load_s = timings.load_s
+        if lease.sent_s <= node.stalled_s or node.speed < 0.6 or not timings.prompt_tokens:
+            return                  # it lived through a stall: its durations say nothing of speed
+        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
+        lengths = self.estimates.lengths[runner.model]
+        chars = lease.ticket.wants.prompt_chars
+        if chars > 200:
+            lengths.chars_per_token += 0.1 * (chars / timings.prompt_tokens - lengths.chars_per_token)
+        gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
+        if timings.prompt_tokens > 64 and lease.new_tokens > 0.9 * lease.prompt_tokens:
+            sample = (timings.prompt_s * share - OVERHEAD_S) / timings.prompt_tokens
+            if sample > 0.1 * prefill_s(runner):        # else the cache held it after all
+                runner.prefill_s = blend(prefill_s(runner), sample, gain)
+        if timings.output_tokens >= 8:
+            sample = timings.output_s * share / timings.output_tokens
+            node.size_factor = blend(node.size_factor, sample / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB),
+                                     gain)
+            runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
+            runner.samples += 1
+
+    def release(self, lease, now):
+        """End a lease, exactly once."""
+        if lease.released:
+            raise AssertionError(f"lease of {lease.ticket.id} on {lease.node.name} released twice")
+        lease.released, lease.ticket.lease = True, None
+        node, runner = lease.node, lease.runner
+        self.advance(node, now)
+        node.leases.remove(lease)
+        if runner is not None:
+            runner.leases.remove(lease)
+            runner.used_s = now
+            runner.breaker.trial = False
+            if not runner.leases:
+                node.busy.remove(runner)
+        node.breaker.trial = False
+        node.heard_s = now          # its silence, if any, ended with this lease
+
+    def fail(self, lease, kind, now):
+        """Note that a node failed a request: refused, died, garbage, stalled, or answered `busy`, `model` or `missing`."""
+        node, runner = lease.node, lease.runner
+        lease.ticket.tried.add(node.name)
+        node.errors += 1
+        if kind == "missing":       # the index was wrong
+            if runner is not None:
+                runner.on_disk = False
+                self.believe_unloaded(runner)
+                self.reindex()
+        elif kind == "model" and runner is not None:
+            runner.breaker.fail(now)
+            self.believe_unloaded(runner)
+        elif kind == "refused":
+            self.lost(node, now)
+        elif kind != "stalled":     # a stalled node is suspect; the check on it decides
+            node.breaker.fail(now)
+
+    # Nodes ------------------------------------------------------------------
+
+    def configure(self, settings):
+        """Take over the lines of hosts.txt: keep what is known of nodes whose line did not change, drop the others.
+
+        Requests that run on a dropped node end there. Returns (added, dropped) nodes.
+        """
+        old, self.nodes = self.nodes, {}
+        for line in settings:
+            node = old.get(line.name)
+            self.nodes[line.name] = node if node and node.settings == line else Node(line)
+        for node in old.values():
+            node.draining = node.draining or self.nodes.get(node.name) is not node
+        self.reindex()
+        return ([node for node in self.nodes.values() if old.get(node.name) is not node],
+                [node for node in old.values() if self.nodes.get(node.name) is not node])
+
+    def reindex(self):
+        """Rebuild the table of who has which model."""
+        self.holders = {}
+        for node in self.nodes.values():
+            for runner in node.runners.values():
+                if runner.on_disk:
+                    self.holders.setdefault(runner.model, []).append(runner)
+
+    def lost(self, node, now):
+        """Note that a node cannot be reached: its models are gone from memory."""
+        node.probed, node.up, node.suspect = True, False, False
+        node.speed = 1.0
+        for runner in node.runners.values():
+            self.believe_unloaded(runner)
+
+    def answered(self, node, version, rtt_s, now):
+        """Note that a node answered a probe; one that was down starts afresh."""
+        if not node.up:
+            node.breaker.succeed()
+        node.probed, node.up, node.misses, node.version = True, True, 0, version
+        node.rtt_s += 0.3 * (rtt_s - node.rtt_s)
+
+    def missed(self, node, refused, now):
+        """Note a probe without an answer. One silence may be chance; two, or a refused connection, are not."""
+        node.misses += 1
+        node.indexed = node.indexed and not refused
+        if refused or node.misses >= 2 or not node.probed:
+            self.lost(node, now)
+
+    def index(self, node, rows):
+        """Take over a node's /api/tags."""
+        names = set()
+        for row in rows:
+            name = canonical(str(row.get("name") or row.get("model") or ""))
+            names.add(name)
+            runner = self.runner(node, name)
+            runner.on_disk, runner.row = True, row
+            if isinstance(row.get("size"), int) and row["size"] > 0:
+                runner.disk_bytes = float(row["size"])
+        for runner in list(node.runners.values()):
+            if runner.model not in names:
+                runner.on_disk = False
+                if not runner.leases:
+                    del node.runners[runner.model]
+        node.indexed = True
+        self.reindex()
+
+    def runner(self, node, model):
+        """Return what is known of a model on a node, from now on."""
+        runner = node.runners.get(model)
+        if runner is None:
+            runner = node.runners[model] = Runner(node, model)
+            if node.settings.slots:
+                runner.slots = runner.top = node.settings.slots
+                runner.slots_known = "set"
+        return runner
+
+    def residency(self, node, rows, asked_s, now):
+        """Take over a node's /api/ps, asked for at `asked_s`. What was placed since then is trusted without it.
+
+        Two names of the same weights share one runner, and ps shows only one of them: so the digest counts too.
+        """
+        node.running = rows
+        names = {canonical(str(row.get("name") or row.get("model") or "")): row for row in rows}
+        digests = {row.get("digest"): row for row in rows if row.get("digest")}
+        gone, new = [], []
+        for runner in node.runners.values():
+            row = names.get(runner.model) or digests.get(runner.row.get("digest"))
+            if row:
+                runner.vram_bytes = float(row.get("size_vram") or row.get("size") or 0)
+                if runner.ready_s is None:
+                    runner.ready_s, runner.options = now, None
+                    new.append(runner)
+            elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
+                gone.append(runner)
+                self.believe_unloaded(runner)
+        held_bytes = sum(runner.vram_bytes for runner in node.runners.values() if runner.ready_s is not None)
+        node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
+        if gone and new:            # one came and another went: together they did not fit
+            node.vram_limit_bytes = held_bytes + min(runner.vram_bytes for runner in gone)
+
+    def watch(self, now):
+        """Look for nodes that stand still. Return the leases to give up: their request can still run elsewhere.
+
+        No byte for long after a stream began, or no first byte for much longer than predicted although /api/ps says
+        that the model is loaded: a wedged card does that, while its /api/version still answers.
+        """
+        stuck = []
+        for node in self.nodes.values():
+            for lease in node.leases:
+                silent_s = now - lease.heard_s
+                if lease.runner is None:
+                    given_up = False
+                elif lease.first_s is not None and lease.ticket.wants.stream:
+                    self.judge_speed(lease, now)
+                    gap_s = max(decode_s(lease.runner) * slowdown(node, lease.runner) / lease.runner.lines_per_token,
+                                (lease.heard_s - lease.first_s) / max(1, lease.lines))
+                    if silent_s > max(STALL_S, 10 * gap_s):
+                        node.suspect, node.stalled_s = True, now
+                    given_up = node.suspect and silent_s > STREAM_PATIENCE_S
+                else:
+                    given_up = self.is_overdue(lease, now)
+                    if given_up:
+                        node.suspect, node.stalled_s = True, now
+                if given_up or not node.up and silent_s > SILENT_S:
+                    stuck.append(lease)
+        return stuck
+
+    def is_overdue(self, lease, now):
+        """Tell whether a first byte is so late that the node must be stuck. A model that loads is given all its time."""
+        node, waited_s = lease.node, now - lease.sent_s
+        listed = lease.runner.vram_bytes and lease.runner.model in {
+            canonical(str(row.get("name") or row.get("model") or "")) for row in node.running}
+        patience_s = lease.patience_s if listed and not lease.loads else max(LOAD_PATIENCE_S, lease.patience_s)
+        return waited_s > patience_s and now - node.heard_s > SILENT_S
+
+    def judge_speed(self, lease, now):
+        """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
+        node, runner = lease.node, lease.runner
+        elapsed_s = now - max(lease.watched_s, lease.first_s)
+        expected = elapsed_s / (decode_s(runner) * slowdown(node, runner) * node.speed) * runner.lines_per_token
+        if elapsed_s < STALL_S or expected < 4 or runner.samples < 3:
+            return
+        seen = (lease.lines - lease.watched_lines) / expected
+        node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
+        lease.watched_s, lease.watched_lines = now, lease.lines
+
+    def trust(self, node, now):
+        """End the suspicion: a check on the node was answered."""
+        node.suspect = False
+        node.heard_s = now
+
+    def measured(self, runner, answers, now):
+        """Learn from a calibration: Timings of requests sent to an idle runner at once."""
+        node = runner.node
+        runner.ready_s = runner.ready_s or now
+        node.speed = 1.0
+        timings = [it for it in answers if it.output_tokens]
+        if not timings:
+            return
+        together = sum(1 for it in timings if it.hidden_wait_s < HIDDEN_WAIT_S + 0.02 * it.total_s)
+        if len(timings) > 1:
+            self.prove_slots(runner, together)
+            if together < len(timings):
+                self.disprove_slots(runner, now)
+        crowd = min(len(timings), runner.slots) ** (1 - BATCH_GAIN)
+        first = min(timings, key=lambda it: it.total_s)
+        runner.decode_s = first.output_s / first.output_tokens / crowd
+        if first.prompt_tokens > 64 and first.prompt_s > 0:
+            runner.prefill_s = max(1e-6, (first.prompt_s / crowd - OVERHEAD_S) / first.prompt_tokens)
+        node.size_factor = runner.decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB)
+        runner.samples = max(runner.samples, 1)
+
+
+def blend(estimate, sample, gain):
+    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
+    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
+
+
+# -----------------------------------------------------------------------------
+# Upstream: how do the bytes get to a node and back?
+#
+# A NodeConnection carries one exchange at a time and then waits in its node's pool. Until the head of the answer is
+# complete it collects bytes; from then on every piece goes straight from the socket's callback into a sink: a Relay,
+# which writes it to the client at once, or a Collector, which keeps a short answer. Back-pressure couples the two
+# sockets directly: while the client's buffer is full nothing is read from the node, and the other way round for a
+# body on its way up. Never is a connection reused whose last exchange did not end exactly where its framing said.
+# -----------------------------------------------------------------------------
+
+class NodeConnection(asyncio.Protocol):
+    """One connection to a node."""
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.transport = None
+        self.buffer = b""
+        self.sink = None
+        self.waiter = None          # of whoever waits for the head
+        self.failure = None         # why there will be no (more) answer
+        self.busy = True
+        self.reused = False
+        self.idle_s = 0.0
+        self.source = None          # whose reading stops while this socket's buffer is full
+        self.write_paused = False
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.sink is not None:
+            self.sink.data(data)
+        elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
+            self.fail(NodeFailure("garbage", "bytes between two answers"))
+        else:
+            self.buffer += data
+            if len(self.buffer) > READ_AHEAD_BYTES:
+                self.transport.pause_reading()
+            self.wake()
+
+    def connection_lost(self, exc):
+        if self.failure is None:
+            self.failure = NodeFailure("died", "closed the connection")
+        if self.sink is not None:
+            self.sink.lost()
+        self.wake()
+
+    def pause_writing(self):
+        self.write_paused = True
+        if self.source is not None:
+            self.source.pause_reading()
+
+    def resume_writing(self):
+        self.write_paused = False
+        if self.source is not None:
+            self.source.resume_reading()
+
+    def wake(self):
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def fail(self, failure):
+        """End the exchange from this side, with the reason that whoever waits for it gets."""
+        if self.failure is None:
+            self.failure = failure
+        if self.sink is not None:
+            self.sink.fail(self.failure)
+        self.wake()
+        self.transport.abort()
+
+    def is_open(self):
+        """Tell whether an exchange can begin here."""
+        return self.failure is None and not self.transport.is_closing()
+
+    async def response(self, method):
+        """Wait for the head of the answer, however long it takes. Raises NodeFailure."""
+        scanned = 0
+        while True:
+            try:
+                end = find_head(self.buffer, scanned)
+                if end is not None:
+                    head = parse_response(self.buffer[:end], method)
+                    self.buffer, scanned = self.buffer[end:], 0
+                    if head.status >= 200:
+                        return head
+                    continue        # 1xx: the gateway asked for none, the client gets its own
+            except ProtocolError as error:
+                raise NodeFailure("garbage", f"answered what is not HTTP: {error}") from None
+            scanned = len(self.buffer)
+            if self.failure is not None:
+                raise self.failure
+            self.waiter = self.loop.create_future()
+            await self.waiter
+
+    def attach(self, sink):
+        """Give what has come after the head, and all that will come, to a sink."""
+        self.sink = sink
+        data, self.buffer = self.buffer, b""
+        if data:
+            sink.data(data)
+        if self.failure is not None:
+            sink.lost()
+        self.transport.resume_reading()
+
+    def pause_reading(self):
+        self.transport.pause_reading()
+
+    def resume_reading(self):
+        self.transport.resume_reading()
+
+
+class Pool:
+    """Keep the connections to one node."""
+
+    def __init__(self, settings, loop):
+        self.settings, self.loop = settings, loop
+        self.idle = []              # the last used is used next, so that the rest can age
+        self.tls = ssl.create_default_context() if settings.tls else None
+
+    async def connect(self):
+        """Return a fresh connection. Raises NodeFailure."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, connection = await self.loop.create_connection(
+                    lambda: NodeConnection(self.loop), self.settings.host, self.settings.port, ssl=self.tls)
+            return connection
+        except TimeoutError:
+            raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
+        except OSError as error:
+            raise NodeFailure("refused", f"no connection: {error.strerror or error}") from None
+
+    def take(self):
+        """Return a connection that was used before, or None."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_open():
+                connection.busy = connection.reused = True
+                return connection
+        return None
+
+    def give_back(self, connection, clean):
+        """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
+        connection.sink = connection.source = connection.waiter = None
+        if clean and connection.is_open() and not connection.buffer:
+            connection.busy = False
+            connection.idle_s = self.loop.time()
+            self.idle.append(connection)
+        else:
+            connection.transport.abort()
+
+    def prune(self, before_s):
+        """Close the connections that have been idle since `before_s`."""
+        for connection in self.idle:
+            if connection.idle_s < before_s:
+                connection.transport.close()
+        self.idle = [connection for connection in self.idle if connection.idle_s >= before_s]
+
+    async def exchange(self, data, method, on_connection=lambda connection: None):
+        """Send a whole request; return (connection, head of the answer). Raises NodeFailure.
+
+        A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once.
+        """
+        while True:
+            connection = self.take() or await self.connect()
+            on_connection(connection)
+            kept = False
+            try:
+                connection.transport.write(data)
+                head = await connection.response(method)
+                kept = True
+                return connection, head
+            except NodeFailure as failure:
+                if not connection.reused or failure.kind != "died" or connection.buffer:
+                    raise
+                self.prune(math.inf)
+            finally:
+                if not kept:
+                    self.give_back(connection, clean=False)
+
+
+class Sink:
+    """Take in the body of an answer; `finished` is done at its end, or holds the NodeFailure that ended it."""
+
+    def __init__(self, connection, head):
+        self.connection, self.head = connection, head
+        self.body = body_decoder(head.length)
+        self.finished = connection.loop.create_future()
+        self.clean = False          # ended where its framing said: the connection can be used again
+
+    def start(self):
+        """Begin with what came behind the head."""
+        if self.body.done:
+            self.end(not self.connection.buffer)
+        else:
+            self.connection.attach(self)
+
+    def data(self, data):
+        """Take a piece from the socket."""
+        if self.finished.done():
+            self.clean = False
+            return
+        try:
+            payload, used = self.body.feed(data)
+        except ProtocolError as error:
+            self.fail(NodeFailure("garbage", f"broke the framing of its answer: {error}"))
+            return
+        self.take(payload, data if self.body.verbatim and used == len(data) else None)
+        if self.body.done:
+            self.end(used == len(data))
+
+    def take(self, payload, verbatim):
+        """Use a piece of the body; `verbatim` is the same as whole chunks, or None."""
+        raise NotImplementedError
+
+    def end(self, clean):
+        self.clean = clean and self.head.keep_alive
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+    def lost(self):
+        """The connection has closed: the right end for a body without length, a failure for any other."""
+        if isinstance(self.body, UntilCloseBody) and self.connection.failure.kind == "died":
+            self.end(False)
+        else:
+            self.fail(self.connection.failure)
+
+    def fail(self, failure):
+        if not self.finished.done():
+            self.finished.set_exception(failure)
+
+
+class Collector(Sink):
+    """Keep the body of an answer, up to `limit` bytes."""
+
+    def __init__(self, connection, head, limit=ERROR_BODY_BYTES):
+        super().__init__(connection, head)
+        self.parts, self.room = [], limit
+
+    def take(self, payload, verbatim):
+        self.parts.append(payload)
+        self.room -= len(payload)
+        if self.room < 0:
+            self.fail(NodeFailure("garbage", "answer too long"))
+
+    async def collect(self):
+        """Return the whole body. Raises NodeFailure."""
+        self.start()
+        await self.finished
+        return b"".join(self.parts)
+
+
+class Framing(enum.Enum):
+    """How the client is told where the body ends."""
+
+    LENGTH = "length"
+    CHUNKED = "chunked"
+    CLOSE = "close"
+
+
+class Relay(Sink):
+    """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body."""
+
+    def __init__(self, connection, head, client, framing, prelude, heard):
+        super().__init__(connection, head)
+        self.client, self.framing, self.prelude, self.heard = client, framing, prelude, heard
+        self.tail = b""
+        self.bytes = 0
+
+    def start(self):
+        self.client.source = self.connection
+        super().start()
+
+    def write(self, data):
+        if self.prelude:
+            data, self.prelude = self.prelude + data, b""
+        self.client.write(data)
+
+    def take(self, payload, verbatim):
+        if payload:
+            self.heard(payload.count(b"\n"))
+            self.bytes += len(payload)
+            self.tail = payload[-TAIL_BYTES:] if len(payload) >= TAIL_BYTES else (self.tail + payload)[-TAIL_BYTES:]
+        if self.framing is not Framing.CHUNKED:
+            self.write(payload)
+        elif verbatim is not None:
+            self.write(verbatim)
+        else:
+            self.write(chunk(payload) + (LAST_CHUNK if self.body.done else b""))
+
+    def end(self, clean):
+        if self.framing is Framing.CHUNKED and isinstance(self.body, UntilCloseBody):
+            self.write(LAST_CHUNK)
+        elif self.prelude:
+            self.write(b"")
+        super().end(clean)
+
+    def close_with(self, text, family):
+        """End a broken answer as its format lets clients understand; tell whether that could be done.
+
+        Never with a made-up last line. A body of announced length can only be cut.
+        """
+        kind = self.head.fields.get(b"content-type", b"")
+        if self.framing is Framing.LENGTH or self.client.gone:
+            return False
+        if b"ndjson" in kind:
+            lead = b"" if self.tail.endswith(b"\n") or not self.tail else b"\n"
+            data = lead + json.dumps({"error": text}).encode() + b"\n"
+        elif b"event-stream" in kind:
+            lead = b"" if self.tail.endswith(b"\n\n") or not self.tail else b"\n\n"
+            name = b"event: error\n" if family is Family.ANTHROPIC else b""
+            data = lead + name + b"data: " + error_body(family, 502, text) + b"\n\n"
+        else:
+            return False
+        self.write(chunk(data) + LAST_CHUNK if self.framing is Framing.CHUNKED else data)
+        return True
+
+
+class Upload:
+    """Pass a request body on to a node while it comes, in constant memory."""
+
+    def __init__(self, client, connection, length):
+        self.client, self.connection = client, connection
+        self.body = body_decoder(length)
+        self.chunked = length is None
+
+    def start(self):
+        """Begin with what came behind the head."""
+        self.connection.source = self.client
+        self.client.sink = self
+        data = bytes(self.client.buffer)
+        self.client.buffer.clear()
+        self.data(data)
+
+    def data(self, data):
+        """Take a piece from the client's socket; what lies behind the body stays for the next request."""
+        if self.connection.failure is not None:
+            return                  # the answer came early; what is still coming has no reader
+        try:
+            payload, used = self.body.feed(data)
+        except ProtocolError as error:
+            if self.connection.sink is None:
+                self.connection.fail(error)
+            else:                   # an answer is on its way already; there is no room for another
+                self.client.transport.abort()
+            return
+        if self.chunked:
+            payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
+        if payload:
+            self.connection.transport.write(payload)
+        if self.body.done:
+            self.client.sink = None
+            self.client.buffer += data[used:]
+
+
+# -----------------------------------------------------------------------------
+# Client conversation: what does one connection see?
+#
+# One task per connection takes one request after the other. It waits only for: the next head, a buffered body, a
+# lease, the head of an answer, the end of an answer. A client that closes its connection while it is being served
+# cancels the task: whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in
+# the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
+# -----------------------------------------------------------------------------
+
+ERROR_TYPES = {
+    Family.OPENAI: {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+                    429: "rate_limit_error"},
+    Family.ANTHROPIC: {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                       404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                       503: "overloaded_error"},
+}
+
+REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
+           405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
+           429: b"Too Many Requests", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
+           502: b"Bad Gateway", 503: b"Service Unavailable"}
+
+
+def error_body(family, status, text):
+    """Return the error object in the shape that clients of a family parse."""
+    if family is Family.OLLAMA:
+        return json.dumps({"error": text}).encode()
+    kind = ERROR_TYPES[family].get(status, "api_error")
+    if family is Family.OPENAI:
+        return json.dumps({"error": {"message": text, "type": kind, "param": None, "code": None}}).encode()
+    return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
+
+    def __init__(self, loop, converse):
+        self.loop, self.converse = loop, converse
+        self.transport = self.task = None
+        self.address = ""
+        self.buffer = bytearray()
+        self.sink = None            # an Upload that takes the bytes as they come
+        self.source = None          # the NodeConnection that is not read while this socket's buffer is full
+        self.waiter = None
+        self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
+        self.overdue = False
+        self.serving = False        # a request is complete and its answer is not
+        self.eof = self.gone = False
+        self.write_paused = self.read_paused = False
+
+    def connection_made(self, transport):
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        self.task = self.loop.create_task(self.converse(self))
+
+    def data_received(self, data):
+        if self.sink is not None:
+            self.sink.data(data)
+            return
+        self.buffer += data
+        if self.waiter is None and len(self.buffer) > READ_AHEAD_BYTES:
+            self.pause_reading()
+        self.wake()
+
+    def eof_received(self):
+        self.eof = True
+        self.hang_up()
+        return True                 # what was asked before can still be answered
+
+    def connection_lost(self, exc):
+        self.eof = self.gone = True
+        self.hang_up()
+
+    def hang_up(self):
+        """End what the task does for a client that is not there any more."""
+        if self.serving:
+            self.task.cancel()
+        self.wake()
+
+    def pause_writing(self):
+        self.write_paused = True
+        if self.source is not None:
+            self.source.pause_reading()
+
+    def resume_writing(self):
+        self.write_paused = False
+        if self.source is not None:
+            self.source.resume_reading()
+        self.wake()
+
+    def pause_reading(self):
+        self.read_paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self):
+        self.read_paused = False
+        self.transport.resume_reading()
+
+    def wake(self):
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def write(self, data):
+        if not self.gone:
+            self.transport.write(data)
+
+    async def wait(self):
+        """Wait for something to happen on this connection."""
+        self.waiter = self.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+    async def more(self, patience_s):
+        """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
+        size = len(self.buffer)
+        self.deadline_s = self.loop.time() + patience_s
+        if self.read_paused:
+            self.resume_reading()
+        try:
+            while len(self.buffer) == size:
+                if self.eof:
+                    raise ClientGone
+                if self.overdue:
+                    raise Refusal(408, "the request took too long to arrive", close=True)
+                await self.wait()
+        finally:
+            self.deadline_s = math.inf
+
+    async def drained(self):
+        """Wait until the client has read most of what was written to it."""
+        while self.write_paused and not self.gone:
+            await self.wait()
+
+    async def next_head(self, patience_s):
+        """Return the head of the next request, or None if the client is done. Raises Refusal."""
+        scanned = started_s = 0
+        while True:
+            while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
+                del self.buffer[:2]
+            end = find_head(self.buffer, scanned)
+            if end is not None:
+                break
+            scanned = len(self.buffer)
+            try:
+                if scanned:         # the whole head has one time limit, so that one byte a second does not help
+                    started_s = started_s or self.loop.time()
+                    await self.more(started_s + patience_s - self.loop.time())
+                else:
+                    await self.more(KEEP_ALIVE_S)
+            except (ClientGone, Refusal):
+                if not self.buffer:
+                    return None
+                raise
+        raw = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        return parse_request(raw)
+
+    async def read_body(self, head, limit):
+        """Return the whole body of a request. Raises Refusal(413) over `limit` bytes, ClientGone if it is cut short."""
+        if head.length == 0:
+            return b""
+        if head.length is not None and head.length > limit:
+            raise Refusal(413, f"the request body is over {limit} bytes", close=True)
+        if head.expects_continue and not self.buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if head.length is not None:
+            while len(self.buffer) < head.length:
+                await self.more(BODY_PAUSE_S)
+            body = bytes(self.buffer[:head.length])
+            del self.buffer[:head.length]
+            return body
+        decoder, parts, size = ChunkedBody(), [], 0
+        while True:
+            payload, used = decoder.feed(bytes(self.buffer))
+            del self.buffer[:used]
+            parts.append(payload)
+            size += len(payload)
+            if size > limit:
+                raise Refusal(413, f"the request body is over {limit} bytes", close=True)
+            if decoder.done:
+                return b"".join(parts)
+            await self.more(BODY_PAUSE_S)
+
+    async def close(self):
+        """Close so that the client gets all that was written.
+
+        Closing a socket with unread bytes makes the kernel send a reset, which can destroy the answer on its way. So
+        the write side is closed first, and what still comes is thrown away, for LINGER_S at most.
+        """
+        self.serving = False
+        if not self.gone and not self.eof:
+            with contextlib.suppress(OSError, NotImplementedError, ClientGone, Refusal):
+                self.transport.write_eof()
+                deadline_s = self.loop.time() + LINGER_S
+                self.sink, self.overdue = None, False
+                while self.loop.time() < deadline_s:
+                    self.buffer.clear()
+                    await self.more(deadline_s - self.loop.time())
+        self.transport.close()
+
+
+@dataclass(slots=True)
+class Record:
+    """One line of the request log, filled in while the request is served."""
+
+    id: str
+    client: str
+    method: str
+    path: str
+    started_s: float
+    model: str = ""
+    priority: int | str = ""
+    node: str = ""
+    attempts: int = 0
+    status: int = 0
+    queue_s: float = 0.0
+    first_s: float | None = None
+    bytes: int = 0
+    timings: Timings = Timings()
+    reason: str = ""
+
+
+def request_id(head, rng):
+    """Return the client's own X-Request-Id if it is harmless in a header and a log line, else a new one."""
+    given = head.fields.get(b"x-request-id", b"")
+    if 0 < len(given) <= 128 and TOKEN.fullmatch(given):
+        return given.decode()
+    return f"{rng.getrandbits(64):016x}"
+
+
+def answer_locally(client, head, record, status, body, content_type=b"application/json", extra=(), close=False):
+    """Write an answer of the gateway's own; tell whether the connection stays open."""
+    keep = head is not None and head.keep_alive and not close
+    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), b"Content-Type: " + content_type,
+             b"Content-Length: %d" % len(body), b"Date: " + email.utils.formatdate(usegmt=True).encode(), *extra]
+    if record:
+        lines.append(b"X-Request-Id: " + record.id.encode())
+        record.status, record.bytes = status, len(body)
+    if not keep:
+        lines.append(b"Connection: close")
+    elif head.version == 0:
+        lines.append(b"Connection: keep-alive")
+    is_head = head is not None and head.method == "HEAD"
+    client.write(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if is_head else body))
+    return keep
+
+
+def answer_refusal(client, head, record, refusal):
+    """Write a Refusal in the family of the path; tell whether the connection stays open."""
+    family = family_of(head.path) if head else Family.OLLAMA
+    extra = []
+    if refusal.retry_after_s is not None:
+        extra.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
+    if record:
+        record.reason = record.reason or refusal.text
+    return answer_locally(client, head, record, refusal.status, error_body(family, refusal.status, refusal.text),
+                          extra=extra, close=refusal.close)
+
+
+# A node's error answers that another node may well do better; the rest are the client's own mistakes.
+BUSY_STATUSES = frozenset((429, 502, 503, 504))
+BROKEN_MODEL = re.compile(rb"load|runner|memory|cuda|metal|rocm|vulkan|gpu|terminated|unexpectedly", re.I)
+
+
+def failover_kind(status, body, model_known):
+    """Return why an error answer should be tried on another node (busy, model, missing), or None if it should not."""
+    if status in BUSY_STATUSES:
+        return "busy"
+    if status == 500 and BROKEN_MODEL.search(body):
+        return "model"
+    if status == 404 and model_known:
+        return "missing"
+    return None
+
+
+def added_lines(record):
+    """Return the response headers that the gateway adds to a node's answer."""
+    return [b"X-SOLLOL-Node: " + record.node.encode(),
+            b"X-SOLLOL-Queue-Ms: %d" % (record.queue_s * 1000),
+            b"X-SOLLOL-Attempts: %d" % record.attempts,
+            b"X-SOLLOL-Priority: " + str(record.priority).encode(),
+            b"X-SOLLOL-Reason: " + record.reason.encode("ascii", "replace"),
+            b"X-Request-Id: " + record.id.encode()]
+
+
+def choose_framing(head, answer, keep):
+    """Return (Framing, raw lines that say so, whether the connection stays open) for a node's answer."""
+    given = answer.fields.get(b"content-length")
+    if head.method == "HEAD" or answer.status in (204, 304):
+        framing, lines = Framing.LENGTH, [b"Content-Length: " + given] if given and answer.status != 204 else []
+    elif answer.length is not None and answer.length != UNTIL_CLOSE:
+        framing, lines = Framing.LENGTH, [b"Content-Length: %d" % answer.length]
+    elif head.version == 1:
+        framing, lines = Framing.CHUNKED, [b"Transfer-Encoding: chunked"]
+    else:                           # RFC 9112 7: no chunked coding to HTTP/1.0
+        framing, lines, keep = Framing.CLOSE, [], False
+    if not keep:
+        lines.append(b"Connection: close")
+    elif head.version == 0:
+        lines.append(b"Connection: keep-alive")
+    return framing, lines, keep
+
+
+class NodeRefused(Exception):
+    """A node's own error answer, kept while another node is tried. If all refuse, the client gets the last one."""
+
+    def __init__(self, kind, head, body):
+        super().__init__(f"answered {head.status}")
+        self.kind, self.head, self.body = kind, head, body
+
+
+async def relay_answer(gateway, client, head, connection, answer, lease, record, keep):
+    """Pass a node's answer on to the client as it comes. Return (keep the client's, keep the node's connection).
+
+    If the node fails once bytes are out, the client is told in-band where the format allows it; else it is cut.
+    """
+    framing, lines, keep = choose_framing(head, answer, keep)
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+
+    def heard(lines):
+        now = loop.time()
+        if record.first_s is None:
+            record.first_s = now
+        dispatcher.heard(lease, lines, now)
+
+    relay = Relay(connection, answer, client, framing, render_response(answer, added_lines(record), lines), heard)
+    try:
+        relay.start()
+        await relay.finished
+        if answer.status < 400:
+            record.timings = read_timings(relay.tail)
+            dispatcher.observe(lease, record.timings, loop.time())
+    except NodeFailure as failure:
+        if relay.prelude:
+            raise                   # the client has seen nothing yet
+        text = f"{lease.node.name} {failure}"
+        record.reason = text
+        dispatcher.fail(lease, failure.kind, loop.time())
+        told = relay.close_with(text, lease.ticket.wants.family)
+        if not told:
+            client.transport.abort()
+        keep = keep and told
+    finally:
+        client.source = None
+        record.status, record.bytes = answer.status, relay.bytes
+    return keep and framing is not Framing.CLOSE, relay.clean
+
+
+async def attempt(gateway, client, head, body, lease, record):
+    """Run a request with a buffered body on the leased node. Return whether the client's connection stays open.
+
+    Raises NodeFailure or NodeRefused while the client has seen nothing: another node may still answer.
+    """
+    pool = gateway.pools[lease.node]
+    record.node, record.reason = lease.node.name, lease.reason
+    record.attempts += 1
+
+    def on_connection(connection):
+        lease.abandon = connection.fail
+
+    request = render_request(head, lease.node.settings, len(body)) + body
+    connection, answer = await pool.exchange(request, head.method, on_connection)
+    clean = False
+    try:
+        if answer.status in BUSY_STATUSES or answer.status in (404, 500):
+            collector = Collector(connection, answer)
+            text = await collector.collect()
+            clean = collector.clean
+            kind = failover_kind(answer.status, text, lease.runner is not None)
+            raise NodeRefused(kind, answer, text)
+        keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, head.keep_alive)
+        return keep
+    finally:
+        lease.abandon = None
+        pool.give_back(connection, clean)
+
+
+def answer_refused(client, head, record, refused):
+    """Write a node's own error answer, byte for byte; tell whether the connection stays open."""
+    answer = refused.head
+    answer.length = len(refused.body)
+    _, lines, keep = choose_framing(head, answer, head.keep_alive)
+    record.status, record.bytes = answer.status, len(refused.body)
+    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else refused.body))
+    return keep
+
+
+async def serve_inference(gateway, client, head, body, wants, record):
+    """Wait for a slot, run the request, and fail over until it is answered."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    ticket = dispatcher.enter(record.id, wants, loop.time())
+    last = Refusal(502, "no node answered")
+    try:
+        while True:
+            try:
+                lease = await gateway.turn(ticket)
+            except Refusal as refusal:
+                if ticket.tried and refusal.status == 502:
+                    break           # what the last node said is a better answer
+                raise
+            record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
+            try:
+                return await attempt(gateway, client, head, body, lease, record)
+            except NodeRefused as refused:
+                last = refused
+                if refused.kind is None:
+                    break
+                dispatcher.fail(lease, refused.kind, loop.time())
+            except NodeFailure as failure:
+                last = last if isinstance(last, NodeRefused) else Refusal(502, f"{lease.node.name}: {failure}")
+                dispatcher.fail(lease, failure.kind, loop.time())
+                gateway.note_failure(lease.node, failure)
+            finally:
+                dispatcher.release(lease, loop.time())
+            if not dispatcher.retry(ticket, loop.time()):
+                break
+        if isinstance(last, NodeRefused):
+            return answer_refused(client, head, record, last)
+        raise last
+    finally:
+        dispatcher.leave(ticket, loop.time())
+        gateway.pump()
+
+
+async def serve_control(gateway, client, head, body, wants, record):
+    """Send a request without a slot to one suitable node; to another one only if the first cannot be reached."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    tried = set()
+    while True:
+        lease = dispatcher.place(record.id, wants, tried, loop.time())
+        try:
+            return await attempt(gateway, client, head, body, lease, record)
+        except NodeRefused as refused:
+            return answer_refused(client, head, record, refused)
+        except NodeFailure as failure:
+            dispatcher.fail(lease, failure.kind, loop.time())
+            gateway.note_failure(lease.node, failure)
+            tried.add(lease.node.name)
+            if failure.kind != "refused" and head.method not in ("GET", "HEAD") or len(tried) >= MAX_ATTEMPTS:
+                raise Refusal(502, f"{lease.node.name}: {failure}") from None
+        finally:
+            dispatcher.release(lease, loop.time())
+
+
+async def serve_upload(gateway, client, head, record):
+    """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
+
+    A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead.
+    """
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    wants = Wants(family_of(head.path), None, client=client.address, inference=False)
+    lease = dispatcher.place(record.id, wants, set(), loop.time())
+    connection, clean = None, False
+    try:
+        record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
+        pool = gateway.pools[lease.node]
+        connection = await pool.connect()
+        lease.abandon = connection.fail
+        if head.expects_continue and not client.buffer:
+            client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.transport.write(render_request(head, lease.node.settings, head.length))
+        upload = Upload(client, connection, head.length)
+        upload.start()
+        answer = await connection.response(head.method)
+        keep = head.keep_alive and upload.body.done
+        keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
+        clean = clean and upload.body.done
+        return keep
+    except NodeFailure as failure:
+        dispatcher.fail(lease, failure.kind, loop.time())
+        gateway.note_failure(lease.node, failure)
+        raise Refusal(502, f"{lease.node.name}: {failure}", close=True) from None
+    finally:
+        client.sink = None
+        dispatcher.release(lease, loop.time())
+        if connection is not None:
+            pool.give_back(connection, clean)
+
+
+async def serve(gateway, client, head, record):
+    """Answer one request; tell whether the connection stays open. Raises Refusal before any byte of an answer."""
+    local = gateway.local.get(head.path)
+    if local and head.method in ("GET", "HEAD"):
+        if head.length != 0:
+            await client.read_body(head, gateway.max_body_bytes)
+        status, body, kind = local(gateway)
+        return answer_locally(client, head, record, status, body, kind)
+    if gateway.draining:
+        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
+    route = ROUTES.get((head.method, head.path))
+    if route is None and head.length != 0:
+        client.serving = True
+        return await serve_upload(gateway, client, head, record)
+    body = await client.read_body(head, gateway.max_body_bytes)
+    client.serving = True
+    if route is None:
+        wants = Wants(family_of(head.path), None, client=client.address, inference=False)
+    else:
+        wants = read_wants(head, route, body, client.address)
+    record.model, record.priority = wants.model or "", wants.priority
+    handle = serve_inference if wants.inference else serve_control
+    return await handle(gateway, client, head, body, wants, record)
+
+
+async def converse(gateway, client):
+    """Serve one client connection from its first byte to its last."""
+    head = record = None
+    try:
+        while True:
+            head = record = None
+            client.serving = False
+            head = await client.next_head(gateway.header_timeout_s)
+            if head is None:
+                return
+            record = Record(request_id(head, gateway.rng), client.address, head.method, head.path, gateway.loop.time())
+            try:
+                keep = await serve(gateway, client, head, record)
+            except Refusal as refusal:
+                keep = answer_refusal(client, head, record, refusal)
+            gateway.log_request(record)
+            record = None
+            await client.drained()
+            if not keep or gateway.draining or client.gone:
+                return
+    except Refusal as refusal:      # no head, or none that can be read
+        answer_refusal(client, None, None, refusal)
+    except (ClientGone, asyncio.CancelledError):
+        if record:
+            record.status, record.reason = 499, "the client left"
+    except Exception:
+        LOG.exception("event=error id=%s", record.id if record else "-")
+        if record and not record.status:
+            answer_refusal(client, head, record, Refusal(500, "internal error", close=True))
+        else:
+            client.transport.abort()
+    finally:
+        if record:
+            gateway.log_request(record)
+        gateway.clients.discard(client)
+        await client.close()
+
+
+# -----------------------------------------------------------------------------
+# Cluster-wide answers: what does the whole cluster look like, as one Ollama?
+#
+# Merged from what the probes found last, so that a slow or hung node can delay nobody. Rows are kept as the nodes sent
+# them, unknown fields and all; of several rows for one name the newest counts.
+# -----------------------------------------------------------------------------
+
+def json_answer(value, status=200):
+    """Return (status, body, content type) of a JSON answer."""
+    return status, json.dumps(value, separators=(",", ":")).encode(), b"application/json; charset=utf-8"
+
+
+def live_nodes(gateway):
+    """Return the nodes that are up. Raises Refusal if there is none."""
+    nodes = [node for node in gateway.dispatcher.nodes.values() if node.up]
+    if not nodes:
+        raise Refusal(503, "no node is up", retry_after_s=gateway.options.probe_interval)
+    return nodes
+
+
+def merge_rows(rows, newest):
+    """Return one row per canonical name: the one with the greatest `newest` field; greatest first."""
+    best = {}
+    for row in rows:
+        name = canonical(str(row.get("name") or row.get("model") or ""))
+        if name not in best or str(row.get(newest, "")) > str(best[name].get(newest, "")):
+            best[name] = row
+    return sorted(best.values(), key=lambda row: str(row.get(newest, "")), reverse=True)
+
+
+def all_tags(gateway):
+    """Return the rows of /api/tags, merged."""
+    return merge_rows((runner.row for node in live_nodes(gateway) for runner in node.runners.values()
+                       if runner.on_disk), "modified_at")
+
+
+def answer_root(gateway):
+    return 200, b"Ollama is running", b"text/plain; charset=utf-8"
+
+
+def answer_tags(gateway):
+    return json_answer({"models": all_tags(gateway)})
+
+
+def answer_ps(gateway):
+    return json_answer({"models": merge_rows((row for node in live_nodes(gateway) for row in node.running),
+                                             "expires_at")})
+
+
+def answer_version(gateway):
+    """Answer with the lowest version of all nodes: what every one of them can do."""
+    versions = [node.version for node in live_nodes(gateway)]
+    return json_answer({"version": min(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])})
+
+
+def openai_model(row):
+    """Return a row of /api/tags as /v1/models shows it."""
+    name = row.get("name") or row.get("model")
+    try:
+        created = int(datetime.datetime.fromisoformat(str(row.get("modified_at"))).timestamp())
+    except ValueError:
+        created = 0
+    return {"id": name, "object": "model", "created": created,
+            "owned_by": name.rpartition("/")[0].rpartition("/")[2] or "library"}
+
+
+def answer_openai_models(gateway):
+    """Answer /v1/models; `data` is null when there is no model, as Ollama has it."""
+    return json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
+
+
+# -----------------------------------------------------------------------------
+# Probes: which nodes live, and what do they hold?
+#
+# One task per node. /api/version tells whether it lives: /api/ps can block for seconds while a model is unloaded, so
+# that one is asked for residency only. Intervals have jitter, so that the probes of many gateways do not fall together.
+# -----------------------------------------------------------------------------
+
+class ProbeFailure(Exception):
+    """A node gave no usable answer to a question of the gateway's own."""
+
+
+async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S):
+    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
+    body = b"" if value is None else json.dumps(value).encode()
+    head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
+                       len(body), True, False)
+    connection, clean = None, False
+    pool = gateway.pools[node]
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection, answer = await pool.exchange(render_request(head, node.settings, len(body)) + body, method)
+            collector = Collector(connection, answer, 64 * MIB)
+            text = await collector.collect()
+            clean = collector.clean
+    except TimeoutError:
+        raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
+    finally:
+        if connection is not None:
+            pool.give_back(connection, clean)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if answer.status != 200 or not isinstance(found, dict):
+        raise ProbeFailure(f"{path} answered {answer.status} and not the JSON of an Ollama server")
+    return found
+
+
+def rows_of(found):
+    """Return the rows in an answer of /api/tags or /api/ps."""
+    rows = found.get("models")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+async def probe(gateway, node):
+    """Look at a node once: does it live, which models has it, which are loaded?"""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    before, asked_s = node.state(loop.time()) if node.probed else "new", loop.time()
+    why = ""
+    try:
+        found = await ask(gateway, node, "GET", "/api/version")
+        dispatcher.answered(node, str(found.get("version", "")), loop.time() - asked_s, loop.time())
+        dispatcher.index(node, rows_of(await ask(gateway, node, "GET", "/api/tags")))
+        asked_s = loop.time()
+        dispatcher.residency(node, rows_of(await ask(gateway, node, "GET", "/api/ps")), asked_s, loop.time())
+    except (NodeFailure, ProbeFailure) as failure:
+        why = str(failure)
+        if isinstance(failure, NodeFailure) or "/api/version" in why:
+            dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
+    after = node.state(loop.time())
+    if after != before:
+        models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
+        LOG.log(logging.INFO if node.up else logging.WARNING, "event=node node=%s url=%s state=%s was=%s %s",
+                node.name, node.settings.url, after, before,
+                f"why={json.dumps(why)}" if why else f"version={node.version} models={json.dumps(models)}")
+    gateway.pump()
+
+
+async def probe_forever(gateway, node):
+    """Probe a node until it is dropped; measure it whenever it has come up and has nothing to do."""
+    interval_s = gateway.options.probe_interval
+    measured = False
+    while True:
+        await probe(gateway, node)
+        gateway.first_looks.discard(node)
+        measured = measured and node.up
+        if gateway.options.calibrate and node.up and not measured and not node.leases:
+            measured = await calibrate(gateway, node)
+        await asyncio.sleep(interval_s * gateway.rng.uniform(0.85, 1.15))
+
+
+def generates(runner):
+    """Tell whether a model answers with text, as far as the node's own rows tell."""
+    capabilities = runner.row.get("capabilities")
+    return "completion" in capabilities if isinstance(capabilities, list) else "embed" not in runner.model
+
+
+async def measure(gateway, runner, count, tokens):
+    """Run `count` short requests at once on a runner; return the Timings of those that were answered."""
+    options = dict(runner.options or ())
+    words = " ".join(f"{gateway.rng.getrandbits(16):x}" for _ in range(100))
+    value = {"model": runner.model, "prompt": words, "raw": True, "stream": False,
+             "options": {**options, "num_predict": tokens}}
+    results = await asyncio.gather(*(
+        ask(gateway, runner.node, "POST", "/api/generate", {**value, "prompt": f"{number} {words}"}, LOAD_PATIENCE_S)
+        for number in range(count)), return_exceptions=True)
+    return [read_timings(json.dumps(result).encode()) for result in results if isinstance(result, dict)]
+
+
+async def calibrate(gateway, node):
+    """Measure speed and slots of an idle node on a model that is loaded anyway; tell whether that was done.
+
+    Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
+    with a CPU node. Never loads a model.
+    """
+    loaded = [runner for runner in node.runners.values()
+              if runner.ready_s is not None and runner.on_disk and generates(runner)]
+    if not loaded:
+        return False
+    runner = loaded[0]
+    answers = await measure(gateway, runner, 1 if runner.slots_known == "set" else 4, 8)
+    if node.leases or not answers:
+        return False                # requests came in between: the figures would be theirs, too
+    gateway.dispatcher.measured(runner, answers, gateway.loop.time())
+    LOG.info("event=calibrated node=%s model=%s slots=%d decode_tok_s=%.1f", node.name, runner.model, runner.slots,
+             1 / decode_s(runner))
+    gateway.pump()
+    return True
+
+
+async def check(gateway, node):
+    """Settle a suspicion: one token from a loaded model shows that the node works, and how fast."""
+    suspected = node.suspect
+    loaded = [runner for runner in node.runners.values() if runner.ready_s is not None and generates(runner)]
+    if not loaded:
+        gateway.dispatcher.trust(node, gateway.loop.time())
+        return
+    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16)
+    if answers:
+        if not suspected:
+            gateway.dispatcher.measured(loaded[0], answers, gateway.loop.time())
+        gateway.dispatcher.trust(node, gateway.loop.time())
+        gateway.pump()
+
+
+# -----------------------------------------------------------------------------
+# What is going on: health, statistics, the log
+# -----------------------------------------------------------------------------
+
+LOG = logging.getLogger("sollol")
+
+
+def answer_health(gateway):
+    """Answer /api/health: 200 while at least one node is up."""
+    now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
+    up = sum(1 for node in nodes if node.state(now) in ("up", "suspect"))
+    status = "down" if not up else "ok" if up == len(nodes) else "degraded"
+    return json_answer({
+        "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
+        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
+        "inflight": sum(len(node.leases) for node in nodes)}, 200 if up else 503)
+
+
+def percentile(ordered, share):
+    """Return the value below which `share` of an ascending list lies, or None for an empty one."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+
+
+def runner_stats(runner, now):
+    """Return what /api/stats says of one model on one node."""
+    resident = runner.ready_s is not None
+    return {"resident": resident, "loading": resident and runner.ready_s > now, "slots": runner.slots,
+            "slots_known": runner.slots_known, "inflight": len(runner.leases),
+            "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
+            "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
+            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples}
+
+
+def node_stats(node, now):
+    """Return what /api/stats says of one node."""
+    latencies = sorted(node.latencies_s)
+    return {
+        "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
+        "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
+        "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
+        "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
+                      else None for share in (50, 95, 99)},
+        "models": {model: runner_stats(runner, now) for model, runner in sorted(node.runners.items())}}
+
+
+def answer_stats(gateway):
+    """Answer /api/stats: nodes, queue and the last decisions."""
+    dispatcher, now = gateway.dispatcher, gateway.loop.time()
+    queue, ahead_s = [], 0.0
+    for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
+        queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
+                      "client": ticket.wants.client, "position": position,
+                      "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
+        ahead_s += dispatcher.cost_s(ticket.wants)
+    return json_answer({
+        "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
+        "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
+        "nodes": [node_stats(node, now) for node in dispatcher.nodes.values()],
+        "queue": queue,
+        "decisions": [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
+                       "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
+                      for it in reversed(dispatcher.decisions)]})
+
+
+def milliseconds(seconds):
+    """Return whole milliseconds, or "" for None."""
+    return "" if seconds is None else round(seconds * 1000)
+
+
+def request_fields(record, now):
+    """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
+    first_s = None if record.first_s is None else record.first_s - record.started_s
+    return {"event": "request", "id": record.id, "client": record.client, "key": "", "method": record.method,
+            "path": record.path, "model": record.model, "priority": record.priority, "node": record.node,
+            "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
+            "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(now - record.started_s),
+            "prompt_tokens": record.timings.prompt_tokens, "output_tokens": record.timings.output_tokens,
+            "bytes": record.bytes, "reason": record.reason}
+
+
+def bare(value):
+    """Return a value as it stands in a key=value line: quoted if it could be misread."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w.:/@%+\-]+", text) else json.dumps(text)
+
+
+class LogFormat(logging.Formatter):
+    """Write one line per record: `key=value ...`, or one JSON object. A dict as message gives the fields."""
+
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03d"
+
+    def __init__(self, style):
+        super().__init__()
+        self.as_json = style == "json"
+
+    def format(self, record):
+        fields = {"ts": self.formatTime(record), "level": record.levelname.lower()}
+        if isinstance(record.msg, dict):
+            fields |= record.msg
+        elif self.as_json:
+            fields["message"] = record.getMessage()
+        if record.exc_info and self.as_json:
+            fields["traceback"] = self.formatException(record.exc_info)
+        if self.as_json:
+            return json.dumps(fields)
+        line = " ".join(f"{key}={bare(value)}" for key, value in fields.items())
+        if not isinstance(record.msg, dict):
+            line += " " + record.getMessage()
+        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def start_log(style, level):
+    """Send the log to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormat(style))
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(level.upper())
+    LOG.propagate = False
+
+
+def tell_systemd(message):
+    """Send a state to the service manager that started this process, if one did; see sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+        channel.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+# -----------------------------------------------------------------------------
+# hosts.txt: which nodes?
+# -----------------------------------------------------------------------------
+
+def parse_switch(text):
+    """Return the truth value of yes or no. Raises ValueError."""
+    if text not in ("yes", "no"):
+        raise ValueError(f"must be yes or no, not {text!r}")
+    return text == "yes"
+
+
+def parse_slots(text):
+    """Return a number of slots. Raises ValueError."""
+    if not text.isdigit() or not 1 <= int(text) <= 64:
+        raise ValueError(f"must be a whole number from 1 to 64, not {text!r}")
+    return int(text)
+
+
+def parse_word(text):
+    """Return a text that can stand in a header field. Raises ValueError."""
+    if not text or not text.isascii() or not text.isprintable():
+        raise ValueError(f"must be printable ASCII, not {text!r}")
+    return text
+
+
+def parse_prefix(text):
+    """Return a path prefix without its last slash. Raises ValueError."""
+    if not text.startswith("/"):
+        raise ValueError(f"must begin with a slash, not {text!r}")
+    return parse_word(text).rstrip("/")
+
+
+NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word,
+                 "prefix": parse_prefix, "primary": parse_switch}
+
+
+def parse_url(url):
+    """Return (host, port, whether TLS) of a node's URL; without a scheme it is http, without a port 11434."""
+    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        raise ValueError(f"{url!r} is not the URL of a node, such as http://gpu-box:11434")
+    try:
+        port = parts.port or 11434
+    except ValueError:
+        raise ValueError(f"{url!r} has no valid port") from None
+    return parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/")
+
+
+def parse_node(line):
+    """Return the NodeSettings of one line: a URL, then key=value settings. Raises ValueError."""
+    url, *settings = line.split()
+    host, port, tls, prefix = parse_url(url)
+    values = {"prefix": prefix}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in NODE_SETTINGS:
+            raise ValueError(f"unknown setting {setting!r}; there are {', '.join(NODE_SETTINGS)}")
+        try:
+            values[key] = NODE_SETTINGS[key](text)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
+    shown = f"[{host}]" if ":" in host else host
+    return NodeSettings(values.pop("name", f"{shown}:{port}"), host, port, tls,
+                        host_header=values.pop("host", f"{shown}:{port}"), **values)
+
+
+def parse_hosts(text, place):
+    """Return the NodeSettings of a hosts file. Raises ConfigError that names `place` and line."""
+    nodes = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        try:
+            node = parse_node(line)
+            if node.name in nodes:
+                raise ValueError(f"there are two nodes named {node.name!r}; give one of them another name=")
+        except ValueError as error:
+            raise ConfigError(f"{place}:{number}: {error}") from None
+        nodes[node.name] = node
+    if nodes and not any(node.primary for node in nodes.values()):
+        first = next(iter(nodes))
+        nodes[first] = nodes[first]._replace(primary=True)
+    return list(nodes.values())
+
+
+def read_nodes(options):
+    """Return the NodeSettings from --node and --hosts. Raises ConfigError."""
+    texts = ["\n".join(options.node)]
+    place = "--node"
+    if options.hosts:
+        place = options.hosts
+        try:
+            with open(options.hosts, encoding="utf-8") as file:
+                texts.insert(0, file.read())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
+    nodes = parse_hosts("\n".join(texts), place)
+    if not nodes:
+        raise ConfigError(f"{place}: there is no node in it")
+    return nodes
+
+
+# -----------------------------------------------------------------------------
+# Server life: start, reload, drain, stop
+# -----------------------------------------------------------------------------
+
+class Gateway:
+    """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
+
+    def __init__(self, options, nodes):
+        self.options = options
+        self.loop = asyncio.get_running_loop()
+        self.rng = random.Random(options.seed)
+        self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
+                                     queue_timeout_s=options.queue_timeout, rng=self.rng)
+        self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
+        self.pools = {}             # Node: Pool
+        self.probes = {}            # Node: Task
+        self.checks = {}            # Node: Task, of a suspect or slow node
+        self.clients = set()
+        self.first_looks = set()    # nodes not yet looked at since the start
+        self.started_s = self.loop.time()
+        self.server = self.timer = None
+        self.draining = False
+        self.stopped = asyncio.Event()
+        self.hosts_seen = self.hosts_stamp()
+        self.local = {              # path: answer, for GET and HEAD
+            "/": answer_root,
+            "/api/version": answer_version,
+            "/api/tags": answer_tags,
+            "/api/ps": answer_ps,
+            "/v1/models": answer_openai_models,
+            "/api/health": answer_health,
+            "/api/stats": answer_stats,
+        }
+        self.configure(nodes)
+
+    # Start and reload -------------------------------------------------------
+
+    async def start(self):
+        """Look at every node, then listen. Nodes that do not answer at once delay the start by half a second at most."""
+        self.first_looks = set(self.dispatcher.nodes.values())
+        deadline_s = self.loop.time() + 0.5
+        while self.first_looks and self.loop.time() < deadline_s:
+            await asyncio.sleep(0.005)
+        self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
+                                                 start_serving=True)
+        self.timer = self.loop.call_later(SWEEP_S, self.sweep)
+        return self
+
+    @property
+    def address(self):
+        """Return (host, port) that this gateway listens on."""
+        return self.server.sockets[0].getsockname()[:2]
+
+    def accept(self, reader, writer):
+        """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
+        transport = writer.transport
+        client = ClientConnection(self.loop, lambda client: converse(self, client))
+        transport.set_protocol(client)
+        if len(self.clients) >= self.options.max_connections:
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\n"
+                            b"Connection: close\r\n\r\n")
+            transport.close()
+            return
+        self.clients.add(client)
+        client.connection_made(transport)
+
+    def configure(self, nodes):
+        """Take over a list of NodeSettings."""
+        added, dropped = self.dispatcher.configure(nodes)
+        for node in added:
+            self.pools[node] = Pool(node.settings, self.loop)
+            self.probes[node] = self.loop.create_task(probe_forever(self, node))
+        for node in dropped:
+            self.probes.pop(node).cancel()
+            self.pools[node].prune(math.inf)
+        return added, dropped
+
+    def hosts_stamp(self):
+        """Return what changes when the hosts file is saved, or None without a file."""
+        if not self.options.hosts:
+            return None
+        try:
+            stat = os.stat(self.options.hosts)
+            return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        except OSError:
+            return None
+
+    def reload(self):
+        """Read hosts.txt again. A bad file is refused with one log line, and the old nodes stay."""
+        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
+        self.hosts_seen = self.hosts_stamp()
+        try:
+            added, dropped = self.configure(read_nodes(self.options))
+            LOG.info("event=reload added=%s dropped=%s", bare(" ".join(node.name for node in added)),
+                     bare(" ".join(node.name for node in dropped)))
+        except ConfigError as error:
+            LOG.error("event=reload refused=%s", json.dumps(str(error)))
+        tell_systemd("READY=1")
+        self.pump()
+
+    # Work -------------------------------------------------------------------
+
+    def pump(self):
+        """Let the dispatcher match, and wake whoever waits for what it decided."""
+        leases, refused = self.dispatcher.dispatch(self.loop.time())
+        for ticket in itertools.chain((lease.ticket for lease in leases), refused):
+            if ticket.waiter is not None and not ticket.waiter.done():
+                ticket.waiter.set_result(None)
+
+    async def turn(self, ticket):
+        """Return the lease of a ticket, once it has one. Raises Refusal."""
+        self.pump()
+        while ticket.lease is None:
+            if ticket.refusal is not None:
+                raise ticket.refusal
+            ticket.waiter = self.loop.create_future()
+            await ticket.waiter
+        return ticket.lease
+
+    def note_failure(self, node, failure):
+        """Log that a node failed a request."""
+        LOG.warning("event=failure node=%s kind=%s why=%s", node.name, failure.kind, json.dumps(str(failure)))
+
+    def log_request(self, record):
+        """Log a finished request."""
+        LOG.info(request_fields(record, self.loop.time()))
+
+    def sweep(self):
+        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
+        self.timer = self.loop.call_later(SWEEP_S, self.sweep)
+        now, dispatcher = self.loop.time(), self.dispatcher
+        for client in self.clients:
+            if now > client.deadline_s:
+                client.overdue = True
+                client.wake()
+        for ticket in dispatcher.expire(now):
+            if ticket.waiter is not None and not ticket.waiter.done():
+                ticket.waiter.set_result(None)
+        for lease in dispatcher.watch(now):
+            if lease.abandon is not None:
+                lease.abandon(NodeFailure("stalled", "stands still"))
+        for node in dispatcher.nodes.values():
+            if node.up and (node.suspect or node.speed < 0.7 and not node.leases) and node not in self.checks:
+                task = self.checks[node] = self.loop.create_task(check(self, node))
+                task.add_done_callback(lambda task, node=node: self.checks.pop(node, None))
+        for node, pool in list(self.pools.items()):
+            pool.prune(now - IDLE_UPSTREAM_S)
+            if node.draining and not node.leases and dispatcher.nodes.get(node.name) is not node:
+                del self.pools[node]
+        if self.hosts_stamp() not in (None, self.hosts_seen):
+            self.reload()
+        tell_systemd("WATCHDOG=1")
+        self.pump()
+
+    # Stop -------------------------------------------------------------------
+
+    def drain(self):
+        """Stop listening and finish what is running and queued; a second call stops at once."""
+        if self.draining:
+            self.stopped.set()
+            return
+        self.draining = True
+        tell_systemd("STOPPING=1")
+        LOG.info("event=drain running=%d queued=%d", sum(len(node.leases) for node in self.dispatcher.nodes.values()),
+                 len(self.dispatcher.queue))
+        self.server.close()
+        for client in list(self.clients):
+            if not client.serving and not client.buffer:
+                client.transport.close()
+        self.loop.create_task(self.wait_until_idle())
+
+    async def wait_until_idle(self):
+        """Set `stopped` when no client is being served any more, or the drain time is over."""
+        deadline_s = self.loop.time() + self.options.drain_timeout
+        while self.clients and self.loop.time() < deadline_s:
+            await asyncio.sleep(0.05)
+        self.stopped.set()
+
+    async def stop(self):
+        """Close everything at once."""
+        self.draining = True
+        if self.server:
+            self.server.close()
+        if self.timer:
+            self.timer.cancel()
+        tasks = [*self.probes.values(), *self.checks.values(), *(client.task for client in self.clients)]
+        for client in list(self.clients):
+            client.transport.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for pool in self.pools.values():
+            pool.prune(math.inf)
+
+
+# -----------------------------------------------------------------------------
+# Command line
+# -----------------------------------------------------------------------------
+
+def parse_size(text):
+    """Return a number of bytes: `64MiB`, `1GiB`, `4096`."""
+    match = re.fullmatch(r"(\d+)\s*(|[KMG]i?B?|B)", text.strip(), re.I)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MiB")
+    return int(match[1]) * {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB}[match[2][:1].upper()]
+
+
+def parse_seconds(text):
+    """Return a positive number of seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e7:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return seconds
+
+
+def parse_count(text):
+    """Return a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_port(text):
+    """Return a port number; 0 lets the system choose."""
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port number")
+    return int(text)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Say a mistake on one line, exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def command_line(environ):
+    """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
+    parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
+                           epilog="Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
+
+    def add(group, flag, **settings):
+        twin = environ.get("SOLLOL_" + flag.lstrip("-").upper().replace("-", "_"))
+        if twin is not None:
+            if settings.get("action") in ("store_true", "store_false"):
+                if twin.lower() in ("1", "yes", "true"):
+                    settings["default"] = settings["action"] == "store_true"
+            else:
+                settings["default"] = twin.split() if settings.get("action") == "append" else twin
+        group.add_argument(flag, **settings)
+
+    group = parser.add_argument_group("nodes")
+    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP")
+    add(group, "--node", metavar="URL", action="append", default=[], help="a node; may be repeated")
+    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it)")
+    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
+        "1 some down, 2 bad file")
+    add(group, "--probe-interval", metavar="S", type=parse_seconds, default="5", help="seconds between looks at a node "
+        "(%(default)s)")
+    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start")
+    group = parser.add_argument_group("serving")
+    add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
+    add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
+        "have to finish on SIGTERM (%(default)s)")
+    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")
+    group = parser.add_argument_group("queue and routing")
+    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="%(default)s: where each request is "
+        "predicted to finish first; the others are plain proxies, for comparison")
+    add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
+        "(%(default)s)")
+    add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
+        "a slot; then 503 (%(default)s)")
+    add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
+    group = parser.add_argument_group("limits")
+    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bodies that are read for routing; "
+        "blobs pass without limit (%(default)s)")
+    add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
+        "arrive (%(default)s)")
+    add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
+        "(%(default)s)")
+    group = parser.add_argument_group("log")
+    add(group, "--log-format", choices=("kv", "json"), default="kv", help="key=value or JSON lines (%(default)s)")
+    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(%(default)s)")
+    parser.add_argument("--version", action="version", version=f"SOLLOL {__version__}")
+    return parser
+
+
+def parse_options(argv, environ=None):
+    """Return the options of a command line. Exits with status 2 and one line at a mistake."""
+    parser = command_line(os.environ if environ is None else environ)
+    options = parser.parse_args(argv)
+    if not (options.hosts or options.node or options.demo):
+        parser.error("where are the nodes? Give --hosts FILE or --node URL, or try --demo")
+    return options
+
+
+def is_loopback(address):
+    """Tell whether only this machine can reach an address to listen on."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+async def run_gateway(options, nodes):
+    """Serve until a signal ends it."""
+    gateway = Gateway(options, nodes)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gateway.loop.add_signal_handler(number, gateway.drain)
+    gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
+    try:
+        await gateway.start()
+        host, port = gateway.address
+        LOG.info("event=start version=%s url=http://%s:%d nodes=%d policy=%s loop=%s", __version__,
+                 f"[{host}]" if ":" in host else host, port, len(nodes), options.policy,
+                 type(gateway.loop).__module__)
+        if not is_loopback(options.bind):
+            LOG.warning("event=start warning=%s", json.dumps(
+                f"listening on {options.bind} without keys: whoever reaches this port can use the nodes"))
+        tell_systemd("READY=1")
+        await gateway.stopped.wait()
+    finally:
+        await gateway.stop()
+        LOG.info("event=stop")
+
+
+async def run_demo(options):
+    """Serve in front of three simulated nodes in this process."""
+    import bench
+    nodes = bench.demo_nodes()
+    for node in nodes:
+        await node.start()
+    print(DEMO_HINTS.format(port=options.port), flush=True)
+    try:
+        await run_gateway(options, parse_hosts("\n".join(f"{node.url} name={node.name}" for node in nodes), "demo"))
+    finally:
+        for node in nodes:
+            await node.stop()
+
+
+DEMO_HINTS = """\
+Three simulated nodes are running. Try, in another terminal:
+
+  curl -N http://127.0.0.1:{port}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
+  curl http://127.0.0.1:{port}/api/tags
+  curl http://127.0.0.1:{port}/api/stats
+"""
+
+
+async def run_check(options, settings):
+    """Print what every node answers; return the exit status."""
+    gateway = Gateway(options, [])
+    _, _ = gateway.configure([])
+    gateway.dispatcher.configure(settings)
+    nodes = list(gateway.dispatcher.nodes.values())
+    for node in nodes:
+        gateway.pools[node] = Pool(node.settings, gateway.loop)
+    LOG.setLevel(logging.CRITICAL)
+    await asyncio.gather(*(probe(gateway, node) for node in nodes))
+    table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED")]
+    for node in nodes:
+        models = sorted(runner.model for runner in node.runners.values() if runner.on_disk)
+        loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
+        table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
+                      " ".join(models) or "-", " ".join(loaded) or "-"))
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    await gateway.stop()
+    return 0 if all(node.up for node in nodes) else 1
+
+
+def new_loop(options):
+    """Return an event loop: uvloop's where it can be imported, else asyncio's."""
+    if options.uvloop:
+        try:
+            import uvloop
+            return uvloop.new_event_loop()
+        except ImportError:
+            pass
+    return asyncio.new_event_loop()
+
+
+def main(argv=None):
+    """Run the command line; return the exit status."""
+    options = parse_options(argv)
+    start_log(options.log_format, options.log_level)
+    try:
+        nodes = [] if options.demo else read_nodes(options)
+        with asyncio.Runner(loop_factory=lambda: new_loop(options)) as runner:
+            if options.check:
+                return runner.run(run_check(options, nodes))
+            runner.run(run_demo(options) if options.demo else run_gateway(options, nodes))
+    except ConfigError as error:
+        print(f"sollol.py: {error}" if "--" in str(error)[:2] else error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"sollol.py: {options.bind}:{options.port}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
