@@ -69,6 +69,7 @@ LINGER_S = 2.0                      # reading on after an early answer, so that 
 # Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
 CONNECT_TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 3.0
+FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives up after this
@@ -87,6 +88,7 @@ SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengt
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
+FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
 STALL_S = 2.0                       # no token for this long, and ten expected gaps: the node is suspect
 STREAM_PATIENCE_S = 120.0           # a begun stream is given up after this long without a byte on a suspect node
@@ -852,7 +854,7 @@ class Node:
     advanced_s: float = 0.0         # up to when the runners' progress is counted
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
-    rtt_s: float = 0.001
+    rtt_s: float = 0.0
     answer_s: float = 0.0           # EWMA of its answer times
     vram_seen_bytes: float = 0.0    # most that was resident at once
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
@@ -1122,13 +1124,14 @@ def is_usable(node, now):
 
 
 def slot_limit(node, runner, now, elsewhere_free):
-    """Return how many may run at once: the slots, one more while another is tried or while the way there is long."""
-    limit = runner.slots
-    if runner.slots_known != "set" and runner.probe_s <= now:
-        limit += 1
-    elif node.rtt_s > 0.03 * node.answer_s > 0 and not elsewhere_free:
-        limit += 1
-    return limit
+    """Return how many may run at once: the slots, one more while another is tried or while the way there is long.
+
+    Over a long way a slot would stand empty for a round trip between two requests, unless the next one waits there.
+    """
+    if runner.slots_known == "set":
+        return runner.slots
+    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not elsewhere_free
+    return runner.slots + (1 if runner.probe_s <= now or far else 0)
 
 
 def pick_least_inflight(nodes, ticket, state):
@@ -1616,7 +1619,7 @@ class Dispatcher:
         if not node.up:
             node.breaker.succeed()
         node.probed, node.up, node.misses, node.version = True, True, 0, version
-        node.rtt_s += 0.3 * (rtt_s - node.rtt_s)
+        node.rtt_s += (0.3 if node.rtt_s else 1.0) * (rtt_s - node.rtt_s)
 
     def missed(self, node, refused, now):
         """Note a probe without an answer. One silence may be chance; two, or a refused connection, are not."""
@@ -2086,6 +2089,8 @@ class Upload:
         self.client.sink = self
         data = bytes(self.client.buffer)
         self.client.buffer.clear()
+        if self.client.read_paused:
+            self.client.resume_reading()
         self.data(data)
 
     def data(self, data):
@@ -2147,7 +2152,7 @@ class ClientConnection(asyncio.Protocol):
 
     def __init__(self, loop, converse):
         self.loop, self.converse = loop, converse
-        self.transport = self.task = None
+        self.transport = self.task = self.writer = None
         self.address = ""
         self.buffer = bytearray()
         self.sink = None            # an Upload that takes the bytes as they come
@@ -2597,6 +2602,8 @@ async def serve(gateway, client, head, record):
     if local and head.method in ("GET", "HEAD"):
         if head.length != 0:
             await client.read_body(head, gateway.max_body_bytes)
+        if head.path in gateway.refreshed:
+            await gateway.refreshed[head.path](gateway)
         status, body, kind = local(gateway)
         return answer_locally(client, head, record, status, body, kind)
     if gateway.draining:
@@ -2769,6 +2776,25 @@ def rows_of(found):
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
+async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+    """Find out which models are loaded on a node. Raises ProbeFailure or NodeFailure."""
+    asked_s = gateway.loop.time()
+    found = await ask(gateway, node, "GET", "/api/ps", timeout_s=timeout_s)
+    gateway.dispatcher.residency(node, rows_of(found), asked_s, gateway.loop.time())
+
+
+async def look_again(gateway):
+    """Refresh what is loaded where, as far as nodes answer at once; the rest stays as last seen.
+
+    Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
+    """
+    if gateway.looking is None:
+        looks = [look_at_residency(gateway, node, FRESH_S) for node in gateway.dispatcher.nodes.values() if node.up]
+        gateway.looking = asyncio.gather(*looks, return_exceptions=True)
+        gateway.looking.add_done_callback(lambda looks: setattr(gateway, "looking", None))
+    await asyncio.shield(gateway.looking)
+
+
 async def probe(gateway, node):
     """Look at a node once: does it live, which models has it, which are loaded?"""
     dispatcher, loop = gateway.dispatcher, gateway.loop
@@ -2778,8 +2804,7 @@ async def probe(gateway, node):
         found = await ask(gateway, node, "GET", "/api/version")
         dispatcher.answered(node, str(found.get("version", "")), loop.time() - asked_s, loop.time())
         dispatcher.index(node, rows_of(await ask(gateway, node, "GET", "/api/tags")))
-        asked_s = loop.time()
-        dispatcher.residency(node, rows_of(await ask(gateway, node, "GET", "/api/ps")), asked_s, loop.time())
+        await look_at_residency(gateway, node)
     except (NodeFailure, ProbeFailure) as failure:
         why = str(failure)
         if isinstance(failure, NodeFailure) or "/api/version" in why:
@@ -3112,7 +3137,8 @@ class Gateway:
         self.clients = set()
         self.first_looks = set()    # nodes not yet looked at since the start
         self.started_s = self.loop.time()
-        self.server = self.timer = None
+        self.server = self.timer = self.address = None
+        self.looking = None         # asks all nodes for /api/ps, while somebody waits for that
         self.draining = False
         self.stopped = asyncio.Event()
         self.hosts_seen = self.hosts_stamp()
@@ -3125,6 +3151,7 @@ class Gateway:
             "/api/health": answer_health,
             "/api/stats": answer_stats,
         }
+        self.refreshed = {"/api/ps": look_again}    # path: what is awaited before that answer
         self.configure(nodes)
 
     # Start and reload -------------------------------------------------------
@@ -3137,18 +3164,15 @@ class Gateway:
             await asyncio.sleep(0.005)
         self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
                                                  start_serving=True)
+        self.address = self.server.sockets[0].getsockname()[:2]
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         return self
-
-    @property
-    def address(self):
-        """Return (host, port) that this gateway listens on."""
-        return self.server.sockets[0].getsockname()[:2]
 
     def accept(self, reader, writer):
         """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
         transport = writer.transport
         client = ClientConnection(self.loop, lambda client: converse(self, client))
+        client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         transport.set_protocol(client)
         if len(self.clients) >= self.options.max_connections:
             transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\n"
@@ -3400,8 +3424,8 @@ def is_loopback(address):
         return address == "localhost"
 
 
-async def run_gateway(options, nodes):
-    """Serve until a signal ends it."""
+async def run_gateway(options, nodes, greeting=""):
+    """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
     gateway = Gateway(options, nodes)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
@@ -3409,17 +3433,28 @@ async def run_gateway(options, nodes):
     try:
         await gateway.start()
         host, port = gateway.address
-        LOG.info("event=start version=%s url=http://%s:%d nodes=%d policy=%s loop=%s", __version__,
-                 f"[{host}]" if ":" in host else host, port, len(nodes), options.policy,
-                 type(gateway.loop).__module__)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        LOG.info("event=start version=%s url=%s nodes=%d policy=%s loop=%s", __version__, url, len(nodes),
+                 options.policy, type(gateway.loop).__module__)
         if not is_loopback(options.bind):
             LOG.warning("event=start warning=%s", json.dumps(
                 f"listening on {options.bind} without keys: whoever reaches this port can use the nodes"))
         tell_systemd("READY=1")
+        if greeting:
+            print(greeting.format(url=url), flush=True)
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
         LOG.info("event=stop")
+
+
+DEMO_HINTS = """\
+Three simulated nodes are running. Try, in another terminal:
+
+  curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
+  curl {url}/api/tags
+  curl {url}/api/stats
+"""
 
 
 async def run_demo(options):
@@ -3428,21 +3463,12 @@ async def run_demo(options):
     nodes = bench.demo_nodes()
     for node in nodes:
         await node.start()
-    print(DEMO_HINTS.format(port=options.port), flush=True)
+    lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
     try:
-        await run_gateway(options, parse_hosts("\n".join(f"{node.url} name={node.name}" for node in nodes), "demo"))
+        await run_gateway(options, parse_hosts(lines, "demo"), DEMO_HINTS)
     finally:
         for node in nodes:
             await node.stop()
-
-
-DEMO_HINTS = """\
-Three simulated nodes are running. Try, in another terminal:
-
-  curl -N http://127.0.0.1:{port}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
-  curl http://127.0.0.1:{port}/api/tags
-  curl http://127.0.0.1:{port}/api/stats
-"""
 
 
 async def run_check(options, settings):

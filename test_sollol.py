@@ -654,7 +654,7 @@ OK = framed(b'{"response":"fine","done":true}')
 @over_sockets
 async def test_failure_before_the_first_byte_is_not_seen_by_the_client(bad):
     nodes = [ScriptedNode(lambda request: bad), ScriptedNode(lambda request: [OK, KEEP])]
-    async with gateway_for(*nodes) as gateway:
+    async with gateway_for(*nodes, flags=["--policy", "round-robin"]) as gateway:
         for _ in range(2):
             answer = await call(gateway, "POST", "/api/generate", generate())
             assert (answer.status, answer.body) == (200, b'{"response":"fine","done":true}')
@@ -856,8 +856,12 @@ async def test_show_goes_to_a_holder_and_other_paths_to_some_node():
 @over_sockets
 async def test_stats_show_nodes_queue_and_decisions():
     async with gateway_for(fixed(1)) as gateway:
-        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50), X_Priority=number))
-                 for number in (5, 3, 9)]
+        def one(priority):
+            return asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50), X_Priority=priority))
+
+        tasks = [one(5)]
+        await until(lambda: health(gateway)["inflight"] == 1)
+        tasks += [one(3), one(9)]
         await until(lambda: health(gateway)["queued"] == 2)
         stats = (await call(gateway, "GET", "/api/stats")).json()
         node = stats["nodes"][0]
