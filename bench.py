@@ -1,28 +1,37 @@
 #!/usr/bin/env python3
-"""Simulated Ollama nodes, and a clock that makes them fast.
+"""The proof: SOLLOL against round-robin and least-inflight, on simulated Ollama nodes or on real ones.
 
+    python bench.py                             # the comparison table, on three simulated nodes, in seconds
+    python bench.py --matrix                    # all scenarios: clusters, loads, models, bursts, faults; minutes
+    python bench.py --agents 10,40              # parallel agents against one call after the other
+    python bench.py --check                     # are the claims true? exit status 1 if one is not
+    python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
     python bench.py --nodes 3 --port 11434      # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
 
-Each node is a real HTTP/1.1 server on a real socket that behaves as Ollama does on the wire: slots with a
+Each simulated node is a real HTTP/1.1 server on a real socket that behaves as Ollama does on the wire: slots with a
 hidden FIFO in front, model loads and evictions, keep-alive, prefix cache, batching slow-down, honest
 timings in the last line, and faults on demand. Only the GPU is made up. Under `run_virtual` the waiting
 is made up as well.
 """
 
-import argparse
 import asyncio
 import base64
+import bisect
 import collections
+import concurrent.futures
 import contextlib
+import csv
 import datetime
 import email.utils
 import errno
 import hashlib
 import heapq
+import html
 import http.client
 import itertools
 import json
 import math
+import pathlib
 import random
 import re
 import selectors
@@ -32,6 +41,8 @@ import struct
 import sys
 import urllib.parse
 from typing import Callable, NamedTuple
+
+import sollol
 
 # ------------------------------------------------------------------------------------------------------------
 # Virtual clock: how does a 60 s benchmark run in a few seconds, the same way every time?
@@ -107,7 +118,7 @@ def run_virtual(main_coroutine):
 # Hardware and models: how fast is what?
 #
 # Speeds are those of an 8B model in Q4_K_M; another model runs `speed` times as fast. Figures and sources:
-# ollama-contract.md 6.1 (speeds) and 6.2 (loads), routing.md section 2 (slots, factors). They are
+# public benchmarks of llama.cpp and Ollama, and vendors' data of disks and buses. They are
 # assumptions for comparing policies, not measurements of anybody's machine.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -173,7 +184,7 @@ def model_named(name):
 # Device: how do requests share one processor?
 #
 # Work is counted in solo-seconds: what takes 1 s alone is 1 solo-second. b requests of one model are
-# batched and progress at b^-0.3 each (b^0.7 together: routing.md section 2); k models at work take turns,
+# batched and progress at b^-0.3 each (b^0.7 together); k models at work take turns,
 # 1/k each; a fault multiplies all. All turns of one model progress equally, so one clock per model says how
 # far: a turn is done when the clock of its model reaches the turn's target, a heap knows who is next, and
 # one timer waits for it. A change of membership only changes rates, never targets: O(log n), and exact.
@@ -294,7 +305,7 @@ class Device:
 # Requests: what does the client want?
 #
 # Go reads JSON leniently, and clients rely on it: keys match in any case, the last duplicate wins, bytes
-# after the first value are ignored, Content-Type does not matter (contract 0.17).
+# after the first value are ignored, Content-Type does not matter.
 # ------------------------------------------------------------------------------------------------------------
 
 class Refused(Exception):
@@ -446,18 +457,18 @@ def embedded(model, text):
 # ------------------------------------------------------------------------------------------------------------
 # Engine: which models are in memory, and who waits for what?
 #
-# Ollama's scheduler (contract 3). A request for a resident model with the same options goes straight to its
+# Ollama's scheduler. A request for a resident model with the same options goes straight to its
 # runner and waits there in an unbounded FIFO for one of the slots. All others form one line: its head
 # loads, alone; to make room it evicts idle models, and waits, with everybody behind it, while there is
 # none. Requests for the busy model still pass by on the fast path, so a load can starve. Whoever triggered
 # a load and leaves, aborts it; the next in line begins from zero.
 # ------------------------------------------------------------------------------------------------------------
 
-OVERHEAD_S = 0.03           # per request: template, tokeniser, sampling set-up (routing.md section 2)
-LOAD_START_S = 1.5          # process, GPU discovery, health poll (contract 6.2)
-EVICTION_S = 0.7            # until VRAM is really free (contract 6.2: 0.5 to 1.5)
-SPILL = 0.15                # a model that does not fit runs partly on the CPU, 5-10x slower (contract 3)
-CACHE_MATCH = 0.1           # a slot is reused when more than this part of the prompt matches (contract 5)
+OVERHEAD_S = 0.03           # per request: template, tokeniser, sampling set-up
+LOAD_START_S = 1.5          # process, GPU discovery, health poll
+EVICTION_S = 0.7            # until VRAM is really free: 0.5 to 1.5 s were seen
+SPILL = 0.15                # a model that does not fit runs partly on the CPU, 5-10x slower
+CACHE_MATCH = 0.1           # a slot is reused when more than this part of the prompt matches
 KV_GB_PER_TOKEN = 128 / 2**20       # 8B model, f16; grows slowly with size: 70B has 2.5 times as much
 
 
@@ -521,7 +532,7 @@ class Engine:
         self._idle = asyncio.Event()    # some runner became idle or left
 
     def context_length(self, options):
-        """Return num_ctx: what the client said, or Ollama's default for this much VRAM (contract 0.6)."""
+        """Return num_ctx: what the client said, or Ollama's default for this much VRAM."""
         default = 4096 if self.vram_gb < 23 else 32768 if self.vram_gb < 47 else 262144
         explicit = dict(options).get("num_ctx")
         return max(4, int(explicit)) if isinstance(explicit, (int, float)) else default
@@ -545,7 +556,7 @@ class Engine:
         runner = await self._obtain(model, options)
         runner.users += 1
         self._stop_expiry(runner)
-        if keep_alive_s is not None:        # absent keeps what an earlier request has said (contract 1.1)
+        if keep_alive_s is not None:        # absent keeps what an earlier request has said
             runner.keep_alive_s = keep_alive_s
         try:
             yield runner
@@ -581,7 +592,7 @@ class Engine:
         return runner
 
     def _runner(self, model, options):
-        slots = 1 if model.embedding else self.slots        # contract 0.4
+        slots = 1 if model.embedding else self.slots        # Ollama gives an embedding model one
         tokens = slots * int(dict(options).get("num_ctx") or 4096)     # AUTO counts as 4096 everywhere
         kv_gb = 0.0 if model.embedding else tokens * KV_GB_PER_TOKEN * (model.params_b / 8) ** 0.4
         return Runner(model, options, slots, self.keep_alive_s, model.size_gb * 1.2 + kv_gb, self.vram_gb)
@@ -654,7 +665,7 @@ class Engine:
 # ------------------------------------------------------------------------------------------------------------
 # HTTP: one request and its answer on the wire
 #
-# What net/http does (contract 1, 4): small bodies with Content-Length, larger ones and streams chunked, EOF
+# What net/http does: small bodies with Content-Length, larger ones and streams chunked, EOF
 # from the client is a disconnect, 100 Continue when the body is first read, no chunks for HTTP/1.0.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -866,7 +877,7 @@ class Exchange:
         self.send(status, compact(value), JSON_TYPE)
 
     def refuse(self, refusal):
-        """Answer with an error in the family of the path (contract 1.3)."""
+        """Answer with an error in the family of the path."""
         if not self.head.path.startswith("/v1/"):
             self.send_json({"error": refusal.text}, refusal.status)
             return
@@ -1011,7 +1022,7 @@ class CompletionEvents(ChatEvents):
     first = later = b'{"text":%b,"index":0,"finish_reason":null}'
     finish = {"text": ""}
 
-    def extra(self):        # a zeroed usage on every chunk, oddly (contract 1.2)
+    def extra(self):        # a zeroed usage on every chunk, oddly
         zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         return b',"usage":' + compact(zeros) if self.ask.include_usage else b""
 
@@ -1082,7 +1093,7 @@ async def infer(node, exchange, dialect):
 async def produce(engine, runner, exchange, dialect, tokens_per_line):
     """Prefill and decode on the device, streaming as tokens come; return (stats, text)."""
     ask, now_s = dialect.ask, asyncio.get_running_loop().time
-    tokens, reason = composed(ask, 10 * engine.context_length(ask.options))      # 10 x num_ctx: contract 1.1
+    tokens, reason = composed(ask, 10 * engine.context_length(ask.options))      # Ollama ends there
     prompt_tokens = token_count(ask.prompt)
     jitter, cached, kept = engine.jitter(), runner.take_text(ask.prompt), ask.prompt
     exchange.record.started_s = begun_s = now_s()
@@ -1106,7 +1117,7 @@ async def produce(engine, runner, exchange, dialect, tokens_per_line):
 
 
 async def load_or_unload(node, exchange, dialect):
-    """Answer an empty prompt: it only moves the model (contract 1.1)."""
+    """Answer an empty prompt: it only moves the model."""
     ask = dialect.ask
     if ask.keep_alive_s == 0:
         node.engine.expire(ask.model)
@@ -1151,7 +1162,7 @@ class Embeddings(NamedTuple):
 
 
 async def embed_all(node, exchange, body, model, texts):
-    """Return the Embeddings of all texts; each text waits for a slot of its own (contract 3)."""
+    """Return the Embeddings of all texts; each text waits for a slot of its own."""
     engine, now_s, arrived_s = node.engine, asyncio.get_running_loop().time, exchange.record.time_s
     options = runner_key(field(body, "options", dict, {}))
 
@@ -1268,7 +1279,7 @@ def openai_model(model):
 
 async def openai_models(node, exchange):
     rows = [openai_model(model) for model in node.models.values()]
-    exchange.send_json({"object": "list", "data": rows or None})        # null when there is none: contract 1
+    exchange.send_json({"object": "list", "data": rows or None})        # null when there is none
 
 
 async def openai_one_model(node, exchange):
@@ -1291,7 +1302,7 @@ async def find_blob(node, exchange):
 
 async def store_blob(node, exchange):
     digest = blob_digest(exchange)
-    if digest in node.blobs:        # answered at once, the body unread: contract 4, "Early final response"
+    if digest in node.blobs:        # answered at once, the body unread
         exchange.close = True
         exchange.send(200)
         await exchange.delivered()
@@ -1555,14 +1566,14 @@ class SimNode:
 
 
 def refused_origin(head):
-    """Return whether CORS forbids the request: its origin is neither local nor the node (contract 0.10)."""
+    """Return whether CORS forbids the request: its origin is neither local nor the node."""
     origin = head.fields.get("origin", "")
     own = origin.partition("://")[2] == head.fields.get("host")
     return bool(origin) and not own and not LOCAL_ORIGIN.fullmatch(origin)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line: simulated nodes for people
+# Simulated nodes for people
 # ------------------------------------------------------------------------------------------------------------
 
 DEMO = (
@@ -1610,22 +1621,1662 @@ async def start_or_explain(node):
         raise PortTaken(f"port {node.port} is already in use" if taken else str(error)) from None
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Workloads: what do real services ask for, and when?
+#
+# Token pairs (prompt, output) are a systematic sample of the Azure LLM inference traces 2023, conversation and
+# code: github.com/Azure/AzurePublicDataset, CC BY 4.0; Patel et al., "Splitwise", ISCA 2024. Rows were ordered
+# by output and prompt and every n-th was kept, so means and pairing are those of the whole (211 and 28 output
+# tokens). `--trace FILE` reads a whole one, arrivals included. Prompts are distinct: no cache can win.
+# ------------------------------------------------------------------------------------------------------------
+
+CONVERSATION = """
+120:12 120:12 237:14 245:14 91:16 309:18 317:18 331:18 4075:26 2383:28 4086:29 4083:31 4091:33 4076:35
+4084:36 4077:37 4082:38 4082:39 4078:40 4081:41 2301:42 696:43 4085:43 4075:44 1201:45 4097:45 4078:46
+1722:47 4145:47 2878:48 367:49 4075:49 1082:50 2444:50 380:51 4091:51 1358:52 211:53 2432:53 375:54 4086:54
+2635:55 992:56 4075:56 387:57 371:58 4074:58 377:59 4623:59 892:60 375:61 4102:61 1872:62 383:63 4091:63
+435:64 247:65 4098:65 439:66 4140:66 1786:67 372:68 1667:68 373:69 1912:69 374:70 2611:70 403:71 5277:71
+765:72 4131:72 402:73 215:74 1156:74 317:75 1132:75 192:76 396:76 238:77 653:77 197:78 401:78 3783:78 395:79
+2266:79 386:80 1048:80 373:81 408:81 2166:81 393:82 451:82 3243:82 393:83 439:83 181:84 394:84 438:84
+4088:84 395:85 458:85 4089:85 393:86 409:86 1434:86 385:87 403:87 898:87 361:88 396:88 419:88 1662:88 390:89
+401:89 426:89 2744:89 393:90 406:90 849:90 4098:90 394:91 406:91 910:91 373:92 397:92 411:92 1722:92 382:93
+398:93 414:93 2108:93 391:94 405:94 687:94 181:95 395:95 409:95 697:95 222:96 401:96 429:96 220:97 399:97
+428:97 172:98 404:98 435:98 374:99 400:99 422:99 2895:99 395:100 412:100 3185:100 395:101 415:101 2408:101
+400:102 664:102 395:103 420:103 181:104 405:104 1240:104 398:105 1924:105 400:106 4463:106 403:107 1730:107
+399:108 991:108 395:109 1593:109 391:110 844:110 391:111 1969:111 396:112 5588:112 420:113 398:114 3367:114
+905:115 393:116 2754:116 806:117 400:118 399:119 404:120 396:121 187:122 1476:122 1331:123 886:124 403:125
+394:126 398:127 391:128 407:129 396:130 22:131 40:132 2125:132 2593:133 2735:134 2402:135 2108:136 1785:137
+413:138 1181:139 416:140 1316:141 1360:142 188:144 181:145 403:146 416:147 1394:148 404:150 2452:151 411:152
+1503:153 409:155 163:157 442:158 1732:159 200:161 191:162 206:162 212:162 206:163 396:164 4145:165 203:167
+218:168 4074:169 3751:171 194:174 181:176 126:178 206:179 181:180 209:181 200:183 212:183 1313:186 203:189
+159:192 194:194 181:198 1315:200 1315:203 181:205 181:210 215:212 169:217 197:217 200:217 203:217 209:217
+212:217 203:223 4079:232 72:245 181:267 4088:336 1028:366 959:373 1070:373 980:374 1007:375 1075:375
+1168:375 1085:377 1059:378 1028:379 1123:380 1110:382 1113:383 1128:384 1068:385 1336:385 1125:386 1174:387
+1035:388 1104:388 1035:389 1084:390 1043:391 987:392 949:393 1044:393 1099:393 975:394 1021:394 1067:394
+1134:394 970:395 1034:395 1083:395 1223:395 1001:396 1028:396 1049:396 1073:396 1095:396 1116:396 1142:396
+1192:396 918:397 1031:397 1062:397 1112:397 992:398 1055:398 1130:398 1009:399 1098:399 1026:400 1160:400
+1039:401 1116:401 1268:401 1091:402 1005:403 1113:403 1104:404 1029:405 1161:405 1094:406 1044:407 1378:407
+1124:408 1082:409 1041:410 977:411 1024:411 1055:411 1090:411 1147:411 1124:412 1053:413 972:414 1019:414
+1047:414 1099:414 1190:414 1055:415 1123:415 1093:416 1065:417 1019:418 1144:418 1062:419 1009:420 1139:420
+1091:421 1064:422 1243:423 1009:425 1069:426 985:427 1102:427 1063:428 962:429 1027:429 1063:429 1104:429
+1193:429 1035:431 1032:433 1108:434 1034:437 1091:439 1084:441 966:443 1063:445 1120:447 1099:450 1101:453
+1111:458 1109:462 1095:467 1065:474 1005:483 1015:498 1170:502 1038:514 1031:520 1044:527 983:536 1075:550
+1020:565 1079:577 1182:595 964:609 1014:626 1090:662 1170:939
+"""
+
+CODE = """
+55:6 180:6 359:6 726:6 1007:6 1310:6 1679:6 2001:6 2433:6 2951:6 3862:6 6077:6 22:7 178:7 446:7 836:7 1114:7
+1429:7 1943:7 2366:7 2867:7 3760:7 6498:7 63:8 308:8 773:8 1077:8 1500:8 2039:8 2437:8 3690:8 7436:8 100:9
+240:9 463:9 772:9 1011:9 1247:9 1503:9 1738:9 2128:9 2623:9 3043:9 3765:9 5847:9 7437:9 200:10 594:10
+1020:10 1323:10 1702:10 2165:10 2764:10 4280:10 7436:10 175:11 603:11 1040:11 1475:11 2177:11 2891:11
+5226:11 41:12 204:12 700:12 1205:12 1847:12 2412:12 3208:12 5708:12 50:13 195:13 697:13 1096:13 1708:13
+2302:13 3089:13 6587:13 77:14 374:14 1016:14 1908:14 2846:14 6040:14 99:15 395:15 1118:15 2022:15 3324:15
+62:16 518:16 1084:16 2044:16 6108:16 251:17 1370:17 3724:17 138:18 875:18 1861:18 3:19 586:19 1502:19
+4181:19 158:20 1940:20 61:21 1649:21 7422:21 1021:22 3385:22 1008:23 201:24 2969:24 1050:25 46:26 3231:26
+2215:27 1047:28 261:29 449:30 261:31 4746:31 1083:33 1911:34 321:36 2772:37 4749:39 997:41 1143:43 1225:45
+7434:46 1637:49 746:52 1687:54 295:57 21:60 2480:63 1002:67 1663:72 2705:76 3435:82 1915:90 1969:100
+2776:111 1333:128 581:153 2595:193 715:252 2276:470
+"""
+
+def read_pairs(text):
+    """Return [(prompt tokens, output tokens)] of a table above."""
+    return [tuple(map(int, pair.split(":"))) for pair in text.split()]
+
+
+CONVERSATION_PAIRS = read_pairs(CONVERSATION)
+LENGTHS = {
+    "conversation": CONVERSATION_PAIRS,
+    "code": read_pairs(CODE),
+    "simple": [pair for pair in CONVERSATION_PAIRS if pair[1] <= 100],
+    "medium": [pair for pair in CONVERSATION_PAIRS if 100 < pair[1] <= 300],
+    "complex": [pair for pair in CONVERSATION_PAIRS if pair[1] > 300],
+}
+MIX = (("simple", 0.3), ("medium", 0.5), ("complex", 0.2))      # the 30/50/20 of the guide's benchmark
+BURST_S, PAUSE_S, BURST_RATE = 15.0, 45.0, 4.0      # bursts: 15 s at four times the mean rate, then silence
+
+
+class Work(NamedTuple):
+    """One request to be made."""
+
+    number: int
+    at_s: float                     # intended send time; closed-loop clients send when they are free
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+    priority: int = 5
+    turn: int = 0                   # of a conversation whose earlier turns are sent along; 0 = single request
+
+
+class Scenario(NamedTuple):
+    """A cluster, what is asked of it, and what goes wrong."""
+
+    name: str
+    cluster: str
+    lengths: str = "conversation"   # or "mixed"
+    clients: int = 0                # closed loop with so many clients; 0: open loop
+    load: float = 0.0               # open loop: share of the throughput with every slot busy
+    arrivals: str = "poisson"       # or "burst", or "at once"
+    models: tuple = ("llama3.1:8b",)
+    urgent: float = 0.0             # share of requests with priority `high`
+    latency_s: float = 0.0005       # one way: LAN 0.5 ms, WAN 40 ms, far 150 ms
+    vram_gb: float = 0.0            # of every node, in place of its own
+    fault: str = ""                 # kill, hang, slow or 503, of the cluster's second node
+    chat: bool = False              # sessions of six turns with 15 s to think
+    requests: int = 500
+    duration_s: float = 60.0        # closed loop: how long new requests are made
+    timeout_s: float = 120.0        # when clients give up, which counts as a failure of that latency
+
+    def __str__(self):
+        how = (f"closed loop, {self.clients} clients, {self.duration_s:g} s" if self.clients else
+               "all at once" if self.arrivals == "at once" else f"{self.arrivals} arrivals at {self.load:.0%} load")
+        extra = "".join([f", {self.urgent:.0%} urgent" if self.urgent else "", ", six-turn chats" if self.chat else "",
+                         f", one node: {self.fault}" if self.fault else ""])
+        return (f"{self.name}: {self.cluster} ({' '.join(CLUSTERS[self.cluster])}), {' '.join(self.models)}, "
+                f"{self.lengths} lengths, {how}{extra}")
+
+
+CLUSTERS = {
+    "hom3": ("rtx3060",) * 3, "hom5": ("rtx3060",) * 5, "hom10": ("rtx3060",) * 10,
+    "mild3": ("rtx4090", "rtx3060", "m2"), "mild5": ("rtx4090", "rtx3090", "rtx3060", "rtx3060", "m2"),
+    "het3": ("rtx4090", "rtx3060", "cpu"), "het5": ("rtx4090", "rtx3060", "rtx3060", "m2", "cpu"),
+    "het10": ("rtx4090",) * 2 + ("rtx3060",) * 3 + ("m2",) * 3 + ("cpu",) * 2,
+}
+FIVE_MODELS = ("llama3.1:8b", "mistral:latest", "qwen2.5:7b", "gemma3:4b", "llama3.2:latest")
+
+
+def pick_lengths(rng, lengths):
+    """Return one (prompt, output) pair."""
+    if lengths == "mixed":
+        lengths = rng.choices([name for name, _ in MIX], [share for _, share in MIX])[0]
+    return rng.choice(LENGTHS[lengths])
+
+
+def solo_s(hardware, model, prompt_tokens, output_tokens):
+    """Return how long a lone request takes on idle hardware whose model is loaded."""
+    machine, factor = HARDWARE[hardware], model_named(model).speed
+    return (OVERHEAD_S + prompt_tokens / (machine.prefill_tok_s * factor)
+            + output_tokens / (machine.decode_tok_s * factor))
+
+
+def mean_solo_s(scenario, hardware):
+    """Return the mean of `solo_s` over what a scenario asks for."""
+    rng = random.Random(0)
+    drawn = [(rng.choice(scenario.models), *pick_lengths(rng, scenario.lengths)) for _ in range(2000)]
+    return sum(solo_s(hardware, *one) for one in drawn) / len(drawn)
+
+
+def capacity(scenario):
+    """Return requests per second with every slot of the cluster busy."""
+    return sum(HARDWARE[hardware].slots ** 0.7 / mean_solo_s(scenario, hardware)
+               for hardware in CLUSTERS[scenario.cluster])
+
+
+def arrival_times(scenario, rng):
+    """Yield intended send times."""
+    rate = capacity(scenario) * scenario.load if scenario.load else math.inf
+    at_s = 0.0
+    while True:
+        if scenario.arrivals == "at once":
+            yield 0.0
+            continue
+        in_burst = scenario.arrivals == "burst"
+        at_s += rng.expovariate(rate * BURST_RATE if in_burst else rate)
+        if in_burst and at_s % (BURST_S + PAUSE_S) > BURST_S:
+            at_s += BURST_S + PAUSE_S - at_s % (BURST_S + PAUSE_S)
+        yield at_s
+
+
+def make_work(scenario, seed):
+    """Return the requests of a scenario: the same for every policy, from one seed."""
+    rng = random.Random(f"{scenario.name} {seed}")
+    times = arrival_times(scenario._replace(load=scenario.load or 0.5), rng)
+    count = 20_000 if scenario.clients else scenario.requests
+    return [Work(number, 0.0 if scenario.clients else next(times), rng.choice(scenario.models),
+                 *pick_lengths(rng, scenario.lengths), 8 if rng.random() < scenario.urgent else 5)
+            for number in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clients: what do they see?
+# ------------------------------------------------------------------------------------------------------------
+
+class Sample(NamedTuple):
+    """One request as its client saw it. Latency counts from the intended send time."""
+
+    scheduled_s: float
+    sent_s: float
+    first_s: float | None
+    end_s: float
+    node: str
+    status: int                     # 0 = no answer
+    ok: bool
+    priority: int
+    output_tokens: int
+
+    @property
+    def latency_s(self):
+        return self.end_s - self.scheduled_s
+
+
+class Caller:
+    """Make requests to one address over connections that are kept."""
+
+    def __init__(self, host, port):
+        self.host, self.port = host, port
+        self.idle = []
+
+    async def call(self, body, priority=None, path="/api/chat"):
+        """Make one request; return (status, node, time of the first byte, last bytes of the body)."""
+        loop = asyncio.get_running_loop()
+        reader, writer = await self.connection()
+        whole = False
+        try:
+            field = b"" if priority is None else b"X-Priority: %d\r\n" % priority
+            writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
+                path.encode(), self.host.encode(), self.port, field, len(body), body))
+            head = await reader.readuntil(b"\r\n\r\n")
+            first_s = loop.time()
+            tail = await self.read_body(reader, head)
+            whole = b"\r\nconnection: close" not in head.lower()
+            node = re.search(rb"\r\nX-SOLLOL-Node: ([^\r]*)", head)
+            return int(head[9:12]), node[1].decode() if node else "", first_s, tail
+        finally:
+            if whole:
+                self.idle.append((reader, writer))
+            else:
+                writer.transport.abort()
+
+    async def connection(self):
+        """Return a connection that the other side has not closed meanwhile."""
+        while self.idle:
+            reader, writer = self.idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.transport.abort()
+        return await asyncio.open_connection(self.host, self.port)
+
+    async def read_body(self, reader, head):
+        """Read a body to its end; return its last bytes."""
+        length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.I)
+        if length:
+            return (await reader.readexactly(int(length[1])))[-2000:]
+        tail = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            tail = (tail + await reader.readexactly(size + 2))[-2000:]
+        await reader.readexactly(2)
+        return tail
+
+    def close(self):
+        for _, writer in self.idle:
+            writer.transport.abort()
+
+
+def chat_body(work, history=()):
+    """Return the body of a chat request: as many tokens as the work says, none of them in another request."""
+    words = f"<out={work.output_tokens}> request {work.number} of many: "
+    filler = "lorem " * (work.prompt_tokens * 4 // 6 + 1)
+    prompt = (words + filler)[:max(len(words), work.prompt_tokens * 4)]
+    messages = [*history, {"role": "user", "content": prompt}]
+    return json.dumps({"model": work.model, "messages": messages, "stream": True}).encode()
+
+
+async def make_request(caller, work, scheduled_s, timeout_s, body=None):
+    """Make one request and return its Sample, whatever comes of it."""
+    loop = asyncio.get_running_loop()
+    sent_s, first_s, node, status, ok = loop.time(), None, "", 0, False
+    try:
+        async with asyncio.timeout_at(scheduled_s + timeout_s):
+            status, node, first_s, tail = await caller.call(body or chat_body(work), work.priority)
+            ok = status == 200 and b'"done":true' in tail
+    except TimeoutError:
+        pass
+    except (OSError, asyncio.IncompleteReadError):
+        # A failure counts as the time-out: refusing fast must not look like answering fast.
+        return Sample(scheduled_s, sent_s, None, scheduled_s + timeout_s, node, status, False, work.priority, 0)
+    end_s = loop.time() if ok else scheduled_s + timeout_s
+    return Sample(scheduled_s, sent_s, first_s if ok else None, end_s, node, status, ok, work.priority,
+                  work.output_tokens if ok else 0)
+
+
+async def open_loop(caller, works, timeout_s):
+    """Send every request at its time, whatever has become of those before it; return the Samples."""
+    loop = asyncio.get_running_loop()
+    start_s, tasks = loop.time(), []
+    for work in works:
+        await asyncio.sleep(start_s + work.at_s - loop.time())
+        tasks.append(asyncio.create_task(make_request(caller, work, start_s + work.at_s, timeout_s)))
+    return await asyncio.gather(*tasks)
+
+
+async def closed_loop(caller, works, clients, duration_s, timeout_s):
+    """Let `clients` send one request after the other for a while; return the Samples."""
+    loop = asyncio.get_running_loop()
+    start_s, samples, remaining = loop.time(), [], iter(works)
+
+    async def client():
+        while loop.time() - start_s < duration_s:
+            samples.append(await make_request(caller, next(remaining), loop.time(), timeout_s))
+            if not samples[-1].ok:
+                await asyncio.sleep(0.1)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return samples
+
+
+async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
+    """Let sessions of six turns begin at the works' times, each turn sending all before it along."""
+    loop = asyncio.get_running_loop()
+    start_s = loop.time()
+
+    async def session(number, first):
+        samples, history = [], []
+        await asyncio.sleep(start_s + first.at_s * turns - loop.time())
+        for turn, work in enumerate(works[number * turns:(number + 1) * turns]):
+            if turn:
+                await asyncio.sleep(think_s)
+            body = chat_body(work, history)
+            samples.append(await make_request(caller, work, loop.time(), timeout_s, body))
+            sent = json.loads(body)["messages"]
+            history = [*sent, {"role": "assistant", "content": "lorem " * (work.output_tokens * 4 // 6)}]
+        return samples
+
+    sessions = [session(number, works[number]) for number in range(len(works) // turns)]
+    return [sample for samples in await asyncio.gather(*sessions) for sample in samples]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparison: the same requests through each policy
+#
+# All policies are entries of the gateway's own table, behind the same parser and relay: round-robin and
+# least-inflight skip nodes that are down and retry what was refused, as a good plain proxy does, and send
+# every request on at once.
+# ------------------------------------------------------------------------------------------------------------
+
+PLAIN, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
+
+
+class Run(NamedTuple):
+    """What one policy made of a scenario."""
+
+    policy: str
+    samples: list
+    elapsed_s: float
+    prediction_error: float | None = None       # median |predicted - actual| / actual finish
+
+
+def cluster_nodes(scenario, seed):
+    """Return a scenario's simulated nodes, not started. One model: it is loaded everywhere; more: none is."""
+    loaded = scenario.models if len(scenario.models) == 1 else ()
+    return [SimNode(hardware, scenario.models, name=f"{number + 1}-{hardware}", seed=seed * 100 + number, loaded=loaded,
+                    noise=0.08, latency_s=scenario.latency_s, vram_gb=scenario.vram_gb or None, tokens_per_line=16)
+            for number, hardware in enumerate(CLUSTERS[scenario.cluster])]
+
+
+async def play_fault(scenario, node, span_s):
+    """Let a node fail from a quarter to the half of the run."""
+    await asyncio.sleep(span_s / 4)
+    faults = {"kill": node.kill, "hang": node.hang, "slow": lambda: node.slow(10), "503": lambda: node.fail(503)}
+    faults[scenario.fault]()
+    await asyncio.sleep(span_s / 4)
+    if scenario.fault == "kill":
+        await node.restart()
+    node.recover()
+
+
+async def play(caller, scenario, works):
+    """Make a scenario's requests; return the Samples."""
+    if scenario.clients:
+        return await closed_loop(caller, works, scenario.clients, scenario.duration_s, scenario.timeout_s)
+    if scenario.chat:
+        return await chat_sessions(caller, works, scenario.timeout_s)
+    return await open_loop(caller, works, scenario.timeout_s)
+
+
+async def start_gateway(policy, nodes, seed):
+    """Start a gateway in this process in front of nodes, and let it finish what it measures at its start."""
+    options = sollol.parse_options(["--node", "unused", "--port", "0", "--policy", policy, "--seed", str(seed),
+                                    "--max-queue", "100000", "--queue-timeout", "100000"], {})
+    lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
+    gateway = await sollol.Gateway(options, sollol.parse_hosts(lines, "bench")).start()
+    sollol.LOG.setLevel("CRITICAL")
+    await asyncio.sleep(30.0)
+    return gateway
+
+
+async def run_policy(scenario, policy, seed):
+    """Run one scenario under one policy, on nodes and a gateway of its own."""
+    nodes = cluster_nodes(scenario, seed)
+    for node in nodes:
+        await node.start()
+    gateway = await start_gateway(policy, nodes, seed)
+    caller, works = Caller(*gateway.address), make_work(scenario, seed)
+    fault = None
+    try:
+        start_s = gateway.loop.time()
+        span_s = scenario.duration_s if scenario.clients else works[-1].at_s
+        if scenario.fault:
+            fault = asyncio.create_task(play_fault(scenario, nodes[1], span_s))
+        samples = await play(caller, scenario, works)
+        elapsed_s = max(sample.end_s for sample in samples) - start_s
+        return Run(policy, [moved(sample, -start_s) for sample in samples], elapsed_s)
+    finally:
+        if fault:
+            fault.cancel()
+        caller.close()
+        await gateway.stop()
+        for node in nodes:
+            await node.stop()
+
+
+def moved(sample, by_s):
+    """Return a Sample with its times moved."""
+    first_s = None if sample.first_s is None else sample.first_s + by_s
+    return sample._replace(scheduled_s=sample.scheduled_s + by_s, sent_s=sample.sent_s + by_s, first_s=first_s,
+                           end_s=sample.end_s + by_s)
+
+
+def simulate(scenario, seed, policies=(*PLAIN, SOLLOL)):
+    """Return one Run a policy, in virtual time."""
+    return [run_virtual(run_policy(scenario, policy, seed)) for policy in policies]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bounds: what could nobody beat?
+# ------------------------------------------------------------------------------------------------------------
+
+def closed_loop_bound_s(scenario):
+    """Return the least mean latency of a closed loop: Little's law with the clients on the best slots.
+
+    The n-th request on a node adds n**0.7 - (n - 1)**0.7 of its solo rate; the greatest gains are taken. Within the
+    duration at most rate x duration requests end and one per client later, and each client always waits for one.
+    """
+    gains = sorted((((n + 1) ** 0.7 - n ** 0.7) / mean_solo_s(scenario, hardware)
+                    for hardware in CLUSTERS[scenario.cluster] for n in range(HARDWARE[hardware].slots)), reverse=True)
+    ended = sum(gains[:scenario.clients]) * scenario.duration_s + scenario.clients
+    return scenario.clients * scenario.duration_s / ended
+
+
+def work_solo_s(hardware, work):
+    """Return how long a request takes alone on some hardware."""
+    return solo_s(hardware, work.model, work.prompt_tokens, work.output_tokens)
+
+
+def fastest_solo_s(names, work):
+    """Return how long a request takes alone on the best of some hardware."""
+    return min(work_solo_s(name, work) for name in set(names))
+
+
+def pooled_s(names, work):
+    """Return how long a request would take if all slots of all nodes could work on it together."""
+    return 1 / sum(HARDWARE[name].slots ** 0.7 / work_solo_s(name, work) for name in names)
+
+
+def pooled_bound_s(scenario, works):
+    """Return a lower bound of the mean latency of an open loop.
+
+    All nodes pooled into one server that always works on the request with the least left (SRPT, optimal for the
+    mean on one server); and no request is faster than alone on the fastest node. Loose under load: no request
+    can really use the whole pool.
+    """
+    names = CLUSTERS[scenario.cluster]
+    left, now_s, total_s = [], 0.0, 0.0
+    for work in [*works, None]:
+        until_s = work.at_s if work else math.inf
+        while left and now_s + left[0][0] <= until_s:
+            need, arrived_s = heapq.heappop(left)
+            now_s += need
+            total_s += now_s - arrived_s
+        if work:
+            if left:
+                need, arrived_s = heapq.heappop(left)
+                heapq.heappush(left, (need - (until_s - now_s), arrived_s))
+            now_s = until_s
+            heapq.heappush(left, (pooled_s(names, work), until_s))
+    return max(total_s, sum(fastest_solo_s(names, work) for work in works)) / len(works)
+
+
+def bound_s(scenario, seed):
+    """Return a lower bound of a scenario's mean latency, or None where none is known."""
+    if scenario.clients:
+        return closed_loop_bound_s(scenario)
+    return None if scenario.chat else pooled_bound_s(scenario, make_work(scenario, seed))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Report: the table of the guide, and what stands behind it
+# ------------------------------------------------------------------------------------------------------------
+
+def share_of(ordered, share):
+    """Return the value below which `share` of an ascending list lies; nan for an empty one."""
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else math.nan
+
+
+class Figures(NamedTuple):
+    """The figures of one run. Failed requests count with the time after which their client gave up."""
+
+    success: float
+    mean_s: float
+    p50_s: float
+    p95_s: float
+    p99_s: float
+    ttft_s: float
+    per_s: float
+
+
+def figures(run, keep=lambda sample: True):
+    """Return the Figures of a run, or of some of its samples."""
+    samples = [sample for sample in run.samples if keep(sample)]
+    latencies = sorted(sample.latency_s for sample in samples)
+    firsts = [(sample.first_s if sample.ok else sample.end_s) - sample.scheduled_s for sample in samples]
+    good = sum(sample.ok for sample in samples)
+    return Figures(good / len(samples), sum(latencies) / len(latencies), share_of(latencies, 0.5),
+                   share_of(latencies, 0.95), share_of(latencies, 0.99), sum(firsts) / len(firsts),
+                   good / run.elapsed_s)
+
+
+def change(new, old):
+    """Return how much a figure has changed, as text."""
+    return f"{(new / old - 1) * 100:+.1f} %" if old else "-"
+
+
+ROWS = (("Success Rate", "success"), ("Avg Latency", "mean_s"), ("P50 Latency", "p50_s"), ("P95 Latency", "p95_s"),
+        ("P99 Latency", "p99_s"), ("TTFT", "ttft_s"), ("Requests/sec", "per_s"))
+
+
+def shown(name, value):
+    """Return a figure with its unit."""
+    if name == "success":
+        return f"{value * 100:.1f} %"
+    return f"{value:.2f}" if name == "per_s" else f"{value:.2f} s"
+
+
+def comparison_table(runs):
+    """Return rows of text: each figure under each policy, and SOLLOL's improvement over the others."""
+    found = {run.policy: figures(run) for run in runs}
+    mine = found[runs[-1].policy]
+    rows = [["", *(run.policy if run.policy != SOLLOL else "SOLLOL" for run in runs),
+             *(f"against {run.policy}" for run in runs[:-1])]]
+    for label, name in ROWS:
+        row = [label, *(shown(name, getattr(found[run.policy], name)) for run in runs)]
+        for run in runs[:-1]:
+            old, new = getattr(found[run.policy], name), getattr(mine, name)
+            row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change(new, old))
+        rows.append(row)
+    return rows
+
+
+def node_table(runs):
+    """Return rows of text: answered requests per node under each policy."""
+    counts = [collections.Counter(sample.node for sample in run.samples if sample.ok) for run in runs]
+    names = sorted({name for count in counts for name in count})
+    return [["Requests", *names]] + [[run.policy, *(str(count[name]) for name in names)]
+                                     for run, count in zip(runs, counts, strict=True)]
+
+
+def class_table(runs):
+    """Return rows of text: latency by priority under each policy, or [] if all had the same."""
+    levels = sorted({sample.priority for run in runs for sample in run.samples}, reverse=True)
+    if len(levels) < 2:
+        return []
+    rows = [["Mean / P95 latency", *(f"priority {level}" for level in levels)]]
+    for run in runs:
+        found = [figures(run, lambda sample, level=level: sample.priority == level) for level in levels]
+        rows.append([run.policy, *(f"{it.mean_s:.2f} / {it.p95_s:.2f} s" for it in found)])
+    return rows
+
+
+def aligned(rows):
+    """Return rows of text as lines with columns: the first to the left, figures to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width)
+                               in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One page of HTML: the same report with its curves. No outside resource, no script; charts are SVG by hand.
+# ------------------------------------------------------------------------------------------------------------
+
+POLICY_LABELS = {"latency-weighted": "SOLLOL", "sollol": "SOLLOL"}
+POLICY_CLASSES = {"round-robin": "rr", "least-inflight": "li", "latency-weighted": "lw", "sollol": "lw"}
+MOST_BARS = 400       # requests of one run; more are unreadable as bars and are drawn as area
+MOST_ROWS = 40        # concurrent requests of one node, for the same reason
+GRID = 1000           # charts stretch: paths count in thousandths of the width, texts and marks in percent
+CDF_PX = 260          # distribution chart
+LANE_PX = 34          # area of one node
+TITLE_PX = 20         # name above a lane or a priority class
+ROW_PX = 18           # one policy within a priority class
+
+PAGE_CSS = """
+:root{color-scheme:light dark;--page:#fbfbf9;--ink:#1d2126;--soft:#5c636d;--rule:#dcdfe3;--band:#f1f2f2;
+ --rr:#7b818a;--li:#d47500;--lw:#1c5fd1;--other:#7a4fa3;--bad:#b0106b}
+@media(prefers-color-scheme:dark){:root{--page:#14171b;--ink:#e8eaed;--soft:#a3abb6;--rule:#333a43;
+ --band:#1c2026;--rr:#a0a7b1;--li:#f2a33a;--lw:#6da7ff;--other:#c39bea;--bad:#ff77bb}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
+ font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
+main{max-width:1560px;margin:auto;padding:clamp(20px,3vw,48px) clamp(16px,3vw,48px)}
+h1{font-size:clamp(26px,3.2vw,42px);line-height:1.15;letter-spacing:-.02em;margin:0 0 .5em}
+h2{font-size:clamp(19px,1.6vw,24px);line-height:1.25;margin:0 0 4px}
+h3{font-size:16px;margin:0}
+p,ul{margin:0;max-width:95ch}
+section{border-top:1px solid var(--rule);margin-top:36px;padding-top:24px}
+.lead{font-size:clamp(16px,1.3vw,20px)}
+.soft,figcaption{color:var(--soft);font-size:14px;max-width:130ch;text-wrap:pretty}
+pre{margin:14px 0 6px;padding:8px 12px;background:var(--band);border-radius:6px;white-space:pre-wrap;
+ overflow-wrap:anywhere;font:14px/1.5 ui-monospace,monospace}
+.grid{display:grid;margin-top:20px;gap:32px clamp(28px,3vw,56px);
+ grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr))}
+.grid>*,figure{min-width:0;margin:0}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;line-height:1.3}
+th,td{padding:7px 0 7px 14px;text-align:right;border-bottom:1px solid var(--rule)}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+tbody th{font-weight:400}
+thead th{color:var(--soft);font-size:14px;font-weight:600;vertical-align:bottom}
+.main{width:100%;max-width:1100px}
+.main td,.main tbody th{font-size:clamp(13px,1.3vw,20px)}
+.main .lw{font-weight:650;color:var(--ink)}
+.legend{width:100%;font-size:14px;margin-bottom:6px}
+.legend th,.legend td{white-space:nowrap;padding-top:4px;padding-bottom:4px}
+.key{display:inline-block;width:11px;height:11px;border-radius:3px;background:var(--c);margin-right:7px}
+.rr{--c:var(--rr)}.li{--c:var(--li)}.lw{--c:var(--lw)}.other{--c:var(--other)}
+.chart{container-type:inline-size;padding:24px 34px 42px 40px}
+.flat{padding:4px 0 28px}.about{min-height:3em;margin-bottom:8px}
+svg{display:block;width:100%;overflow:visible;font-size:12px;fill:var(--soft)}
+path,line{fill:none;vector-effect:non-scaling-stroke}
+.grid-line{stroke:var(--rule)}.limit{stroke:var(--soft);stroke-dasharray:2 4}
+.bound{stroke:var(--ink);stroke-dasharray:6 4}.bound-text{fill:var(--ink)}
+.curve{stroke:var(--c);stroke-width:2.5;stroke-linejoin:round}.never{stroke-width:1.5;stroke-dasharray:5 4}
+.full{fill:var(--c)}.mean{fill:inherit;stroke:var(--page);stroke-width:1.5}
+.dot{fill:var(--c);stroke:var(--page);stroke-width:2}.ring{fill:var(--page);stroke:var(--c);stroke-width:2.5}
+.reach{stroke:var(--c);stroke-width:3;opacity:.45}
+.lane{fill:var(--band)}.name{fill:var(--ink);font-weight:600}
+.wait{fill:var(--c);opacity:.38}.work{fill:var(--c)}.area{fill:var(--c);opacity:.75}
+.bad{stroke:var(--bad);stroke-width:2}.bad-text{color:var(--bad);fill:var(--bad);font-weight:600}
+.start{text-anchor:start}.middle{text-anchor:middle}.end{text-anchor:end}
+.defs{position:absolute;width:0;height:0}
+@container(max-width:450px){.minor{display:none}}
+@media(max-width:600px){th,td{padding-left:6px}thead th,.legend{font-size:13px}
+ .main thead th{font-size:12px}.main .key{display:block;margin:0 0 4px auto}}
+"""
+MARKS = ('<svg class="defs" aria-hidden="true"><defs>'
+         '<path id="failed" class="bad" d="M-3.5-3.5l7 7m0-7l-7 7"/>'
+         '<path id="mean" class="mean" d="M0 0l-7-11h14z"/></defs></svg>')
+
+
+class Axis(NamedTuple):
+    """A horizontal scale in seconds."""
+
+    low_s: float
+    high_s: float
+    logarithmic: bool = False
+
+    def percent(self, time_s):
+        """Return how far right a time is drawn; what is off the scale is drawn at its end."""
+        bend = math.log if self.logarithmic else float
+        inside_s = min(max(time_s, self.low_s), self.high_s)
+        return round(100 * (bend(inside_s) - bend(self.low_s)) / (bend(self.high_s) - bend(self.low_s)), 2)
+
+    def grid(self, time_s):
+        return round(self.percent(time_s) * GRID / 100)
+
+    def ticks_s(self):
+        """Return round times, few enough to be labelled."""
+        if self.logarithmic:
+            return one_two_five(self.low_s, self.high_s)
+        step_s = next(step for step in one_two_five(self.high_s / 100, self.high_s * 10)
+                      if step * 6 >= self.high_s)
+        return [step_s * number for number in range(int(self.high_s / step_s + 1e-6) + 1)]
+
+
+def one_two_five(low, high):
+    """Return the numbers 1, 2, 5, 10, 20, ... from the last one <= low to the first one >= high."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return steps[bisect.bisect_right(steps, low) - 1:bisect.bisect_left(steps, high) + 1]
+
+
+def fitting_axis(times_s):
+    """Return a scale for all these times: logarithmic if the slowest took 20 times as long as the fast."""
+    ordered_s = sorted(times_s) or [1.0]
+    high_s = max(ordered_s[-1], 0.001)
+    fast_s = max(ordered_s[len(ordered_s) // 50], 0.001)     # a few very fast ones are not worth half a chart
+    if high_s > 20 * fast_s:
+        steps_s = one_two_five(fast_s, high_s)
+        return Axis(steps_s[0], steps_s[-1], True)
+    ticks_s = Axis(0, high_s).ticks_s()
+    return Axis(0, math.ceil(high_s / ticks_s[1] - 1e-6) * ticks_s[1])
+
+
+# Numbers.
+
+def quantile(times_s, share, count):
+    """Return the nearest-rank quantile of count requests, None if it is a failed one: those never finish."""
+    rank = max(1, math.ceil(share * count - 1e-9))
+    return sorted(times_s)[rank - 1] if rank <= len(times_s) else None
+
+
+def ok_samples(samples):
+    return [sample for sample in samples if sample["ok"]]
+
+
+def latencies_s(samples):
+    return [sample["end_s"] - sample["scheduled_s"] for sample in ok_samples(samples)]
+
+
+def first_tokens_s(samples):
+    return [sample["first_s"] - sample["scheduled_s"] for sample in ok_samples(samples)
+            if sample["first_s"] is not None]
+
+
+def seconds(time_s):
+    """Return a time for people."""
+    if time_s is None:
+        return "–"
+    return f"{time_s:.{2 if time_s < 9.995 else 1 if time_s < 99.95 else 0}f} s"
+
+
+def counted(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def failures_text(samples):
+    """Return how many failed, and how."""
+    statuses = collections.Counter(sample["status"] for sample in samples if not sample["ok"])
+    if not statuses:
+        return "none failed"
+    kinds = (f"{number} × {'status ' + str(status) if status else 'no answer'}"
+             for status, number in statuses.most_common())
+    return f"{statuses.total()} failed ({', '.join(kinds)})"
+
+
+# Pieces of the page.
+
+def escaped(value):
+    return html.escape(str(value))
+
+
+def policy_class(policy):
+    return POLICY_CLASSES.get(policy.lower(), "other")
+
+
+def policy_label(policy):
+    return POLICY_LABELS.get(policy.lower(), policy)
+
+
+def policy_key(policy):
+    """Return the name of a policy with a patch of its colour."""
+    return f'<span class="key {policy_class(policy)}"></span>{escaped(policy_label(policy))}'
+
+
+def svg_text(percent, y_px, text, classes="middle"):
+    return f'<text x="{percent}%" y="{y_px}" class="{classes}">{escaped(text)}</text>'
+
+
+def svg_chart(height_px, label, content):
+    return f'<svg role="img" aria-label="{escaped(label)}" style="height:{height_px}px">{content}</svg>'
+
+
+def stretched(height_px, y_px, content):
+    """Return paths on a grid of GRID x GRID as a layer that takes whatever width there is."""
+    return (f'<svg y="{y_px}" width="100%" height="{height_px}" viewBox="0 0 {GRID} {GRID}" '
+            f'preserveAspectRatio="none">{content}</svg>')
+
+
+def axis_svg(axis, height_px):
+    """Return vertical lines with times below; a narrow chart leaves out those it has no room for."""
+    ticks_s = axis.ticks_s()
+    parts = []
+    for tick_s in ticks_s:
+        percent = axis.percent(tick_s)
+        is_last = tick_s == ticks_s[-1]
+        spare = not is_last and (not f"{tick_s:e}".startswith("1.") or percent > 85)
+        crowded = axis.logarithmic and len(ticks_s) > 7 and spare
+        anchor = "start" if percent < 1 else "end" if percent > 97 else "middle"
+        parts.append(f'<line class="grid-line" x1="{percent}%" x2="{percent}%" y2="{height_px}"/>')
+        text = f"{tick_s:g}{' s' * is_last}"
+        parts.append(svg_text(percent, height_px + 18, text, anchor + " minor" * crowded))
+    return "".join(parts)
+
+
+def table_row(scope, names, cells, classes=()):
+    """Return a row: names (HTML) head their columns or the row, cells are text, a class is for either."""
+    inner = [*names, *map(escaped, cells)]
+    kinds = [f' class="{kind}"' if kind else "" for kind in classes] + [""] * (len(inner) - len(classes))
+    heads = [f'<th scope="{scope}"{kind}>{name}</th>' for name, kind in zip(names, kinds)]
+    return "<tr>" + "".join(heads + [f"<td{kind}>{cell}</td>" for cell, kind in
+                                     zip(inner[len(names):], kinds[len(names):])]) + "</tr>"
+
+
+def table_html(kind, head, rows):
+    return f'<table class="{kind}"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def result_table(table):
+    """Return the table of strings as HTML; a column knows its policy by its name."""
+    head, *rows = table
+    classes = [policy_class(name) if name.lower() in POLICY_CLASSES else "" for name in head]
+    names = [policy_key(name) if kind else escaped(name) for name, kind in zip(head, classes)]
+    body = [table_row("row", [escaped(row[0])], row[1:], classes) for row in rows]
+    whole = table_html("main", table_row("col", names, [], classes), body)
+    return f'<div class="scroll" tabindex="0">{whole}</div>'
+
+
+# Distribution of latency and time to first token.
+
+class Spread(NamedTuple):
+    """What one policy's requests took. Failed ones never finished; the mean counts them until they were given up."""
+
+    policy: str
+    times_s: list
+    given_up_s: list
+
+    @property
+    def p50_s(self):
+        return quantile(self.times_s, 0.50, self.count)
+
+    @property
+    def p95_s(self):
+        return quantile(self.times_s, 0.95, self.count)
+
+    @property
+    def mean_s(self):
+        all_s = self.times_s + self.given_up_s
+        return sum(all_s) / len(all_s) if all_s else None
+
+    @property
+    def failed(self):
+        return len(self.given_up_s)
+
+    @property
+    def count(self):
+        return len(self.times_s) + len(self.given_up_s)
+
+    def said(self, time_s):
+        """Return a quantile for people."""
+        return "never" if time_s is None and self.failed else seconds(time_s)
+
+
+def spread(policy, samples, times_of):
+    given_up_s = [sample["end_s"] - sample["scheduled_s"] for sample in samples if not sample["ok"]]
+    return Spread(policy, times_of(samples), given_up_s)
+
+
+def cdf_path(one, axis):
+    """Return the share of requests finished by each time, as steps, and dashed on the level of the failed."""
+    heights = {0: GRID}
+    for rank, time_s in enumerate(sorted(one.times_s), 1):
+        heights[axis.grid(time_s)] = GRID - round(GRID * rank / one.count)     # one step per column is enough
+    steps = "".join(f"H{x}V{y}" for x, y in heights.items())
+    path = f'<path class="curve" d="M0 {GRID}{steps}"/>' if one.times_s else ""
+    if one.failed:
+        path += f'<path class="curve never" d="M{max(heights)} {min(heights.values())}H{GRID}"/>'
+    return path
+
+
+def cdf_marks(one, axis):
+    marks = ((one.p50_s, "50%"), (one.p95_s, "5%"))
+    return "".join(f'<circle class="dot" cx="{axis.percent(time_s)}%" cy="{y}" r="5.5"/>'
+                   for time_s, y in marks if time_s is not None)
+
+
+def bound_svg(spreads, axis, bound_s, height_px):
+    """Return a line at the lower bound of the mean, and a triangle at each mean."""
+    percent = axis.percent(bound_s)
+    anchor = "start" if percent < 35 else "end" if percent > 65 else "middle"     # stay above the chart
+    means = "".join(f'<g class="{policy_class(one.policy)} full"><use href="#mean" y="{height_px}" '
+                    f'x="{axis.percent(one.mean_s)}%"/></g>' for one in spreads if one.count)
+    return (f'<line class="bound" x1="{percent}%" x2="{percent}%" y1="-4" y2="{height_px}"/>{means}'
+            + svg_text(percent, -9, f"no mean can be below {seconds(bound_s)}", "bound-text " + anchor))
+
+
+def level_svg(share, left="", right=""):
+    """Return a horizontal line at a share of all requests, in percent, with a text at either end."""
+    y = f"{100 - share}%"
+    return (f'<line class="{"limit" if right else "grid-line"}" x2="100%" y1="{y}" y2="{y}"/>'
+            f'<text class="end" x="-8" y="{y}" dy="4">{left}</text>'
+            f'<text x="100%" dx="8" y="{y}" dy="4">{right}</text>')
+
+
+def cdf_svg(title, spreads, bound_s):
+    """Return one curve per policy with dots at P50 and P95, and the bound of the mean if there is one."""
+    times_s = [time_s for one in spreads for time_s in one.times_s]
+    axis = fitting_axis(times_s if bound_s is None else [*times_s, bound_s])
+    levels = "".join(level_svg(share, f"{share}%") for share in (0, 25, 75, 100))
+    levels += level_svg(50, "50%", "P50") + level_svg(95, "", "P95")
+    curves = "".join(f'<g class="{policy_class(one.policy)}">{cdf_path(one, axis)}</g>' for one in spreads)
+    marks = "".join(f'<g class="{policy_class(one.policy)}">{cdf_marks(one, axis)}</g>' for one in spreads)
+    bound = "" if bound_s is None else bound_svg(spreads, axis, bound_s, CDF_PX)
+    said = "; ".join(f"{policy_label(one.policy)}: P50 {one.said(one.p50_s)}, P95 {one.said(one.p95_s)}"
+                     for one in spreads)
+    return svg_chart(CDF_PX, f"{title}, cumulative distribution. {said}",
+                     axis_svg(axis, CDF_PX) + levels + stretched(CDF_PX, 0, curves) + bound + marks)
+
+
+def spread_legend(spreads):
+    """Return the colours, and the numbers behind the chart."""
+    rows = [table_row("row", [policy_key(one.policy)], [one.said(one.p50_s), one.said(one.p95_s),
+                      seconds(one.mean_s), one.failed]) for one in spreads]
+    return table_html("legend", table_row("col", ["Policy", "P50", "P95", "Mean", "Failed"], []), rows)
+
+
+def cdf_figure(title, runs, times_of, bound_s=None):
+    spreads = [spread(run["policy"], run["samples"], times_of) for run in runs]
+    left_out = sum(len(run["samples"]) for run in runs) - sum(one.count for one in spreads)
+    notes = ["Triangles: means."] * (bound_s is not None)
+    if any(one.failed for one in spreads):
+        notes.append("Dashed: failed requests, which never finish; the mean counts them until they were given up.")
+    notes += [f"Left out: {counted(left_out, 'answer')} without a first token."] * (left_out > 0)
+    return (f'<figure><h3>{title}</h3><div class="chart">{cdf_svg(title, spreads, bound_s)}</div>'
+            f'{spread_legend(spreads)}<figcaption>{" ".join(notes)}</figcaption></figure>')
+
+
+# Latency by priority class.
+
+def priority_row_svg(one, axis, y_px):
+    """Return one policy in one class: a dot at P50, a ring at P95; without end if more than 5 % failed."""
+    start = axis.percent(one.p50_s) if one.p50_s is not None else 100
+    stop = axis.percent(one.p95_s) if one.p95_s is not None else 100
+    dots = f'<line class="reach" x1="{start}%" x2="{stop}%" y1="{y_px}" y2="{y_px}"/>'
+    dots += f'<circle class="ring" cx="{stop}%" cy="{y_px}" r="4.5"/>' if one.p95_s is not None else ""
+    dots += f'<circle class="dot" cx="{start}%" cy="{y_px}" r="6"/>' if one.p50_s is not None else ""
+    return f'<g class="{policy_class(one.policy)}">{dots}</g>'
+
+
+def priority_section(runs):
+    """Return latency by priority class, nothing if there is only one."""
+    classes = sorted({sample["priority"] for run in runs for sample in run["samples"]}, reverse=True)
+    if len(classes) < 2:
+        return ""
+    axis = fitting_axis([time_s for run in runs for time_s in latencies_s(run["samples"])])
+    figures = "".join(priority_figure(priority, runs, axis) for priority in classes)
+    return section("Latency by priority class", figures,
+                   "Dot: P50. Ring: P95. All on one scale. Failed requests count as never finished.")
+
+
+def priority_figure(priority, runs, axis):
+    spreads = []
+    for run in runs:
+        samples = [sample for sample in run["samples"] if sample["priority"] == priority]
+        spreads += [spread(run["policy"], samples, latencies_s)] * bool(samples)
+    height_px = ROW_PX * len(spreads) + 10
+    rows = "".join(priority_row_svg(one, axis, 14 + ROW_PX * number) for number, one in enumerate(spreads))
+    label = f"Latency of priority {priority}"
+    chart = svg_chart(height_px, label, axis_svg(axis, height_px) + rows)
+    return (f'<figure><h3>Priority {escaped(priority)}</h3><div class="chart flat">{chart}</div>'
+            f"{spread_legend(spreads)}</figure>")
+
+
+# Timeline.
+
+class Lane(NamedTuple):
+    """One node under one policy."""
+
+    samples: list
+    rows: list        # for each sample, the lowest row that is free while it runs
+    depth: int        # how many rows that takes: the most requests at a time
+
+
+def packed_lane(samples):
+    """Return the lane of these samples."""
+    ordered = sorted(samples, key=lambda sample: (sample["sent_s"], sample["end_s"]))
+    free_at_s, rows = [], []
+    for sample in ordered:
+        free = (row for row, time_s in enumerate(free_at_s) if time_s <= sample["sent_s"])
+        row = next(free, len(free_at_s))
+        free_at_s[row:row + 1] = [sample["end_s"]]
+        rows.append(row)
+    return Lane(ordered, rows, len(free_at_s))
+
+
+def bars_svg(lane, axis, y_px, row_px):
+    """Return a bar per request: pale until the first token, full from there on."""
+    return "".join(bar_svg(sample, axis, y_px + 2 + row * row_px, max(row_px - 1, 1))
+                   for sample, row in zip(lane.samples, lane.rows))
+
+
+def bar_svg(sample, axis, y_px, height_px):
+    left, right = axis.percent(sample["sent_s"]), axis.percent(sample["end_s"])
+    first = axis.percent(sample["end_s"] if sample["first_s"] is None else sample["first_s"])
+    status = "" if sample["ok"] else f", failed: {sample['status'] or 'no answer'}"
+    said = (f"{sample['sent_s']:.2f}–{sample['end_s']:.2f} s, {counted(sample['output_tokens'], 'token')}, "
+            f"priority {sample['priority']}{status}")
+    at = f'y="{y_px}" height="{height_px}"'
+    parts = [f'<title>{escaped(said)}</title>',
+             f'<rect class="wait" x="{left}%" width="{max(right - left, .3):.2f}%" {at}/>']
+    if right > first:
+        parts.append(f'<rect class="work" x="{first}%" width="{right - first:.2f}%" {at}/>')
+    if not sample["ok"]:
+        parts.append(f'<use href="#failed" x="{right}%" y="{y_px + height_px / 2}"/>')
+    return f'<g>{"".join(parts)}</g>'
+
+
+def area_svg(lane, axis, y_px, most):
+    """Return requests in flight over time, and a stroke at the bottom for each failure."""
+    changes = collections.Counter()
+    for sample in lane.samples:
+        changes[axis.grid(sample["sent_s"])] += 1
+        changes[axis.grid(sample["end_s"])] -= 1
+    in_flight, steps = 0, []
+    for x, change in sorted(changes.items()):
+        in_flight += change
+        steps += [f"H{x}V{GRID - round(GRID * in_flight / most)}"] if change else []
+    failed_x = sorted({axis.grid(sample["end_s"]) for sample in lane.samples if not sample["ok"]})
+    failed = "".join(f"M{x} {GRID}v-220" for x in failed_x)
+    return stretched(LANE_PX, y_px, f'<path class="area" d="M0 {GRID}{"".join(steps)}Z"/>'
+                     + (f'<path class="bad" d="{failed}"/>' if failed else ""))
+
+
+def node_label(node):
+    """Return what a phone has room for beside the numbers."""
+    name = node.removeprefix("http://") or "no node"
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def lane_svg(node, lane, y_px, height_px, content):
+    """Return a node's name, what it served, and its requests."""
+    failed = len(lane.samples) - len(ok_samples(lane.samples))
+    noun = counted(len(lane.samples), "request").removeprefix(str(len(lane.samples)))
+    bad = f'<tspan class="bad-text"> · {failed} failed</tspan>' if failed else ""
+    return (f'<text class="name" y="{y_px + 14}">{escaped(node_label(node))}</text>'
+            f'<text class="end" x="100%" y="{y_px + 14}">{len(lane.samples)}'
+            f'<tspan class="minor">{noun}</tspan> · peak {lane.depth}{bad}</text>'
+            f'<rect class="lane" y="{y_px + TITLE_PX}" width="100%" height="{height_px}"/>{content}')
+
+
+def timeline_section(runs):
+    """Return one figure per policy, with the same nodes at the same heights and the same scales."""
+    names = {sample["node"] for run in runs for sample in run["samples"]}
+    nodes = sorted(names, key=lambda node: (not node, node))
+    lanes = [{node: packed_lane([sample for sample in run["samples"] if sample["node"] == node])
+              for node in nodes} for run in runs]
+    depths = {node: max(lane[node].depth for lane in lanes) for node in nodes}
+    as_bars = (max(len(run["samples"]) for run in runs) <= MOST_BARS
+               and max(depths.values(), default=0) <= MOST_ROWS)
+    axis = Axis(0, max([0.001] + [run["elapsed_s"] for run in runs]
+                       + [sample["end_s"] for run in runs for sample in run["samples"]]))
+    figures = "".join(timeline_figure(run, lane, depths, axis, as_bars) for run, lane in zip(runs, lanes))
+    about = ("A bar is a request from sent to end, pale until the first token. ×: failed." if as_bars else
+             "Requests in flight; full height is the node's highest peak under any policy. "
+             "Strokes at the bottom: failed requests, when they ended.")
+    return section("Timeline", figures, about + " Beside a node: its requests, and the most at a time.")
+
+
+def timeline_figure(run, lanes, depths, axis, as_bars):
+    row_px = min(10, max(4, 60 // max(1, *depths.values()))) if depths else 0
+    parts, y_px = [], 0
+    for node, lane in lanes.items():
+        height_px = depths[node] * row_px + 3 if as_bars else LANE_PX
+        top_px = y_px + TITLE_PX
+        content = (bars_svg(lane, axis, top_px, row_px) if as_bars
+                   else area_svg(lane, axis, top_px, depths[node]))
+        parts.append(lane_svg(node, lane, y_px, height_px, content))
+        y_px = top_px + height_px + 8
+    label = f"{policy_label(run['policy'])}: requests at each node over {run['elapsed_s']:.0f} s"
+    chart = svg_chart(y_px, label, axis_svg(axis, y_px) + "".join(parts))
+    about = (f"{counted(len(run['samples']), 'request')} in {seconds(run['elapsed_s'])}, "
+             f"{failures_text(run['samples'])}")
+    return (f'<figure class="{policy_class(run["policy"])}"><h3>{policy_key(run["policy"])}</h3>'
+            f'<figcaption class="about">{escaped(about)}</figcaption>'
+            f'<div class="chart flat">{chart}</div></figure>')
+
+
+# Page.
+
+def section(title, figures, about):
+    return (f'\n<section><h2>{title}</h2><p class="soft">{escaped(about)}</p>'
+            f'<div class="grid">{figures}</div></section>')
+
+
+def notes_section(notes):
+    items = "".join(f"<li>{escaped(note)}</li>" for note in notes)
+    return f"\n<section><h2>Notes</h2><ul>{items}</ul></section>" if notes else ""
+
+
+def distribution_section(runs, bound_s):
+    figures = cdf_figure("Latency", runs, latencies_s, bound_s)
+    figures += cdf_figure("Time to first token", runs, first_tokens_s)
+    return section("How long requests took", figures,
+                   "Share of requests finished within a time, counted from when each was due. "
+                   "Further left is faster.")
+
+
+def html_page(report: dict) -> str:
+    """Return the whole report as one HTML page that needs nothing else."""
+    runs = report["runs"]
+    charts = (distribution_section(runs, report.get("bound_s")) + timeline_section(runs)
+              + priority_section(runs)) if runs else ""
+    run_by = f"Seed {report['seed']} · Python {report['python']} · {report['loop']}"
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>SOLLOL benchmark</title>'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<style>{PAGE_CSS}</style></head>\n<body>{MARKS}<main><h1>SOLLOL benchmark</h1>"
+            f'<p class="lead">{escaped(report["scenario"])}</p><pre>{escaped(report["command"])}</pre>'
+            f'<p class="soft">{escaped(run_by)}</p>\n'
+            f"<section><h2>Result</h2>{result_table(report['table'])}</section>"
+            f"{charts}{notes_section(report.get('notes', []))}</main></body></html>\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scenarios: one dimension at a time, and the crossings that matter
+# ------------------------------------------------------------------------------------------------------------
+
+SMALL = ("llama3.2:latest",)
+DEFAULT = Scenario("seed/mild3", "mild3", "mixed", clients=10, models=SMALL, timeout_s=60.0)
+
+
+def seed_scenario(cluster, clients=10, **more):
+    """Return the guide's own benchmark on a cluster: closed loop, 60 s, a 3B model, a 30/50/20 mix."""
+    name = f"seed{clients if clients != 10 else ''}/{cluster}"
+    return DEFAULT._replace(name=name, cluster=cluster, clients=clients, **more)
+
+
+def load_scenario(name, cluster, load=0.6, **more):
+    """Return an open loop of conversation lengths on a cluster."""
+    return Scenario(f"{name}/{cluster}", cluster, load=load, **more)
+
+
+MATRIX = (
+    *(seed_scenario(cluster) for cluster in ("hom3", "hom5", "hom10", "mild3", "mild5", "het3", "het5", "het10")),
+    seed_scenario("hom5", 30), seed_scenario("mild5", 30), seed_scenario("het10", 30),
+    *(load_scenario(f"load{load:g}", cluster, load) for cluster, loads in (
+        ("hom5", (0.3, 0.6, 0.85)), ("mild5", (0.15, 0.3, 0.6, 0.85)), ("het5", (0.3, 0.6, 0.85)))
+      for load in loads),
+    load_scenario("load0.6", "hom3"), load_scenario("load0.6", "mild3"), load_scenario("load0.6", "hom10"),
+    load_scenario("load0.6", "het10"),
+    *(load_scenario(lengths, "mild5", lengths=lengths) for lengths in ("simple", "complex", "mixed", "code")),
+    load_scenario("small1b", "mild5", models=("llama3.2:1b",), timeout_s=60.0),
+    load_scenario("large70b", "mild5", models=("llama3.3:70b",), vram_gb=80.0, timeout_s=1000.0,
+                  requests=300),
+    *(load_scenario("models5", cluster, models=FIVE_MODELS) for cluster in ("hom10", "mild5", "het5")),
+    *(load_scenario("burst", cluster, arrivals="burst") for cluster in ("hom5", "mild5")),
+    load_scenario("prio", "hom5", 0.85, urgent=0.1), load_scenario("prio", "mild5", arrivals="burst", urgent=0.1),
+    load_scenario("chat", "hom5", chat=True), load_scenario("chat", "mild5", chat=True),
+    seed_scenario("mild5", latency_s=0.04)._replace(name="wan/mild5"),
+    seed_scenario("mild5", latency_s=0.15)._replace(name="far/mild5"),
+    *(load_scenario(fault, "mild5", fault=fault) for fault in ("kill", "hang", "slow", "503")),
+    *(load_scenario(fault, "hom5", fault=fault) for fault in ("kill", "hang", "slow")),
+)
+
+
+def matrix_row(scenario, seed):
+    """Return the texts of one scenario's row in the matrix."""
+    runs = simulate(scenario, seed)
+    base, other, mine = (figures(run) for run in runs)
+    bound = bound_s(scenario, seed)
+    return [scenario.name, f"{base.success * 100:.1f} > {mine.success * 100:.1f}", f"{base.mean_s:.2f}",
+            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change(mine.mean_s, base.mean_s),
+            change(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change(mine.p95_s, base.p95_s),
+            change(mine.p95_s, other.p95_s), change(mine.per_s, base.per_s), change(mine.mean_s, bound)
+            if bound else "-"]
+
+
+MATRIX_HEAD = ["scenario", "success %", "RR mean s", "LI mean s", "SOLLOL mean s", "to RR", "to LI", "P95 s", "to RR",
+               "to LI", "requests/s", "over bound"]
+
+
+def run_matrix(seed, pattern):
+    """Run every scenario whose name has the pattern, on all processors; return the rows of its table."""
+    chosen = [scenario for scenario in MATRIX if re.search(pattern, scenario.name)]
+    if not chosen:
+        raise BadArgument(f"no scenario matches {pattern!r}; there are {' '.join(one.name for one in MATRIX)}")
+    rows = {}
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        tasks = {pool.submit(matrix_row, scenario, seed): scenario for scenario in chosen}
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                rows[tasks[task].name] = task.result()
+                say(f"{len(rows)} of {len(chosen)} scenarios, {tasks[task].name} done")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            say(f"stopped after {len(rows)} of {len(chosen)} scenarios")
+    return [MATRIX_HEAD, *(rows[scenario.name] for scenario in chosen if scenario.name in rows)]
+
+
+async def one_by_one(scenario, hardware, seed):
+    """Return how long the requests of a scenario take one after the other on one node of some hardware."""
+    node = await SimNode(hardware, scenario.models, loaded=scenario.models, noise=0.08, seed=seed,
+                         latency_s=scenario.latency_s, tokens_per_line=16).start()
+    caller, loop = Caller("127.0.0.1", node.port), asyncio.get_running_loop()
+    start_s = loop.time()
+    for work in make_work(scenario, seed):
+        await make_request(caller, work, loop.time(), math.inf)
+    caller.close()
+    await node.stop()
+    return loop.time() - start_s
+
+
+def agents_table(counts, clusters, seed):
+    """Return rows of text: makespan of parallel agents against the same calls one after the other."""
+    rows = [["agents/cluster", "one by one, fastest", "median node", *PLAIN, "SOLLOL", "to fastest", "to median",
+             "hard bound s"]]
+    for count in counts:
+        for cluster in clusters:
+            scenario = Scenario(f"fan{count}/{cluster}", cluster, arrivals="at once", requests=count, timeout_s=600.0)
+            names = sorted(CLUSTERS[cluster], key=lambda name: -HARDWARE[name].decode_tok_s)
+            fastest_s, median_s = (run_virtual(one_by_one(scenario, name, seed))
+                                   for name in (names[0], names[len(names) // 2]))
+            spans_s = [run.elapsed_s for run in simulate(scenario, seed)]
+            rows.append([scenario.name, f"{fastest_s:.1f} s", f"{median_s:.1f} s", *(f"{it:.1f} s" for it in spans_s),
+                         f"{fastest_s / spans_s[-1]:.1f}x", f"{median_s / spans_s[-1]:.1f}x",
+                         f"{makespan_bound_s(scenario, seed):.1f}"])
+            say(f"{scenario.name} done")
+    return rows
+
+
+def makespan_bound_s(scenario, seed):
+    """Return a lower bound of the time to the last answer: all work pooled, or the longest request alone."""
+    names, works = CLUSTERS[scenario.cluster], make_work(scenario, seed)
+    longest_s = max(fastest_solo_s(names, work) for work in works)
+    return max(sum(pooled_s(names, work) for work in works), longest_s)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Check: are the claims true, and has routing become worse?
+#
+# The claims are those published for this kind of gateway and never measured: mean latency -38 %, P95 -50 %,
+# throughput +52 %, success no lower, agents four times as fast. They can only be true of unequal nodes. The rest
+# guards routing itself; limits leave room for what a seed can change.
+# ------------------------------------------------------------------------------------------------------------
+
+class Claim(NamedTuple):
+    text: str
+    scenario: Scenario
+    against: str                    # a policy
+    figure: str
+    most: float                     # of SOLLOL's figure over the other's; for per_s and success the least
+
+
+CLAIMS = (
+    Claim("mean latency -38 % on unequal nodes", DEFAULT, "round-robin", "mean_s", 0.62),
+    Claim("P95 latency -50 % on unequal nodes", DEFAULT, "round-robin", "p95_s", 0.50),
+    Claim("requests/s +52 % on unequal nodes", DEFAULT, "round-robin", "per_s", 1.52),
+    Claim("success no lower on unequal nodes", DEFAULT, "round-robin", "success", 1.0),
+    Claim("no worse than least-inflight in the mean", DEFAULT, "least-inflight", "mean_s", 1.03),
+    Claim("P95 well below least-inflight's", DEFAULT, "least-inflight", "p95_s", 0.75),
+    Claim("no loss on equal nodes", seed_scenario("hom5"), "least-inflight", "mean_s", 1.06),
+    Claim("open loop, unequal: mean below least-inflight's", load_scenario("load0.6", "mild5", requests=300),
+          "least-inflight", "mean_s", 0.85),
+    Claim("five models on ten equal nodes: mean far below round-robin's",
+          load_scenario("models5", "hom10", models=FIVE_MODELS, requests=300), "round-robin", "mean_s", 0.45),
+    Claim("a hung node: mean below least-inflight's", load_scenario("hang", "mild5", fault="hang", requests=300),
+          "least-inflight", "mean_s", 0.9),
+)
+AGENTS_CLAIM = 4.0                  # 10 agents at once on five equal nodes, against one by one on one of them
+
+
+def check_claims(seed):
+    """Print a line per claim; return whether all hold."""
+    runs, good = {}, True
+    for claim in CLAIMS:
+        if claim.scenario not in runs:
+            runs[claim.scenario] = {run.policy: figures(run) for run in simulate(claim.scenario, seed)}
+        found = runs[claim.scenario]
+        ratio = getattr(found[SOLLOL], claim.figure) / getattr(found[claim.against], claim.figure)
+        more_is_better = claim.figure in ("per_s", "success")
+        held = ratio >= claim.most if more_is_better else ratio <= claim.most
+        good = good and held
+        print(f"{'held' if held else 'MISSED'}  {claim.text}: {claim.scenario.name}, {claim.figure} x{ratio:.2f}, "
+              f"at {'least' if more_is_better else 'most'} x{claim.most:g}", flush=True)
+    scenario = Scenario("fan10/hom5", "hom5", arrivals="at once", requests=10, timeout_s=600.0)
+    ratio = run_virtual(one_by_one(scenario, "rtx3060", seed)) / simulate(scenario, seed, (SOLLOL,))[0].elapsed_s
+    held = ratio >= 0.9 * AGENTS_CLAIM
+    print(f"{'held' if held else 'MISSED'}  10 agents on five equal nodes, against one by one: x{ratio:.2f}, "
+          f"at least x{AGENTS_CLAIM:g} within 10 %")
+    return good and held
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real time and real clusters
+# ------------------------------------------------------------------------------------------------------------
+
+class BadArgument(Exception):
+    """A mistake in what was asked, in one line."""
+
+
+def say(text):
+    """Show progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.asynccontextmanager
+async def gateway_process(policy, nodes):
+    """Run the gateway as a process of its own; yield its (host, port). Nothing of it is left behind."""
+    argv = [sys.executable, str(pathlib.Path(__file__).with_name("sollol.py")), "--port", "0", "--policy", policy,
+            "--max-queue", "100000", "--queue-timeout", "100000"]
+    for node in nodes:
+        argv += ["--node", f"{node.url} name={node.name}"]
+    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
+    try:
+        while not (match := re.search(rb"event=start .*url=http://([^:]+):(\d+)", await process.stderr.readline())):
+            if process.returncode is not None:
+                raise BadArgument("the gateway did not start")
+        reading = asyncio.create_task(process.stderr.read())
+        yield match[1].decode(), int(match[2])
+        reading.cancel()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def run_in_real_time(scenario, policy, seed):
+    """Run one scenario under one policy on the wall clock, the gateway being a process of its own."""
+    nodes = cluster_nodes(scenario, seed)
+    for node in nodes:
+        await node.start()
+    try:
+        async with gateway_process(policy, nodes) as address:
+            await asyncio.sleep(8.0)        # the gateway measures idle nodes at its start
+            caller, start_s = Caller(*address), asyncio.get_running_loop().time()
+            samples = await play(caller, scenario, make_work(scenario, seed))
+            caller.close()
+        elapsed_s = max(sample.end_s for sample in samples) - start_s
+        return Run(policy, [moved(sample, -start_s) for sample in samples], elapsed_s)
+    finally:
+        for node in nodes:
+            await node.stop()
+
+
+def read_address(text):
+    """Return (host, port) of a node or gateway: `host`, `host:port` or a URL. Raises BadArgument."""
+    try:
+        host, port, tls, _ = sollol.parse_url(text)
+    except ValueError as error:
+        raise BadArgument(str(error)) from None
+    if tls:
+        raise BadArgument(f"{text}: only http is measured")
+    return host, port
+
+
+async def hosts_model(address, model):
+    """Return the model to ask a host for: the one named, or the first it has. Raises BadArgument."""
+    host, port = address
+    try:
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(f"GET /api/tags HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
+            raw = await reader.read()
+            writer.close()
+        names = [row["name"] for row in json.loads(raw.partition(b"\r\n\r\n")[2])["models"]]
+    except (OSError, TimeoutError):
+        raise BadArgument(f"{host}:{port} cannot be reached") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadArgument(f"{host}:{port} does not answer as Ollama does") from None
+    if model and canonical(model) not in map(canonical, names):
+        raise BadArgument(f"{host}:{port} has no model {model!r}; it has {' '.join(names) or 'none'}")
+    texts = [name for name in names if "embed" not in name]
+    if not model and not texts:
+        raise BadArgument(f"{host}:{port} has no model")
+    return model or texts[0]
+
+
+class Rotation:
+    """Call several hosts in turn, as a client with a list of nodes does."""
+
+    def __init__(self, addresses):
+        self.callers = [Caller(*address) for address in addresses]
+        self.names = [f"{host}:{port}" for host, port in addresses]
+        self.turn = itertools.count()
+
+    async def call(self, body, priority=None):
+        number = next(self.turn) % len(self.callers)
+        status, _, first_s, tail = await self.callers[number].call(body, None)
+        return status, self.names[number], first_s, tail
+
+    def close(self):
+        for caller in self.callers:
+            caller.close()
+
+
+async def measure_cluster(options):
+    """Measure a live gateway against round-robin over its hosts, in alternating slices; return the Runs."""
+    gateway, hosts = read_address(options.sollol_url), [read_address(host) for host in options.hosts]
+    model = await hosts_model(gateway, options.model)
+    for host in hosts:
+        await hosts_model(host, model)
+    scenario = DEFAULT._replace(models=(model,), clients=options.concurrency, timeout_s=options.timeout)
+    works = iter(make_work(scenario, options.seed))
+    callers = {"round-robin": Rotation(hosts), SOLLOL: Caller(*gateway)}
+    slice_s = max(1.0, min(15.0, options.duration / 4))
+    samples, spent_s = {name: [] for name in callers}, dict.fromkeys(callers, 0.0)
+    loop = asyncio.get_running_loop()
+    try:
+        while min(spent_s.values()) < options.duration:
+            for name, caller in callers.items():
+                start_s = loop.time()
+                found = await closed_loop(caller, works, options.concurrency, slice_s, options.timeout)
+                shift_s = spent_s[name] - start_s
+                samples[name] += [moved(sample, shift_s) for sample in found]
+                spent_s[name] += loop.time() - start_s
+                say(f"{name}: {len(samples[name])} requests in {spent_s[name]:.0f} s")
+    except asyncio.CancelledError:          # Ctrl-C: what there is counts
+        say("stopped")
+    finally:
+        for caller in callers.values():
+            caller.close()
+    return scenario, [Run(name, found, spent_s[name]) for name, found in samples.items() if found]
+
+
+async def measure_baseline(options):
+    """Measure each host alone, one request after the other; return rows of text."""
+    model, count = options.baseline[0], int(options.baseline[1])
+    rows = [["host", "requests", "mean s", "P95 s", "TTFT s", "tokens/s"]]
+    for text in options.hosts:
+        address = read_address(text)
+        scenario = DEFAULT._replace(models=(await hosts_model(address, model),))
+        works = make_work(scenario, options.seed)[:count]
+        caller, loop = Caller(*address), asyncio.get_running_loop()
+        samples = [await make_request(caller, work, loop.time(), options.timeout) for work in works]
+        caller.close()
+        found = figures(Run(text, samples, 1.0))
+        tokens = sum(sample.output_tokens for sample in samples)
+        rows.append([text, str(count), f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
+                     f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
+        say(f"{text} done")
+    return rows
+
+
+async def small_calls_s(caller, path, body, count):
+    """Return the ascending round-trip times of `count` small requests, one after the other."""
+    loop, times_s = asyncio.get_running_loop(), []
+    for _ in range(count):
+        start_s = loop.time()
+        await caller.call(body, path=path)
+        times_s.append(loop.time() - start_s)
+    return sorted(times_s)
+
+
+async def token_gaps_s(caller, body):
+    """Return the ascending times between the chunks of one stream."""
+    loop, gaps_s = asyncio.get_running_loop(), []
+    reader, writer = await asyncio.open_connection(caller.host, caller.port)
+    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    await reader.readuntil(b"\r\n\r\n")
+    last_s = loop.time()
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        await reader.readexactly(size + 2)
+        gaps_s.append(loop.time() - last_s)
+        last_s = loop.time()
+    writer.transport.abort()
+    return sorted(gaps_s[1:])
+
+
+async def measure_overhead(options):
+    """Measure what a gateway adds to small requests and between tokens; return rows of text.
+
+    Direct and through, in turn, so that a change of the machine's speed hits both.
+    """
+    through, direct = read_address(options.overhead), read_address(options.hosts[0])
+    model = await hosts_model(through, options.model)
+    await hosts_model(direct, model)
+    small = json.dumps({"model": model}).encode()
+    stream = chat_body(Work(0, 0.0, model, 20, 100))
+    callers = {"direct": Caller(*direct), "through": Caller(*through)}
+    times_s, gaps_s = {name: [] for name in callers}, {name: [] for name in callers}
+    for turn in range(5):
+        for name, caller in callers.items():
+            times_s[name] += await small_calls_s(caller, "/api/show", small, 200)
+            gaps_s[name] += await token_gaps_s(caller, stream)
+        say(f"{turn + 1} of 5 turns")
+    rows = [["", "direct", "through", "added"]]
+    for label, found in (("POST /api/show", times_s), ("gap between tokens", gaps_s)):
+        for share in (0.5, 0.99):
+            values = [share_of(sorted(found[name]), share) * 1000 for name in callers]
+            rows.append([f"{label}, P{share * 100:.0f}", *(f"{value:.3f} ms" for value in values),
+                         f"{values[1] - values[0]:+.3f} ms"])
+    for caller in callers.values():
+        caller.close()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+def report_of(options, scenario, runs, bound):
+    """Return everything about a comparison as plain data, for JSON and HTML."""
+    return {
+        "command": "python bench.py " + " ".join(options.argv), "seed": options.seed,
+        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
+        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
+                  "samples": [{**sample._asdict()} for sample in run.samples]} for run in runs],
+        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
+
+
+def remarks(scenario, runs, bound):
+    """Return what a reader must know of these figures, in sentences."""
+    mine = figures(runs[-1])
+    notes = ["Latency counts from the intended send time. A failed request counts as the time after which its client "
+             f"gives up ({scenario.timeout_s:g} s), in every figure."]
+    if bound:
+        notes.append(f"No scheduler can bring the mean below {bound:.2f} s here; "
+                     f"SOLLOL is {change(mine.mean_s, bound)} from that.")
+    if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
+        notes.append("These nodes are equal: there is little to gain by choosing among them.")
+    return notes
+
+
+def print_report(report, runs):
+    """Print a comparison as text."""
+    print(f"$ {report['command']}")
+    print(f"seed {report['seed']}, Python {report['python']}, {report['loop']}")
+    print(report["scenario"] + "\n")
+    for rows in (report["table"], node_table(runs), class_table(runs)):
+        if rows:
+            print(aligned(rows) + "\n")
+    for note in report["notes"]:
+        print(note)
+
+
+def write_file(path, text):
+    """Write a text file. Raises BadArgument if that cannot be done."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+
+
+def finish(options, scenario, runs, bound):
+    """Print a comparison and write the files that were asked for."""
+    report = report_of(options, scenario, runs, bound)
+    print_report(report, runs)
+    if options.output:
+        write_file(options.output, json.dumps(report, indent=1))
+    if options.html:
+        write_file(options.html, html_page(report))
+
+
+def compare(options):
+    """Compare all policies on the default scenario, or another one."""
+    named = {scenario.name: scenario for scenario in MATRIX}
+    scenario = named.get(options.scenario)
+    if scenario is None:
+        raise BadArgument(f"there is no scenario {options.scenario!r}; there are {' '.join(named)}")
+    if options.trace:
+        scenario = scenario._replace(name="trace", clients=0, load=0.6, lengths="trace")
+        LENGTHS["trace"] = read_trace(options.trace)
+    runs = []
+    try:
+        for policy in (*PLAIN, SOLLOL):
+            if options.realtime:
+                runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
+            else:
+                runs += simulate(scenario, options.seed, (policy,))
+            say(f"{policy} done")
+    except KeyboardInterrupt:
+        say("stopped")
+    if runs:
+        finish(options, scenario, runs, bound_s(scenario, options.seed))
+    if options.realtime and len(runs) == 3:
+        agree(scenario, runs, options.seed)
+    return 0
+
+
+def agree(scenario, runs, seed):
+    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
+    print("\nMean latency on the wall clock, over the virtual clock's:")
+    for run, other in zip(runs, simulate(scenario, seed), strict=True):
+        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
+
+
+def read_trace(path):
+    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+    except (KeyError, ValueError, TypeError):
+        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
+    if not pairs:
+        raise BadArgument(f"{path}: it has no rows")
+    return pairs
+
+
+def positive(text):
+    """Return a positive number."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def command_line():
+    """Return the parser."""
+    about = "Measure SOLLOL against plain proxies; without arguments on three simulated nodes, in virtual time."
+    parser = sollol.OneLineParser(prog="bench.py", description=about)
+    add = parser.add_argument_group("simulated clusters").add_argument
+    add("--scenario", default=DEFAULT.name, metavar="NAME", help="what is run; a wrong name lists all (%(default)s)")
+    add("--seed", type=int, default=1, metavar="N", help="of lengths, arrivals and noise (%(default)s)")
+    add("--trace", metavar="FILE", help="take token lengths from a whole trace (CSV)")
+    add("--realtime", action="store_true", help="on the wall clock, the gateway being a process of its own")
+    add("--matrix", nargs="?", const=".", metavar="PATTERN", help="run all scenarios, or those that match; minutes")
+    add("--agents", metavar="N,N", help="so many parallel agents, against one call after the other")
+    add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
+    add = parser.add_argument_group("real clusters").add_argument
+    add("--sollol-url", metavar="URL", help="a running gateway, measured against round-robin over --hosts")
+    add("--hosts", type=lambda text: text.split(","), default=[], metavar="H,H", help="its nodes, host:port")
+    add("--model", metavar="NAME", help="what to ask for (the first model there is)")
+    add("--duration", type=positive, default=60.0, metavar="S", help="seconds for each side (%(default)g)")
+    add("--concurrency", type=sollol.parse_count, default=10, metavar="N", help="parallel clients (%(default)s)")
+    add("--timeout", type=positive, default=120.0, metavar="S", help="when a client gives up (%(default)g)")
+    add("--baseline", nargs=2, metavar=("MODEL", "N"), help="N requests one by one on each of --hosts")
+    add("--overhead", metavar="URL", help="what a gateway adds to small requests and tokens, against --hosts")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="FILE", help="write every request as JSON")
+    add("--html", metavar="FILE", help="write one page with curves, timeline and table")
+    add = parser.add_argument_group("simulated nodes for other programs").add_argument
+    add("--nodes", type=sollol.parse_count, metavar="N", help="serve so many simulated nodes until Ctrl-C")
+    add("--port", type=sollol.parse_port, default=11434, metavar="PORT",
+        help="port of the first, the others follow (%(default)s; 0: any)")
+    add("--speed", type=positive, default=1.0, metavar="X", help="times as fast as what they imitate (%(default)g)")
+    return parser
+
+
+def run(options):
+    """Do what the command line asks for; return the exit status. Raises BadArgument."""
+    if (options.sollol_url or options.baseline or options.overhead) and not options.hosts:
+        raise BadArgument("which nodes? Give --hosts H,H")
+    if options.nodes:
+        asyncio.run(serve(demo_nodes(options.nodes, options.port, options.speed)))
+    elif options.sollol_url:
+        scenario, runs = asyncio.run(measure_cluster(options))
+        finish(options, scenario, runs, None)
+    elif options.baseline:
+        if not options.baseline[1].isdigit() or not int(options.baseline[1]):
+            raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
+        print(aligned(asyncio.run(measure_baseline(options))))
+    elif options.overhead:
+        print(aligned(asyncio.run(measure_overhead(options))))
+    elif options.check:
+        return 0 if check_claims(options.seed) else 1
+    elif options.matrix:
+        print(aligned(run_matrix(options.seed, options.matrix)))
+    elif options.agents:
+        counts = [int(count) for count in options.agents.split(",") if count.isdigit() and int(count)]
+        if len(counts) != len(options.agents.split(",")):
+            raise BadArgument(f"--agents: {options.agents!r} is not a list of numbers")
+        print(aligned(agents_table(counts, ("hom5", "mild5", "het5", "hom10"), options.seed)))
+    else:
+        return compare(options)
+    return 0
+
+
 def main(argv=None):
     """Run the command line; return the exit status."""
-    about = "Serve simulated Ollama nodes until Ctrl-C."
-    parser = argparse.ArgumentParser(prog="bench.py", description=about)
-    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (default: 3)")
-    parser.add_argument("--port", type=int, default=11434, metavar="PORT",
-                        help="port of the first, the others follow (default: 11434; 0: any)")
-    parser.add_argument("--speed", type=float, default=1.0, metavar="X",
-                        help="times as fast as the hardware they imitate (default: 1)")
-    options = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options = command_line().parse_args(argv)
+    options.argv = argv
+    live = options.sollol_url or options.realtime
+    options.loop = "asyncio in real time" if live else "virtual clock: the same seed gives the same figures"
     try:
-        asyncio.run(serve(demo_nodes(options.nodes, options.port, options.speed)))
-    except PortTaken as error:
+        return run(options)
+    except (BadArgument, PortTaken) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import contextlib
 import datetime
 import email.utils
 import enum
+import errno
 import heapq
 import ipaddress
 import itertools
@@ -36,6 +37,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -59,11 +61,13 @@ MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one tr
 MAX_TRAILER_BYTES = 16 * KIB
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
+MAX_INTERIM = 16                    # 1xx answers before one request's own
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 
 # Client patience.
 KEEP_ALIVE_S = 75.0                 # an idle client connection
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
+WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads nothing; 64 KiB at 200 bytes/s
 LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
 
 # Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
@@ -72,6 +76,7 @@ PROBE_TIMEOUT_S = 3.0
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
+CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
 LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives up after this
 
 # Queue.
@@ -91,6 +96,8 @@ HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of 
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
 STALL_S = 2.0                       # no token for this long, and ten expected gaps: the node is suspect
+LONG_ANSWER_TOKENS = 4096           # what an answer that does not stream may be busy with, unseen
+MOST_PATIENCE_S = 900.0             # without a first byte, however long the answer may become
 STREAM_PATIENCE_S = 120.0           # a begun stream is given up after this long without a byte on a suspect node
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
@@ -250,11 +257,11 @@ def find_head(buffer, scanned=0):
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
     if 0 <= end <= MAX_HEAD_BYTES:
         return end + 4
-    if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2), len(buffer)):
-        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
     if len(buffer) > MAX_HEAD_BYTES:
-        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES]
+        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]       # room for the method and the version
         raise ProtocolError("request target too long" if over else "head too long", 414 if over else 431)
+    if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2)):
+        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
     return None
 
 
@@ -462,7 +469,8 @@ NOT_FOR_NODES = frozenset((b"host", b"content-length", b"expect", b"x-priority")
 def render_request(head, settings, length):
     """Return the head to send to a node for `head`, with a body of `length` bytes (None = chunked)."""
     dropped = NOT_FOR_NODES | {b"authorization"} if settings.token else NOT_FOR_NODES
-    lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), settings.prefix.encode(), head.target),
+    prefix = settings.prefix.encode() if head.target != b"*" else b""
+    lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), prefix, head.target),
              b"Host: " + settings.host_header.encode()]
     lines += end_to_end(head.lines, head.fields, dropped)
     if settings.token:
@@ -517,6 +525,7 @@ ROUTES = {
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
+MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
 OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 PREFIX_BLOCK_CHARS = 512            # a prompt without messages is compared in blocks of this size
 PREFIX_FIRST, PREFIX_LAST = 4, 12   # parts remembered from the front (system prompt) and the back (the last turns)
@@ -540,8 +549,8 @@ JSON_VALUE = json.JSONDecoder(object_pairs_hook=lower_keys)
 def read_object(body):
     """Return the JSON object that `body` begins with, keys in lower case; {} if there is none."""
     try:
-        value, _ = JSON_VALUE.raw_decode(body.decode().lstrip())
-    except (ValueError, RecursionError):        # also UnicodeDecodeError
+        value, _ = JSON_VALUE.raw_decode(body.decode(errors="replace").lstrip())
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -600,7 +609,7 @@ def text_of(content):
 
 def prompt_parts(kind, fields):
     """Return the prompt as a list of texts, in the order in which the model reads them."""
-    lead = [text_of(fields.get("system"))]
+    lead = [text_of(fields.get("system", fields.get("instructions")))]
     if kind == "embed":
         return [text_of(fields.get("input", fields.get("prompt")))]
     if kind == "generate":
@@ -625,15 +634,15 @@ def prefix_of(parts, seed):
 def output_bound(fields, options):
     """Return how many tokens the client wants at most, or None."""
     bounds = [options.get("num_predict")] + [fields.get(name) for name in OUTPUT_BOUNDS]
-    bounds = [bound for bound in bounds if type(bound) is int and bound > 0]
+    bounds = [min(bound, MAX_OUTPUT_TOKENS) for bound in bounds if type(bound) is int and bound > 0]
     return min(bounds, default=None)
 
 
-def runner_options(options):
+def runner_options(fields, options):
     """Return the options given that belong to a loaded model: with another value Ollama unloads and loads it again."""
-    given = ((name, options.get(name)) for name in RUNNER_OPTIONS)
+    given = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in given
-                 if isinstance(value, (int, bool)) and not (name == "num_gpu" and value < 0))
+                 if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
 def read_wants(head, route, body, client):
@@ -653,7 +662,7 @@ def read_wants(head, route, body, client):
         stream=stream if isinstance(stream, bool) else route.streams,
         prompt_chars=sum(map(len, parts)),
         max_output=output_bound(fields, options),
-        options=runner_options(options),
+        options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
         inference=route.kind != "control",
@@ -680,7 +689,9 @@ class Ticket:
     arrived_s: float
     key_s: float
     seq: int
-    waiting: bool = True
+    since_s: float = 0.0            # when it began to wait, this time
+    waiting: bool = False
+    left: bool = False
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
     refusal: object = None          # why it will never run
@@ -692,6 +703,7 @@ class Queue:
 
     def __init__(self):
         self.heaps = {}             # model: [(key_s, seq, ticket)]
+        self.marked = collections.Counter()     # model: entries in its heap that no longer wait
         self.tickets = {}           # waiting tickets in order of arrival: {ticket: None}
 
     def __len__(self):
@@ -704,22 +716,33 @@ class Queue:
         heapq.heappush(self.heaps.setdefault(ticket.wants.model, []), (ticket.key_s, ticket.seq, ticket))
 
     def discard(self, ticket):
-        """Take a ticket out. Its heap entry is only marked; `first` steps over it. O(1)."""
+        """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
+        if not ticket.waiting:
+            return
         ticket.waiting = False
-        self.tickets.pop(ticket, None)
+        del self.tickets[ticket]
+        model = ticket.wants.model
+        self.marked[model] += 1
+        heap = self.heaps.get(model, ())
+        if self.marked[model] > 16 + len(heap) // 2:
+            heap[:] = [entry for entry in heap if entry[2].waiting]
+            heapq.heapify(heap)
+            del self.marked[model]
 
     def first(self, model):
         """Return the first waiting entry of a model, or None."""
         heap = self.heaps.get(model, ())
         while heap and not heap[0][2].waiting:
             heapq.heappop(heap)
+            self.marked[model] -= 1
         if not heap:
             self.heaps.pop(model, None)
+            self.marked.pop(model, None)
             return None
         return heap[0]
 
     def pop(self, model):
-        """Take the first waiting entry of a model out of its heap; it still counts as waiting."""
+        """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `settle`."""
         entry = self.first(model)
         heapq.heappop(self.heaps[model])
         return entry
@@ -727,6 +750,11 @@ class Queue:
     def restore(self, entry):
         """Put an entry that `pop` returned back to its place."""
         heapq.heappush(self.heaps.setdefault(entry[2].wants.model, []), entry)
+
+    def settle(self, entry):
+        """Let an entry that `pop` returned wait no longer."""
+        entry[2].waiting = False
+        del self.tickets[entry[2]]
 
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
@@ -785,12 +813,22 @@ class Breaker:
         """Tell whether one more request may be sent."""
         return self.failures < self.threshold or now >= self.until_s and not self.trial
 
-    def begin(self, now):
-        """Note that a request is sent."""
+    def begin(self):
+        """Note that a request is sent; tell whether it is the trial."""
         self.trial = self.failures >= self.threshold
+        return self.trial
+
+    def end_trial(self):
+        """Note that the trial ended without telling anything: its client left, say."""
+        self.trial = False
 
     def fail(self, now):
-        """Count a failure; from the threshold on the pause doubles each time."""
+        """Count a failure; from the threshold on the pause doubles each time.
+
+        While it is open, what fails was sent before: all that a crash takes with it counts once.
+        """
+        if self.state(now) == "open":
+            return
         self.failures += 1
         self.trial = False
         if self.failures >= self.threshold:
@@ -800,6 +838,17 @@ class Breaker:
     def succeed(self):
         """Close."""
         self.failures, self.trial = 0, False
+
+
+def row_name(row):
+    """Return the canonical name in a row of /api/tags or /api/ps."""
+    return canonical(row["name"])
+
+
+def row_bytes(row, key):
+    """Return a size in a row of /api/tags or /api/ps, 0 if it has none."""
+    value = row.get(key)
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -846,6 +895,7 @@ class Node:
     indexed: bool = False           # its models are known
     up: bool = False
     draining: bool = False
+    calibrated: bool = False        # measured, or being measured, since it came up
     misses: int = 0                 # probes in a row without an answer
     breaker: Breaker = field(default_factory=lambda: Breaker(2))
     suspect: bool = False
@@ -902,8 +952,10 @@ class Lease:
     lines: int = 0
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
+    trials: list = field(default_factory=list)  # half-open breakers that this lease is the trial of
     released: bool = False
     abandon: object = None          # how the I/O side is told to give up
+    is_held_up: object = None       # how it is asked whether the answer waits for its client
 
 
 class Timings(NamedTuple):
@@ -1119,8 +1171,10 @@ def is_usable(node, now):
         return False
     if not node.busy:
         return True
-    patience_s = max(lease.patience_s for runner in node.busy for lease in runner.leases)
-    return now - node.heard_s <= max(SILENT_S, 2 * patience_s)
+    # What does not stream is as long as its answer, and that is known far less exactly than the time to a first token.
+    expected_s = max((lease.predicted_first_s - lease.sent_s) * (2 if lease.ticket.wants.stream else 5)
+                     for runner in node.busy for lease in runner.leases)
+    return now - node.heard_s <= max(SILENT_S, expected_s)
 
 
 def slot_limit(node, runner, now, elsewhere_free):
@@ -1163,6 +1217,9 @@ POLICIES = {
 # place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
 
+ALL_FAILED = Refusal(502, "every node that could answer has failed")
+
+
 class Decision(NamedTuple):
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
@@ -1181,6 +1238,7 @@ class Dispatcher:
         self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
         self.rng = rng or random.Random()
         self.nodes = {}             # name: Node, in the order of hosts.txt
+        self.leaving = []           # dropped nodes that still work
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
         self.queue = Queue()
         self.fair = FairShare()
@@ -1196,12 +1254,15 @@ class Dispatcher:
         if len(self.queue) >= self.max_queue:
             raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
         start_s = self.fair.charge(wants, now, self.cost_s(wants))
-        ticket = Ticket(id, wants, now, start_s - HEAD_START_S * wants.priority, next(self.seq))
+        ticket = Ticket(id, wants, now, start_s - HEAD_START_S * wants.priority, next(self.seq), now)
         self.queue.push(ticket)
         return ticket
 
     def leave(self, ticket, now):
-        """End a ticket, whatever has become of it: waiting, running or refused."""
+        """End a ticket, whatever has become of it: waiting, running, refused or already left."""
+        if ticket.left:
+            return
+        ticket.left = True
         self.queue.discard(ticket)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
@@ -1211,6 +1272,7 @@ class Dispatcher:
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
         if len(ticket.tried) >= MAX_ATTEMPTS or not self.untried(ticket, now):
             return False
+        ticket.since_s = now
         self.queue.push(ticket)
         return True
 
@@ -1228,10 +1290,10 @@ class Dispatcher:
 
     def expire(self, now):
         """Refuse and return the tickets that have waited too long."""
-        late = itertools.takewhile(lambda ticket: now - ticket.arrived_s >= self.queue_timeout_s, self.queue.tickets)
+        late = [ticket for ticket in self.queue.tickets if now - ticket.since_s >= self.queue_timeout_s]
         refusal = Refusal(503, f"no slot became free within {self.queue_timeout_s:g} s",
                           retry_after_s=self.drain_s())
-        return [self.refuse(ticket, refusal) for ticket in list(late)]
+        return [self.refuse(ticket, refusal) for ticket in late]
 
     def cost_s(self, wants):
         """Return how long a request keeps the whole cluster busy: its service time over all slots."""
@@ -1283,11 +1345,15 @@ class Dispatcher:
         while entry := self.queue.first(model):
             ticket = entry[2]
             nodes = [runner.node for runner in holders] if holders else up
-            nodes = [node for node in nodes if node.name not in ticket.tried
-                     and node.up and not node.draining and node.breaker.allows(now)]
-            if not nodes:
-                text = "every node that could answer has failed" if ticket.tried else "no node is up"
-                self.refuse_all(model, text, now, refused)
+            alive = [node for node in nodes if node.name not in ticket.tried and node.state(now) in ("up", "suspect")]
+            nodes = [node for node in alive if node.breaker.allows(now)]
+            if alive and not nodes:
+                return              # all are half-open, their one trial running
+            if not alive and ticket.tried:
+                refused.append(self.refuse(ticket, ALL_FAILED))
+                continue
+            if not alive:
+                self.refuse_all(model, "no node is up", now, refused)
                 return
             pick = self.pick if holders else pick_least_inflight
             node = pick(nodes, ticket, self)
@@ -1303,6 +1369,14 @@ class Dispatcher:
             runners = [runner for runner in self.holders.get(model, ()) if usable[runner.node]]
             if any(self.has_room(runner, runners, now) for runner in runners):
                 rooms[model] = [LOOK_AHEAD, runners]
+        try:
+            self.match(rooms, lanes, held, now, leases, refused)
+        finally:
+            for entry in held:
+                self.queue.restore(entry)
+
+    def match(self, rooms, lanes, held, now, leases, refused):
+        """Walk the tickets of the models that have room, in order; put those that had better wait into `held`."""
         while rooms:
             model = min(rooms, key=lambda model: (self.queue.first(model) or (math.inf, 0))[:2])
             room = rooms[model]
@@ -1315,12 +1389,13 @@ class Dispatcher:
             free = [it for it in candidates if self.has_room(it.runner, room[1], now)]
             if free and free[0].finish_s <= HOLD * candidates[0].finish_s:
                 chosen = free[0]
-                self.queue.discard(ticket)
+                self.queue.settle(entry)
                 leases.append(self.lease(ticket, chosen.node, chosen.runner, now, self.explain(candidates, chosen)))
                 self.decisions.append(Decision(now, ticket.id, model, chosen.node.name,
                                                [(it.node.name, it.finish_s) for it in candidates]))
             elif not candidates and not self.untried(ticket, now):
-                refused.append(self.refuse(ticket, Refusal(502, "every node that could answer has failed")))
+                self.queue.settle(entry)
+                refused.append(self.refuse(ticket, ALL_FAILED))
                 continue
             else:
                 held.append(entry)
@@ -1331,16 +1406,16 @@ class Dispatcher:
                 bisect.insort(chosen.lanes, chosen.finish_s)
             if not room[0] or not any(self.has_room(runner, room[1], now) for runner in room[1]):
                 del rooms[model]
-        for entry in held:
-            self.queue.restore(entry)
 
     def has_room(self, runner, others, now):
         """Tell whether one more request may be sent to a runner."""
+        if not runner.breaker.allows(now) or not runner.node.breaker.allows(now):
+            return False
         running = len(runner.leases)
         if running < runner.slots:
-            return runner.breaker.allows(now)
+            return True
         elsewhere_free = any(len(other.leases) < other.slots for other in others)
-        return running < slot_limit(runner.node, runner, now, elsewhere_free) and runner.breaker.allows(now)
+        return running < slot_limit(runner.node, runner, now, elsewhere_free)
 
     def candidates(self, ticket, runners, lanes, now):
         """Return the Candidates for a ticket, best first."""
@@ -1367,29 +1442,41 @@ class Dispatcher:
         up = [node for node in self.nodes.values() if node.state(now) in ("up", "suspect") and node.name not in tried]
         if not up:
             if tried:
-                raise Refusal(502, "every node that could answer has failed")
+                raise ALL_FAILED
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         holders = [runner.node for runner in self.holders.get(wants.model, ()) if runner.node in up]
         node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases)))
-        ticket = Ticket(id, wants, now, now, next(self.seq), waiting=False)
+        ticket = Ticket(id, wants, now, now, next(self.seq))
         return self.lease(ticket, node, None, now, "has the model" if holders else "any node")
 
     # Leases -----------------------------------------------------------------
 
     def lease(self, ticket, node, runner, now, reason):
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
-        lease = ticket.lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+        lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
         self.advance(node, now)
-        node.breaker.begin(now)
-        node.requests += 1
+        if runner is not None:
+            self.predict(lease, now)
+            if lease.loads:
+                self.believe_loaded(runner, ticket.wants, lease.ready_s, now)
+            self.remember_prefix(runner, ticket.wants)
+            if not runner.leases:
+                node.busy.append(runner)
+            runner.leases.append(lease)
+            lease.nth = len(runner.leases)
+            runner.used_s = now
         if not node.leases:
             node.heard_s = now
         node.leases.append(lease)
-        if runner is None:
-            lease.patience_s = LOAD_PATIENCE_S
-            return lease
-        runner.breaker.begin(now)
-        wants = ticket.wants
+        node.requests += 1
+        breakers = [node.breaker] if runner is None else [node.breaker, runner.breaker]
+        lease.trials = [breaker for breaker in breakers if breaker.begin()]
+        ticket.lease = lease
+        return lease
+
+    def predict(self, lease, now):
+        """Note when a lease about to be given should show its first byte and its last."""
+        node, runner, wants = lease.node, lease.runner, lease.ticket.wants
         prefill, decode = solo_service_s(self.estimates, runner, wants)
         slow = slowdown(node, runner, 1)
         lane_s = free_lanes(self.estimates, node, runner, now)[0]
@@ -1402,25 +1489,18 @@ class Dispatcher:
         lease.predicted_end_s = start_s + (prefill + decode) * slow
         lease.patience_s = self.patience_s(lease, start_s - now, slow)
         lease.start_progress_s = runner.progress_s
-        if lease.loads:
-            self.believe_loaded(runner, wants, lease.ready_s, now)
-        self.remember_prefix(runner, wants)
-        if not runner.leases:
-            node.busy.append(runner)
-        runner.leases.append(lease)
-        lease.nth = len(runner.leases)
-        runner.used_s = now
-        return lease
 
     def patience_s(self, lease, start_s, slow):
         """Return how long a lease may show no byte before its node is doubted; generous while speeds are unmeasured.
 
-        An answer that does not stream shows nothing before its end, so all it could say is allowed for.
+        An answer that does not stream shows nothing before its end, so a long one is allowed for.
         """
         runner, wants = lease.runner, lease.ticket.wants
-        silent_tokens = 0 if wants.stream else wants.max_output or max(4 * self.estimates.output_tokens(wants), 2048)
+        silent_tokens = max(8 * self.estimates.output_tokens(wants), LONG_ANSWER_TOKENS)
+        silent_tokens = 0 if wants.stream else min(silent_tokens, wants.max_output or silent_tokens)
         first_s = start_s + (OVERHEAD_S + lease.new_tokens * prefill_s(runner) + silent_tokens * decode_s(runner)) * slow
-        return max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1))
+        patience_s = 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)
+        return min(max(5.0, patience_s), MOST_PATIENCE_S)
 
     def believe_loaded(self, runner, wants, ready_s, now):
         """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
@@ -1517,8 +1597,7 @@ class Dispatcher:
         if lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if wait_s < HIDDEN_WAIT_S + 0.02 * took_s:
-            overlapped = [other for other in runner.leases if other is not lease and other.sent_s < lease.sent_s]
-            if len(overlapped) + 1 >= lease.nth:        # none of those before it left while it waited
+            if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
                 self.prove_slots(runner, lease.nth)
         elif lease.nth > runner.top:
             self.disprove_slots(runner, now)
@@ -1540,10 +1619,9 @@ class Dispatcher:
             sample = (timings.prompt_s * share - OVERHEAD_S) / timings.prompt_tokens
             if sample > 0.1 * prefill_s(runner):        # else the cache held it after all
                 runner.prefill_s = blend(prefill_s(runner), sample, gain)
-        if timings.output_tokens >= 8:
+        if timings.output_tokens >= 8 and timings.output_s > 1e-4:
             sample = timings.output_s * share / timings.output_tokens
-            node.size_factor = blend(node.size_factor, sample / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB),
-                                     gain)
+            node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
             runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
             runner.samples += 1
 
@@ -1558,10 +1636,10 @@ class Dispatcher:
         if runner is not None:
             runner.leases.remove(lease)
             runner.used_s = now
-            runner.breaker.trial = False
             if not runner.leases:
                 node.busy.remove(runner)
-        node.breaker.trial = False
+        for breaker in lease.trials:
+            breaker.end_trial()
         node.heard_s = now          # its silence, if any, ended with this lease
 
     def fail(self, lease, kind, now):
@@ -1578,7 +1656,7 @@ class Dispatcher:
             runner.breaker.fail(now)
             self.believe_unloaded(runner)
         elif kind == "refused":
-            self.lost(node, now)
+            node.up = False         # no new work; whether what runs there is lost, the next probe tells
         elif kind != "stalled":     # a stalled node is suspect; the check on it decides
             node.breaker.fail(now)
 
@@ -1590,14 +1668,17 @@ class Dispatcher:
         Requests that run on a dropped node end there. Returns (added, dropped) nodes.
         """
         old, self.nodes = self.nodes, {}
+        if settings and not any(line.primary for line in settings):
+            settings = [settings[0]._replace(primary=True), *settings[1:]]
         for line in settings:
             node = old.get(line.name)
             self.nodes[line.name] = node if node and node.settings == line else Node(line)
         for node in old.values():
             node.draining = node.draining or self.nodes.get(node.name) is not node
         self.reindex()
-        return ([node for node in self.nodes.values() if old.get(node.name) is not node],
-                [node for node in old.values() if self.nodes.get(node.name) is not node])
+        dropped = [node for node in old.values() if self.nodes.get(node.name) is not node]
+        self.leaving += dropped
+        return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
     def reindex(self):
         """Rebuild the table of who has which model."""
@@ -1609,7 +1690,7 @@ class Dispatcher:
 
     def lost(self, node, now):
         """Note that a node cannot be reached: its models are gone from memory."""
-        node.probed, node.up, node.suspect = True, False, False
+        node.probed, node.up, node.suspect, node.calibrated = True, False, False, False
         node.speed = 1.0
         for runner in node.runners.values():
             self.believe_unloaded(runner)
@@ -1632,12 +1713,11 @@ class Dispatcher:
         """Take over a node's /api/tags."""
         names = set()
         for row in rows:
-            name = canonical(str(row.get("name") or row.get("model") or ""))
+            name = row_name(row)
             names.add(name)
             runner = self.runner(node, name)
             runner.on_disk, runner.row = True, row
-            if isinstance(row.get("size"), int) and row["size"] > 0:
-                runner.disk_bytes = float(row["size"])
+            runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
         for runner in list(node.runners.values()):
             if runner.model not in names:
                 runner.on_disk = False
@@ -1645,6 +1725,10 @@ class Dispatcher:
                     del node.runners[runner.model]
         node.indexed = True
         self.reindex()
+
+    def index_failed(self, node):
+        """Note that a node lives but does not say what it has: what it said last counts."""
+        node.indexed = True
 
     def runner(self, node, model):
         """Return what is known of a model on a node, from now on."""
@@ -1662,13 +1746,13 @@ class Dispatcher:
         Two names of the same weights share one runner, and ps shows only one of them: so the digest counts too.
         """
         node.running = rows
-        names = {canonical(str(row.get("name") or row.get("model") or "")): row for row in rows}
-        digests = {row.get("digest"): row for row in rows if row.get("digest")}
+        names = {row_name(row): row for row in rows}
+        digests = {str(row["digest"]): row for row in rows if row.get("digest")}
         gone, new = [], []
         for runner in node.runners.values():
-            row = names.get(runner.model) or digests.get(runner.row.get("digest"))
+            row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
             if row:
-                runner.vram_bytes = float(row.get("size_vram") or row.get("size") or 0)
+                runner.vram_bytes = row_bytes(row, "size_vram") or row_bytes(row, "size")
                 if runner.ready_s is None:
                     runner.ready_s, runner.options = now, None
                     new.append(runner)
@@ -1686,32 +1770,38 @@ class Dispatcher:
         No byte for long after a stream began, or no first byte for much longer than predicted although /api/ps says
         that the model is loaded: a wedged card does that, while its /api/version still answers.
         """
-        stuck = []
-        for node in self.nodes.values():
-            for lease in node.leases:
-                silent_s = now - lease.heard_s
-                if lease.runner is None:
-                    given_up = False
-                elif lease.first_s is not None and lease.ticket.wants.stream:
-                    self.judge_speed(lease, now)
-                    gap_s = max(decode_s(lease.runner) * slowdown(node, lease.runner) / lease.runner.lines_per_token,
-                                (lease.heard_s - lease.first_s) / max(1, lease.lines))
-                    if silent_s > max(STALL_S, 10 * gap_s):
-                        node.suspect, node.stalled_s = True, now
-                    given_up = node.suspect and silent_s > STREAM_PATIENCE_S
-                else:
-                    given_up = self.is_overdue(lease, now)
-                    if given_up:
-                        node.suspect, node.stalled_s = True, now
-                if given_up or not node.up and silent_s > SILENT_S:
-                    stuck.append(lease)
+        self.leaving = [node for node in self.leaving if node.leases]
+        return [lease for node in (*self.nodes.values(), *self.leaving) for lease in node.leases
+                if self.is_stuck(lease, now)]
+
+    def is_stuck(self, lease, now):
+        """Tell whether a lease is to be given up; note what its silence says of the node."""
+        node, runner = lease.node, lease.runner
+        if lease.is_held_up is not None and lease.is_held_up():     # by a client that reads slowly: nobody listens
+            lease.heard_s = lease.watched_s = node.heard_s = now
+            lease.watched_lines = lease.lines
+            return False
+        silent_s = now - lease.heard_s
+        if node.misses and not node.up:
+            return silent_s > SILENT_S
+        if runner is None or self.pick:         # a plain proxy's requests queue in the node: silence means nothing
+            return False
+        if lease.first_s is None or not lease.ticket.wants.stream:
+            stuck = stalled = self.is_overdue(lease, now)
+        else:
+            self.judge_speed(lease, now)
+            gap_s = max(decode_s(runner) * slowdown(node, runner) / runner.lines_per_token,
+                        (lease.heard_s - lease.first_s) / max(1, lease.lines))
+            stalled = silent_s > max(STALL_S, 10 * gap_s)
+            stuck = stalled and silent_s > STREAM_PATIENCE_S
+        if stalled:
+            node.suspect, node.stalled_s = True, now
         return stuck
 
     def is_overdue(self, lease, now):
         """Tell whether a first byte is so late that the node must be stuck. A model that loads is given all its time."""
         node, waited_s = lease.node, now - lease.sent_s
-        listed = lease.runner.vram_bytes and lease.runner.model in {
-            canonical(str(row.get("name") or row.get("model") or "")) for row in node.running}
+        listed = lease.runner.model in map(row_name, node.running)
         patience_s = lease.patience_s if listed and not lease.loads else max(LOAD_PATIENCE_S, lease.patience_s)
         return waited_s > patience_s and now - node.heard_s > SILENT_S
 
@@ -1719,8 +1809,10 @@ class Dispatcher:
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
         node, runner = lease.node, lease.runner
         elapsed_s = now - max(lease.watched_s, lease.first_s)
+        if elapsed_s < STALL_S or runner.samples < 3:
+            return
         expected = elapsed_s / (decode_s(runner) * slowdown(node, runner) * node.speed) * runner.lines_per_token
-        if elapsed_s < STALL_S or expected < 4 or runner.samples < 3:
+        if expected < 4:
             return
         seen = (lease.lines - lease.watched_lines) / expected
         node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
@@ -1731,12 +1823,20 @@ class Dispatcher:
         node.suspect = False
         node.heard_s = now
 
+    def calibrates(self, node):
+        """Note that a node is being measured; that is done once each time it comes up."""
+        node.calibrated = True
+
+    def forget_speed(self, node):
+        """Take a node for as fast as ever."""
+        node.speed = 1.0
+
     def measured(self, runner, answers, now):
         """Learn from a calibration: Timings of requests sent to an idle runner at once."""
         node = runner.node
         runner.ready_s = runner.ready_s or now
         node.speed = 1.0
-        timings = [it for it in answers if it.output_tokens]
+        timings = [it for it in answers if it.output_tokens >= 4 and it.output_s > 1e-4]
         if not timings:
             return
         together = sum(1 for it in timings if it.hidden_wait_s < HIDDEN_WAIT_S + 0.02 * it.total_s)
@@ -1749,8 +1849,13 @@ class Dispatcher:
         runner.decode_s = first.output_s / first.output_tokens / crowd
         if first.prompt_tokens > 64 and first.prompt_s > 0:
             runner.prefill_s = max(1e-6, (first.prompt_s / crowd - OVERHEAD_S) / first.prompt_tokens)
-        node.size_factor = runner.decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB)
+        node.size_factor = size_factor(runner, runner.decode_s)
         runner.samples = max(runner.samples, 1)
+
+
+def size_factor(runner, decode_s):
+    """Return seconds per token over what the model's size lets expect: how fast a node is, for models not yet measured."""
+    return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
 
 
 def blend(estimate, sample, gain):
@@ -1778,6 +1883,7 @@ class NodeConnection(asyncio.Protocol):
         self.sink = None
         self.waiter = None          # of whoever waits for the head
         self.failure = None         # why there will be no (more) answer
+        self.ended = False          # the node closed it in good order
         self.busy = True
         self.reused = False
         self.idle_s = 0.0
@@ -1800,7 +1906,8 @@ class NodeConnection(asyncio.Protocol):
 
     def connection_lost(self, exc):
         if self.failure is None:
-            self.failure = NodeFailure("died", "closed the connection")
+            self.failure = NodeFailure("died", "closed the connection" if exc is None else f"broke off: {exc}")
+            self.ended = exc is None
         if self.sink is not None:
             self.sink.lost()
         self.wake()
@@ -1834,7 +1941,7 @@ class NodeConnection(asyncio.Protocol):
 
     async def response(self, method):
         """Wait for the head of the answer, however long it takes. Raises NodeFailure."""
-        scanned = 0
+        scanned = interim = 0
         while True:
             try:
                 end = find_head(self.buffer, scanned)
@@ -1843,7 +1950,11 @@ class NodeConnection(asyncio.Protocol):
                     self.buffer, scanned = self.buffer[end:], 0
                     if head.status >= 200:
                         return head
-                    continue        # 1xx: the gateway asked for none, the client gets its own
+                    interim += 1    # 1xx: the gateway asked for none, the client gets its own
+                    if head.status == 101 or interim > MAX_INTERIM:
+                        raise ProtocolError("switches protocols or sends no end of interim answers")
+                    self.transport.resume_reading()
+                    continue
             except ProtocolError as error:
                 raise NodeFailure("garbage", f"answered what is not HTTP: {error}") from None
             scanned = len(self.buffer)
@@ -1855,18 +1966,22 @@ class NodeConnection(asyncio.Protocol):
     def attach(self, sink):
         """Give what has come after the head, and all that will come, to a sink."""
         self.sink = sink
+        self.transport.resume_reading()     # first: what the sink writes now may pause it again
         data, self.buffer = self.buffer, b""
         if data:
             sink.data(data)
         if self.failure is not None:
             sink.lost()
-        self.transport.resume_reading()
 
     def pause_reading(self):
         self.transport.pause_reading()
 
     def resume_reading(self):
         self.transport.resume_reading()
+
+
+# The gateway's own lack of sockets: no fault of the node.
+EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
 
 class Pool:
@@ -1887,7 +2002,11 @@ class Pool:
         except TimeoutError:
             raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise Refusal(503, f"the gateway has no connection left: {error.strerror}", retry_after_s=1.0) from None
             raise NodeFailure("refused", f"no connection: {error.strerror or error}") from None
+        except UnicodeError:
+            raise NodeFailure("refused", f"no connection: {self.settings.host!r} is not a host name") from None
 
     def take(self):
         """Return a connection that was used before, or None."""
@@ -1915,13 +2034,14 @@ class Pool:
                 connection.transport.close()
         self.idle = [connection for connection in self.idle if connection.idle_s >= before_s]
 
-    async def exchange(self, data, method, on_connection=lambda connection: None):
+    async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True):
         """Send a whole request; return (connection, head of the answer). Raises NodeFailure.
 
-        A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once.
+        A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
+        must not be done twice is sent on a fresh one to begin with (`reuse` False).
         """
         while True:
-            connection = self.take() or await self.connect()
+            connection = reuse and self.take() or await self.connect()
             on_connection(connection)
             kept = False
             try:
@@ -1979,7 +2099,7 @@ class Sink:
 
     def lost(self):
         """The connection has closed: the right end for a body without length, a failure for any other."""
-        if isinstance(self.body, UntilCloseBody) and self.connection.failure.kind == "died":
+        if isinstance(self.body, UntilCloseBody) and self.connection.ended:
             self.end(False)
         else:
             self.fail(self.connection.failure)
@@ -2040,6 +2160,8 @@ class Relay(Sink):
             self.heard(payload.count(b"\n"))
             self.bytes += len(payload)
             self.tail = payload[-TAIL_BYTES:] if len(payload) >= TAIL_BYTES else (self.tail + payload)[-TAIL_BYTES:]
+        if not payload and not self.body.done:
+            return                  # part of the framing only
         if self.framing is not Framing.CHUNKED:
             self.write(payload)
         elif verbatim is not None:
@@ -2093,8 +2215,16 @@ class Upload:
             self.client.resume_reading()
         self.data(data)
 
+    def expire(self):
+        """The client has sent nothing for BODY_PAUSE_S."""
+        if self.connection.sink is None:
+            self.connection.fail(Refusal(408, "the request took too long to arrive", close=True))
+        else:
+            self.client.transport.abort()
+
     def data(self, data):
         """Take a piece from the client's socket; what lies behind the body stays for the next request."""
+        self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
         if self.connection.failure is not None:
             return                  # the answer came early; what is still coming has no reader
         try:
@@ -2110,7 +2240,7 @@ class Upload:
         if payload:
             self.connection.transport.write(payload)
         if self.body.done:
-            self.client.sink = None
+            self.client.sink, self.client.deadline_s = None, math.inf
             self.client.buffer += data[used:]
 
 
@@ -2159,8 +2289,10 @@ class ClientConnection(asyncio.Protocol):
         self.source = None          # the NodeConnection that is not read while this socket's buffer is full
         self.waiter = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
-        self.overdue = False
-        self.serving = False        # a request is complete and its answer is not
+        self.overdue = self.reading = False
+        self.write_deadline_s = math.inf    # until when the client must have read some of what it was sent
+        self.asking = False         # a request has begun and its answer has not ended
+        self.serving = False        # that request is complete: nothing but its end is expected of the client
         self.eof = self.gone = False
         self.write_paused = self.read_paused = False
 
@@ -2175,8 +2307,11 @@ class ClientConnection(asyncio.Protocol):
             self.sink.data(data)
             return
         self.buffer += data
-        if self.waiter is None and len(self.buffer) > READ_AHEAD_BYTES:
-            self.pause_reading()
+        if len(self.buffer) > READ_AHEAD_BYTES and not self.reading:
+            if self.serving:        # unread, its end would not be seen either; nobody asks so much ahead
+                self.transport.abort()
+            else:
+                self.pause_reading()
         self.wake()
 
     def eof_received(self):
@@ -2196,11 +2331,13 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self):
         self.write_paused = True
+        self.write_deadline_s = self.loop.time() + WRITE_PAUSE_S
         if self.source is not None:
             self.source.pause_reading()
 
     def resume_writing(self):
         self.write_paused = False
+        self.write_deadline_s = math.inf
         if self.source is not None:
             self.source.resume_reading()
         self.wake()
@@ -2216,6 +2353,16 @@ class ClientConnection(asyncio.Protocol):
     def wake(self):
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
+
+    def expire(self, now):
+        """End what this connection has waited for too long. Called every SWEEP_S."""
+        if now > self.write_deadline_s:
+            self.transport.abort()
+        elif now > self.deadline_s:
+            self.overdue, self.deadline_s = True, math.inf
+            if self.sink is not None:
+                self.sink.expire()
+            self.wake()
 
     def write(self, data):
         if not self.gone:
@@ -2233,6 +2380,7 @@ class ClientConnection(asyncio.Protocol):
         """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
         size = len(self.buffer)
         self.deadline_s = self.loop.time() + patience_s
+        self.reading, self.overdue = True, False
         if self.read_paused:
             self.resume_reading()
         try:
@@ -2243,7 +2391,7 @@ class ClientConnection(asyncio.Protocol):
                     raise Refusal(408, "the request took too long to arrive", close=True)
                 await self.wait()
         finally:
-            self.deadline_s = math.inf
+            self.reading, self.deadline_s = False, math.inf
 
     async def drained(self):
         """Wait until the client has read most of what was written to it."""
@@ -2311,11 +2459,14 @@ class ClientConnection(asyncio.Protocol):
             with contextlib.suppress(OSError, NotImplementedError, ClientGone, Refusal):
                 self.transport.write_eof()
                 deadline_s = self.loop.time() + LINGER_S
-                self.sink, self.overdue = None, False
+                self.sink = None
                 while self.loop.time() < deadline_s:
                     self.buffer.clear()
                     await self.more(deadline_s - self.loop.time())
-        self.transport.close()
+        self.transport.close()      # flushes what is left, as long as the client reads: see write_deadline_s
+        while not self.gone and self.transport.get_write_buffer_size():
+            self.write_deadline_s = min(self.write_deadline_s, self.loop.time() + WRITE_PAUSE_S)
+            await self.wait()
 
 
 @dataclass(slots=True)
@@ -2443,6 +2594,7 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
         dispatcher.heard(lease, lines, now)
 
     relay = Relay(connection, answer, client, framing, render_response(answer, added_lines(record), lines), heard)
+    lease.is_held_up = lambda: client.write_paused
     try:
         relay.start()
         await relay.finished
@@ -2478,7 +2630,8 @@ async def attempt(gateway, client, head, body, lease, record):
         lease.abandon = connection.fail
 
     request = render_request(head, lease.node.settings, len(body)) + body
-    connection, answer = await pool.exchange(request, head.method, on_connection)
+    reuse = lease.ticket.wants.inference or head.method in ("GET", "HEAD")
+    connection, answer = await pool.exchange(request, head.method, on_connection, reuse)
     clean = False
     try:
         if answer.status in BUSY_STATUSES or answer.status in (404, 500):
@@ -2573,6 +2726,7 @@ async def serve_upload(gateway, client, head, record):
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
         pool = gateway.pools[lease.node]
+        client.pause_reading()      # until the Upload takes the bytes
         connection = await pool.connect()
         lease.abandon = connection.fail
         if head.expects_continue and not client.buffer:
@@ -2590,7 +2744,7 @@ async def serve_upload(gateway, client, head, record):
         gateway.note_failure(lease.node, failure)
         raise Refusal(502, f"{lease.node.name}: {failure}", close=True) from None
     finally:
-        client.sink = None
+        client.sink, client.deadline_s = None, math.inf
         dispatcher.release(lease, loop.time())
         if connection is not None:
             pool.give_back(connection, clean)
@@ -2629,10 +2783,11 @@ async def converse(gateway, client):
     try:
         while True:
             head = record = None
-            client.serving = False
+            client.serving = client.asking = False
             head = await client.next_head(gateway.header_timeout_s)
             if head is None:
                 return
+            client.asking = True
             record = Record(request_id(head, gateway.rng), client.address, head.method, head.path, gateway.loop.time())
             try:
                 keep = await serve(gateway, client, head, record)
@@ -2657,8 +2812,8 @@ async def converse(gateway, client):
     finally:
         if record:
             gateway.log_request(record)
-        gateway.clients.discard(client)
         await client.close()
+        gateway.clients.discard(client)
 
 
 # -----------------------------------------------------------------------------
@@ -2685,7 +2840,7 @@ def merge_rows(rows, newest):
     """Return one row per canonical name: the one with the greatest `newest` field; greatest first."""
     best = {}
     for row in rows:
-        name = canonical(str(row.get("name") or row.get("model") or ""))
+        name = row_name(row)
         if name not in best or str(row.get(newest, "")) > str(best[name].get(newest, "")):
             best[name] = row
     return sorted(best.values(), key=lambda row: str(row.get(newest, "")), reverse=True)
@@ -2718,7 +2873,7 @@ def answer_version(gateway):
 
 def openai_model(row):
     """Return a row of /api/tags as /v1/models shows it."""
-    name = row.get("name") or row.get("model")
+    name = row["name"]
     try:
         created = int(datetime.datetime.fromisoformat(str(row.get("modified_at"))).timestamp())
     except ValueError:
@@ -2763,7 +2918,7 @@ async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S
             pool.give_back(connection, clean)
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if answer.status != 200 or not isinstance(found, dict):
         raise ProbeFailure(f"{path} answered {answer.status} and not the JSON of an Ollama server")
@@ -2773,7 +2928,8 @@ async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S
 def rows_of(found):
     """Return the rows in an answer of /api/tags or /api/ps."""
     rows = found.get("models")
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    rows = rows if isinstance(rows, list) else []
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
 
 
 async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
@@ -2799,15 +2955,19 @@ async def probe(gateway, node):
     """Look at a node once: does it live, which models has it, which are loaded?"""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     before, asked_s = node.state(loop.time()) if node.probed else "new", loop.time()
-    why = ""
+    why, answered = "", False
     try:
         found = await ask(gateway, node, "GET", "/api/version")
-        dispatcher.answered(node, str(found.get("version", "")), loop.time() - asked_s, loop.time())
+        answered = True
+        dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
         dispatcher.index(node, rows_of(await ask(gateway, node, "GET", "/api/tags")))
         await look_at_residency(gateway, node)
-    except (NodeFailure, ProbeFailure) as failure:
+    except (NodeFailure, ProbeFailure, Refusal) as failure:
         why = str(failure)
-        if isinstance(failure, NodeFailure) or "/api/version" in why:
+        if answered:
+            dispatcher.index_failed(node)
+        elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
+
             dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
     after = node.state(loop.time())
     if after != before:
@@ -2819,16 +2979,11 @@ async def probe(gateway, node):
 
 
 async def probe_forever(gateway, node):
-    """Probe a node until it is dropped; measure it whenever it has come up and has nothing to do."""
-    interval_s = gateway.options.probe_interval
-    measured = False
+    """Probe a node until it is dropped."""
     while True:
         await probe(gateway, node)
         gateway.first_looks.discard(node)
-        measured = measured and node.up
-        if gateway.options.calibrate and node.up and not measured and not node.leases:
-            measured = await calibrate(gateway, node)
-        await asyncio.sleep(interval_s * gateway.rng.uniform(0.85, 1.15))
+        await asyncio.sleep(gateway.options.probe_interval * gateway.rng.uniform(0.85, 1.15))
 
 
 def generates(runner):
@@ -2837,47 +2992,49 @@ def generates(runner):
     return "completion" in capabilities if isinstance(capabilities, list) else "embed" not in runner.model
 
 
-async def measure(gateway, runner, count, tokens):
+def loaded_runners(node):
+    """Return the models of a node that are loaded and answer with text."""
+    return [runner for runner in node.runners.values() if runner.ready_s is not None and generates(runner)]
+
+
+async def measure(gateway, runner, count, tokens, timeout_s):
     """Run `count` short requests at once on a runner; return the Timings of those that were answered."""
     options = dict(runner.options or ())
     words = " ".join(f"{gateway.rng.getrandbits(16):x}" for _ in range(100))
     value = {"model": runner.model, "prompt": words, "raw": True, "stream": False,
              "options": {**options, "num_predict": tokens}}
     results = await asyncio.gather(*(
-        ask(gateway, runner.node, "POST", "/api/generate", {**value, "prompt": f"{number} {words}"}, LOAD_PATIENCE_S)
+        ask(gateway, runner.node, "POST", "/api/generate", {**value, "prompt": f"{number} {words}"}, timeout_s)
         for number in range(count)), return_exceptions=True)
     return [read_timings(json.dumps(result).encode()) for result in results if isinstance(result, dict)]
 
 
 async def calibrate(gateway, node):
-    """Measure speed and slots of an idle node on a model that is loaded anyway; tell whether that was done.
+    """Measure speed and slots of an idle node on a model that is loaded anyway, once after it came up.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
     with a CPU node. Never loads a model.
     """
-    loaded = [runner for runner in node.runners.values()
-              if runner.ready_s is not None and runner.on_disk and generates(runner)]
-    if not loaded:
-        return False
-    runner = loaded[0]
-    answers = await measure(gateway, runner, 1 if runner.slots_known == "set" else 4, 8)
+    runner = loaded_runners(node)[0]
+    gateway.dispatcher.calibrates(node)
+    answers = await measure(gateway, runner, 1 if runner.slots_known == "set" else 4, 8, CALIBRATION_S)
     if node.leases or not answers:
-        return False                # requests came in between: the figures would be theirs, too
+        return                      # requests came in between: the figures would be theirs, too
     gateway.dispatcher.measured(runner, answers, gateway.loop.time())
     LOG.info("event=calibrated node=%s model=%s slots=%d decode_tok_s=%.1f", node.name, runner.model, runner.slots,
              1 / decode_s(runner))
     gateway.pump()
-    return True
 
 
 async def check(gateway, node):
     """Settle a suspicion: one token from a loaded model shows that the node works, and how fast."""
     suspected = node.suspect
-    loaded = [runner for runner in node.runners.values() if runner.ready_s is not None and generates(runner)]
-    if not loaded:
+    loaded = loaded_runners(node)
+    if not loaded:                  # nothing to ask; its next request will show
         gateway.dispatcher.trust(node, gateway.loop.time())
+        gateway.dispatcher.forget_speed(node)
         return
-    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16)
+    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16, LOAD_PATIENCE_S)
     if answers:
         if not suspected:
             gateway.dispatcher.measured(loaded[0], answers, gateway.loop.time())
@@ -2900,7 +3057,7 @@ def answer_health(gateway):
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
         "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
-        "inflight": sum(len(node.leases) for node in nodes)}, 200 if up else 503)
+        "inflight": sum(len(node.leases) for node in (*nodes, *gateway.dispatcher.leaving))}, 200 if up else 503)
 
 
 def percentile(ordered, share):
@@ -3027,7 +3184,7 @@ def parse_switch(text):
 
 def parse_slots(text):
     """Return a number of slots. Raises ValueError."""
-    if not text.isdigit() or not 1 <= int(text) <= 64:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
         raise ValueError(f"must be a whole number from 1 to 64, not {text!r}")
     return int(text)
 
@@ -3051,14 +3208,17 @@ NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_word, 
 
 
 def parse_url(url):
-    """Return (host, port, whether TLS) of a node's URL; without a scheme it is http, without a port 11434."""
-    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise ValueError(f"{url!r} is not the URL of a node, such as http://gpu-box:11434")
+    """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
     try:
-        port = parts.port or 11434
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        port = 11434 if parts.port is None else parts.port
+        if not port:
+            raise ValueError
     except ValueError:
         raise ValueError(f"{url!r} has no valid port") from None
+    if (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query
+            or parts.fragment or not url.isascii() or not url.isprintable()):
+        raise ValueError(f"{url!r} is not the URL of a node, such as http://gpu-box:11434")
     return parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/")
 
 
@@ -3094,26 +3254,24 @@ def parse_hosts(text, place):
         except ValueError as error:
             raise ConfigError(f"{place}:{number}: {error}") from None
         nodes[node.name] = node
-    if nodes and not any(node.primary for node in nodes.values()):
-        first = next(iter(nodes))
-        nodes[first] = nodes[first]._replace(primary=True)
     return list(nodes.values())
 
 
 def read_nodes(options):
-    """Return the NodeSettings from --node and --hosts. Raises ConfigError."""
-    texts = ["\n".join(options.node)]
-    place = "--node"
+    """Return the NodeSettings from --hosts and --node. Raises ConfigError."""
+    nodes = []
     if options.hosts:
-        place = options.hosts
         try:
-            with open(options.hosts, encoding="utf-8") as file:
-                texts.insert(0, file.read())
+            with open(options.hosts, encoding="utf-8-sig") as file:
+                nodes = parse_hosts(file.read(), options.hosts)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
-    nodes = parse_hosts("\n".join(texts), place)
+    nodes += parse_hosts("\n".join(options.node), "--node")
     if not nodes:
-        raise ConfigError(f"{place}: there is no node in it")
+        raise ConfigError(f"{options.hosts or '--node'}: there is no node in it")
+    doubled = collections.Counter(node.name for node in nodes).most_common(1)[0]
+    if doubled[1] > 1:
+        raise ConfigError(f"--node: there are two nodes named {doubled[0]!r}")
     return nodes
 
 
@@ -3133,7 +3291,7 @@ class Gateway:
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
-        self.checks = {}            # Node: Task, of a suspect or slow node
+        self.chores = {}            # Node: Task that checks or measures it
         self.clients = set()
         self.first_looks = set()    # nodes not yet looked at since the start
         self.started_s = self.loop.time()
@@ -3162,6 +3320,8 @@ class Gateway:
         deadline_s = self.loop.time() + 0.5
         while self.first_looks and self.loop.time() < deadline_s:
             await asyncio.sleep(0.005)
+        if self.draining:           # a signal came first
+            return self
         self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
                                                  start_serving=True)
         self.address = self.server.sockets[0].getsockname()[:2]
@@ -3187,11 +3347,22 @@ class Gateway:
         added, dropped = self.dispatcher.configure(nodes)
         for node in added:
             self.pools[node] = Pool(node.settings, self.loop)
-            self.probes[node] = self.loop.create_task(probe_forever(self, node))
+            self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
             self.pools[node].prune(math.inf)
         return added, dropped
+
+    def begin_probes(self, node):
+        """Start the task that probes a node; should a defect end it, start it again: a node must not be forgotten."""
+        task = self.probes[node] = self.loop.create_task(probe_forever(self, node))
+
+        def ended(task):
+            if not task.cancelled() and node in self.probes:
+                LOG.error("event=error probe=%s", node.name, exc_info=task.exception())
+                self.loop.call_later(self.options.probe_interval, self.begin_probes, node)
+
+        task.add_done_callback(ended)
 
     def hosts_stamp(self):
         """Return what changes when the hosts file is saved, or None without a file."""
@@ -3235,6 +3406,12 @@ class Gateway:
             await ticket.waiter
         return ticket.lease
 
+    def begin_chore(self, node, work):
+        """Start a check or calibration of a node, unless one is running."""
+        if node not in self.chores:
+            task = self.chores[node] = self.loop.create_task(work(self, node))
+            task.add_done_callback(lambda task: self.chores.pop(node, None))
+
     def note_failure(self, node, failure):
         """Log that a node failed a request."""
         LOG.warning("event=failure node=%s kind=%s why=%s", node.name, failure.kind, json.dumps(str(failure)))
@@ -3247,10 +3424,8 @@ class Gateway:
         """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now, dispatcher = self.loop.time(), self.dispatcher
-        for client in self.clients:
-            if now > client.deadline_s:
-                client.overdue = True
-                client.wake()
+        for client in list(self.clients):
+            client.expire(now)
         for ticket in dispatcher.expire(now):
             if ticket.waiter is not None and not ticket.waiter.done():
                 ticket.waiter.set_result(None)
@@ -3258,12 +3433,14 @@ class Gateway:
             if lease.abandon is not None:
                 lease.abandon(NodeFailure("stalled", "stands still"))
         for node in dispatcher.nodes.values():
-            if node.up and (node.suspect or node.speed < 0.7 and not node.leases) and node not in self.checks:
-                task = self.checks[node] = self.loop.create_task(check(self, node))
-                task.add_done_callback(lambda task, node=node: self.checks.pop(node, None))
+            if node.up and (node.suspect or node.speed < 0.7 and not node.leases):
+                self.begin_chore(node, check)
+            elif self.options.calibrate and node.up and not node.calibrated and not node.leases and loaded_runners(node):
+                self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
-            pool.prune(now - IDLE_UPSTREAM_S)
-            if node.draining and not node.leases and dispatcher.nodes.get(node.name) is not node:
+            dropped = dispatcher.nodes.get(node.name) is not node and not node.leases
+            pool.prune(math.inf if dropped else now - IDLE_UPSTREAM_S)
+            if dropped:
                 del self.pools[node]
         if self.hosts_stamp() not in (None, self.hosts_seen):
             self.reload()
@@ -3281,9 +3458,10 @@ class Gateway:
         tell_systemd("STOPPING=1")
         LOG.info("event=drain running=%d queued=%d", sum(len(node.leases) for node in self.dispatcher.nodes.values()),
                  len(self.dispatcher.queue))
-        self.server.close()
+        if self.server:
+            self.server.close()
         for client in list(self.clients):
-            if not client.serving and not client.buffer:
+            if not client.asking and not client.buffer:
                 client.transport.close()
         self.loop.create_task(self.wait_until_idle())
 
@@ -3301,7 +3479,7 @@ class Gateway:
             self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.probes.values(), *self.checks.values(), *(client.task for client in self.clients)]
+        tasks = [*self.probes.values(), *self.chores.values(), *(client.task for client in self.clients)]
         for client in list(self.clients):
             client.transport.abort()
         for task in tasks:
@@ -3355,24 +3533,37 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False}
+
+
+def twin_value(parser, name, text, settings):
+    """Return the default that an environment variable gives a flag; exits if it is none."""
+    if settings.get("action") in ("store_true", "store_false"):
+        if text.lower() not in SWITCHES:
+            parser.error(f"{name}: {text!r} is neither yes nor no")
+        return SWITCHES[text.lower()] == (settings["action"] == "store_true")
+    if settings.get("action") == "append":
+        return None                 # see parse_options: argparse would add the flag's values to these
+    if text not in settings.get("choices", (text,)):
+        parser.error(f"{name}: {text!r} is not one of {', '.join(settings['choices'])}")
+    return text
+
+
 def command_line(environ):
     """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
                            epilog="Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
 
     def add(group, flag, **settings):
-        twin = environ.get("SOLLOL_" + flag.lstrip("-").upper().replace("-", "_"))
+        name = "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
+        twin = environ.get(name)
         if twin is not None:
-            if settings.get("action") in ("store_true", "store_false"):
-                if twin.lower() in ("1", "yes", "true"):
-                    settings["default"] = settings["action"] == "store_true"
-            else:
-                settings["default"] = twin.split() if settings.get("action") == "append" else twin
+            settings["default"] = twin_value(parser, name, twin, settings)
         group.add_argument(flag, **settings)
 
     group = parser.add_argument_group("nodes")
     add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP")
-    add(group, "--node", metavar="URL", action="append", default=[], help="a node; may be repeated")
+    add(group, "--node", metavar="URL", action="append", help="a node; may be repeated")
     add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it)")
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
         "1 some down, 2 bad file")
@@ -3409,8 +3600,11 @@ def command_line(environ):
 
 def parse_options(argv, environ=None):
     """Return the options of a command line. Exits with status 2 and one line at a mistake."""
-    parser = command_line(os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    parser = command_line(environ)
     options = parser.parse_args(argv)
+    if options.node is None:
+        options.node = environ.get("SOLLOL_NODE", "").split()
     if not (options.hosts or options.node or options.demo):
         parser.error("where are the nodes? Give --hosts FILE or --node URL, or try --demo")
     return options
@@ -3424,6 +3618,14 @@ def is_loopback(address):
         return address == "localhost"
 
 
+def raise_descriptor_limit():
+    """Allow as many open sockets as the system grants: a client and a node's connection for each request."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 async def run_gateway(options, nodes, greeting=""):
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
     gateway = Gateway(options, nodes)
@@ -3432,6 +3634,8 @@ async def run_gateway(options, nodes, greeting=""):
     gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
     try:
         await gateway.start()
+        if gateway.draining:
+            return
         host, port = gateway.address
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         LOG.info("event=start version=%s url=%s nodes=%d policy=%s loop=%s", __version__, url, len(nodes),
@@ -3474,7 +3678,6 @@ async def run_demo(options):
 async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
     gateway = Gateway(options, [])
-    _, _ = gateway.configure([])
     gateway.dispatcher.configure(settings)
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
@@ -3509,6 +3712,7 @@ def main(argv=None):
     """Run the command line; return the exit status."""
     options = parse_options(argv)
     start_log(options.log_format, options.log_level)
+    raise_descriptor_limit()
     try:
         nodes = [] if options.demo else read_nodes(options)
         with asyncio.Runner(loop_factory=lambda: new_loop(options)) as runner:

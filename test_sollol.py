@@ -9,10 +9,13 @@ The nodes are bench.py's simulated ones, or scripted ones where exact bytes matt
 import asyncio
 import contextlib
 import functools
+import hashlib
 import inspect
 import json
+import math
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -24,8 +27,1701 @@ import pytest
 
 import bench
 import sollol
+from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants
 
 HERE = pathlib.Path(__file__).parent
+
+
+def table(names, rows):
+    """Parametrize by rows whose first item is the test id."""
+    return pytest.mark.parametrize(names, [pytest.param(*row[1:], id=row[0]) for row in rows])
+
+
+def listed(name, values):
+    """Parametrize by values that are their own test ids."""
+    return pytest.mark.parametrize(name, values, ids=lambda value: repr(value)[:70])
+
+
+# -----------------------------------------------------------------------------
+# Wire: request heads
+# -----------------------------------------------------------------------------
+
+# What may stand behind a head in the same read: a body with bytes that no head may contain, then a request.
+TRAILING = b'{\n\x00\r "a": 1}GET /next HTTP/1.1\r\nHost: b\r\n\r\n'
+
+
+def feed_head(raw, step):
+    """Return what `raw`, arriving `step` bytes at a time, is taken for: RequestHead, ProtocolError, None."""
+    buffer, scanned = bytearray(), 0
+    for at in range(0, len(raw), step):
+        buffer += raw[at:at + step]
+        while buffer[:2] == b"\r\n":
+            del buffer[:2]
+        try:
+            end = sollol.find_head(buffer, scanned)
+            if end is not None:
+                return sollol.parse_request(bytes(buffer[:end]))
+        except ProtocolError as error:
+            return error
+        scanned = len(buffer)
+    return None
+
+
+def every_way(raw):
+    """Return the outcomes of a head fed whole, byte by byte, in threes, and with trailing data."""
+    return [*(feed_head(raw, step) for step in (len(raw), 1, 3)), feed_head(raw + TRAILING, len(raw) + 99)]
+
+
+def head(*lines):
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def get(*fields, target=b"/"):
+    return head(b"GET " + target + b" HTTP/1.1", b"Host: a", *fields)
+
+
+def post(*fields):
+    return head(b"POST /api/chat HTTP/1.1", b"Host: a", *fields)
+
+
+@table("raw, expected", [
+    ("minimal", get(), dict(method="GET", target=b"/", path="/", version=1, length=0, keep_alive=True,
+                            expects_continue=False, fields={b"host": b"a"}, lines=[(b"host", b"Host: a")])),
+    ("empty lines before", b"\r\n\r\n" + get(), dict(method="GET")),
+    ("empty host", head(b"GET / HTTP/1.1", b"Host:"), dict(fields={b"host": b""})),
+    ("ipv6 host", head(b"GET / HTTP/1.1", b"Host: [::1]:8"), dict(fields={b"host": b"[::1]:8"})),
+    ("1.0 without host", head(b"GET / HTTP/1.0"), dict(version=0, keep_alive=False)),
+    ("1.0 keep-alive", head(b"GET / HTTP/1.0", b"Connection: Keep-Alive"), dict(version=0, keep_alive=True)),
+    ("1.0 expects nothing", head(b"POST / HTTP/1.0", b"Expect: 100-continue"), dict(expects_continue=False)),
+    ("close", get(b"Connection: close"), dict(keep_alive=False)),
+    ("close in a list", get(b"Connection: keep-alive, CLOSE"), dict(keep_alive=False)),
+    ("close in two lines", get(b"Connection: x", b"connection: close"), dict(keep_alive=False)),
+    ("length", post(b"Content-Length: 5"), dict(method="POST", target=b"/api/chat", length=5)),
+    ("length zero", post(b"Content-Length: 0"), dict(length=0)),
+    ("leading zeros", post(b"Content-Length: 007"), dict(length=7)),
+    ("no space after colon", post(b"content-LENGTH:5"), dict(length=5)),
+    ("tabs around value", post(b"Content-Length:\t5\t "), dict(length=5)),
+    ("underscore is another name", post(b"Content_Length: 9"), dict(length=0)),
+    ("chunked", post(b"Transfer-Encoding: chunked"), dict(length=None)),
+    ("Chunked in any case", post(b"TRANSFER-ENCODING: \tChunked "), dict(length=None)),
+    ("expect", post(b"Content-Length: 9", b"Expect: 100-Continue"), dict(length=9, expects_continue=True)),
+    ("body on DELETE", head(b"DELETE /x HTTP/1.0", b"Content-Length: 3"), dict(method="DELETE", length=3)),
+    ("escapes stay", get(target=b"/a%2Fb%20c?q=%41"), dict(target=b"/a%2Fb%20c?q=%41", path="/a/b c")),
+    ("question mark in query", get(target=b"/a?b?c"), dict(target=b"/a?b?c", path="/a")),
+    ("two slashes", get(target=b"//x/../y"), dict(target=b"//x/../y", path="//x/../y")),
+    ("raw utf-8", get(target=b"/\xc3\xa4"), dict(target=b"/\xc3\xa4")),
+    ("absolute", get(target=b"http://gw:8000/api/tags?x=1"), dict(target=b"/api/tags?x=1", path="/api/tags")),
+    ("absolute, upper case", get(target=b"HTTPS://GW/a"), dict(target=b"/a")),
+    ("absolute without path", get(target=b"http://gw"), dict(target=b"/", path="/")),
+    ("absolute, query only", get(target=b"http://gw?x=/y"), dict(target=b"/?x=/y", path="/")),
+    ("OPTIONS *", head(b"OPTIONS * HTTP/1.1", b"Host: a"), dict(method="OPTIONS", target=b"*")),
+    ("methods keep their case", head(b"brew / HTTP/1.1", b"Host: a"), dict(method="brew")),
+    ("h2c offer", get(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c"), dict(keep_alive=True)),
+    ("repeated fields", get(b"Accept: a", b"ACCEPT:b", b"X:"), dict(
+        fields={b"host": b"a", b"accept": b"a, b", b"x": b""},
+        lines=[(b"host", b"Host: a"), (b"accept", b"Accept: a"), (b"accept", b"ACCEPT:b"), (b"x", b"X:")])),
+    ("header of 60 KB", get(b"X: " + b"x" * 60_000), dict(length=0)),
+    ("longest target", get(target=b"/" * 16_384), dict(target=b"/" * 16_384)),
+])
+def test_valid_head(raw, expected):
+    for found in every_way(raw):
+        assert not isinstance(found, ProtocolError), found
+        assert {key: getattr(found, key) for key in expected} == expected
+
+
+# Fields of a POST; | separates lines.
+REFUSED_FIELDS = [
+    b"Content-Length: 5|Content-Length: 5", b"Content-Length: 5|content-length: 6", b"Content-Length: 5, 5",
+    b"Content-Length: +5", b"Content-Length: -5", b"Content-Length: 0x5", b"Content-Length: 5.0",
+    b"Content-Length: 5 5", b"Content-Length: 5_0", b"Content-Length: five", b"Content-Length: \xd9\xa5",
+    b"Content-Length: \xb2", b"Content-Length:", b"Content-Length: 99999999999999999999",
+    b"Content-Length : 5", b"Content-Length\t: 5", b"Transfer-Encoding: chunked|Content-Length: 5",
+    b"Content-Length: 5|Transfer-Encoding: chunked", b"Transfer-Encoding: chunked|Transfer-Encoding: chunked",
+    b"Transfer-Encoding: chunked|transfer-encoding: identity", b"Transfer-Encoding: chunked, chunked",
+    b"Transfer-Encoding: chunked, identity", b"Transfer-Encoding: identity, chunked",
+    b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: identity", b"Transfer-Encoding: xchunked",
+    b"Transfer-Encoding: chunkedx", b"Transfer-Encoding: chunked,", b'Transfer-Encoding: "chunked"',
+    b"Transfer-Encoding: chunked;q=1", b"Transfer-Encoding:", b"Transfer-Encoding: \x0bchunked",
+    b"Transfer-Encoding: \xa0chunked", b"Transfer-Encoding : chunked", b"Transfer-Encoding:| chunked",
+    b"X: y\rContent-Length: 5", b"X: y\nContent-Length: 5", b"X: y\r|Content-Length: 5",
+    b"X: y| Content-Length: 5", b"X: y|\tz", b"X: a\x00b", b"X: \x1b[31m", b"X: \x7f",
+    b"Content-Length: 55\x08", b"Content-\x00Length: 5", b"Content-Length 5", b": 5", b":", b"(x): 5",
+    b"Content-L\xc3\xa4ngth: 5", b'"Host": b', b"Host: a", b"host:",
+]
+REFUSED_LINES = [
+    b"GET / HTTP/2.0", b"GET / HTTP/1.2", b"GET / HTTP/0.9", b"GET /", b"GET / http/1.1", b"GET / HTTP/1.1x",
+    b"GET / HTTP/1.10", b"GET / HTTP/1", b"GET / HTTP/01.1", b"GET / HTTP/1.1 ", b" GET / HTTP/1.1",
+    b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET /\tHTTP/1.1", b"GET\x0c/ HTTP/1.1",
+    b"GET HTTP/1.1", b"GET  HTTP/1.1", b"GET /a b HTTP/1.1", b"GET /a\tb HTTP/1.1", b"GET /a\x00b HTTP/1.1",
+    b"GET /a\x7f HTTP/1.1", b"GET /a\rb HTTP/1.1", b"GET /a\nb HTTP/1.1", b"GET api/tags HTTP/1.1",
+    b"CONNECT a:443 HTTP/1.1", b"GET a:443 HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http:// HTTP/1.1",
+    b"GET http:/a HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"GET * HTTP/1.1", b"options * HTTP/1.1",
+    b"GE(T) / HTTP/1.1", b"G\xc3\x89T / HTTP/1.1", b"\x00GET / HTTP/1.1", b"\nGET / HTTP/1.1",
+    b"\rGET / HTTP/1.1",
+]
+REFUSED_HEADS = [
+    head(b"POST / HTTP/1.0", b"Transfer-Encoding: chunked"), head(b"GET / HTTP/1.0", b"Host: a b"),
+    head(b"GET / HTTP/1.1"), head(b"GET / HTTP/1.1", b"Hostess: a"), head(b"GET / HTTP/1.1", b"Host: a b"),
+    head(b"GET / HTTP/1.1", b"Host: a/b"), head(b"GET / HTTP/1.1", b"Host: u@a"),
+    head(b"GET / HTTP/1.1", b"Host: a, b"), head(b"GET / HTTP/1.1", b" Host: a"),
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+    b"GET / HTTP/1.1\nHost: a\n\n", b"GET / HTTP/1.1\r\nHost: a\n\nX: y\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\n\nX: y\r\n\r\n",
+]
+
+
+@listed("raw", [post(*lines.split(b"|")) for lines in REFUSED_FIELDS] + [
+    head(line, b"Host: a") for line in REFUSED_LINES] + REFUSED_HEADS)
+def test_head_that_can_be_misread_is_refused_and_ends_the_connection(raw):
+    assert [(found.status, found.close) for found in every_way(raw)] == [(400, True)] * 4
+
+
+@table("raw, status", [
+    ("target one too long", get(target=b"/" * 16_385), 414),
+    ("target over a whole head", get(target=b"/" * 70_000), 414), ("endless first line", b"A" * 66_000, 414),
+    ("one long header", get(b"X: " + b"x" * 66_000), 431),
+    ("many headers", get(*[b"X-%d: y" % number for number in range(7000)]), 431),
+    ("longest target, long head", get(b"X: " + b"x" * 66_000, target=b"/" * 16_384), 431),
+])
+def test_head_that_is_too_long_is_refused(raw, status):
+    assert [getattr(found, "status", None) for found in every_way(raw)] == [status] * 4
+
+
+@listed("raw", [b"GET / HTTP/1.1\r\nX: y\nZ", b"GET / \x00", b"GET / HTTP/1.1\rH", b"GET / HTTP/1.1\r\n H"])
+def test_illegal_byte_is_refused_before_the_head_is_complete(raw):
+    assert [feed_head(raw, step).status for step in (1, 2, 99)] == [400] * 3
+
+
+@listed("raw", [b"", b"\r", b"\r\n", b"GET / HTTP/1.1\r", b"GET / HTTP/1.1\r\nHost: a\r\n\r"])
+def test_incomplete_head_is_waited_for(raw):
+    assert feed_head(raw, 1) is None
+
+
+# -----------------------------------------------------------------------------
+# Wire: response heads
+# -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("raw, status, length, keep_alive", [
+    (b"HTTP/1.1 200 OK|Content-Length: 5", 200, 5, True),
+    (b"HTTP/1.1 200 OK|Content-Length: 0", 200, 0, True),
+    (b"HTTP/1.1 200 OK|Transfer-Encoding: chunked", 200, None, True),
+    (b"HTTP/1.1 200 OK|Transfer-Encoding: chunked|Connection: close", 200, None, False),
+    (b"HTTP/1.1 200 OK", 200, -1, False), (b"HTTP/1.0 200 OK|Connection: keep-alive", 200, -1, False),
+    (b"HTTP/1.0 200 OK|Content-Length: 2", 200, 2, False),
+    (b"HTTP/1.0 200 OK|Content-Length: 2|Connection: keep-alive", 200, 2, True),
+    (b"HTTP/1.1 100 Continue", 100, 0, True), (b"HTTP/1.1 103 Early Hints|Link: </a>", 103, 0, True),
+    (b"HTTP/1.1 204 No Content", 204, 0, True),
+    (b"HTTP/1.1 304 Not Modified|Content-Length: 99", 304, 0, True),
+    (b"HTTP/1.1 500|Content-Length: 0", 500, 0, True), (b"HTTP/1.1 200 |Content-Length: 0", 200, 0, True),
+    (b"HTTP/1.1 404 o\xc3\xb9|Content-Length: 0", 404, 0, True),
+    (b"HTTP/1.1 599 X|Content-Length: 1", 599, 1, True),
+])
+def test_response_head_tells_where_the_answer_ends(raw, status, length, keep_alive):
+    found = sollol.parse_response(head(*raw.split(b"|")), "GET")
+    assert (found.status, found.length, found.keep_alive) == (status, length, keep_alive)
+    assert found.reason == raw.split(b"|")[0][13:]
+    assert sollol.parse_response(head(*raw.split(b"|")), "HEAD").length == 0
+
+
+@listed("raw", [
+    b"http/1.1 200 OK", b"HTTP/2 200", b"HTTP/1.2 200 OK", b"HTTP/1.1 99 X", b"HTTP/1.1 600 X",
+    b"HTTP/1.1 2000 X", b"HTTP/1.1 two OK", b"HTTP/1.1  OK", b"HTTP/1.1  200 OK", b"ICY 200 OK", b"<html>",
+    b"", b"HTTP/1.1 200 O\rK", b"HTTP/1.1 200 OK\nX: y", b"HTTP/1.1 200 OK\x00", b"HTTP/1.1 200 OK|X: y| z",
+    b"HTTP/1.1 200 OK|Content-Length: -1", b"HTTP/1.1 200 OK|Transfer-Encoding: chunked|Content-Length: 5",
+    b"HTTP/1.1 200 OK|Transfer-Encoding: gzip", b"HTTP/1.1 200 OK|Content-Length: 5|Content-Length: 5",
+    b"HTTP/1.1 200 OK|Content-Length : 5", b"HTTP/1.0 200 OK|Transfer-Encoding: chunked",
+])
+def test_garbage_is_no_response(raw):
+    with pytest.raises(ProtocolError):
+        sollol.parse_response(head(*raw.split(b"|")), "GET")
+
+
+# -----------------------------------------------------------------------------
+# Wire: bodies
+# -----------------------------------------------------------------------------
+
+def decode(decoder, data, step):
+    """Return (payload, bytes used, done) after feeding `data`, `step` bytes at a time, until done."""
+    payload, total = b"", 0
+    for at in range(0, len(data), step):
+        part, used = decoder.feed(data[at:at + step])
+        payload += part
+        total += used
+        if decoder.done:
+            break
+        assert used == len(data[at:at + step])
+    return payload, total, decoder.done
+
+
+HELLO, END = b"5\r\nhello\r\n", b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("length, data, payload, left_over, done", [
+    (0, b"", b"", b"", True), (5, b"hello", b"hello", b"", True), (5, b"hel", b"hel", b"", False),
+    (5, b"helloGET /", b"hello", b"GET /", True), (-1, b"hello", b"hello", b"", False),
+    (None, END, b"", b"", True), (None, HELLO + b"1\r\n!\r\n" + END, b"hello!", b"", True),
+    (None, b"000000\r\n\r\n", b"", b"", True), (None, b"0000" + HELLO + END, b"hello", b"", True),
+    (None, b"A\r\n0123456789\r\n" + END, b"0123456789", b"", True),
+    (None, b"b\r\n0123456789a\r\n" + END, b"0123456789a", b"", True),
+    (None, b"5;a=b;c\r\nhello\r\n0;z\r\n\r\n", b"hello", b"", True),
+    (None, HELLO + b"0\r\nX: y\r\nZ: z\r\n\r\n", b"hello", b"", True),
+    (None, b"4\r\n\r\n\r\n\r\n" + END, b"\r\n\r\n", b"", True),
+    (None, HELLO + END + b"GET /", b"hello", b"GET /", True), (None, HELLO + b"5", b"hello", b"", False),
+    (None, b"5\r\nhel", b"hel", b"", False), (None, b"5\r\nhello", b"hello", b"", False),
+    (None, HELLO + b"0\r\n", b"hello", b"", False), (None, HELLO + b"0\r\nX: y\r\n", b"hello", b"", False),
+    (None, b"fffffffffff\r\nhello", b"hello", b"", False),
+])
+def test_body_is_decoded_to_its_end_and_not_beyond(length, data, payload, left_over, done):
+    for step in (1, 2, 3, 7, max(1, len(data))):
+        assert decode(sollol.body_decoder(length), data, step) == (payload, len(data) - len(left_over), done)
+
+
+@listed("data", [
+    b"\r\nhello", b"g\r\n", b"0x5\r\nhello\r\n", b"-5\r\nhello\r\n", b"+5\r\nhello\r\n", b" 5\r\nhello\r\n",
+    b"5 \r\nhello\r\n", b"1_0\r\n", b";a\r\n", b"0000000000000005\r\nhello\r\n", b"ffffffffffffffffffff\r\n",
+    b"5\nhello\r\n", b"5;a\rb\r\nhello\r\n", b"5\r\r\nhello\r\n", b"5\r\nhello!\r\n0\r\n\r\n",
+    b"5\r\nhell\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"0\r\n\n", b"0\r\nX: y\n\r\n",
+    b"5;" + b"a" * 5000 + b"\r\n", b"0" * 5000, b"0\r\nX: " + b"y" * 5000 + b"\r\n\r\n",
+    b"0\r\n" + b"X: y\r\n" * 4000 + b"\r\n",
+])
+def test_malformed_chunks_are_refused(data):
+    for step in (1, 3, len(data)):
+        with pytest.raises(ProtocolError):
+            decode(sollol.ChunkedBody(), data, step)
+
+
+@table("pieces, expected", [
+    ("whole plain chunks", [HELLO, HELLO + HELLO, END], [True, True, True]),
+    ("all in one", [HELLO + END], [True]),
+    ("cut in the size", [b"5", b"\r\nhello\r\n", HELLO], [False, False, True]),
+    ("cut in the data", [b"5\r\nhe", b"llo\r\n", HELLO], [False, False, True]),
+    ("cut before the line end", [b"5\r\nhello", b"\r\n", HELLO], [False, False, True]),
+    ("cut in the line end", [b"5\r\nhello\r", b"\n", HELLO], [False, False, True]),
+    ("cut in the end", [HELLO + b"0\r\n", b"\r\n"], [False, False]),
+    ("after the end", [END, b"more"], [True, False]),
+    ("extension", [b"5;x\r\nhello\r\n", HELLO], [False, True]), ("trailer", [b"0\r\nX: y\r\n\r\n"], [False]),
+])
+def test_verbatim_tells_whether_bytes_can_be_handed_on_as_they_are(pieces, expected):
+    decoder = sollol.ChunkedBody()
+    assert [decoder.feed(piece) and decoder.verbatim for piece in pieces] == expected
+
+
+def random_body(rng):
+    """Return (payload, a random chunked coding of it)."""
+    payload, coded = b"", b""
+    for _ in range(rng.randrange(6)):
+        part = rng.choice([b"\r\n", b"0\r\n\r\n", b'{"a":1}\n', rng.randbytes(rng.randrange(1, 40))])
+        size = rng.choice([b"%x", b"%X", b"00%x"]) % len(part)
+        payload += part
+        coded += size + rng.choice([b"", b"", b";x=y"]) + b"\r\n" + part + b"\r\n"
+    return payload, coded + rng.choice([END, END, b"0\r\nT: u\r\n\r\n"])
+
+
+def test_any_split_gives_the_same_payload_and_verbatim_is_never_a_lie():
+    rng = random.Random(0)
+    for _ in range(500):
+        payload, coded = random_body(rng)
+        data, decoder, found, at = coded + b"GET", sollol.ChunkedBody(), b"", 0
+        while at < len(data) and not decoder.done:
+            piece = data[at:at + rng.choice([1, 2, 5, 20, 90])]
+            part, used = decoder.feed(piece)
+            found, at = found + part, at + used
+            if decoder.verbatim:
+                again = sollol.ChunkedBody()
+                assert again.feed(piece[:used]) == (part, used), data
+                assert all(it.done or it.state == it.SIZE and not it.line for it in (decoder, again)), data
+        assert (found, at, decoder.done) == (payload, len(coded), True), data
+
+
+def test_chunk_of_nothing_is_nothing():
+    assert [sollol.chunk(b""), sollol.chunk(b"0123456789")] == [b"", b"a\r\n0123456789\r\n"]
+
+
+# -----------------------------------------------------------------------------
+# Wire: heads that are handed on
+# -----------------------------------------------------------------------------
+
+PLAIN = NodeSettings("n", "node", 11434, host_header="node:11434")
+GUARDED = PLAIN._replace(prefix="/ollama", token="SECRET")
+HOST, TOKEN = b"Host: node:11434", b"Authorization: Bearer SECRET"
+
+
+def sent(raw, settings=PLAIN, length=0):
+    """Return the lines of the head that a node gets for a client's head."""
+    rendered = sollol.render_request(sollol.parse_request(raw), settings, length)
+    assert rendered.endswith(b"\r\n\r\n")
+    return rendered[:-4].split(b"\r\n")
+
+
+def test_only_end_to_end_fields_are_handed_on_as_they_were_sent():
+    raw = get(b"Connection: close, X-Mine , keep-alive", b"Keep-Alive: 5", b"TE: trailers", b"Trailer: X",
+              b"Upgrade: h2c", b"HTTP2-Settings: AA", b"Proxy-Authorization: x", b"Proxy-Authenticate: y",
+              b"Proxy-Connection: z", b"x-mine: secret", b"ACCEPT:\t*/*  ", b"Accept: two",
+              b"User-Agent: \xe4", b"Expect: 100-continue", b"X-Priority: high", b"Authorization: Bearer k")
+    assert sent(raw) == [b"GET / HTTP/1.1", HOST, b"ACCEPT:\t*/*  ", b"Accept: two", b"User-Agent: \xe4",
+                         b"Authorization: Bearer k"]
+
+
+@table("raw, settings, length, first, last", [
+    ("token is ours", post(b"authorization: Bearer k"), GUARDED, 3, b"POST /ollama/api/chat HTTP/1.1",
+     [HOST, TOKEN, b"Content-Length: 3"]),
+    ("length is of what is sent", post(b"Content-Length: 9"), PLAIN, 8, b"POST /api/chat HTTP/1.1",
+     [HOST, b"Content-Length: 8"]),
+    ("chunked is decoded", post(b"Transfer-Encoding: chunked"), PLAIN, 8, b"POST /api/chat HTTP/1.1",
+     [HOST, b"Content-Length: 8"]),
+    ("chunked stays", post(b"Transfer-Encoding: chunked"), PLAIN, None, b"POST /api/chat HTTP/1.1",
+     [HOST, b"Transfer-Encoding: chunked"]),
+    ("empty POST has a length", post(), PLAIN, 0, b"POST /api/chat HTTP/1.1", [HOST, b"Content-Length: 0"]),
+    ("empty GET has none", get(), PLAIN, 0, b"GET / HTTP/1.1", [HOST]),
+    ("body on DELETE", head(b"DELETE /x HTTP/1.0", b"Content-Length: 2"), PLAIN, 2, b"DELETE /x HTTP/1.1",
+     [HOST, b"Content-Length: 2"]),
+    ("bytes of the target stay", get(target=b"/a%2fb//%C3%A4?x=%20&y=+\xff"), GUARDED, 0,
+     b"GET /ollama/a%2fb//%C3%A4?x=%20&y=+\xff HTTP/1.1", [HOST, TOKEN]),
+    ("absolute becomes origin form", get(target=b"http://gw/a?b"), PLAIN, 0, b"GET /a?b HTTP/1.1", [HOST]),
+    ("OPTIONS *", head(b"OPTIONS * HTTP/1.1", b"Host: a"), PLAIN, 0, b"OPTIONS * HTTP/1.1", [HOST]),
+    ("listed length", post(b"Connection: content-length, host", b"Content-Length: 2"), PLAIN, 2,
+     b"POST /api/chat HTTP/1.1", [HOST, b"Content-Length: 2"]),
+])
+def test_request_is_framed_anew_for_the_node(raw, settings, length, first, last):
+    assert sent(raw, settings, length) == [first, *last]
+
+
+def test_response_is_framed_anew_for_the_client():
+    found = sollol.parse_response(head(
+        b"HTTP/1.0 200 Fine", b"Content-Length: 5", b"Connection: X-Hop", b"X-Hop: 1", b"Keep-Alive: 9",
+        b"Content-Type:  a/b", b"Set-Cookie: x", b"Set-Cookie: y", b"Upgrade: h2c"), "GET")
+    assert sollol.render_response(found, [b"X-Added: 1"], [b"Transfer-Encoding: chunked"]) == head(
+        b"HTTP/1.1 200 Fine", b"Content-Type:  a/b", b"Set-Cookie: x", b"Set-Cookie: y", b"X-Added: 1",
+        b"Transfer-Encoding: chunked")
+
+
+# -----------------------------------------------------------------------------
+# Wire: mutations
+# -----------------------------------------------------------------------------
+
+SPICE = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b"\t", b":", b",", b";", b"0", b"5", b"f", b"\r\n\r\n",
+         b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: host\r\n", b"chunked", b"http://x"]
+
+
+def mutated(rng, data):
+    """Return `data` after a few random deletions, copies, swaps and insertions."""
+    for _ in range(rng.randrange(1, 4)):
+        at, to = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
+        data = rng.choice([
+            data[:at] + data[min(to, at + 5):],
+            data[:at] + rng.choice(SPICE) + data[at:],
+            data[:at] + rng.choice(SPICE) + data[at + 1:],
+            data[:at] + rng.randbytes(1) + data[at + 1:],
+            data[:to] + data[at:to] + data[to:]])
+    return data
+
+
+def only_refused(call, *given, data):
+    """Return the call's result, or None after a ProtocolError; anything else raised fails the test."""
+    try:
+        return call(*given)
+    except ProtocolError:
+        return None
+    except Exception as error:
+        pytest.fail(f"{error!r} for {data!r}")
+
+
+def test_mutated_heads_are_refused_or_mean_the_same_to_the_node():
+    rng = random.Random(1)
+    seeds = [get(b"Accept: */*"), post(b"Content-Length: 5"), get(target=b"http://gw:8000/a?b=c"),
+             post(b"Transfer-Encoding: chunked", b"Connection: te, x"), head(b"GET /%20 HTTP/1.0")]
+    for _ in range(2000):
+        raw = mutated(rng, rng.choice(seeds))
+        found, parts = (only_refused(feed_head, raw, step, data=raw)
+                        for step in (len(raw) or 1, rng.randrange(1, 20)))
+        assert getattr(found, "status", found) == getattr(parts, "status", parts), raw
+        if isinstance(found, sollol.RequestHead):
+            again = sollol.parse_request(sollol.render_request(found, PLAIN, found.length))
+            for name in ("method", "target", "length"):
+                assert getattr(again, name) == getattr(found, name), raw
+
+
+def test_mutated_responses_raise_nothing_but_protocol_errors():
+    rng = random.Random(2)
+    seeds = [head(b"HTTP/1.1 200 OK", line) for line in (b"Content-Length: 5", b"Transfer-Encoding: chunked")]
+    for _ in range(2000):
+        raw = mutated(rng, rng.choice(seeds))
+        end = only_refused(sollol.find_head, raw, data=raw)
+        if end:
+            only_refused(sollol.parse_response, raw[:end], "GET", data=raw)
+
+
+def test_mutated_chunks_raise_nothing_but_protocol_errors_and_any_split_gives_the_same():
+    rng = random.Random(3)
+    for _ in range(2000):
+        data = mutated(rng, random_body(rng)[1])
+        found = {only_refused(decode, sollol.ChunkedBody(), data, step, data=data)
+                 for step in (1, rng.randrange(2, 9), len(data) or 1)}
+        assert len(found) == 1, data
+
+
+# -----------------------------------------------------------------------------
+# Admission
+# -----------------------------------------------------------------------------
+
+def asked(path="/api/chat", body=b"", method="POST", **fields):
+    """Return the Wants of a body (bytes, or a value for JSON) on a path, with header fields."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fields = {name.replace("_", "-").encode(): value for name, value in fields.items()}
+    given = sollol.RequestHead(method, path.encode(), path, 1, fields, [], len(body), True, False)
+    return sollol.read_wants(given, sollol.ROUTES[method, path], body, "10.0.0.1")
+
+
+@pytest.mark.parametrize("name, full", [
+    ("llama3.2", "llama3.2:latest"), ("llama3.2:latest", "llama3.2:latest"),
+    ("library/llama3.2", "llama3.2:latest"),
+    ("registry.ollama.ai/library/llama3.2:latest", "llama3.2:latest"), (" LLaMa3.2 ", "llama3.2:latest"),
+    ("https://registry.ollama.ai/library/llama3.2", "llama3.2:latest"), ("Llama3.2:3B", "llama3.2:3b"),
+    ("registry.ollama.ai/me/x", "me/x:latest"), ("me/x:Q4", "me/x:q4"),
+    ("hf.co/u/m:Q4_K_M", "hf.co/u/m:q4_k_m"), ("hf.co/u/m", "hf.co/u/m:latest"),
+    ("hf.co/library/m", "hf.co/library/m:latest"), ("", ""), ("  ", ""),
+    ("host:5000/me/x", "host:5000/me/x:latest"), ("host:5000/me/x:1", "host:5000/me/x:1"),
+    ("x:cloud", "x:cloud"), ("llama3.2:local", "llama3.2:latest"), ("llama3.2:3b:local", "llama3.2:3b"),
+    ("x:20b-cloud", "x:20b-cloud"),
+])
+def test_names_of_one_model_are_one_name(name, full):
+    assert sollol.canonical(name) == full == sollol.canonical(full)
+
+
+@pytest.mark.parametrize("name, cloud", [("x:cloud", True), ("gpt-oss:120b-cloud", True), ("cloud", False),
+                                         ("x:cloudy", False), ("x-cloud", False)])
+def test_cloud_models_are_told_by_their_tag(name, cloud):
+    assert sollol.is_cloud(sollol.canonical(name)) == cloud
+
+
+@pytest.mark.parametrize("body, model", [
+    (b'{"model":"m"}', "m"), (b'{"name":"m"}', "m"), (b'{"MODEL":"m"}', "m"),
+    (b'{"model":"a","model":"b"}', "b"), (b'{"model":"a","Model":"b"}', "b"),
+    (b'{"model":"m"} {"model":"x"} \x00', "m"), (b'\r\n\t {"model":"m"}', "m"),
+    (rb'{"mod\u0065l":"\u006d"}', "m"), (b'{"model":5}', None), (b'{"model":["m"]}', None),
+    (b'{"model":null}', None), (b'{"model":""}', None), (b"", None), (b" \n", None), (b'{"model":"m"', None),
+    (b'[{"model":"m"}]', None), (b"5", None), (b'"model"', None), (b'\xef\xbb\xbf{"model":"m"}', None),
+    (b"\x28\xb5\x2f\xfd", None), (b"model=m", None), (b'{"model":"m","n":' + b"9" * 5000 + b"}", None),
+    (b"[" * 100_000, None), (b'{"model":"m","a":' * 100_000, None),
+    (b'{"model":"m","prompt":"\xff"}', "m"), (b'{"model":"m"}\xff', "m"),
+], ids=lambda value: repr(value)[:50])
+def test_model_is_read_as_ollama_reads_it(body, model):
+    for path in ("/api/generate", "/v1/chat/completions", "/api/show"):
+        assert asked(path, body).model == (model and model + ":latest")
+
+
+def test_copy_names_its_model_source():
+    assert asked("/api/copy", {"source": "a", "destination": "b"}).model == "a:latest"
+
+
+STREAMING = {"/api/generate", "/api/chat", "/api/pull", "/api/push", "/api/create"}
+EMBEDDING = {"/api/embed", "/api/embeddings", "/v1/embeddings"}
+CONTROL = {"/api/show", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"}
+
+
+@pytest.mark.parametrize("method, path", list(sollol.ROUTES))
+def test_what_a_path_means_when_the_body_does_not_say(method, path):
+    wants = asked(path, b"{}", method)
+    assert (wants.stream, wants.embeds) == (path in STREAMING, path in EMBEDDING)
+    assert wants.inference == (path not in CONTROL) and wants.family is sollol.family_of(path)
+    assert (wants.priority, wants.max_output, wants.options, wants.client) == (5, None, (), "10.0.0.1")
+    for stream in (True, False, "yes", 1, None, []):
+        expected = stream if isinstance(stream, bool) else path in STREAMING
+        assert asked(path, {"stream": stream}, method).stream is expected
+
+
+@pytest.mark.parametrize("path, family", [
+    ("/api/chat", "ollama"), ("/", "ollama"), ("/v1/chat/completions", "openai"), ("/v1/models/x", "openai"),
+    ("/v1/messages", "anthropic"), ("/v1/messages/count_tokens", "anthropic"), ("/v10/x", "ollama")])
+def test_error_shape_follows_the_path(path, family):
+    assert sollol.family_of(path) is Family(family)
+
+
+@pytest.mark.parametrize("path, body, chars", [
+    ("/api/generate", {"prompt": "abc", "system": "de"}, 5), ("/api/generate", {"prompt": "x" * 5000}, 5000),
+    ("/api/chat", {"messages": [{"content": "abc"}, {"content": "d"}, {}, "x", None]}, 4),
+    ("/api/chat", {"messages": [{"content": "abc", "images": ["A" * 9999]}]}, 3),
+    ("/v1/chat/completions", {"messages": [{"content": [
+        {"type": "text", "text": "ab"}, {"type": "image_url", "image_url": {"url": "data:" + "A" * 999}},
+        "c", 5, None, {"text": 5}, {"text": None}]}]}, 3),
+    ("/v1/messages", {"system": [{"type": "text", "text": "ab"}], "messages": [{"content": "c"}]}, 3),
+    ("/v1/responses", {"input": "abc"}, 3), ("/v1/responses", {"input": [{"content": [{"text": "abc"}]}]}, 3),
+    ("/api/embed", {"input": "abc"}, 3), ("/api/embed", {"input": ["abc", "d"]}, 4),
+    ("/api/embeddings", {"prompt": "abc"}, 3), ("/v1/embeddings", {"input": [[1, 2], [3]]}, 0),
+    ("/api/show", {"prompt": "abc", "system": "x"}, 0), ("/api/chat", {"messages": {"content": "abc"}}, 0),
+    ("/api/generate", {"prompt": 5}, 0),
+])
+def test_size_of_the_prompt(path, body, chars):
+    assert asked(path, body).prompt_chars == chars
+
+
+@pytest.mark.parametrize("body, bound", [
+    ({"options": {"num_predict": 7}}, 7), ({"options": {"num_predict": -1}}, None),
+    ({"options": [["num_predict", 7]]}, None), ({"max_tokens": 9}, 9),
+    ({"max_tokens": 9, "max_completion_tokens": 8}, 8), ({"max_output_tokens": 3}, 3),
+    ({"max_tokens": 0}, None), ({"max_tokens": True}, None), ({"max_tokens": "9"}, None),
+    ({"max_tokens": 9.5}, None),
+])
+def test_bound_of_the_output(body, bound):
+    assert asked("/v1/messages", body).max_output == bound
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({"num_ctx": 8192, "temperature": 0, "num_predict": 3}, (("num_ctx", 8192),)),
+    ({"num_gpu": 0}, (("num_gpu", 0),)),
+    ({"num_thread": 4, "use_mmap": False, "num_ctx": 1},
+     (("num_ctx", 1), ("use_mmap", False), ("num_thread", 4))),
+    ({"num_gpu": -1}, ()), ({"num_ctx": "8192", "num_batch": [1], "main_gpu": {}, "use_mmap": None}, ()),
+    (None, ()), ([], ()), ("num_ctx", ()),
+])
+def test_options_that_reload_a_model(options, expected):
+    assert asked("/api/chat", {"options": options}).options == expected
+
+
+CHAT, OPENAI = "/api/chat", "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("path, body, header, priority", [
+    (CHAT, {}, None, 5), (CHAT, {}, b"8", 8), (CHAT, {}, b" High ", 8), (CHAT, {}, b"batch", 1),
+    (CHAT, {}, b"CRITICAL", 10), (CHAT, {}, b"low", 3), (CHAT, {"priority": 9}, None, 9),
+    (CHAT, {"priority": 9}, b"2", 2), (CHAT, {"priority": "x"}, b"2", 2), (CHAT, {"priority": None}, None, 5),
+    (OPENAI, {"service_tier": "priority"}, None, 8), (OPENAI, {"service_tier": "flex"}, None, 3),
+    (OPENAI, {"service_tier": "auto"}, None, 5), (OPENAI, {"service_tier": ["flex"]}, None, 5),
+    (OPENAI, {"service_tier": "flex", "priority": 10}, None, 10), (CHAT, {"service_tier": "flex"}, None, 5),
+    ("/api/show", {"priority": 99}, None, 5),
+])
+def test_priority_comes_from_header_then_body_then_tier(path, body, header, priority):
+    assert asked(path, body, **({"x_priority": header} if header else {})).priority == priority
+
+
+@pytest.mark.parametrize("body, fields", [
+    *(({}, {"x_priority": header}) for header in (
+        b"0", b"11", b"-1", b"+5", b"5.0", b"urgent", b"", b"\xb2", b"5, 5", b"1e1", b"010", b"\xff")),
+    *(({"priority": value}, {}) for value in (0, 11, -1, 5.0, True, "5", "high", [5], {}, 10**30))])
+def test_priority_that_is_none_is_refused(body, fields):
+    with pytest.raises(Refusal) as caught:
+        asked(body=body, **fields)
+    assert caught.value.status == 400 and not caught.value.close
+
+
+def chat(turns, system="be kind", **more):
+    return asked(body={"model": "m", "system": system, **more, "messages": [
+        {"role": "user", "content": f"message {number} " * 20} for number in range(turns)]})
+
+
+@pytest.mark.parametrize("turns", [1, 3, 5, 11, 14, 15, 20, 101])
+def test_continued_chat_shares_its_beginning(turns):
+    earlier, later = ({part for part, _ in chat(count).prefix} for count in (turns, turns + 2))
+    assert len(later - earlier) == 2
+
+
+def test_chats_that_begin_otherwise_share_nothing():
+    parts = [{part for part, _ in wants.prefix} for wants in (
+        chat(5), chat(5, system="be cruel"), chat(5, tools=[{"name": "t"}]), chat(5, tools=[{"name": "u"}]))]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_prefix_counts_characters_and_stays_short():
+    wants = chat(100)
+    assert len(wants.prefix) == sollol.PREFIX_FIRST + sollol.PREFIX_LAST
+    assert (wants.prefix[0][1], wants.prefix[-1][1]) == (len("be kind"), wants.prompt_chars)
+
+
+def junk(rng, depth=4):
+    """Return a random JSON-ish value whose keys are often those that are looked at."""
+    kind = rng.randrange(10 if depth else 7)
+    if kind < 7:
+        return [None, rng.random() < 0.5, rng.choice([0, -1, 5, 10**30]), rng.choice([0.5, -1e308, math.nan]),
+                rng.choice(["", "m", "yes", "\x00", "\ud800", "ä" * 600]), [], {}][kind]
+    if kind == 7:
+        return [junk(rng, depth - 1) for _ in range(rng.randrange(4))]
+    keys = ["model", "Model", "name", "messages", "content", "text", "input", "prompt", "system", "options",
+            "num_ctx", "tools", "num_predict", "num_gpu", "max_tokens", "stream", "priority", "service_tier"]
+    return {rng.choice(keys): junk(rng, depth - 1) for _ in range(rng.randrange(8))}
+
+
+def test_no_body_raises_anything_but_a_refusal():
+    rng = random.Random(4)
+    for _ in range(3000):
+        method, path = rng.choice(list(sollol.ROUTES))
+        body = json.dumps({"messages": junk(rng), "system": junk(rng), "options": junk(rng), "x": junk(rng)}
+                          if rng.random() < 0.5 else junk(rng)).encode()
+        body = mutated(rng, body) if rng.random() < 0.3 else body
+        try:
+            wants = asked(path, body, method)
+        except Refusal as refusal:
+            assert refusal.status == 400
+            continue
+        except Exception as error:
+            pytest.fail(f"{error!r} for {body!r}")
+        assert isinstance(wants.model, str | None) and isinstance(wants.stream, bool)
+        assert 1 <= wants.priority <= 10 and wants.prompt_chars >= 0
+
+
+@pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
+def test_no_depth_of_nesting_raises(opening, closing):
+    for depth in (*range(850, 1010, 7), 5000):
+        asked(body=b'{"model":"m","tools":' + opening * depth + b"1" + closing * depth + b"}")
+
+
+# -----------------------------------------------------------------------------
+# Queue, fair share, breaker
+# -----------------------------------------------------------------------------
+
+def want(model="m", **more):
+    return Wants(Family.OLLAMA, sollol.canonical(model), **{"stream": True, "prompt_chars": 400, **more})
+
+
+def ticket(seq, model="m", priority=5, now=0.0):
+    return Ticket(str(seq), want(model, priority=priority), now, now - sollol.HEAD_START_S * priority, seq)
+
+
+def drained(queue, model="m:latest"):
+    """Return the ids of a model's tickets in the order in which they come out."""
+    ids = []
+    while queue.first(model):
+        found = queue.pop(model)[2]
+        queue.discard(found)
+        ids.append(found.id)
+    return ids
+
+
+@table("tickets, order", [
+    ("first come, first served", [(5, 0), (5, 0), (5, 0)], "012"),
+    ("urgent first", [(1, 0), (5, 0), (10, 0)], "210"),
+    ("head start", [(5, 0), (8, 17)], "10"),
+    ("waited longer than the head start", [(5, 0), (8, 19)], "01"),
+    ("batch before urgent after its head start", [(1, 0), (10, 53), (10, 55)], "102"),
+])
+def test_order_is_arrival_less_the_head_start(tickets, order):
+    queue = sollol.Queue()
+    for seq, (priority, now) in enumerate(tickets):
+        queue.push(ticket(seq, priority=priority, now=now))
+    assert "".join(it.id for it in queue.in_order()) == order
+    assert "".join(drained(queue)) == order
+    assert len(queue) == 0 and not queue.heaps
+
+
+def test_discarded_tickets_are_stepped_over():
+    queue, tickets = sollol.Queue(), [ticket(seq) for seq in range(4)]
+    for it in tickets:
+        queue.push(it)
+    queue.discard(tickets[0])
+    queue.discard(tickets[0])
+    queue.discard(tickets[2])
+    assert len(queue) == 2 and drained(queue) == ["1", "3"] and queue.first("m:latest") is None
+
+
+def test_restored_ticket_keeps_its_place():
+    queue = sollol.Queue()
+    for seq in range(3):
+        queue.push(ticket(seq))
+    entry = queue.pop("m:latest")
+    assert len(queue) == 3 and queue.first("m:latest")[2].id == "1"
+    queue.restore(entry)
+    assert drained(queue) == ["0", "1", "2"]
+
+
+def test_models_do_not_stand_in_each_others_way():
+    queue = sollol.Queue()
+    for seq, model in enumerate("aab"):
+        queue.push(ticket(seq, model))
+    assert drained(queue, "b:latest") == ["2"] and drained(queue, "a:latest") == ["0", "1"]
+    assert queue.first("c:latest") is None
+
+
+def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
+    fair = sollol.FairShare()
+    greedy = [fair.charge(want(client="greedy"), 0.0, 1.0) for _ in range(500)]
+    assert greedy == list(range(500))
+    assert fair.charge(want(client="modest"), 0.5, 1.0) == 0.5
+    assert fair.charge(want(client="greedy", priority=8), 0.5, 1.0) == 0.5
+
+
+def test_client_with_nothing_left_is_forgotten():
+    fair, wants = sollol.FairShare(), want(client="c")
+    fair.charge(wants, 0.0, 100.0)
+    fair.charge(wants, 0.0, 100.0)
+    fair.settle(wants)
+    assert fair.charge(wants, 1.0, 1.0) == 200.0
+    fair.settle(wants)
+    fair.settle(wants)
+    assert not fair.active and not fair.next_s
+    assert fair.charge(wants, 2.0, 1.0) == 2.0
+
+
+def test_breaker_opens_for_growing_pauses_lets_one_trial_through_and_closes_on_success():
+    breaker = sollol.Breaker(2)
+    assert breaker.state(0) == "closed" and breaker.allows(0)
+    breaker.fail(0)
+    assert breaker.state(0) == "closed" and breaker.allows(0)
+    breaker.fail(0)
+    assert breaker.state(0.9) == "open" and not breaker.allows(0.9)
+    assert breaker.state(1) == "half-open" and breaker.allows(1)
+    assert breaker.begin()
+    assert not breaker.allows(1)
+    breaker.fail(1)
+    assert not breaker.allows(2.9) and breaker.allows(3)
+    pauses = []
+    for now in range(100, 800, 100):
+        breaker.fail(now)
+        pauses.append(breaker.until_s - now)
+    assert pauses == [4, 8, 16, 32, 60, 60, 60]
+    breaker.succeed()
+    assert breaker.state(700) == "closed" and breaker.allows(700)
+    breaker.fail(700)
+    assert breaker.allows(700)
+
+
+def test_everything_that_one_crash_takes_along_counts_as_one_failure():
+    breaker = sollol.Breaker(2)
+    for _ in range(8):
+        breaker.fail(0)
+    assert breaker.until_s == 1.0
+
+
+# -----------------------------------------------------------------------------
+# Statistics in an answer's last line
+# -----------------------------------------------------------------------------
+
+@table("tail, expected", [
+    ("chat", b'..."}\n{"model":"m","done":true,"total_duration":5000000000,"load_duration":1000000000,'
+     b'"prompt_eval_count":26,"prompt_eval_duration":500000000,"eval_count":8,"eval_duration":2500000000}\n',
+     Timings(5, 1, 0.5, 26, 2.5, 8)),
+    ("spaces", b'{"eval_count": 7, "total_duration":\t3000000000}', Timings(3, output_tokens=7)),
+    ("embed", b'{"total_duration":2000000000,"load_duration":1000000000,"prompt_eval_count":8}',
+     Timings(2, 1, 0, 8)),
+    ("openai", b'data: {"usage":{"prompt_tokens":5,"completion_tokens":9}}\n\ndata: [DONE]\n\n',
+     Timings(prompt_tokens=5, output_tokens=9)),
+    ("anthropic", b'event: message_delta\ndata: {"usage":{"input_tokens":5,"output_tokens":9}}\n\n',
+     Timings(prompt_tokens=5, output_tokens=9)),
+    ("the last one counts", b'{"completion_tokens":0}\n{"completion_tokens":4}', Timings(output_tokens=4)),
+    ("quoted in the text", rb'{"response":"{\"eval_count\":9}","done":false}', Timings()),
+    ("cut", b'_count":5,"eval_count":', Timings()), ("empty", b"", Timings()),
+    ("garbage", b'\xff"eval_count"', Timings()),
+    ("wrong types", b'{"eval_count":"9","total_duration":null,"prompt_eval_count":-5}', Timings()),
+])
+def test_timings_are_read_from_the_end_of_an_answer(tail, expected):
+    assert sollol.read_timings(tail) == expected
+
+
+def test_huge_numbers_in_timings_raise_nothing():
+    assert sollol.read_timings(b'{"eval_count":' + b"9" * 5000 + b"}").output_tokens > 0
+
+
+def test_hidden_wait_is_what_no_duration_explains():
+    assert Timings(5, 1, 0.5, 26, 2.5, 298).hidden_wait_s == 1.0
+
+
+def test_output_lengths_are_learned_by_size_of_the_prompt():
+    lengths = sollol.OutputLengths()
+    assert lengths.expect(100) == sollol.PRIOR_OUTPUT_TOKENS
+    for _ in range(200):
+        lengths.learn(100, 20)
+        lengths.learn(5000, 800)
+    assert lengths.expect(100) < 80 and lengths.expect(5000) > 700
+    assert lengths.expect(100) < lengths.expect(1_000_000) == lengths.mean < lengths.expect(5000)
+
+
+# -----------------------------------------------------------------------------
+# Dispatcher: stories
+# -----------------------------------------------------------------------------
+
+def rows(*models):
+    return [{"name": name, "size": 2_000_000_000, "digest": name} for name in models]
+
+
+def cluster(policy="latency-weighted", slots=1, resident=True, max_queue=1024, **models):
+    """Return a Dispatcher over nodes that are up at time 0: name=(models, resident unless told)."""
+    dispatcher = sollol.Dispatcher(policy, max_queue=max_queue, rng=random.Random(1))
+    dispatcher.configure([NodeSettings(name, "127.0.0.1", 11434, slots=slots, primary=not number)
+                          for number, name in enumerate(models)])
+    for node in dispatcher.nodes.values():
+        dispatcher.answered(node, "0.33.0", 0.001, 0.0)
+        dispatcher.index(node, rows(*models[node.name]))
+        dispatcher.residency(node, rows(*models[node.name]) if resident else [], 0.0, 0.0)
+    return dispatcher
+
+
+def runner(dispatcher, name, model="m:latest"):
+    return dispatcher.nodes[name].runners[model]
+
+
+def enter(dispatcher, *wants, now=0.0):
+    return [dispatcher.enter(f"r{next(IDS)}", it, now) for it in wants]
+
+
+IDS = iter(range(10**9))
+
+
+def placed(dispatcher, now=0.0):
+    """Dispatch; return the names of the nodes that got a lease. Nobody may be refused."""
+    leases, refused = dispatcher.dispatch(now)
+    assert not refused
+    return [lease.node.name for lease in leases]
+
+
+def finish(dispatcher, done, now, timings=Timings()):
+    """Answer a ticket that runs, and end it."""
+    dispatcher.observe(done.lease, timings, now)
+    dispatcher.release(done.lease, now)
+    dispatcher.leave(done, now)
+
+
+def fail(dispatcher, failed, kind="died", now=0.0):
+    """Fail a running ticket as the I/O side does; tell whether it is tried again."""
+    lease = failed.lease
+    dispatcher.fail(lease, kind, now)
+    dispatcher.release(lease, now)
+    return dispatcher.retry(failed, now)
+
+
+def test_never_more_leases_than_set_slots():
+    dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
+    tickets = enter(dispatcher, *[want()] * 10)
+    assert sorted(placed(dispatcher)) == ["n1", "n1", "n2", "n2"]
+    assert placed(dispatcher) == []
+    finish(dispatcher, tickets[0], 1.0)
+    assert len(placed(dispatcher, 1.0)) == 1 and len(dispatcher.queue) == 5
+
+
+def test_one_more_than_the_guessed_slots_is_tried():
+    dispatcher = cluster(slots=0, n1=["m"])
+    enter(dispatcher, *[want()] * 10)
+    assert placed(dispatcher) == ["n1", "n1"]
+
+
+@pytest.mark.parametrize("slots, sent", [(0, 2), (1, 1)])
+def test_one_more_than_learned_slots_is_sent_ahead_if_the_way_is_long(slots, sent):
+    dispatcher = cluster(slots=slots, n1=["m"])
+    node = dispatcher.nodes["n1"]
+    node.rtt_s, node.answer_s, runner(dispatcher, "n1").probe_s = 0.1, 1.0, 1e9
+    enter(dispatcher, *[want()] * 5)
+    assert placed(dispatcher) == ["n1"] * sent
+
+
+def test_model_resident_on_the_second_node_is_used_there():
+    dispatcher = cluster(resident=False, n1=["m"], n2=["m"])
+    dispatcher.residency(dispatcher.nodes["n2"], rows("m"), 0.0, 0.0)
+    enter(dispatcher, want())
+    assert placed(dispatcher) == ["n2"]
+
+
+def test_model_loaded_with_other_options_is_as_good_as_cold():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    runner(dispatcher, "n1").options = ()
+    runner(dispatcher, "n2").options = (("num_ctx", 8192),)
+    enter(dispatcher, want(options=(("num_ctx", 8192),)))
+    assert placed(dispatcher) == ["n2"]
+
+
+def test_model_that_one_node_has_waits_for_that_node():
+    dispatcher = cluster(n1=["x"], n2=["m"])
+    first, second = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["n2"]
+    finish(dispatcher, first, 1.0)
+    assert placed(dispatcher, 1.0) == ["n2"] and second.lease.runner is runner(dispatcher, "n2")
+
+
+def test_conversation_returns_to_the_node_that_holds_its_prefix():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    talks = [want(prompt_chars=20_000, prefix=((number, 20_000),)) for number in (1, 2)]
+    tickets = enter(dispatcher, *talks)
+    assert placed(dispatcher) == ["n1", "n2"]
+    for it in tickets:
+        finish(dispatcher, it, 9.0)
+    enter(dispatcher, want(prompt_chars=20_100, prefix=((2, 20_000), (3, 20_100))), now=9.0)
+    assert placed(dispatcher, 9.0) == ["n2"]
+
+
+def unequal():
+    """A cluster of a slow node and one ten times as fast: 15 s and 1.5 s for a usual answer."""
+    dispatcher = cluster(slow=["m"], fast=["m"])
+    for name, speed_s in (("slow", 0.1), ("fast", 0.01)):
+        runner(dispatcher, name).decode_s, runner(dispatcher, name).prefill_s = speed_s, 1e-5
+    return dispatcher
+
+
+def test_ticket_is_held_back_for_a_much_better_node():
+    dispatcher = unequal()
+    first, second = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["fast"]
+    assert placed(dispatcher, 0.5) == [] and second.waiting
+    finish(dispatcher, first, 1.5)
+    assert placed(dispatcher, 1.5) == ["fast"]
+
+
+def test_held_ticket_takes_its_place_on_the_better_node_so_that_a_later_one_takes_the_slow_one():
+    dispatcher = unequal()
+    tickets = enter(dispatcher, *[want()] * 12)
+    assert placed(dispatcher) == ["fast", "slow"]
+    slow = next(number for number, it in enumerate(tickets) if it.lease and it.lease.node.name == "slow")
+    assert 6 <= slow <= 8
+    assert [it.id for it in dispatcher.queue.in_order()] == [it.id for it in tickets if not it.lease]
+
+
+def test_urgent_overtakes_and_freed_slot_goes_to_the_first_in_line():
+    dispatcher = cluster(n1=["m"])
+    usual, batch, later, urgent = enter(dispatcher, want(), want(priority=1), want(), want(priority=10))
+    assert placed(dispatcher) == ["n1"] and urgent.lease
+    for now, (done, following) in enumerate([(urgent, usual), (usual, later), (later, batch)], 1):
+        finish(dispatcher, done, now)
+        assert placed(dispatcher, now) == ["n1"] and following.lease
+
+
+def test_batch_that_waited_longer_than_the_head_start_goes_before_a_fresh_urgent_one():
+    dispatcher = cluster(n1=["m"])
+    running, = enter(dispatcher, want())
+    placed(dispatcher)
+    batch, = enter(dispatcher, want(priority=1))
+    enter(dispatcher, want(priority=10), now=9 * sollol.HEAD_START_S + 1)
+    finish(dispatcher, running, 60.0)
+    assert placed(dispatcher, 60.0) == ["n1"] and batch.lease
+
+
+def test_one_clients_flood_does_not_delay_another_client():
+    dispatcher = cluster(n1=["m"])
+    flood = enter(dispatcher, *[want(client="greedy")] * 50)
+    modest, = enter(dispatcher, want(client="modest"))
+    placed(dispatcher)
+    finish(dispatcher, flood[0], 1.0)
+    placed(dispatcher, 1.0)
+    assert modest.lease
+
+
+def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    first, second, third = enter(dispatcher, want(), want(), want())
+    assert placed(dispatcher) == ["n1", "n2"]
+    assert fail(dispatcher, first)
+    assert [it.id for it in dispatcher.queue.in_order()] == [first.id, third.id]
+    assert placed(dispatcher) == ["n1"] and third.lease and first.waiting
+    finish(dispatcher, second, 1.0)
+    assert placed(dispatcher, 1.0) == ["n2"] and first.lease.node.name == "n2"
+    assert not fail(dispatcher, first, now=1.0)
+
+
+def test_at_most_three_nodes_are_tried():
+    dispatcher = cluster(**{f"n{number}": ["m"] for number in range(5)})
+    it, = enter(dispatcher, want())
+    tries = 0
+    while tries < 9:
+        tries += len(placed(dispatcher))
+        if not fail(dispatcher, it):
+            break
+    assert tries == sollol.MAX_ATTEMPTS == len(it.tried)
+
+
+def test_all_down_is_refused_with_503_and_when_to_come_back():
+    for policy in sollol.POLICIES:
+        dispatcher = cluster(policy, n1=["m"], n2=["m"])
+        for node in dispatcher.nodes.values():
+            dispatcher.missed(node, True, 0.0)
+        tickets = enter(dispatcher, want(), want("unknown"))
+        leases, refused = dispatcher.dispatch(0.0)
+        assert not leases and set(refused) == set(tickets)
+        assert all(it.refusal.status == 503 and it.refusal.retry_after_s >= 1 for it in tickets)
+
+
+def test_nobody_is_refused_before_every_node_was_looked_at():
+    dispatcher = sollol.Dispatcher()
+    dispatcher.configure([NodeSettings("n1", "a", 1), NodeSettings("n2", "b", 2)])
+    it, = enter(dispatcher, want())
+    dispatcher.missed(dispatcher.nodes["n1"], True, 0.0)
+    assert dispatcher.dispatch(0.0) == ([], []) and it.waiting
+    dispatcher.answered(dispatcher.nodes["n2"], "1", 0.001, 0.0)
+    assert dispatcher.dispatch(0.0) == ([], []) and it.waiting
+    dispatcher.index(dispatcher.nodes["n2"], rows("m"))
+    assert placed(dispatcher) == ["n2"]
+
+
+def test_unknown_model_goes_to_the_emptiest_node_without_a_slot():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    enter(dispatcher, want())
+    assert placed(dispatcher) == ["n1"]
+    tickets = enter(dispatcher, *[want("unknown")] * 3)
+    assert placed(dispatcher) == ["n2", "n1", "n2"]
+    assert all(it.lease.runner is None for it in tickets)
+
+
+def test_cloud_model_goes_to_the_primary_node():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    enter(dispatcher, want(), *[want("x:cloud")] * 3)
+    assert sorted(placed(dispatcher)) == ["n1"] * 4
+
+
+def empty(dispatcher):
+    """Tell whether nothing is left of any request."""
+    return (not dispatcher.queue.tickets and not dispatcher.fair.active and not dispatcher.fair.next_s
+            and not any(dispatcher.queue.first(model) for model in list(dispatcher.queue.heaps))
+            and not any(node.leases or node.busy or any(it.leases for it in node.runners.values())
+                        for node in dispatcher.nodes.values()))
+
+
+def all_states():
+    """Return a dispatcher with a ticket that runs, one that waits and one that was refused."""
+    dispatcher = cluster(n1=["m"])
+    tickets = enter(dispatcher, want(), want(), want())
+    placed(dispatcher)
+    dispatcher.refuse(tickets[2], Refusal(503, "no"))
+    return dispatcher, tickets
+
+
+def test_leave_ends_a_ticket_whatever_its_state():
+    dispatcher, tickets = all_states()
+    for it in tickets:
+        dispatcher.leave(it, 1.0)
+    assert empty(dispatcher) and dispatcher.dispatch(1.0) == ([], [])
+
+
+def test_leaving_twice_is_leaving_once():
+    dispatcher, tickets = all_states()
+    for it in tickets + tickets:
+        dispatcher.leave(it, 1.0)
+    assert empty(dispatcher)
+
+
+def test_cancelled_tickets_do_not_pile_up_behind_a_busy_node():
+    dispatcher = cluster(n1=["m"])
+    enter(dispatcher, want())
+    placed(dispatcher)
+    for _ in range(2000):
+        dispatcher.leave(enter(dispatcher, want())[0], 0.0)
+        placed(dispatcher)
+    assert sum(map(len, dispatcher.queue.heaps.values())) < 1000
+
+
+def test_releasing_twice_is_an_error():
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    lease = it.lease
+    dispatcher.release(lease, 1.0)
+    with pytest.raises(AssertionError):
+        dispatcher.release(lease, 1.0)
+    assert not dispatcher.nodes["n1"].leases
+
+
+def test_queue_is_bounded():
+    dispatcher = cluster(max_queue=2, n1=["m"])
+    enter(dispatcher, want(), want())
+    with pytest.raises(Refusal) as caught:
+        enter(dispatcher, want())
+    assert caught.value.status == 503 and caught.value.retry_after_s >= 1
+    placed(dispatcher)
+    enter(dispatcher, want())
+
+
+def test_waiting_too_long_is_refused_with_503():
+    dispatcher = cluster(n1=["m"])
+    enter(dispatcher, want())
+    placed(dispatcher)
+    old, = enter(dispatcher, want(), now=0.0)
+    enter(dispatcher, want(priority=10), now=100.0)
+    assert dispatcher.expire(239.9) == []
+    assert dispatcher.expire(240.0) == [old] and len(dispatcher.queue) == 1
+    assert old.refusal.status == 503 and old.refusal.retry_after_s >= 1 and not old.waiting
+
+
+def test_failed_ticket_that_waits_again_is_late_by_its_own_waiting():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    failed, _ = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    enter(dispatcher, want(), now=100.0)
+    assert fail(dispatcher, failed, "refused", now=200.0)
+    assert placed(dispatcher, 200.0) == [] and failed.waiting
+    younger, = dispatcher.expire(340.0)
+    assert younger is not failed and dispatcher.expire(440.0) == [failed]
+
+
+# -----------------------------------------------------------------------------
+# Dispatcher: what is learned
+# -----------------------------------------------------------------------------
+
+def two_on_one(now=0.0):
+    """Return a dispatcher whose one node of unknown slots runs two requests, the second sent 0.1 s later."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    tickets = []
+    for at in (now, now + 0.1):
+        tickets += enter(dispatcher, want(), now=at)
+        assert placed(dispatcher, at) == ["n1"]
+    return dispatcher, tickets
+
+
+def test_streams_that_overlap_prove_slots():
+    dispatcher, tickets = two_on_one()
+    dispatcher.heard(tickets[0].lease, 1, 0.5)
+    assert runner(dispatcher, "n1").slots == 1
+    dispatcher.heard(tickets[1].lease, 1, 0.6)
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (2, "learned")
+
+
+def test_overlap_without_hidden_wait_proves_slots():
+    dispatcher, (_, second) = two_on_one()
+    finish(dispatcher, second, 2.0, Timings(1.9, 0, 0.4, 100, 1.5, 50))
+    assert runner(dispatcher, "n1").slots == 2
+
+
+def test_requests_sent_at_the_same_instant_prove_slots_too():
+    dispatcher = cluster(slots=0, n1=["m"])
+    _, second = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["n1", "n1"]
+    finish(dispatcher, second, 2.0, Timings(1.9, 0, 0.4, 100, 1.5, 50))
+    assert runner(dispatcher, "n1").slots == 2
+
+
+def test_no_hidden_wait_proves_nothing_if_the_first_one_left_meanwhile():
+    dispatcher, (first, second) = two_on_one()
+    finish(dispatcher, first, 1.0, Timings(0.9, 0, 0.4, 100, 0.5, 50))
+    finish(dispatcher, second, 2.0, Timings(0.9, 0, 0.4, 100, 0.5, 50))
+    assert runner(dispatcher, "n1").slots == 1
+
+
+@table("timings", [("load in the answer", Timings(9, 2, 0.4, 100, 1.5, 50)), ("no statistics", Timings())])
+def test_answers_that_say_nothing_of_slots_teach_none(timings):
+    dispatcher, (_, second) = two_on_one()
+    finish(dispatcher, second, 9.0, timings)
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (1, "guessed")
+
+
+def test_hidden_wait_disproves_a_slot_for_a_pause_that_doubles():
+    dispatcher, now, pauses = cluster(slots=0, n1=["m"]), 0.0, []
+    for _ in range(8):
+        first, = enter(dispatcher, want(), now=now)
+        placed(dispatcher, now)
+        second, third = enter(dispatcher, want(), want(), now=now + 0.1)
+        assert placed(dispatcher, now + 0.1) == ["n1"]
+        finish(dispatcher, second, now + 4, Timings(3.9, 0, 0.4, 100, 1.5, 50))
+        assert runner(dispatcher, "n1").slots == 1 and placed(dispatcher, now + 4) == []
+        pauses.append(runner(dispatcher, "n1").probe_s - now - 4)
+        finish(dispatcher, first, now + 5)
+        dispatcher.leave(third, now + 5)
+        now = runner(dispatcher, "n1").probe_s
+    assert pauses == pytest.approx([30 * 2**number for number in (0, 1, 2, 3, 4, 5, 6, 6)])
+
+
+def test_set_slots_are_never_unlearned():
+    dispatcher = cluster(slots=2, n1=["m"])
+    _, second = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    finish(dispatcher, second, 4.0, Timings(3.9, 0, 0.4, 100, 0.5, 50))
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (2, "set")
+
+
+def test_speeds_and_lengths_are_learned_from_answers():
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    for _ in range(30):
+        it, = enter(dispatcher, want(prompt_chars=3000), now=now)
+        placed(dispatcher, now)
+        finish(dispatcher, it, now + 3.03, Timings(3.03, 0, 1.03, 1000, 2.0, 40))
+        now += 10
+    known = runner(dispatcher, "n1")
+    assert known.decode_s == pytest.approx(0.05) and known.prefill_s == pytest.approx(0.001, rel=0.1)
+    lengths = dispatcher.estimates.lengths["m:latest"]
+    assert lengths.chars_per_token == pytest.approx(3.0, rel=0.1) and lengths.mean == pytest.approx(40)
+    service = sollol.solo_service_s(dispatcher.estimates, known, want(prompt_chars=3000))
+    assert service == pytest.approx((1.03, 2.0), rel=0.1)
+
+
+def test_load_time_is_learned():
+    dispatcher = cluster(resident=False, n1=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    assert it.lease.loads
+    finish(dispatcher, it, 25.0, Timings(24, 20, 1, 100, 3, 50))
+    assert sollol.load_s(runner(dispatcher, "n1")) == 20
+
+
+@pytest.mark.parametrize("kind, up, node_failures, runner_failures, on_disk, resident", [
+    ("refused", False, 0, 0, True, True), ("died", True, 1, 0, True, True),
+    ("garbage", True, 1, 0, True, True), ("busy", True, 1, 0, True, True),
+    ("stalled", True, 0, 0, True, True), ("model", True, 0, 1, True, False),
+    ("missing", True, 0, 0, False, False),
+])
+def test_failure_is_held_against_what_failed(kind, up, node_failures, runner_failures, on_disk, resident):
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    node, known = it.lease.node, it.lease.runner
+    assert fail(dispatcher, it, kind)
+    assert (node.up, known.on_disk, known.ready_s is not None) == (up, on_disk, resident)
+    assert (node.breaker.failures, known.breaker.failures) == (node_failures, runner_failures)
+    assert it.tried == {"n1"} and node.errors == 1 and placed(dispatcher) == ["n2"]
+
+
+def test_node_that_failed_twice_is_left_alone_for_a_second_then_gets_one_trial():
+    dispatcher = cluster(slots=4, n1=["m"], n2=["x"])
+    for it in enter(dispatcher, want(), want()):
+        placed(dispatcher)
+        fail(dispatcher, it)
+        dispatcher.leave(it, 0.0)
+    waiting = enter(dispatcher, *[want()] * 4)
+    _, refused = dispatcher.dispatch(0.5)
+    assert refused == waiting and refused[0].refusal.retry_after_s == 1.0
+    for it in waiting:
+        dispatcher.leave(it, 0.5)
+    tickets = enter(dispatcher, *[want()] * 4, now=1.5)
+    assert placed(dispatcher, 1.5) == ["n1"]
+    finish(dispatcher, next(it for it in tickets if it.lease), 2.0)
+    assert placed(dispatcher, 2.0) == ["n1"] * 3
+
+
+def test_end_of_an_older_request_does_not_allow_a_second_trial():
+    dispatcher = cluster(slots=4, n1=["m"])
+    old, bad, worse = enter(dispatcher, want(), want(), want())
+    placed(dispatcher)
+    for it in (bad, worse):
+        fail(dispatcher, it)
+    trial, = enter(dispatcher, want(), now=1.5)
+    assert placed(dispatcher, 1.5) == ["n1"] and trial.lease
+    dispatcher.leave(old, 1.6)
+    enter(dispatcher, want(), now=1.7)
+    assert placed(dispatcher, 1.7) == []
+
+
+def test_ticket_that_tried_every_node_takes_nobody_else_down():
+    dispatcher = cluster("least-inflight", n1=["m"], n2=["m"])
+    spent, fresh = enter(dispatcher, want(), want())
+    spent.tried = {"n1", "n2"}
+    leases, refused = dispatcher.dispatch(0.0)
+    assert [lease.ticket for lease in leases] == [fresh] and refused == [spent]
+
+
+def test_no_bound_of_the_output_is_too_large_to_reckon_with():
+    dispatcher = cluster(n1=["m"])
+    enter(dispatcher, asked(body={"model": "m", "stream": False, "options": {"num_predict": 10**400}}))
+    assert placed(dispatcher) == ["n1"]
+
+
+# -----------------------------------------------------------------------------
+# Dispatcher: nodes
+# -----------------------------------------------------------------------------
+
+def test_configure_keeps_known_nodes_and_drains_dropped_ones():
+    dispatcher = cluster(n1=["m"], n2=["m"], n3=["m"])
+    tickets = enter(dispatcher, want(), want(), want())
+    placed(dispatcher)
+    old = dict(dispatcher.nodes)
+    added, dropped = dispatcher.configure([old["n1"].settings, old["n2"].settings._replace(slots=5),
+                                           NodeSettings("n4", "d", 4)])
+    assert [node.name for node in added] == ["n2", "n4"] and dropped == [old["n2"], old["n3"]]
+    assert dispatcher.nodes["n1"] is old["n1"] and dispatcher.nodes["n2"] is not old["n2"]
+    assert [old[name].state(0.0) for name in ("n1", "n2", "n3")] == ["up", "draining", "draining"]
+    assert [it.node for it in dispatcher.holders["m:latest"]] == [old["n1"]]
+    for it in tickets:
+        finish(dispatcher, it, 1.0)
+    assert not any(node.leases for node in old.values())
+    enter(dispatcher, want(), now=1.0)
+    assert placed(dispatcher, 1.0) == ["n1"]
+
+
+def test_one_silent_probe_is_chance_two_or_a_refusal_are_not():
+    dispatcher = cluster(n1=["m"])
+    node = dispatcher.nodes["n1"]
+    dispatcher.missed(node, False, 1.0)
+    assert node.state(1.0) == "up"
+    dispatcher.missed(node, False, 2.0)
+    assert node.state(2.0) == "down" and runner(dispatcher, "n1").ready_s is None
+    dispatcher.answered(node, "1", 0.001, 3.0)
+    assert node.state(3.0) == "up"
+    dispatcher.missed(node, True, 4.0)
+    assert node.state(4.0) == "down"
+
+
+def test_residency_is_taken_over_except_for_what_was_placed_since():
+    dispatcher = cluster(resident=False, n1=["m", "x"])
+    node = dispatcher.nodes["n1"]
+    it, = enter(dispatcher, want(), now=10.0)
+    placed(dispatcher, 10.0)
+    dispatcher.residency(node, [], 10.0, 10.1)
+    assert runner(dispatcher, "n1").ready_s is not None
+    dispatcher.leave(it, 11.0)
+    dispatcher.residency(node, [], 11.5, 11.6)
+    assert runner(dispatcher, "n1").ready_s is not None
+    dispatcher.residency(node, [{"name": "other", "digest": "x"}], 20.0, 20.1)
+    assert runner(dispatcher, "n1").ready_s is None
+    assert runner(dispatcher, "n1", "x:latest").ready_s == 20.1
+
+
+def test_model_gone_from_disk_is_known_no_more():
+    dispatcher = cluster(n1=["m", "x"])
+    dispatcher.index(dispatcher.nodes["n1"], rows("x"))
+    assert list(dispatcher.holders) == ["x:latest"] == list(dispatcher.nodes["n1"].runners)
+
+
+@table("row", [
+    ("nothing", {}), ("null name", {"name": None}), ("name no text", {"name": 5, "model": []}), ("no row", 5),
+    ("huge size", {"name": "m", "size": 10**400, "size_vram": 10**400}),
+    ("size no number", {"name": "m", "size": "big"}), ("negative size", {"name": "m", "size": -1}),
+    ("size_vram no number", {"name": "m", "size_vram": "big"}),
+    ("digest no text", {"name": "m", "digest": ["x"]}),
+])
+def test_garbage_from_a_node_raises_nothing(row):
+    dispatcher = cluster(n1=["m"])
+    found = sollol.rows_of({"models": [row]})
+    dispatcher.index(dispatcher.nodes["n1"], found)
+    dispatcher.residency(dispatcher.nodes["n1"], found, 1.0, 1.0)
+    assert all(it.disk_bytes > 0 for it in dispatcher.nodes["n1"].runners.values())
+
+
+def test_stream_that_stands_still_makes_its_node_suspect_until_a_check_is_answered():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    dispatcher.heard(it.lease, 1, 0.5)
+    node = it.lease.node
+    assert dispatcher.watch(1.0) == [] and node.state(1.0) == "up"
+    assert dispatcher.watch(9.0) == [] and node.state(9.0) == "suspect"
+    other, = enter(dispatcher, want(), now=9.0)
+    assert placed(dispatcher, 9.0) == ["n2"]
+    finish(dispatcher, other, 10.0)
+    assert dispatcher.watch(0.5 + sollol.STREAM_PATIENCE_S + 1) == [it.lease]
+    dispatcher.trust(node, 200.0)
+    assert node.state(200.0) == "up"
+
+
+def test_model_that_loads_for_a_minute_is_not_given_up():
+    dispatcher = cluster(resident=False, n1=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    assert not any(dispatcher.watch(float(now)) for now in range(1, 240))
+    assert dispatcher.watch(1000.0) == [it.lease]
+
+
+def test_place_prefers_a_holder_and_takes_no_slot():
+    dispatcher = cluster(n1=["x"], n2=["m"])
+    wants = want(inference=False)
+    lease = dispatcher.place("c1", wants, set(), 0.0)
+    assert (lease.node.name, lease.runner) == ("n2", None)
+    assert dispatcher.place("c2", wants, {"n2"}, 0.0).node.name == "n1"
+    assert dispatcher.place("c3", want("unknown"), set(), 0.0).node.name == "n1"
+    with pytest.raises(Refusal) as caught:
+        dispatcher.place("c4", wants, {"n1", "n2"}, 0.0)
+    assert caught.value.status == 502
+    for node in dispatcher.nodes.values():
+        dispatcher.lost(node, 0.0)
+    with pytest.raises(Refusal) as caught:
+        dispatcher.place("c5", wants, set(), 0.0)
+    assert caught.value.status == 503 and caught.value.retry_after_s >= 1
+
+
+def test_round_robin_takes_turns_and_skips_what_is_down():
+    dispatcher = cluster("round-robin", n1=["m"], n2=["m"], n3=["m"])
+    enter(dispatcher, *[want()] * 7)
+    assert placed(dispatcher) == ["n1", "n2", "n3"] * 2 + ["n1"]
+    dispatcher.lost(dispatcher.nodes["n2"], 0.0)
+    enter(dispatcher, *[want()] * 4)
+    assert sorted(placed(dispatcher)) == ["n1", "n1", "n3", "n3"]
+
+
+def test_least_inflight_takes_the_emptiest_and_skips_what_is_down():
+    dispatcher = cluster("least-inflight", n1=["m"], n2=["m"], n3=["m"])
+    tickets = enter(dispatcher, *[want()] * 6)
+    assert placed(dispatcher) == ["n1", "n2", "n3"] * 2
+    finish(dispatcher, tickets[2], 1.0)
+    enter(dispatcher, want(), now=1.0)
+    assert placed(dispatcher, 1.0) == ["n3"]
+    dispatcher.lost(dispatcher.nodes["n1"], 1.0)
+    enter(dispatcher, want(), want(), now=1.0)
+    assert placed(dispatcher, 1.0) == ["n2", "n3"]
+
+
+# -----------------------------------------------------------------------------
+# Dispatcher: a random walk
+# -----------------------------------------------------------------------------
+
+class Walk:
+    """Do random things to a dispatcher, as the I/O side may, and look at its books after each."""
+
+    def __init__(self, policy, seed):
+        self.rng, self.now = random.Random(seed), 0.0
+        models = {"n1": ["a", "b"], "n2": ["a"], "n3": ["b"]}
+        self.dispatcher = cluster(policy, slots=0, resident=False, max_queue=25, **models)
+        self.settings = [node.settings for node in self.dispatcher.nodes.values()]
+        self.settings[2] = self.settings[2]._replace(slots=3)
+        self.nodes = set(self.dispatcher.nodes.values())
+        self.tickets = []
+
+    def running(self):
+        return [it for it in self.tickets if it.lease is not None]
+
+    def step(self):
+        actions = [self.enter] * 6 + [self.dispatch] * 6 + [self.hear] * 4 + [self.finish] * 4 + [
+            self.fail, self.leave, self.flap, self.look, self.configure, self.watch, self.leave_refused]
+        self.now += self.rng.choice([0.0, 0.01, 0.3, 2.0])
+        self.rng.choice(actions)()
+        self.look_at_the_books()
+
+    def enter(self):
+        rng = self.rng
+        wants = want(rng.choice(["a", "a", "b", "unknown", "x:cloud"]), priority=rng.randint(1, 10),
+                     client=rng.choice("xyz"), stream=rng.random() < 0.7, prompt_chars=rng.choice([0, 50000]),
+                     max_output=rng.choice([None, 1, 500]), embeds=rng.random() < 0.1,
+                     options=rng.choice([(), (), (("num_ctx", 8192),)]), prefix=((rng.randrange(5), 200),))
+        if len(self.dispatcher.queue) < self.dispatcher.max_queue:
+            self.tickets += enter(self.dispatcher, wants, now=self.now)
+        else:
+            with pytest.raises(Refusal):
+                enter(self.dispatcher, wants, now=self.now)
+
+    def dispatch(self):
+        leases, refused = self.dispatcher.dispatch(self.now)
+        for lease in leases:
+            assert lease.node.up and not lease.node.draining and lease.node.name not in lease.ticket.tried
+            assert self.now <= lease.predicted_end_s < 1e6 or lease.runner is None
+            if lease.runner and not self.dispatcher.pick:
+                assert lease.nth <= lease.runner.slots + 1
+        assert all(it.refusal.status in (502, 503) for it in refused)
+
+    def hear(self):
+        for it in self.running()[:3]:
+            self.dispatcher.heard(it.lease, self.rng.randrange(20), self.now)
+
+    def finish(self):
+        if self.running():
+            done = self.rng.choice(self.running())
+            took_s = self.now - done.lease.sent_s
+            share = self.rng.random()
+            finish(self.dispatcher, done, self.now, self.rng.choice([
+                Timings(),
+                Timings(took_s, 0, took_s * share / 2, 9, took_s * share / 2, self.rng.randrange(99))]))
+            self.tickets.remove(done)
+
+    def fail(self):
+        if self.running():
+            failed = self.rng.choice(self.running())
+            kind = self.rng.choice(["refused", "died", "garbage", "stalled", "busy", "model", "missing"])
+            if not fail(self.dispatcher, failed, kind, self.now):
+                self.remove(failed)
+
+    def leave(self):
+        if self.tickets:
+            self.remove(self.rng.choice(self.tickets))
+
+    def leave_refused(self):
+        for it in [it for it in self.tickets if it.refusal]:
+            self.remove(it)
+
+    def remove(self, it):
+        self.dispatcher.leave(it, self.now)
+        self.tickets.remove(it)
+
+    def flap(self):
+        node = self.rng.choice(list(self.dispatcher.nodes.values()))
+        if self.rng.random() < 0.4:
+            self.dispatcher.missed(node, self.rng.random() < 0.3, self.now)
+        else:
+            self.dispatcher.answered(node, "1", 0.001, self.now)
+
+    def look(self):
+        node = self.rng.choice(list(self.dispatcher.nodes.values()))
+        self.dispatcher.index(node, rows(*self.rng.sample(["a", "b", "c"], self.rng.randint(1, 3))))
+        row, = rows(self.rng.choice("abc"))
+        self.dispatcher.residency(node, [{**row, "size_vram": 3 * 10**9}], self.now - 1, self.now)
+
+    def configure(self):
+        if self.rng.random() < 0.3:
+            added, _ = self.dispatcher.configure(self.rng.sample(self.settings, self.rng.randint(1, 3)))
+            self.nodes.update(added)
+
+    def watch(self):
+        self.dispatcher.watch(self.now)
+        self.dispatcher.expire(self.now)
+        for node in self.dispatcher.nodes.values():
+            if node.suspect and self.rng.random() < 0.7:
+                self.dispatcher.trust(node, self.now)
+
+    def look_at_the_books(self):
+        queue, running = self.dispatcher.queue, self.running()
+        for node in self.nodes:
+            held = [lease for it in node.busy for lease in it.leases]
+            assert sorted(map(id, held)) == sorted(id(it) for it in node.leases if it.runner)
+            assert len(set(node.busy)) == len(node.busy) and all(it.leases for it in node.busy)
+            assert all(it in node.busy for it in node.runners.values() if it.leases)
+            assert all(it.ticket.lease is it and not it.released and it.node is node for it in node.leases)
+            assert 0.03 <= node.speed <= 1 and all(1 <= it.top <= it.slots for it in node.runners.values())
+        leases = [lease for node in self.nodes for lease in node.leases]
+        assert sorted(map(id, leases)) == sorted(id(it.lease) for it in running)
+        assert set(queue.tickets) == {it for it in self.tickets if it.waiting}
+        assert all(bool(it.waiting) + bool(it.lease) + bool(it.refusal) == 1 for it in self.tickets)
+        assert sum(self.dispatcher.fair.active.values()) == len(self.tickets)
+
+
+@pytest.mark.parametrize("policy, seed", [("latency-weighted", seed) for seed in range(8)] + [
+    (policy, seed) for policy in ("round-robin", "least-inflight") for seed in range(2)])
+def test_books_stay_in_order_over_a_random_walk_and_are_empty_at_its_end(policy, seed):
+    walk = Walk(policy, seed)
+    for _ in range(600):
+        walk.step()
+    for it in list(walk.tickets):
+        walk.remove(it)
+        walk.look_at_the_books()
+    assert empty(walk.dispatcher) and not any(node.leases or node.busy for node in walk.nodes)
+
+
+# -----------------------------------------------------------------------------
+# hosts.txt and command line
+# -----------------------------------------------------------------------------
+
+@table("line, expected", [
+    ("plain", "http://gpu:11434", dict(name="gpu:11434", host="gpu", port=11434, host_header="gpu:11434")),
+    ("no port", "http://gpu", dict(name="gpu:11434", port=11434)),
+    ("no scheme", "gpu", dict(host="gpu", port=11434)),
+    ("no scheme, port", "gpu:9", dict(host="gpu", port=9, tls=False)),
+    ("https", "https://gpu:443", dict(port=443, tls=True)),
+    ("https, no port", "https://gpu", dict(port=11434, tls=True)),
+    ("capitals", "HTTP://GPU:9", dict(host="gpu", tls=False)),
+    ("ipv6", "http://[::1]:9", dict(name="[::1]:9", host="::1", port=9, host_header="[::1]:9")),
+    ("ipv6 again", "[::1]", dict(url="http://[::1]:11434")),
+    ("slash", "http://gpu:9/", dict(prefix="", url="http://gpu:9")),
+    ("path", "http://gpu:9/a/b/", dict(prefix="/a/b")),
+    ("all settings", "gpu name=g slots=4 token=a=b#c host=localhost prefix=/p/ primary=yes",
+     dict(name="g", slots=4, token="a=b#c", host_header="localhost", prefix="/p", primary=True)),
+    ("comment", "gpu slots=64  # fixed", dict(slots=64)),
+    ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
+])
+def test_line_of_a_hosts_file(line, expected):
+    node, = sollol.parse_hosts(f"# nodes\n\n{line}\r\n", "hosts.txt")
+    assert {key: getattr(node, key) for key in expected} == expected
+    assert node.primary == ("primary=yes" in line)
+
+
+def test_first_line_is_primary_unless_another_says_so():
+    for text, expected in (("a\nb", [True, False]), ("a\nb primary=yes", [False, True])):
+        dispatcher = sollol.Dispatcher()
+        dispatcher.configure(sollol.parse_hosts(text, "h"))
+        assert [node.settings.primary for node in dispatcher.nodes.values()] == expected
+
+
+@table("line, message", [
+    ("slots in words", "gpu slots=four", "slots must be a whole number from 1 to 64, not 'four'"),
+    ("no slots", "gpu slots=0", "slots must be a whole number from 1 to 64, not '0'"),
+    ("many slots", "gpu slots=65", "slots must be a whole number from 1 to 64, not '65'"),
+    ("half a slot", "gpu slots=1.5", "slots must be a whole number from 1 to 64, not '1.5'"),
+    ("slots squared", "gpu slots=²", "slots must be a whole number from 1 to 64, not '²'"),
+    ("unknown setting", "gpu weight=3", "unknown setting 'weight=3'"),
+    ("word", "gpu fast", "unknown setting 'fast'"),
+    ("space around equals", "gpu slots = 4", "unknown setting 'slots'"),
+    ("empty name", "gpu name=", "name must be printable"),
+    ("name not ASCII", "gpu name=grün", "name must be printable ASCII"),
+    ("prefix", "gpu prefix=p", "prefix must begin with a slash"),
+    ("switch", "gpu primary=maybe", "primary must be yes or no, not 'maybe'"),
+    ("scheme", "ftp://gpu", "is not the URL of a node"), ("no host", "http://", "is not the URL of a node"),
+    ("query", "http://gpu/?x", "is not the URL of a node"),
+    ("user", "http://u:p@gpu", "is not the URL of a node"), ("port", "gpu:eleven", "has no valid port"),
+    ("port too large", "http://gpu:99999", "has no valid port"), ("bracket", "http://[::1", ""),
+    ("twice", "http://one", "there are two nodes named 'one:11434'"),
+    ("port 0", "http://gpu:0", "has no valid port"),
+    ("password only", "http://:p@gpu", "is not the URL of a node"),
+    ("control character in the host", "http://gp\x01u", "is not the URL of a node"),
+    ("host not ASCII", "http://grün", ""), ("path not ASCII", "http://gpu/grün", ""),
+])
+def test_mistake_in_a_hosts_file_names_place_line_and_mistake(line, message):
+    with pytest.raises(sollol.ConfigError) as caught:
+        sollol.parse_hosts(f"http://one\n# two\n{line}\nhttp://four", "hosts.txt")
+    text = str(caught.value)
+    assert text.startswith("hosts.txt:3: ") and message in text and "\n" not in text
+
+
+def test_nodes_come_from_file_and_flags(tmp_path):
+    path = tmp_path / "hosts.txt"
+    path.write_text("a\nb")
+    options = sollol.parse_options(["--hosts", str(path), "--node", "c", "--node", "d:9"], {})
+    assert [node.name for node in sollol.read_nodes(options)] == ["a:11434", "b:11434", "c:11434", "d:9"]
+
+
+@table("argv, content, message", [
+    ("no file", ["--hosts", "FILE"], None, "No such file"),
+    ("not text", ["--hosts", "FILE"], b"\xff\xfe", "FILE"),
+    ("empty file", ["--hosts", "FILE"], b"# none\n", "no node"),
+    ("bad line", ["--hosts", "FILE"], b"a\nb c\n", "FILE:2: "),
+    ("bad flag", ["--node", "ftp://x"], None, "--node:1: "),
+    ("bad flag beside a file", ["--hosts", "FILE", "--node", "ftp://x"], b"a\nb", "--node"),
+])
+def test_bad_list_of_nodes_is_told_in_one_line(tmp_path, argv, content, message):
+    path = tmp_path / "hosts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    argv = [word.replace("FILE", str(path)) for word in argv]
+    with pytest.raises(sollol.ConfigError) as caught:
+        sollol.read_nodes(sollol.parse_options(argv, {}))
+    assert message.replace("FILE", str(path)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@table("argv, environ, expected", [
+    ("defaults", [], {}, dict(
+        bind="127.0.0.1", port=8000, policy="latency-weighted", probe_interval=5.0, max_queue=1024, seed=None,
+        queue_timeout=240.0, max_body=64 * 2**20, header_timeout=10.0, max_connections=4096,
+        drain_timeout=300.0, log_format="kv", log_level="info", calibrate=True, uvloop=True, check=False)),
+    ("environment", [], {"SOLLOL_PORT": "9", "SOLLOL_MAX_BODY": "1GiB", "SOLLOL_POLICY": "round-robin"},
+     dict(port=9, max_body=2**30, policy="round-robin")),
+    ("flag wins", ["--port", "10"], {"SOLLOL_PORT": "9"}, dict(port=10)),
+    ("switches", [], {"SOLLOL_NO_CALIBRATE": "1", "SOLLOL_NO_UVLOOP": "Yes", "SOLLOL_CHECK": "0"},
+     dict(calibrate=False, uvloop=False, check=False)),
+    ("hosts", [], {"SOLLOL_HOSTS": "h.txt"}, dict(hosts="h.txt")),
+    ("port 0", ["--port=0"], {}, dict(port=0)), ("switch", ["--no-calibrate"], {}, dict(calibrate=False)),
+    ("flag wins over a list", [], {"SOLLOL_NODE": "b c"}, dict(node=["a"])),
+])
+def test_every_flag_has_its_twin_in_the_environment(argv, environ, expected):
+    options = sollol.parse_options(["--node", "a", *argv], environ)
+    assert {key: getattr(options, key) for key in expected} == expected
+
+
+def test_nodes_in_the_environment_are_a_list():
+    assert sollol.parse_options([], {"SOLLOL_NODE": "a b:9"}).node == ["a", "b:9"]
+
+
+@table("argv, environ, message", [
+    ("no nodes", [], {}, "--hosts FILE"), ("unknown flag", ["--hots", "x"], {}, "--hots"),
+    ("port", ["--demo", "--port", "http"], {}, "'http' is not a port number"),
+    ("port too large", ["--demo", "--port", "65536"], {}, "'65536' is not a port number"),
+    ("port below zero", ["--demo", "--port=-1"], {}, "is not a port number"),
+    ("size", ["--demo", "--max-body", "much"], {}, "'much' is not a size such as 64MiB"),
+    ("no seconds", ["--demo", "--queue-timeout", "0"], {}, "'0' is not a positive number of seconds"),
+    ("count", ["--demo", "--max-queue", "0"], {}, "'0' is not a whole number of at least 1"),
+    ("policy", ["--demo", "--policy", "best"], {}, "best"), ("no value", ["--demo", "--port"], {}, "--port"),
+    ("seed", ["--demo", "--seed", "x"], {}, "--seed"), ("stray word", ["--demo", "x"], {}, "x"),
+    ("environment", ["--demo"], {"SOLLOL_PORT": "http"}, "'http' is not a port number"),
+    ("policy in the environment", ["--demo"], {"SOLLOL_POLICY": "best"}, "best"),
+    ("log format in the environment", ["--demo"], {"SOLLOL_LOG_FORMAT": "xml"}, "xml"),
+    ("log level in the environment", ["--demo"], {"SOLLOL_LOG_LEVEL": "loud"}, "loud"),
+    ("switch in the environment", ["--demo"], {"SOLLOL_NO_UVLOOP": "perhaps"}, "perhaps"),
+])
+def test_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argv, environ, message):
+    with pytest.raises(SystemExit) as caught:
+        sollol.parse_options(argv, environ)
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("sollol.py: ") and message in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, size", [
+    ("4096", 4096), ("1B", 1), ("2k", 2048), ("2KB", 2048), ("2KiB", 2048), ("64 MiB", 2**26),
+    (" 1g ", 2**30)])
+def test_size(text, size):
+    assert sollol.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text, seconds", [("5", 5.0), ("0.5", 0.5), ("1e3", 1000.0), (" 2 ", 2.0)])
+def test_seconds(text, seconds):
+    assert sollol.parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("parse, text", [
+    *((sollol.parse_size, text) for text in ("", "-1", "1.5GiB", "MiB", "1TiB", "1 M iB", "1MiBs", "0x10")),
+    *((sollol.parse_seconds, text) for text in ("", "0", "-1", "nan", "inf", "1e9", "5s", "five")),
+    *((sollol.parse_count, text) for text in ("", "0", "-1", "1.0", "²", "٣")),
+    *((sollol.parse_port, text) for text in ("", "-1", "65536", "²", "80 "))])
+def test_no_number(parse, text):
+    with pytest.raises(sollol.argparse.ArgumentTypeError):
+        parse(text)
+
+
+@pytest.mark.parametrize("address, expected", [
+    ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+    ("::", False), ("10.0.0.1", False), ("gw", False)])
+def test_loopback(address, expected):
+    assert sollol.is_loopback(address) == expected
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +2131,6 @@ async def test_slow_reader_slows_the_node_and_not_the_gateways_memory():
 
 @over_sockets
 async def test_blob_streams_up_with_either_framing():
-    import hashlib
     node = bench.SimNode(**FAST)
     blob = os.urandom(3 * 2**20)
     digest = hashlib.sha256(blob).hexdigest()
@@ -459,7 +2154,6 @@ async def test_blob_streams_up_with_either_framing():
 
 @over_sockets
 async def test_answer_before_the_end_of_an_upload_is_not_lost():
-    import hashlib
     node = bench.SimNode(**FAST)
     blob = b"x" * (8 * 2**20)
     digest = hashlib.sha256(blob).hexdigest()
@@ -627,7 +2321,7 @@ async def test_calibration_learns_an_idle_nodes_slots_and_speed():
     node = bench.SimNode("rtx4090", slots=4, models=("llama3.1:8b",), loaded=("llama3.1:8b",))
     async with gateway_for(node) as gateway:
         known = next(iter(gateway.dispatcher.nodes.values()))
-        assert await sollol.calibrate(gateway, known)
+        await sollol.calibrate(gateway, known)
         runner = known.runners["llama3.1:8b"]
         assert runner.slots == 4
         assert 1 / runner.decode_s == pytest.approx(130, rel=0.3)
@@ -817,6 +2511,152 @@ def test_cold_load_of_a_minute_is_neither_aborted_nor_sent_twice():
             assert answer.json()["load_duration"] > 40e9
             assert sum(node.loads for node in nodes) == 1 and sum(node.aborted for node in nodes) == 0
     bench.run_virtual(main())
+
+
+# -----------------------------------------------------------------------------
+# What was found by attacking it
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_absurd_bound_of_the_output_harms_nobody():
+    """A number too large to reckon with once stopped the dispatch for everybody."""
+    node = fixed(1, speed=10)
+    async with gateway_for(node) as gateway:
+        absurd = b'{"model":"llama3.2","prompt":"<out=3>","stream":false,"options":{"num_predict":1%b}}' % (b"0" * 400)
+        answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", body)
+                                         for body in (generate(), generate(), absurd, generate())))
+        assert [answers[number].status for number in (0, 1, 3)] == [200, 200, 200]
+        await until(lambda: health(gateway)["inflight"] == 0 and not gateway.dispatcher.fair.active)
+
+
+@over_sockets
+async def test_pipelining_without_reading_is_bounded_in_memory():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        caller = await Caller.to(gateway)
+        for _ in range(400):
+            caller.writer.write(b"GET /api/stats HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.5)
+        client = next(iter(gateway.clients))
+        assert len(client.buffer) < 2 * sollol.READ_AHEAD_BYTES
+        assert client.transport.get_write_buffer_size() < 2**20
+        caller.writer.transport.abort()
+
+
+@over_sockets
+async def test_slow_reader_does_not_make_its_node_suspect():
+    async def flood(reader, writer):
+        for _ in range(200):
+            writer.write(sollol.chunk(b'{"done":false}\n' * 5000))
+            await writer.drain()
+
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with gateway_for(ScriptedNode(lambda request: [head, flood])) as gateway:
+        caller = await Caller.to(gateway)
+        caller.writer.transport.pause_reading()
+        body = json.dumps(generate(stream=True)).encode()
+        caller.writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await until(lambda: any(client.write_paused for client in gateway.clients))
+        await asyncio.sleep(4.0)
+        assert not next(iter(gateway.dispatcher.nodes.values())).suspect
+        caller.writer.transport.abort()
+
+
+@over_sockets
+async def test_node_that_crashed_with_many_requests_is_used_again_at_once():
+    node = bench.SimNode(slots=8, loaded=("llama3.2",), speed=1)
+    node.line = "slots=8"
+    async with gateway_for(node, flags=["--probe-interval", "0.5"]) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=1000, stream=True)))
+                 for _ in range(8)]
+        await until(lambda: node.in_flight == 8)
+        node.kill()
+        await node.restart()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(1.5)
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+
+
+@over_sockets
+async def test_drain_waits_for_a_body_that_is_still_coming():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        caller = await Caller.to(gateway)
+        body = json.dumps(generate()).encode()
+        caller.writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+                            b"Content-Length: %d\r\n\r\n" % len(body))
+        assert b"100 Continue" in await caller.head()
+        gateway.drain()
+        await asyncio.sleep(0.1)
+        caller.writer.write(body)
+        assert (await caller.answer()).status == 200
+        caller.close()
+
+
+@over_sockets
+async def test_unknown_model_is_answered_beside_a_node_that_does_not_tell_its_models():
+    class Mute(ScriptedNode):
+        def own_answer(self, raw):
+            return None if b"/api/tags" in raw else super().own_answer(raw)
+
+    mute = Mute(lambda request: [framed(b"{}", b"500 Internal Server Error"), KEEP])
+    async with gateway_for(mute, bench.SimNode(**FAST)) as gateway:
+        answer = await call(gateway, "POST", "/api/generate", generate("nobody-has-this"))
+        assert answer.status in (404, 500) and "x-sollol-node" in answer.fields
+
+
+@over_sockets
+async def test_many_interim_answers_do_not_stop_the_final_one_and_a_switch_of_protocols_does():
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 40_000 + b"\r\n\r\n"
+    for interim, status in ((early * 10, 200), (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 502),
+                            (early * 20, 502)):
+        node = ScriptedNode(lambda request, interim=interim: [interim, OK, KEEP])
+        async with gateway_for(node) as gateway:
+            assert (await call(gateway, "POST", "/api/generate", generate())).status == status
+
+
+@over_sockets
+async def test_part_of_a_chunk_head_is_no_first_byte():
+    cut = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n5"
+    nodes = [ScriptedNode(lambda request: [cut, 0.02]), ScriptedNode(lambda request: [OK, KEEP])]
+    async with gateway_for(*nodes, flags=["--policy", "round-robin"]) as gateway:
+        answer = await call(gateway, "POST", "/api/generate", generate(stream=True))
+        assert answer.body == b'{"response":"fine","done":true}'
+
+
+@over_sockets
+async def test_dropped_node_is_forgotten_with_its_connections_once_it_is_idle(tmp_path):
+    one, two = await bench.SimNode(loaded=("llama3.2",), speed=1).start(), await bench.SimNode(**FAST).start()
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{one.url} name=one\n")
+    async with gateway_for(one, two, hosts=hosts) as gateway:
+        task = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=200)))
+        await until(lambda: one.in_flight == 1)
+        hosts.write_text(f"{two.url} name=two\n")
+        await until(lambda: list(gateway.dispatcher.nodes) == ["two"])
+        assert health(gateway)["inflight"] == 1
+        assert (await task).status == 200
+        await until(lambda: len(gateway.pools) == 1 and not one.connections)
+
+
+def test_upload_that_stops_coming_is_ended():
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST)) as gateway:
+            caller = await Caller.to(gateway)
+            caller.writer.write(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nab" % (b"0" * 64))
+            assert (await caller.answer()).status == 408
+            caller.close()
+            await until(lambda: health(gateway)["inflight"] == 0)
+    bench.run_virtual(main())
+
+
+def test_signal_during_the_start_ends_it(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with program("sollol.py", "--node", f"127.0.0.1:{silent.getsockname()[1]}", "--port", 0) as gateway:
+            time.sleep(0.4)
+            gateway.send_signal(signal.SIGTERM)
+            assert gateway.wait(10) in (0, -signal.SIGTERM)
 
 
 # -----------------------------------------------------------------------------
