@@ -2082,7 +2082,7 @@ async def test_malformed_input_gets_a_4xx_a_closed_connection_and_reaches_no_nod
 
 @over_sockets
 async def test_slow_head_gets_408_but_a_slow_model_is_waited_for():
-    node = bench.SimNode(speed=0.5)
+    node = bench.SimNode(speed=1.5)
     async with gateway_for(node, flags=["--header-timeout", "1"]) as gateway:
         caller = await Caller.to(gateway)
         caller.writer.write(b"GET / HTTP/1.1\r\nHo")
@@ -2533,9 +2533,8 @@ async def test_absurd_bound_of_the_output_harms_nobody():
 async def test_pipelining_without_reading_is_bounded_in_memory():
     async with gateway_for(bench.SimNode(**FAST)) as gateway:
         caller = await Caller.to(gateway)
-        for _ in range(400):
-            caller.writer.write(b"GET /api/stats HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
-            await asyncio.sleep(0)
+        caller.writer.transport.pause_reading()
+        caller.writer.write(b"GET /api/stats HTTP/1.1\r\nHost: x\r\n\r\n" * 400_000)
         await asyncio.sleep(0.5)
         client = next(iter(gateway.clients))
         assert len(client.buffer) < 2 * sollol.READ_AHEAD_BYTES
@@ -2564,10 +2563,10 @@ async def test_slow_reader_does_not_make_its_node_suspect():
 
 @over_sockets
 async def test_node_that_crashed_with_many_requests_is_used_again_at_once():
-    node = bench.SimNode(slots=8, loaded=("llama3.2",), speed=1)
+    node = bench.SimNode(slots=8, loaded=("llama3.2",), speed=5)
     node.line = "slots=8"
     async with gateway_for(node, flags=["--probe-interval", "0.5"]) as gateway:
-        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=1000, stream=True)))
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=300, stream=True)))
                  for _ in range(8)]
         await until(lambda: node.in_flight == 8)
         node.kill()
@@ -2880,17 +2879,17 @@ def test_service_manager_is_told_ready_and_stopping(tmp_path):
 # -----------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def demo_url():
-    with program("sollol.py", "--demo", "--port", 0, "--log-level", "warning", "--no-calibrate") as demo:
-        port = None
-        while port is None:
-            port = re.search(r"http://127.0.0.1:(\d+)/api/tags", demo.stdout.readline())
-        yield f"http://127.0.0.1:{port[1]}"
+def cluster_url():
+    """Run three simulated nodes and a gateway as processes; yield the gateway's URL."""
+    with program("bench.py", "--nodes", 3, "--port", 0, "--speed", 20) as nodes:
+        urls = [read_until(nodes, r"http://\S+")[0] for _ in range(3)]
+        with program("sollol.py", "--port", 0, *(word for url in urls for word in ("--node", url))) as gateway:
+            yield read_until(gateway, r"event=start .*url=(\S+)")[1]
 
 
 def test_official_ollama_client():
     ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
-    with demo_url() as url:
+    with cluster_url() as url:
         client = ollama.Client(url)
         messages = [{"role": "user", "content": "hi <out=4>"}]
         assert client.chat("llama3.2", messages).message.content
@@ -2908,7 +2907,7 @@ def test_official_ollama_client():
 
 def test_official_openai_client():
     openai = pytest.importorskip("openai", reason="PyPI openai is not installed")
-    with demo_url() as url:
+    with cluster_url() as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
         messages = [{"role": "user", "content": "hi <out=4>"}]
         assert client.chat.completions.create(model="llama3.2", messages=messages).usage.completion_tokens == 4
