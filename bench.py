@@ -1725,8 +1725,11 @@ class Scenario(NamedTuple):
     requests: int = 500
     duration_s: float = 60.0        # closed loop: how long new requests are made
     timeout_s: float = 120.0        # when clients give up, which counts as a failure of that latency
+    about: str = ""                 # of a real cluster, in place of the description
 
     def __str__(self):
+        if self.about:
+            return self.about
         how = (f"closed loop, {self.clients} clients, {self.duration_s:g} s" if self.clients else
                "all at once" if self.arrivals == "at once" else f"{self.arrivals} arrivals at {self.load:.0%} load")
         extra = "".join([f", {self.urgent:.0%} urgent" if self.urgent else "", ", six-turn chats" if self.chat else "",
@@ -1871,13 +1874,20 @@ class Caller:
             writer.transport.abort()
 
 
-def chat_body(work, history=()):
-    """Return the body of a chat request: as many tokens as the work says, none of them in another request."""
+def chat_body(work, history=(), bounded=False):
+    """Return the body of a chat request: as many tokens as the work says, none of them in another request.
+
+    A simulated node reads the length of its answer from the prompt, so that no gateway knows it. A real one must be
+    told (`bounded`).
+    """
     words = f"<out={work.output_tokens}> request {work.number} of many: "
     filler = "lorem " * (work.prompt_tokens * 4 // 6 + 1)
     prompt = (words + filler)[:max(len(words), work.prompt_tokens * 4)]
     messages = [*history, {"role": "user", "content": prompt}]
-    return json.dumps({"model": work.model, "messages": messages, "stream": True}).encode()
+    value = {"model": work.model, "messages": messages, "stream": True}
+    if bounded:
+        value["options"] = {"num_predict": work.output_tokens}
+    return json.dumps(value).encode()
 
 
 async def make_request(caller, work, scheduled_s, timeout_s, body=None):
@@ -1908,14 +1918,16 @@ async def open_loop(caller, works, timeout_s):
     return await asyncio.gather(*tasks)
 
 
-async def closed_loop(caller, works, clients, duration_s, timeout_s):
+async def closed_loop(caller, works, clients, duration_s, timeout_s, bounded=False):
     """Let `clients` send one request after the other for a while; return the Samples."""
     loop = asyncio.get_running_loop()
     start_s, samples, remaining = loop.time(), [], iter(works)
 
     async def client():
         while loop.time() - start_s < duration_s:
-            samples.append(await make_request(caller, next(remaining), loop.time(), timeout_s))
+            work = next(remaining)
+            body = chat_body(work, bounded=bounded)
+            samples.append(await make_request(caller, work, loop.time(), timeout_s, body))
             if not samples[-1].ok:
                 await asyncio.sleep(0.1)
 
@@ -2910,6 +2922,11 @@ async def gateway_process(policy, nodes):
         while not (match := re.search(rb"event=start .*url=http://([^:]+):(\d+)", await process.stderr.readline())):
             if process.returncode is not None:
                 raise BadArgument("the gateway did not start")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10):
+                for _ in nodes:     # the gateway measures idle nodes at its start
+                    while b"event=calibrated" not in await process.stderr.readline():
+                        pass
         reading = asyncio.create_task(process.stderr.read())
         yield match[1].decode(), int(match[2])
         reading.cancel()
@@ -2926,7 +2943,6 @@ async def run_in_real_time(scenario, policy, seed):
         await node.start()
     try:
         async with gateway_process(policy, nodes) as address:
-            await asyncio.sleep(8.0)        # the gateway measures idle nodes at its start
             caller, start_s = Caller(*address), asyncio.get_running_loop().time()
             samples = await play(caller, scenario, make_work(scenario, seed))
             caller.close()
@@ -2994,7 +3010,10 @@ async def measure_cluster(options):
     model = await hosts_model(gateway, options.model)
     for host in hosts:
         await hosts_model(host, model)
-    scenario = DEFAULT._replace(models=(model,), clients=options.concurrency, timeout_s=options.timeout)
+    about = (f"{options.sollol_url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
+             f"{options.concurrency} clients, in alternating slices")
+    scenario = DEFAULT._replace(name="live", cluster="", models=(model,), clients=options.concurrency,
+                                timeout_s=options.timeout, about=about)
     works = iter(make_work(scenario, options.seed))
     callers = {"round-robin": Rotation(hosts), SOLLOL: Caller(*gateway)}
     slice_s = max(1.0, min(15.0, options.duration / 4))
@@ -3004,7 +3023,7 @@ async def measure_cluster(options):
         while min(spent_s.values()) < options.duration:
             for name, caller in callers.items():
                 start_s = loop.time()
-                found = await closed_loop(caller, works, options.concurrency, slice_s, options.timeout)
+                found = await closed_loop(caller, works, options.concurrency, slice_s, options.timeout, bounded=True)
                 shift_s = spent_s[name] - start_s
                 samples[name] += [moved(sample, shift_s) for sample in found]
                 spent_s[name] += loop.time() - start_s
@@ -3026,7 +3045,8 @@ async def measure_baseline(options):
         scenario = DEFAULT._replace(models=(await hosts_model(address, model),))
         works = make_work(scenario, options.seed)[:count]
         caller, loop = Caller(*address), asyncio.get_running_loop()
-        samples = [await make_request(caller, work, loop.time(), options.timeout) for work in works]
+        samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
+                   for work in works]
         caller.close()
         found = figures(Run(text, samples, 1.0))
         tokens = sum(sample.output_tokens for sample in samples)
@@ -3070,7 +3090,7 @@ async def measure_overhead(options):
     model = await hosts_model(through, options.model)
     await hosts_model(direct, model)
     small = json.dumps({"model": model}).encode()
-    stream = chat_body(Work(0, 0.0, model, 20, 100))
+    stream = chat_body(Work(0, 0.0, model, 20, 100), bounded=True)
     callers = {"direct": Caller(*direct), "through": Caller(*through)}
     times_s, gaps_s = {name: [] for name in callers}, {name: [] for name in callers}
     for turn in range(5):
@@ -3238,6 +3258,8 @@ def run(options):
     """Do what the command line asks for; return the exit status. Raises BadArgument."""
     if (options.sollol_url or options.baseline or options.overhead) and not options.hosts:
         raise BadArgument("which nodes? Give --hosts H,H")
+    for path in filter(None, (options.output, options.html)):
+        write_file(path, "")        # better now than after minutes
     if options.nodes:
         asyncio.run(serve(demo_nodes(options.nodes, options.port, options.speed)))
     elif options.sollol_url:

@@ -198,6 +198,7 @@ class Wants:
     prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
     embeds: bool = False            # no decode phase
     inference: bool = True          # takes a slot; False for show, pull and the like
+    repeatable: bool = True         # doing it twice does no harm
 
 
 class NodeSettings(NamedTuple):
@@ -498,11 +499,16 @@ def render_response(head, added, framing):
 # -----------------------------------------------------------------------------
 
 class Route(NamedTuple):
-    """What a path carries. `kind`: generate, chat, embed, control (model in the body, no slot)."""
+    """What a path carries. `kind`: generate, chat, embed; show and change take no slot, the model is in the body."""
 
     kind: str
     family: Family
     streams: bool = False           # when the body does not say
+
+    @property
+    def is_inference(self):
+        """Tell whether a request takes a slot of a model."""
+        return self.kind in ("generate", "chat", "embed")
 
 
 ROUTES = {
@@ -515,12 +521,12 @@ ROUTES = {
     ("POST", "/v1/responses"): Route("chat", Family.OPENAI),
     ("POST", "/v1/embeddings"): Route("embed", Family.OPENAI),
     ("POST", "/v1/messages"): Route("chat", Family.ANTHROPIC),
-    ("POST", "/api/show"): Route("control", Family.OLLAMA),
-    ("POST", "/api/pull"): Route("control", Family.OLLAMA, True),
-    ("POST", "/api/push"): Route("control", Family.OLLAMA, True),
-    ("POST", "/api/create"): Route("control", Family.OLLAMA, True),
-    ("POST", "/api/copy"): Route("control", Family.OLLAMA),
-    ("DELETE", "/api/delete"): Route("control", Family.OLLAMA),
+    ("POST", "/api/show"): Route("show", Family.OLLAMA),
+    ("POST", "/api/pull"): Route("change", Family.OLLAMA, True),
+    ("POST", "/api/push"): Route("change", Family.OLLAMA, True),
+    ("POST", "/api/create"): Route("change", Family.OLLAMA, True),
+    ("POST", "/api/copy"): Route("change", Family.OLLAMA),
+    ("DELETE", "/api/delete"): Route("change", Family.OLLAMA),
 }
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
@@ -652,12 +658,12 @@ def read_wants(head, route, body, client):
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields.get("stream")
-    parts = prompt_parts(route.kind, fields) if route.kind != "control" else []
+    parts = prompt_parts(route.kind, fields) if route.is_inference else []
     tools = fields.get("tools")
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if route.kind != "control" else {}, route.family),
+        priority=priority_of(head, fields if route.is_inference else {}, route.family),
         client=client,
         stream=stream if isinstance(stream, bool) else route.streams,
         prompt_chars=sum(map(len, parts)),
@@ -665,7 +671,8 @@ def read_wants(head, route, body, client):
         options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
-        inference=route.kind != "control",
+        inference=route.is_inference,
+        repeatable=route.kind != "change",
     )
 
 
@@ -2630,8 +2637,7 @@ async def attempt(gateway, client, head, body, lease, record):
         lease.abandon = connection.fail
 
     request = render_request(head, lease.node.settings, len(body)) + body
-    reuse = lease.ticket.wants.inference or head.method in ("GET", "HEAD")
-    connection, answer = await pool.exchange(request, head.method, on_connection, reuse)
+    connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable)
     clean = False
     try:
         if answer.status in BUSY_STATUSES or answer.status in (404, 500):
@@ -2708,7 +2714,7 @@ async def serve_control(gateway, client, head, body, wants, record):
             dispatcher.fail(lease, failure.kind, loop.time())
             gateway.note_failure(lease.node, failure)
             tried.add(lease.node.name)
-            if failure.kind != "refused" and head.method not in ("GET", "HEAD") or len(tried) >= MAX_ATTEMPTS:
+            if failure.kind != "refused" and not wants.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
         finally:
             dispatcher.release(lease, loop.time())
@@ -2769,7 +2775,8 @@ async def serve(gateway, client, head, record):
     body = await client.read_body(head, gateway.max_body_bytes)
     client.serving = True
     if route is None:
-        wants = Wants(family_of(head.path), None, client=client.address, inference=False)
+        wants = Wants(family_of(head.path), None, client=client.address, inference=False,
+                      repeatable=head.method in ("GET", "HEAD"))
     else:
         wants = read_wants(head, route, body, client.address)
     record.model, record.priority = wants.model or "", wants.priority
