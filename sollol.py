@@ -108,6 +108,7 @@ PRIOR_MODEL_BYTES = 4.9e9
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
 
+LOG_DELAY_S = 0.05                  # log lines are written together; this late at most
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -229,9 +230,9 @@ class NodeSettings(NamedTuple):
 # Bytes in, values out; nothing here knows a socket. `feed` may be given any split of the bytes.
 # -----------------------------------------------------------------------------
 
-# A control character, a CR or LF that is not part of CRLF, or a folded line (RFC 9112 2.2, 5.2).
-ILLEGAL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n|\n[\t ]")
-# The same while the head is still arriving: its last CR may yet be followed by LF.
+# A control character; applied to what is left when every CRLF is taken out, so also a bare CR or LF (RFC 9112 2.2).
+CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+# The same, and folded lines (5.2), while the head is still arriving: its last CR may yet be followed by LF.
 ILLEGAL_SO_FAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[\t ]")
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^ \t]+) HTTP/1\.([01])")
@@ -264,6 +265,13 @@ def find_head(buffer, scanned=0):
     if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2)):
         raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
     return None
+
+
+def split_head(head):
+    """Return the lines of a head without their CRLF. Raises ProtocolError. A folded line has no field name: see below."""
+    if CONTROL.search(head.replace(b"\r\n", b"")):
+        raise ProtocolError("control character, bare CR or bare LF in the head")
+    return head[:-4].split(b"\r\n")
 
 
 def parse_fields(lines):
@@ -315,9 +323,7 @@ def wants_keep_alive(fields, version):
 
 def parse_request(head):
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
-    if ILLEGAL.search(head):
-        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
-    first, *lines = head[:-4].split(b"\r\n")
+    first, *lines = split_head(head)
     match = REQUEST_LINE.fullmatch(first)
     if not match:
         raise ProtocolError("malformed request line")
@@ -339,9 +345,7 @@ def parse_request(head):
 
 def parse_response(head, method):
     """Parse the head of the answer to a `method` request. Raises ProtocolError."""
-    if ILLEGAL.search(head):
-        raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
-    first, *lines = head[:-4].split(b"\r\n")
+    first, *lines = split_head(head)
     match = STATUS_LINE.fullmatch(first)
     if not match:
         raise ProtocolError("malformed status line")
@@ -949,6 +953,7 @@ class Lease:
     first_progress_s: float = 0.0
     ready_s: float = 0.0            # when its model is there
     loads: bool = False             # its model was not
+    output_tokens: float = 0.0      # expected
     prompt_tokens: float = 0.0
     new_tokens: float = 0.0         # what the prefix cache does not hold
     predicted_first_s: float = 0.0  # when the first byte is due
@@ -1031,14 +1036,12 @@ class OutputLengths:
 # All of these only read. They were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
 # -----------------------------------------------------------------------------
 
-class Candidate(NamedTuple):
-    """A node for a ticket, and when it would be finished there; sorts by that time."""
+class Demand(NamedTuple):
+    """What a request wants, in the tokens that it is expected to cost."""
 
-    finish_s: float                 # from now
-    order: int                      # ties go to the node listed first
-    node: Node
-    runner: Runner
-    lanes: list                     # seconds until each slot is free, ascending; shared by one dispatch
+    wants: Wants
+    prompt_tokens: float
+    output_tokens: float
 
 
 class Estimates:
@@ -1047,23 +1050,14 @@ class Estimates:
     def __init__(self):
         self.lengths = collections.defaultdict(OutputLengths)
 
-    def prompt_tokens(self, wants):
-        """Return the prompt's size in tokens, by the model's own characters per token."""
+    def demand(self, wants):
+        """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(wants.model)
-        return wants.prompt_chars / (lengths.chars_per_token if lengths else CHARS_PER_TOKEN)
-
-    def output_tokens(self, wants):
-        """Return the output tokens expected of a fresh request."""
+        prompt_tokens = wants.prompt_chars / (lengths.chars_per_token if lengths else CHARS_PER_TOKEN)
         if wants.embeds:
-            return 0.0
-        lengths = self.lengths.get(wants.model)
-        expected = lengths.expect(self.prompt_tokens(wants)) if lengths else PRIOR_OUTPUT_TOKENS
-        return min(expected, wants.max_output) if wants.max_output else expected
-
-    def output_left(self, lease):
-        """Return the output tokens still expected of a running request; never less than 0.3 of the mean."""
-        expected = self.output_tokens(lease.ticket.wants)
-        return max(expected - lease.lines / lease.runner.lines_per_token, 0.3 * expected)
+            return Demand(wants, prompt_tokens, 0.0)
+        output_tokens = lengths.expect(prompt_tokens) if lengths else PRIOR_OUTPUT_TOKENS
+        return Demand(wants, prompt_tokens, min(output_tokens, wants.max_output or output_tokens))
 
 
 def slowdown(node, runner, extra=0, full=False):
@@ -1088,10 +1082,11 @@ def load_s(runner):
     return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
 
 
-def solo_left_s(estimates, lease, now):
-    """Return the solo-seconds that a running request still needs."""
+def solo_left_s(lease, now):
+    """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
     runner = lease.runner
-    decode_left_s = estimates.output_left(lease) * decode_s(runner)
+    tokens_left = max(lease.output_tokens - lease.lines / runner.lines_per_token, 0.3 * lease.output_tokens)
+    decode_left_s = tokens_left * decode_s(runner)
     if lease.first_s is not None:
         return decode_left_s
     advanced_s = runner.progress_s - lease.start_progress_s
@@ -1099,12 +1094,49 @@ def solo_left_s(estimates, lease, now):
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
-def free_lanes(estimates, node, runner, now):
-    """Return when each slot is free, in seconds from now, ascending: as many values as the runner has slots."""
-    slow = slowdown(node, runner)
-    lanes = sorted(solo_left_s(estimates, lease, now) * slow for lease in runner.leases)
-    spare = runner.slots - len(lanes)
-    return [0.0] * spare + lanes if spare >= 0 else lanes[-spare:]
+class Lanes:
+    """The slots of a runner during one dispatch: when each will be free, in seconds from now.
+
+    A ticket that is placed, or held back for this runner, takes the first one and gives it back when it is finished.
+    What runs there now is looked at only if all free slots are taken: mostly it is not needed.
+    """
+
+    def __init__(self, runner, now):
+        self.runner, self.now = runner, now
+        self.leases = tuple(runner.leases)      # before this dispatch gives any
+        self.free = runner.slots - len(self.leases)
+        self.taken_s = None         # ascending, once needed
+        self.placed_s = []
+
+    def first_s(self):
+        """Return when the first slot is free."""
+        if self.free > 0:
+            return 0.0
+        if self.taken_s is None:
+            slow = slowdown(self.runner.node, self.runner)
+            left_s = sorted(solo_left_s(lease, self.now) * slow for lease in self.leases)
+            self.taken_s = sorted(left_s[max(0, len(left_s) - self.runner.slots):] + self.placed_s)
+        return self.taken_s[0]
+
+    def take(self, finish_s):
+        """Let a ticket take the first slot until `finish_s`."""
+        if self.free > 0:
+            self.free -= 1
+            self.placed_s.append(finish_s)
+        else:
+            self.first_s()
+            del self.taken_s[0]
+            bisect.insort(self.taken_s, finish_s)
+
+
+class Candidate(NamedTuple):
+    """A node for a ticket, and when it would be finished there; sorts by that time."""
+
+    finish_s: float                 # from now
+    order: int                      # ties go to the node listed first
+    node: Node
+    runner: Runner
+    lanes: Lanes                    # shared by one dispatch
 
 
 def is_loaded_for(runner, wants):
@@ -1127,7 +1159,7 @@ def must_evict(runner):
     return held > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
 
 
-def ready_in_s(estimates, runner, wants, now):
+def ready_in_s(runner, wants, now):
     """Return when the model would be loaded there, in seconds from now: loads happen one after the other."""
     if is_loaded_for(runner, wants):
         return max(0.0, runner.ready_s - now)
@@ -1136,38 +1168,37 @@ def ready_in_s(estimates, runner, wants, now):
                     default=0.0)
     victims = [runner] if runner.ready_s is not None else [
         other for other in node.runners.values() if other.ready_s is not None] if must_evict(runner) else []
-    drain_s = min((max((solo_left_s(estimates, lease, now) * slowdown(node, victim) for lease in victim.leases),
+    drain_s = min((max((solo_left_s(lease, now) * slowdown(node, victim) for lease in victim.leases),
                        default=0.0) for victim in victims), default=0.0)
     return load_s(runner) + max(loading_s, 1.5 * drain_s)
 
 
-def cached_tokens(estimates, runner, wants):
+def cached_tokens(runner, demand):
     """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
     if runner.ready_s is None or not runner.prefixes:
         return 0.0
-    for part, chars in reversed(wants.prefix):
+    for part, chars in reversed(demand.wants.prefix):
         if any(part in seen for seen in runner.prefixes.values()):
-            return chars * estimates.prompt_tokens(wants) / max(1, wants.prompt_chars)
+            return chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars)
     return 0.0
 
 
-def solo_service_s(estimates, runner, wants):
+def solo_service_s(runner, demand):
     """Return (prefill, decode) solo-seconds of a fresh request there."""
-    new_tokens = estimates.prompt_tokens(wants) - cached_tokens(estimates, runner, wants)
-    return OVERHEAD_S + new_tokens * prefill_s(runner), estimates.output_tokens(wants) * decode_s(runner)
+    new_tokens = demand.prompt_tokens - cached_tokens(runner, demand)
+    return OVERHEAD_S + new_tokens * prefill_s(runner), demand.output_tokens * decode_s(runner)
 
 
-def finish_in_s(estimates, runner, wants, lane_s, now):
+def finish_in_s(runner, demand, lane_s, now):
     """Return when the request would be finished there, in seconds from now, its slot being free in `lane_s`."""
     node = runner.node
-    prefill, decode = solo_service_s(estimates, runner, wants)
-    finish_s = max(lane_s, ready_in_s(estimates, runner, wants, now)) + node.rtt_s
+    prefill, decode = solo_service_s(runner, demand)
+    finish_s = max(lane_s, ready_in_s(runner, demand.wants, now)) + node.rtt_s
     finish_s += (prefill + decode) * slowdown(node, runner, 1, full=lane_s > 0)
     if node.busy and not runner.leases:             # harm: every running request of another model gets slower
         running = [lease for other in node.busy for lease in other.leases]
-        finish_s += sum(solo_left_s(estimates, lease, now) * slowdown(node, lease.runner)
-                        for lease in running) / len(running)
-    if not is_loaded_for(runner, wants) and (runner.ready_s is not None or must_evict(runner)):
+        finish_s += sum(solo_left_s(lease, now) * slowdown(node, lease.runner) for lease in running) / len(running)
+    if not is_loaded_for(runner, demand.wants) and (runner.ready_s is not None or must_evict(runner)):
         finish_s += load_s(runner)                  # swap: what was evicted will have to come back
     return finish_s
 
@@ -1307,7 +1338,8 @@ class Dispatcher:
         holders = self.holders.get(wants.model)
         if not holders:
             return 0.0
-        return sum(solo_service_s(self.estimates, holders[0], wants)) / sum(runner.slots for runner in holders)
+        service_s = sum(solo_service_s(holders[0], self.estimates.demand(wants)))
+        return service_s / sum(runner.slots for runner in holders)
 
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
@@ -1409,8 +1441,7 @@ class Dispatcher:
                 room[0] -= 1
                 chosen = candidates[0] if candidates else None
             if chosen:
-                chosen.lanes.pop(0)
-                bisect.insort(chosen.lanes, chosen.finish_s)
+                chosen.lanes.take(chosen.finish_s)
             if not room[0] or not any(self.has_room(runner, room[1], now) for runner in room[1]):
                 del rooms[model]
 
@@ -1426,13 +1457,13 @@ class Dispatcher:
 
     def candidates(self, ticket, runners, lanes, now):
         """Return the Candidates for a ticket, best first."""
-        found = []
+        found, demand = [], self.estimates.demand(ticket.wants)
         for order, runner in enumerate(runners):
             if runner.node.name in ticket.tried:
                 continue
             if runner not in lanes:
-                lanes[runner] = free_lanes(self.estimates, runner.node, runner, now)
-            finish_s = finish_in_s(self.estimates, runner, ticket.wants, lanes[runner][0], now)
+                lanes[runner] = Lanes(runner, now)
+            finish_s = finish_in_s(runner, demand, lanes[runner].first_s(), now)
             found.append(Candidate(finish_s, order, runner.node, runner, lanes[runner]))
         found.sort()
         return found
@@ -1484,13 +1515,14 @@ class Dispatcher:
     def predict(self, lease, now):
         """Note when a lease about to be given should show its first byte and its last."""
         node, runner, wants = lease.node, lease.runner, lease.ticket.wants
-        prefill, decode = solo_service_s(self.estimates, runner, wants)
+        demand = self.estimates.demand(wants)
+        prefill, decode = solo_service_s(runner, demand)
         slow = slowdown(node, runner, 1)
-        lane_s = free_lanes(self.estimates, node, runner, now)[0]
-        lease.ready_s = now + ready_in_s(self.estimates, runner, wants, now)
+        lane_s = Lanes(runner, now).first_s()
+        lease.ready_s = now + ready_in_s(runner, wants, now)
         lease.loads = not is_loaded_for(runner, wants)
-        lease.prompt_tokens = self.estimates.prompt_tokens(wants)
-        lease.new_tokens = lease.prompt_tokens - cached_tokens(self.estimates, runner, wants)
+        lease.prompt_tokens, lease.output_tokens = demand.prompt_tokens, demand.output_tokens
+        lease.new_tokens = lease.prompt_tokens - cached_tokens(runner, demand)
         start_s = max(now + lane_s, lease.ready_s) + node.rtt_s
         lease.predicted_first_s = start_s + prefill * slow + (0 if wants.stream else decode * slow)
         lease.predicted_end_s = start_s + (prefill + decode) * slow
@@ -1503,7 +1535,7 @@ class Dispatcher:
         An answer that does not stream shows nothing before its end, so a long one is allowed for.
         """
         runner, wants = lease.runner, lease.ticket.wants
-        silent_tokens = max(8 * self.estimates.output_tokens(wants), LONG_ANSWER_TOKENS)
+        silent_tokens = max(8 * lease.output_tokens, LONG_ANSWER_TOKENS)
         silent_tokens = 0 if wants.stream else min(silent_tokens, wants.max_output or silent_tokens)
         first_s = start_s + (OVERHEAD_S + lease.new_tokens * prefill_s(runner) + silent_tokens * decode_s(runner)) * slow
         patience_s = 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)
@@ -3118,21 +3150,26 @@ def milliseconds(seconds):
     return "" if seconds is None else round(seconds * 1000)
 
 
-def request_fields(record, now):
+def request_fields(record, total_s):
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
     return {"event": "request", "id": record.id, "client": record.client, "key": "", "method": record.method,
             "path": record.path, "model": record.model, "priority": record.priority, "node": record.node,
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
-            "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(now - record.started_s),
+            "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
             "prompt_tokens": record.timings.prompt_tokens, "output_tokens": record.timings.output_tokens,
             "bytes": record.bytes, "reason": record.reason}
 
 
+PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
+
+
 def bare(value):
     """Return a value as it stands in a key=value line: quoted if it could be misread."""
+    if type(value) is int:
+        return str(value)
     text = str(value)
-    return text if re.fullmatch(r"[\w.:/@%+\-]+", text) else json.dumps(text)
+    return text if PLAIN(text) else json.dumps(text)
 
 
 class LogFormat(logging.Formatter):
@@ -3304,6 +3341,7 @@ class Gateway:
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
         self.looking = None         # asks all nodes for /api/ps, while somebody waits for that
+        self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
         self.hosts_seen = self.hosts_stamp()
@@ -3424,8 +3462,18 @@ class Gateway:
         LOG.warning("event=failure node=%s kind=%s why=%s", node.name, failure.kind, json.dumps(str(failure)))
 
     def log_request(self, record):
-        """Log a finished request."""
-        LOG.info(request_fields(record, self.loop.time()))
+        """Log a finished request, a moment later and together with others: that is much cheaper."""
+        if not LOG.isEnabledFor(logging.INFO):
+            return
+        if not self.unlogged:
+            self.loop.call_later(LOG_DELAY_S, self.flush_log)
+        self.unlogged.append((record, self.loop.time() - record.started_s))
+
+    def flush_log(self):
+        """Write the log lines of the requests that have finished since the last time."""
+        records, self.unlogged = self.unlogged, []
+        for record, total_s in records:
+            LOG.info(request_fields(record, total_s))
 
     def sweep(self):
         """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
@@ -3494,6 +3542,7 @@ class Gateway:
         await asyncio.gather(*tasks, return_exceptions=True)
         for pool in self.pools.values():
             pool.prune(math.inf)
+        self.flush_log()
 
 
 # -----------------------------------------------------------------------------
