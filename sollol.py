@@ -15,8 +15,8 @@ Runs on the Python 3.11+ standard library; uvloop is used when it can be importe
       -> observation     timings in the answer's last line feed the node's estimates   (dispatcher, pure)
       -> the next ticket
 
-Decisions are pure: they are told `now` (seconds of the running loop's clock) and `rng`, and touch no socket and no
-clock. They are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
+Decisions are pure: they are told `now` (seconds of the running loop's clock), and touch no socket and no clock. They
+are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
 """
 
 import argparse
@@ -42,6 +42,7 @@ import signal
 import socket
 import ssl
 import sys
+import time
 import urllib.parse
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -92,6 +93,7 @@ OVERHEAD_S = 0.03                   # per request in the node, outside prefill a
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
+WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
@@ -116,6 +118,9 @@ DECISIONS_KEPT = 100
 # -----------------------------------------------------------------------------
 # Vocabulary: what is spoken of below?
 # -----------------------------------------------------------------------------
+
+LOG = logging.getLogger("sollol")
+
 
 class Refusal(Exception):
     """A request that the gateway answers itself. Carries its answer: `status`, `text`, and whether the connection ends."""
@@ -578,6 +583,12 @@ def canonical(name):
     return name
 
 
+def model_in(path):
+    """Return the canonical model that a path names, as /v1/models/llama3.2 does, or None."""
+    before, _, name = path.partition("/v1/models/")
+    return canonical(name) if name and not before else None
+
+
 def is_cloud(model):
     """Tell whether a canonical name is run by ollama.com and not by a card of the node's own."""
     return model.endswith((":cloud", "-cloud"))
@@ -607,14 +618,15 @@ def priority_of(head, fields, family):
     return SERVICE_TIERS.get(tier, DEFAULT_PRIORITY) if isinstance(tier, str) else DEFAULT_PRIORITY
 
 
+def part_text(part):
+    """Return the text of one part of a message's content: a string, or an object with `text`."""
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else ""
+
+
 def text_of(content):
     """Return the text of a message's content: a string, or the OpenAI and Anthropic list of parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" if isinstance(part, dict) and isinstance(part.get("text"), str)
-                       else part if isinstance(part, str) else "" for part in content)
-    return ""
+    return "".join(map(part_text, content)) if isinstance(content, list) else part_text(content)
 
 
 def prompt_parts(kind, fields):
@@ -658,7 +670,7 @@ def runner_options(fields, options):
 def read_wants(head, route, body, client):
     """Return what a request on a JSON route wants. Raises Refusal for a priority that is none."""
     fields = read_object(body)
-    options = fields.get("options")
+    options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields.get("stream")
@@ -701,6 +713,7 @@ class Ticket:
     key_s: float
     seq: int
     since_s: float = 0.0            # when it began to wait, this time
+    cost_s: float = 0.0             # how long it will keep the whole cluster busy
     waiting: bool = False
     left: bool = False
     lease: object = None            # while it runs; see Lease
@@ -715,7 +728,7 @@ class Queue:
     def __init__(self):
         self.heaps = {}             # model: [(key_s, seq, ticket)]
         self.marked = collections.Counter()     # model: entries in its heap that no longer wait
-        self.tickets = {}           # waiting tickets in order of arrival: {ticket: None}
+        self.tickets = {}           # waiting tickets, those that have waited longest first: {ticket: None}
 
     def __len__(self):
         return len(self.tickets)
@@ -882,6 +895,7 @@ class Runner:
     top: int = 1                    # most that were ever proved to run at once
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
     disproofs: int = 0
+    waits: int = 0                  # hidden waits in a row, among no more requests than were proved to run
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     prefill_s: float = 0.0          # seconds a token
@@ -949,8 +963,7 @@ class Lease:
     sent_s: float
     reason: str = ""
     nth: int = 0                    # how many of its model ran there, itself included
-    start_progress_s: float = 0.0   # the runner's progress when it was sent, and at its first byte
-    first_progress_s: float = 0.0
+    start_progress_s: float = 0.0   # the runner's progress when it was sent
     ready_s: float = 0.0            # when its model is there
     loads: bool = False             # its model was not
     output_tokens: float = 0.0      # expected
@@ -967,7 +980,12 @@ class Lease:
     trials: list = field(default_factory=list)  # half-open breakers that this lease is the trial of
     released: bool = False
     abandon: object = None          # how the I/O side is told to give up
-    is_held_up: object = None       # how it is asked whether the answer waits for its client
+    held_up: object = None          # how it is asked whether the answer waits for its client to read
+
+
+def is_held_up(lease):
+    """Tell whether an answer waits for its client to read."""
+    return lease.held_up is not None and lease.held_up()
 
 
 class Timings(NamedTuple):
@@ -1226,23 +1244,33 @@ def slot_limit(node, runner, now, elsewhere_free):
     return runner.slots + (1 if runner.probe_s <= now or far else 0)
 
 
-def pick_least_inflight(nodes, ticket, state):
+def pick_least_inflight(nodes, turn):
     """Return the node with the fewest requests; ties go to the node listed first."""
     return min(nodes, key=lambda node: len(node.leases))
 
 
-def pick_round_robin(nodes, ticket, state):
+def pick_round_robin(nodes, turn):
     """Return the nodes in turn."""
-    return nodes[next(state.turns) % len(nodes)]
+    return nodes[turn % len(nodes)]
 
 
-# A policy is a function (usable nodes, ticket, dispatcher) -> node, asked when the request arrives, as a plain proxy
+# A policy is a function (usable nodes, count of picks so far) -> node, asked when the request arrives, as a plain proxy
 # does; None binds late, by predicted completion time, when a slot is free.
 POLICIES = {
     "latency-weighted": None,
     "least-inflight": pick_least_inflight,
     "round-robin": pick_round_robin,
 }
+
+
+def size_factor(runner, decode_s):
+    """Return seconds per token over what the model's size lets expect: how fast a node is, for models not yet measured."""
+    return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
+
+
+def blend(estimate, sample, gain):
+    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
+    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
 
 
 # -----------------------------------------------------------------------------
@@ -1255,7 +1283,7 @@ POLICIES = {
 # place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
 
-ALL_FAILED = Refusal(502, "every node that could answer has failed")
+ALL_FAILED = 502, "every node that could answer has failed"
 
 
 class Decision(NamedTuple):
@@ -1271,10 +1299,9 @@ class Decision(NamedTuple):
 class Dispatcher:
     """Own the queue and the nodes, and match them. Never waits, never looks at a clock."""
 
-    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0, rng=None):
+    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0):
         self.pick = POLICIES[policy]
         self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
-        self.rng = rng or random.Random()
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
@@ -1291,8 +1318,9 @@ class Dispatcher:
         """Return a waiting ticket for a request. Raises Refusal if the queue is full."""
         if len(self.queue) >= self.max_queue:
             raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
-        start_s = self.fair.charge(wants, now, self.cost_s(wants))
-        ticket = Ticket(id, wants, now, start_s - HEAD_START_S * wants.priority, next(self.seq), now)
+        cost_s = self.cost_s(wants)
+        key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
+        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s)
         self.queue.push(ticket)
         return ticket
 
@@ -1328,7 +1356,10 @@ class Dispatcher:
 
     def expire(self, now):
         """Refuse and return the tickets that have waited too long."""
-        late = [ticket for ticket in self.queue.tickets if now - ticket.since_s >= self.queue_timeout_s]
+        late = list(itertools.takewhile(lambda ticket: now - ticket.since_s >= self.queue_timeout_s,
+                                        self.queue.tickets))
+        if not late:
+            return []
         refusal = Refusal(503, f"no slot became free within {self.queue_timeout_s:g} s",
                           retry_after_s=self.drain_s())
         return [self.refuse(ticket, refusal) for ticket in late]
@@ -1343,7 +1374,7 @@ class Dispatcher:
 
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
-        return max(1.0, sum(self.cost_s(ticket.wants) for ticket in self.queue.tickets))
+        return max(1.0, sum(ticket.cost_s for ticket in self.queue.tickets))
 
     # Dispatch ---------------------------------------------------------------
 
@@ -1366,7 +1397,8 @@ class Dispatcher:
         """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
         if any(not node.probed for node in self.nodes.values()):
             return
-        pauses_s = [node.breaker.until_s - now for node in self.nodes.values() if node.up]
+        nodes = [runner.node for runner in self.holders.get(model, ())] or self.nodes.values()
+        pauses_s = [node.breaker.until_s - now for node in nodes if node.up]
         refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
         while self.queue.first(model):
             refused.append(self.refuse(self.queue.first(model)[2], refusal))
@@ -1389,13 +1421,13 @@ class Dispatcher:
             if alive and not nodes:
                 return              # all are half-open, their one trial running
             if not alive and ticket.tried:
-                refused.append(self.refuse(ticket, ALL_FAILED))
+                refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
                 continue
             if not alive:
                 self.refuse_all(model, "no node is up", now, refused)
                 return
             pick = self.pick if holders else pick_least_inflight
-            node = pick(nodes, ticket, self)
+            node = pick(nodes, next(self.turns))
             runner = node.runners.get(model) if holders else None
             self.queue.discard(ticket)
             leases.append(self.lease(ticket, node, runner, now, "only choice" if len(nodes) == 1 else pick.__name__[5:]))
@@ -1434,7 +1466,7 @@ class Dispatcher:
                                                [(it.node.name, it.finish_s) for it in candidates]))
             elif not candidates and not self.untried(ticket, now):
                 self.queue.settle(entry)
-                refused.append(self.refuse(ticket, ALL_FAILED))
+                refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
                 continue
             else:
                 held.append(entry)
@@ -1480,7 +1512,7 @@ class Dispatcher:
         up = [node for node in self.nodes.values() if node.state(now) in ("up", "suspect") and node.name not in tried]
         if not up:
             if tried:
-                raise ALL_FAILED
+                raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         holders = [runner.node for runner in self.holders.get(wants.model, ()) if runner.node in up]
         node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases)))
@@ -1590,16 +1622,21 @@ class Dispatcher:
             runner.ready_s = min(runner.ready_s, now)
         if not lease.ticket.wants.stream:
             return
-        self.advance(lease.node, now)
-        lease.first_progress_s = runner.progress_s
-        self.prove_slots(runner, sum(1 for other in runner.leases
-                                     if other.first_s is not None and other.ticket.wants.stream))
+        self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
+                                     and other.ticket.wants.stream and not is_held_up(other)))
 
     def prove_slots(self, runner, count):
         """Raise what is known of a runner's slots: `count` requests ran at once."""
         runner.top = max(runner.top, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs = runner.top, "learned", 0
+
+    def doubt_slots(self, runner, nth, now):
+        """Note that a request waited although so many were proved to run: someone else uses the node, or it changed."""
+        runner.waits += 1
+        if runner.waits >= WAITS_TO_SHRINK and nth > 1:
+            runner.top, runner.waits = nth - 1, 0
+            self.disprove_slots(runner, now)
 
     def disprove_slots(self, runner, now):
         """Note that a request had to wait inside the node: no more than what was proved; try again after a pause."""
@@ -1638,8 +1675,13 @@ class Dispatcher:
         if wait_s < HIDDEN_WAIT_S + 0.02 * took_s:
             if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
                 self.prove_slots(runner, lease.nth)
+            runner.waits = 0
+        elif lease.ticket.wants.embeds:
+            return                  # an embedding's answer does not tell how long it computed
         elif lease.nth > runner.top:
             self.disprove_slots(runner, now)
+        else:
+            self.doubt_slots(runner, lease.nth, now)
 
     def learn_speed(self, lease, timings, took_s):
         """Take an answer's durations as samples of the speeds that a lone request would see."""
@@ -1652,7 +1694,7 @@ class Dispatcher:
         lengths = self.estimates.lengths[runner.model]
         chars = lease.ticket.wants.prompt_chars
         if chars > 200:
-            lengths.chars_per_token += 0.1 * (chars / timings.prompt_tokens - lengths.chars_per_token)
+            lengths.chars_per_token = blend(lengths.chars_per_token, chars / timings.prompt_tokens, 0.1)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         if timings.prompt_tokens > 64 and lease.new_tokens > 0.9 * lease.prompt_tokens:
             sample = (timings.prompt_s * share - OVERHEAD_S) / timings.prompt_tokens
@@ -1711,7 +1753,11 @@ class Dispatcher:
             settings = [settings[0]._replace(primary=True), *settings[1:]]
         for line in settings:
             node = old.get(line.name)
-            self.nodes[line.name] = node if node and node.settings == line else Node(line)
+            if node and node.settings._replace(primary=line.primary) == line:
+                node.settings = line            # who is primary can follow from other lines
+            else:
+                node = Node(line)
+            self.nodes[line.name] = node
         for node in old.values():
             node.draining = node.draining or self.nodes.get(node.name) is not node
         self.reindex()
@@ -1733,6 +1779,9 @@ class Dispatcher:
         node.speed = 1.0
         for runner in node.runners.values():
             self.believe_unloaded(runner)
+            if runner.slots_known != "set":     # it may come back with another OLLAMA_NUM_PARALLEL
+                runner.slots = runner.top = 1
+                runner.slots_known, runner.probe_s, runner.disproofs = "guessed", 0.0, 0
 
     def answered(self, node, version, rtt_s, now):
         """Note that a node answered a probe; one that was down starts afresh."""
@@ -1798,7 +1847,7 @@ class Dispatcher:
             elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
                 gone.append(runner)
                 self.believe_unloaded(runner)
-        held_bytes = sum(runner.vram_bytes for runner in node.runners.values() if runner.ready_s is not None)
+        held_bytes = sum(row_bytes(row, "size_vram") or row_bytes(row, "size") for row in rows)
         node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
         if gone and new:            # one came and another went: together they did not fit
             node.vram_limit_bytes = held_bytes + min(runner.vram_bytes for runner in gone)
@@ -1816,7 +1865,7 @@ class Dispatcher:
     def is_stuck(self, lease, now):
         """Tell whether a lease is to be given up; note what its silence says of the node."""
         node, runner = lease.node, lease.runner
-        if lease.is_held_up is not None and lease.is_held_up():     # by a client that reads slowly: nobody listens
+        if is_held_up(lease):       # nobody listens to the node
             lease.heard_s = lease.watched_s = node.heard_s = now
             lease.watched_lines = lease.lines
             return False
@@ -1890,16 +1939,6 @@ class Dispatcher:
             runner.prefill_s = max(1e-6, (first.prompt_s / crowd - OVERHEAD_S) / first.prompt_tokens)
         node.size_factor = size_factor(runner, runner.decode_s)
         runner.samples = max(runner.samples, 1)
-
-
-def size_factor(runner, decode_s):
-    """Return seconds per token over what the model's size lets expect: how fast a node is, for models not yet measured."""
-    return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
-
-
-def blend(estimate, sample, gain):
-    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
-    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
 
 
 # -----------------------------------------------------------------------------
@@ -2176,6 +2215,25 @@ class Framing(enum.Enum):
     CLOSE = "close"
 
 
+ERROR_TYPES = {
+    Family.OPENAI: {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+                    429: "rate_limit_error"},
+    Family.ANTHROPIC: {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                       404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                       503: "overloaded_error"},
+}
+
+
+def error_body(family, status, text):
+    """Return the error object in the shape that clients of a family parse."""
+    if family is Family.OLLAMA:
+        return json.dumps({"error": text}).encode()
+    kind = ERROR_TYPES[family].get(status, "api_error")
+    if family is Family.OPENAI:
+        return json.dumps({"error": {"message": text, "type": kind, "param": None, "code": None}}).encode()
+    return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
+
+
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body."""
 
@@ -2255,8 +2313,10 @@ class Upload:
         self.data(data)
 
     def expire(self):
-        """The client has sent nothing for BODY_PAUSE_S."""
-        if self.connection.sink is None:
+        """The client has sent nothing for BODY_PAUSE_S, unless it is the node that does not read."""
+        if self.connection.write_paused:
+            self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
+        elif self.connection.sink is None:
             self.connection.fail(Refusal(408, "the request took too long to arrive", close=True))
         else:
             self.client.transport.abort()
@@ -2292,28 +2352,10 @@ class Upload:
 # the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
 # -----------------------------------------------------------------------------
 
-ERROR_TYPES = {
-    Family.OPENAI: {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-                    429: "rate_limit_error"},
-    Family.ANTHROPIC: {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-                       404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
-                       503: "overloaded_error"},
-}
-
 REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
            405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
            429: b"Too Many Requests", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
            502: b"Bad Gateway", 503: b"Service Unavailable"}
-
-
-def error_body(family, status, text):
-    """Return the error object in the shape that clients of a family parse."""
-    if family is Family.OLLAMA:
-        return json.dumps({"error": text}).encode()
-    kind = ERROR_TYPES[family].get(status, "api_error")
-    if family is Family.OPENAI:
-        return json.dumps({"error": {"message": text, "type": kind, "param": None, "code": None}}).encode()
-    return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
 
 
 class ClientConnection(asyncio.Protocol):
@@ -2633,7 +2675,7 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
         dispatcher.heard(lease, lines, now)
 
     relay = Relay(connection, answer, client, framing, render_response(answer, added_lines(record), lines), heard)
-    lease.is_held_up = lambda: client.write_paused
+    lease.held_up = lambda: client.write_paused
     try:
         relay.start()
         await relay.finished
@@ -2716,6 +2758,7 @@ async def serve_inference(gateway, client, head, body, wants, record):
                 if refused.kind is None:
                     break
                 dispatcher.fail(lease, refused.kind, loop.time())
+                gateway.note_failure(lease.node, refused)
             except NodeFailure as failure:
                 last = last if isinstance(last, NodeRefused) else Refusal(502, f"{lease.node.name}: {failure}")
                 dispatcher.fail(lease, failure.kind, loop.time())
@@ -2759,6 +2802,7 @@ async def serve_upload(gateway, client, head, record):
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
     wants = Wants(family_of(head.path), None, client=client.address, inference=False)
+    record.priority = wants.priority
     lease = dispatcher.place(record.id, wants, set(), loop.time())
     connection, clean = None, False
     try:
@@ -2794,7 +2838,7 @@ async def serve(gateway, client, head, record):
     if local and head.method in ("GET", "HEAD"):
         if head.length != 0:
             await client.read_body(head, gateway.max_body_bytes)
-        if head.path in gateway.refreshed:
+        if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
             await gateway.refreshed[head.path](gateway)
         status, body, kind = local(gateway)
         return answer_locally(client, head, record, status, body, kind)
@@ -2807,7 +2851,7 @@ async def serve(gateway, client, head, record):
     body = await client.read_body(head, gateway.max_body_bytes)
     client.serving = True
     if route is None:
-        wants = Wants(family_of(head.path), None, client=client.address, inference=False,
+        wants = Wants(family_of(head.path), model_in(head.path), client=client.address, inference=False,
                       repeatable=head.method in ("GET", "HEAD"))
     else:
         wants = read_wants(head, route, body, client.address)
@@ -2843,7 +2887,7 @@ async def converse(gateway, client):
         if record:
             record.status, record.reason = 499, "the client left"
     except Exception:
-        LOG.exception("event=error id=%s", record.id if record else "-")
+        LOG.exception({"event": "error", "id": record.id if record else ""})
         if record and not record.status:
             answer_refusal(client, head, record, Refusal(500, "internal error", close=True))
         else:
@@ -2990,11 +3034,22 @@ async def look_again(gateway):
     await asyncio.shield(gateway.looking)
 
 
+def note_state(gateway, node, why=""):
+    """Log the state of a node if it is not the one logged last."""
+    was, state = gateway.states.get(node, "new"), node.state(gateway.loop.time())
+    if not node.probed or state == was:
+        return
+    gateway.states[node] = state
+    models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
+    LOG.log(logging.INFO if node.up else logging.WARNING,
+            {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
+             "version": node.version, "models": models, "why": why})
+
+
 async def probe(gateway, node):
     """Look at a node once: does it live, which models has it, which are loaded?"""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    before, asked_s = node.state(loop.time()) if node.probed else "new", loop.time()
-    why, answered = "", False
+    asked_s, why, answered = loop.time(), "", False
     try:
         found = await ask(gateway, node, "GET", "/api/version")
         answered = True
@@ -3008,12 +3063,7 @@ async def probe(gateway, node):
         elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
 
             dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
-    after = node.state(loop.time())
-    if after != before:
-        models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
-        LOG.log(logging.INFO if node.up else logging.WARNING, "event=node node=%s url=%s state=%s was=%s %s",
-                node.name, node.settings.url, after, before,
-                f"why={json.dumps(why)}" if why else f"version={node.version} models={json.dumps(models)}")
+    note_state(gateway, node, why)
     gateway.pump()
 
 
@@ -3060,8 +3110,8 @@ async def calibrate(gateway, node):
     if node.leases or not answers:
         return                      # requests came in between: the figures would be theirs, too
     gateway.dispatcher.measured(runner, answers, gateway.loop.time())
-    LOG.info("event=calibrated node=%s model=%s slots=%d decode_tok_s=%.1f", node.name, runner.model, runner.slots,
-             1 / decode_s(runner))
+    LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots,
+              "decode_tok_s": round(1 / decode_s(runner), 1)})
     gateway.pump()
 
 
@@ -3085,9 +3135,6 @@ async def check(gateway, node):
 # What is going on: health, statistics, the log
 # -----------------------------------------------------------------------------
 
-LOG = logging.getLogger("sollol")
-
-
 def answer_health(gateway):
     """Answer /api/health: 200 while at least one node is up."""
     now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
@@ -3100,8 +3147,8 @@ def answer_health(gateway):
 
 
 def percentile(ordered, share):
-    """Return the value below which `share` of an ascending list lies, or None for an empty one."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+    """Return the nearest-rank percentile of an ascending list, None for an empty one."""
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
 def runner_stats(runner, now):
@@ -3134,7 +3181,7 @@ def answer_stats(gateway):
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
-        ahead_s += dispatcher.cost_s(ticket.wants)
+        ahead_s += ticket.cost_s
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
@@ -3173,27 +3220,21 @@ def bare(value):
 
 
 class LogFormat(logging.Formatter):
-    """Write one line per record: `key=value ...`, or one JSON object. A dict as message gives the fields."""
+    """Write one line per record, `key=value ...` or one JSON object; the message is a dict of its fields."""
 
-    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03d"
+    converter = time.gmtime
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def __init__(self, style):
         super().__init__()
         self.as_json = style == "json"
 
     def format(self, record):
-        fields = {"ts": self.formatTime(record), "level": record.levelname.lower()}
-        if isinstance(record.msg, dict):
-            fields |= record.msg
-        elif self.as_json:
-            fields["message"] = record.getMessage()
-        if record.exc_info and self.as_json:
-            fields["traceback"] = self.formatException(record.exc_info)
+        said = record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
+        fields = {"ts": self.formatTime(record), "level": record.levelname.lower(), **said}
         if self.as_json:
-            return json.dumps(fields)
+            return json.dumps(fields | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
         line = " ".join(f"{key}={bare(value)}" for key, value in fields.items())
-        if not isinstance(record.msg, dict):
-            line += " " + record.getMessage()
         return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
 
 
@@ -3331,11 +3372,12 @@ class Gateway:
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
-                                     queue_timeout_s=options.queue_timeout, rng=self.rng)
+                                     queue_timeout_s=options.queue_timeout)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
         self.chores = {}            # Node: Task that checks or measures it
+        self.states = {}            # Node: its state as logged last
         self.clients = set()
         self.first_looks = set()    # nodes not yet looked at since the start
         self.started_s = self.loop.time()
@@ -3380,8 +3422,8 @@ class Gateway:
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         transport.set_protocol(client)
         if len(self.clients) >= self.options.max_connections:
-            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\n"
-                            b"Connection: close\r\n\r\n")
+            client.transport = transport
+            answer_refusal(client, None, None, Refusal(503, "too many connections", close=True, retry_after_s=1.0))
             transport.close()
             return
         self.clients.add(client)
@@ -3404,7 +3446,7 @@ class Gateway:
 
         def ended(task):
             if not task.cancelled() and node in self.probes:
-                LOG.error("event=error probe=%s", node.name, exc_info=task.exception())
+                LOG.error({"event": "error", "node": node.name}, exc_info=task.exception())
                 self.loop.call_later(self.options.probe_interval, self.begin_probes, node)
 
         task.add_done_callback(ended)
@@ -3425,10 +3467,10 @@ class Gateway:
         self.hosts_seen = self.hosts_stamp()
         try:
             added, dropped = self.configure(read_nodes(self.options))
-            LOG.info("event=reload added=%s dropped=%s", bare(" ".join(node.name for node in added)),
-                     bare(" ".join(node.name for node in dropped)))
+            LOG.info({"event": "reload", "added": " ".join(node.name for node in added),
+                      "dropped": " ".join(node.name for node in dropped)})
         except ConfigError as error:
-            LOG.error("event=reload refused=%s", json.dumps(str(error)))
+            LOG.error({"event": "reload", "refused": str(error)})
         tell_systemd("READY=1")
         self.pump()
 
@@ -3437,7 +3479,12 @@ class Gateway:
     def pump(self):
         """Let the dispatcher match, and wake whoever waits for what it decided."""
         leases, refused = self.dispatcher.dispatch(self.loop.time())
-        for ticket in itertools.chain((lease.ticket for lease in leases), refused):
+        self.wake([lease.ticket for lease in leases])
+        self.wake(refused)
+
+    def wake(self, tickets):
+        """Wake whoever waits for tickets: each has a lease or a refusal now."""
+        for ticket in tickets:
             if ticket.waiter is not None and not ticket.waiter.done():
                 ticket.waiter.set_result(None)
 
@@ -3459,7 +3506,7 @@ class Gateway:
 
     def note_failure(self, node, failure):
         """Log that a node failed a request."""
-        LOG.warning("event=failure node=%s kind=%s why=%s", node.name, failure.kind, json.dumps(str(failure)))
+        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": str(failure)})
 
     def log_request(self, record):
         """Log a finished request, a moment later and together with others: that is much cheaper."""
@@ -3481,13 +3528,12 @@ class Gateway:
         now, dispatcher = self.loop.time(), self.dispatcher
         for client in list(self.clients):
             client.expire(now)
-        for ticket in dispatcher.expire(now):
-            if ticket.waiter is not None and not ticket.waiter.done():
-                ticket.waiter.set_result(None)
+        self.wake(dispatcher.expire(now))
         for lease in dispatcher.watch(now):
             if lease.abandon is not None:
                 lease.abandon(NodeFailure("stalled", "stands still"))
         for node in dispatcher.nodes.values():
+            note_state(self, node)
             if node.up and (node.suspect or node.speed < 0.7 and not node.leases):
                 self.begin_chore(node, check)
             elif self.options.calibrate and node.up and not node.calibrated and not node.leases and loaded_runners(node):
@@ -3497,6 +3543,7 @@ class Gateway:
             pool.prune(math.inf if dropped else now - IDLE_UPSTREAM_S)
             if dropped:
                 del self.pools[node]
+                self.states.pop(node, None)
         if self.hosts_stamp() not in (None, self.hosts_seen):
             self.reload()
         tell_systemd("WATCHDOG=1")
@@ -3511,8 +3558,8 @@ class Gateway:
             return
         self.draining = True
         tell_systemd("STOPPING=1")
-        LOG.info("event=drain running=%d queued=%d", sum(len(node.leases) for node in self.dispatcher.nodes.values()),
-                 len(self.dispatcher.queue))
+        LOG.info({"event": "drain", "running": sum(len(node.leases) for node in self.dispatcher.nodes.values()),
+                  "queued": len(self.dispatcher.queue)})
         if self.server:
             self.server.close()
         for client in list(self.clients):
@@ -3602,7 +3649,10 @@ def twin_value(parser, name, text, settings):
         return None                 # see parse_options: argparse would add the flag's values to these
     if text not in settings.get("choices", (text,)):
         parser.error(f"{name}: {text!r} is not one of {', '.join(settings['choices'])}")
-    return text
+    try:
+        return settings.get("type", str)(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(f"{name}: {error}")
 
 
 def command_line(environ):
@@ -3694,18 +3744,18 @@ async def run_gateway(options, nodes, greeting=""):
             return
         host, port = gateway.address
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        LOG.info("event=start version=%s url=%s nodes=%d policy=%s loop=%s", __version__, url, len(nodes),
-                 options.policy, type(gateway.loop).__module__)
+        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
+                  "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind):
-            LOG.warning("event=start warning=%s", json.dumps(
-                f"listening on {options.bind} without keys: whoever reaches this port can use the nodes"))
+            LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: whoever reaches this port "
+                         "can use the nodes"})
         tell_systemd("READY=1")
         if greeting:
             print(greeting.format(url=url), flush=True)
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
-        LOG.info("event=stop")
+        LOG.info({"event": "stop"})
 
 
 DEMO_HINTS = """\
@@ -3719,7 +3769,10 @@ Three simulated nodes are running. Try, in another terminal:
 
 async def run_demo(options):
     """Serve in front of three simulated nodes in this process."""
-    import bench
+    try:
+        import bench
+    except ImportError:
+        raise ConfigError("--demo: bench.py must be beside sollol.py") from None
     nodes = bench.demo_nodes()
     for node in nodes:
         await node.start()
@@ -3776,7 +3829,7 @@ def main(argv=None):
                 return runner.run(run_check(options, nodes))
             runner.run(run_demo(options) if options.demo else run_gateway(options, nodes))
     except ConfigError as error:
-        print(f"sollol.py: {error}" if "--" in str(error)[:2] else error, file=sys.stderr)
+        print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"sollol.py: {options.bind}:{options.port}: {error.strerror or error}", file=sys.stderr)

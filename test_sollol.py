@@ -834,7 +834,7 @@ def rows(*models):
 
 def cluster(policy="latency-weighted", slots=1, resident=True, max_queue=1024, **models):
     """Return a Dispatcher over nodes that are up at time 0: name=(models, resident unless told)."""
-    dispatcher = sollol.Dispatcher(policy, max_queue=max_queue, rng=random.Random(1))
+    dispatcher = sollol.Dispatcher(policy, max_queue=max_queue)
     dispatcher.configure([NodeSettings(name, "127.0.0.1", 11434, slots=slots, primary=not number)
                           for number, name in enumerate(models)])
     for node in dispatcher.nodes.values():
