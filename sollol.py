@@ -653,9 +653,10 @@ def prefix_of(parts, seed):
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
-def output_bound(fields, options):
+def output_bound(family, fields, options):
     """Return how many tokens the client wants at most, or None."""
-    bounds = [options.get("num_predict")] + [fields.get(name) for name in OUTPUT_BOUNDS]
+    names = () if family is Family.OLLAMA else OUTPUT_BOUNDS
+    bounds = [options.get("num_predict"), *(fields.get(name) for name in names)]
     bounds = [min(bound, MAX_OUTPUT_TOKENS) for bound in bounds if type(bound) is int and bound > 0]
     return min(bounds, default=None)
 
@@ -683,7 +684,7 @@ def read_wants(head, route, body, client):
         client=client,
         stream=stream if isinstance(stream, bool) else route.streams,
         prompt_chars=sum(map(len, parts)),
-        max_output=output_bound(fields, options),
+        max_output=output_bound(route.family, fields, options),
         options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",

@@ -556,15 +556,17 @@ def test_size_of_the_prompt(path, body, chars):
     assert asked(path, body).prompt_chars == chars
 
 
-@pytest.mark.parametrize("body, bound", [
-    ({"options": {"num_predict": 7}}, 7), ({"options": {"num_predict": -1}}, None),
-    ({"options": [["num_predict", 7]]}, None), ({"max_tokens": 9}, 9),
-    ({"max_tokens": 9, "max_completion_tokens": 8}, 8), ({"max_output_tokens": 3}, 3),
-    ({"max_tokens": 0}, None), ({"max_tokens": True}, None), ({"max_tokens": "9"}, None),
-    ({"max_tokens": 9.5}, None),
+@pytest.mark.parametrize("path, body, bound", [
+    ("/api/chat", {"options": {"num_predict": 7}}, 7), ("/api/chat", {"options": {"num_predict": -1}}, None),
+    ("/api/chat", {"options": [["num_predict", 7]]}, None), ("/api/chat", {"max_tokens": 9}, None),
+    ("/v1/messages", {"max_tokens": 9}, 9), ("/v1/messages", {"options": {"num_predict": 7}}, None),
+    ("/v1/chat/completions", {"max_tokens": 9, "max_completion_tokens": 8}, 8),
+    ("/v1/responses", {"max_output_tokens": 3}, 3), ("/v1/messages", {"max_tokens": 0}, None),
+    ("/v1/messages", {"max_tokens": True}, None), ("/v1/messages", {"max_tokens": "9"}, None),
+    ("/v1/messages", {"max_tokens": 9.5}, None),
 ])
-def test_bound_of_the_output(body, bound):
-    assert asked("/v1/messages", body).max_output == bound
+def test_bound_of_the_output(path, body, bound):
+    assert asked(path, body).max_output == bound
 
 
 @pytest.mark.parametrize("options, expected", [
