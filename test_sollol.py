@@ -1173,6 +1173,35 @@ def test_requests_sent_at_the_same_instant_prove_slots_too():
     assert runner(dispatcher, "n1").slots == 2
 
 
+def test_hidden_waits_in_a_row_shrink_what_was_proved():
+    """Somebody else uses the node: three requests in a row had to wait within the slots that it was proved to have."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    dispatcher.prove_slots(runner(dispatcher, "n1"), 4)
+    for number in range(3):
+        assert runner(dispatcher, "n1").slots == 4
+        tickets = enter(dispatcher, *[want()] * 4, now=10.0 * number)
+        assert len(placed(dispatcher, 10.0 * number)) == 4
+        finish(dispatcher, tickets[3], 10.0 * number + 5, Timings(4.9, 0, 0.4, 100, 1.5, 50))
+        for it in tickets[:3]:
+            dispatcher.leave(it, 10.0 * number + 5)
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").probe_s) == (3, 55.0)
+
+
+def test_embeddings_do_not_disprove_slots_by_computing():
+    dispatcher = cluster(slots=0, n1=["m"])
+    _, second = enter(dispatcher, *[want(embeds=True)] * 2)
+    placed(dispatcher)
+    finish(dispatcher, second, 2.0, Timings(1.9, 0, 0, 100))
+    assert runner(dispatcher, "n1").slots_known == "guessed"
+
+
+def test_node_that_was_lost_is_learned_anew():
+    dispatcher = cluster(slots=0, n1=["m"])
+    dispatcher.prove_slots(runner(dispatcher, "n1"), 4)
+    dispatcher.missed(dispatcher.nodes["n1"], True, 1.0)
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (1, "guessed")
+
+
 def test_no_hidden_wait_proves_nothing_if_the_first_one_left_meanwhile():
     dispatcher, (first, second) = two_on_one()
     finish(dispatcher, first, 1.0, Timings(0.9, 0, 0.4, 100, 0.5, 50))
@@ -2216,6 +2245,18 @@ async def test_200_clients_that_vanish_leave_nothing_behind():
         assert answer.status == 200
 
 
+@over_sockets
+async def test_too_many_connections_are_told_so():
+    async with gateway_for(bench.SimNode(**FAST), flags=["--max-connections", "2"]) as gateway:
+        callers = [await Caller.to(gateway) for _ in range(2)]
+        await until(lambda: len(gateway.clients) == 2)
+        raw = await raw_call(gateway, b"")
+        assert raw.startswith(b"HTTP/1.1 503 ") and raw.endswith(b'{"error": "too many connections"}')
+        for caller in callers:
+            assert (await caller.ask("GET", "/")).status == 200
+            caller.close()
+
+
 # -----------------------------------------------------------------------------
 # Queue, slots and routing, on the request's real path
 # -----------------------------------------------------------------------------
@@ -2689,7 +2730,9 @@ async def test_show_goes_to_a_holder_and_other_paths_to_some_node():
     nodes = [bench.SimNode(models=("mistral",), **FAST), bench.SimNode(models=("qwen3:14b",), **FAST)]
     async with gateway_for(*nodes) as gateway:
         assert (await call(gateway, "POST", "/api/show", {"model": "qwen3:14b"})).status == 200
-        assert (await call(gateway, "GET", "/v1/models/mistral")).status in (200, 404)
+        for model, port in (("mistral", nodes[0].port), ("qwen3:14b", nodes[1].port)):
+            answer = await call(gateway, "GET", f"/v1/models/{model}")
+            assert answer.status == 200 and answer.fields["x-sollol-node"] == f"127.0.0.1:{port}"
         answer = await call(gateway, "GET", "/no/such/path?x=%20y")
         assert (answer.status, answer.body) == (404, b"404 page not found")
         assert (await call(gateway, "PUT", "/api/chat")).status == 405
