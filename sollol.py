@@ -876,6 +876,38 @@ def row_bytes(row, key):
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0.0
 
 
+class Prefixes:
+    """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
+
+    def __init__(self):
+        self.prompts = collections.OrderedDict()    # whole prompt's hash: the hashes of its leading parts
+        self.parts = collections.Counter()          # hash of a part: prompts that begin with it
+
+    def remember(self, prefix, most):
+        """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
+        whole = prefix[-1][0]
+        if whole in self.prompts:
+            self.prompts.move_to_end(whole)
+            return
+        self.prompts[whole] = parts = [part for part, _ in prefix]
+        self.parts.update(parts)
+        while len(self.prompts) > most:
+            _, parts = self.prompts.popitem(last=False)
+            self.parts.subtract(parts)
+            for part in parts:
+                if not self.parts[part]:
+                    del self.parts[part]
+
+    def common_chars(self, prefix):
+        """Return how many leading characters a prompt shares with one of those remembered."""
+        return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
+
+    def clear(self):
+        """Forget all: the model was unloaded."""
+        self.prompts.clear()
+        self.parts.clear()
+
+
 @dataclass(slots=True, eq=False)
 class Runner:
     """One model on one node: its residency, its slots and its speed, as far as they are known."""
@@ -904,7 +936,7 @@ class Runner:
     samples: int = 0                # behind those two
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
-    prefixes: collections.OrderedDict = field(default_factory=collections.OrderedDict)  # last prompts: hashes
+    prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     breaker: Breaker = field(default_factory=lambda: Breaker(2))    # answers 500 for this model
 
 
@@ -1194,12 +1226,9 @@ def ready_in_s(runner, wants, now):
 
 def cached_tokens(runner, demand):
     """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
-    if runner.ready_s is None or not runner.prefixes:
+    if runner.ready_s is None:
         return 0.0
-    for part, chars in reversed(demand.wants.prefix):
-        if any(part in seen for seen in runner.prefixes.values()):
-            return chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars)
-    return 0.0
+    return runner.prefixes.common_chars(demand.wants.prefix) * demand.prompt_tokens / max(1, demand.wants.prompt_chars)
 
 
 def solo_service_s(runner, demand):
@@ -1226,12 +1255,12 @@ def is_usable(node, now):
     """Tell whether a node may get new work now."""
     if not node.up or node.draining or node.suspect or not node.breaker.allows(now):
         return False
-    if not node.busy:
+    if not node.busy or now - node.heard_s <= SILENT_S:
         return True
     # What does not stream is as long as its answer, and that is known far less exactly than the time to a first token.
     expected_s = max((lease.predicted_first_s - lease.sent_s) * (2 if lease.ticket.wants.stream else 5)
                      for runner in node.busy for lease in runner.leases)
-    return now - node.heard_s <= max(SILENT_S, expected_s)
+    return now - node.heard_s <= expected_s
 
 
 def slot_limit(node, runner, now, elsewhere_free):
@@ -1285,6 +1314,14 @@ def blend(estimate, sample, gain):
 # -----------------------------------------------------------------------------
 
 ALL_FAILED = 502, "every node that could answer has failed"
+
+
+def explain(candidates, chosen):
+    """Return why a node was chosen, in a few words."""
+    if len(candidates) == 1:
+        return f"only choice, {chosen.finish_s:.2f} s predicted"
+    other = candidates[1] if candidates[0] is chosen else candidates[0]
+    return f"{chosen.finish_s:.2f} s predicted, {other.node.name} {other.finish_s:.2f} s"
 
 
 class Decision(NamedTuple):
@@ -1462,7 +1499,7 @@ class Dispatcher:
             if free and free[0].finish_s <= HOLD * candidates[0].finish_s:
                 chosen = free[0]
                 self.queue.settle(entry)
-                leases.append(self.lease(ticket, chosen.node, chosen.runner, now, self.explain(candidates, chosen)))
+                leases.append(self.lease(ticket, chosen.node, chosen.runner, now, explain(candidates, chosen)))
                 self.decisions.append(Decision(now, ticket.id, model, chosen.node.name,
                                                [(it.node.name, it.finish_s) for it in candidates]))
             elif not candidates and not self.untried(ticket, now):
@@ -1500,13 +1537,6 @@ class Dispatcher:
             found.append(Candidate(finish_s, order, runner.node, runner, lanes[runner]))
         found.sort()
         return found
-
-    def explain(self, candidates, chosen):
-        """Return why a node was chosen, in a few words."""
-        if len(candidates) == 1:
-            return f"only choice, {chosen.finish_s:.2f} s predicted"
-        other = candidates[1] if candidates[0] is chosen else candidates[0]
-        return f"{chosen.finish_s:.2f} s predicted, {other.node.name} {other.finish_s:.2f} s"
 
     def place(self, id, wants, tried, now):
         """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
@@ -1591,13 +1621,8 @@ class Dispatcher:
 
     def remember_prefix(self, runner, wants):
         """Note which prompt a slot of the node will hold: the last one for each slot, and a few more in host memory."""
-        if not wants.prefix or wants.embeds:
-            return
-        parts = frozenset(part for part, _ in wants.prefix)
-        runner.prefixes[wants.prefix[-1][0]] = parts
-        runner.prefixes.move_to_end(wants.prefix[-1][0])
-        while len(runner.prefixes) > runner.slots + 2:
-            runner.prefixes.popitem(last=False)
+        if wants.prefix and not wants.embeds:
+            runner.prefixes.remember(wants.prefix, runner.slots + 2)
 
     def advance(self, node, now):
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
@@ -3221,7 +3246,7 @@ def bare(value):
 
 
 class LogFormat(logging.Formatter):
-    """Write one line per record, `key=value ...` or one JSON object; the message is a dict of its fields."""
+    """Write one line per event, `key=value ...` or one JSON object; the message is a dict of its fields, or several."""
 
     converter = time.gmtime
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
@@ -3231,12 +3256,20 @@ class LogFormat(logging.Formatter):
         self.as_json = style == "json"
 
     def format(self, record):
-        said = record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
-        fields = {"ts": self.formatTime(record), "level": record.levelname.lower(), **said}
+        said = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
+        lead = {"ts": self.formatTime(record), "level": record.levelname.lower()}
+        if record.exc_info and self.as_json:
+            said = {**said, "traceback": self.formatException(record.exc_info)}
+        lines = [self.line({**lead, **fields}) for fields in (said if isinstance(said, list) else [said])]
+        if record.exc_info and not self.as_json:
+            lines.append(self.formatException(record.exc_info))
+        return "\n".join(lines)
+
+    def line(self, fields):
+        """Return the line of one event."""
         if self.as_json:
-            return json.dumps(fields | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
-        line = " ".join(f"{key}={bare(value)}" for key, value in fields.items())
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+            return json.dumps(fields)
+        return " ".join([f"{key}={bare(value)}" for key, value in fields.items()])
 
 
 def start_log(style, level):
@@ -3520,8 +3553,8 @@ class Gateway:
     def flush_log(self):
         """Write the log lines of the requests that have finished since the last time."""
         records, self.unlogged = self.unlogged, []
-        for record, total_s in records:
-            LOG.info(request_fields(record, total_s))
+        if records:
+            LOG.info([request_fields(record, total_s) for record, total_s in records])
 
     def sweep(self):
         """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
