@@ -1180,16 +1180,6 @@ class Lanes:
             bisect.insort(self.taken_s, finish_s)
 
 
-class Candidate(NamedTuple):
-    """A node for a ticket, and when it would be finished there; sorts by that time."""
-
-    finish_s: float                 # from now
-    order: int                      # ties go to the node listed first
-    node: Node
-    runner: Runner
-    lanes: Lanes                    # shared by one dispatch
-
-
 def is_loaded_for(runner, wants):
     """Tell whether the model is resident, or loading, with runner options that suit."""
     if runner.ready_s is None:
@@ -1210,18 +1200,15 @@ def must_evict(runner):
     return held > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
 
 
-def ready_in_s(runner, wants, now):
+def load_in_s(runner, now):
     """Return when the model would be loaded there, in seconds from now: loads happen one after the other."""
-    if is_loaded_for(runner, wants):
-        return max(0.0, runner.ready_s - now)
     node = runner.node
-    loading_s = max((max(0.0, other.ready_s - now) for other in node.runners.values() if other.ready_s is not None),
-                    default=0.0)
-    victims = [runner] if runner.ready_s is not None else [
-        other for other in node.runners.values() if other.ready_s is not None] if must_evict(runner) else []
+    resident = [other for other in node.runners.values() if other.ready_s is not None]
+    loading_s = max((other.ready_s - now for other in resident), default=0.0)
+    victims = [runner] if runner.ready_s is not None else resident if must_evict(runner) else []
     drain_s = min((max((solo_left_s(lease, now) * slowdown(node, victim) for lease in victim.leases),
                        default=0.0) for victim in victims), default=0.0)
-    return load_s(runner) + max(loading_s, 1.5 * drain_s)
+    return load_s(runner) + max(loading_s, 1.5 * drain_s, 0.0)
 
 
 def cached_tokens(runner, demand):
@@ -1231,24 +1218,60 @@ def cached_tokens(runner, demand):
     return runner.prefixes.common_chars(demand.wants.prefix) * demand.prompt_tokens / max(1, demand.wants.prompt_chars)
 
 
-def solo_service_s(runner, demand):
-    """Return (prefill, decode) solo-seconds of a fresh request there."""
-    new_tokens = demand.prompt_tokens - cached_tokens(runner, demand)
-    return OVERHEAD_S + new_tokens * prefill_s(runner), demand.output_tokens * decode_s(runner)
+class Prediction(NamedTuple):
+    """What would become of a request on a node, in seconds from now."""
+
+    finish_s: float                 # with what it costs others: what nodes are compared by
+    start_s: float                  # a slot is free and the model there
+    ready_s: float                  # the model is there
+    prefill_s: float                # the request's own work, alone
+    decode_s: float
+    slow: float                     # times longer, with those that run beside it
+    new_tokens: float               # what the prefix cache lacks
+    loads: bool
 
 
-def finish_in_s(runner, demand, lane_s, now):
-    """Return when the request would be finished there, in seconds from now, its slot being free in `lane_s`."""
+def predict(runner, demand, lane_s, now):
+    """Return the Prediction for a request on a node whose first slot is free in `lane_s`."""
     node = runner.node
-    prefill, decode = solo_service_s(runner, demand)
-    finish_s = max(lane_s, ready_in_s(runner, demand.wants, now)) + node.rtt_s
-    finish_s += (prefill + decode) * slowdown(node, runner, 1, full=lane_s > 0)
+    loads = not is_loaded_for(runner, demand.wants)
+    ready_s = load_in_s(runner, now) if loads else max(0.0, runner.ready_s - now)
+    start_s = max(lane_s, ready_s) + node.rtt_s
+    new_tokens = demand.prompt_tokens - cached_tokens(runner, demand)
+    prefill, decode = OVERHEAD_S + new_tokens * prefill_s(runner), demand.output_tokens * decode_s(runner)
+    slow = slowdown(node, runner, 1, full=lane_s > 0)
+    finish_s = start_s + (prefill + decode) * slow
     if node.busy and not runner.leases:             # harm: every running request of another model gets slower
-        running = [lease for other in node.busy for lease in other.leases]
-        finish_s += sum(solo_left_s(lease, now) * slowdown(node, lease.runner) for lease in running) / len(running)
-    if not is_loaded_for(runner, demand.wants) and (runner.ready_s is not None or must_evict(runner)):
+        finish_s += sum(solo_left_s(lease, now) * slowdown(node, other)
+                        for other in node.busy for lease in other.leases) / len(node.busy)
+    if loads and (runner.ready_s is not None or must_evict(runner)):
         finish_s += load_s(runner)                  # swap: what was evicted will have to come back
-    return finish_s
+    return Prediction(finish_s, start_s, ready_s, prefill, decode, slow, new_tokens, loads)
+
+
+def patience_s(runner, demand, prediction):
+    """Return how long a request may show no byte before its node is doubted; generous while speeds are unmeasured.
+
+    An answer that does not stream shows nothing before its end, so a long one is allowed for.
+    """
+    tokens = max(8 * demand.output_tokens, LONG_ANSWER_TOKENS)
+    tokens = 0 if demand.wants.stream else min(tokens, demand.wants.max_output or tokens)
+    first_s = prediction.start_s + (prediction.prefill_s + tokens * decode_s(runner)) * prediction.slow
+    return min(max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)), MOST_PATIENCE_S)
+
+
+class Candidate(NamedTuple):
+    """A node for a ticket; sorts by when it would be finished there."""
+
+    finish_s: float                 # from now
+    order: int                      # ties go to the node listed first
+    runner: Runner
+    lanes: Lanes                    # shared by one dispatch
+    prediction: Prediction
+
+    @property
+    def node(self):
+        return self.runner.node
 
 
 def is_usable(node, now):
@@ -1407,8 +1430,9 @@ class Dispatcher:
         holders = self.holders.get(wants.model)
         if not holders:
             return 0.0
-        service_s = sum(solo_service_s(holders[0], self.estimates.demand(wants)))
-        return service_s / sum(runner.slots for runner in holders)
+        demand, first = self.estimates.demand(wants), holders[0]
+        service_s = demand.prompt_tokens * prefill_s(first) + demand.output_tokens * decode_s(first)
+        return service_s / sum([runner.slots for runner in holders])
 
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
@@ -1499,7 +1523,8 @@ class Dispatcher:
             if free and free[0].finish_s <= HOLD * candidates[0].finish_s:
                 chosen = free[0]
                 self.queue.settle(entry)
-                leases.append(self.lease(ticket, chosen.node, chosen.runner, now, explain(candidates, chosen)))
+                leases.append(self.lease(ticket, chosen.node, chosen.runner, now, explain(candidates, chosen),
+                                         chosen.prediction))
                 self.decisions.append(Decision(now, ticket.id, model, chosen.node.name,
                                                [(it.node.name, it.finish_s) for it in candidates]))
             elif not candidates and not self.untried(ticket, now):
@@ -1533,8 +1558,8 @@ class Dispatcher:
                 continue
             if runner not in lanes:
                 lanes[runner] = Lanes(runner, now)
-            finish_s = finish_in_s(runner, demand, lanes[runner].first_s(), now)
-            found.append(Candidate(finish_s, order, runner.node, runner, lanes[runner]))
+            prediction = predict(runner, demand, lanes[runner].first_s(), now)
+            found.append(Candidate(prediction.finish_s, order, runner, lanes[runner], prediction))
         found.sort()
         return found
 
@@ -1552,15 +1577,16 @@ class Dispatcher:
 
     # Leases -----------------------------------------------------------------
 
-    def lease(self, ticket, node, runner, now, reason):
+    def lease(self, ticket, node, runner, now, reason, prediction=None):
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
         self.advance(node, now)
         if runner is not None:
-            self.predict(lease, now)
+            self.expect(lease, prediction, now)
             if lease.loads:
-                self.believe_loaded(runner, ticket.wants, lease.ready_s, now)
-            self.remember_prefix(runner, ticket.wants)
+                self.believe_loaded(runner, ticket.wants, lease.ready_s)
+            if ticket.wants.prefix and not ticket.wants.embeds:
+                runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
             if not runner.leases:
                 node.busy.append(runner)
             runner.leases.append(lease)
@@ -1570,41 +1596,26 @@ class Dispatcher:
             node.heard_s = now
         node.leases.append(lease)
         node.requests += 1
-        breakers = [node.breaker] if runner is None else [node.breaker, runner.breaker]
+        breakers = (node.breaker,) if runner is None else (node.breaker, runner.breaker)
         lease.trials = [breaker for breaker in breakers if breaker.begin()]
         ticket.lease = lease
         return lease
 
-    def predict(self, lease, now):
-        """Note when a lease about to be given should show its first byte and its last."""
-        node, runner, wants = lease.node, lease.runner, lease.ticket.wants
+    def expect(self, lease, prediction, now):
+        """Note when a lease about to be given should show its first byte, and for how long it need not."""
+        runner, wants = lease.runner, lease.ticket.wants
         demand = self.estimates.demand(wants)
-        prefill, decode = solo_service_s(runner, demand)
-        slow = slowdown(node, runner, 1)
-        lane_s = Lanes(runner, now).first_s()
-        lease.ready_s = now + ready_in_s(runner, wants, now)
-        lease.loads = not is_loaded_for(runner, wants)
-        lease.prompt_tokens, lease.output_tokens = demand.prompt_tokens, demand.output_tokens
-        lease.new_tokens = lease.prompt_tokens - cached_tokens(runner, demand)
-        start_s = max(now + lane_s, lease.ready_s) + node.rtt_s
-        lease.predicted_first_s = start_s + prefill * slow + (0 if wants.stream else decode * slow)
-        lease.predicted_end_s = start_s + (prefill + decode) * slow
-        lease.patience_s = self.patience_s(lease, start_s - now, slow)
+        it = prediction or predict(runner, demand, Lanes(runner, now).first_s(), now)
+        lease.ready_s, lease.loads = now + it.ready_s, it.loads
+        lease.prompt_tokens, lease.output_tokens, lease.new_tokens = (demand.prompt_tokens, demand.output_tokens,
+                                                                      it.new_tokens)
+        unseen_s = it.prefill_s + (0.0 if wants.stream else it.decode_s)
+        lease.predicted_first_s = now + it.start_s + unseen_s * it.slow
+        lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
+        lease.patience_s = patience_s(runner, demand, it)
         lease.start_progress_s = runner.progress_s
 
-    def patience_s(self, lease, start_s, slow):
-        """Return how long a lease may show no byte before its node is doubted; generous while speeds are unmeasured.
-
-        An answer that does not stream shows nothing before its end, so a long one is allowed for.
-        """
-        runner, wants = lease.runner, lease.ticket.wants
-        silent_tokens = max(8 * lease.output_tokens, LONG_ANSWER_TOKENS)
-        silent_tokens = 0 if wants.stream else min(silent_tokens, wants.max_output or silent_tokens)
-        first_s = start_s + (OVERHEAD_S + lease.new_tokens * prefill_s(runner) + silent_tokens * decode_s(runner)) * slow
-        patience_s = 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)
-        return min(max(5.0, patience_s), MOST_PATIENCE_S)
-
-    def believe_loaded(self, runner, wants, ready_s, now):
+    def believe_loaded(self, runner, wants, ready_s):
         """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
         while must_evict(runner):
             victims = [other for other in runner.node.runners.values()
@@ -1618,11 +1629,6 @@ class Dispatcher:
         """Note that a model is no longer resident; its prefix cache went with it."""
         runner.ready_s = runner.options = None
         runner.prefixes.clear()
-
-    def remember_prefix(self, runner, wants):
-        """Note which prompt a slot of the node will hold: the last one for each slot, and a few more in host memory."""
-        if wants.prefix and not wants.embeds:
-            runner.prefixes.remember(wants.prefix, runner.slots + 2)
 
     def advance(self, node, now):
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
