@@ -28,6 +28,7 @@ import datetime
 import email.utils
 import enum
 import errno
+import functools
 import heapq
 import ipaddress
 import itertools
@@ -393,6 +394,15 @@ class UntilCloseBody:
         return data, len(data)
 
 
+@functools.lru_cache(maxsize=512)       # tokens come in chunks of few different sizes
+def parse_chunk_line(line):
+    """Return (size, whether it has an extension) of a chunk's first line with its CRLF. Raises ProtocolError."""
+    match = CHUNK_LINE.fullmatch(line)
+    if not match:
+        raise ProtocolError("malformed chunk size")
+    return int(match[1], 16), match[2] is not None
+
+
 class ChunkedBody:
     """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are read and dropped.
 
@@ -409,6 +419,10 @@ class ChunkedBody:
     def feed(self, data):
         """Return (payload, count of bytes of `data` that belong to the body). Raises ProtocolError."""
         self.verbatim = self.state == self.SIZE and not self.line
+        if self.verbatim and (start := data.find(b"\r\n", 0, 20) + 2) > 2:  # mostly a token: one whole plain chunk
+            size, extended = parse_chunk_line(data[:start])
+            if size and not extended and len(data) == start + size + 2 and data.endswith(b"\r\n"):
+                return data[start:-2], len(data)
         payload, at = [], 0
         while at < len(data) and not self.done:
             if self.state == self.DATA:
@@ -433,12 +447,9 @@ class ChunkedBody:
     def take_line(self, line):
         """Step over one CRLF-ended line of the framing."""
         if self.state == self.SIZE:
-            match = CHUNK_LINE.fullmatch(line)
-            if not match:
-                raise ProtocolError("malformed chunk size")
-            self.left = int(match[1], 16)
+            self.left, extended = parse_chunk_line(line)
             self.state = self.DATA if self.left else self.TRAILER
-            self.verbatim = self.verbatim and not match[2]
+            self.verbatim = self.verbatim and not extended
         elif self.state == self.DATA_END:
             if line != b"\r\n":
                 raise ProtocolError("chunk longer than its size")
