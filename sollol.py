@@ -1347,6 +1347,25 @@ def blend(estimate, sample, gain):
 # place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
 
+@dataclass(slots=True)
+class Turn:
+    """One run of `dispatch`: what it has decided so far."""
+
+    now: float
+    leases: list = field(default_factory=list)  # given
+    refused: list = field(default_factory=list)
+    held: list = field(default_factory=list)    # heap entries that had better wait
+    lanes: dict = field(default_factory=dict)   # Runner: Lanes, with the virtual places of those held
+
+
+@dataclass(slots=True)
+class Room:
+    """Where the tickets of one model can go during one run of `dispatch`."""
+
+    runners: list                   # on usable nodes
+    looks_left: int = LOOK_AHEAD    # tickets that may still be held back
+
+
 ALL_FAILED = 502, "every node that could answer has failed"
 
 
@@ -1381,7 +1400,7 @@ class Dispatcher:
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
-        self.turns = itertools.count()      # of round-robin
+        self.picks = itertools.count()      # made by a plain policy so far
         self.seq = itertools.count()
 
     # Tickets ----------------------------------------------------------------
@@ -1453,103 +1472,105 @@ class Dispatcher:
 
     def dispatch(self, now):
         """Match waiting tickets to nodes. Return (leases given, tickets refused)."""
+        turn = Turn(now)
         if not self.queue.tickets:
-            return [], []
-        leases, refused = [], []
+            return turn.leases, turn.refused
         for model in list(self.queue.heaps):
             holders = self.holders.get(model)
             if not holders or self.pick:
-                self.bind_early(model, holders, now, leases, refused)
+                self.bind_early(turn, model, holders)
             elif not any(runner.node.state(now) in ("up", "suspect") for runner in holders):
-                self.refuse_all(model, f"every node that has {model} is down", now, refused)
+                self.refuse_all(turn, model, f"every node that has {model} is down")
         if not self.pick:
-            self.bind_late(now, leases, refused)
-        return leases, refused
+            self.bind_late(turn)
+        return turn.leases, turn.refused
 
-    def refuse_all(self, model, text, now, refused):
+    def refuse_all(self, turn, model, text):
         """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
         if any(not node.probed for node in self.nodes.values()):
             return
         nodes = [runner.node for runner in self.holders.get(model, ())] or self.nodes.values()
-        pauses_s = [node.breaker.until_s - now for node in nodes if node.up]
+        pauses_s = [node.breaker.until_s - turn.now for node in nodes if node.up]
         refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
-        while self.queue.first(model):
-            refused.append(self.refuse(self.queue.first(model)[2], refusal))
+        while entry := self.queue.first(model):
+            turn.refused.append(self.refuse(entry[2], refusal))
 
-    def bind_early(self, model, holders, now, leases, refused):
+    def bind_early(self, turn, model, holders):
         """Send every waiting ticket of a model at once: policies without a queue, and models that no node is known to have.
 
         A model that nobody has goes to any node, without a slot: the refusal must be Ollama's own.
         """
         if not holders and any(not (node.indexed or node.probed and not node.up) for node in self.nodes.values()):
             return                  # somebody may have it; wait for the answer
-        up = [node for node in self.nodes.values() if node.up and not node.draining]
+        nodes = [runner.node for runner in holders] if holders else list(self.nodes.values())
         if not holders and model and is_cloud(model):
-            up = sorted(up, key=lambda node: not node.settings.primary)[:1]
+            nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
         while entry := self.queue.first(model):
             ticket = entry[2]
-            nodes = [runner.node for runner in holders] if holders else up
-            alive = [node for node in nodes if node.name not in ticket.tried and node.state(now) in ("up", "suspect")]
-            nodes = [node for node in alive if node.breaker.allows(now)]
-            if alive and not nodes:
+            alive = [node for node in nodes if node.name not in ticket.tried
+                     and node.state(turn.now) in ("up", "suspect")]
+            free = [node for node in alive if node.breaker.allows(turn.now)]
+            if alive and not free:
                 return              # all are half-open, their one trial running
             if not alive and ticket.tried:
-                refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
-                continue
-            if not alive:
-                self.refuse_all(model, "no node is up", now, refused)
+                turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
+            elif not alive:
+                self.refuse_all(turn, model, "no node is up")
                 return
-            pick = self.pick if holders else pick_least_inflight
-            node = pick(nodes, next(self.turns))
-            runner = node.runners.get(model) if holders else None
-            self.queue.discard(ticket)
-            leases.append(self.lease(ticket, node, runner, now, "only choice" if len(nodes) == 1 else pick.__name__[5:]))
+            else:
+                pick = self.pick if holders else pick_least_inflight
+                node = pick(free, next(self.picks))
+                reason = "only choice" if len(free) == 1 else pick.__name__.removeprefix("pick_")
+                self.queue.discard(ticket)
+                turn.leases.append(self.lease(ticket, node, node.runners.get(model) if holders else None, turn.now, reason))
 
-    def bind_late(self, now, leases, refused):
-        """Give free slots to waiting tickets by predicted completion time."""
-        usable = {node: is_usable(node, now) for node in self.nodes.values()}
-        rooms, lanes, held = {}, {}, []
+    def bind_late(self, turn):
+        """Give free slots to waiting tickets by predicted completion time, those of all models in the order of their keys."""
+        usable = {node for node in self.nodes.values() if is_usable(node, turn.now)}
+        rooms = {}                  # model: Room
         for model in self.queue.heaps:
-            runners = [runner for runner in self.holders.get(model, ()) if usable[runner.node]]
-            if any(self.has_room(runner, runners, now) for runner in runners):
-                rooms[model] = [LOOK_AHEAD, runners]
+            room = Room([runner for runner in self.holders.get(model, ()) if runner.node in usable])
+            if self.is_open(room, turn.now):
+                rooms[model] = room
         try:
-            self.match(rooms, lanes, held, now, leases, refused)
+            while rooms:
+                model = min(rooms, key=lambda model: (self.queue.first(model) or (math.inf, 0))[:2])
+                if not self.queue.first(model):
+                    del rooms[model]
+                    continue
+                self.place_or_hold(turn, self.queue.pop(model), rooms[model])
+                if not self.is_open(rooms[model], turn.now):
+                    del rooms[model]
         finally:
-            for entry in held:
+            for entry in turn.held:
                 self.queue.restore(entry)
 
-    def match(self, rooms, lanes, held, now, leases, refused):
-        """Walk the tickets of the models that have room, in order; put those that had better wait into `held`."""
-        while rooms:
-            model = min(rooms, key=lambda model: (self.queue.first(model) or (math.inf, 0))[:2])
-            room = rooms[model]
-            if not self.queue.first(model):
-                del rooms[model]
-                continue
-            entry = self.queue.pop(model)
-            ticket = entry[2]
-            candidates = self.candidates(ticket, room[1], lanes, now)
-            free = [it for it in candidates if self.has_room(it.runner, room[1], now)]
-            if free and free[0].finish_s <= HOLD * candidates[0].finish_s:
-                chosen = free[0]
-                self.queue.settle(entry)
-                leases.append(self.lease(ticket, chosen.node, chosen.runner, now, explain(candidates, chosen),
-                                         chosen.prediction))
-                self.decisions.append(Decision(now, ticket.id, model, chosen.node.name,
-                                               [(it.node.name, it.finish_s) for it in candidates]))
-            elif not candidates and not self.untried(ticket, now):
-                self.queue.settle(entry)
-                refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
-                continue
-            else:
-                held.append(entry)
-                room[0] -= 1
-                chosen = candidates[0] if candidates else None
-            if chosen:
-                chosen.lanes.take(chosen.finish_s)
-            if not room[0] or not any(self.has_room(runner, room[1], now) for runner in room[1]):
-                del rooms[model]
+    def is_open(self, room, now):
+        """Tell whether another ticket is worth a look."""
+        return room.looks_left > 0 and any(self.has_room(runner, room.runners, now) for runner in room.runners)
+
+    def place_or_hold(self, turn, entry, room):
+        """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait."""
+        ticket = entry[2]
+        candidates = self.candidates(turn, ticket, room.runners)
+        free = next((it for it in candidates if self.has_room(it.runner, room.runners, turn.now)), None)
+        if free and free.finish_s <= HOLD * candidates[0].finish_s:
+            chosen = free
+            self.queue.settle(entry)
+            turn.leases.append(self.lease(ticket, chosen.node, chosen.runner, turn.now, explain(candidates, chosen),
+                                          chosen.prediction))
+            self.decisions.append(Decision(turn.now, ticket.id, ticket.wants.model, chosen.node.name,
+                                           [(it.node.name, it.finish_s) for it in candidates]))
+        elif candidates or self.untried(ticket, turn.now):
+            turn.held.append(entry)
+            room.looks_left -= 1
+            chosen = candidates[0] if candidates else None
+        else:
+            chosen = None
+            self.queue.settle(entry)
+            turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
+        if chosen:
+            chosen.lanes.take(chosen.finish_s)
 
     def has_room(self, runner, others, now):
         """Tell whether one more request may be sent to a runner."""
@@ -1561,16 +1582,16 @@ class Dispatcher:
         elsewhere_free = any(len(other.leases) < other.slots for other in others)
         return running < slot_limit(runner.node, runner, now, elsewhere_free)
 
-    def candidates(self, ticket, runners, lanes, now):
+    def candidates(self, turn, ticket, runners):
         """Return the Candidates for a ticket, best first."""
         found, demand = [], self.estimates.demand(ticket.wants)
         for order, runner in enumerate(runners):
-            if runner.node.name in ticket.tried:
-                continue
-            if runner not in lanes:
-                lanes[runner] = Lanes(runner, now)
-            prediction = predict(runner, demand, lanes[runner].first_s(), now)
-            found.append(Candidate(prediction.finish_s, order, runner, lanes[runner], prediction))
+            if runner.node.name not in ticket.tried:
+                lanes = turn.lanes.get(runner)
+                if lanes is None:
+                    lanes = turn.lanes[runner] = Lanes(runner, turn.now)
+                prediction = predict(runner, demand, lanes.first_s(), turn.now)
+                found.append(Candidate(prediction.finish_s, order, runner, lanes, prediction))
         found.sort()
         return found
 
