@@ -124,7 +124,7 @@ LOG = logging.getLogger("sollol")
 
 
 class Refusal(Exception):
-    """A request that the gateway answers itself. Carries its answer: `status`, `text`, and whether the connection ends."""
+    """A request that the gateway answers itself. Carries that answer, and whether the connection ends."""
 
     def __init__(self, status, text, *, close=False, retry_after_s=None):
         super().__init__(text)
@@ -274,7 +274,7 @@ def find_head(buffer, scanned=0):
 
 
 def split_head(head):
-    """Return the lines of a head without their CRLF. Raises ProtocolError. A folded line has no field name: see below."""
+    """Return the lines of a head without CRLF. Raises ProtocolError. Folded lines fail later: they have no name."""
     if CONTROL.search(head.replace(b"\r\n", b"")):
         raise ProtocolError("control character, bare CR or bare LF in the head")
     return head[:-4].split(b"\r\n")
@@ -344,8 +344,9 @@ def parse_request(head):
         target = absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
     elif target[:1] != b"/" and (method, target) != ("OPTIONS", b"*"):
         raise ProtocolError("malformed request target")
-    return RequestHead(method, target, urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1")), version, fields,
-                       lines, parse_length(fields, version), wants_keep_alive(fields, version),
+    path = urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1"))
+    return RequestHead(method, target, path, version, fields, lines, parse_length(fields, version),
+                       wants_keep_alive(fields, version),
                        version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
 
 
@@ -1328,7 +1329,7 @@ POLICIES = {
 
 
 def size_factor(runner, decode_s):
-    """Return seconds per token over what the model's size lets expect: how fast a node is, for models not yet measured."""
+    """Return seconds per token over what the model's size lets expect: how slow its node is, whatever it runs."""
     return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
 
 
@@ -1496,7 +1497,7 @@ class Dispatcher:
             turn.refused.append(self.refuse(entry[2], refusal))
 
     def bind_early(self, turn, model, holders):
-        """Send every waiting ticket of a model at once: policies without a queue, and models that no node is known to have.
+        """Send every waiting ticket of a model at once: under plain policies, and if no node is known to have it.
 
         A model that nobody has goes to any node, without a slot: the refusal must be Ollama's own.
         """
@@ -1522,10 +1523,11 @@ class Dispatcher:
                 node = pick(free, next(self.picks))
                 reason = "only choice" if len(free) == 1 else pick.__name__.removeprefix("pick_")
                 self.queue.discard(ticket)
-                turn.leases.append(self.lease(ticket, node, node.runners.get(model) if holders else None, turn.now, reason))
+                runner = node.runners.get(model) if holders else None
+                turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
 
     def bind_late(self, turn):
-        """Give free slots to waiting tickets by predicted completion time, those of all models in the order of their keys."""
+        """Give free slots to waiting tickets, in the order of their keys, by predicted completion time."""
         usable = {node for node in self.nodes.values() if is_usable(node, turn.now)}
         rooms = {}                  # model: Room
         for model in self.queue.heaps:
@@ -1788,7 +1790,7 @@ class Dispatcher:
         node.heard_s = now          # its silence, if any, ended with this lease
 
     def fail(self, lease, kind, now):
-        """Note that a node failed a request: refused, died, garbage, stalled, or answered `busy`, `model` or `missing`."""
+        """Note that a node failed a request. `kind`: refused, died, garbage, stalled; busy, model, missing."""
         node, runner = lease.node, lease.runner
         lease.ticket.tried.add(node.name)
         node.errors += 1
@@ -1951,7 +1953,7 @@ class Dispatcher:
         return stuck
 
     def is_overdue(self, lease, now):
-        """Tell whether a first byte is so late that the node must be stuck. A model that loads is given all its time."""
+        """Tell whether a first byte is so late that the node must be stuck. A load is given all its time."""
         node, waited_s = lease.node, now - lease.sent_s
         listed = lease.runner.model in map(row_name, node.running)
         patience_s = lease.patience_s if listed and not lease.loads else max(LOAD_PATIENCE_S, lease.patience_s)
@@ -3474,7 +3476,7 @@ class Gateway:
     # Start and reload -------------------------------------------------------
 
     async def start(self):
-        """Look at every node, then listen. Nodes that do not answer at once delay the start by half a second at most."""
+        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
         self.first_looks = set(self.dispatcher.nodes.values())
         deadline_s = self.loop.time() + 0.5
         while self.first_looks and self.loop.time() < deadline_s:
@@ -3514,6 +3516,8 @@ class Gateway:
 
     def begin_probes(self, node):
         """Start the task that probes a node; should a defect end it, start it again: a node must not be forgotten."""
+        if self.dispatcher.nodes.get(node.name) is not node:
+            return                  # dropped meanwhile
         task = self.probes[node] = self.loop.create_task(probe_forever(self, node))
 
         def ended(task):
@@ -3608,7 +3612,8 @@ class Gateway:
             note_state(self, node)
             if node.up and (node.suspect or node.speed < 0.7 and not node.leases):
                 self.begin_chore(node, check)
-            elif self.options.calibrate and node.up and not node.calibrated and not node.leases and loaded_runners(node):
+            elif (self.options.calibrate and node.up and not node.calibrated and not node.leases
+                  and loaded_runners(node)):
                 self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
             dropped = dispatcher.nodes.get(node.name) is not node and not node.leases
@@ -3755,8 +3760,8 @@ def command_line(environ):
         "have to finish on SIGTERM (%(default)s)")
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")
     group = parser.add_argument_group("queue and routing")
-    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="%(default)s: where each request is "
-        "predicted to finish first; the others are plain proxies, for comparison")
+    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="%(default)s: where each request "
+        "is predicted to finish first; the others are plain proxies, for comparison")
     add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
         "(%(default)s)")
     add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
@@ -3819,8 +3824,8 @@ async def run_gateway(options, nodes, greeting=""):
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
                   "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind):
-            LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: whoever reaches this port "
-                         "can use the nodes"})
+            LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
+                         "whoever reaches this port can use the nodes"})
         tell_systemd("READY=1")
         if greeting:
             print(greeting.format(url=url), flush=True)

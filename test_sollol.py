@@ -2281,8 +2281,7 @@ async def test_never_more_in_flight_than_slots():
 @over_sockets
 async def test_slots_are_learned():
     """A node with four slots is found to have four, one with a single slot keeps one; at most one more is tried."""
-    nodes = [bench.SimNode(slots=1, speed=8, loaded=("llama3.2",)), bench.SimNode(slots=2, speed=8, loaded=("llama3.2",)),
-             bench.SimNode(slots=4, speed=8, loaded=("llama3.2",))]
+    nodes = [bench.SimNode(slots=slots, speed=8, loaded=("llama3.2",)) for slots in (1, 2, 4)]
     async with gateway_for(*nodes) as gateway:
         for _ in range(2):
             answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(tokens=200, stream=True))
@@ -2598,7 +2597,8 @@ async def test_slow_reader_does_not_make_its_node_suspect():
         caller = await Caller.to(gateway)
         caller.writer.transport.pause_reading()
         body = json.dumps(generate(stream=True)).encode()
-        caller.writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        caller.writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body), body))
         await until(lambda: any(client.write_paused for client in gateway.clients))
         await asyncio.sleep(2.8)
         assert not next(iter(gateway.dispatcher.nodes.values())).suspect
@@ -2685,7 +2685,8 @@ def test_upload_that_stops_coming_is_ended():
     async def main():
         async with gateway_for(bench.SimNode(**FAST)) as gateway:
             caller = await Caller.to(gateway)
-            caller.writer.write(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nab" % (b"0" * 64))
+            caller.writer.write(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nab" % (
+                b"0" * 64))
             assert (await caller.answer()).status == 408
             caller.close()
             await until(lambda: health(gateway)["inflight"] == 0)
