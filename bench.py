@@ -3132,7 +3132,7 @@ async def measure_overhead(options):
 def report_of(options, scenario, runs, bound):
     """Return everything about a comparison as plain data, for JSON and HTML."""
     return {
-        "command": "python bench.py " + " ".join(options.argv), "seed": options.seed,
+        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
         "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
         "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
                   "samples": [sample._asdict() for sample in run.samples]} for run in runs],
