@@ -2979,7 +2979,7 @@ def test_official_openai_client():
 # bench.py: the proof itself
 # -----------------------------------------------------------------------------
 
-SHORT = bench.DEFAULT._replace(duration_s=8.0)
+SHORT = bench.DEFAULT._replace(duration_s=4.0)
 
 
 def test_same_seed_gives_the_same_figures():
@@ -2990,7 +2990,7 @@ def test_same_seed_gives_the_same_figures():
 
 def test_wall_clock_agrees_with_the_virtual_one():
     """The gateway as a process of its own, in real time; one run is short, so that noise is large."""
-    scenario = bench.DEFAULT._replace(duration_s=3.0)
+    scenario = bench.DEFAULT._replace(duration_s=2.0)
     real = asyncio.run(bench.run_in_real_time(scenario, bench.SOLLOL, seed=1))
     virtual, = bench.simulate(scenario, 1, (bench.SOLLOL,))
     assert bench.figures(real).success == 1.0
@@ -3006,7 +3006,7 @@ def test_failed_requests_stay_in_every_figure():
 
 @pytest.mark.parametrize("name", ["seed/hom5", "seed30/mild5", "load0.6/mild5"])
 def test_nobody_beats_the_bound(name):
-    scenario = next(one for one in bench.MATRIX if one.name == name)._replace(requests=100, duration_s=10.0)
+    scenario = next(one for one in bench.MATRIX if one.name == name)._replace(requests=60, duration_s=5.0)
     for run in bench.simulate(scenario, 1):
         assert bench.figures(run).mean_s > bench.bound_s(scenario, 1)
 
@@ -3031,7 +3031,7 @@ def test_live_cluster_is_measured_against_round_robin_over_its_hosts(capsys):
         with program("sollol.py", "--port", 0, "--node", urls[0], "--node", urls[1]) as gateway:
             url = read_until(gateway, r"event=start .*url=(\S+)")[1]
             hosts = ["--hosts", ",".join(urls), "--model", "llama3.2"]
-            assert bench.main(["--sollol-url", url, *hosts, "--duration", "2", "--concurrency", "4"]) == 0
+            assert bench.main(["--sollol-url", url, *hosts, "--duration", "1", "--concurrency", "4"]) == 0
             assert re.search(r"Success Rate +100.0 % +100.0 %", capsys.readouterr().out)
             assert bench.main(["--baseline", "llama3.2", "3", *hosts[:2]]) == 0
             assert len(capsys.readouterr().out.splitlines()) == 3
