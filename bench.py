@@ -398,14 +398,14 @@ def runner_key(options):
                  if options.get(name) is not None and not (name == "num_gpu" and options[name] == -1))
 
 
+def rendered_parts(parts):
+    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
+
+
 def rendered(messages):
     """Return the prompt for a list of messages: their contents, one after the other."""
     contents = (message.get("content") or "" for message in messages if isinstance(message, dict))
     return "\n".join(content if isinstance(content, str) else rendered_parts(content) for content in contents)
-
-
-def rendered_parts(parts):
-    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
 
 
 def token_count(text):
@@ -1080,21 +1080,6 @@ def read_openai_ask(node, body, ability, prompt, empty):
     return ask._replace(stream=field(body, "stream", bool, False), include_usage=usage)
 
 
-async def infer(node, exchange, dialect):
-    """Answer an Ask: wait for the model, for a slot, for the prompt, then for each token."""
-    ask, arrived_s, now_s = dialect.ask, exchange.record.time_s, asyncio.get_running_loop().time
-    engine = node.engine
-    async with engine.runner(ask.model, ask.options, ask.keep_alive_s) as runner:
-        load_s = now_s() - arrived_s
-        async with runner.slots:
-            stats, text = await produce(engine, runner, exchange, dialect, node.tokens_per_line)
-            stats = stats._replace(total_s=now_s() - arrived_s, load_s=load_s)
-            if ask.stream:
-                exchange.stream(dialect.last(stats, now_s()), dialect.media_type, last=True)
-            else:
-                exchange.send_json(dialect.whole(text, stats, now_s()))
-
-
 async def produce(engine, runner, exchange, dialect, tokens_per_line):
     """Prefill and decode on the device, streaming as tokens come; return (stats, text)."""
     ask, now_s = dialect.ask, asyncio.get_running_loop().time
@@ -1119,6 +1104,21 @@ async def produce(engine, runner, exchange, dialect, tokens_per_line):
         runner.texts.append(kept)
     prompt_s, output_s = prefilled_s - begun_s, now_s() - prefilled_s
     return Stats(reason, 0.0, 0.0, prompt_tokens, prompt_s, len(tokens), output_s), text
+
+
+async def infer(node, exchange, dialect):
+    """Answer an Ask: wait for the model, for a slot, for the prompt, then for each token."""
+    ask, arrived_s, now_s = dialect.ask, exchange.record.time_s, asyncio.get_running_loop().time
+    engine = node.engine
+    async with engine.runner(ask.model, ask.options, ask.keep_alive_s) as runner:
+        load_s = now_s() - arrived_s
+        async with runner.slots:
+            stats, text = await produce(engine, runner, exchange, dialect, node.tokens_per_line)
+            stats = stats._replace(total_s=now_s() - arrived_s, load_s=load_s)
+            if ask.stream:
+                exchange.stream(dialect.last(stats, now_s()), dialect.media_type, last=True)
+            else:
+                exchange.send_json(dialect.whole(text, stats, now_s()))
 
 
 async def load_or_unload(node, exchange, dialect):
@@ -1209,6 +1209,10 @@ async def embed_one(node, exchange, body):
     exchange.send_json({"embedding": done.vectors[0] if prompt else []})
 
 
+def floats_in_base64(vector):
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
 async def openai_embed(node, exchange, body):
     name, model = find_model(node, body, NOT_FOUND_EMBED, NO_NAME)
     texts = embed_texts(body)
@@ -1221,10 +1225,6 @@ async def openai_embed(node, exchange, body):
             for index, vector in enumerate(done.vectors)]
     exchange.send_json({"object": "list", "data": data, "model": name,
                         "usage": {"prompt_tokens": done.prompt_tokens, "total_tokens": done.prompt_tokens}})
-
-
-def floats_in_base64(vector):
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 async def root(_node, exchange):
@@ -1256,17 +1256,17 @@ async def tags(node, exchange):
         for model in node.models.values()]})
 
 
-async def resident(node, exchange):
-    rows = [resident_row(node.engine, runner) for runner in node.engine.resident.values()]
-    exchange.send_json({"models": sorted(rows, key=lambda row: row["expires_at"], reverse=True)})
-
-
 def resident_row(engine, runner):
     forever = runner.keep_alive_s == math.inf
     expires_at = "2318-01-01T00:00:00Z" if forever else stamp(runner.used_s + runner.keep_alive_s)
     return {"name": runner.model.name, "model": runner.model.name, "size": int(runner.need_gb * 1e9),
             "digest": runner.model.digest, "details": details(runner.model), "expires_at": expires_at,
             "size_vram": int(runner.vram_gb * 1e9), "context_length": engine.context_length(runner.options)}
+
+
+async def resident(node, exchange):
+    rows = [resident_row(node.engine, runner) for runner in node.engine.resident.values()]
+    exchange.send_json({"models": sorted(rows, key=lambda row: row["expires_at"], reverse=True)})
 
 
 async def show(node, exchange):
@@ -1362,6 +1362,13 @@ class Connection(NamedTuple):
     number: int             # order of arrival; sorting by it keeps runs repeatable
     task: asyncio.Task
     writer: asyncio.StreamWriter
+
+
+def refused_origin(head):
+    """Return whether CORS forbids the request: its origin is neither local nor the node."""
+    origin = head.fields.get("origin", "")
+    own = origin.partition("://")[2] == head.fields.get("host")
+    return bool(origin) and not own and not LOCAL_ORIGIN.fullmatch(origin)
 
 
 class SimNode:
@@ -1570,13 +1577,6 @@ class SimNode:
             raise Refused(status, text)
 
 
-def refused_origin(head):
-    """Return whether CORS forbids the request: its origin is neither local nor the node."""
-    origin = head.fields.get("origin", "")
-    own = origin.partition("://")[2] == head.fields.get("host")
-    return bool(origin) and not own and not LOCAL_ORIGIN.fullmatch(origin)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Simulated nodes for people
 # ------------------------------------------------------------------------------------------------------------
@@ -1602,6 +1602,14 @@ class PortTaken(Exception):
     """Another program listens there."""
 
 
+async def start_or_explain(node):
+    try:
+        await node.start()
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise PortTaken(f"port {node.port} is already in use" if taken else str(error)) from None
+
+
 async def serve(nodes):
     """Serve until SIGINT or SIGTERM. Raises PortTaken."""
     stopped = asyncio.Event()
@@ -1616,14 +1624,6 @@ async def serve(nodes):
     finally:
         for node in nodes:
             await node.stop()
-
-
-async def start_or_explain(node):
-    try:
-        await node.start()
-    except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        raise PortTaken(f"port {node.port} is already in use" if taken else str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1682,6 +1682,7 @@ CODE = """
 7434:46 1637:49 746:52 1687:54 295:57 21:60 2480:63 1002:67 1663:72 2705:76 3435:82 1915:90 1969:100
 2776:111 1333:128 581:153 2595:193 715:252 2276:470
 """
+
 
 def read_pairs(text):
     """Return [(prompt tokens, output tokens)] of a table above."""
@@ -2296,6 +2297,13 @@ MARKS = ('<svg class="defs" aria-hidden="true"><defs>'
          '<path id="mean" class="mean" d="M0 0l-7-11h14z"/></defs></svg>')
 
 
+def one_two_five(low, high):
+    """Return the numbers 1, 2, 5, 10, 20, ... from the last one <= low to the first one >= high."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return steps[bisect.bisect_right(steps, low) - 1:bisect.bisect_left(steps, high) + 1]
+
+
 class Axis(NamedTuple):
     """A horizontal scale in seconds."""
 
@@ -2319,13 +2327,6 @@ class Axis(NamedTuple):
         step_s = next(step for step in one_two_five(self.high_s / 100, self.high_s * 10)
                       if step * 6 >= self.high_s)
         return [step_s * number for number in range(int(self.high_s / step_s + 1e-6) + 1)]
-
-
-def one_two_five(low, high):
-    """Return the numbers 1, 2, 5, 10, 20, ... from the last one <= low to the first one >= high."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
-    return steps[bisect.bisect_right(steps, low) - 1:bisect.bisect_left(steps, high) + 1]
 
 
 def fitting_axis(times_s):
@@ -2572,17 +2573,6 @@ def priority_row_svg(one, axis, y_px):
     return f'<g class="{policy_class(one.policy)}">{dots}</g>'
 
 
-def priority_section(runs):
-    """Return latency by priority class, nothing if there is only one."""
-    classes = sorted({sample["priority"] for run in runs for sample in run["samples"]}, reverse=True)
-    if len(classes) < 2:
-        return ""
-    axis = fitting_axis([time_s for run in runs for time_s in latencies_s(run["samples"])])
-    figures = "".join(priority_figure(priority, runs, axis) for priority in classes)
-    return section("Latency by priority class", figures,
-                   "Dot: P50. Ring: P95. All on one scale. Failed requests count as never finished.")
-
-
 def priority_figure(priority, runs, axis):
     spreads = []
     for run in runs:
@@ -2594,6 +2584,17 @@ def priority_figure(priority, runs, axis):
     chart = svg_chart(height_px, label, axis_svg(axis, height_px) + rows)
     return (f'<figure><h3>Priority {escaped(priority)}</h3><div class="chart flat">{chart}</div>'
             f"{spread_legend(spreads)}</figure>")
+
+
+def priority_section(runs):
+    """Return latency by priority class, nothing if there is only one."""
+    classes = sorted({sample["priority"] for run in runs for sample in run["samples"]}, reverse=True)
+    if len(classes) < 2:
+        return ""
+    axis = fitting_axis([time_s for run in runs for time_s in latencies_s(run["samples"])])
+    figures = "".join(priority_figure(priority, runs, axis) for priority in classes)
+    return section("Latency by priority class", figures,
+                   "Dot: P50. Ring: P95. All on one scale. Failed requests count as never finished.")
 
 
 # Timeline.
@@ -2618,12 +2619,6 @@ def packed_lane(samples):
     return Lane(ordered, rows, len(free_at_s))
 
 
-def bars_svg(lane, axis, y_px, row_px):
-    """Return a bar per request: pale until the first token, full from there on."""
-    return "".join(bar_svg(sample, axis, y_px + 2 + row * row_px, max(row_px - 1, 1))
-                   for sample, row in zip(lane.samples, lane.rows))
-
-
 def bar_svg(sample, axis, y_px, height_px):
     left, right = axis.percent(sample["sent_s"]), axis.percent(sample["end_s"])
     first = axis.percent(sample["end_s"] if sample["first_s"] is None else sample["first_s"])
@@ -2638,6 +2633,12 @@ def bar_svg(sample, axis, y_px, height_px):
     if not sample["ok"]:
         parts.append(f'<use href="#failed" x="{right}%" y="{y_px + height_px / 2}"/>')
     return f'<g>{"".join(parts)}</g>'
+
+
+def bars_svg(lane, axis, y_px, row_px):
+    """Return a bar per request: pale until the first token, full from there on."""
+    return "".join(bar_svg(sample, axis, y_px + 2 + row * row_px, max(row_px - 1, 1))
+                   for sample, row in zip(lane.samples, lane.rows))
 
 
 def area_svg(lane, axis, y_px, most):
@@ -2673,24 +2674,6 @@ def lane_svg(node, lane, y_px, height_px, content):
             f'<rect class="lane" y="{y_px + TITLE_PX}" width="100%" height="{height_px}"/>{content}')
 
 
-def timeline_section(runs):
-    """Return one figure per policy, with the same nodes at the same heights and the same scales."""
-    names = {sample["node"] for run in runs for sample in run["samples"]}
-    nodes = sorted(names, key=lambda node: (not node, node))
-    lanes = [{node: packed_lane([sample for sample in run["samples"] if sample["node"] == node])
-              for node in nodes} for run in runs]
-    depths = {node: max(lane[node].depth for lane in lanes) for node in nodes}
-    as_bars = (max(len(run["samples"]) for run in runs) <= MOST_BARS
-               and max(depths.values(), default=0) <= MOST_ROWS)
-    axis = Axis(0, max([0.001] + [run["elapsed_s"] for run in runs]
-                       + [sample["end_s"] for run in runs for sample in run["samples"]]))
-    figures = "".join(timeline_figure(run, lane, depths, axis, as_bars) for run, lane in zip(runs, lanes))
-    about = ("A bar is a request from sent to end, pale until the first token. ×: failed." if as_bars else
-             "Requests in flight; full height is the node's highest peak under any policy. "
-             "Strokes at the bottom: failed requests, when they ended.")
-    return section("Timeline", figures, about + " Beside a node: its requests, and the most at a time.")
-
-
 def timeline_figure(run, lanes, depths, axis, as_bars):
     row_px = min(10, max(4, 60 // max(1, *depths.values()))) if depths else 0
     parts, y_px = [], 0
@@ -2708,6 +2691,24 @@ def timeline_figure(run, lanes, depths, axis, as_bars):
     return (f'<figure class="{policy_class(run["policy"])}"><h3>{policy_key(run["policy"])}</h3>'
             f'<figcaption class="about">{escaped(about)}</figcaption>'
             f'<div class="chart flat">{chart}</div></figure>')
+
+
+def timeline_section(runs):
+    """Return one figure per policy, with the same nodes at the same heights and the same scales."""
+    names = {sample["node"] for run in runs for sample in run["samples"]}
+    nodes = sorted(names, key=lambda node: (not node, node))
+    lanes = [{node: packed_lane([sample for sample in run["samples"] if sample["node"] == node])
+              for node in nodes} for run in runs]
+    depths = {node: max(lane[node].depth for lane in lanes) for node in nodes}
+    as_bars = (max(len(run["samples"]) for run in runs) <= MOST_BARS
+               and max(depths.values(), default=0) <= MOST_ROWS)
+    axis = Axis(0, max([0.001] + [run["elapsed_s"] for run in runs]
+                       + [sample["end_s"] for run in runs for sample in run["samples"]]))
+    figures = "".join(timeline_figure(run, lane, depths, axis, as_bars) for run, lane in zip(runs, lanes))
+    about = ("A bar is a request from sent to end, pale until the first token. ×: failed." if as_bars else
+             "Requests in flight; full height is the node's highest peak under any policy. "
+             "Strokes at the bottom: failed requests, when they ended.")
+    return section("Timeline", figures, about + " Beside a node: its requests, and the most at a time.")
 
 
 # Page.
@@ -2843,6 +2844,16 @@ async def one_by_one(scenario, hardware, seed):
     return loop.time() - start_s
 
 
+def makespan_bound_s(scenario, seed):
+    """Return a lower bound of the time to the last answer: all work pooled, or the longest request alone.
+
+    At nominal speed: the nodes' noise of 8 % can undercut it a little.
+    """
+    names, works = CLUSTERS[scenario.cluster], make_work(scenario, seed)
+    longest_s = max(fastest_solo_s(names, work) for work in works)
+    return max(sum(pooled_s(names, work) for work in works), longest_s)
+
+
 def agents_table(counts, clusters, seed):
     """Return rows of text: makespan of parallel agents against the same calls one after the other."""
     rows = [["agents/cluster", "one by one, fastest", "median node", *PLAIN, "SOLLOL", "to fastest", "to median",
@@ -2859,16 +2870,6 @@ def agents_table(counts, clusters, seed):
                          f"{makespan_bound_s(scenario, seed):.1f}"])
             say(f"{scenario.name} done")
     return rows
-
-
-def makespan_bound_s(scenario, seed):
-    """Return a lower bound of the time to the last answer: all work pooled, or the longest request alone.
-
-    At nominal speed: the nodes' noise of 8 % can undercut it a little.
-    """
-    names, works = CLUSTERS[scenario.cluster], make_work(scenario, seed)
-    longest_s = max(fastest_solo_s(names, work) for work in works)
-    return max(sum(pooled_s(names, work) for work in works), longest_s)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3129,16 +3130,6 @@ async def measure_overhead(options):
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-def report_of(options, scenario, runs, bound):
-    """Return everything about a comparison as plain data, for JSON and HTML."""
-    return {
-        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
-        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
-        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
-                  "samples": [sample._asdict() for sample in run.samples]} for run in runs],
-        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
-
-
 def remarks(scenario, runs, bound):
     """Return what a reader must know of these figures, in sentences."""
     mine = figures(runs[-1])
@@ -3150,6 +3141,16 @@ def remarks(scenario, runs, bound):
     if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
         notes.append("These nodes are equal: there is little to gain by choosing among them.")
     return notes
+
+
+def report_of(options, scenario, runs, bound):
+    """Return everything about a comparison as plain data, for JSON and HTML."""
+    return {
+        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
+        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
+        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
+                  "samples": [sample._asdict() for sample in run.samples]} for run in runs],
+        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
 
 
 def print_report(report, runs):
@@ -3183,6 +3184,27 @@ def finish(options, scenario, runs, bound):
         write_file(options.html, html_page(report))
 
 
+def read_trace(path):
+    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+    except (KeyError, ValueError, TypeError):
+        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
+    if not pairs:
+        raise BadArgument(f"{path}: it has no rows")
+    return pairs
+
+
+def agree(scenario, runs, seed):
+    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
+    print("\nMean latency on the wall clock, over the virtual clock's:")
+    for run, other in zip(runs, simulate(scenario, seed), strict=True):
+        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
+
+
 def compare(options):
     """Compare all policies on the default scenario, or another one."""
     named = {scenario.name: scenario for scenario in MATRIX}
@@ -3207,27 +3229,6 @@ def compare(options):
     if options.realtime and len(runs) == 3:
         agree(scenario, runs, options.seed)
     return 0
-
-
-def agree(scenario, runs, seed):
-    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
-    print("\nMean latency on the wall clock, over the virtual clock's:")
-    for run, other in zip(runs, simulate(scenario, seed), strict=True):
-        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
-
-
-def read_trace(path):
-    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
-    except OSError as error:
-        raise BadArgument(f"{path}: {error.strerror}") from None
-    except (KeyError, ValueError, TypeError):
-        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
-    if not pairs:
-        raise BadArgument(f"{path}: it has no rows")
-    return pairs
 
 
 def positive(text):
