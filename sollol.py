@@ -834,7 +834,7 @@ class Breaker:
 
     FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
 
-    def __init__(self, threshold=1):
+    def __init__(self, threshold=2):
         self.threshold = threshold  # failures in a row that open it
         self.failures = 0
         self.until_s = 0.0
@@ -886,6 +886,11 @@ def row_bytes(row, key):
     """Return a size in a row of /api/tags or /api/ps, 0 if it has none."""
     value = row.get(key)
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0.0
+
+
+def row_vram_bytes(row):
+    """Return what a model in a row of /api/ps takes on the card; all of it where the row does not tell."""
+    return row_bytes(row, "size_vram") or row_bytes(row, "size")
 
 
 class Prefixes:
@@ -949,7 +954,7 @@ class Runner:
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
-    breaker: Breaker = field(default_factory=lambda: Breaker(2))    # answers 500 for this model
+    breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
 
 @dataclass(slots=True, eq=False)
@@ -967,7 +972,7 @@ class Node:
     draining: bool = False
     calibrated: bool = False        # measured, or being measured, since it came up
     misses: int = 0                 # probes in a row without an answer
-    breaker: Breaker = field(default_factory=lambda: Breaker(2))
+    breaker: Breaker = field(default_factory=Breaker)
     suspect: bool = False
     heard_s: float = 0.0            # last byte of any inference answer
     stalled_s: float = -math.inf    # last time it was found to stand still
@@ -996,6 +1001,10 @@ class Node:
         if not self.up or self.breaker.state(now) == "open":
             return "down"
         return "suspect" if self.suspect else "up"
+
+    def is_alive(self, now):
+        """Tell whether it can be expected to answer: up, or no worse than suspect."""
+        return self.state(now) in ("up", "suspect")
 
 
 @dataclass(slots=True, eq=False)
@@ -1047,6 +1056,10 @@ class Timings(NamedTuple):
     def hidden_wait_s(self):
         """Time spent in the node's own queue, with templating and tokenising."""
         return self.total_s - self.load_s - self.prompt_s - self.output_s
+
+    def show_a_wait(self, took_s):
+        """Tell whether the hidden wait of a request that took so long is more than noise."""
+        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s
 
 
 TIMING = re.compile(rb'"(total_duration|load_duration|prompt_eval_duration|prompt_eval_count|eval_duration|eval_count'
@@ -1233,6 +1246,7 @@ def cached_tokens(runner, demand):
 class Prediction(NamedTuple):
     """What would become of a request on a node, in seconds from now."""
 
+    demand: Demand
     finish_s: float                 # with what it costs others: what nodes are compared by
     start_s: float                  # a slot is free and the model there
     ready_s: float                  # the model is there
@@ -1258,16 +1272,17 @@ def predict(runner, demand, lane_s, now):
                         for other in node.busy for lease in other.leases) / len(node.busy)
     if loads and (runner.ready_s is not None or must_evict(runner)):
         finish_s += load_s(runner)                  # swap: what was evicted will have to come back
-    return Prediction(finish_s, start_s, ready_s, prefill, decode, slow, new_tokens, loads)
+    return Prediction(demand, finish_s, start_s, ready_s, prefill, decode, slow, new_tokens, loads)
 
 
-def patience_s(runner, demand, prediction):
+def patience_s(runner, prediction):
     """Return how long a request may show no byte before its node is doubted; generous while speeds are unmeasured.
 
     An answer that does not stream shows nothing before its end, so a long one is allowed for.
     """
-    tokens = max(8 * demand.output_tokens, LONG_ANSWER_TOKENS)
-    tokens = 0 if demand.wants.stream else min(tokens, demand.wants.max_output or tokens)
+    wants = prediction.demand.wants
+    tokens = max(8 * prediction.demand.output_tokens, LONG_ANSWER_TOKENS)
+    tokens = 0 if wants.stream else min(tokens, wants.max_output or tokens)
     first_s = prediction.start_s + (prediction.prefill_s + tokens * decode_s(runner)) * prediction.slow
     return min(max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)), MOST_PATIENCE_S)
 
@@ -1370,6 +1385,11 @@ class Room:
 ALL_FAILED = 502, "every node that could answer has failed"
 
 
+def untried(nodes, tried, now):
+    """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
+    return [node for node in nodes if node.name not in tried and node.is_alive(now)]
+
+
 def explain(candidates, chosen):
     """Return why a node was chosen, in a few words."""
     if len(candidates) == 1:
@@ -1428,17 +1448,19 @@ class Dispatcher:
 
     def retry(self, ticket, now):
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
-        if len(ticket.tried) >= MAX_ATTEMPTS or not self.untried(ticket, now):
+        if len(ticket.tried) >= MAX_ATTEMPTS or self.is_hopeless(ticket, now):
             return False
         ticket.since_s = now
         self.queue.push(ticket)
         return True
 
-    def untried(self, ticket, now):
-        """Return the nodes, up but perhaps busy, that could still serve a ticket."""
-        holders = self.holders.get(ticket.wants.model)
-        nodes = [runner.node for runner in holders] if holders else self.nodes.values()
-        return [node for node in nodes if node.name not in ticket.tried and node.state(now) in ("up", "suspect")]
+    def nodes_for(self, model):
+        """Return the nodes that have a model; all of them if none is known to."""
+        return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
+
+    def is_hopeless(self, ticket, now):
+        """Tell whether no node is left that could serve a ticket."""
+        return not untried(self.nodes_for(ticket.wants.model), ticket.tried, now)
 
     def refuse(self, ticket, refusal):
         """Take a waiting ticket out with the answer that its client gets."""
@@ -1480,7 +1502,7 @@ class Dispatcher:
             holders = self.holders.get(model)
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
-            elif not any(runner.node.state(now) in ("up", "suspect") for runner in holders):
+            elif not any(runner.node.is_alive(now) for runner in holders):
                 self.refuse_all(turn, model, f"every node that has {model} is down")
         if not self.pick:
             self.bind_late(turn)
@@ -1490,8 +1512,7 @@ class Dispatcher:
         """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
         if any(not node.probed for node in self.nodes.values()):
             return
-        nodes = [runner.node for runner in self.holders.get(model, ())] or self.nodes.values()
-        pauses_s = [node.breaker.until_s - turn.now for node in nodes if node.up]
+        pauses_s = [node.breaker.until_s - turn.now for node in self.nodes_for(model) if node.up]
         refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
         while entry := self.queue.first(model):
             turn.refused.append(self.refuse(entry[2], refusal))
@@ -1503,13 +1524,12 @@ class Dispatcher:
         """
         if not holders and any(not (node.indexed or node.probed and not node.up) for node in self.nodes.values()):
             return                  # somebody may have it; wait for the answer
-        nodes = [runner.node for runner in holders] if holders else list(self.nodes.values())
+        nodes = self.nodes_for(model)
         if not holders and model and is_cloud(model):
             nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
         while entry := self.queue.first(model):
             ticket = entry[2]
-            alive = [node for node in nodes if node.name not in ticket.tried
-                     and node.state(turn.now) in ("up", "suspect")]
+            alive = untried(nodes, ticket.tried, turn.now)
             free = [node for node in alive if node.breaker.allows(turn.now)]
             if alive and not free:
                 return              # all are half-open, their one trial running
@@ -1563,7 +1583,7 @@ class Dispatcher:
                                           chosen.prediction))
             self.decisions.append(Decision(turn.now, ticket.id, ticket.wants.model, chosen.node.name,
                                            [(it.node.name, it.finish_s) for it in candidates]))
-        elif candidates or self.untried(ticket, turn.now):
+        elif candidates or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
             room.looks_left -= 1
             chosen = candidates[0] if candidates else None
@@ -1599,7 +1619,7 @@ class Dispatcher:
 
     def place(self, id, wants, tried, now):
         """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
-        up = [node for node in self.nodes.values() if node.state(now) in ("up", "suspect") and node.name not in tried]
+        up = untried(self.nodes.values(), tried, now)
         if not up:
             if tried:
                 raise Refusal(*ALL_FAILED)
@@ -1638,15 +1658,14 @@ class Dispatcher:
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
         runner, wants = lease.runner, lease.ticket.wants
-        demand = self.estimates.demand(wants)
-        it = prediction or predict(runner, demand, Lanes(runner, now).first_s(), now)
+        it = prediction or predict(runner, self.estimates.demand(wants), Lanes(runner, now).first_s(), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
-        lease.prompt_tokens, lease.output_tokens, lease.new_tokens = (demand.prompt_tokens, demand.output_tokens,
-                                                                      it.new_tokens)
+        lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
+        lease.new_tokens = it.new_tokens
         unseen_s = it.prefill_s + (0.0 if wants.stream else it.decode_s)
         lease.predicted_first_s = now + it.start_s + unseen_s * it.slow
         lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
-        lease.patience_s = patience_s(runner, demand, it)
+        lease.patience_s = patience_s(runner, it)
         lease.start_progress_s = runner.progress_s
 
     def believe_loaded(self, runner, wants, ready_s):
@@ -1735,10 +1754,10 @@ class Dispatcher:
 
     def learn_slots(self, lease, timings, took_s, now):
         """Take an answer as proof or disproof that `lease.nth` requests run at once."""
-        runner, wait_s = lease.runner, timings.hidden_wait_s
+        runner = lease.runner
         if lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
-        if wait_s < HIDDEN_WAIT_S + 0.02 * took_s:
+        if not timings.show_a_wait(took_s):
             if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
                 self.prove_slots(runner, lease.nth)
             runner.waits = 0
@@ -1824,11 +1843,11 @@ class Dispatcher:
             else:
                 node = Node(line)
             self.nodes[line.name] = node
-        for node in old.values():
-            node.draining = node.draining or self.nodes.get(node.name) is not node
-        self.reindex()
         dropped = [node for node in old.values() if self.nodes.get(node.name) is not node]
+        for node in dropped:
+            node.draining = True
         self.leaving += dropped
+        self.reindex()
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
     def reindex(self):
@@ -1906,14 +1925,14 @@ class Dispatcher:
         for runner in node.runners.values():
             row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
             if row:
-                runner.vram_bytes = row_bytes(row, "size_vram") or row_bytes(row, "size")
+                runner.vram_bytes = row_vram_bytes(row)
                 if runner.ready_s is None:
                     runner.ready_s, runner.options = now, None
                     new.append(runner)
             elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
                 gone.append(runner)
                 self.believe_unloaded(runner)
-        held_bytes = sum(row_bytes(row, "size_vram") or row_bytes(row, "size") for row in rows)
+        held_bytes = sum(map(row_vram_bytes, rows))
         node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
         if gone and new:            # one came and another went: together they did not fit
             node.vram_limit_bytes = held_bytes + min(runner.vram_bytes for runner in gone)
@@ -1993,7 +2012,7 @@ class Dispatcher:
         timings = [it for it in answers if it.output_tokens >= 4 and it.output_s > 1e-4]
         if not timings:
             return
-        together = sum(1 for it in timings if it.hidden_wait_s < HIDDEN_WAIT_S + 0.02 * it.total_s)
+        together = sum(1 for it in timings if not it.show_a_wait(it.total_s))
         if len(timings) > 1:
             self.prove_slots(runner, together)
             if together < len(timings):
@@ -2116,12 +2135,6 @@ class NodeConnection(asyncio.Protocol):
             sink.data(data)
         if self.failure is not None:
             sink.lost()
-
-    def pause_reading(self):
-        self.transport.pause_reading()
-
-    def resume_reading(self):
-        self.transport.resume_reading()
 
 
 # The gateway's own lack of sockets: no fault of the node.
@@ -2310,7 +2323,7 @@ class Relay(Sink):
         self.bytes = 0
 
     def start(self):
-        self.client.source = self.connection
+        self.client.source = self.connection.transport
         super().start()
 
     def write(self, data):
@@ -2433,7 +2446,7 @@ class ClientConnection(asyncio.Protocol):
         self.address = ""
         self.buffer = bytearray()
         self.sink = None            # an Upload that takes the bytes as they come
-        self.source = None          # the NodeConnection that is not read while this socket's buffer is full
+        self.source = None          # the node's transport, not read while this socket's buffer is full
         self.waiter = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
         self.overdue = self.reading = False
@@ -2569,14 +2582,18 @@ class ClientConnection(asyncio.Protocol):
         del self.buffer[:end]
         return parse_request(raw)
 
+    def invite(self, head):
+        """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
+        if head.expects_continue and not self.buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     async def read_body(self, head, limit):
         """Return the whole body of a request. Raises Refusal(413) over `limit` bytes, ClientGone if it is cut short."""
         if head.length == 0:
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        if head.expects_continue and not self.buffer:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.invite(head)
         if head.length is not None:
             while len(self.buffer) < head.length:
                 await self.more(BODY_PAUSE_S)
@@ -2645,6 +2662,13 @@ def request_id(head, rng):
     return f"{rng.getrandbits(64):016x}"
 
 
+def connection_lines(head, keep):
+    """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
+    if not keep:
+        return [b"Connection: close"]
+    return [b"Connection: keep-alive"] if head.version == 0 else []
+
+
 def answer_locally(client, head, record, status, body, content_type=b"application/json", extra=(), close=False):
     """Write an answer of the gateway's own; tell whether the connection stays open."""
     keep = head is not None and head.keep_alive and not close
@@ -2653,10 +2677,7 @@ def answer_locally(client, head, record, status, body, content_type=b"applicatio
     if record:
         lines.append(b"X-Request-Id: " + record.id.encode())
         record.status, record.bytes = status, len(body)
-    if not keep:
-        lines.append(b"Connection: close")
-    elif head.version == 0:
-        lines.append(b"Connection: keep-alive")
+    lines += connection_lines(head, keep)
     is_head = head is not None and head.method == "HEAD"
     client.write(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if is_head else body))
     return keep
@@ -2711,11 +2732,7 @@ def choose_framing(head, answer, keep):
         framing, lines = Framing.CHUNKED, [b"Transfer-Encoding: chunked"]
     else:                           # RFC 9112 7: no chunked coding to HTTP/1.0
         framing, lines, keep = Framing.CLOSE, [], False
-    if not keep:
-        lines.append(b"Connection: close")
-    elif head.version == 0:
-        lines.append(b"Connection: keep-alive")
-    return framing, lines, keep
+    return framing, lines + connection_lines(head, keep), keep
 
 
 class NodeRefused(Exception):
@@ -2823,12 +2840,10 @@ async def serve_inference(gateway, client, head, body, wants, record):
                 last = refused
                 if refused.kind is None:
                     break
-                dispatcher.fail(lease, refused.kind, loop.time())
-                gateway.note_failure(lease.node, refused)
+                gateway.blame(lease, refused)
             except NodeFailure as failure:
                 last = last if isinstance(last, NodeRefused) else Refusal(502, f"{lease.node.name}: {failure}")
-                dispatcher.fail(lease, failure.kind, loop.time())
-                gateway.note_failure(lease.node, failure)
+                gateway.blame(lease, failure)
             finally:
                 dispatcher.release(lease, loop.time())
             if not dispatcher.retry(ticket, loop.time()):
@@ -2852,8 +2867,7 @@ async def serve_control(gateway, client, head, body, wants, record):
         except NodeRefused as refused:
             return answer_refused(client, head, record, refused)
         except NodeFailure as failure:
-            dispatcher.fail(lease, failure.kind, loop.time())
-            gateway.note_failure(lease.node, failure)
+            gateway.blame(lease, failure)
             tried.add(lease.node.name)
             if failure.kind != "refused" and not wants.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
@@ -2877,8 +2891,7 @@ async def serve_upload(gateway, client, head, record):
         client.pause_reading()      # until the Upload takes the bytes
         connection = await pool.connect()
         lease.abandon = connection.fail
-        if head.expects_continue and not client.buffer:
-            client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        client.invite(head)
         connection.transport.write(render_request(head, lease.node.settings, head.length))
         upload = Upload(client, connection, head.length)
         upload.start()
@@ -2888,8 +2901,7 @@ async def serve_upload(gateway, client, head, record):
         clean = clean and upload.body.done
         return keep
     except NodeFailure as failure:
-        dispatcher.fail(lease, failure.kind, loop.time())
-        gateway.note_failure(lease.node, failure)
+        gateway.blame(lease, failure)
         raise Refusal(502, f"{lease.node.name}: {failure}", close=True) from None
     finally:
         client.sink, client.deadline_s = None, math.inf
@@ -3127,7 +3139,6 @@ async def probe(gateway, node):
         if answered:
             dispatcher.index_failed(node)
         elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-
             dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
     note_state(gateway, node, why)
     gateway.pump()
@@ -3204,7 +3215,7 @@ async def check(gateway, node):
 def answer_health(gateway):
     """Answer /api/health: 200 while at least one node is up."""
     now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
-    up = sum(1 for node in nodes if node.state(now) in ("up", "suspect"))
+    up = sum(1 for node in nodes if node.is_alive(now))
     status = "down" if not up else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
@@ -3580,9 +3591,10 @@ class Gateway:
             task = self.chores[node] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.chores.pop(node, None))
 
-    def note_failure(self, node, failure):
-        """Log that a node failed a request."""
-        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": str(failure)})
+    def blame(self, lease, failure):
+        """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
+        self.dispatcher.fail(lease, failure.kind, self.loop.time())
+        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
 
     def log_request(self, record):
         """Log a finished request, a moment later and together with others: that is much cheaper."""
