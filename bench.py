@@ -5,6 +5,8 @@
     python bench.py --matrix                    # all scenarios: clusters, loads, models, bursts, faults; minutes
     python bench.py --agents 10,40              # parallel agents against one call after the other
     python bench.py --check                     # are the claims true? exit status 1 if one is not
+    python bench.py --overhead                  # small calls beside nginx and HAProxy, on the wall clock
+    python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
     python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
     python bench.py --nodes 3 --port 11434      # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
 
@@ -24,21 +26,28 @@ import csv
 import datetime
 import email.utils
 import errno
+import functools
 import hashlib
 import heapq
 import html
 import http.client
+import importlib.util
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import tempfile
+import time
 import urllib.parse
 from typing import Callable, NamedTuple
 
@@ -3127,6 +3136,388 @@ async def measure_overhead(options):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Weight: what does the gateway cost, beside proxies written in C?
+#
+# The same requests to the same node through each contender, in turn (A B C A B C), in slices of a second or two, so
+# that a change of the machine's speed hits all of them. The node computes nothing: it answers small calls at once and
+# streams at a fixed rate, and with it the clients are as light as Python allows, or one would measure them. CPU time is
+# the operating system's account of the process. nginx and HAProxy run with one worker, where they are installed; the
+# pump is what Python costs at the least: bytes from socket to socket, nothing parsed, nothing decided.
+# ------------------------------------------------------------------------------------------------------------
+
+TOKENS_PER_S = 50                   # of one stream
+STREAM_S = 4.0                      # how long one lasts
+SLICE_S = 2.0
+ROUNDS = 5
+NODE_SLOTS = 64                     # the most that a line of hosts.txt may say
+FULL_LENGTH = re.compile(rb"content-length: *(\d+)", re.I)
+LIGHT_TAGS = json.dumps({"models": [{"name": "llama3.2:latest", "model": "llama3.2:latest", "size": 2 * 10**9}]})
+LIGHT_ANSWERS = {b"/api/version": b'{"version":"0.33.0"}', b"/api/tags": LIGHT_TAGS.encode(),
+                 b"/api/ps": LIGHT_TAGS.encode()}
+LIGHT_STATS = (b'"done":true,"done_reason":"stop","total_duration":52000000,"load_duration":1000000,"prompt_eval_count":26,'
+               b'"prompt_eval_duration":20000000,"eval_count":9,"eval_duration":30000000}')
+LIGHT_LEAD = b'{"model":"llama3.2","created_at":"2026-01-01T00:00:00.000000Z","message":{"role":"assistant","content":"'
+LIGHT_OBJECT = LIGHT_LEAD + b'A short answer, all at once."},' + LIGHT_STATS
+LIGHT_TOKEN = sollol.chunk(LIGHT_LEAD + b' token"},"done":false}\n')
+LIGHT_LAST = sollol.chunk(LIGHT_LEAD + b'"},' + LIGHT_STATS + b"\n") + sollol.LAST_CHUNK
+
+
+class LightNode(asyncio.Protocol):
+    """Answer as an Ollama node, from constants: objects at once, streams of TOKENS_PER_S for `num_predict` tokens."""
+
+    def connection_made(self, transport):
+        self.transport, self.buffer, self.timer = transport, b"", None
+        self.loop = asyncio.get_running_loop()
+
+    def connection_lost(self, exc):
+        if self.timer:
+            self.timer.cancel()
+
+    def data_received(self, data):
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n") + 4
+        length = FULL_LENGTH.search(self.buffer, 0, end)
+        whole = end + (int(length[1]) if length else 0)
+        if end < 4 or len(self.buffer) < whole:
+            return
+        body, path = self.buffer[end:whole], self.buffer[:end].split(b" ", 2)[1]
+        self.buffer = self.buffer[whole:]
+        if b'"stream": true' in body:
+            self.tokens = int(re.search(rb'"num_predict": (\d+)', body)[1])
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+                                 b"Transfer-Encoding: chunked\r\n\r\n" + LIGHT_TOKEN)
+            self.due_s = self.loop.time() + 1 / TOKENS_PER_S
+            self.timer = self.loop.call_at(self.due_s, self.token)
+        else:
+            answer = LIGHT_ANSWERS.get(path, LIGHT_OBJECT)
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\n"
+                                 b"Date: Thu, 01 Jan 2026 00:00:00 GMT\r\nContent-Length: %d\r\n\r\n%b" % (
+                                     len(answer), answer))
+
+    def token(self):
+        self.tokens -= 1
+        if self.tokens <= 1:
+            self.transport.write(LIGHT_LAST)
+            return
+        self.transport.write(LIGHT_TOKEN)
+        self.due_s += 1 / TOKENS_PER_S
+        self.timer = self.loop.call_at(self.due_s, self.token)
+
+
+class Pump(asyncio.Protocol):
+    """Hand bytes on between a client and a node: the least that a proxy in Python can do."""
+
+    def __init__(self, address, other=None):
+        self.address, self.other, self.early = address, other, b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+        if self.other is None:
+            loop = asyncio.get_running_loop()
+            self.opening = loop.create_task(loop.create_connection(lambda: Pump(None, self), *self.address))
+        else:
+            self.other.other = self
+            transport.write(self.other.early)
+
+    def data_received(self, data):
+        if self.other is None:
+            self.early += data
+        else:
+            self.other.transport.write(data)
+
+    def connection_lost(self, exc):
+        if self.other is not None:
+            self.other.transport.close()
+
+
+async def serve_light(protocol, *address):
+    """Serve a LightNode or a Pump until killed; print the port."""
+    server = await asyncio.get_running_loop().create_server(functools.partial(protocol, *address), "127.0.0.1", 0,
+                                                            backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+class Contender(NamedTuple):
+    """A proxy under test, or the node itself."""
+
+    name: str
+    port: int
+    process: subprocess.Popen
+
+    def cpu_s(self):
+        """Return the CPU seconds that the process has used, user and system."""
+        text = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_mib(self):
+        """Return the memory that the process holds now."""
+        return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
+
+
+class Calls(asyncio.Protocol):
+    """Make one small call after the other on a connection; keep the round-trip times."""
+
+    def __init__(self, requests):
+        self.requests, self.times_s, self.buffer = requests, [], b""
+        self.over = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.send()
+
+    def send(self):
+        self.sent_s = time.perf_counter()
+        self.transport.write(next(self.requests))
+
+    def data_received(self, data):
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n") + 4
+        length = FULL_LENGTH.search(self.buffer, 0, end)
+        if end < 4 or len(self.buffer) < end + int(length[1]):
+            return
+        if self.buffer[9:12] != b"200":
+            raise BadArgument(f"a proxy answered {self.buffer[:200]!r}")
+        self.buffer = b""
+        self.times_s.append(time.perf_counter() - self.sent_s)
+        if not self.over.done():
+            self.send()
+
+    def connection_lost(self, exc):
+        if not self.over.done():
+            self.over.set_exception(exc or BadArgument("a proxy closed its connection"))
+
+
+class Listening(asyncio.Protocol):
+    """Ask for a stream and listen to its end; `over` holds (tokens, gaps between them in seconds)."""
+
+    def __init__(self, request):
+        self.request, self.tokens, self.gaps_s, self.last_s, self.tail = request, 0, [], None, b""
+        self.loop = asyncio.get_running_loop()
+        self.over = self.loop.create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.write(self.request)
+
+    def data_received(self, data):
+        now_s = time.perf_counter()
+        if self.last_s is not None:
+            self.gaps_s.append(now_s - self.last_s)
+        self.last_s = now_s
+        self.tokens += data.count(b"}\n")
+        if data.endswith(b"0\r\n\r\n") and not self.over.done():
+            self.over.set_result((self.tokens, self.gaps_s))
+            self.transport.close()
+
+    def connection_lost(self, exc):
+        if not self.over.done():
+            self.over.set_exception(exc or BadArgument("a proxy broke off a stream"))
+
+
+def post_chat(number, **fields):
+    """Return a whole chat request as a client sends it; its size differs from one to the next."""
+    content = f"Question {number}: what is the answer?" + " And why?" * (number % 13)
+    body = json.dumps({"model": "llama3.2", "messages": [{"role": "user", "content": content}], **fields}).encode()
+    return (b"POST /api/chat HTTP/1.1\r\nHost: localhost:8000\r\nAccept: application/json\r\nUser-Agent: light/1\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+async def small_calls(contender, connections, span_s):
+    """Make small calls for a while; return (requests/s, median round trip in s, CPU seconds a request)."""
+    loop = asyncio.get_running_loop()
+    requests = itertools.cycle([post_chat(number, stream=False) for number in range(97)])
+    start_s, cpu_s = time.perf_counter(), contender.cpu_s()
+    callers = [(await loop.create_connection(lambda: Calls(requests), "127.0.0.1", contender.port))[1]
+               for _ in range(connections)]
+    await asyncio.wait([caller.over for caller in callers], timeout=span_s)
+    for caller in callers:
+        if caller.over.done():
+            caller.over.result()
+        caller.over.cancel()
+        caller.transport.abort()
+    times_s = sorted(itertools.chain.from_iterable(caller.times_s for caller in callers))
+    return (len(times_s) / (time.perf_counter() - start_s), share_of(times_s, 0.5),
+            (contender.cpu_s() - cpu_s) / len(times_s))
+
+
+async def many_streams(contender, count):
+    """Listen to `count` streams at once; return (tokens, P99 gap in s, CPU seconds a token, MiB held)."""
+    loop = asyncio.get_running_loop()
+    cpu_s, listeners = contender.cpu_s(), []
+    for number in range(count):     # begun over one gap, so that tokens do not come in step
+        request = post_chat(number, stream=True, options={"num_predict": round(STREAM_S * TOKENS_PER_S)})
+        listeners.append(loop.create_connection(lambda request=request: Listening(request), "127.0.0.1",
+                                                contender.port))
+    opened = await asyncio.gather(*listeners)
+    found = asyncio.gather(*(listener.over for _, listener in opened))
+    await asyncio.sleep(STREAM_S / 2)
+    held_mib = contender.resident_mib()
+    found = await found
+    tokens = sum(one for one, _ in found)
+    gaps_s = sorted(itertools.chain.from_iterable(gaps for _, gaps in found))
+    return tokens, share_of(gaps_s, 0.99), (contender.cpu_s() - cpu_s) / tokens, held_mib
+
+
+NGINX_CONF = """\
+daemon off; master_process off; worker_processes 1; worker_rlimit_nofile 16384;
+pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 8192; }}
+http {{
+  access_log {folder}/access.log; keepalive_requests 1000000000;
+  client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+  uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  upstream node {{ server 127.0.0.1:{node}; keepalive 1024; keepalive_requests 1000000000; }}
+  server {{ listen 127.0.0.1:{port} backlog=4096;
+    location / {{ proxy_pass http://node; proxy_http_version 1.1; proxy_set_header Connection "";
+                  proxy_buffering off; }} }}
+}}
+"""
+HAPROXY_CONF = """\
+global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode http
+  http-reuse always
+  timeout connect 5s
+  timeout client 300s
+  timeout server 300s
+listen gateway
+  bind 127.0.0.1:{port} backlog 4096
+  server node 127.0.0.1:{node}
+"""
+
+
+def free_port():
+    """Return a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def begin_process(stack, argv, **more):
+    """Start a process that ends with `stack`."""
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=pathlib.Path(__file__).parent, **more)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+def light_process(stack, name, call):
+    """Start a LightNode or a Pump as a process; return its Contender."""
+    program = f"import asyncio, bench, sollol; sollol.new_loop(True).run_until_complete({call})"
+    process = begin_process(stack, [sys.executable, "-c", program], stdout=subprocess.PIPE)
+    return Contender(name, int(process.stdout.readline()), process)
+
+
+def proxy_process(stack, name, argv, config, node):
+    """Start nginx or HAProxy in front of a node, if it is installed; return its Contender or None."""
+    if not shutil.which(argv[0], path=os.environ.get("PATH", "") + ":/usr/sbin"):
+        return None
+    folder, port = stack.enter_context(tempfile.TemporaryDirectory()), free_port()
+    path = pathlib.Path(folder, "config")
+    path.write_text(config.format(folder=folder, port=port, node=node.port))
+    return Contender(name, port, begin_process(stack, [*argv, str(path)], stdout=subprocess.DEVNULL))
+
+
+def sollol_process(stack, name, node, count, *flags):
+    """Start SOLLOL in front of `count` names of a node; return its Contender."""
+    port = free_port()
+    argv = [sys.executable, "sollol.py", "--port", str(port), "--max-queue", "20000", "--max-connections", "20000", *flags]
+    for number in range(count):
+        argv += ["--node", f"http://127.0.0.1:{node.port} name=n{number} slots={NODE_SLOTS}"]
+    return Contender(name, port, begin_process(stack, argv, stdout=subprocess.DEVNULL))
+
+
+async def first_answer_s(contender, patience_s=10.0):
+    """Wait until a contender answers; return how long that took, in seconds. Raises BadArgument."""
+    start_s = time.perf_counter()
+    while time.perf_counter() - start_s < patience_s:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await Caller("127.0.0.1", contender.port).call(b'{"model": "llama3.2", "messages": [], "stream": false}')
+            return time.perf_counter() - start_s
+        await asyncio.sleep(0.002)
+    raise BadArgument(f"{contender.name} does not answer")
+
+
+async def contenders(stack, nodes):
+    """Start the node and every proxy that is installed, SOLLOL in front of `nodes` names of it."""
+    node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
+    found = [node,
+             proxy_process(stack, "nginx", ["nginx", "-c"], NGINX_CONF, node),
+             proxy_process(stack, "HAProxy", ["haproxy", "-db", "-f"], HAPROXY_CONF, node),
+             light_process(stack, "pump", f"bench.serve_light(bench.Pump, ('127.0.0.1', {node.port}))"),
+             sollol_process(stack, "SOLLOL", node, nodes)]
+    if importlib.util.find_spec("uvloop"):
+        found.append(sollol_process(stack, "on asyncio", node, nodes, "--no-uvloop"))
+    found = [one for one in found if one]
+    for contender in found:
+        await first_answer_s(contender)
+    return found
+
+
+def middle(values):
+    """Return the median."""
+    return share_of(sorted(values), 0.5)
+
+
+def ratio_column(rows, base, value):
+    """Return the median over rounds of a contender's value over the base's in the same round, by contender."""
+    return {name: middle(value(one) / value(two) for one, two in zip(rows[name], rows[base], strict=True))
+            for name in rows}
+
+
+def run_quick(coroutine):
+    """Run a coroutine on uvloop, if it is there."""
+    with asyncio.Runner(loop_factory=lambda: sollol.new_loop(True)) as runner:
+        return runner.run(coroutine)
+
+
+async def measure_weight(rounds=ROUNDS, span_s=SLICE_S):
+    """Measure small calls through every contender, in turn; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        found = await contenders(stack, nodes=3)
+        many, one = collections.defaultdict(list), collections.defaultdict(list)
+        for turn in range(rounds):
+            for it in found:
+                many[it.name].append(await small_calls(it, 32, span_s))
+                one[it.name].append(await small_calls(it, 1, span_s / 2))
+            say(f"{turn + 1} of {rounds} rounds")
+    base = next(name for name in ("nginx", "HAProxy", "pump") if name in many)
+    rates, trips = ratio_column(many, base, lambda it: it[0]), ratio_column(one, base, lambda it: it[1])
+    rows = [["small POST", "32 clients: /s", f"to {base}", "CPU us", "1 client: us", f"to {base}", "CPU us"]]
+    for name in many:
+        rows.append([name, f"{middle(it[0] for it in many[name]):.0f}", f"x{rates[name]:.2f}",
+                     f"{middle(it[2] for it in many[name]) * 1e6:.0f}",
+                     f"{middle(it[1] for it in one[name]) * 1e6:.0f}", f"x{trips[name]:.2f}",
+                     f"{middle(it[2] for it in one[name]) * 1e6:.0f}"])
+    return rows
+
+
+async def measure_streams(count, rounds=3):
+    """Measure many concurrent token streams through every contender, in turn; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        found = await contenders(stack, nodes=-(-count // NODE_SLOTS))
+        idle_mib = {it.name: it.resident_mib() for it in found}
+        seen = collections.defaultdict(list)
+        for turn in range(rounds):
+            for it in found:
+                seen[it.name].append(await many_streams(it, count))
+            say(f"{turn + 1} of {rounds} rounds")
+    base = next(name for name in ("nginx", "HAProxy", "pump") if name in seen)
+    costs = ratio_column(seen, base, lambda it: it[2])
+    own_s = middle(it[1] for it in seen["node itself"])
+    rows = [[f"{count} streams", "tokens", "CPU us a token", f"to {base}", "P99 gap ms", "over node's", "MiB idle", "MiB"]]
+    for name, runs in seen.items():
+        gap_s = middle(it[1] for it in runs)
+        rows.append([name, str(sum(it[0] for it in runs)), f"{middle(it[2] for it in runs) * 1e6:.1f}", f"x{costs[name]:.2f}",
+                     f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}", f"{idle_mib[name]:.0f}",
+                     f"{max(it[3] for it in runs):.0f}"])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
@@ -3259,7 +3650,10 @@ def command_line():
     add("--concurrency", type=sollol.parse_count, default=10, metavar="N", help="parallel clients (%(default)s)")
     add("--timeout", type=positive, default=120.0, metavar="S", help="when a client gives up (%(default)g)")
     add("--baseline", nargs=2, metavar=("MODEL", "N"), help="N requests one by one on each of --hosts")
-    add("--overhead", metavar="URL", help="what a gateway adds to small requests and tokens, against --hosts")
+    add("--overhead", metavar="URL", help="what a gateway adds to small requests and tokens, against --hosts; without URL "
+        "small calls beside nginx and HAProxy, on this machine", nargs="?", const="here")
+    add("--streams", type=sollol.parse_count, metavar="N", help="CPU, gaps and memory of N token streams, beside nginx and "
+        "HAProxy")
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="FILE", help="write every request as JSON")
     add("--html", metavar="FILE", help="write one page with curves, timeline and table")
@@ -3273,7 +3667,7 @@ def command_line():
 
 def run(options):
     """Do what the command line asks for; return the exit status. Raises BadArgument."""
-    if (options.sollol_url or options.baseline or options.overhead) and not options.hosts:
+    if (options.sollol_url or options.baseline or options.overhead not in (None, "here")) and not options.hosts:
         raise BadArgument("which nodes? Give --hosts H,H")
     if (options.output or options.html) and (options.matrix or options.agents or options.check or options.baseline
                                              or options.overhead or options.nodes):
@@ -3289,6 +3683,10 @@ def run(options):
         if not options.baseline[1].isdigit() or not int(options.baseline[1]):
             raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
         print(aligned(asyncio.run(measure_baseline(options))))
+    elif options.overhead == "here":
+        print(aligned(run_quick(measure_weight())))
+    elif options.streams:
+        print(aligned(run_quick(measure_streams(options.streams))))
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
     elif options.check:

@@ -3895,14 +3895,12 @@ async def run_check(options, settings):
     return 0 if all(node.up for node in nodes) else 1
 
 
-def new_loop(options):
-    """Return an event loop: uvloop's where it can be imported, else asyncio's."""
-    if options.uvloop:
-        try:
+def new_loop(fast):
+    """Return an event loop: if `fast`, uvloop's where it can be imported; else asyncio's."""
+    if fast:
+        with contextlib.suppress(ImportError):
             import uvloop
             return uvloop.new_event_loop()
-        except ImportError:
-            pass
     return asyncio.new_event_loop()
 
 
@@ -3913,7 +3911,7 @@ def main(argv=None):
     raise_descriptor_limit()
     try:
         nodes = [] if options.demo else read_nodes(options)
-        with asyncio.Runner(loop_factory=lambda: new_loop(options)) as runner:
+        with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
             runner.run(run_demo(options) if options.demo else run_gateway(options, nodes))
