@@ -236,13 +236,13 @@ class NodeSettings(NamedTuple):
 # Bytes in, values out; nothing here knows a socket. `feed` may be given any split of the bytes.
 # -----------------------------------------------------------------------------
 
-# A control character; applied to what is left when every CRLF is taken out, so also a bare CR or LF (RFC 9112 2.2).
+# A control character in a line, so also a bare CR or LF (RFC 9112 2.2).
 CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # The same, and folded lines (5.2), while the head is still arriving: its last CR may yet be followed by LF.
 ILLEGAL_SO_FAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[\t ]")
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^ \t]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
+REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
 HOST = re.compile(rb"[^\s/\\@?#,]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
@@ -273,21 +273,31 @@ def find_head(buffer, scanned=0):
     return None
 
 
-def split_head(head):
-    """Return the lines of a head without CRLF. Raises ProtocolError. Folded lines fail later: they have no name."""
-    if CONTROL.search(head.replace(b"\r\n", b"")):
+def remembered(parse):
+    """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
+
+    Only short lines, so that the table stays below some 300 KiB whatever is sent.
+    """
+    known = functools.lru_cache(maxsize=1024)(parse)
+    return lambda line: known(line) if len(line) <= 256 else parse(line)
+
+
+@remembered
+def parse_field(line):
+    """Return (lower-case name, value) of a field line. Raises ProtocolError. Folded lines fail: they have no name."""
+    name, colon, value = line.partition(b":")
+    if not colon or not TOKEN.fullmatch(name):
+        raise ProtocolError("malformed header field")
+    if CONTROL.search(value):
         raise ProtocolError("control character, bare CR or bare LF in the head")
-    return head[:-4].split(b"\r\n")
+    return name.lower(), value.strip(b" \t")
 
 
 def parse_fields(lines):
     """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
     fields, kept = {}, []
     for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not TOKEN.fullmatch(name):
-            raise ProtocolError("malformed header field")
-        name, value = name.lower(), value.strip(b" \t")
+        name, value = parse_field(line)
         if name in fields:
             if name in ONLY_ONCE:
                 raise ProtocolError(f"more than one {name.decode()} field")
@@ -327,36 +337,48 @@ def wants_keep_alive(fields, version):
     return b"close" not in options and (version == 1 or b"keep-alive" in options)
 
 
-def parse_request(head):
-    """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
-    first, *lines = split_head(head)
-    match = REQUEST_LINE.fullmatch(first)
+@remembered
+def parse_request_line(line):
+    """Return (method, target in origin form, decoded path, minor version) of a request line. Raises ProtocolError."""
+    match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("malformed request line")
     method, target, version = match[1].decode(), match[2], int(match[3])
     if len(target) > MAX_TARGET_BYTES:
         raise ProtocolError("request target too long", 414)
+    if absolute := ABSOLUTE.fullmatch(target):      # RFC 9112 3.2.2: "a server MUST accept the absolute-form"
+        target = absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
+    elif target[:1] != b"/" and (method, target) != ("OPTIONS", b"*"):
+        raise ProtocolError("malformed request target")
+    return method, target, urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1")), version
+
+
+def parse_request(head):
+    """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
+    first, *lines = head[:-4].split(b"\r\n")
+    method, target, path, version = parse_request_line(first)
     fields, lines = parse_fields(lines)
     host = fields.get(b"host")
     if host is None and version == 1 or host is not None and not HOST.fullmatch(host):
         raise ProtocolError("missing or malformed Host field")      # RFC 9112 3.2
-    if absolute := ABSOLUTE.fullmatch(target):      # 3.2.2: "a server MUST accept the absolute-form"
-        target = absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
-    elif target[:1] != b"/" and (method, target) != ("OPTIONS", b"*"):
-        raise ProtocolError("malformed request target")
-    path = urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1"))
     return RequestHead(method, target, path, version, fields, lines, parse_length(fields, version),
                        wants_keep_alive(fields, version),
                        version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
 
 
-def parse_response(head, method):
-    """Parse the head of the answer to a `method` request. Raises ProtocolError."""
-    first, *lines = split_head(head)
-    match = STATUS_LINE.fullmatch(first)
+@remembered
+def parse_status_line(line):
+    """Return (status, reason, minor version) of a status line. Raises ProtocolError."""
+    match = STATUS_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("malformed status line")
-    version, status = int(match[1]), int(match[2])
+    return int(match[2]), match[3] or b"", int(match[1])
+
+
+def parse_response(head, method):
+    """Parse the head of the answer to a `method` request. Raises ProtocolError."""
+    first, *lines = head[:-4].split(b"\r\n")
+    status, reason, version = parse_status_line(first)
     fields, lines = parse_fields(lines)
     length = parse_length(fields, version)
     if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
@@ -364,7 +386,7 @@ def parse_response(head, method):
     elif length == 0 and b"content-length" not in fields:           # step 8
         length = UNTIL_CLOSE
     keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
-    return ResponseHead(status, match[3] or b"", version, fields, lines, length, keep_alive)
+    return ResponseHead(status, reason, version, fields, lines, length, keep_alive)
 
 
 class LengthBody:
@@ -476,16 +498,17 @@ def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-def end_to_end(lines, fields, dropped=frozenset()):
-    """Return the raw lines that are handed on: neither hop-by-hop, nor named by Connection, nor `dropped`."""
+# Length and coding are written anew, Host is the node's, Expect was answered here, the rest is ours to read.
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-priority"}
+NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length"}
+
+
+def end_to_end(lines, fields, dropped):
+    """Return the raw lines that are handed on: neither `dropped` nor named by Connection."""
     listed = fields.get(b"connection")
     if listed:
         dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
-    return [line for name, line in lines if name not in HOP_BY_HOP and name not in dropped]
-
-
-# Length and coding are written anew, Host is the node's, Expect was answered here, the rest is ours to read.
-NOT_FOR_NODES = frozenset((b"host", b"content-length", b"expect", b"x-priority"))
+    return [line for name, line in lines if name not in dropped]
 
 
 def render_request(head, settings, length):
@@ -508,7 +531,7 @@ def render_request(head, settings, length):
 def render_response(head, added, framing):
     """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    lines += end_to_end(head.lines, head.fields, frozenset((b"content-length",)))
+    lines += end_to_end(head.lines, head.fields, NOT_FOR_CLIENTS)
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
 
 
@@ -570,13 +593,28 @@ def lower_keys(pairs):
     return {key.lower(): value for key, value in pairs}
 
 
-JSON_VALUE = json.JSONDecoder(object_pairs_hook=lower_keys)
+JSON_VALUE = json.JSONDecoder()
+JSON_VALUE_IN_ANY_CASE = json.JSONDecoder(object_pairs_hook=lower_keys)     # four times as slow
+
+
+def has_lower_keys(value):
+    """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
+    if isinstance(value, list):
+        return all(map(has_lower_keys, value))
+    if not isinstance(value, dict):
+        return True
+    return (all(map(str.islower, value)) and has_lower_keys(value.get("options"))
+            and has_lower_keys(value.get("messages")) and has_lower_keys(value.get("input"))
+            and has_lower_keys(value.get("content")))
 
 
 def read_object(body):
     """Return the JSON object that `body` begins with, keys in lower case; {} if there is none."""
     try:
-        value, _ = JSON_VALUE.raw_decode(body.decode(errors="replace").lstrip())
+        text = body.decode(errors="replace").lstrip()
+        value, _ = JSON_VALUE.raw_decode(text)
+        if not has_lower_keys(value):
+            value, _ = JSON_VALUE_IN_ANY_CASE.raw_decode(text)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -638,6 +676,8 @@ def part_text(part):
 
 def text_of(content):
     """Return the text of a message's content: a string, or the OpenAI and Anthropic list of parts."""
+    if isinstance(content, str):
+        return content
     return "".join(map(part_text, content)) if isinstance(content, list) else part_text(content)
 
 
@@ -667,14 +707,18 @@ def prefix_of(parts, seed):
 
 def output_bound(family, fields, options):
     """Return how many tokens the client wants at most, or None."""
-    names = () if family is Family.OLLAMA else OUTPUT_BOUNDS
-    bounds = [options.get("num_predict"), *(fields.get(name) for name in names)]
+    if family is Family.OLLAMA:
+        bounds = [options.get("num_predict")]
+    else:
+        bounds = [fields.get(name) for name in OUTPUT_BOUNDS]
     bounds = [min(bound, MAX_OUTPUT_TOKENS) for bound in bounds if type(bound) is int and bound > 0]
     return min(bounds, default=None)
 
 
 def runner_options(fields, options):
     """Return the options given that belong to a loaded model: with another value Ollama unloads and loads it again."""
+    if not options and "shift" not in fields:
+        return ()
     given = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in given
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
@@ -727,6 +771,7 @@ class Ticket:
     seq: int
     since_s: float = 0.0            # when it began to wait, this time
     cost_s: float = 0.0             # how long it will keep the whole cluster busy
+    demand: object = None           # what it is expected to cost; see Demand
     waiting: bool = False
     left: bool = False
     lease: object = None            # while it runs; see Lease
@@ -917,7 +962,11 @@ class Prefixes:
 
     def common_chars(self, prefix):
         """Return how many leading characters a prompt shares with one of those remembered."""
-        return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
+        if self.parts:
+            for part, chars in reversed(prefix):
+                if part in self.parts:
+                    return chars
+        return 0
 
     def clear(self):
         """Forget all: the model was unloaded."""
@@ -962,6 +1011,7 @@ class Node:
     """One Ollama server. Only the Dispatcher writes to it."""
 
     settings: NodeSettings
+    name: str = field(init=False)
     runners: dict = field(default_factory=dict)     # model: Runner
     leases: list = field(default_factory=list)      # of all models, also those without a slot
     busy: list = field(default_factory=list)        # runners with leases
@@ -990,9 +1040,8 @@ class Node:
     errors: int = 0
     latencies_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=500))
 
-    @property
-    def name(self):
-        return self.settings.name
+    def __post_init__(self):
+        self.name = self.settings.name
 
     def state(self, now):
         """Return up, suspect, down or draining."""
@@ -1031,7 +1080,7 @@ class Lease:
     lines: int = 0
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
-    trials: list = field(default_factory=list)  # half-open breakers that this lease is the trial of
+    trials: tuple | list = ()       # half-open breakers that this lease is the trial of
     released: bool = False
     abandon: object = None          # how the I/O side is told to give up
     held_up: object = None          # how it is asked whether the answer waits for its client to read
@@ -1118,6 +1167,7 @@ class Demand(NamedTuple):
     wants: Wants
     prompt_tokens: float
     output_tokens: float
+    samples: int                    # answers that the model's lengths were learned from
 
 
 class Estimates:
@@ -1129,18 +1179,36 @@ class Estimates:
     def demand(self, wants):
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(wants.model)
-        prompt_tokens = wants.prompt_chars / (lengths.chars_per_token if lengths else CHARS_PER_TOKEN)
+        if lengths is None:
+            prompt_tokens, output_tokens, samples = wants.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
+        else:
+            prompt_tokens = wants.prompt_chars / lengths.chars_per_token
+            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
         if wants.embeds:
-            return Demand(wants, prompt_tokens, 0.0)
-        output_tokens = lengths.expect(prompt_tokens) if lengths else PRIOR_OUTPUT_TOKENS
-        return Demand(wants, prompt_tokens, min(output_tokens, wants.max_output or output_tokens))
+            output_tokens = 0.0
+        elif wants.max_output is not None:
+            output_tokens = min(output_tokens, wants.max_output)
+        return Demand(wants, prompt_tokens, output_tokens, samples)
+
+    def demand_of(self, ticket):
+        """Return the Demand of a ticket, reckoned anew if its model has answered since."""
+        lengths = self.lengths.get(ticket.wants.model)
+        if lengths is not None and lengths.samples != ticket.demand.samples:
+            ticket.demand = self.demand(ticket.wants)
+        return ticket.demand
+
+
+# By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
+CROWD = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
 
 
 def slowdown(node, runner, extra=0, full=False):
     """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
-    together = runner.slots if full else min(runner.slots, max(1, len(runner.leases) + extra))
-    models = max(1, len(node.busy) + (1 if extra and not runner.leases else 0))
-    return together ** (1 - BATCH_GAIN) * models / node.speed
+    running, models = len(runner.leases), len(node.busy)
+    if extra and not running:
+        models += 1
+    together = runner.slots if full else min(runner.slots, running + extra)
+    return CROWD[min(together, 256)] * (models or 1) / node.speed
 
 
 def decode_s(runner):
@@ -1168,41 +1236,6 @@ def solo_left_s(lease, now):
     advanced_s = runner.progress_s - lease.start_progress_s
     prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
-
-
-class Lanes:
-    """The slots of a runner during one dispatch: when each will be free, in seconds from now.
-
-    A ticket that is placed, or held back for this runner, takes the first one and gives it back when it is finished.
-    What runs there now is looked at only if all free slots are taken: mostly it is not needed.
-    """
-
-    def __init__(self, runner, now):
-        self.runner, self.now = runner, now
-        self.leases = tuple(runner.leases)      # before this dispatch gives any
-        self.free = runner.slots - len(self.leases)
-        self.taken_s = None         # ascending, once needed
-        self.placed_s = []
-
-    def first_s(self):
-        """Return when the first slot is free."""
-        if self.free > 0:
-            return 0.0
-        if self.taken_s is None:
-            slow = slowdown(self.runner.node, self.runner)
-            left_s = sorted(solo_left_s(lease, self.now) * slow for lease in self.leases)
-            self.taken_s = sorted(left_s[max(0, len(left_s) - self.runner.slots):] + self.placed_s)
-        return self.taken_s[0]
-
-    def take(self, finish_s):
-        """Let a ticket take the first slot until `finish_s`."""
-        if self.free > 0:
-            self.free -= 1
-            self.placed_s.append(finish_s)
-        else:
-            self.first_s()
-            del self.taken_s[0]
-            bisect.insort(self.taken_s, finish_s)
 
 
 def is_loaded_for(runner, wants):
@@ -1240,14 +1273,73 @@ def cached_tokens(runner, demand):
     """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
     if runner.ready_s is None:
         return 0.0
-    return runner.prefixes.common_chars(demand.wants.prefix) * demand.prompt_tokens / max(1, demand.wants.prompt_chars)
+    chars = runner.prefixes.common_chars(demand.wants.prefix)
+    return chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
+
+
+def harm_s(runner, now):
+    """Return what a request would cost those of other models that run on its node: each of them gets slower."""
+    node = runner.node
+    if not node.busy or runner.leases:
+        return 0.0
+    return sum(solo_left_s(lease, now) * slowdown(node, other)
+               for other in node.busy for lease in other.leases) / len(node.busy)
+
+
+class Offer:
+    """What a runner can do during one dispatch: when each slot will be free, in seconds from now, and how fast.
+
+    A ticket that is placed, or held back for this runner, takes the first slot and gives it back when it is finished.
+    What runs there now is looked at only if all free slots are taken: mostly it is not needed.
+    """
+
+    __slots__ = ("runner", "order", "now", "leases", "free", "taken_s", "placed_s", "seen", "slow", "harm_s")
+
+    def __init__(self, runner, order, now):
+        self.runner, self.now = runner, now
+        self.order = order          # ties go to the node listed first
+        self.leases = tuple(runner.leases)      # before this dispatch gives any
+        self.free = runner.slots - len(self.leases)
+        self.taken_s = None         # ascending, once needed
+        self.placed_s = []
+        self.seen = -1              # leases of the node for which `slow` and `harm_s` were reckoned
+
+    def first_s(self):
+        """Return when the first slot is free."""
+        if self.free > 0:
+            return 0.0
+        if self.taken_s is None:
+            slow = slowdown(self.runner.node, self.runner)
+            left_s = sorted(solo_left_s(lease, self.now) * slow for lease in self.leases)
+            self.taken_s = sorted(left_s[max(0, len(left_s) - self.runner.slots):] + self.placed_s)
+        return self.taken_s[0]
+
+    def take(self, finish_s):
+        """Let a ticket take the first slot until `finish_s`."""
+        if self.free > 0:
+            self.free -= 1
+            self.placed_s.append(finish_s)
+        else:
+            self.first_s()
+            del self.taken_s[0]
+            bisect.insort(self.taken_s, finish_s)
+
+    def look(self):
+        """Reckon what holds for every ticket, until this dispatch gives the node another lease."""
+        node = self.runner.node
+        if self.seen != len(node.leases):
+            self.seen = len(node.leases)
+            self.slow = slowdown(node, self.runner, 1)
+            self.harm_s = harm_s(self.runner, self.now)
 
 
 class Prediction(NamedTuple):
-    """What would become of a request on a node, in seconds from now."""
+    """What would become of a request on a node, in seconds from now; sorts by when it would be finished there."""
 
-    demand: Demand
     finish_s: float                 # with what it costs others: what nodes are compared by
+    order: int
+    offer: Offer
+    demand: Demand
     start_s: float                  # a slot is free and the model there
     ready_s: float                  # the model is there
     prefill_s: float                # the request's own work, alone
@@ -1256,23 +1348,30 @@ class Prediction(NamedTuple):
     new_tokens: float               # what the prefix cache lacks
     loads: bool
 
+    @property
+    def runner(self):
+        return self.offer.runner
 
-def predict(runner, demand, lane_s, now):
-    """Return the Prediction for a request on a node whose first slot is free in `lane_s`."""
-    node = runner.node
+
+def predict(offer, demand):
+    """Return the Prediction for a request on the node of an Offer."""
+    runner, now = offer.runner, offer.now
+    offer.look()
+    lane_s, slow, cost_s = offer.first_s(), offer.slow, offer.harm_s
+    if lane_s > 0:
+        slow = slowdown(runner.node, runner, 1, full=True)
     loads = not is_loaded_for(runner, demand.wants)
-    ready_s = load_in_s(runner, now) if loads else max(0.0, runner.ready_s - now)
-    start_s = max(lane_s, ready_s) + node.rtt_s
+    if not loads:
+        ready_s = max(0.0, runner.ready_s - now)
+    else:
+        ready_s = load_in_s(runner, now)
+        if runner.ready_s is not None or must_evict(runner):
+            cost_s += load_s(runner)            # swap: what was evicted will have to come back
     new_tokens = demand.prompt_tokens - cached_tokens(runner, demand)
     prefill, decode = OVERHEAD_S + new_tokens * prefill_s(runner), demand.output_tokens * decode_s(runner)
-    slow = slowdown(node, runner, 1, full=lane_s > 0)
-    finish_s = start_s + (prefill + decode) * slow
-    if node.busy and not runner.leases:             # harm: every running request of another model gets slower
-        finish_s += sum(solo_left_s(lease, now) * slowdown(node, other)
-                        for other in node.busy for lease in other.leases) / len(node.busy)
-    if loads and (runner.ready_s is not None or must_evict(runner)):
-        finish_s += load_s(runner)                  # swap: what was evicted will have to come back
-    return Prediction(demand, finish_s, start_s, ready_s, prefill, decode, slow, new_tokens, loads)
+    start_s = max(lane_s, ready_s) + runner.node.rtt_s
+    return Prediction(start_s + (prefill + decode) * slow + cost_s, offer.order, offer, demand, start_s, ready_s,
+                      prefill, decode, slow, new_tokens, loads)
 
 
 def patience_s(runner, prediction):
@@ -1285,20 +1384,6 @@ def patience_s(runner, prediction):
     tokens = 0 if wants.stream else min(tokens, wants.max_output or tokens)
     first_s = prediction.start_s + (prediction.prefill_s + tokens * decode_s(runner)) * prediction.slow
     return min(max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)), MOST_PATIENCE_S)
-
-
-class Candidate(NamedTuple):
-    """A node for a ticket; sorts by when it would be finished there."""
-
-    finish_s: float                 # from now
-    order: int                      # ties go to the node listed first
-    runner: Runner
-    lanes: Lanes                    # shared by one dispatch
-    prediction: Prediction
-
-    @property
-    def node(self):
-        return self.runner.node
 
 
 def is_usable(node, now):
@@ -1371,13 +1456,14 @@ class Turn:
     leases: list = field(default_factory=list)  # given
     refused: list = field(default_factory=list)
     held: list = field(default_factory=list)    # heap entries that had better wait
-    lanes: dict = field(default_factory=dict)   # Runner: Lanes, with the virtual places of those held
+    offers: dict = field(default_factory=dict)  # Runner: Offer, with the virtual places of those held
 
 
 @dataclass(slots=True)
 class Room:
     """Where the tickets of one model can go during one run of `dispatch`."""
 
+    model: str
     runners: list                   # on usable nodes
     looks_left: int = LOOK_AHEAD    # tickets that may still be held back
 
@@ -1390,12 +1476,12 @@ def untried(nodes, tried, now):
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
 
 
-def explain(candidates, chosen):
+def explain(predictions, chosen):
     """Return why a node was chosen, in a few words."""
-    if len(candidates) == 1:
+    if len(predictions) == 1:
         return f"only choice, {chosen.finish_s:.2f} s predicted"
-    other = candidates[1] if candidates[0] is chosen else candidates[0]
-    return f"{chosen.finish_s:.2f} s predicted, {other.node.name} {other.finish_s:.2f} s"
+    other = predictions[1] if predictions[0] is chosen else predictions[0]
+    return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
 
 
 class Decision(NamedTuple):
@@ -1430,9 +1516,10 @@ class Dispatcher:
         """Return a waiting ticket for a request. Raises Refusal if the queue is full."""
         if len(self.queue) >= self.max_queue:
             raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
-        cost_s = self.cost_s(wants)
+        demand = self.estimates.demand(wants)
+        cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
-        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s)
+        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
         self.queue.push(ticket)
         return ticket
 
@@ -1478,12 +1565,12 @@ class Dispatcher:
                           retry_after_s=self.drain_s())
         return [self.refuse(ticket, refusal) for ticket in late]
 
-    def cost_s(self, wants):
+    def cost_s(self, demand):
         """Return how long a request keeps the whole cluster busy: its service time over all slots."""
-        holders = self.holders.get(wants.model)
+        holders = self.holders.get(demand.wants.model)
         if not holders:
             return 0.0
-        demand, first = self.estimates.demand(wants), holders[0]
+        first = holders[0]
         service_s = demand.prompt_tokens * prefill_s(first) + demand.output_tokens * decode_s(first)
         return service_s / sum([runner.slots for runner in holders])
 
@@ -1495,17 +1582,20 @@ class Dispatcher:
 
     def dispatch(self, now):
         """Match waiting tickets to nodes. Return (leases given, tickets refused)."""
-        turn = Turn(now)
         if not self.queue.tickets:
-            return turn.leases, turn.refused
+            return [], []
+        turn, rooms = Turn(now), []
         for model in list(self.queue.heaps):
             holders = self.holders.get(model)
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
-            elif not any(runner.node.is_alive(now) for runner in holders):
+                continue
+            usable = [runner for runner in holders if is_usable(runner.node, now)]
+            if usable or any(runner.node.is_alive(now) for runner in holders):
+                rooms.append(Room(model, usable))
+            else:
                 self.refuse_all(turn, model, f"every node that has {model} is down")
-        if not self.pick:
-            self.bind_late(turn)
+        self.bind_late(turn, rooms)
         return turn.leases, turn.refused
 
     def refuse_all(self, turn, model, text):
@@ -1546,74 +1636,70 @@ class Dispatcher:
                 runner = node.runners.get(model) if holders else None
                 turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
 
-    def bind_late(self, turn):
+    def bind_late(self, turn, rooms):
         """Give free slots to waiting tickets, in the order of their keys, by predicted completion time."""
-        usable = {node for node in self.nodes.values() if is_usable(node, turn.now)}
-        rooms = {}                  # model: Room
-        for model in self.queue.heaps:
-            room = Room([runner for runner in self.holders.get(model, ()) if runner.node in usable])
-            if self.is_open(room, turn.now):
-                rooms[model] = room
+        heads = [(*entry[:2], room) for room in rooms
+                 if (entry := self.queue.first(room.model)) and self.is_open(room, turn.now)]
+        heapq.heapify(heads)
         try:
-            while rooms:
-                model = min(rooms, key=lambda model: (self.queue.first(model) or (math.inf, 0))[:2])
-                if not self.queue.first(model):
-                    del rooms[model]
-                    continue
-                self.place_or_hold(turn, self.queue.pop(model), rooms[model])
-                if not self.is_open(rooms[model], turn.now):
-                    del rooms[model]
+            while heads:
+                room = heapq.heappop(heads)[2]
+                self.place_or_hold(turn, self.queue.pop(room.model), room)
+                if (entry := self.queue.first(room.model)) and self.is_open(room, turn.now):
+                    heapq.heappush(heads, (*entry[:2], room))
         finally:
             for entry in turn.held:
                 self.queue.restore(entry)
 
     def is_open(self, room, now):
         """Tell whether another ticket is worth a look."""
-        return room.looks_left > 0 and any(self.has_room(runner, room.runners, now) for runner in room.runners)
+        if room.looks_left > 0:
+            for runner in room.runners:
+                if self.has_room(runner, room.runners, now):
+                    return True
+        return False
 
     def place_or_hold(self, turn, entry, room):
         """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait."""
         ticket = entry[2]
-        candidates = self.candidates(turn, ticket, room.runners)
-        free = next((it for it in candidates if self.has_room(it.runner, room.runners, turn.now)), None)
-        if free and free.finish_s <= HOLD * candidates[0].finish_s:
+        predictions = self.predictions(turn, ticket, room.runners)
+        free = next((it for it in predictions if self.has_room(it.runner, room.runners, turn.now)), None)
+        if free and free.finish_s <= HOLD * predictions[0].finish_s:
             chosen = free
             self.queue.settle(entry)
-            turn.leases.append(self.lease(ticket, chosen.node, chosen.runner, turn.now, explain(candidates, chosen),
-                                          chosen.prediction))
-            self.decisions.append(Decision(turn.now, ticket.id, ticket.wants.model, chosen.node.name,
-                                           [(it.node.name, it.finish_s) for it in candidates]))
-        elif candidates or not self.is_hopeless(ticket, turn.now):
+            turn.leases.append(self.lease(ticket, chosen.runner.node, chosen.runner, turn.now,
+                                          explain(predictions, chosen), chosen))
+            self.decisions.append(Decision(turn.now, ticket.id, room.model, chosen.runner.node.name,
+                                           [(it.runner.node.name, it.finish_s) for it in predictions]))
+        elif predictions or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
             room.looks_left -= 1
-            chosen = candidates[0] if candidates else None
+            chosen = predictions[0] if predictions else None
         else:
             chosen = None
             self.queue.settle(entry)
             turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
         if chosen:
-            chosen.lanes.take(chosen.finish_s)
+            chosen.offer.take(chosen.finish_s)
 
     def has_room(self, runner, others, now):
         """Tell whether one more request may be sent to a runner."""
-        if not runner.breaker.allows(now) or not runner.node.breaker.allows(now):
-            return False
         running = len(runner.leases)
-        if running < runner.slots:
-            return True
-        elsewhere_free = any(len(other.leases) < other.slots for other in others)
-        return running < slot_limit(runner.node, runner, now, elsewhere_free)
+        if running >= runner.slots:
+            elsewhere_free = any(len(other.leases) < other.slots for other in others)
+            if running >= slot_limit(runner.node, runner, now, elsewhere_free):
+                return False
+        return runner.breaker.allows(now) and runner.node.breaker.allows(now)
 
-    def candidates(self, turn, ticket, runners):
-        """Return the Candidates for a ticket, best first."""
-        found, demand = [], self.estimates.demand(ticket.wants)
+    def predictions(self, turn, ticket, runners):
+        """Return the Predictions for a ticket on each node that has not failed it, best first."""
+        found, demand, offers = [], self.estimates.demand_of(ticket), turn.offers
         for order, runner in enumerate(runners):
             if runner.node.name not in ticket.tried:
-                lanes = turn.lanes.get(runner)
-                if lanes is None:
-                    lanes = turn.lanes[runner] = Lanes(runner, turn.now)
-                prediction = predict(runner, demand, lanes.first_s(), turn.now)
-                found.append(Candidate(prediction.finish_s, order, runner, lanes, prediction))
+                offer = offers.get(runner)
+                if offer is None:
+                    offer = offers[runner] = Offer(runner, order, turn.now)
+                found.append(predict(offer, demand))
         found.sort()
         return found
 
@@ -1651,14 +1737,14 @@ class Dispatcher:
         node.leases.append(lease)
         node.requests += 1
         breakers = (node.breaker,) if runner is None else (node.breaker, runner.breaker)
-        lease.trials = [breaker for breaker in breakers if breaker.begin()]
+        lease.trials = [breaker for breaker in breakers if breaker.failures and breaker.begin()]
         ticket.lease = lease
         return lease
 
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
         runner, wants = lease.runner, lease.ticket.wants
-        it = prediction or predict(runner, self.estimates.demand(wants), Lanes(runner, now).first_s(), now)
+        it = prediction or predict(Offer(runner, 0, now), self.estimates.demand(wants))
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
@@ -1686,9 +1772,10 @@ class Dispatcher:
     def advance(self, node, now):
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
         elapsed_s = now - node.advanced_s
-        for runner in node.busy:
-            runner.progress_s += elapsed_s / slowdown(node, runner)
-        node.advanced_s = now
+        if elapsed_s > 0:
+            for runner in node.busy:
+                runner.progress_s += elapsed_s / slowdown(node, runner)
+            node.advanced_s = now
 
     def heard(self, lease, lines, now):
         """Note bytes of an answer; `lines` streamed lines were among them."""
