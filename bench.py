@@ -3145,8 +3145,8 @@ async def measure_overhead(options):
 # pump is what Python costs at the least: bytes from socket to socket, nothing parsed, nothing decided.
 # ------------------------------------------------------------------------------------------------------------
 
-TOKENS_PER_S = 50                   # of one stream
-STREAM_S = 4.0                      # how long one lasts
+STREAM_S = 5.0                      # how long one lasts
+RAMP_S = 1.0                        # the time over which streams are begun, so that their tokens do not come in step
 SLICE_S = 2.0
 ROUNDS = 5
 NODE_SLOTS = 64                     # the most that a line of hosts.txt may say
@@ -3163,7 +3163,7 @@ LIGHT_LAST = sollol.chunk(LIGHT_LEAD + b'"},' + LIGHT_STATS + b"\n") + sollol.LA
 
 
 class LightNode(asyncio.Protocol):
-    """Answer as an Ollama node, from constants: objects at once, streams of TOKENS_PER_S for `num_predict` tokens."""
+    """Answer as an Ollama node, from constants: objects at once, streams of `num_predict` tokens, `gap_ms` apart."""
 
     def connection_made(self, transport):
         self.transport, self.buffer, self.timer = transport, b"", None
@@ -3184,9 +3184,10 @@ class LightNode(asyncio.Protocol):
         self.buffer = self.buffer[whole:]
         if b'"stream": true' in body:
             self.tokens = int(re.search(rb'"num_predict": (\d+)', body)[1])
+            self.gap_s = int(re.search(rb'"gap_ms": (\d+)', body)[1]) / 1000
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
                                  b"Transfer-Encoding: chunked\r\n\r\n" + LIGHT_TOKEN)
-            self.due_s = self.loop.time() + 1 / TOKENS_PER_S
+            self.due_s = self.loop.time() + self.gap_s
             self.timer = self.loop.call_at(self.due_s, self.token)
         else:
             answer = LIGHT_ANSWERS.get(path, LIGHT_OBJECT)
@@ -3200,7 +3201,7 @@ class LightNode(asyncio.Protocol):
             self.transport.write(LIGHT_LAST)
             return
         self.transport.write(LIGHT_TOKEN)
-        self.due_s += 1 / TOKENS_PER_S
+        self.due_s += self.gap_s
         self.timer = self.loop.call_at(self.due_s, self.token)
 
 
@@ -3341,19 +3342,18 @@ async def small_calls(contender, connections, span_s):
             (contender.cpu_s() - cpu_s) / len(times_s))
 
 
-async def many_streams(contender, count):
+async def many_streams(contender, count, rate):
     """Listen to `count` streams at once; return (tokens, P99 gap in s, CPU seconds a token, MiB held)."""
     loop = asyncio.get_running_loop()
-    cpu_s, listeners = contender.cpu_s(), []
-    for number in range(count):     # begun over one gap, so that tokens do not come in step
-        request = post_chat(number, stream=True, options={"num_predict": round(STREAM_S * TOKENS_PER_S)})
-        listeners.append(loop.create_connection(lambda request=request: Listening(request), "127.0.0.1",
-                                                contender.port))
-    opened = await asyncio.gather(*listeners)
-    found = asyncio.gather(*(listener.over for _, listener in opened))
-    await asyncio.sleep(STREAM_S / 2)
+    cpu_s, listeners, options = contender.cpu_s(), [], {"num_predict": round(STREAM_S * rate), "gap_ms": 1000 // rate}
+    begun_s = time.perf_counter()
+    for number in range(count):
+        request = post_chat(number, stream=True, options=options)
+        listeners.append((await loop.create_connection(functools.partial(Listening, request), "127.0.0.1",
+                                                       contender.port))[1])
+        await asyncio.sleep(begun_s + RAMP_S * number / count - time.perf_counter())
     held_mib = contender.resident_mib()
-    found = await found
+    found = await asyncio.gather(*(listener.over for listener in listeners))
     tokens = sum(one for one, _ in found)
     gaps_s = sorted(itertools.chain.from_iterable(gaps for _, gaps in found))
     return tokens, share_of(gaps_s, 0.99), (contender.cpu_s() - cpu_s) / tokens, held_mib
@@ -3495,20 +3495,20 @@ async def measure_weight(rounds=ROUNDS, span_s=SLICE_S):
     return rows
 
 
-async def measure_streams(count, rounds=3):
-    """Measure many concurrent token streams through every contender, in turn; return rows of text."""
+async def measure_streams(count, rate, rounds=3):
+    """Measure `count` concurrent streams of `rate` tokens/s through every contender, in turn; return rows of text."""
     with contextlib.ExitStack() as stack:
         found = await contenders(stack, nodes=-(-count // NODE_SLOTS))
         idle_mib = {it.name: it.resident_mib() for it in found}
         seen = collections.defaultdict(list)
         for turn in range(rounds):
             for it in found:
-                seen[it.name].append(await many_streams(it, count))
+                seen[it.name].append(await many_streams(it, count, rate))
             say(f"{turn + 1} of {rounds} rounds")
     base = next(name for name in ("nginx", "HAProxy", "pump") if name in seen)
     costs = ratio_column(seen, base, lambda it: it[2])
     own_s = middle(it[1] for it in seen["node itself"])
-    rows = [[f"{count} streams", "tokens", "CPU us a token", f"to {base}", "P99 gap ms", "over node's", "MiB idle", "MiB"]]
+    rows = [[f"{count} streams, {rate}/s each", "tokens", "CPU us a token", f"to {base}", "P99 gap ms", "over node's", "MiB idle", "MiB"]]
     for name, runs in seen.items():
         gap_s = middle(it[1] for it in runs)
         rows.append([name, str(sum(it[0] for it in runs)), f"{middle(it[2] for it in runs) * 1e6:.1f}", f"x{costs[name]:.2f}",
@@ -3654,6 +3654,7 @@ def command_line():
         "small calls beside nginx and HAProxy, on this machine", nargs="?", const="here")
     add("--streams", type=sollol.parse_count, metavar="N", help="CPU, gaps and memory of N token streams, beside nginx and "
         "HAProxy")
+    add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each of those streams (%(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="FILE", help="write every request as JSON")
     add("--html", metavar="FILE", help="write one page with curves, timeline and table")
@@ -3686,7 +3687,7 @@ def run(options):
     elif options.overhead == "here":
         print(aligned(run_quick(measure_weight())))
     elif options.streams:
-        print(aligned(run_quick(measure_streams(options.streams))))
+        print(aligned(run_quick(measure_streams(options.streams, options.rate))))
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
     elif options.check:
