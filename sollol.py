@@ -440,6 +440,7 @@ class ChunkedBody:
     are, and whoever receives them stands between two chunks, where an error line can still be added.
     """
 
+    __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
     SIZE, DATA, DATA_END, TRAILER = range(4)
 
     def __init__(self):
@@ -447,22 +448,21 @@ class ChunkedBody:
         self.done = self.verbatim = False
 
     def plain_chunks(self, data):
-        """Return the payload if `data` is nothing but whole plain chunks, as tokens mostly are; else None.
+        """Return how many chunks `data` is, if it is nothing but whole plain ones, as tokens mostly are; else 0.
 
         Then it can be handed on as it is, and the decoder stands where it stood.
         """
         if self.state or self.line:
-            return None             # in the middle of a chunk
-        payloads, at, size = [], 0, len(data)
-        while True:
+            return 0                # in the middle of a chunk
+        count = at = 0
+        while at < len(data):
             start = data.find(b"\r\n", at, at + 20) + 2
             end = start + plain_size(data[at:start])
             if end == start or data[end:end + 2] != b"\r\n":
-                return None
+                return 0
             at = end + 2
-            if at == size:
-                return b"".join([*payloads, data[start:end]]) if payloads else data[start:end]
-            payloads.append(data[start:end])
+            count += 1
+        return count
 
     def feed(self, data):
         """Return (payload, count of bytes of `data` that belong to the body). Raises ProtocolError."""
@@ -2153,6 +2153,9 @@ class Dispatcher:
 class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
+    __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s", "source",
+                 "write_paused")
+
     def __init__(self, loop):
         self.loop = loop
         self.transport = None
@@ -2332,6 +2335,8 @@ class Pool:
 class Sink:
     """Take in the body of an answer, until it is `over`: whole, or with the NodeFailure that ended it."""
 
+    __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
+
     def __init__(self, connection, head):
         self.connection, self.head = connection, head
         self.body = body_decoder(head.length)
@@ -2396,6 +2401,8 @@ class Sink:
 class Collector(Sink):
     """Keep the body of an answer, up to `limit` bytes."""
 
+    __slots__ = ("parts", "room")
+
     def __init__(self, connection, head, limit=ERROR_BODY_BYTES):
         super().__init__(connection, head)
         self.parts, self.room = [], limit
@@ -2446,48 +2453,53 @@ class Relay(Sink):
     `heard` is told of every piece: how many streamed lines are in it, and when it came.
     """
 
+    __slots__ = ("client", "framing", "prelude", "heard", "time", "separator", "mark", "boundary",
+                 "recent", "bytes", "between", "passing")
+
     def __init__(self, connection, head, client, framing, prelude, heard):
         super().__init__(connection, head)
         self.client, self.framing, self.prelude, self.heard = client, framing, prelude, heard
         self.time = connection.loop.time
-        self.recent = collections.deque(maxlen=8)       # the last pieces of the body
-        self.bytes = 0
-        self.passes_chunks = False  # the client gets chunks as the node sent them, and its head is out
-
-    def tail(self):
-        """Return the last bytes of the body."""
-        return b"".join(self.recent)[-TAIL_BYTES:]
+        events = b"event-stream" in head.fields.get(b"content-type", b"")
+        self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
+        self.boundary = self.separator + b"\r\n"
+        self.recent = collections.deque(maxlen=8)       # the last pieces of the body, but for mere tokens
+        self.bytes = 0              # written, without the head
+        self.between = True         # two lines or events
+        self.passing = False        # the client gets chunks as the node sent them, and its head is out
 
     def start(self):
         self.client.source = self.connection.transport
         super().start()
 
     def data(self, data):
-        """Take a piece from the socket. Most are one token, one chunk: that passes in one step."""
-        if self.passes_chunks and not self.over and (payload := self.body.plain_chunks(data)):
-            self.heard(payload.count(b"\n"), self.time())      # as in `note`: every call here costs 2 % a token
-            self.bytes += len(payload)
-            self.recent.append(payload if len(payload) <= TAIL_BYTES else payload[-TAIL_BYTES:])
+        """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and is not kept.
+
+        A stream's objects have left the processor's caches when its next token comes: whatever is touched here costs
+        several times what it does in a loop. Statistics take the long way.
+        """
+        if (self.passing and not self.over and data.rfind(self.mark) < 0
+                and (chunks := self.body.plain_chunks(data))):
+            self.heard(data.count(b"\n") - 2 * chunks, self.time())
+            self.bytes += len(data)
+            self.between = data.endswith(self.boundary)
             if not self.client.gone:
                 self.client.transport.write(data)
         else:
             super().data(data)
 
-    def note(self, payload):
-        """Note a piece of the body."""
-        self.heard(payload.count(b"\n"), self.time())
-        self.bytes += len(payload)
-        self.recent.append(payload if len(payload) <= TAIL_BYTES else payload[-TAIL_BYTES:])
-
     def write(self, data):
+        self.bytes += len(data)
         if self.prelude:
             data, self.prelude = self.prelude + data, b""
-            self.passes_chunks = self.framing is Framing.CHUNKED and isinstance(self.body, ChunkedBody)
+            self.passing = self.framing is Framing.CHUNKED and isinstance(self.body, ChunkedBody)
         self.client.write(data)
 
     def take(self, payload, verbatim):
         if payload:
-            self.note(payload)
+            self.heard(payload.count(b"\n"), self.time())
+            self.recent.append(payload[-TAIL_BYTES:])
+            self.between = payload.endswith(self.separator)
         elif not self.body.done:
             return                  # part of the framing only
         if self.framing is not Framing.CHUNKED:
@@ -2504,19 +2516,21 @@ class Relay(Sink):
             self.write(b"")
         super().end(clean)
 
+    def tail(self):
+        """Return the last bytes of the body, or at least those that hold its statistics."""
+        return b"".join(self.recent)[-TAIL_BYTES:]
+
     def close_with(self, text, family):
         """End a broken answer as its format lets clients understand; tell whether that could be done.
 
         Never with a made-up last line. A body of announced length can only be cut.
         """
-        kind, tail = self.head.fields.get(b"content-type", b""), self.tail()
+        kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.separator
         if self.framing is Framing.LENGTH or self.client.gone:
             return False
         if b"ndjson" in kind:
-            lead = b"" if tail.endswith(b"\n") or not tail else b"\n"
             data = lead + json.dumps({"error": text}).encode() + b"\n"
         elif b"event-stream" in kind:
-            lead = b"" if tail.endswith(b"\n\n") or not tail else b"\n\n"
             name = b"event: error\n" if family is Family.ANTHROPIC else b""
             data = lead + name + b"data: " + error_body(family, 502, text) + b"\n\n"
         else:
@@ -2591,6 +2605,10 @@ REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidd
 
 class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
+
+    __slots__ = ("loop", "converse", "transport", "task", "writer", "address", "buffer", "sink", "source", "waiter",
+                 "deadline_s", "overdue", "reading", "write_deadline_s", "asking", "serving", "eof", "gone", "write_paused",
+                 "read_paused")
 
     def __init__(self, loop, converse):
         self.loop, self.converse = loop, converse
