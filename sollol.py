@@ -2153,8 +2153,8 @@ class Dispatcher:
 class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
-    __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s", "source",
-                 "write_paused")
+    __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s",
+                 "source", "write_paused")
 
     def __init__(self, loop):
         self.loop = loop
@@ -2607,8 +2607,8 @@ class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
 
     __slots__ = ("loop", "converse", "transport", "task", "writer", "address", "buffer", "sink", "source", "waiter",
-                 "deadline_s", "overdue", "reading", "write_deadline_s", "asking", "serving", "eof", "gone", "write_paused",
-                 "read_paused")
+                 "deadline_s", "overdue", "reading", "write_deadline_s", "asking", "serving", "eof", "gone",
+                 "write_paused", "read_paused")
 
     def __init__(self, loop, converse):
         self.loop, self.converse = loop, converse
