@@ -1831,22 +1831,25 @@ class Dispatcher:
     def configure(self, settings):
         """Take over the lines of hosts.txt: keep what is known of nodes whose line did not change, drop the others.
 
-        Requests that run on a dropped node end there. Returns (added, dropped) nodes.
+        Requests that run on a dropped node end there. A node that comes back meanwhile still has them: its slots are
+        taken. Returns (added, dropped) nodes.
         """
         old, self.nodes = self.nodes, {}
+        known = {**{node.name: node for node in self.leaving}, **old}
         if settings and not any(line.primary for line in settings):
             settings = [settings[0]._replace(primary=True), *settings[1:]]
         for line in settings:
-            node = old.get(line.name)
+            node = known.get(line.name)
             if node and node.settings._replace(primary=line.primary) == line:
                 node.settings = line            # who is primary can follow from other lines
+                node.draining = False
             else:
                 node = Node(line)
             self.nodes[line.name] = node
         dropped = [node for node in old.values() if self.nodes.get(node.name) is not node]
         for node in dropped:
             node.draining = True
-        self.leaving += dropped
+        self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
@@ -3518,7 +3521,7 @@ class Gateway:
         """Take over a list of NodeSettings."""
         added, dropped = self.dispatcher.configure(nodes)
         for node in added:
-            self.pools[node] = Pool(node.settings, self.loop)
+            self.pools.setdefault(node, Pool(node.settings, self.loop))     # one that comes back may still have its own
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()

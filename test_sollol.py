@@ -1347,6 +1347,20 @@ def test_configure_keeps_known_nodes_and_drains_dropped_ones():
     assert placed(dispatcher, 1.0) == ["n1"]
 
 
+def test_node_that_comes_back_while_its_requests_run_has_that_many_slots_less():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    first, second = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    (_, one), (_, two) = dispatcher.nodes.items()
+    dispatcher.configure([two.settings])
+    assert dispatcher.configure([one.settings, two.settings]) == ([one], [])
+    assert dispatcher.nodes["n1"] is one and one.state(0.0) == "up" and not dispatcher.leaving
+    enter(dispatcher, want(), now=1.0)
+    assert placed(dispatcher, 1.0) == []
+    finish(dispatcher, first, 2.0)
+    assert placed(dispatcher, 2.0) == ["n1"]
+
+
 def test_one_silent_probe_is_chance_two_or_a_refusal_are_not():
     dispatcher = cluster(n1=["m"])
     node = dispatcher.nodes["n1"]
@@ -2679,6 +2693,25 @@ async def test_dropped_node_is_forgotten_with_its_connections_once_it_is_idle(tm
         assert health(gateway)["inflight"] == 1
         assert (await task).status == 200
         await until(lambda: len(gateway.pools) == 1 and not one.connections)
+
+
+@over_sockets
+async def test_node_that_comes_back_keeps_its_connections_in_one_pool(tmp_path):
+    node, other = await fixed(1, speed=1).start(), await bench.SimNode(**FAST).start()
+    hosts, line = tmp_path / "hosts.txt", f"{node.url} name=one slots=1\n"
+    hosts.write_text(line)
+    async with gateway_for(node, other, hosts=hosts) as gateway:
+        running = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=100)))
+        await until(lambda: node.in_flight == 1)
+        for text in (f"{other.url}\n", line):
+            hosts.write_text(text)
+            gateway.reload()
+        queued = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=100)))
+        await until(lambda: health(gateway)["queued"] == 1)
+        assert {(await task).status for task in (running, queued)} == {200}
+        assert node.max_in_flight == 1
+        pool, = gateway.pools.values()
+        await until(lambda: len(pool.idle) == len(node.connections))
 
 
 def test_upload_that_stops_coming_is_ended():
