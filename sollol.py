@@ -1378,7 +1378,7 @@ class Turn:
 class Room:
     """Where the tickets of one model can go during one run of `dispatch`."""
 
-    runners: list                   # on usable nodes
+    runners: list                   # on usable nodes, their own breakers not open
     looks_left: int = LOOK_AHEAD    # tickets that may still be held back
 
 
@@ -1551,7 +1551,8 @@ class Dispatcher:
         usable = {node for node in self.nodes.values() if is_usable(node, turn.now)}
         rooms = {}                  # model: Room
         for model in self.queue.heaps:
-            room = Room([runner for runner in self.holders.get(model, ()) if runner.node in usable])
+            room = Room([runner for runner in self.holders.get(model, ())
+                         if runner.node in usable and runner.breaker.allows(turn.now)])
             if self.is_open(room, turn.now):
                 rooms[model] = room
         try:

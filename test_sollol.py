@@ -1298,6 +1298,17 @@ def test_node_that_failed_twice_is_left_alone_for_a_second_then_gets_one_trial()
     assert placed(dispatcher, 2.0) == ["n1"] * 3
 
 
+def test_nobody_waits_for_a_model_whose_breaker_is_open():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
+    for it in enter(dispatcher, want(), want()):
+        placed(dispatcher)
+        fail(dispatcher, it, "model")
+        dispatcher.leave(it, 0.0)
+    enter(dispatcher, want(), now=0.5)
+    assert placed(dispatcher, 0.5) == ["n2"]
+
+
 def test_end_of_an_older_request_does_not_allow_a_second_trial():
     dispatcher = cluster(slots=4, n1=["m"])
     old, bad, worse = enter(dispatcher, want(), want(), want())
