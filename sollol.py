@@ -937,6 +937,7 @@ class Runner:
     on_disk: bool = False
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
     options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
+    listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
 
@@ -1681,7 +1682,7 @@ class Dispatcher:
 
     def believe_unloaded(self, runner):
         """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s = runner.options = None
+        runner.ready_s, runner.options, runner.listed_s = None, None, math.inf
         runner.prefixes.clear()
 
     def advance(self, node, now):
@@ -1706,6 +1707,8 @@ class Dispatcher:
             return
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
+            if runner.options is None:
+                runner.options = lease.ticket.wants.options
         if not lease.ticket.wants.stream:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
@@ -1928,6 +1931,7 @@ class Dispatcher:
         gone, new = [], []
         for runner in node.runners.values():
             row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
+            runner.listed_s = min(runner.listed_s, now) if row else math.inf
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
                 if runner.ready_s is None:
@@ -1976,11 +1980,16 @@ class Dispatcher:
         return stuck
 
     def is_overdue(self, lease, now):
-        """Tell whether a first byte is so late that the node must be stuck. A load is given all its time."""
-        node, waited_s = lease.node, now - lease.sent_s
-        listed = lease.runner.model in map(row_name, node.running)
-        patience_s = lease.patience_s if listed and not lease.loads else max(LOAD_PATIENCE_S, lease.patience_s)
-        return waited_s > patience_s and now - node.heard_s > SILENT_S
+        """Tell whether a first byte is so late that the node must be stuck.
+
+        A load is given all its time, whichever request caused it, and what comes after it its own.
+        """
+        runner = lease.runner
+        loading = (lease.loads or runner.listed_s > now or (runner.options or ()) != lease.ticket.wants.options
+                   or any(other.loads and other.first_s is None for other in runner.leases))
+        waited_s = now - (lease.sent_s if loading else max(lease.sent_s, runner.listed_s))
+        patience_s = max(LOAD_PATIENCE_S, lease.patience_s) if loading else lease.patience_s
+        return waited_s > patience_s and now - lease.node.heard_s > SILENT_S
 
     def judge_speed(self, lease, now):
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""

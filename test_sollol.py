@@ -1445,6 +1445,44 @@ def test_model_that_loads_for_a_minute_is_not_given_up():
     assert dispatcher.watch(1000.0) == [it.lease]
 
 
+LARGE = (("num_ctx", 8192),)
+
+
+def test_options_of_a_model_that_was_found_loaded_are_known_once_it_answers():
+    dispatcher = cluster(slots=2, n1=["m"])
+    first, = enter(dispatcher, want())
+    placed(dispatcher)
+    dispatcher.heard(first.lease, 1, 0.5)
+    other, = enter(dispatcher, want(options=LARGE), now=1.0)
+    placed(dispatcher, 1.0)
+    assert other.lease.loads
+
+
+def test_request_behind_anothers_load_is_given_the_time_of_a_load():
+    dispatcher = cluster(slots=3, n1=["m"])
+    runner(dispatcher, "n1").samples = 3
+    first, = enter(dispatcher, want())
+    placed(dispatcher)
+    dispatcher.heard(first.lease, 1, 0.5)
+    loading, behind = enter(dispatcher, want(options=LARGE), want(options=LARGE), now=1.0)
+    placed(dispatcher, 1.0)
+    finish(dispatcher, first, 2.0)
+    assert (loading.lease.loads, behind.lease.loads) == (True, False) and behind.lease.patience_s < 60
+    assert not any(dispatcher.watch(float(now)) for now in range(2, 240))
+
+
+def test_load_that_only_ps_shows_is_given_its_time():
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    node, patience_s = it.lease.node, it.lease.patience_s
+    dispatcher.residency(node, [], 2.0, 2.0)
+    assert not it.lease.loads and not any(dispatcher.watch(float(now)) for now in range(3, 60))
+    dispatcher.residency(node, rows("m"), 60.0, 60.0)
+    assert dispatcher.watch(60.0 + 0.9 * patience_s) == []
+    assert dispatcher.watch(60.0 + 1.1 * patience_s) == [it.lease]
+
+
 def test_place_prefers_a_holder_and_takes_no_slot():
     dispatcher = cluster(n1=["x"], n2=["m"])
     wants = want(inference=False)
