@@ -1285,7 +1285,8 @@ def patience_s(runner, prediction):
     tokens = max(8 * prediction.demand.output_tokens, LONG_ANSWER_TOKENS)
     tokens = 0 if wants.stream else min(tokens, wants.max_output or tokens)
     first_s = prediction.start_s + (prediction.prefill_s + tokens * decode_s(runner)) * prediction.slow
-    return min(max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)), MOST_PATIENCE_S)
+    doubt = 1 if runner.samples >= 3 else 10 if runner.samples else 30      # a CPU is 30 times slower than the prior
+    return min(max(5.0, 2.0 + 3 * doubt * first_s), MOST_PATIENCE_S)
 
 
 class Candidate(NamedTuple):

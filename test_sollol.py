@@ -1445,6 +1445,14 @@ def test_model_that_loads_for_a_minute_is_not_given_up():
     assert dispatcher.watch(1000.0) == [it.lease]
 
 
+def test_node_that_was_never_measured_may_be_as_slow_as_a_cpu():
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want(prompt_chars=6000))
+    placed(dispatcher)
+    cpu_s = bench.solo_s("cpu", "llama3.2", 1500, 1)       # of the size that `rows` says
+    assert 2 * cpu_s < it.lease.patience_s < 4 * cpu_s
+
+
 LARGE = (("num_ctx", 8192),)
 
 
