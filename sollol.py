@@ -1588,7 +1588,7 @@ class Dispatcher:
                                            [(it.node.name, it.finish_s) for it in candidates]))
         elif candidates or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
-            room.looks_left -= 1
+            room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
             chosen = candidates[0] if candidates else None
         else:
             chosen = None

@@ -1004,6 +1004,17 @@ def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
     assert not fail(dispatcher, first, now=1.0)
 
 
+def test_tickets_that_wait_for_another_node_stand_in_nobodys_way():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    busy, *spent = enter(dispatcher, *[want()] * (sollol.LOOK_AHEAD + 2))
+    for it in spent:
+        it.tried = {"n1"}
+    fresh, = enter(dispatcher, want(), now=1.0)
+    assert sorted(placed(dispatcher, 1.0)) == ["n1", "n2"]
+    finish(dispatcher, busy, 2.0)
+    assert placed(dispatcher, 2.0) == ["n1"] and fresh.lease
+
+
 def test_at_most_three_nodes_are_tried():
     dispatcher = cluster(**{f"n{number}": ["m"] for number in range(5)})
     it, = enter(dispatcher, want())
