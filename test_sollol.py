@@ -3098,6 +3098,87 @@ def test_wall_clock_agrees_with_the_virtual_one():
     assert 0.6 < bench.figures(real).mean_s / bench.figures(virtual).mean_s < 1.6
 
 
+@over_sockets
+async def test_simulated_node_resets_garbles_and_tears():
+    node = fixed(1, speed=2)
+    async with gateway_for(node) as gateway:
+        for fault in (node.reset, lambda: node.garble(b"zz\r\n")):
+            stream = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=400, stream=True)))
+            await until(lambda: any(lease.lines > 3 for it in gateway.dispatcher.nodes.values() for lease in it.leases))
+            fault()
+            assert json.loads((await stream).body.splitlines()[-1])["error"].startswith("127.0.0.1:")
+            node.recover()
+        await asyncio.sleep(1.1)        # its breaker's first pause
+        node.tear()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await call(gateway, "POST", "/api/generate", generate())
+        node.recover()
+        await asyncio.sleep(2.1)
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+
+
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_everything_holds_under_random_faults(seed):
+    outcomes, violations = bench.soak_once(seed, minutes=3.0)
+    assert not violations
+    assert sum(outcome.how == "whole" for outcome in outcomes) > 20
+
+
+def test_soak_replays_from_its_seed():
+    one, two = (bench.soak_once(17, minutes=1.0) for _ in range(2))
+    assert one == two and bench.soak_once(18, minutes=1.0)[0] != one[0]
+
+
+def leaks(release):
+    """Lose a lease now and then."""
+    return lambda self, lease, now: None if lease.ticket.id.endswith("7") else release(self, lease, now)
+
+
+def forgets(settle):
+    """Settle no account of a batch request."""
+    return lambda self, wants: None if wants.priority == 1 else settle(self, wants)
+
+
+def one_more(has_room):
+    """Take a node for one with room as long as fewer than nine requests run there."""
+    return lambda self, runner, others, now: len(runner.leases) < 9
+
+
+def no_end(close_with):
+    """End a broken stream as if it were whole."""
+    return lambda self, text, family: self.write(sollol.LAST_CHUNK) or True
+
+
+def late(expire):
+    """Let tickets wait as long as they like."""
+    return lambda self, now: []
+
+
+def mixes_up(relayed):
+    """Relay an answer with one letter changed."""
+    return lambda self, payload, verbatim: relayed(self, payload.replace(b" the", b" thE"), None)
+
+
+@pytest.mark.parametrize("owner, name, broken, complaint", [
+    (sollol.Dispatcher, "release", leaks, "was never released"),
+    (sollol.FairShare, "settle", forgets, "fair share still has an account of"),
+    (sollol.Dispatcher, "has_room", one_more, "at once on"), (sollol.Relay, "close_with", no_end, "stream has no end"),
+    (sollol.Dispatcher, "expire", late, "has waited 61"), (sollol.Relay, "take", mixes_up, "wrong text"),
+])
+def test_soak_sees_what_is_broken(owner, name, broken, complaint, monkeypatch):
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    assert any(complaint in violation for seed in range(1, 11) for violation in bench.soak_once(seed, minutes=2.0)[1])
+
+
+def test_failing_seed_is_told_and_makes_the_soak_fail(monkeypatch, capsys):
+    monkeypatch.setattr(sollol.Dispatcher, "release", leaks(sollol.Dispatcher.release))
+    assert bench.main(["--soak", "1", "--seed", "1", "--minutes", "1"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("seed 1 failed:") and "was never released" in out and "1 seeds of 1 minutes, 1 failed" in out
+    monkeypatch.undo()
+    assert bench.main(["--soak", "2", "--seed", "1", "--minutes", "0.2"]) == 0
+
+
 def test_failed_requests_stay_in_every_figure():
     ok = bench.Sample(0.0, 0.0, 0.5, 1.0, "a", 200, True, 5, 10)
     lost = bench.Sample(0.0, 0.0, None, 60.0, "", 0, False, 5, 0)
