@@ -2161,6 +2161,7 @@ class Pool:
     def __init__(self, settings, loop):
         self.settings, self.loop = settings, loop
         self.idle = []              # the last used is used next, so that the rest can age
+        self.closed = False         # its node was dropped: nothing is kept
         self.tls = ssl.create_default_context() if settings.tls else None
 
     async def connect(self):
@@ -2191,7 +2192,7 @@ class Pool:
     def give_back(self, connection, clean):
         """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if clean and connection.is_open() and not connection.buffer:
+        if clean and connection.is_open() and not connection.buffer and not self.closed:
             connection.busy = False
             connection.idle_s = self.loop.time()
             self.idle.append(connection)
@@ -2204,6 +2205,11 @@ class Pool:
             if connection.idle_s < before_s:
                 connection.transport.close()
         self.idle = [connection for connection in self.idle if connection.idle_s >= before_s]
+
+    def close(self):
+        """Close every connection: the idle ones now, the others when they are given back."""
+        self.closed = True
+        self.prune(math.inf)
 
     async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True):
         """Send a whole request; return (connection, head of the answer). Raises NodeFailure.
@@ -3532,11 +3538,11 @@ class Gateway:
         """Take over a list of NodeSettings."""
         added, dropped = self.dispatcher.configure(nodes)
         for node in added:
-            self.pools.setdefault(node, Pool(node.settings, self.loop))     # one that comes back may still have its own
+            self.pools[node] = Pool(node.settings, self.loop)
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
-            self.pools[node].prune(math.inf)
+            self.pools[node].close()
         return added, dropped
 
     def begin_probes(self, node):
@@ -3642,9 +3648,8 @@ class Gateway:
                   and loaded_runners(node)):
                 self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
-            dropped = dispatcher.nodes.get(node.name) is not node and not node.leases
-            pool.prune(math.inf if dropped else now - IDLE_UPSTREAM_S)
-            if dropped:
+            pool.prune(now - IDLE_UPSTREAM_S)
+            if dispatcher.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.states.pop(node, None)
         if self.hosts_stamp() not in (None, self.hosts_seen):

@@ -2764,6 +2764,22 @@ async def test_dropped_node_is_forgotten_with_its_connections_once_it_is_idle(tm
 
 
 @over_sockets
+async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp_path):
+    one, two = await fixed(1, speed=0.3).start(), await bench.SimNode(**FAST).start()
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{one.url} name=one\n{two.url} name=two\n")
+    async with gateway_for(one, two, hosts=hosts) as gateway:
+        node = gateway.dispatcher.nodes["one"]
+        gateway.begin_chore(node, sollol.calibrate)
+        await until(lambda: one.in_flight)
+        hosts.write_text(f"{two.url} name=two\n")
+        gateway.reload()
+        await until(lambda: node not in gateway.pools)
+        assert node in gateway.chores
+        await until(lambda: node not in gateway.chores and not one.connections)
+
+
+@over_sockets
 async def test_node_that_comes_back_keeps_its_connections_in_one_pool(tmp_path):
     node, other = await fixed(1, speed=1).start(), await bench.SimNode(**FAST).start()
     hosts, line = tmp_path / "hosts.txt", f"{node.url} name=one slots=1\n"
