@@ -3584,6 +3584,8 @@ SOAK_MODELS = ("llama3.2:latest", "llama3.2:1b", "llama3.1:8b", "gemma3:4b", "mi
 EMBEDDER = "nomic-embed-text:latest"
 CHAT_PATHS, PROMPT_PATHS = ("/api/chat", "/v1/chat/completions"), ("/api/generate", "/v1/completions")
 EMBED_PATHS = ("/api/embed", "/v1/embeddings")
+GET_PATHS = ("/api/tags", "/api/ps", "/v1/models")
+LOOK_PATHS = ("/api/show", *GET_PATHS)              # take no slot
 SEVERE = ("kill", "reset", "garble", "tear", "hang", "freeze")      # troubles that can break off a begun answer
 TROUBLES = (*SEVERE, "slow", "busy", "broken", "drop")
 NO_HTTP = (b"\x00\xff\x00\xff", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\n\n", b"HTTP/9.9 999 \r\n\r\n", b"zz\r\n",
@@ -3643,6 +3645,8 @@ class Errand(NamedTuple):
 
     def request(self):
         """Return the bytes to send."""
+        if self.path in GET_PATHS:
+            return f"GET {self.path} HTTP/1.1\r\nHost: soak\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
         key = "messages" if self.path in CHAT_PATHS else "prompt" if self.path in PROMPT_PATHS else "input"
         value = {"model": self.model, "stream": self.stream, key: getattr(self, key, self.prompt)}
         if self.num_ctx:
@@ -3712,6 +3716,8 @@ def draw_errand(rng, number, at_s, client, models, hasty, reloads):
     """Return an errand; `hasty` and `reloads` are the shares of clients that leave and of unusual num_ctx."""
     if rng.random() < 0.1:
         path, model, stream = rng.choice(EMBED_PATHS), EMBEDDER, False
+    elif rng.random() < 0.1:
+        path, model, stream = rng.choice(LOOK_PATHS), rng.choice(models), False
     else:
         path = rng.choice(CHAT_PATHS + PROMPT_PATHS + ("/api/chat",))
         model, stream = rng.choice(models), rng.random() < 0.6
@@ -3893,13 +3899,15 @@ def verdict(errand, answer):
         raise Violation(f"got the answer to {answer.field(b'x-request-id') or 'nobody'}")
     if answer.status != 200:
         text = error_in(errand.path, read_value(answer.body)) if answer.whole else None
-        if text is None or answer.status not in (500, 502, 503):
+        if text is None or answer.status not in (500, 502, 503) and (answer.status, errand.path) != (404, "/api/show"):
             raise Violation(f"error answer {answer.status} of the wrong kind: {answer.body[:200]!r}")
         return "refused", text
     if not errand.stream and not answer.whole:
         return "cut", ""
     if not answer.whole:
         raise Violation(f"stream ended without a word: ...{answer.body[-200:]!r}")
+    if errand.path in LOOK_PATHS:
+        return "whole", str(len(read_value(answer.body)))
     expected = errand.expected()
     try:
         text, how = read_stream(errand.path, answer.body) if errand.stream else (
@@ -4008,6 +4016,8 @@ class Line:
 
     def give(self, ticket, node, runner, now, *more):
         """Give a lease as the dispatcher does."""
+        if not ticket.wants.inference:
+            return self.lease(ticket, node, runner, now, *more)
         self.longest_s = max(self.longest_s, now - self.since_s.pop(ticket, now))
         rivals = [other for other in self.dispatcher.queue.tickets
                   if other.wants.model == ticket.wants.model and not other.tried]
@@ -4127,10 +4137,9 @@ class Soak:
             raise Violation("503 without Retry-After")
         if text == "the queue is full" or text.startswith("no slot became free"):
             return
-        kinds = [kind for kind in TROUBLES if kind != "slow"]
-        ill = {node.name for node in self.nodes.values() if errand.model in node.models
-               and is_troubled(troubles[node.name], kinds, outcome.sent_s - HEAL_S, outcome.end_s)}
-        well = {node.name for node in self.nodes.values() if errand.model in node.models} - ill
+        able = {node.name for node in self.nodes.values() if errand.path in GET_PATHS or errand.model in node.models}
+        ill = {name for name in able if is_troubled(troubles[name], TROUBLES, outcome.sent_s - HEAL_S, outcome.end_s)}
+        well = able - ill
         if well and len(ill) < sollol.MAX_ATTEMPTS:
             raise Violation(f"{outcome.status} {text!r} although {' '.join(sorted(well))} had been well for "
                             f"{HEAL_S:g} s")
@@ -4217,14 +4226,16 @@ class Soak:
                 self.wrong(f"{model} is not served although all is well")
             number += 1
 
+    def left_behind(self):
+        nodes = self.nodes.values()
+        return [*leftovers(self.gateway, nodes), *overgrown(self.gateway, nodes)]
+
     async def check_leftovers(self):
         """Check that nothing is left behind once the clients have closed their connections."""
         for client, visitor in self.visitors.items():
             if unasked := await visitor.farewell():
                 self.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
-        nodes = self.nodes.values()
-        gateway = self.gateway
-        for text in await self.settled(lambda: [*leftovers(gateway, nodes), *overgrown(gateway, nodes)], 20.0):
+        for text in await self.settled(self.left_behind, sollol.LOAD_PATIENCE_S):     # a check of a node may still run
             self.wrong(text)
 
     def check_requests(self):
