@@ -5,6 +5,7 @@
     python bench.py --matrix                    # all scenarios: clusters, loads, models, bursts, faults; minutes
     python bench.py --agents 10,40              # parallel agents against one call after the other
     python bench.py --check                     # are the claims true? exit status 1 if one is not
+    python bench.py --soak 20                   # 20 seeds of random faults; exit status 1 if something did not hold
     python bench.py --overhead                  # small calls beside nginx and HAProxy, on the wall clock
     python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
     python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
@@ -34,6 +35,7 @@ import http.client
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -787,6 +789,7 @@ class Exchange:
         self._on_the_way = collections.deque()
         self._chunked = head.http_1_1
         self._begun = False
+        self.torn = False       # a fault: an answer in one piece ends in its middle
 
     def _wants_close(self):
         connection = self.head.fields.get("connection", "").lower()
@@ -882,13 +885,20 @@ class Exchange:
         extra = {name.replace("_", "-"): value for name, value in extra.items()}
         if len(body) < LENGTH_LIMIT_BYTES or not self._chunked or self.head.method == "HEAD":
             head = self._answer_head(status, media_type, len(body), extra)
-            self._write(head if self.head.method == "HEAD" else head + body)
+            answer = head if self.head.method == "HEAD" else head + body
         else:
             head = self._answer_head(status, media_type, None, extra)
-            self._write(b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(body), body))
+            answer = b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(body), body)
+        self._write(answer[:len(answer) - len(body) // 2] if self.torn else answer)
+        self.close = self.close or self.torn
 
     def send_json(self, value, status=200):
         self.send(status, compact(value), JSON_TYPE)
+
+    def send_garbage(self, data):
+        """Send bytes that are no HTTP, and close."""
+        self.close = True
+        self._write(data)
 
     def refuse(self, refusal):
         """Answer with an error in the family of the path."""
@@ -1380,6 +1390,12 @@ def refused_origin(head):
     return bool(origin) and not own and not LOCAL_ORIGIN.fullmatch(origin)
 
 
+def reset_on_close(transport):
+    """Let a connection end with RST, not FIN, and lose what is unsent."""
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 class SimNode:
     """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs."""
 
@@ -1407,6 +1423,8 @@ class SimNode:
         self._arrivals = itertools.count()
         self._numbers = itertools.count()
         self._failing = None                    # (status, paths or None)
+        self._garbage = b""                     # sent in place of answers
+        self._tearing = False
         self._awake = asyncio.Event()
         self._awake.set()
 
@@ -1443,10 +1461,7 @@ class SimNode:
 
     def kill(self):
         """Die as a process does: listener gone, connections reset, memory lost."""
-        alive = (connection.writer.transport for connection in self.connections)
-        for transport in [transport for transport in alive if not transport.is_closing()]:
-            sock = transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))      # RST, not FIN
+        self._prepare_reset()
         self._cut()
         self.engine.lose_everything()
 
@@ -1454,10 +1469,22 @@ class SimNode:
         """Come back on the same port after stop() or kill(). Faults stay until recover()."""
         return await self.start()
 
+    def _prepare_reset(self):
+        """Let connections that are cut end with RST, not FIN."""
+        for transport in self._open_transports():
+            reset_on_close(transport)
+
+    def _open_transports(self):
+        transports = [connection.writer.transport for connection in sorted(self.connections)]
+        return [transport for transport in transports if not transport.is_closing()]
+
     def _cut(self):
         if self._server:
             self._server.close()
             self._server = None
+        return self._cut_connections()
+
+    def _cut_connections(self):
         connections = sorted(self.connections)
         for connection in connections:
             connection.task.cancel()
@@ -1483,11 +1510,26 @@ class SimNode:
         """Answer inference at once with an error, on some paths or on all."""
         self._failing = (status, paths)
 
+    def reset(self):
+        """Reset every connection, as a broken network does; the process lives on."""
+        self._prepare_reset()
+        self._cut_connections()
+
+    def garble(self, data):
+        """Send bytes that are no HTTP on every connection now, and in place of every answer to an inference."""
+        self._garbage = data
+        for transport in self._open_transports():
+            transport.write(data)
+
+    def tear(self):
+        """Answer what is not streamed with half of its body, and close."""
+        self._tearing = True
+
     def recover(self):
-        """Undo hang, slow, freeze and fail."""
+        """Undo hang, slow, freeze, fail, garble and tear."""
         self._set_pace(1.0)
         self._awake.set()
-        self._failing = None
+        self._failing, self._garbage, self._tearing = None, b"", False
 
     def _set_pace(self, pace):
         self.engine.device.set_pace(pace)
@@ -1574,7 +1616,11 @@ class SimNode:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             self._refuse_if_failing(route.path)
-            await route.answer(self, exchange, body)
+            exchange.torn = self._tearing
+            if self._garbage:
+                exchange.send_garbage(self._garbage)
+            else:
+                await route.answer(self, exchange, body)
         finally:
             self.in_flight -= 1
             self.in_flight_by_model[model] -= 1
@@ -1839,8 +1885,9 @@ class Sample(NamedTuple):
 class Caller:
     """Make requests to one address over connections that are kept."""
 
-    def __init__(self, host, port):
+    def __init__(self, host, port, source=None):
         self.host, self.port = host, port
+        self.source = source and (source, 0)        # the address to call from
         self.idle = []
 
     async def call(self, body, priority=None, path="/api/chat"):
@@ -1871,7 +1918,7 @@ class Caller:
             if not reader.at_eof():
                 return reader, writer
             writer.transport.abort()
-        return await asyncio.open_connection(self.host, self.port)
+        return await asyncio.open_connection(self.host, self.port, local_addr=self.source)
 
     async def read_body(self, reader, head):
         """Read a body to its end; return its last bytes."""
@@ -3547,6 +3594,771 @@ async def check_weight():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Soak: does it hold under random faults?
+#
+# A seed draws a cluster, minutes of traffic, and for every node one trouble after the other. All of it runs through
+# the real gateway on the virtual clock, so that a seed that fails will fail again. What must hold whatever happens:
+# every client that stays gets one whole answer or is told why not, no node gets more than its slots, a node that is
+# well is used, and nothing is left behind. Simulated nodes give a model and a prompt the same text wherever it runs,
+# so every answer is known beforehand, and each is checked to its last word.
+# ------------------------------------------------------------------------------------------------------------
+
+SOAK_MINUTES = 4.0
+SOAK_QUEUE, SOAK_WAIT_S = 100, 60.0     # --max-queue, --queue-timeout: so small that some seeds come to them
+SETTLE_S = 900.0        # virtual time in which everything is answered after the last trouble
+HEAL_S = 75.0           # a node may be shunned so long after its trouble: a breaker's longest pause, a probe, a sweep
+INSTANT_S = 1e-6        # what happens within this happens at once
+MOST_PROMPT_TOKENS = 1500       # with more, a slow node's requests outlast the soak
+SOAK_MODELS = ("llama3.2:latest", "llama3.2:1b", "llama3.1:8b", "gemma3:4b", "mistral:latest")
+EMBEDDER = "nomic-embed-text:latest"
+CHAT_PATHS, PROMPT_PATHS = ("/api/chat", "/v1/chat/completions"), ("/api/generate", "/v1/completions")
+EMBED_PATHS = ("/api/embed", "/v1/embeddings")
+GET_PATHS = ("/api/tags", "/api/ps", "/v1/models")
+LOOK_PATHS = ("/api/show", *GET_PATHS)              # take no slot
+SEVERE = ("kill", "reset", "garble", "tear", "hang", "freeze")      # troubles that can break off a begun answer
+TROUBLES = (*SEVERE, "slow", "busy", "broken", "drop")
+NO_HTTP = (b"\x00\xff\x00\xff", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\n\n", b"HTTP/9.9 999 \r\n\r\n", b"zz\r\n",
+           b"<html>\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n")
+BAD_HOSTS = ("http://x slots=none\n", "", "http://x name=a\nhttp://y name=a\n")
+
+
+class Violation(Exception):
+    """Something that must never happen."""
+
+
+class Trouble(NamedTuple):
+    """A fault of one node, from when to when."""
+
+    kind: str                       # one of TROUBLES
+    at_s: float
+    end_s: float
+
+
+class Leaving(NamedTuple):
+    """How a client gives up."""
+
+    phase: str                      # sending, waiting or reading
+    after: float                    # share of the request sent, seconds after it was sent, or pieces read
+    resets: bool                    # with RST, not FIN
+
+
+class Errand(NamedTuple):
+    """One request of the soak, and the answer that every node gives it."""
+
+    number: int
+    at_s: float
+    client: str                     # the source address
+    path: str
+    model: str
+    stream: bool
+    prompt_tokens: int
+    output_tokens: int
+    priority: int | None = None
+    num_ctx: int | None = None
+    leaving: Leaving | None = None
+
+    @property
+    def id(self):
+        return f"errand-{self.number}"
+
+    @property
+    def prompt(self):
+        """Return a text that no other errand has, and that asks for the output tokens."""
+        text = f"<out={self.output_tokens}> errand {self.number} says "
+        return (text + "lorem " * self.prompt_tokens)[:max(len(text), 4 * self.prompt_tokens)]
+
+    @property
+    def messages(self):
+        return [{"role": "system", "content": f"You serve {self.client}. " * 20},
+                {"role": "user", "content": self.prompt}]
+
+    def request(self):
+        """Return the bytes to send."""
+        if self.path in GET_PATHS:
+            return f"GET {self.path} HTTP/1.1\r\nHost: soak\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
+        key = "messages" if self.path in CHAT_PATHS else "prompt" if self.path in PROMPT_PATHS else "input"
+        value = {"model": self.model, "stream": self.stream, key: getattr(self, key, self.prompt)}
+        if self.num_ctx:
+            value["options"] = {"num_ctx": self.num_ctx}
+        body = json.dumps(value).encode()
+        priority = b"" if self.priority is None else b"X-Priority: %d\r\n" % self.priority
+        return b"POST %b HTTP/1.1\r\nHost: soak\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
+            self.path.encode(), self.id.encode(), priority, len(body), body)
+
+    def expected(self):
+        """Return the text, or the vector, that a whole answer holds."""
+        model = model_named(self.model)
+        if self.path in EMBED_PATHS:
+            return embedded(model, self.prompt)
+        prompt = rendered(self.messages) if self.path in CHAT_PATHS else self.prompt
+        tokens, _ = composed(Ask(self.model, model, prompt, self.stream, -1, (), None), math.inf)
+        return "".join(tokens)
+
+
+class Plan(NamedTuple):
+    """What a seed draws. `nodes`: settings of SimNode; `fixed`: those whose slots hosts.txt tells."""
+
+    nodes: list
+    fixed: set
+    errands: list
+    troubles: dict                  # node: [Trouble], one after the other
+    edits_s: list                   # when a bad hosts.txt is saved
+
+
+class Outcome(NamedTuple):
+    """What became of an errand. `how`: whole, refused, broken, cut or left."""
+
+    number: int
+    sent_s: float
+    end_s: float
+    status: int                     # 0 = no answer
+    node: str
+    how: str
+    chars: int                      # of text
+
+
+# Drawing a plan.
+
+def draw_nodes(rng, seed, models):
+    """Return the settings of three to six nodes; every model is on two of them at least."""
+    count = rng.randint(3, 6)
+    holders = {model: set(rng.sample(range(count), rng.randint(2, count))) for model in models}
+    nodes = []
+    for number in range(count):
+        had = [model for model in models if number in holders[model]] or [models[0]]
+        loaded = [model for model in had if rng.random() < 0.3][:1]
+        nodes.append({"hardware": rng.choices(list(HARDWARE), (2, 2, 4, 2, 1))[0], "models": had, "loaded": loaded,
+                      "name": f"n{number + 1}", "seed": seed * 10 + number, "slots": rng.choice((1, 2, 2, 4)),
+                      "latency_s": rng.choice((0.0, 0.0005, 0.0005, 0.04)), "noise": 0.08, "tokens_per_line": 16,
+                      "vram_gb": rng.choice((None, 8, 16)), "keep_alive_s": rng.choice((300.0, 20.0))})
+    return nodes
+
+
+def draw_leaving(rng):
+    phase = rng.choice(("sending", "waiting", "waiting", "reading"))
+    after = {"sending": rng.random(), "waiting": rng.choice((0.0, rng.uniform(0, 1), rng.expovariate(0.1))),
+             "reading": rng.randint(1, 5)}
+    return Leaving(phase, after[phase], rng.random() < 0.5)
+
+
+def draw_errand(rng, number, at_s, client, models, hasty, reloads):
+    """Return an errand; `hasty` and `reloads` are the shares of clients that leave and of unusual num_ctx."""
+    if rng.random() < 0.1:
+        path, model, stream = rng.choice(EMBED_PATHS), EMBEDDER, False
+    elif rng.random() < 0.1:
+        path, model, stream = rng.choice(LOOK_PATHS), rng.choice(models), False
+    else:
+        path = rng.choice(CHAT_PATHS + PROMPT_PATHS + ("/api/chat",))
+        model, stream = rng.choice(models), rng.random() < 0.6
+    prompt_tokens, output_tokens = pick_lengths(rng, "mixed")
+    return Errand(number, at_s, client, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
+                  rng.choice((None, None, None, 1, 1, 3, 5, 8, 10)),
+                  8192 if path.startswith("/api") and rng.random() < reloads else None,
+                  draw_leaving(rng) if rng.random() < hasty else None)
+
+
+def draw_errands(rng, models, span_s):
+    """Return the errands of a few clients, some of them in bursts, in the order of their times."""
+    clients = [f"127.0.0.{number + 2}" for number in range(rng.randint(1, 6))]
+    hasty, reloads, rate = rng.choice((0.0, 0.1, 0.3)), rng.choice((0.0, 0.0, 0.02, 0.1)), rng.uniform(0.5, 3.0)
+    errands, at_s = [], rng.expovariate(rate)
+    while at_s < span_s:
+        client, count = rng.choice(clients), 1 if rng.random() < 0.99 else rng.randint(5, 40)
+        errands += [draw_errand(rng, number, at_s, client, models, hasty, reloads)
+                    for number in range(len(errands), len(errands) + count)]
+        at_s += rng.expovariate(rate)
+    return errands
+
+
+def draw_troubles(rng, span_s):
+    """Return the troubles of one node: mostly short or of some seconds, now and then of minutes."""
+    troubles, at_s, gap_s = [], 0.0, rng.choice((20.0, 60.0, 200.0))
+    while True:
+        at_s += 5.0 + rng.expovariate(1 / gap_s)
+        if at_s >= span_s:
+            return troubles
+        lasts_s = rng.choices((rng.uniform(0, 2), rng.uniform(3, 40), rng.uniform(60, 200)), (4, 5, 1))[0]
+        troubles.append(Trouble(rng.choice(TROUBLES), at_s, min(at_s + lasts_s, span_s)))
+        at_s = troubles[-1].end_s
+
+
+def draw_plan(seed, minutes):
+    """Return the plan of a seed. One in four has no troubles: there nothing may fail but for want of room."""
+    rng, span_s = random.Random(f"soak {seed}"), 60 * minutes
+    models = rng.sample(SOAK_MODELS, rng.randint(1, 3))
+    nodes = draw_nodes(rng, seed, [*models, EMBEDDER])
+    fixed = {node["name"] for node in nodes if rng.random() < 0.5}
+    errands = draw_errands(rng, models, span_s)
+    quiet, load = rng.random() < 0.25, rng.uniform(0.3, 1.1)
+    solo = {node["name"]: sum(solo_s(node["hardware"], errand.model, errand.prompt_tokens, errand.output_tokens)
+                              for errand in errands) / len(errands) for node in nodes}
+    per_s = sum(batch_gain(node["slots"]) / solo[node["name"]] for node in nodes)
+    speed = min(max(len(errands) / span_s / (load * per_s), 0.5), 3.0)
+    troubles = {node["name"]: [] if quiet else draw_troubles(rng, span_s) for node in nodes}
+    edits_s = sorted(rng.uniform(0, span_s) for _ in range(0 if quiet else rng.randint(0, 3)))
+    return Plan([{**node, "speed": speed} for node in nodes], fixed, errands, troubles, edits_s)
+
+
+# What a client sees.
+
+class Answer:
+    """What has come of an answer so far."""
+
+    def __init__(self):
+        self.head, self.body, self.pieces = b"", b"", 0
+        self.whole = self.left = False      # ended where its framing says; its client gave up
+
+    @property
+    def status(self):
+        return int(self.head[9:12]) if self.head else 0
+
+    def field(self, name):
+        found = re.search(rb"\r\n%b: *([^\r]*)" % name, self.head, re.I)
+        return found[1].decode() if found else ""
+
+    async def read(self, reader, most=math.inf):
+        """Take in an answer, or so many pieces of it."""
+        self.head = await reader.readuntil(b"\r\n\r\n")
+        if length := self.field(b"content-length"):
+            self.body = await reader.readexactly(int(length))
+            self.pieces = 1
+        else:
+            while self.pieces < most and (size := int(await reader.readuntil(b"\r\n"), 16)):
+                self.body += (await reader.readexactly(size + 2))[:-2]
+                self.pieces += 1
+            if self.pieces >= most:
+                self.left = True
+                return
+            await reader.readexactly(2)
+        self.whole = True
+
+
+class Visitor(Caller):
+    """A client of the soak. Keeps its connections; what comes on one unasked shows at the next head, or at its end."""
+
+    async def visit(self, errand):
+        """Run an errand; return its Answer, whatever comes of it."""
+        answer, leaving = Answer(), errand.leaving or Leaving("", 0.0, False)
+        reader, writer = await self.connection()
+        data = errand.request()
+        if leaving.phase == "sending":
+            data = data[:int(leaving.after * len(data))]
+        try:
+            async with asyncio.timeout(0.5 if leaving.phase == "sending" else
+                                       leaving.after if leaving.phase == "waiting" else None):
+                writer.write(data)
+                await answer.read(reader, leaving.after if leaving.phase == "reading" else math.inf)
+        except TimeoutError:
+            answer.left = True
+        except (OSError, ValueError, asyncio.IncompleteReadError):
+            pass                    # closed, or no chunk: `whole` tells
+        if answer.whole and answer.field(b"connection") != "close":
+            self.idle.append((reader, writer))
+        elif answer.left and not leaving.resets:
+            writer.close()
+        else:
+            reset_on_close(writer.transport)
+            writer.transport.abort()
+        return answer
+
+    async def farewell(self):
+        """Close every connection; return the bytes that came unasked."""
+        unasked = b""
+        for reader, writer in self.idle:
+            if not reader.at_eof():
+                writer.write_eof()
+                unasked += await reader.read()
+            writer.transport.abort()
+        self.idle.clear()
+        return unasked
+
+
+def text_in(value):
+    """Return the text in one JSON object of an answer, in any dialect."""
+    for choice in value.get("choices", ()):
+        return choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content", "")
+    return value.get("response") or value.get("message", {}).get("content", "")
+
+
+def vector_in(value):
+    """Return the vector in the answer to an embedding, in either dialect."""
+    return value["embeddings"][0] if "embeddings" in value else value["data"][0]["embedding"]
+
+
+def error_in(path, value):
+    """Return the text of an error object in the shape of its path's family, or None."""
+    error = value.get("error") if isinstance(value, dict) else None
+    if path.startswith("/v1/"):
+        error = error.get("message") if isinstance(error, dict) and error.get("type") else None
+    return error if isinstance(error, str) else None
+
+
+def read_value(data):
+    """Return the JSON object that bytes are. Raises Violation."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise Violation(f"no JSON: {data[:200]!r}") from None
+
+
+def read_stream(path, body):
+    """Return (text, how) of a stream that ended where its framing says. Raises Violation if it says neither end."""
+    mark, lead = (b"\n\n", b"data: ") if path.startswith("/v1/") else (b"\n", b"")
+    *lines, rest = body.split(mark)
+    if rest or not lines or not all(line.startswith(lead) for line in lines):
+        raise Violation(f"stream is no sequence of lines: ...{body[-200:]!r}")
+    if lines[-1] == b"data: [DONE]":
+        values, how = [read_value(line.removeprefix(lead)) for line in lines[:-1]], "whole"
+    else:
+        values = [read_value(line.removeprefix(lead)) for line in lines]
+        done = not lead and values[-1].get("done") is True
+        how = "whole" if done else "broken"
+    if how == "broken" and error_in(path, values.pop()) is None:
+        raise Violation(f"stream has no end: ...{body[-200:]!r}")
+    if any(value.get("done") is True for value in (values[:-1] if how == "whole" else values)):
+        raise Violation("stream goes on behind its last line")
+    return "".join(map(text_in, values)), how
+
+
+def verdict(errand, answer):
+    """Return (how an errand ended, its text). Raises Violation if it may not end so, whatever the nodes did."""
+    if not answer.head:
+        raise Violation("connection closed without an answer")
+    if answer.field(b"x-request-id") != errand.id:
+        raise Violation(f"got the answer to {answer.field(b'x-request-id') or 'nobody'}")
+    if answer.status != 200:
+        text = error_in(errand.path, read_value(answer.body)) if answer.whole else None
+        if text is None or answer.status not in (500, 502, 503) and (answer.status, errand.path) != (404, "/api/show"):
+            raise Violation(f"error answer {answer.status} of the wrong kind: {answer.body[:200]!r}")
+        return "refused", text
+    if not errand.stream and not answer.whole:
+        return "cut", ""
+    if not answer.whole:
+        raise Violation(f"stream ended without a word: ...{answer.body[-200:]!r}")
+    if errand.path in LOOK_PATHS:
+        return "whole", str(len(read_value(answer.body)))
+    expected = errand.expected()
+    try:
+        text, how = read_stream(errand.path, answer.body) if errand.stream else (
+            (vector_in if errand.path in EMBED_PATHS else text_in)(read_value(answer.body)), "whole")
+    except (KeyError, IndexError, AttributeError):
+        raise Violation(f"an answer of another kind: {answer.body[:200]!r}") from None
+    if text != expected and (how == "whole" or not expected.startswith(text)):
+        raise Violation(f"wrong text: {str(text)[:80]!r} for {str(expected)[:80]!r}")
+    return how, text
+
+
+# What is left behind, and what was asked of the nodes.
+
+def shunned(gateway):
+    """Yield a sentence for every node, and every model on a node, that would get no work now."""
+    now = gateway.loop.time()
+    for node in gateway.dispatcher.nodes.values():
+        if not sollol.is_usable(node, now):
+            yield (f"{node.name} is shunned: {node.state(now)}, breaker {node.breaker.state(now)}"
+                   f"{', its trial never ended' * node.breaker.trial}")
+        for runner in node.runners.values():
+            if not runner.breaker.allows(now):
+                yield f"{runner.model} on {node.name} is shunned: {runner.breaker.state(now)}"
+
+
+def leftovers(gateway, nodes):
+    """Yield a sentence for everything that a gateway without requests and clients still holds of them."""
+    dispatcher = gateway.dispatcher
+    for node in (*dispatcher.nodes.values(), *dispatcher.leaving):
+        for lease in node.leases:
+            yield f"lease of {lease.ticket.id} on {node.name} was never released"
+        for runner in node.busy:
+            yield f"{runner.model} on {node.name} still counts as busy"
+        for runner in node.runners.values():
+            if runner.leases and runner not in node.busy:
+                yield f"{runner.model} on {node.name} has leases and is not busy"
+    for ticket in dispatcher.queue.tickets:
+        yield f"ticket of {ticket.id} still waits"
+    for account in {*dispatcher.fair.active, *dispatcher.fair.next_s}:
+        yield f"fair share still has an account of {account}"
+    if dispatcher.leaving:
+        yield f"dropped nodes are still leaving: {' '.join(node.name for node in dispatcher.leaving)}"
+    for client in gateway.clients:
+        yield f"client connection of {client.address} is still open"
+    idle = collections.Counter(node.name for node, pool in gateway.pools.items() for _ in pool.idle)
+    for node in nodes:
+        if len(node.connections) != idle[node.name]:
+            yield f"{len(node.connections)} connections to {node.name}, {idle[node.name]} of them idle"
+        if node.in_flight:
+            yield f"{node.name} still computes"
+
+
+def overgrown(gateway, nodes):
+    """Yield a sentence for every container of an idle gateway that holds more than nodes and models account for."""
+    dispatcher, known = gateway.dispatcher, set(gateway.dispatcher.nodes.values())
+    models = {model for node in nodes for model in node.models}
+    for name in ("pools", "states", "probes", "chores", "first_looks"):
+        if extra := set(getattr(gateway, name)) - known:
+            yield f"gateway.{name} keeps {' '.join(sorted(node.name for node in extra))}"
+    for name, table in (("queue.heaps", dispatcher.queue.heaps), ("queue.marked", dispatcher.queue.marked),
+                        ("estimates.lengths", dispatcher.estimates.lengths), ("holders", dispatcher.holders)):
+        if extra := set(table) - models:
+            yield f"{name} keeps {' '.join(map(str, extra))}"
+    for model, heap in dispatcher.queue.heaps.items():
+        if len(heap) > 40:          # with no waiting ticket, 16 marked ones and half of the heap may be left
+            yield f"queue.heaps keeps {len(heap)} dead tickets of {model}"
+    for node in known:
+        if extra := set(node.runners) - models:
+            yield f"{node.name} keeps runners {' '.join(extra)}"
+        for runner in node.runners.values():
+            if len(runner.prefixes.prompts) > 10 or len(runner.prefixes.parts) > 160:
+                yield f"{runner.model} on {node.name} keeps {len(runner.prefixes.prompts)} prompts"
+    if len(dispatcher.decisions) > sollol.DECISIONS_KEPT or gateway.unlogged:
+        yield f"{len(dispatcher.decisions)} decisions, {len(gateway.unlogged)} log lines are kept"
+
+
+def most_at_once(records):
+    """Return how many of the requests that a node remembers ran, or stood in its queue, at once."""
+    events = sorted([(record.time_s + INSTANT_S, 1) for record in records]
+                    + [(record.finished_s, -1) for record in records])
+    return max(itertools.accumulate(change for _, change in events), default=0)
+
+
+def inferences(node):
+    """Return the records of a node's inference requests, without those that the gateway makes to measure it."""
+    return [record for record in node.requests if record.model and b'"raw": true' not in record.body]
+
+
+def is_troubled(troubles, kinds, since_s, until_s):
+    """Tell whether a trouble of some kinds fell into a time."""
+    return any(trouble.kind in kinds and trouble.at_s <= until_s and trouble.end_s >= since_s for trouble in troubles)
+
+
+class Line:
+    """Watch how long a ticket that is first in line for its model is overtaken by those behind it.
+
+    That happens while it is held back for a better node: until a slot there is free. Who has the smaller key overtakes
+    nobody, so nobody is overtaken by requests that came later than their head start allows.
+    """
+
+    def __init__(self, dispatcher):
+        self.dispatcher, self.lease = dispatcher, dispatcher.lease
+        self.since_s = {}           # first in line: when it was overtaken first
+        self.longest_s = 0.0
+        dispatcher.lease = self.give
+
+    def give(self, ticket, node, runner, now, *more):
+        """Give a lease as the dispatcher does."""
+        if not ticket.wants.inference:
+            return self.lease(ticket, node, runner, now, *more)
+        self.longest_s = max(self.longest_s, now - self.since_s.pop(ticket, now))
+        rivals = [other for other in self.dispatcher.queue.tickets
+                  if other.wants.model == ticket.wants.model and not other.tried]
+        first = min(rivals, key=lambda other: (other.key_s, other.seq), default=ticket)
+        if (first.key_s, first.seq) < (ticket.key_s, ticket.seq):
+            self.since_s.setdefault(first, now)
+        else:
+            for other in rivals:
+                self.since_s.pop(other, None)
+        return self.lease(ticket, node, runner, now, *more)
+
+
+class SoakLog(logging.Handler):
+    """Count the gateway's lines per request, and take its errors for what they are."""
+
+    def __init__(self, soak):
+        super().__init__()
+        self.soak = soak
+
+    def emit(self, record):
+        if record.exc_info:
+            self.soak.wrong(f"the gateway failed: {record.msg} {logging.Formatter().formatException(record.exc_info)}")
+        for line in record.msg if isinstance(record.msg, list) else ():
+            self.soak.logged[line["id"]] += 1
+
+
+class Soak:
+    """One run of a plan: the cluster, the gateway in front of it, and what was seen to be wrong."""
+
+    def __init__(self, seed, plan, folder):
+        self.seed, self.plan = seed, plan
+        self.loop = asyncio.get_running_loop()
+        self.rng = random.Random(f"soak order {seed}")
+        self.hosts = pathlib.Path(folder, "hosts.txt")
+        self.nodes = {node["name"]: SimNode(**node) for node in plan.nodes}
+        self.listed = set(self.nodes)
+        self.visitors, self.outcomes, self.violations = {}, [], []
+        self.logged = collections.Counter()
+        self.ignored = {}           # waiting ticket: since when no usable node for it does anything
+        self.gateway = self.line = None
+
+    def wrong(self, text):
+        self.violations.append(f"{self.loop.time():.3f} s: {text}")
+
+    # hosts.txt
+
+    def save_hosts(self):
+        """List the nodes that are not dropped, in any order."""
+        lines = [f"{self.nodes[name].url} name={name}" + f" slots={self.nodes[name].engine.slots}" * (
+                 name in self.plan.fixed) for name in sorted(self.listed)]
+        self.rng.shuffle(lines)
+        self.hosts.write_text("\n".join(lines), encoding="utf-8")
+
+    def list_node(self, node, listed):
+        """Add a node to hosts.txt or drop it, unless it is the last one with one of its models."""
+        others = [self.nodes[name] for name in sorted(self.listed - {node.name})]
+        if not listed and set(node.models) - {model for other in others for model in other.models}:
+            return
+        self.listed = self.listed | {node.name} if listed else self.listed - {node.name}
+        self.save_hosts()
+        self.gateway.reload()
+
+    async def edit_hosts(self):
+        """Save a bad hosts.txt now and then: the nodes stay as they are."""
+        for at_s in self.plan.edits_s:
+            await asyncio.sleep(at_s - self.loop.time())
+            before = dict(self.gateway.dispatcher.nodes)
+            self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
+            self.gateway.reload()
+            if self.gateway.dispatcher.nodes != before:
+                self.wrong("a bad hosts.txt changed the nodes")
+            self.save_hosts()
+            self.gateway.reload()
+
+    # Troubles
+
+    async def trouble(self, node):
+        """Let a node have its troubles, one after the other."""
+        begin = {"kill": node.kill, "reset": node.reset, "tear": node.tear, "hang": node.hang, "freeze": node.freeze,
+                 "garble": lambda: node.garble(self.rng.choice(NO_HTTP)), "slow": lambda: node.slow(10),
+                 "busy": node.fail, "broken": lambda: node.fail(500), "drop": lambda: self.list_node(node, False)}
+        for trouble in self.plan.troubles[node.name]:
+            await asyncio.sleep(trouble.at_s - self.loop.time())
+            begin[trouble.kind]()
+            await asyncio.sleep(trouble.end_s - self.loop.time())
+            node.recover()
+            if trouble.kind == "kill":
+                await node.restart()
+            elif trouble.kind == "drop":
+                self.list_node(node, True)
+
+    # Errands
+
+    async def run(self, errand):
+        """Run an errand at its time, and judge what became of it."""
+        await asyncio.sleep(errand.at_s - self.loop.time())
+        sent_s = self.loop.time()
+        answer = await self.visitors[errand.client].visit(errand)
+        try:
+            how, text = ("left", "") if answer.left else verdict(errand, answer)
+            outcome = Outcome(errand.number, sent_s, self.loop.time(), answer.status, answer.field(b"x-sollol-node"),
+                              how, len(text))
+            self.outcomes.append(outcome)
+            self.judge(errand, answer, outcome, text)
+        except Violation as violation:
+            self.wrong(f"{errand.id} ({errand.path}): {violation}")
+
+    def judge(self, errand, answer, outcome, text):
+        """Raise Violation if what happened to the nodes is no reason for how an errand ended."""
+        troubles = self.plan.troubles
+        if outcome.how in ("broken", "cut") and not is_troubled(troubles[outcome.node], SEVERE, outcome.sent_s,
+                                                                outcome.end_s):
+            raise Violation(f"its answer was {outcome.how} although {outcome.node} was well: {answer.body[-200:]!r}")
+        if outcome.how != "refused":
+            return
+        if not outcome.node and outcome.status == 503 and not answer.field(b"retry-after").isdigit():
+            raise Violation("503 without Retry-After")
+        if text == "the queue is full" or text.startswith("no slot became free"):
+            return
+        able = {node.name for node in self.nodes.values() if errand.path in GET_PATHS or errand.model in node.models}
+        ill = {name for name in able if is_troubled(troubles[name], TROUBLES, outcome.sent_s - HEAL_S, outcome.end_s)}
+        well = able - ill
+        if well and len(ill) < sollol.MAX_ATTEMPTS:
+            raise Violation(f"{outcome.status} {text!r} although {' '.join(sorted(well))} had been well for "
+                            f"{HEAL_S:g} s")
+
+    # Watching
+
+    def is_ignored(self, ticket, now):
+        """Tell whether there are nodes for a ticket, and none of them does anything."""
+        runners = [runner for runner in self.gateway.dispatcher.holders.get(ticket.wants.model, ())
+                   if sollol.is_usable(runner.node, now) and runner.breaker.allows(now)
+                   and runner.node.name not in ticket.tried]
+        return bool(runners) and not any(runner.node.leases for runner in runners)
+
+    def look(self):
+        """Check what must hold at any time."""
+        dispatcher, now = self.gateway.dispatcher, self.loop.time()
+        waiting = sum(1 for ticket in dispatcher.queue.tickets if not ticket.tried)     # others keep their place
+        if waiting > SOAK_QUEUE:
+            self.wrong(f"{waiting} requests wait, --max-queue is {SOAK_QUEUE}")
+        for ticket in dispatcher.queue.tickets:
+            if now - ticket.since_s > SOAK_WAIT_S + 2 * sollol.SWEEP_S:
+                self.wrong(f"{ticket.id} has waited {now - ticket.since_s:.1f} s")
+        self.ignored = {ticket: self.ignored.get(ticket, now) for ticket in dispatcher.queue.tickets
+                        if self.is_ignored(ticket, now)}
+        for ticket, since_s in self.ignored.items():
+            if now - since_s > 2 * sollol.SWEEP_S:
+                self.wrong(f"{ticket.id} waits although every node for it is idle")
+        for node in dispatcher.nodes.values():
+            for runner in node.runners.values():
+                if node.name in self.plan.fixed and len(runner.leases) > runner.slots:
+                    self.wrong(f"{len(runner.leases)} leases for {runner.model} on {node.name}, slots={runner.slots}")
+
+    async def keep_looking(self):
+        while True:
+            await asyncio.sleep(0.5)
+            self.look()
+
+    # The run
+
+    async def start(self):
+        """Start the nodes and the gateway."""
+        for node in self.nodes.values():
+            await start_below_ephemeral(node, self.rng)
+        self.save_hosts()
+        options = sollol.parse_options(["--hosts", str(self.hosts), "--port", "0", "--seed", str(self.seed),
+                                        "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
+        self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
+        self.line = Line(self.gateway.dispatcher)
+        self.visitors = {client: Visitor(*self.gateway.address, source=client)
+                         for client in sorted({errand.client for errand in self.plan.errands})}
+
+    async def play(self):
+        """Run all errands through all troubles."""
+        looking = asyncio.create_task(self.keep_looking())
+        chaos = [asyncio.create_task(self.edit_hosts()), *(asyncio.create_task(self.trouble(node))
+                                                           for node in self.nodes.values())]
+        errands = {asyncio.create_task(self.run(errand)): errand for errand in self.plan.errands}
+        await asyncio.gather(*chaos)
+        last_s = max([self.loop.time(), *(errand.at_s for errand in self.plan.errands)])
+        _, pending = await asyncio.wait(errands, timeout=last_s + SETTLE_S - self.loop.time())
+        for task in pending:
+            self.wrong(f"{errands[task].id} ({errands[task].path}) has no answer {SETTLE_S:g} s after the last trouble")
+            task.cancel()
+        looking.cancel()
+        for task in errands.keys() - pending:
+            task.result()           # a mistake of the soak's own
+
+    async def settled(self, complaints, patience_s):
+        """Wait until nothing is to be complained of any more; return what is after `patience_s`."""
+        deadline_s = self.loop.time() + patience_s
+        while (found := complaints()) and self.loop.time() < deadline_s:
+            await asyncio.sleep(0.25)
+        return found
+
+    async def check_peace(self):
+        """Check that every node gets work again, and each model is served."""
+        for text in await self.settled(lambda: [*shunned(self.gateway)], HEAL_S):
+            self.wrong(text)
+        number = len(self.plan.errands)
+        for model in sorted({errand.model for errand in self.plan.errands} - {EMBEDDER}):
+            errand = Errand(number, self.loop.time(), self.plan.errands[0].client, "/api/chat", model, False, 10, 10)
+            await self.run(errand)
+            if self.outcomes[-1].number != number or self.outcomes[-1].how != "whole":
+                self.wrong(f"{model} is not served although all is well")
+            number += 1
+
+    def left_behind(self):
+        nodes = self.nodes.values()
+        return [*leftovers(self.gateway, nodes), *overgrown(self.gateway, nodes)]
+
+    async def check_leftovers(self):
+        """Check that nothing is left behind once the clients have closed their connections."""
+        for client, visitor in self.visitors.items():
+            if unasked := await visitor.farewell():
+                self.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
+        for text in await self.settled(self.left_behind, sollol.LOAD_PATIENCE_S):     # a check of a node may still run
+            self.wrong(text)
+
+    def check_requests(self):
+        """Check what the nodes and the log remember of the requests."""
+        for node in self.nodes.values():
+            for model in sorted(node.models):
+                most = most_at_once([record for record in inferences(node) if record.model == model])
+                if node.name in self.plan.fixed and most > node.engine.slots:
+                    self.wrong(f"{most} requests for {model} at once on {node.name}, slots={node.engine.slots}")
+        longest_s = max(record.finished_s - record.time_s
+                        for node in self.nodes.values() for record in inferences(node))
+        if not any(self.plan.troubles.values()) and self.line.longest_s > longest_s:
+            self.wrong(f"the first in line was overtaken for {self.line.longest_s:.1f} s; the longest request took "
+                       f"{longest_s:.1f} s")
+        for errand in self.plan.errands:
+            lines = self.logged[errand.id]
+            if lines > 1 or not lines and not (errand.leaving and errand.leaving.phase == "sending"):
+                self.wrong(f"the log has {lines} lines for {errand.id}")
+
+    async def stop(self):
+        await self.gateway.stop()
+        for node in self.nodes.values():
+            await node.stop()
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            self.wrong(f"a task is left: {task.get_coro()}")
+
+
+LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoing connections
+
+
+async def start_below_ephemeral(node, rng):
+    """Start a node on a port that no connection can take while it is dead."""
+    while True:
+        node.port = rng.choice(LOW_PORTS)
+        try:
+            return await node.start()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+
+
+@contextlib.contextmanager
+def log_sent_to(handler):
+    """Send the gateway's log to a handler for a while."""
+    log = sollol.LOG
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    log.handlers[:], log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+
+
+async def run_soak(seed, plan):
+    """Run a plan; return its Soak."""
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(seed, plan, folder)
+        soak.loop.set_exception_handler(lambda loop, context: soak.wrong(f"the loop caught: {context}"))
+        with log_sent_to(SoakLog(soak)):
+            await soak.start()
+            await soak.play()
+            await soak.check_peace()
+            await soak.check_leftovers()
+            await soak.stop()
+            soak.check_requests()
+    return soak
+
+
+def soak_once(seed, minutes=SOAK_MINUTES):
+    """Return (outcomes in the order of the errands, violations) of one seed, in virtual time."""
+    soak = run_virtual(run_soak(seed, draw_plan(seed, minutes)))
+    return sorted(soak.outcomes), soak.violations
+
+
+def soak_seeds(first, count, minutes):
+    """Run seeds, and print those that fail and what they violate; return whether none did."""
+    failed, ends = 0, collections.Counter()
+    for seed in range(first, first + count):
+        outcomes, violations = soak_once(seed, minutes)
+        ends.update(outcome.how for outcome in outcomes)
+        if violations:
+            failed += 1
+            print(f"seed {seed} failed:", *violations, sep="\n  ", flush=True)
+        if seed + 1 == first + count or (seed + 1 - first) % 10 == 0:
+            say(f"{seed + 1 - first} of {count} seeds, {failed} failed")
+    print(f"{count} seeds of {minutes:g} minutes, {failed} failed; {sum(ends.values())} requests: "
+          + ", ".join(f"{number} {how}" for how, number in sorted(ends.items())))
+    return not failed
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
@@ -3670,6 +4482,9 @@ def command_line():
     add("--realtime", action="store_true", help="on the wall clock, the gateway being a process of its own")
     add("--matrix", nargs="?", const=".", metavar="PATTERN", help="run all scenarios, or those that match; minutes")
     add("--agents", metavar="N,N", help="so many parallel agents, against one call after the other")
+    add("--soak", type=sollol.parse_count, metavar="N", help="run N seeds of random traffic and faults, from --seed "
+        "on: exit status 1 if what must always hold does not")
+    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M", help="virtual minutes of each (%(default)g)")
     add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
     add = parser.add_argument_group("real clusters").add_argument
     add("--sollol-url", metavar="URL", help="a running gateway, measured against round-robin over --hosts")
@@ -3699,8 +4514,8 @@ def run(options):
     """Do what the command line asks for; return the exit status. Raises BadArgument."""
     if (options.sollol_url or options.baseline or options.overhead not in (None, "here")) and not options.hosts:
         raise BadArgument("which nodes? Give --hosts H,H")
-    if (options.output or options.html) and (options.matrix or options.agents or options.check or options.baseline
-                                             or options.overhead or options.nodes):
+    if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
+                                             or options.baseline or options.overhead or options.nodes):
         raise BadArgument("--output and --html go with a comparison only")
     for path in filter(None, (options.output, options.html)):
         write_file(path, "", "a")   # can it be written? Better to know now than after minutes
@@ -3719,6 +4534,8 @@ def run(options):
         print(aligned(run_quick(measure_streams(options.streams, options.rate))))
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
+    elif options.soak:
+        return 0 if soak_seeds(options.seed, options.soak, options.minutes) else 1
     elif options.check:
         held = [check_claims(options.seed), run_quick(check_weight())]
         return 0 if all(held) else 1

@@ -1013,6 +1013,7 @@ class Runner:
     on_disk: bool = False
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
     options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
+    listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
 
@@ -1410,7 +1411,8 @@ def patience_s(runner, prediction):
     tokens = max(8 * prediction.demand.output_tokens, LONG_ANSWER_TOKENS)
     tokens = 0 if wants.stream else min(tokens, wants.max_output or tokens)
     first_s = prediction.start_s + (prediction.prefill_s + tokens * decode_s(runner)) * prediction.slow
-    return min(max(5.0, 2.0 + 3 * first_s * (10 if runner.samples < 3 else 1)), MOST_PATIENCE_S)
+    doubt = 1 if runner.samples >= 3 else 10 if runner.samples else 30      # a CPU is 30 times slower than the prior
+    return min(max(5.0, 2.0 + 3 * doubt * first_s), MOST_PATIENCE_S)
 
 
 def is_usable(node, now):
@@ -1491,7 +1493,7 @@ class Room:
     """Where the tickets of one model can go during one run of `dispatch`."""
 
     model: str
-    runners: list                   # on usable nodes
+    runners: list                   # on usable nodes, their own breakers not open
     looks_left: int = LOOK_AHEAD    # tickets that may still be held back
 
 
@@ -1617,7 +1619,7 @@ class Dispatcher:
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
                 continue
-            usable = [runner for runner in holders if is_usable(runner.node, now)]
+            usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
             if usable or any(runner.node.is_alive(now) for runner in holders):
                 rooms.append(Room(model, usable))
             else:
@@ -1700,7 +1702,7 @@ class Dispatcher:
                                            [(it.runner.node.name, it.finish_s) for it in predictions]))
         elif predictions or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
-            room.looks_left -= 1
+            room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
             chosen = predictions[0] if predictions else None
         else:
             chosen = None
@@ -1793,7 +1795,7 @@ class Dispatcher:
 
     def believe_unloaded(self, runner):
         """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s = runner.options = None
+        runner.ready_s, runner.options, runner.listed_s = None, None, math.inf
         runner.prefixes.clear()
 
     def advance(self, node, now):
@@ -1819,6 +1821,8 @@ class Dispatcher:
             return
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
+            if runner.options is None:
+                runner.options = lease.ticket.wants.options
         if not lease.ticket.wants.stream:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
@@ -1945,22 +1949,25 @@ class Dispatcher:
     def configure(self, settings):
         """Take over the lines of hosts.txt: keep what is known of nodes whose line did not change, drop the others.
 
-        Requests that run on a dropped node end there. Returns (added, dropped) nodes.
+        Requests that run on a dropped node end there. A node that comes back meanwhile still has them: its slots are
+        taken. Returns (added, dropped) nodes.
         """
         old, self.nodes = self.nodes, {}
+        known = {**{node.name: node for node in self.leaving}, **old}
         if settings and not any(line.primary for line in settings):
             settings = [settings[0]._replace(primary=True), *settings[1:]]
         for line in settings:
-            node = old.get(line.name)
+            node = known.get(line.name)
             if node and node.settings._replace(primary=line.primary) == line:
                 node.settings = line            # who is primary can follow from other lines
+                node.draining = False
             else:
                 node = Node(line)
             self.nodes[line.name] = node
         dropped = [node for node in old.values() if self.nodes.get(node.name) is not node]
         for node in dropped:
             node.draining = True
-        self.leaving += dropped
+        self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
@@ -2038,6 +2045,7 @@ class Dispatcher:
         gone, new = [], []
         for runner in node.runners.values():
             row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
+            runner.listed_s = min(runner.listed_s, now) if row else math.inf
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
                 if runner.ready_s is None:
@@ -2086,11 +2094,16 @@ class Dispatcher:
         return stuck
 
     def is_overdue(self, lease, now):
-        """Tell whether a first byte is so late that the node must be stuck. A load is given all its time."""
-        node, waited_s = lease.node, now - lease.sent_s
-        listed = lease.runner.model in map(row_name, node.running)
-        patience_s = lease.patience_s if listed and not lease.loads else max(LOAD_PATIENCE_S, lease.patience_s)
-        return waited_s > patience_s and now - node.heard_s > SILENT_S
+        """Tell whether a first byte is so late that the node must be stuck.
+
+        A load is given all its time, whichever request caused it, and what comes after it its own.
+        """
+        runner = lease.runner
+        loading = (lease.loads or runner.listed_s > now or (runner.options or ()) != lease.ticket.wants.options
+                   or any(other.loads and other.first_s is None for other in runner.leases))
+        waited_s = now - (lease.sent_s if loading else max(lease.sent_s, runner.listed_s))
+        patience_s = max(LOAD_PATIENCE_S, lease.patience_s) if loading else lease.patience_s
+        return waited_s > patience_s and now - lease.node.heard_s > SILENT_S
 
     def judge_speed(self, lease, now):
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
@@ -2264,6 +2277,7 @@ class Pool:
     def __init__(self, settings, loop):
         self.settings, self.loop = settings, loop
         self.idle = []              # the last used is used next, so that the rest can age
+        self.closed = False         # its node was dropped: nothing is kept
         self.tls = ssl.create_default_context() if settings.tls else None
 
     async def connect(self):
@@ -2294,7 +2308,7 @@ class Pool:
     def give_back(self, connection, clean):
         """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if clean and connection.is_open() and not connection.buffer:
+        if clean and connection.is_open() and not connection.buffer and not self.closed:
             connection.busy = False
             connection.idle_s = self.loop.time()
             self.idle.append(connection)
@@ -2307,6 +2321,11 @@ class Pool:
             if connection.idle_s < before_s:
                 connection.transport.close()
         self.idle = [connection for connection in self.idle if connection.idle_s >= before_s]
+
+    def close(self):
+        """Close every connection: the idle ones now, the others when they are given back."""
+        self.closed = True
+        self.prune(math.inf)
 
     async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True):
         """Send a whole request; return (connection, head of the answer). Raises NodeFailure.
@@ -3687,7 +3706,7 @@ class Gateway:
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
-            self.pools[node].prune(math.inf)
+            self.pools[node].close()
         return added, dropped
 
     def begin_probes(self, node):
@@ -3793,9 +3812,8 @@ class Gateway:
                   and loaded_runners(node)):
                 self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
-            dropped = dispatcher.nodes.get(node.name) is not node and not node.leases
-            pool.prune(math.inf if dropped else now - IDLE_UPSTREAM_S)
-            if dropped:
+            pool.prune(now - IDLE_UPSTREAM_S)
+            if dispatcher.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.states.pop(node, None)
         if self.hosts_stamp() not in (None, self.hosts_seen):

@@ -1004,6 +1004,17 @@ def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
     assert not fail(dispatcher, first, now=1.0)
 
 
+def test_tickets_that_wait_for_another_node_stand_in_nobodys_way():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    busy, *spent = enter(dispatcher, *[want()] * (sollol.LOOK_AHEAD + 2))
+    for it in spent:
+        it.tried = {"n1"}
+    fresh, = enter(dispatcher, want(), now=1.0)
+    assert sorted(placed(dispatcher, 1.0)) == ["n1", "n2"]
+    finish(dispatcher, busy, 2.0)
+    assert placed(dispatcher, 2.0) == ["n1"] and fresh.lease
+
+
 def test_at_most_three_nodes_are_tried():
     dispatcher = cluster(**{f"n{number}": ["m"] for number in range(5)})
     it, = enter(dispatcher, want())
@@ -1298,6 +1309,17 @@ def test_node_that_failed_twice_is_left_alone_for_a_second_then_gets_one_trial()
     assert placed(dispatcher, 2.0) == ["n1"] * 3
 
 
+def test_nobody_waits_for_a_model_whose_breaker_is_open():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
+    for it in enter(dispatcher, want(), want()):
+        placed(dispatcher)
+        fail(dispatcher, it, "model")
+        dispatcher.leave(it, 0.0)
+    enter(dispatcher, want(), now=0.5)
+    assert placed(dispatcher, 0.5) == ["n2"]
+
+
 def test_end_of_an_older_request_does_not_allow_a_second_trial():
     dispatcher = cluster(slots=4, n1=["m"])
     old, bad, worse = enter(dispatcher, want(), want(), want())
@@ -1345,6 +1367,20 @@ def test_configure_keeps_known_nodes_and_drains_dropped_ones():
     assert not any(node.leases for node in old.values())
     enter(dispatcher, want(), now=1.0)
     assert placed(dispatcher, 1.0) == ["n1"]
+
+
+def test_node_that_comes_back_while_its_requests_run_has_that_many_slots_less():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    first, second = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    (_, one), (_, two) = dispatcher.nodes.items()
+    dispatcher.configure([two.settings])
+    assert dispatcher.configure([one.settings, two.settings]) == ([one], [])
+    assert dispatcher.nodes["n1"] is one and one.state(0.0) == "up" and not dispatcher.leaving
+    enter(dispatcher, want(), now=1.0)
+    assert placed(dispatcher, 1.0) == []
+    finish(dispatcher, first, 2.0)
+    assert placed(dispatcher, 2.0) == ["n1"]
 
 
 def test_one_silent_probe_is_chance_two_or_a_refusal_are_not():
@@ -1418,6 +1454,52 @@ def test_model_that_loads_for_a_minute_is_not_given_up():
     placed(dispatcher)
     assert not any(dispatcher.watch(float(now)) for now in range(1, 240))
     assert dispatcher.watch(1000.0) == [it.lease]
+
+
+def test_node_that_was_never_measured_may_be_as_slow_as_a_cpu():
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want(prompt_chars=6000))
+    placed(dispatcher)
+    cpu_s = bench.solo_s("cpu", "llama3.2", 1500, 1)       # of the size that `rows` says
+    assert 2 * cpu_s < it.lease.patience_s < 4 * cpu_s
+
+
+LARGE = (("num_ctx", 8192),)
+
+
+def test_options_of_a_model_that_was_found_loaded_are_known_once_it_answers():
+    dispatcher = cluster(slots=2, n1=["m"])
+    first, = enter(dispatcher, want())
+    placed(dispatcher)
+    dispatcher.heard(first.lease, 1, 0.5)
+    other, = enter(dispatcher, want(options=LARGE), now=1.0)
+    placed(dispatcher, 1.0)
+    assert other.lease.loads
+
+
+def test_request_behind_anothers_load_is_given_the_time_of_a_load():
+    dispatcher = cluster(slots=3, n1=["m"])
+    runner(dispatcher, "n1").samples = 3
+    first, = enter(dispatcher, want())
+    placed(dispatcher)
+    dispatcher.heard(first.lease, 1, 0.5)
+    loading, behind = enter(dispatcher, want(options=LARGE), want(options=LARGE), now=1.0)
+    placed(dispatcher, 1.0)
+    finish(dispatcher, first, 2.0)
+    assert (loading.lease.loads, behind.lease.loads) == (True, False) and behind.lease.patience_s < 60
+    assert not any(dispatcher.watch(float(now)) for now in range(2, 240))
+
+
+def test_load_that_only_ps_shows_is_given_its_time():
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    node, patience_s = it.lease.node, it.lease.patience_s
+    dispatcher.residency(node, [], 2.0, 2.0)
+    assert not it.lease.loads and not any(dispatcher.watch(float(now)) for now in range(3, 60))
+    dispatcher.residency(node, rows("m"), 60.0, 60.0)
+    assert dispatcher.watch(60.0 + 0.9 * patience_s) == []
+    assert dispatcher.watch(60.0 + 1.1 * patience_s) == [it.lease]
 
 
 def test_place_prefers_a_holder_and_takes_no_slot():
@@ -2681,6 +2763,41 @@ async def test_dropped_node_is_forgotten_with_its_connections_once_it_is_idle(tm
         await until(lambda: len(gateway.pools) == 1 and not one.connections)
 
 
+@over_sockets
+async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp_path):
+    one, two = await fixed(1, speed=0.3).start(), await bench.SimNode(**FAST).start()
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{one.url} name=one\n{two.url} name=two\n")
+    async with gateway_for(one, two, hosts=hosts) as gateway:
+        node = gateway.dispatcher.nodes["one"]
+        gateway.begin_chore(node, sollol.calibrate)
+        await until(lambda: one.in_flight)
+        hosts.write_text(f"{two.url} name=two\n")
+        gateway.reload()
+        await until(lambda: node not in gateway.pools)
+        assert node in gateway.chores
+        await until(lambda: node not in gateway.chores and not one.connections)
+
+
+@over_sockets
+async def test_node_that_comes_back_keeps_its_connections_in_one_pool(tmp_path):
+    node, other = await fixed(1, speed=1).start(), await bench.SimNode(**FAST).start()
+    hosts, line = tmp_path / "hosts.txt", f"{node.url} name=one slots=1\n"
+    hosts.write_text(line)
+    async with gateway_for(node, other, hosts=hosts) as gateway:
+        running = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=100)))
+        await until(lambda: node.in_flight == 1)
+        for text in (f"{other.url}\n", line):
+            hosts.write_text(text)
+            gateway.reload()
+        queued = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=100)))
+        await until(lambda: health(gateway)["queued"] == 1)
+        assert {(await task).status for task in (running, queued)} == {200}
+        assert node.max_in_flight == 1
+        pool, = gateway.pools.values()
+        await until(lambda: len(pool.idle) == len(node.connections))
+
+
 def test_upload_that_stops_coming_is_ended():
     async def main():
         async with gateway_for(bench.SimNode(**FAST)) as gateway:
@@ -2995,6 +3112,87 @@ def test_wall_clock_agrees_with_the_virtual_one():
     virtual, = bench.simulate(scenario, 1, (bench.SOLLOL,))
     assert bench.figures(real).success == 1.0
     assert 0.6 < bench.figures(real).mean_s / bench.figures(virtual).mean_s < 1.6
+
+
+@over_sockets
+async def test_simulated_node_resets_garbles_and_tears():
+    node = fixed(1, speed=2)
+    async with gateway_for(node) as gateway:
+        for fault in (node.reset, lambda: node.garble(b"zz\r\n")):
+            stream = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=400, stream=True)))
+            await until(lambda: any(lease.lines > 3 for it in gateway.dispatcher.nodes.values() for lease in it.leases))
+            fault()
+            assert json.loads((await stream).body.splitlines()[-1])["error"].startswith("127.0.0.1:")
+            node.recover()
+        await asyncio.sleep(1.1)        # its breaker's first pause
+        node.tear()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await call(gateway, "POST", "/api/generate", generate())
+        node.recover()
+        await asyncio.sleep(2.1)
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+
+
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_everything_holds_under_random_faults(seed):
+    outcomes, violations = bench.soak_once(seed, minutes=3.0)
+    assert not violations
+    assert sum(outcome.how == "whole" for outcome in outcomes) > 20
+
+
+def test_soak_replays_from_its_seed():
+    one, two = (bench.soak_once(17, minutes=1.0) for _ in range(2))
+    assert one == two and bench.soak_once(18, minutes=1.0)[0] != one[0]
+
+
+def leaks(release):
+    """Lose a lease now and then."""
+    return lambda self, lease, now: None if lease.ticket.id.endswith("7") else release(self, lease, now)
+
+
+def forgets(settle):
+    """Settle no account of a batch request."""
+    return lambda self, wants: None if wants.priority == 1 else settle(self, wants)
+
+
+def one_more(has_room):
+    """Take a node for one with room as long as fewer than nine requests run there."""
+    return lambda self, runner, others, now: len(runner.leases) < 9
+
+
+def no_end(close_with):
+    """End a broken stream as if it were whole."""
+    return lambda self, text, family: self.write(sollol.LAST_CHUNK) or True
+
+
+def late(expire):
+    """Let tickets wait as long as they like."""
+    return lambda self, now: []
+
+
+def mixes_up(relayed):
+    """Relay an answer with one letter changed."""
+    return lambda self, payload, verbatim: relayed(self, payload.replace(b" the", b" thE"), None)
+
+
+@pytest.mark.parametrize("owner, name, broken, complaint", [
+    (sollol.Dispatcher, "release", leaks, "was never released"),
+    (sollol.FairShare, "settle", forgets, "fair share still has an account of"),
+    (sollol.Dispatcher, "has_room", one_more, "at once on"), (sollol.Relay, "close_with", no_end, "stream has no end"),
+    (sollol.Dispatcher, "expire", late, "has waited 61"), (sollol.Relay, "take", mixes_up, "wrong text"),
+])
+def test_soak_sees_what_is_broken(owner, name, broken, complaint, monkeypatch):
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    assert any(complaint in violation for seed in range(1, 11) for violation in bench.soak_once(seed, minutes=2.0)[1])
+
+
+def test_failing_seed_is_told_and_makes_the_soak_fail(monkeypatch, capsys):
+    monkeypatch.setattr(sollol.Dispatcher, "release", leaks(sollol.Dispatcher.release))
+    assert bench.main(["--soak", "1", "--seed", "1", "--minutes", "1"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("seed 1 failed:") and "was never released" in out and "1 seeds of 1 minutes, 1 failed" in out
+    monkeypatch.undo()
+    assert bench.main(["--soak", "2", "--seed", "1", "--minutes", "0.2"]) == 0
 
 
 def test_failed_requests_stay_in_every_figure():
