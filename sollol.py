@@ -91,6 +91,7 @@ HEAD_START_S = 6.0                  # one level of priority, in seconds of waiti
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32
+LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
@@ -1278,23 +1279,26 @@ def resident_bytes(runner):
     return runner.vram_bytes or runner.disk_bytes * 1.2
 
 
+def overfills(runner, held_bytes):
+    """Tell whether loading the model beside others that take `held_bytes` would push one of them out."""
+    wanted = held_bytes + resident_bytes(runner)
+    return held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+
+
+def residents(node, but=None):
+    """Return the runners of a node whose models are loaded or loading, `but` one."""
+    return [runner for runner in node.runners.values() if runner.ready_s is not None and runner is not but]
+
+
 def must_evict(runner):
     """Tell whether loading the model would push another one out."""
-    held = sum(resident_bytes(other) for other in runner.node.runners.values()
-               if other.ready_s is not None and other is not runner)
-    wanted = held + resident_bytes(runner)
-    return held > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+    return overfills(runner, sum(map(resident_bytes, residents(runner.node, but=runner))))
 
 
-def load_in_s(runner, now):
-    """Return when the model would be loaded there, in seconds from now: loads happen one after the other."""
-    node = runner.node
-    resident = [other for other in node.runners.values() if other.ready_s is not None]
-    loading_s = max((other.ready_s - now for other in resident), default=0.0)
-    victims = [runner] if runner.ready_s is not None else resident if must_evict(runner) else []
-    drain_s = min((max((solo_left_s(lease, now) * slowdown(node, victim) for lease in victim.leases),
-                       default=0.0) for victim in victims), default=0.0)
-    return load_s(runner) + max(loading_s, 1.5 * drain_s, 0.0)
+def last_end_s(runner, now):
+    """Return when the last request that runs there would be finished, in seconds from now."""
+    slow = slowdown(runner.node, runner)
+    return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
 
 
 def cached_tokens(runner, demand):
@@ -1305,13 +1309,22 @@ def cached_tokens(runner, demand):
     return chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
 
 
-def harm_s(runner, now):
-    """Return what a request would cost those of other models that run on its node: each of them gets slower."""
-    node = runner.node
-    if not node.busy or runner.leases:
-        return 0.0
-    return sum(solo_left_s(lease, now) * slowdown(node, other)
-               for other in node.busy for lease in other.leases) / len(node.busy)
+class Surroundings:
+    """What a request meets on a node, whatever its model, as long as nothing there begins or ends."""
+
+    __slots__ = ("at_s", "harm_s", "held_bytes", "loaded_at_s", "drained_at_s")
+
+    def __init__(self, node, now):
+        self.at_s = now
+        self.harm_s = 0.0           # what it costs the requests of other models that run there: each gets slower
+        for other in node.busy:
+            slow = slowdown(node, other) / len(node.busy)
+            for lease in other.leases:
+                self.harm_s += solo_left_s(lease, now) * slow
+        there = residents(node)
+        self.held_bytes = sum(map(resident_bytes, there))
+        self.loaded_at_s = max((runner.ready_s for runner in there), default=now)   # loads come one after the other
+        self.drained_at_s = now + min((last_end_s(runner, now) for runner in there), default=0.0)   # one can be evicted
 
 
 class Offer:
@@ -1321,7 +1334,8 @@ class Offer:
     What runs there now is looked at only if all free slots are taken: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "order", "now", "leases", "free", "taken_s", "placed_s", "seen", "slow", "harm_s")
+    __slots__ = ("runner", "order", "now", "leases", "free", "taken_s", "placed_s", "around", "slow", "fixed_s",
+                 "prefill_s", "decode_s", "ready_s", "loading_s")
 
     def __init__(self, runner, order, now):
         self.runner, self.now = runner, now
@@ -1330,7 +1344,7 @@ class Offer:
         self.free = runner.slots - len(self.leases)
         self.taken_s = None         # ascending, once needed
         self.placed_s = []
-        self.seen = -1              # leases of the node for which `slow` and `harm_s` were reckoned
+        self.around = None          # see `look`
 
     def first_s(self):
         """Return when the first slot is free."""
@@ -1352,21 +1366,66 @@ class Offer:
             del self.taken_s[0]
             bisect.insort(self.taken_s, finish_s)
 
-    def look(self):
-        """Reckon what holds for every ticket, until this dispatch gives the node another lease."""
-        node = self.runner.node
-        if self.seen != len(node.leases):
-            self.seen = len(node.leases)
-            self.slow = slowdown(node, self.runner, 1)
-            self.harm_s = harm_s(self.runner, self.now)
+    def look(self, around):
+        """Reckon what holds for every ticket, until the node is given another lease."""
+        runner, self.around = self.runner, around
+        self.slow = slowdown(runner.node, runner, 1)
+        self.prefill_s, self.decode_s = prefill_s(runner), decode_s(runner)
+        self.fixed_s = runner.node.rtt_s + (0.0 if runner.leases else around.harm_s)
+        self.ready_s = max(0.0, (runner.ready_s or 0.0) - self.now)
+        self.loading_s = None       # see `load`
+
+    def load(self):
+        """Return (when the model would be loaded, what that costs others later)."""
+        if self.loading_s is None:
+            runner, around = self.runner, self.around
+            first_s, swaps = around.loaded_at_s - self.now, True
+            if runner.ready_s is not None:      # loaded with other options
+                first_s = max(first_s, 1.5 * last_end_s(runner, self.now))
+            elif overfills(runner, around.held_bytes):
+                first_s = max(first_s, 1.5 * (around.drained_at_s - self.now))
+            else:
+                swaps = False
+            load = load_s(runner)   # what is evicted will have to come back
+            self.loading_s = load + max(first_s, 0.0), load if swaps else 0.0
+        return self.loading_s
+
+    def start(self, demand):
+        """Return when a request would begin, when its model would be there, and what a load costs others later."""
+        if is_loaded_for(self.runner, demand.wants):
+            ready_s, swap_s = self.ready_s, 0.0
+        else:
+            ready_s, swap_s = self.load()
+        return ready_s if self.free > 0 else max(ready_s, self.first_s()), ready_s, swap_s
+
+    def slowed(self):
+        """Return how many times longer than alone a request would take, with those that run beside it."""
+        return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
+
+    def new_tokens(self, demand):
+        """Return how many tokens of a prompt the prefix cache lacks."""
+        if not self.runner.prefixes.parts:
+            return demand.prompt_tokens
+        return demand.prompt_tokens - cached_tokens(self.runner, demand)
+
+    def finish_s(self, demand):
+        """Return when a request would be finished, with what it costs others: what nodes are compared by."""
+        start_s, _, swap_s = self.start(demand)
+        work_s = OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.output_tokens * self.decode_s
+        return start_s + self.fixed_s + work_s * self.slowed() + swap_s
+
+    def predict(self, demand):
+        """Return the Prediction for a request that is to go here."""
+        start_s, ready_s, _ = self.start(demand)
+        new_tokens = self.new_tokens(demand)
+        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, OVERHEAD_S + new_tokens * self.prefill_s,
+                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
+                          not is_loaded_for(self.runner, demand.wants))
 
 
 class Prediction(NamedTuple):
-    """What would become of a request on a node, in seconds from now; sorts by when it would be finished there."""
+    """What will become of a request on a node, in seconds from now."""
 
-    finish_s: float                 # with what it costs others: what nodes are compared by
-    order: int
-    offer: Offer
     demand: Demand
     start_s: float                  # a slot is free and the model there
     ready_s: float                  # the model is there
@@ -1376,30 +1435,24 @@ class Prediction(NamedTuple):
     new_tokens: float               # what the prefix cache lacks
     loads: bool
 
+
+class Candidate(NamedTuple):
+    """A node for a ticket; sorts by when it would be finished there, in seconds from now."""
+
+    finish_s: float
+    order: int
+    offer: Offer
+
     @property
     def runner(self):
         return self.offer.runner
 
 
-def predict(offer, demand):
-    """Return the Prediction for a request on the node of an Offer."""
-    runner, now = offer.runner, offer.now
-    offer.look()
-    lane_s, slow, cost_s = offer.first_s(), offer.slow, offer.harm_s
-    if lane_s > 0:
-        slow = slowdown(runner.node, runner, 1, full=True)
-    loads = not is_loaded_for(runner, demand.wants)
-    if not loads:
-        ready_s = max(0.0, runner.ready_s - now)
-    else:
-        ready_s = load_in_s(runner, now)
-        if runner.ready_s is not None or must_evict(runner):
-            cost_s += load_s(runner)            # swap: what was evicted will have to come back
-    new_tokens = demand.prompt_tokens - cached_tokens(runner, demand)
-    prefill, decode = OVERHEAD_S + new_tokens * prefill_s(runner), demand.output_tokens * decode_s(runner)
-    start_s = max(lane_s, ready_s) + runner.node.rtt_s
-    return Prediction(start_s + (prefill + decode) * slow + cost_s, offer.order, offer, demand, start_s, ready_s,
-                      prefill, decode, slow, new_tokens, loads)
+def offer_of(runner, now):
+    """Return the Offer of one runner, as things are."""
+    offer = Offer(runner, 0, now)
+    offer.look(Surroundings(runner.node, now))
+    return offer
 
 
 def patience_s(runner, prediction):
@@ -1494,7 +1547,17 @@ class Room:
 
     model: str
     runners: list                   # on usable nodes, their own breakers not open
-    looks_left: int = LOOK_AHEAD    # tickets that may still be held back
+    places_left: float              # tickets that may still be sent
+    looks_left: int                 # tickets that may still be held back
+    finish_s: float = math.inf      # when the first of those would be finished, in seconds from now
+
+
+class Settled(NamedTuple):
+    """A model whose first tickets had all better wait: nothing to decide, until something happens."""
+
+    at_s: float
+    last_key_s: float               # of the last ticket that was looked at; infinite if there was none behind it
+    finish_s: float                 # when the first one would be finished where it waits to go
 
 
 ALL_FAILED = 502, "every node that could answer has failed"
@@ -1505,11 +1568,11 @@ def untried(nodes, tried, now):
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
 
 
-def explain(predictions, chosen):
+def explain(candidates, chosen):
     """Return why a node was chosen, in a few words."""
-    if len(predictions) == 1:
+    if len(candidates) == 1:
         return f"only choice, {chosen.finish_s:.2f} s predicted"
-    other = predictions[1] if predictions[0] is chosen else predictions[0]
+    other = candidates[1] if candidates[0] is chosen else candidates[0]
     return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
 
 
@@ -1533,6 +1596,10 @@ class Dispatcher:
         self.leaving = []           # dropped nodes that still work
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
         self.queue = Queue()
+        self.settled = {}           # model: Settled
+        self.freed = collections.Counter()      # settled model: leases that have ended since
+        self.surroundings = {}      # Node: Surroundings, until something begins or ends there
+        self.idle = set()           # nodes whose last lease has ended since the last dispatch
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
@@ -1549,8 +1616,26 @@ class Dispatcher:
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
         ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
-        self.queue.push(ticket)
+        self.push(ticket)
         return ticket
+
+    def push(self, ticket):
+        """Let a ticket wait."""
+        self.queue.push(ticket)
+        settled = self.settled.get(ticket.wants.model)
+        if settled and ticket.key_s < settled.last_key_s:
+            self.unsettle(ticket.wants.model)
+
+    def unsettle(self, model):
+        """Look at all tickets of a model again, at the next dispatch."""
+        self.settled.pop(model, None)
+        self.freed.pop(model, None)
+
+    def unsettle_all(self):
+        """Look at all tickets again, at the next dispatch: something has changed on a node."""
+        self.settled.clear()
+        self.freed.clear()
+        self.surroundings.clear()
 
     def leave(self, ticket, now):
         """End a ticket, whatever has become of it: waiting, running, refused or already left."""
@@ -1567,7 +1652,7 @@ class Dispatcher:
         if len(ticket.tried) >= MAX_ATTEMPTS or self.is_hopeless(ticket, now):
             return False
         ticket.since_s = now
-        self.queue.push(ticket)
+        self.push(ticket)
         return True
 
     def nodes_for(self, model):
@@ -1610,22 +1695,53 @@ class Dispatcher:
     # Dispatch ---------------------------------------------------------------
 
     def dispatch(self, now):
-        """Match waiting tickets to nodes. Return (leases given, tickets refused)."""
-        if not self.queue.tickets:
-            return [], []
-        turn, rooms = Turn(now), []
+        """Match waiting tickets to nodes. Return (leases given, tickets refused).
+
+        A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
+        leases ends, one ticket may go. A node that is idle even then is offered to every model.
+        """
+        turn = Turn(now)
+        if self.queue.tickets:
+            self.bind(turn)
+            if self.settled and self.tempt([node for node in self.idle if not node.leases], now):
+                self.bind(turn)
+        self.idle.clear()
+        return turn.leases, turn.refused
+
+    def tempt(self, idle, now):
+        """Unsettle the models whose first ticket might go to an idle node; tell whether there are any."""
+        tempted = []
+        for node in idle:
+            for model, runner in node.runners.items():
+                settled, entry = self.settled.get(model), self.queue.first(model)
+                if not (settled and entry and runner.on_disk):
+                    continue
+                finish_s = offer_of(runner, now).finish_s(self.estimates.demand_of(entry[2]))
+                if finish_s <= HOLD * (settled.finish_s - now):
+                    tempted.append(model)
+                    self.unsettle(model)
+        return tempted
+
+    def bind(self, turn):
+        """Match the waiting tickets of all models that are not settled."""
+        rooms, now = [], turn.now
         for model in list(self.queue.heaps):
+            settled, freed = self.settled.get(model), self.freed.pop(model, 0)
+            again = settled and now - settled.at_s >= LOOK_AGAIN_S
+            if settled and not freed and not again:
+                continue
+            places = freed if freed and not again else math.inf
+            looks = LOOK_AHEAD if freed or not settled else 1       # nothing happened: the first speaks for the others
             holders = self.holders.get(model)
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
                 continue
             usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
             if usable or any(runner.node.is_alive(now) for runner in holders):
-                rooms.append(Room(model, usable))
+                rooms.append(Room(model, usable, places, looks))
             else:
                 self.refuse_all(turn, model, f"every node that has {model} is down")
         self.bind_late(turn, rooms)
-        return turn.leases, turn.refused
 
     def refuse_all(self, turn, model, text):
         """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
@@ -1673,16 +1789,21 @@ class Dispatcher:
         try:
             while heads:
                 room = heapq.heappop(heads)[2]
-                self.place_or_hold(turn, self.queue.pop(room.model), room)
-                if (entry := self.queue.first(room.model)) and self.is_open(room, turn.now):
-                    heapq.heappush(heads, (*entry[:2], room))
+                entry = self.queue.pop(room.model)
+                self.place_or_hold(turn, entry, room)
+                if (following := self.queue.first(room.model)) and self.is_open(room, turn.now):
+                    heapq.heappush(heads, (*following[:2], room))
+                elif room.places_left > 0:
+                    self.settled[room.model] = Settled(turn.now, entry[0] if following else math.inf,
+                                                       turn.now + room.finish_s)
         finally:
             for entry in turn.held:
                 self.queue.restore(entry)
+            turn.held.clear()
 
     def is_open(self, room, now):
         """Tell whether another ticket is worth a look."""
-        if room.looks_left > 0:
+        if room.looks_left > 0 and room.places_left > 0:
             for runner in room.runners:
                 if self.has_room(runner, room.runners, now):
                     return True
@@ -1691,19 +1812,21 @@ class Dispatcher:
     def place_or_hold(self, turn, entry, room):
         """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait."""
         ticket = entry[2]
-        predictions = self.predictions(turn, ticket, room.runners)
-        free = next((it for it in predictions if self.has_room(it.runner, room.runners, turn.now)), None)
-        if free and free.finish_s <= HOLD * predictions[0].finish_s:
+        candidates = self.candidates(turn, ticket, room.runners)
+        free = next((it for it in candidates if self.has_room(it.runner, room.runners, turn.now)), None)
+        if free and free.finish_s <= HOLD * candidates[0].finish_s:
             chosen = free
+            room.places_left -= 1
             self.queue.settle(entry)
-            turn.leases.append(self.lease(ticket, chosen.runner.node, chosen.runner, turn.now,
-                                          explain(predictions, chosen), chosen))
+            turn.leases.append(self.lease(ticket, chosen.runner.node, chosen.runner, turn.now, explain(candidates, chosen),
+                                          chosen.offer.predict(self.estimates.demand_of(ticket))))
             self.decisions.append(Decision(turn.now, ticket.id, room.model, chosen.runner.node.name,
-                                           [(it.runner.node.name, it.finish_s) for it in predictions]))
-        elif predictions or not self.is_hopeless(ticket, turn.now):
+                                           [(it.runner.node.name, it.finish_s) for it in candidates]))
+        elif candidates or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
             room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
-            chosen = predictions[0] if predictions else None
+            chosen = candidates[0] if candidates else None
+            room.finish_s = min(room.finish_s, chosen.finish_s if chosen else math.inf)
         else:
             chosen = None
             self.queue.settle(entry)
@@ -1720,17 +1843,28 @@ class Dispatcher:
                 return False
         return runner.breaker.allows(now) and runner.node.breaker.allows(now)
 
-    def predictions(self, turn, ticket, runners):
-        """Return the Predictions for a ticket on each node that has not failed it, best first."""
-        found, demand, offers = [], self.estimates.demand_of(ticket), turn.offers
+    def candidates(self, turn, ticket, runners):
+        """Return a Candidate for each node that has not failed a ticket, best first."""
+        found, demand = [], self.estimates.demand_of(ticket)
         for order, runner in enumerate(runners):
-            if runner.node.name not in ticket.tried:
-                offer = offers.get(runner)
-                if offer is None:
-                    offer = offers[runner] = Offer(runner, order, turn.now)
-                found.append(predict(offer, demand))
+            if ticket.tried and runner.node.name in ticket.tried:
+                continue
+            offer = turn.offers.get(runner)
+            if offer is None:
+                offer = turn.offers[runner] = Offer(runner, order, turn.now)
+            around = self.around(runner.node, turn.now)
+            if offer.around is not around:
+                offer.look(around)
+            found.append(Candidate(offer.finish_s(demand), order, offer))
         found.sort()
         return found
+
+    def around(self, node, now):
+        """Return the Surroundings on a node: kept from one dispatch to the next, as long as nothing happens there."""
+        known = self.surroundings.get(node)
+        if known is None or now - known.at_s > LOOK_AGAIN_S:
+            known = self.surroundings[node] = Surroundings(node, now)
+        return known
 
     def place(self, id, wants, tried, now):
         """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
@@ -1773,7 +1907,7 @@ class Dispatcher:
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
         runner, wants = lease.runner, lease.ticket.wants
-        it = prediction or predict(Offer(runner, 0, now), self.estimates.demand(wants))
+        it = prediction or offer_of(runner, now).predict(self.estimates.demand(wants))
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
@@ -1800,6 +1934,7 @@ class Dispatcher:
 
     def advance(self, node, now):
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
+        self.surroundings.pop(node, None)
         elapsed_s = now - node.advanced_s
         if elapsed_s > 0:
             for runner in node.busy:
@@ -1833,6 +1968,7 @@ class Dispatcher:
         runner.top = max(runner.top, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs = runner.top, "learned", 0
+            self.unsettle(runner.model)
 
     def doubt_slots(self, runner, nth, now):
         """Note that a request waited although so many were proved to run: someone else uses the node, or it changed."""
@@ -1853,6 +1989,8 @@ class Dispatcher:
         """Learn from a complete answer. Before its release."""
         node, runner = lease.node, lease.runner
         took_s = now - lease.sent_s
+        if lease.trials:
+            self.unsettle_all()
         node.breaker.succeed()
         node.heard_s = now
         node.misses = 0
@@ -1922,6 +2060,10 @@ class Dispatcher:
             runner.used_s = now
             if not runner.leases:
                 node.busy.remove(runner)
+            if runner.model in self.settled:
+                self.freed[runner.model] += 1
+        if not node.leases:
+            self.idle.add(node)
         for breaker in lease.trials:
             breaker.end_trial()
         node.heard_s = now          # its silence, if any, ended with this lease
@@ -1931,6 +2073,7 @@ class Dispatcher:
         node, runner = lease.node, lease.runner
         lease.ticket.tried.add(node.name)
         node.errors += 1
+        self.unsettle_all()
         if kind == "missing":       # the index was wrong
             if runner is not None:
                 runner.on_disk = False
@@ -1973,6 +2116,7 @@ class Dispatcher:
 
     def reindex(self):
         """Rebuild the table of who has which model."""
+        self.unsettle_all()
         self.holders = {}
         for node in self.nodes.values():
             for runner in node.runners.values():
@@ -1983,6 +2127,7 @@ class Dispatcher:
         """Note that a node cannot be reached: its models are gone from memory."""
         node.probed, node.up, node.suspect, node.calibrated = True, False, False, False
         node.speed = 1.0
+        self.unsettle_all()
         for runner in node.runners.values():
             self.believe_unloaded(runner)
             if runner.slots_known != "set":     # it may come back with another OLLAMA_NUM_PARALLEL
@@ -1993,6 +2138,7 @@ class Dispatcher:
         """Note that a node answered a probe; one that was down starts afresh."""
         if not node.up:
             node.breaker.succeed()
+            self.unsettle_all()
         node.probed, node.up, node.misses, node.version = True, True, 0, version
         node.rtt_s += (0.3 if node.rtt_s else 1.0) * (rtt_s - node.rtt_s)
 
@@ -2056,6 +2202,8 @@ class Dispatcher:
                 self.believe_unloaded(runner)
         held_bytes = sum(map(row_vram_bytes, rows))
         node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
+        if gone or new:
+            self.unsettle_all()
         if gone and new:            # one came and another went: together they did not fit
             node.vram_limit_bytes = held_bytes + min(runner.vram_bytes for runner in gone)
 
@@ -2122,6 +2270,7 @@ class Dispatcher:
         """End the suspicion: a check on the node was answered."""
         node.suspect = False
         node.heard_s = now
+        self.unsettle_all()
 
     def calibrates(self, node):
         """Note that a node is being measured; that is done once each time it comes up."""
