@@ -3993,11 +3993,14 @@ def overgrown(gateway, nodes):
     """Yield a sentence for every container of an idle gateway that holds more than nodes and models account for."""
     dispatcher, known = gateway.dispatcher, set(gateway.dispatcher.nodes.values())
     models = {model for node in nodes for model in node.models}
-    for name in ("pools", "states", "probes", "chores", "first_looks"):
-        if extra := set(getattr(gateway, name)) - known:
-            yield f"gateway.{name} keeps {' '.join(sorted(node.name for node in extra))}"
+    for name, table in (("pools", gateway.pools), ("states", gateway.states), ("probes", gateway.probes),
+                        ("first_looks", gateway.first_looks), ("chores", {node for node, _ in gateway.chores}),
+                        ("surroundings", dispatcher.surroundings), ("idle", dispatcher.idle)):
+        if extra := set(table) - known:
+            yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"
     for name, table in (("queue.heaps", dispatcher.queue.heaps), ("queue.marked", dispatcher.queue.marked),
-                        ("estimates.lengths", dispatcher.estimates.lengths), ("holders", dispatcher.holders)):
+                        ("estimates.lengths", dispatcher.estimates.lengths), ("holders", dispatcher.holders),
+                        ("settled", dispatcher.settled), ("freed", dispatcher.freed)):
         if extra := set(table) - models:
             yield f"{name} keeps {' '.join(map(str, extra))}"
     for model, heap in dispatcher.queue.heaps.items():

@@ -98,6 +98,7 @@ CLIP = 3.0                          # one sample moves an estimate as if it were
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
+FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
 STALL_S = 2.0                       # no token for this long, and ten expected gaps: the node is suspect
@@ -1044,6 +1045,7 @@ class Node:
     runners: dict = field(default_factory=dict)     # model: Runner
     leases: list = field(default_factory=list)      # of all models, also those without a slot
     busy: list = field(default_factory=list)        # runners with leases
+    loading: list = field(default_factory=list)     # leases that wait for their model to load
 
     probed: bool = False            # has answered, or failed to, at least once
     indexed: bool = False           # its models are known
@@ -1387,7 +1389,7 @@ class Offer:
             else:
                 swaps = False
             load = load_s(runner)   # what is evicted will have to come back
-            self.loading_s = load + max(first_s, 0.0), load if swaps else 0.0
+            self.loading_s = load + min(max(first_s, 0.0), FORESIGHT_S), load if swaps else 0.0
         return self.loading_s
 
     def start(self, demand):
@@ -1472,6 +1474,8 @@ def is_usable(node, now):
     """Tell whether a node may get new work now."""
     if not node.up or node.draining or node.suspect or not node.breaker.allows(now):
         return False
+    if node.loading and now > node.loading[0].ready_s + SILENT_S:
+        return False                # Ollama loads when another model is idle: what is fed may never be
     if not node.busy or now - node.heard_s <= SILENT_S:
         return True
     # What does not stream is as long as its answer, and that is known far less exactly than the time to a first token.
@@ -1818,8 +1822,9 @@ class Dispatcher:
             chosen = free
             room.places_left -= 1
             self.queue.settle(entry)
-            turn.leases.append(self.lease(ticket, chosen.runner.node, chosen.runner, turn.now, explain(candidates, chosen),
-                                          chosen.offer.predict(self.estimates.demand_of(ticket))))
+            prediction = chosen.offer.predict(self.estimates.demand_of(ticket))
+            turn.leases.append(self.lease(ticket, chosen.runner.node, chosen.runner, turn.now,
+                                          explain(candidates, chosen), prediction))
             self.decisions.append(Decision(turn.now, ticket.id, room.model, chosen.runner.node.name,
                                            [(it.runner.node.name, it.finish_s) for it in candidates]))
         elif candidates or not self.is_hopeless(ticket, turn.now):
@@ -1895,6 +1900,8 @@ class Dispatcher:
             runner.leases.append(lease)
             lease.nth = len(runner.leases)
             runner.used_s = now
+            if lease.loads:
+                node.loading.append(lease)
         if not node.leases:
             node.heard_s = now
         node.leases.append(lease)
@@ -1954,6 +1961,7 @@ class Dispatcher:
         runner = lease.runner
         if runner is None:
             return
+        self.loaded(lease)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
             if runner.options is None:
@@ -1962,6 +1970,11 @@ class Dispatcher:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
                                      and other.ticket.wants.stream and not is_held_up(other)))
+
+    def loaded(self, lease):
+        """Note that a lease does not wait for its model any more, if it did."""
+        if lease in lease.node.loading:
+            lease.node.loading.remove(lease)
 
     def prove_slots(self, runner, count):
         """Raise what is known of a runner's slots: `count` requests ran at once."""
@@ -2058,6 +2071,7 @@ class Dispatcher:
         if runner is not None:
             runner.leases.remove(lease)
             runner.used_s = now
+            self.loaded(lease)
             if not runner.leases:
                 node.busy.remove(runner)
             if runner.model in self.settled:
@@ -2185,10 +2199,11 @@ class Dispatcher:
 
         Two names of the same weights share one runner, and ps shows only one of them: so the digest counts too.
         """
-        node.running = rows
         names = {row_name(row): row for row in rows}
+        self.learn_memory(node, {row_name(row): row for row in node.running}, names)
+        node.running = rows
         digests = {str(row["digest"]): row for row in rows if row.get("digest")}
-        gone, new = [], []
+        changed = False
         for runner in node.runners.values():
             row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
             runner.listed_s = min(runner.listed_s, now) if row else math.inf
@@ -2196,16 +2211,26 @@ class Dispatcher:
                 runner.vram_bytes = row_vram_bytes(row)
                 if runner.ready_s is None:
                     runner.ready_s, runner.options = now, None
-                    new.append(runner)
+                    changed = True
             elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
-                gone.append(runner)
                 self.believe_unloaded(runner)
-        held_bytes = sum(map(row_vram_bytes, rows))
-        node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
-        if gone or new:
+                changed = True
+        if changed:
             self.unsettle_all()
-        if gone and new:            # one came and another went: together they did not fit
-            node.vram_limit_bytes = held_bytes + min(runner.vram_bytes for runner in gone)
+
+    def learn_memory(self, node, before, after):
+        """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
+
+        What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
+        A model that still loads is not listed, but has its room.
+        """
+        held_bytes = sum(map(row_vram_bytes, after.values()))
+        node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
+        loading = {lease.runner for lease in node.loading if lease.runner.model not in after}
+        held_bytes += sum(map(resident_bytes, loading))
+        gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
+        if gone and any(model not in before for model in after):
+            node.vram_limit_bytes = min(node.vram_limit_bytes, held_bytes + max(gone))
 
     def watch(self, now):
         """Look for nodes that stand still. Return the leases to give up: their request can still run elsewhere.
@@ -3128,6 +3153,8 @@ async def attempt(gateway, client, head, body, lease, record):
 
     request = render_request(head, lease.node.settings, len(body)) + body
     connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable)
+    if lease.loads:
+        gateway.begin_chore(lease.node, look_after_load)
     clean = False
     try:
         if answer.status in BUSY_STATUSES or answer.status in (404, 500):
@@ -3432,6 +3459,13 @@ async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
     asked_s = gateway.loop.time()
     found = await ask(gateway, node, "GET", "/api/ps", timeout_s=timeout_s)
     gateway.dispatcher.residency(node, rows_of(found), asked_s, gateway.loop.time())
+
+
+async def look_after_load(gateway, node):
+    """See at once what a load has pushed out: the next one should know what fits together."""
+    with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
+        await look_at_residency(gateway, node)
+        gateway.pump()
 
 
 async def look_again(gateway):
@@ -3794,7 +3828,7 @@ class Gateway:
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
-        self.chores = {}            # Node: Task that checks or measures it
+        self.chores = {}            # (Node, what is done): Task
         self.states = {}            # Node: its state as logged last
         self.clients = set()
         self.first_looks = set()    # nodes not yet looked at since the start
@@ -3919,10 +3953,11 @@ class Gateway:
         return ticket.lease
 
     def begin_chore(self, node, work):
-        """Start a check or calibration of a node, unless one is running."""
-        if node not in self.chores:
-            task = self.chores[node] = self.loop.create_task(work(self, node))
-            task.add_done_callback(lambda task: self.chores.pop(node, None))
+        """Start a piece of work on a node, such as a check or its calibration, unless it is under way."""
+        chore = node, work
+        if chore not in self.chores:
+            task = self.chores[chore] = self.loop.create_task(work(self, node))
+            task.add_done_callback(lambda task: self.chores.pop(chore, None))
 
     def blame(self, lease, failure):
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
