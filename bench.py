@@ -28,6 +28,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import html
@@ -3468,12 +3469,12 @@ def proxy_process(stack, name, argv, config, node):
     return Contender(name, port, begin_process(stack, [*argv, str(path)], stdout=subprocess.DEVNULL))
 
 
-def sollol_process(stack, name, node, count, *flags):
+def sollol_process(stack, name, node, count, *flags, slots=NODE_SLOTS):
     """Start SOLLOL in front of `count` names of a node; return its Contender."""
     port = free_port()
     argv = [sys.executable, "sollol.py", "--port", str(port), "--max-connections", "20000", *flags]
     for number in range(count):
-        argv += ["--node", f"http://127.0.0.1:{node.port} name=n{number} slots={NODE_SLOTS}"]
+        argv += ["--node", f"http://127.0.0.1:{node.port} name=n{number} slots={slots}"]
     return Contender(name, port, begin_process(stack, argv, stdout=subprocess.DEVNULL))
 
 
@@ -3572,6 +3573,54 @@ async def measure_streams(count, rate, rounds=3):
         rows.append([name, str(sum(it[0] for it in runs)), f"{middle(it[2] for it in runs) * 1e6:.1f}",
                      f"x{costs[name]:.2f}", f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}",
                      f"{idle[name][0]:.2f}", f"{idle[name][1]:.0f}", f"{max(it[3] for it in runs):.0f}"])
+    return rows
+
+
+class Customer(Listening):
+    """Ask for one stream after the other on a connection."""
+
+    def data_received(self, data):
+        self.tokens += data.count(b"}\n")
+        if data.endswith(b"0\r\n\r\n"):
+            self.transport.write(self.request)
+
+
+async def crowd_cost(contender, customers, rate, span_s):
+    """Let `customers` ask for streams without end; return (tokens/s, CPU seconds a token, MiB held)."""
+    loop = asyncio.get_running_loop()
+    options = {"num_predict": round(STREAM_S * rate), "gap_ms": 1000 // rate}
+    crowd = [(await loop.create_connection(functools.partial(Customer, post_chat(number, stream=True, options=options)),
+                                           "127.0.0.1", contender.port))[1] for number in range(customers)]
+    await asyncio.sleep(STREAM_S)
+    tokens, cpu_s, start_s = sum(one.tokens for one in crowd), contender.cpu_s(), time.perf_counter()
+    await asyncio.sleep(span_s)
+    tokens = sum(one.tokens for one in crowd) - tokens
+    found = tokens / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / tokens, contender.resident_mib()
+    for one in crowd:
+        one.over.cancel()
+        one.transport.abort()
+    return found
+
+
+async def measure_waiting(streams, rate, waiting, rounds=3):
+    """Measure what a long queue and many nodes cost the streams that run; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
+        flags = "--max-queue", str(waiting + streams), "--queue-timeout", "100000", "--log-level", "warning"
+        few = sollol_process(stack, f"{-(-streams // NODE_SLOTS)} nodes, nobody waits", node, -(-streams // NODE_SLOTS),
+                             *flags)
+        many = sollol_process(stack, f"50 nodes, {waiting} wait", node, 50, *flags, slots=-(-streams // 50))
+        seen = {few: [], many: []}
+        for turn in range(rounds):
+            for it in seen:
+                await first_answer_s(it)
+                seen[it].append(await crowd_cost(it, streams + (waiting if it is many else 0), rate, 2 * STREAM_S))
+            say(f"{turn + 1} of {rounds} rounds")
+    rows = [[f"{streams} streams, {rate}/s each", "tokens/s", "CPU us a token", "to the first", "MiB"]]
+    for it, found in seen.items():
+        ratio = middle(one[1] / two[1] for one, two in zip(found, seen[few], strict=True))
+        rows.append([it.name, f"{middle(one[0] for one in found):.0f}", f"{middle(one[1] for one in found) * 1e6:.1f}",
+                     f"x{ratio:.2f}", f"{max(one[2] for one in found):.0f}"])
     return rows
 
 
@@ -4362,6 +4411,82 @@ def soak_seeds(first, count, minutes):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Decisions: what does one dispatch cost when the queue is long?
+#
+# No sockets: the gateway's own Dispatcher, every slot taken, and 10,000 tickets waiting. The lease that is predicted to
+# end first ends, its answer is learned from, and a waiting ticket takes its place: that is one decision.
+# ------------------------------------------------------------------------------------------------------------
+
+DECISION_TICKETS, DECISIONS = 10_000, 300
+LIKELY = sollol.Timings(total_s=5.0, prompt_s=1.0, prompt_tokens=500, output_s=4.0, output_tokens=150)
+
+
+def crowded(nodes, models, held, rng):
+    """Return a Dispatcher over `nodes` that hold `held` of `models` each, two of them loaded, and its full queue."""
+    dispatcher = sollol.Dispatcher(max_queue=DECISION_TICKETS)
+    dispatcher.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
+    names = [f"m{number}:latest" for number in range(models)]
+    for number, node in enumerate(dispatcher.nodes.values()):
+        mine = [names[(number * held + place) % models] for place in range(held)]
+        dispatcher.answered(node, "0.33.0", 0.001, 0.0)
+        dispatcher.index(node, [{"name": name, "size": 4e9} for name in mine])
+        dispatcher.residency(node, [{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
+        node.vram_limit_bytes = 14e9
+        for runner in node.runners.values():
+            runner.slots, runner.top, runner.slots_known, runner.probe_s = 2, 2, "learned", math.inf
+            runner.decode_s, runner.prefill_s, runner.samples = 0.02 * (1 + number % 5), 0.0005, 5
+    for number in range(DECISION_TICKETS):
+        wants = sollol.Wants(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
+                             prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
+        dispatcher.enter(str(number), wants, 1.0)
+    return dispatcher
+
+
+def decision_times_s(nodes, models, held, seed):
+    """Return the ascending times that decisions took."""
+    dispatcher, running, times_s, number = crowded(nodes, models, held, random.Random(seed)), [], [], itertools.count()
+
+    def dispatch(now):
+        for lease in dispatcher.dispatch(now)[0]:
+            heapq.heappush(running, (max(now + 0.5, lease.predicted_end_s), next(number), lease))
+
+    dispatch(1.0)
+    gc.freeze()                     # 10,000 tickets would be looked through again and again; see sollol.main
+    for _ in range(DECISIONS):
+        now, _, lease = heapq.heappop(running)
+        start_s = time.perf_counter()
+        dispatcher.heard(lease, 1, now)
+        dispatcher.observe(lease, LIKELY, now)
+        dispatcher.release(lease, now)
+        dispatcher.leave(lease.ticket, now)
+        dispatch(now)
+        times_s.append(time.perf_counter() - start_s)
+    return sorted(times_s)
+
+
+def heap_step_s():
+    """Return the time of one pop and push on a heap as long as the queue: a yardstick for this machine."""
+    heap = [(number * 7919 % DECISION_TICKETS, number, None) for number in range(DECISION_TICKETS)]
+    heapq.heapify(heap)
+    start_s = time.perf_counter()
+    for _ in range(DECISION_TICKETS):
+        heapq.heapreplace(heap, (heap[0][0] + 5000, 0, None))
+    return (time.perf_counter() - start_s) / DECISION_TICKETS
+
+
+def measure_decisions(seed):
+    """Return rows of text: what a decision costs, by size of the cluster."""
+    step_s = heap_step_s()
+    rows = [[f"{DECISION_TICKETS} tickets", "each holds", "median us", "mean us", "P99 us", "median, heap steps"]]
+    for nodes, models, held in ((5, 5, 5), (12, 20, 5), (25, 20, 5), (50, 20, 5), (100, 20, 5), (50, 20, 20)):
+        times_s = decision_times_s(nodes, models, held, seed)
+        rows.append([f"{nodes} nodes, {models} models", str(held), f"{middle(times_s) * 1e6:.0f}",
+                     f"{sum(times_s) / len(times_s) * 1e6:.0f}", f"{share_of(times_s, 0.99) * 1e6:.0f}",
+                     f"{middle(times_s) / step_s:.0f}"])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
@@ -4502,6 +4627,9 @@ def command_line():
     add("--streams", type=sollol.parse_count, metavar="N", help="CPU, gaps and memory of N token streams, beside nginx "
         "and HAProxy")
     add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each stream (%(default)s)")
+    add("--waiting", type=sollol.parse_count, metavar="N", help="with --streams: what N waiting requests and 50 "
+        "nodes cost them")
+    add("--decisions", action="store_true", help="what a dispatch costs while 10,000 tickets wait")
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="FILE", help="write every request as JSON")
     add("--html", metavar="FILE", help="write one page with curves, timeline and table")
@@ -4533,8 +4661,12 @@ def run(options):
         print(aligned(asyncio.run(measure_baseline(options))))
     elif options.overhead == "here":
         print(aligned(run_quick(measure_weight())))
+    elif options.decisions:
+        print(aligned(measure_decisions(options.seed)))
     elif options.streams:
-        print(aligned(run_quick(measure_streams(options.streams, options.rate))))
+        measure = (measure_waiting(options.streams, options.rate, options.waiting) if options.waiting
+                   else measure_streams(options.streams, options.rate))
+        print(aligned(run_quick(measure)))
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
     elif options.soak:

@@ -1314,7 +1314,7 @@ def cached_tokens(runner, demand):
 class Surroundings:
     """What a request meets on a node, whatever its model, as long as nothing there begins or ends."""
 
-    __slots__ = ("at_s", "harm_s", "held_bytes", "loaded_at_s", "drained_at_s")
+    __slots__ = ("at_s", "harm_s", "held_bytes", "loaded_at_s", "drained_at_s", "ends_at_s")
 
     def __init__(self, node, now):
         self.at_s = now
@@ -1327,6 +1327,16 @@ class Surroundings:
         self.held_bytes = sum(map(resident_bytes, there))
         self.loaded_at_s = max((runner.ready_s for runner in there), default=now)   # loads come one after the other
         self.drained_at_s = now + min((last_end_s(runner, now) for runner in there), default=0.0)   # one can be evicted
+        self.ends_at_s = {}         # Runner: when what runs in its slots ends, ascending; see `slots_end_at_s`
+
+    def slots_end_at_s(self, runner, leases, now):
+        """Return when each slot of a runner becomes free, ascending."""
+        ends_at_s = self.ends_at_s.get(runner)
+        if ends_at_s is None:
+            slow = slowdown(runner.node, runner)
+            left_s = sorted([solo_left_s(lease, now) * slow for lease in leases])[-runner.slots:]
+            ends_at_s = self.ends_at_s[runner] = [now + one_s for one_s in left_s]
+        return ends_at_s
 
 
 class Offer:
@@ -1336,27 +1346,32 @@ class Offer:
     What runs there now is looked at only if all free slots are taken: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "order", "now", "leases", "free", "taken_s", "placed_s", "around", "slow", "fixed_s",
-                 "prefill_s", "decode_s", "ready_s", "loading_s")
+    __slots__ = ("runner", "order", "now", "before", "leases", "free", "taken_s", "placed_s", "around", "slow",
+                 "fixed_s", "prefill_s", "decode_s", "ready_s", "loading_s")
 
-    def __init__(self, runner, order, now):
-        self.runner, self.now = runner, now
+    def __init__(self, runner, order, now, around):
+        self.runner, self.now, self.before = runner, now, around
         self.order = order          # ties go to the node listed first
         self.leases = tuple(runner.leases)      # before this dispatch gives any
         self.free = runner.slots - len(self.leases)
         self.taken_s = None         # ascending, once needed
         self.placed_s = []
-        self.around = None          # see `look`
+        self.look(around)
 
     def first_s(self):
         """Return when the first slot is free."""
         if self.free > 0:
             return 0.0
+        if self.taken_s is None and not self.placed_s:
+            return max(0.0, self.before.slots_end_at_s(self.runner, self.leases, self.now)[0] - self.now)
+        return self.slots_s()[0]
+
+    def slots_s(self):
+        """Return when each slot is free, ascending, with those that this dispatch has taken."""
         if self.taken_s is None:
-            slow = slowdown(self.runner.node, self.runner)
-            left_s = sorted(solo_left_s(lease, self.now) * slow for lease in self.leases)
-            self.taken_s = sorted(left_s[max(0, len(left_s) - self.runner.slots):] + self.placed_s)
-        return self.taken_s[0]
+            ends_at_s = self.before.slots_end_at_s(self.runner, self.leases, self.now)
+            self.taken_s = sorted([max(0.0, end_s - self.now) for end_s in ends_at_s] + self.placed_s)
+        return self.taken_s
 
     def take(self, finish_s):
         """Let a ticket take the first slot until `finish_s`."""
@@ -1364,8 +1379,7 @@ class Offer:
             self.free -= 1
             self.placed_s.append(finish_s)
         else:
-            self.first_s()
-            del self.taken_s[0]
+            del self.slots_s()[0]
             bisect.insort(self.taken_s, finish_s)
 
     def look(self, around):
@@ -1452,9 +1466,7 @@ class Candidate(NamedTuple):
 
 def offer_of(runner, now):
     """Return the Offer of one runner, as things are."""
-    offer = Offer(runner, 0, now)
-    offer.look(Surroundings(runner.node, now))
-    return offer
+    return Offer(runner, 0, now, Surroundings(runner.node, now))
 
 
 def patience_s(runner, prediction):
@@ -1854,11 +1866,10 @@ class Dispatcher:
         for order, runner in enumerate(runners):
             if ticket.tried and runner.node.name in ticket.tried:
                 continue
-            offer = turn.offers.get(runner)
+            offer, around = turn.offers.get(runner), self.around(runner.node, turn.now)
             if offer is None:
-                offer = turn.offers[runner] = Offer(runner, order, turn.now)
-            around = self.around(runner.node, turn.now)
-            if offer.around is not around:
+                offer = turn.offers[runner] = Offer(runner, order, turn.now, around)
+            elif offer.around is not around:
                 offer.look(around)
             found.append(Candidate(offer.finish_s(demand), order, offer))
         found.sort()
