@@ -49,6 +49,11 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+try:
+    from compression import zstd
+except ImportError:                 # before Python 3.14
+    zstd = None
+
 __version__ = "0.1.0"
 
 # -----------------------------------------------------------------------------
@@ -65,6 +70,7 @@ MAX_TRAILER_BYTES = 16 * KIB
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
 MAX_INTERIM = 16                    # 1xx answers before one request's own
+UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 
 # Client patience.
@@ -163,6 +169,17 @@ class Family(enum.Enum):
     ANTHROPIC = "anthropic"
 
 
+class Where(enum.Enum):
+    """Which nodes a request concerns: the words of the README's table of routes."""
+
+    GATEWAY = "gateway"             # none: the gateway answers for itself
+    MERGED = "merged"               # all: one answer from what was seen of them last
+    QUEUED = "one, queued"          # one that has the model, when a slot is free
+    ANY = "one"                     # one that has the model, at once; whatever Ollama has no path for, too
+    EVERY = "every"                 # all that have the model
+    PRIMARY = "primary"             # the one that owns account and blobs
+
+
 @dataclass(slots=True)
 class RequestHead:
     """A request line and its fields. `fields`: last value by lower-case name; `lines`: (name, raw line) to hand on."""
@@ -206,6 +223,9 @@ class Wants:
     prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
     embeds: bool = False            # no decode phase
     inference: bool = True          # takes a slot; False for show, pull and the like
+    where: Where = Where.QUEUED
+    opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
+    change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
 
 
@@ -519,8 +539,8 @@ def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# Length and coding are written anew, Host is the node's, Expect was answered here, the rest is ours to read.
-NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-priority"}
+# Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"x-priority"}
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length"}
 
 
@@ -564,35 +584,62 @@ def render_response(head, added, framing):
 # -----------------------------------------------------------------------------
 
 class Route(NamedTuple):
-    """What a path carries. `kind`: generate, chat, embed; show and change take no slot, the model is in the body."""
+    """What a path carries and which nodes it concerns.
 
-    kind: str
-    family: Family
+    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
+    account: a body that is passed on; raw: a body of any size, or none.
+    """
+
+    where: Where
+    kind: str = "raw"
+    family: Family = Family.OLLAMA
     streams: bool = False           # when the body does not say
 
     @property
     def is_inference(self):
         """Tell whether a request takes a slot of a model."""
-        return self.kind in ("generate", "chat", "embed")
+        return self.where is Where.QUEUED
 
 
-ROUTES = {
-    ("POST", "/api/generate"): Route("generate", Family.OLLAMA, True),
-    ("POST", "/api/chat"): Route("chat", Family.OLLAMA, True),
-    ("POST", "/api/embed"): Route("embed", Family.OLLAMA),
-    ("POST", "/api/embeddings"): Route("embed", Family.OLLAMA),
-    ("POST", "/v1/completions"): Route("generate", Family.OPENAI),
-    ("POST", "/v1/chat/completions"): Route("chat", Family.OPENAI),
-    ("POST", "/v1/responses"): Route("chat", Family.OPENAI),
-    ("POST", "/v1/embeddings"): Route("embed", Family.OPENAI),
-    ("POST", "/v1/messages"): Route("chat", Family.ANTHROPIC),
-    ("POST", "/api/show"): Route("show", Family.OLLAMA),
-    ("POST", "/api/pull"): Route("change", Family.OLLAMA, True),
-    ("POST", "/api/push"): Route("change", Family.OLLAMA, True),
-    ("POST", "/api/create"): Route("change", Family.OLLAMA, True),
-    ("POST", "/api/copy"): Route("change", Family.OLLAMA),
-    ("DELETE", "/api/delete"): Route("change", Family.OLLAMA),
-}
+ROUTE_ROWS = (                      # methods, path; one that ends in a slash stands for all below it
+    ("GET HEAD", "/", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/health", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/version", Route(Where.MERGED)),
+    ("GET HEAD", "/api/tags", Route(Where.MERGED)),
+    ("GET", "/api/ps", Route(Where.MERGED)),
+    ("GET", "/api/status", Route(Where.MERGED)),
+    ("GET", "/v1/models", Route(Where.MERGED, family=Family.OPENAI)),
+    ("POST", "/api/generate", Route(Where.QUEUED, "generate", Family.OLLAMA, True)),
+    ("POST", "/api/chat", Route(Where.QUEUED, "chat", Family.OLLAMA, True)),
+    ("POST", "/api/embed", Route(Where.QUEUED, "embed")),
+    ("POST", "/api/embeddings", Route(Where.QUEUED, "embed")),
+    ("POST", "/v1/completions", Route(Where.QUEUED, "generate", Family.OPENAI)),
+    ("POST", "/v1/chat/completions", Route(Where.QUEUED, "chat", Family.OPENAI)),
+    ("POST", "/v1/responses", Route(Where.QUEUED, "chat", Family.OPENAI)),
+    ("POST", "/v1/embeddings", Route(Where.QUEUED, "embed", Family.OPENAI)),
+    ("POST", "/v1/messages", Route(Where.QUEUED, "chat", Family.ANTHROPIC)),
+    ("POST", "/v1/audio/transcriptions", Route(Where.QUEUED, "transcribe", Family.OPENAI)),
+    ("POST", "/api/show", Route(Where.ANY, "show")),
+    ("GET", "/v1/models/", Route(Where.ANY, family=Family.OPENAI)),
+    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True)),
+    ("POST", "/api/copy", Route(Where.EVERY, "copy")),
+    ("DELETE", "/api/delete", Route(Where.EVERY, "delete")),
+    ("HEAD POST", "/api/blobs/", Route(Where.PRIMARY)),
+    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True)),
+    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True)),
+    ("POST", "/api/me", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/signout", Route(Where.PRIMARY, "account")),
+    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/experimental/web_search", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/experimental/web_fetch", Route(Where.PRIMARY, "account")),
+    ("GET", "/api/experimental/model-recommendations", Route(Where.PRIMARY, "account")),
+)
+ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
+ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
+ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
+CHANGES = frozenset(("pull", "copy", "delete", "create"))
+NOT_REPEATABLE = CHANGES | {"push", "account"}
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
@@ -607,6 +654,17 @@ def family_of(path):
     if path.startswith("/v1/messages"):
         return Family.ANTHROPIC
     return Family.OPENAI if path.startswith("/v1/") else Family.OLLAMA
+
+
+def find_route(method, path):
+    """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
+    route = ROUTES.get((method, path))
+    if route is not None:
+        return route
+    for its_method, above, route in ROUTES_BELOW:
+        if method == its_method and path.startswith(above) and path != above:
+            return route
+    return ELSEWHERE[family_of(path)]
 
 
 def lower_keys(pairs):
@@ -644,6 +702,52 @@ def read_object(body):
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
+FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
+
+
+def form_field(content_type, body, name):
+    """Return the text of a field of a multipart form (RFC 7578), or None."""
+    match = BOUNDARY.search(content_type)
+    if not match:
+        return None
+    delimiter = b"--" + (match[1] or match[2])
+    at = body.find(delimiter)
+    while at >= 0:
+        start, end = at + len(delimiter), body.find(b"\r\n" + delimiter, at)
+        value = body.find(b"\r\n\r\n", start, max(0, end))
+        if value < 0:
+            return None
+        found = FIELD_NAME.search(body[start:min(value, start + KIB)])
+        if found and found[1] == name:
+            return body[value + 4:end].decode(errors="replace")
+        at = end + 2
+    return None
+
+
+def unpacked(body):
+    """Return what a zstd body holds, or None: too much, no zstd, or a Python that cannot read it."""
+    if zstd is None:
+        return None
+    try:
+        decoder = zstd.ZstdDecompressor()
+        data = decoder.decompress(body, UNPACKED_BYTES)
+    except zstd.ZstdError:
+        return None
+    return data if decoder.eof else None
+
+
+def read_fields(head, route, body):
+    """Return (the fields of a body, whether it is compressed and cannot be read)."""
+    if route.kind == "transcribe":
+        model = form_field(head.fields.get(b"content-type", b""), body, b"model")
+        return ({"model": model} if model else {}), False
+    if head.fields.get(b"content-encoding", b"").lower() == b"zstd":
+        body = unpacked(body)
+        return (read_object(body), False) if body is not None else ({}, True)
+    return read_object(body), False
 
 
 def canonical(name):
@@ -750,15 +854,39 @@ def runner_options(fields, options):
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
+ZERO_DURATION = re.compile(r"[+-]?0+(\.0*)?(ns|us|µs|ms|s|m|h)?")
+
+
+def unloads(kind, fields):
+    """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
+    keep_alive = fields.get("keep_alive")
+    if keep_alive is None or fields.get("messages" if kind == "chat" else "prompt"):
+        return False
+    if isinstance(keep_alive, str):
+        return ZERO_DURATION.fullmatch(keep_alive) is not None
+    return keep_alive == 0 and keep_alive is not False
+
+
+def read_raw_wants(head, route, client):
+    """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
+    return Wants(route.family, model_in(head.path), client=client, inference=False, where=route.where,
+                 repeatable=head.method in ("GET", "HEAD"))
+
+
 def read_wants(head, route, body, client):
-    """Return what a request on a JSON route wants. Raises Refusal for a priority that is none."""
-    fields = read_object(body)
+    """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
+    if route.kind == "raw":
+        return read_raw_wants(head, route, client)
+    fields, opaque = read_fields(head, route, body)
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields.get("stream")
     parts = prompt_parts(route.kind, fields) if route.is_inference else []
     tools = fields.get("tools")
+    change = route.kind if route.kind in CHANGES else ""
+    if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
+        change = "unload"
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
@@ -770,8 +898,11 @@ def read_wants(head, route, body, client):
         options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
-        inference=route.is_inference,
-        repeatable=route.kind != "change",
+        inference=route.is_inference and not change,
+        repeatable=route.kind not in NOT_REPEATABLE,
+        where=route.where,
+        opaque=opaque,
+        change=change,
     )
 
 
@@ -953,6 +1084,15 @@ def row_name(row):
     return canonical(row["name"])
 
 
+@functools.lru_cache(maxsize=4096)
+def instant_s(text):
+    """Return seconds since 1970 for a time as Ollama writes it, 0 for anything else. Zones differ between nodes."""
+    try:
+        return datetime.datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
 def row_bytes(row, key):
     """Return a size in a row of /api/tags or /api/ps, 0 if it has none."""
     value = row.get(key)
@@ -1062,6 +1202,7 @@ class Node:
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
 
     version: str = ""
+    cloud: dict = field(default_factory=dict)   # its /api/status
     running: list = field(default_factory=list)     # rows of its /api/ps
     requests: int = 0
     errors: int = 0
@@ -1498,6 +1639,17 @@ class Room:
 ALL_FAILED = 502, "every node that could answer has failed"
 
 
+def has_on_disk(node, model):
+    """Tell whether a node is known to have a model."""
+    runner = node.runners.get(model)
+    return runner is not None and runner.on_disk
+
+
+def version_of(node, model):
+    """Return when the model that a node has was last changed, in seconds since 1970."""
+    return instant_s(node.runners[model].row.get("modified_at"))
+
+
 def untried(nodes, tried, now):
     """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
@@ -1562,7 +1714,7 @@ class Dispatcher:
 
     def retry(self, ticket, now):
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
-        if len(ticket.tried) >= MAX_ATTEMPTS or self.is_hopeless(ticket, now):
+        if len(ticket.tried) >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
             return False
         ticket.since_s = now
         self.queue.push(ticket)
@@ -1731,16 +1883,37 @@ class Dispatcher:
         return found
 
     def place(self, id, wants, tried, now):
-        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
+        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal.
+
+        Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
+        """
         up = untried(self.nodes.values(), tried, now)
         if not up:
             if tried:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
-        holders = [runner.node for runner in self.holders.get(wants.model, ()) if runner.node in up]
-        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases)))
-        ticket = Ticket(id, wants, now, now, next(self.seq))
-        return self.lease(ticket, node, None, now, "has the model" if holders else "any node")
+        holders = [node for node in up if has_on_disk(node, wants.model)]
+        if wants.where is Where.PRIMARY:
+            node = self.home(wants, holders, now)
+            return self.pin(id, wants, node, now, "primary node" if node.settings.primary else "has the model")
+        if holders:
+            newest = max(version_of(node, wants.model) for node in holders)
+            holders = [node for node in holders if version_of(node, wants.model) == newest]
+        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
+        return self.pin(id, wants, node, now, "has the model" if holders else "any node")
+
+    def home(self, wants, holders, now):
+        """Return the node that a request is pinned to: the primary, unless others have its model. Raises Refusal."""
+        primary = next(node for node in self.nodes.values() if node.settings.primary)
+        if primary.is_alive(now) and (primary in holders or not holders):
+            return primary
+        if holders:
+            return holders[0]
+        raise Refusal(503, f"{primary.name}, the primary node, is down", retry_after_s=1.0)
+
+    def pin(self, id, wants, node, now, reason):
+        """Return a lease without a slot on a given node."""
+        return self.lease(Ticket(id, wants, now, now, next(self.seq)), node, None, now, reason)
 
     # Leases -----------------------------------------------------------------
 
@@ -1965,11 +2138,11 @@ class Dispatcher:
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
     def reindex(self):
-        """Rebuild the table of who has which model."""
+        """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
         self.holders = {}
         for node in self.nodes.values():
             for runner in node.runners.values():
-                if runner.on_disk:
+                if runner.on_disk and not is_cloud(runner.model):
                     self.holders.setdefault(runner.model, []).append(runner)
 
     def lost(self, node, now):
@@ -2016,6 +2189,10 @@ class Dispatcher:
     def index_failed(self, node):
         """Note that a node lives but does not say what it has: what it said last counts."""
         node.indexed = True
+
+    def said_status(self, node, found):
+        """Take over a node's /api/status."""
+        node.cloud = found
 
     def runner(self, node, model):
         """Return what is known of a model on a node, from now on."""
@@ -2966,7 +3143,7 @@ async def attempt(gateway, client, head, body, lease, record):
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
-            kind = failover_kind(answer.status, text, lease.runner is not None)
+            kind = failover_kind(answer.status, text, lease.runner is not None or lease.ticket.wants.opaque)
             raise NodeRefused(kind, answer, text)
         keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, head.keep_alive)
         return keep
@@ -2975,18 +3152,17 @@ async def attempt(gateway, client, head, body, lease, record):
         pool.give_back(connection, clean)
 
 
-def answer_refused(client, head, record, refused):
-    """Write a node's own error answer, byte for byte; tell whether the connection stays open."""
-    answer = refused.head
-    answer.length = len(refused.body)
+def answer_whole(client, head, record, answer, body):
+    """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
+    answer.length = len(body)
     _, lines, keep = choose_framing(head, answer, head.keep_alive)
-    record.status, record.bytes = answer.status, len(refused.body)
-    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else refused.body))
+    record.status, record.bytes = answer.status, len(body)
+    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else body))
     return keep
 
 
 async def serve_inference(gateway, client, head, body, wants, record):
-    """Wait for a slot, run the request, and fail over until it is answered."""
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     ticket = dispatcher.enter(record.id, wants, loop.time())
     last = Refusal(502, "no node answered")
@@ -3013,8 +3189,6 @@ async def serve_inference(gateway, client, head, body, wants, record):
                 dispatcher.release(lease, loop.time())
             if not dispatcher.retry(ticket, loop.time()):
                 break
-        if isinstance(last, NodeRefused):
-            return answer_refused(client, head, record, last)
         raise last
     finally:
         dispatcher.leave(ticket, loop.time())
@@ -3029,8 +3203,6 @@ async def serve_control(gateway, client, head, body, wants, record):
         lease = dispatcher.place(record.id, wants, tried, loop.time())
         try:
             return await attempt(gateway, client, head, body, lease, record)
-        except NodeRefused as refused:
-            return answer_refused(client, head, record, refused)
         except NodeFailure as failure:
             gateway.blame(lease, failure)
             tried.add(lease.node.name)
@@ -3040,14 +3212,12 @@ async def serve_control(gateway, client, head, body, wants, record):
             dispatcher.release(lease, loop.time())
 
 
-async def serve_upload(gateway, client, head, record):
+async def serve_upload(gateway, client, head, wants, record):
     """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
 
     A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead.
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    wants = Wants(family_of(head.path), None, client=client.address, inference=False)
-    record.priority = wants.priority
     lease = dispatcher.place(record.id, wants, set(), loop.time())
     connection, clean = None, False
     try:
@@ -3075,30 +3245,33 @@ async def serve_upload(gateway, client, head, record):
             pool.give_back(connection, clean)
 
 
+async def serve_locally(gateway, client, head, record):
+    """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
+    if head.length != 0:
+        await client.read_body(head, gateway.max_body_bytes)
+    if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
+        await gateway.refreshed[head.path](gateway)
+    status, body, kind = gateway.local[head.path](gateway)
+    return answer_locally(client, head, record, status, body, kind)
+
+
 async def serve(gateway, client, head, record):
-    """Answer one request; tell whether the connection stays open. Raises Refusal before any byte of an answer."""
-    local = gateway.local.get(head.path)
-    if local and head.method in ("GET", "HEAD"):
-        if head.length != 0:
-            await client.read_body(head, gateway.max_body_bytes)
-        if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
-            await gateway.refreshed[head.path](gateway)
-        status, body, kind = local(gateway)
-        return answer_locally(client, head, record, status, body, kind)
+    """Answer one request; tell whether the connection stays open.
+
+    Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
+    """
+    route = find_route(head.method, head.path)
+    if route.where is Where.GATEWAY or route.where is Where.MERGED:
+        return await serve_locally(gateway, client, head, record)
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    route = ROUTES.get((head.method, head.path))
-    if route is None and head.length != 0:
-        client.serving = True
-        return await serve_upload(gateway, client, head, record)
-    body = await client.read_body(head, gateway.max_body_bytes)
+    raw = route.kind == "raw"
+    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes)
     client.serving = True
-    if route is None:
-        wants = Wants(family_of(head.path), model_in(head.path), client=client.address, inference=False,
-                      repeatable=head.method in ("GET", "HEAD"))
-    else:
-        wants = read_wants(head, route, body, client.address)
+    wants = read_wants(head, route, body, client.address)
     record.model, record.priority = wants.model or "", wants.priority
+    if raw and head.length != 0:
+        return await serve_upload(gateway, client, head, wants, record)
     handle = serve_inference if wants.inference else serve_control
     return await handle(gateway, client, head, body, wants, record)
 
@@ -3119,6 +3292,8 @@ async def converse(gateway, client):
                 keep = await serve(gateway, client, head, record)
             except Refusal as refusal:
                 keep = answer_refusal(client, head, record, refusal)
+            except NodeRefused as refused:
+                keep = answer_whole(client, head, record, refused.head, refused.body)
             gateway.log_request(record)
             record = None
             if client.write_paused:
@@ -3168,9 +3343,9 @@ def merge_rows(rows, newest):
     best = {}
     for row in rows:
         name = row_name(row)
-        if name not in best or str(row.get(newest, "")) > str(best[name].get(newest, "")):
+        if name not in best or instant_s(row.get(newest)) > instant_s(best[name].get(newest)):
             best[name] = row
-    return sorted(best.values(), key=lambda row: str(row.get(newest, "")), reverse=True)
+    return sorted(best.values(), key=lambda row: instant_s(row.get(newest)), reverse=True)
 
 
 def all_tags(gateway):
@@ -3198,14 +3373,17 @@ def answer_version(gateway):
     return json_answer({"version": min(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])})
 
 
+def answer_status(gateway):
+    """Answer /api/status: the cloud is disabled only if it is on all nodes, as far as they have told."""
+    told = [node.cloud for node in live_nodes(gateway) if isinstance(node.cloud.get("cloud"), dict)]
+    enabled = [found for found in told if not found["cloud"].get("disabled")]
+    return json_answer((enabled or told or [{"cloud": {"disabled": False, "source": "none"}}])[0])
+
+
 def openai_model(row):
     """Return a row of /api/tags as /v1/models shows it."""
     name = row["name"]
-    try:
-        created = int(datetime.datetime.fromisoformat(str(row.get("modified_at"))).timestamp())
-    except ValueError:
-        created = 0
-    return {"id": name, "object": "model", "created": created,
+    return {"id": name, "object": "model", "created": int(instant_s(row.get("modified_at"))),
             "owned_by": name.rpartition("/")[0].rpartition("/")[2] or "library"}
 
 
@@ -3266,16 +3444,21 @@ async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
     gateway.dispatcher.residency(node, rows_of(found), asked_s, gateway.loop.time())
 
 
-async def look_again(gateway):
-    """Refresh what is loaded where, as far as nodes answer at once; the rest stays as last seen.
+async def look_at_status(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+    """Find out whether a node uses the cloud. Raises ProbeFailure, as old nodes do not tell, or NodeFailure."""
+    gateway.dispatcher.said_status(node, await ask(gateway, node, "GET", "/api/status", timeout_s=timeout_s))
+
+
+async def look_again(look, gateway):
+    """Let all nodes be looked at that answer at once; the rest stays as last seen.
 
     Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
     """
-    if gateway.looking is None:
-        looks = [look_at_residency(gateway, node, FRESH_S) for node in gateway.dispatcher.nodes.values() if node.up]
-        gateway.looking = asyncio.gather(*looks, return_exceptions=True)
-        gateway.looking.add_done_callback(lambda looks: setattr(gateway, "looking", None))
-    await asyncio.shield(gateway.looking)
+    if look not in gateway.looking:
+        looks = [look(gateway, node, FRESH_S) for node in gateway.dispatcher.nodes.values() if node.up]
+        gateway.looking[look] = asyncio.gather(*looks, return_exceptions=True)
+        gateway.looking[look].add_done_callback(lambda looks: gateway.looking.pop(look, None))
+    await asyncio.shield(gateway.looking[look])
 
 
 def note_state(gateway, node, why=""):
@@ -3632,7 +3815,7 @@ class Gateway:
         self.first_looks = set()    # nodes not yet looked at since the start
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
-        self.looking = None         # asks all nodes for /api/ps, while somebody waits for that
+        self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
         self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
@@ -3642,11 +3825,15 @@ class Gateway:
             "/api/version": answer_version,
             "/api/tags": answer_tags,
             "/api/ps": answer_ps,
+            "/api/status": answer_status,
             "/v1/models": answer_openai_models,
             "/api/health": answer_health,
             "/api/stats": answer_stats,
         }
-        self.refreshed = {"/api/ps": look_again}    # path: what is awaited before that answer
+        self.refreshed = {          # path: what is awaited before that answer
+            "/api/ps": functools.partial(look_again, look_at_residency),
+            "/api/status": functools.partial(look_again, look_at_status),
+        }
         self.configure(nodes)
 
     # Start and reload -------------------------------------------------------

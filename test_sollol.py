@@ -28,7 +28,7 @@ import pytest
 
 import bench
 import sollol
-from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants
+from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants, Where
 
 HERE = pathlib.Path(__file__).parent
 
@@ -517,14 +517,14 @@ def test_copy_names_its_model_source():
 
 STREAMING = {"/api/generate", "/api/chat", "/api/pull", "/api/push", "/api/create"}
 EMBEDDING = {"/api/embed", "/api/embeddings", "/v1/embeddings"}
-CONTROL = {"/api/show", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"}
+READ = [(method, path) for (method, path), route in sollol.ROUTES.items() if route.kind not in ("raw", "transcribe")]
 
 
-@pytest.mark.parametrize("method, path", list(sollol.ROUTES))
+@pytest.mark.parametrize("method, path", READ)
 def test_what_a_path_means_when_the_body_does_not_say(method, path):
     wants = asked(path, b"{}", method)
     assert (wants.stream, wants.embeds) == (path in STREAMING, path in EMBEDDING)
-    assert wants.inference == (path not in CONTROL) and wants.family is sollol.family_of(path)
+    assert wants.inference == (wants.where is Where.QUEUED) and wants.family is sollol.family_of(path)
     assert (wants.priority, wants.max_output, wants.options, wants.client) == (5, None, (), "10.0.0.1")
     for stream in (True, False, "yes", 1, None, []):
         expected = stream if isinstance(stream, bool) else path in STREAMING
@@ -2755,6 +2755,205 @@ async def test_stats_show_nodes_queue_and_decisions():
         assert [(ticket["priority"], ticket["position"]) for ticket in stats["queue"]] == [(9, 1), (3, 2)]
         assert stats["decisions"][0]["predicted_finish_s"].keys() == {node["name"]}
         await asyncio.gather(*tasks)
+
+
+# -----------------------------------------------------------------------------
+# The whole surface, over three nodes with different models
+# -----------------------------------------------------------------------------
+
+def three(**more):
+    """Return unequal nodes: a, the primary, b and c. All have llama3.2, two mistral, only c embeds."""
+    nodes = [bench.SimNode("rtx4090", ("llama3.2", "qwen3:14b"), name="a", **FAST | more),
+             bench.SimNode("rtx3060", ("llama3.2", "mistral"), name="b", **FAST | more),
+             bench.SimNode("m2", ("llama3.2", "mistral", "nomic-embed-text"), name="c", **FAST | more)]
+    for node in nodes:
+        node.line = f"name={node.name}"
+    return nodes
+
+
+@contextlib.asynccontextmanager
+async def surface(nodes=None, flags=()):
+    """Run a gateway in front of nodes; yield it."""
+    nodes = nodes or three()
+    async with gateway_for(*nodes, flags=flags) as gateway:
+        gateway.nodes = nodes
+        yield gateway
+
+
+def asked_of(gateway, path, method=None):
+    """Return the names of the nodes that were asked for a path."""
+    return [node.name for node in gateway.nodes if any(it.path == path and method in (None, it.method)
+                                                       for it in node.requests)]
+
+
+def lines_of(answer):
+    """Return the objects of an NDJSON answer."""
+    return [json.loads(line) for line in answer.body.splitlines()]
+
+
+DIGEST = hashlib.sha256(b"weights").hexdigest()
+MESSAGES = [{"role": "user", "content": "hi <out=3>"}]
+
+
+def form(**fields):
+    """Return (body, content type) of a multipart form."""
+    parts = "".join(f'--cut\r\nContent-Disposition: form-data; name="{name}"{"; filename=f" * (name == "file")}\r\n\r\n'
+                    f'{value}\r\n' for name, value in fields.items())
+    return (parts + "--cut--\r\n").encode(), "multipart/form-data; boundary=cut"
+
+
+def packed(value):
+    """Return JSON in a zstd frame of one segment and one raw block."""
+    body = json.dumps(value).encode()
+    return b"\x28\xb5\x2f\xfd\xa0" + len(body).to_bytes(4, "little") + (len(body) << 3 | 1).to_bytes(3, "little") + body
+
+
+# -----------------------------------------------------------------------------
+# Merged and pinned answers
+# -----------------------------------------------------------------------------
+
+def newer(node, name, weights, modified_s):
+    """Give a node another version of a model."""
+    node.models[bench.canonical(name)] = bench.model_named(name)._replace(weights=weights)
+    node.modified_s[bench.canonical(name)] = modified_s
+
+
+@over_sockets
+async def test_of_two_versions_of_a_model_the_newest_is_listed_and_shown():
+    nodes = three()
+    newer(nodes[2], "llama3.2", "v2", 3600.0)
+    async with surface(nodes) as gateway:
+        rows = (await call(gateway, "GET", "/api/tags")).json()["models"]
+        assert rows[0]["name"] == "llama3.2:latest" and rows[0]["digest"] == nodes[2].models["llama3.2:latest"].digest
+        assert len(rows) == 4
+        for _ in range(3):
+            assert (await call(gateway, "POST", "/api/show", {"model": "llama3.2"})).fields["x-sollol-node"] == "c"
+            assert (await call(gateway, "GET", "/v1/models/llama3.2")).fields["x-sollol-node"] == "c"
+
+
+@listed("text", ["2026-01-01T00:00:00Z", "2025-12-31T16:00:00-08:00", "2026-01-01T01:00:00.123456789+01:00"])
+def test_instants_are_compared_over_time_zones(text):
+    assert int(sollol.instant_s(text)) == 1767225600
+
+
+@listed("value", ["", "yesterday", None, 5, {}.keys])
+def test_what_is_no_instant_is_the_oldest(value):
+    assert sollol.instant_s(value) == 0.0
+
+
+@over_sockets
+async def test_merged_answers_wait_for_no_hung_node():
+    async with surface() as gateway:
+        await call(gateway, "GET", "/api/status")
+        gateway.nodes[1].freeze()
+        started_s = gateway.loop.time()
+        for path in ("/api/tags", "/api/ps", "/v1/models", "/api/version", "/api/status"):
+            assert (await call(gateway, "GET", path)).status == 200
+        assert gateway.loop.time() - started_s < 1.0
+
+
+@over_sockets
+async def test_status_says_disabled_only_if_every_node_does():
+    def node(disabled):
+        status = {"cloud": {"disabled": disabled, "source": "env"}, "more": 1}
+        return ScriptedNode(lambda request: [framed(json.dumps(status).encode()), KEEP])
+
+    for disabled, expected in (([True, True], True), ([True, False], False)):
+        async with gateway_for(*map(node, disabled)) as gateway:
+            answer = (await call(gateway, "GET", "/api/status")).json()
+            assert answer == {"cloud": {"disabled": expected, "source": "env"}, "more": 1}
+
+
+@over_sockets
+async def test_what_is_pinned_waits_for_its_node_and_never_strays():
+    nodes = three()
+    nodes[1].line = "name=b primary=yes"
+    for node in nodes:
+        node.account = node.name
+    async with surface(nodes) as gateway:
+        for method, path in (("POST", "/api/me"), ("POST", "/api/experimental/web_search"),
+                             ("GET", "/api/experimental/model-recommendations"), ("POST", "/api/signout")):
+            answer = await call(gateway, method, path, {"query": "x"} if method == "POST" else None)
+            assert (answer.status, answer.fields["x-sollol-node"]) == (200, "b")
+        assert [node.account for node in nodes] == ["a", "", "c"]
+        nodes[1].kill()
+        await until(lambda: health(gateway)["nodes"]["up"] == 2)
+        answer = await call(gateway, "POST", "/api/me", {})
+        assert answer.status == 503 and "primary" in answer.json()["error"]
+        answer = await call(gateway, "POST", f"/api/blobs/sha256:{DIGEST}", b"weights")
+        assert answer.status == 503 and not nodes[0].blobs and not nodes[2].blobs
+
+
+@over_sockets
+async def test_push_goes_to_a_node_that_has_the_model_the_primary_first():
+    nodes = three()
+    for node in nodes:
+        node.account = node.name
+    async with surface(nodes) as gateway:
+        for model, name in (("llama3.2", "a"), ("mistral", "b"), ("nobodys", "a")):
+            answer = await call(gateway, "POST", "/api/push", {"model": model, "stream": False})
+            assert answer.fields["x-sollol-node"] == name and answer.status == (404 if model == "nobodys" else 200)
+
+
+@over_sockets
+async def test_cloud_model_goes_to_the_primary_even_if_others_list_it():
+    nodes = three()
+    for node in nodes:
+        node.account = node.name
+    for node in nodes[1:]:
+        node.models["gpt-oss:120b-cloud"] = bench.model_named("gpt-oss:120b-cloud")
+    async with surface(nodes) as gateway:
+        answer = await call(gateway, "POST", "/api/generate", generate("gpt-oss:120b-cloud"))
+        assert (answer.status, answer.fields["x-sollol-node"]) == (200, "a")
+        assert len((await call(gateway, "GET", "/api/tags")).json()["models"]) == 5
+
+
+# -----------------------------------------------------------------------------
+# One node: forms and compressed bodies
+# -----------------------------------------------------------------------------
+
+@table("content_type, body, model", [
+    ("plain", b"multipart/form-data; boundary=cut", form(file="RIFF", model="Mistral")[0], "Mistral"),
+    ("quoted", b'multipart/form-data; charset=x; BOUNDARY="cut"', form(model="m", file="x")[0], "m"),
+    ("no boundary", b"multipart/form-data", form(model="m")[0], None),
+    ("other boundary", b"multipart/form-data; boundary=x", form(model="m")[0], None),
+    ("no such field", b"multipart/form-data; boundary=cut", form(file="x")[0], None),
+    ("cut short", b"multipart/form-data; boundary=cut", form(model="m")[0][:60], None),
+    ("a file that looks like it", b"multipart/form-data; boundary=cut",
+     form(file='name="model"\r\n\r\nx', model="m")[0], "m"),
+    ("no form", b"application/json", b'{"model":"m"}', None),
+    ("empty", b"multipart/form-data; boundary=cut", b"", None),
+])
+def test_field_of_a_form(content_type, body, model):
+    assert sollol.form_field(content_type, body, b"model") == model
+
+
+@over_sockets
+async def test_transcription_goes_to_a_holder_byte_for_byte():
+    async with surface() as gateway:
+        body, kind = form(language="en", file="RIFF" * 1000, model="mistral")
+        answer = await call(gateway, "POST", "/v1/audio/transcriptions", body, Content_Type=kind)
+        assert answer.json() == {"text": "4000 bytes of speech"} and answer.fields["x-sollol-node"] in "bc"
+        node = next(node for node in gateway.nodes if node.name == answer.fields["x-sollol-node"])
+        assert node.requests[-1].body == body
+
+
+@over_sockets
+async def test_compressed_body_finds_its_model_even_if_it_cannot_be_read():
+    async with surface() as gateway:
+        for model, status in (("qwen3:14b", 200), ("mistral", 200), ("nobodys", 404)):
+            body = packed({"model": model, "messages": MESSAGES})
+            answer = await call(gateway, "POST", "/v1/chat/completions", body, Content_Encoding="zstd")
+            assert answer.status == status
+        assert any(record.body == body for node in gateway.nodes for record in node.requests)
+        assert health(gateway)["nodes"]["up"] == 3
+
+
+@pytest.mark.skipif(sollol.zstd is None, reason="this Python has no zstd")
+def test_compressed_body_is_read_where_python_can():
+    body = sollol.zstd.compress(json.dumps({"model": "m"}).encode())
+    assert asked("/v1/chat/completions", body, content_encoding=b"zstd").model == "m:latest"
+    assert asked("/v1/chat/completions", body[:-3], content_encoding=b"zstd").opaque
 
 
 # -----------------------------------------------------------------------------
