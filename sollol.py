@@ -86,6 +86,10 @@ FRESH_S = 0.25                      # what a merged answer may wait for nodes; t
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
+CHANGE_PATIENCE_S = 30.0            # a node's answer to a delete, copy or unload: it only touches files
+PROGRESS_PATIENCE_S = 600.0         # between two lines of a pull or create; hashing 40 GB from a hard disk takes 270 s
+SILENT_CHANGE_PATIENCE_S = 4 * 3600.0       # a pull or create that does not stream: 40 GB over 25 Mbit/s
+MAX_LINE_BYTES = 1 * MIB            # of progress
 LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives up after this
 
 # Queue.
@@ -225,6 +229,7 @@ class Wants:
     inference: bool = True          # takes a slot; False for show, pull and the like
     where: Where = Where.QUEUED
     opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
+    source: str | None = None       # the model, canonical, that a new one is made from
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
 
@@ -887,6 +892,9 @@ def read_wants(head, route, body, client):
     change = route.kind if route.kind in CHANGES else ""
     if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
         change = "unload"
+    source = fields.get("source") if route.kind == "copy" else None
+    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
+        source = fields.get("from")             # else it is made from blobs, and these are on the primary node
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
@@ -902,6 +910,7 @@ def read_wants(head, route, body, client):
         repeatable=route.kind not in NOT_REPEATABLE,
         where=route.where,
         opaque=opaque,
+        source=canonical(source) if isinstance(source, str) else None,
         change=change,
     )
 
@@ -1185,6 +1194,7 @@ class Node:
 
     probed: bool = False            # has answered, or failed to, at least once
     indexed: bool = False           # its models are known
+    indexed_s: float = -math.inf    # and were asked for then
     up: bool = False
     draining: bool = False
     calibrated: bool = False        # measured, or being measured, since it came up
@@ -1650,6 +1660,21 @@ def version_of(node, model):
     return instant_s(node.runners[model].row.get("modified_at"))
 
 
+def digest_of(node, model):
+    """Return the digest of a model that a node has; "" if the node did not tell."""
+    return str(node.runners[model].row.get("digest") or "")
+
+
+def emptiest(nodes, count):
+    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
+    def fullness(node):
+        held_bytes = sum(row_bytes(runner.row, "size") for runner in node.runners.values() if runner.on_disk)
+        return round(held_bytes / 1e9), node.size_factor / node.speed
+
+    chosen = sorted(nodes, key=fullness)[:count]
+    return [node for node in nodes if node in chosen]
+
+
 def untried(nodes, tried, now):
     """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
@@ -1915,6 +1940,33 @@ class Dispatcher:
         """Return a lease without a slot on a given node."""
         return self.lease(Ticket(id, wants, now, now, next(self.seq)), node, None, now, reason)
 
+    def targets(self, wants, replicas, now):
+        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
+
+        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
+        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
+        node to refuse.
+        """
+        up = [node for node in self.nodes.values() if node.up]
+        if not up:
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        model = wants.source or wants.model
+        holders = [node for node in up if has_on_disk(node, model)]
+        if wants.change == "copy" and holders:
+            newest = max(holders, key=lambda node: version_of(node, model))
+            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
+        if wants.change == "pull":
+            return holders or emptiest(up, replicas)
+        if wants.change == "create":
+            return [self.home(wants, holders, now)]
+        return holders or [min(up, key=lambda node: not node.settings.primary)]
+
+    def unloaded(self, node, model):
+        """Note that a node has promised to unload a model."""
+        runner = node.runners.get(model)
+        if runner is not None and not runner.leases:
+            self.believe_unloaded(runner)
+
     # Leases -----------------------------------------------------------------
 
     def lease(self, ticket, node, runner, now, reason, prediction=None):
@@ -2169,8 +2221,11 @@ class Dispatcher:
         if refused or node.misses >= 2 or not node.probed:
             self.lost(node, now)
 
-    def index(self, node, rows):
-        """Take over a node's /api/tags."""
+    def index(self, node, rows, asked_s=math.inf):
+        """Take over a node's /api/tags, unless what was asked for later has come before it."""
+        if asked_s < node.indexed_s:
+            return
+        node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
         names = set()
         for row in rows:
             name = row_name(row)
@@ -3245,6 +3300,264 @@ async def serve_upload(gateway, client, head, wants, record):
             pool.give_back(connection, clean)
 
 
+# -----------------------------------------------------------------------------
+# Many nodes: how does one request change a model wherever it is?
+#
+# It is sent to all of its nodes at once. What they tell while they work is merged into one stream: how far the slowest
+# is. Before the last line, the index is refreshed, so that who changed a model finds it changed. A node that fails,
+# hangs or talks garbage is named in the answer, and then the whole is no success, whatever the others have done.
+# -----------------------------------------------------------------------------
+
+class Outcome(NamedTuple):
+    """What became of a change on one node. `answer` and `body`: what it said, of a stream the last line."""
+
+    node: Node
+    answer: ResponseHead | None
+    body: bytes
+    error: str                      # "" = it was done
+
+
+class Progress:
+    """Merge the progress of several nodes: of each layer what the slowest has, other lines once all have said them."""
+
+    def __init__(self, names):
+        self.names = set(names)     # of nodes that are still at it
+        self.counts = {}            # digest: {name: completed bytes}
+        self.said = {}              # status without a digest: names that have said it
+        self.told = {}              # digest or status: completed bytes, as told last
+
+    def take(self, name, line):
+        """Return the line to tell now that a node has told this one, or None."""
+        status, digest, done = str(line.get("status")), line.get("digest"), line.get("completed")
+        if isinstance(digest, str):
+            counts = self.counts.setdefault(digest, {})
+            counts[name] = done if isinstance(done, int) else 0
+            slowest = min(counts.get(other, 0) for other in self.names | {name})
+            if slowest <= self.told.get(digest, -1):
+                return None
+            self.told[digest] = slowest
+            return {**line, "completed": slowest}
+        said = self.said.setdefault(status, set())
+        said.add(name)
+        if status in self.told or self.told and not self.names <= said:
+            return None             # the very first line passes at once: something happens
+        self.told[status] = 0
+        return line
+
+    def drop(self, name):
+        """Wait for a node no longer: it has failed."""
+        self.names.discard(name)
+
+
+class Lines(Sink):
+    """Hand each line of an answer to `hear` as it comes."""
+
+    __slots__ = ("hear", "rest")
+
+    def __init__(self, connection, head, hear):
+        super().__init__(connection, head)
+        self.hear, self.rest = hear, b""
+
+    def take(self, payload, verbatim):
+        *lines, self.rest = (self.rest + payload).split(b"\n")
+        if len(self.rest) > MAX_LINE_BYTES:
+            self.fail(NodeFailure("garbage", "a line without end"))
+        for line in lines:
+            if line.strip() and not self.over:
+                self.hear(line)
+
+
+class LineAnswer:
+    """An answer of lines to a client. Its head, that of a node's answer, goes out with the first of them."""
+
+    def __init__(self, client, head, record):
+        self.client, self.head, self.record = client, head, record
+        self.framing = None         # nothing is out yet
+        self.keep = False
+
+    def write(self, answer, line):
+        """Write a line; `answer` is the head of the node that it comes from."""
+        data = line + b"\n"
+        self.record.bytes += len(data)
+        if self.framing is Framing.CHUNKED:
+            data = chunk(data)
+        elif self.framing is None:
+            answer.length, self.record.status = None, answer.status
+            self.framing, lines, self.keep = choose_framing(self.head, answer, self.head.keep_alive)
+            data = chunk(data) if self.framing is Framing.CHUNKED else data
+            data = render_response(answer, added_lines(self.record), lines) + data
+        self.client.write(data)
+
+    def end(self):
+        """End it; tell whether the connection stays open."""
+        if self.framing is Framing.CHUNKED:
+            self.client.write(LAST_CHUNK)
+        return self.keep
+
+
+def read_line(line):
+    """Return the object in a line. Raises NodeFailure."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise NodeFailure("garbage", "answered what is not JSON")
+    return value
+
+
+def error_in(change, status, body):
+    """Return why a change was not done, by a node's whole answer or last line, or "". Raises NodeFailure for garbage."""
+    if status >= 400:
+        with contextlib.suppress(NodeFailure):
+            return str(read_line(body).get("error") or f"answered {status}")
+        return f"answered {status}"
+    if change in ("copy", "delete"):
+        return "" if status == 200 else f"answered {status}"
+    found = read_line(body)
+    if found.get("error"):
+        return str(found["error"])
+    done = found.get("done_reason") == "unload" if change == "unload" else found.get("status") == "success"
+    return "" if done else "ended without success"
+
+
+def without_absent(change, outcomes):
+    """Return the outcomes that count: a node that had nothing to delete or unload does not, beside one that had."""
+    if change not in ("delete", "unload"):
+        return outcomes
+    return [it for it in outcomes if not it.answer or it.answer.status != 404] or outcomes
+
+
+def explain_failure(outcomes):
+    """Return (status, text) that tell which nodes failed, why, and where the change was made all the same."""
+    failed = [it for it in outcomes if it.error]
+    done = [it.node.name for it in outcomes if not it.error]
+    statuses = [it.answer.status if it.answer else 502 for it in failed]
+    status = 502 if done else max(502 if status < 400 else status for status in statuses)
+    text = "; ".join(f"{it.node.name}: {it.error}" for it in failed)
+    return status, text + (f"; done on {', '.join(done)}" if done else "")
+
+
+async def change(gateway, lease, head, body, hear):
+    """Make a change on the leased node. Return (head of its answer, whole body or last line). Raises NodeFailure.
+
+    Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
+    """
+    dispatcher, loop, wants = gateway.dispatcher, gateway.loop, lease.ticket.wants
+    pool = gateway.pools[lease.node]
+    long = wants.change in ("pull", "create")
+    patience_s = CHANGE_PATIENCE_S if not long else PROGRESS_PATIENCE_S if wants.stream else SILENT_CHANGE_PATIENCE_S
+    connection, clean, last = None, False, b""
+
+    def on_connection(connection):
+        lease.abandon = connection.fail
+
+    def on_line(line):
+        nonlocal last
+        last = line
+        if not limit.expired():
+            limit.reschedule(loop.time() + patience_s)
+        dispatcher.heard(lease, 0, loop.time())
+        try:
+            hear(answer, line)
+        except NodeFailure as failure:
+            sink.fail(failure)
+
+    try:
+        async with asyncio.timeout(patience_s) as limit:
+            request = render_request(head, lease.node.settings, len(body)) + body
+            connection, answer = await pool.exchange(request, head.method, on_connection, reuse=False)
+            if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
+                sink = Lines(connection, answer, on_line)
+                sink.start()
+                await sink.finished()
+                last = sink.rest or last
+            else:
+                sink = Collector(connection, answer)
+                last = await sink.collect()
+            clean = sink.clean
+            if answer.status < 400:
+                dispatcher.observe(lease, Timings(), loop.time())
+            return answer, last
+    except TimeoutError:
+        raise NodeFailure("stalled", f"no answer within {patience_s:g} s") from None
+    finally:
+        lease.abandon = None
+        if connection is not None:
+            pool.give_back(connection, clean)
+
+
+async def change_on(gateway, node, head, body, wants, record, hear):
+    """Make a change on one node and return its Outcome, whatever happens there."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    lease = dispatcher.pin(record.id, wants, node, loop.time(), wants.change)
+    try:
+        answer, last = await change(gateway, lease, head, body, functools.partial(hear, node))
+        error = error_in(wants.change, answer.status, last)
+        if not error and wants.change == "unload":
+            dispatcher.unloaded(node, wants.model)
+        return Outcome(node, answer, last, error)
+    except NodeFailure as failure:
+        gateway.blame(lease, failure)
+        return Outcome(node, None, b"", str(failure))
+    except Refusal as refusal:      # the gateway's own lack of sockets
+        return Outcome(node, None, b"", refusal.text)
+    finally:
+        dispatcher.release(lease, loop.time())
+
+
+async def serve_change(gateway, client, head, body, wants, record):
+    """Change a model on all nodes concerned; succeed only if all of them do."""
+    nodes = gateway.dispatcher.targets(wants, gateway.options.replicas, gateway.loop.time())
+    record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
+    record.reason = f"{wants.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
+    told, progress = LineAnswer(client, head, record), Progress(node.name for node in nodes)
+
+    def hear(node, answer, line):
+        """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
+        value = read_line(line)
+        if value.get("error"):
+            progress.drop(node.name)
+        elif value.get("status") != "success":
+            due = progress.take(node.name, value)
+            if len(nodes) == 1 or due is not None:
+                told.write(answer, line if len(nodes) == 1 else json.dumps(due, separators=(",", ":")).encode())
+
+    async def one(node):
+        outcome = await change_on(gateway, node, head, body, wants, record, hear)
+        progress.drop(node.name)    # of two lines the one that counts has come, or never will
+        return outcome
+
+    outcomes = await asyncio.gather(*map(one, nodes))
+    if wants.change != "unload":
+        await gateway.look_at_changes([it.node for it in outcomes if it.answer])
+    gateway.pump()
+    outcomes = without_absent(wants.change, outcomes)
+    return answer_change(client, head, record, told, outcomes)
+
+
+def answer_change(client, head, record, told, outcomes):
+    """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
+    failed = [it for it in outcomes if it.error]
+    own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or absent_everywhere(outcomes) else None
+    if own and own.answer:          # one node speaks for all, byte for byte
+        if told.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
+            return answer_whole(client, head, record, own.answer, own.body)
+        told.write(own.answer, own.body)
+        return told.end()
+    status, text = explain_failure(outcomes)
+    record.reason = text
+    if told.framing is None:
+        raise Refusal(status, text)
+    told.write(None, json.dumps({"error": text}).encode())
+    return told.end()
+
+
+def absent_everywhere(outcomes):
+    """Tell whether all nodes have refused a change because they do not have the model."""
+    return all(it.answer and it.answer.status == 404 for it in outcomes)
+
+
 async def serve_locally(gateway, client, head, record):
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
@@ -3272,7 +3585,7 @@ async def serve(gateway, client, head, record):
     record.model, record.priority = wants.model or "", wants.priority
     if raw and head.length != 0:
         return await serve_upload(gateway, client, head, wants, record)
-    handle = serve_inference if wants.inference else serve_control
+    handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
     return await handle(gateway, client, head, body, wants, record)
 
 
@@ -3437,6 +3750,13 @@ def rows_of(found):
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
 
 
+async def look_at_models(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+    """Find out which models a node has. Raises ProbeFailure or NodeFailure."""
+    asked_s = gateway.loop.time()
+    rows = rows_of(await ask(gateway, node, "GET", "/api/tags", timeout_s=timeout_s))
+    gateway.dispatcher.index(node, rows, asked_s)
+
+
 async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
     """Find out which models are loaded on a node. Raises ProbeFailure or NodeFailure."""
     asked_s = gateway.loop.time()
@@ -3481,7 +3801,7 @@ async def probe(gateway, node):
         found = await ask(gateway, node, "GET", "/api/version")
         answered = True
         dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
-        dispatcher.index(node, rows_of(await ask(gateway, node, "GET", "/api/tags")))
+        await look_at_models(gateway, node)
         await look_at_residency(gateway, node)
     except (NodeFailure, ProbeFailure, Refusal) as failure:
         why = str(failure)
@@ -3948,6 +4268,13 @@ class Gateway:
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
 
+    async def look_at_changes(self, nodes):
+        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
+
+        A node that does not answer now is looked at by the next probe.
+        """
+        await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
+
     def log_request(self, record):
         """Log a finished request, a moment later and together with others: that is much cheaper."""
         if not LOG.isEnabledFor(logging.INFO):
@@ -4130,6 +4457,8 @@ def command_line(environ):
         "(%(default)s)")
     add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
         "a slot; then 503 (%(default)s)")
+    add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
+        "yet (%(default)s)")
     add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bodies that are read for routing; "

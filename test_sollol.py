@@ -1796,6 +1796,7 @@ class ScriptedNode:
     def __init__(self, script=lambda request: [], models=("llama3.2:latest",)):
         self.script, self.models = script, models
         self.requests, self.connections = [], set()
+        self.digests = {}           # of models, if not their names
 
     async def start(self, port=0):
         self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26)
@@ -1814,8 +1815,8 @@ class ScriptedNode:
         if path == b"/api/version":
             return {"version": "0.33.0"}
         if path == b"/api/tags":
-            return {"models": [{"name": name, "size": 2 * 10**9, "digest": name, "modified_at": "2026-01-01T00:00:00Z"}
-                               for name in self.models]}
+            return {"models": [{"name": name, "size": 2 * 10**9, "digest": self.digests.get(name, name),
+                                "modified_at": "2026-01-01T00:00:00Z"} for name in self.models]}
         return {"models": []} if path == b"/api/ps" else None
 
     async def converse(self, reader, writer):
@@ -2954,6 +2955,241 @@ def test_compressed_body_is_read_where_python_can():
     body = sollol.zstd.compress(json.dumps({"model": "m"}).encode())
     assert asked("/v1/chat/completions", body, content_encoding=b"zstd").model == "m:latest"
     assert asked("/v1/chat/completions", body[:-3], content_encoding=b"zstd").opaque
+
+
+# -----------------------------------------------------------------------------
+# Changes on many nodes
+# -----------------------------------------------------------------------------
+
+def merged(names, *lines):
+    """Return what Progress tells of lines "name status" or "name digest completed"; "name -" drops one."""
+    progress, told = sollol.Progress(names), []
+    for line in lines:
+        name, what, *count = line.split()
+        if what == "-":
+            progress.drop(name)
+            continue
+        value = {"status": f"pulling {what}", "digest": what, "total": 9, "completed": int(count[0])} if count else {
+            "status": what}
+        told.append(progress.take(name, value))
+    return [f"{line['digest']} {line['completed']}" if "digest" in line else line["status"] for line in told if line]
+
+
+@table("names, lines, told", [
+    ("one node", "a", ["a manifest", "a x 1", "a x 9", "a verify"], ["manifest", "x 1", "x 9", "verify"]),
+    ("the first line at once, later ones when all have said them", "ab",
+     ["a manifest", "a verify", "b manifest", "b verify", "b verify"], ["manifest", "verify"]),
+    ("a layer is as far as on the slowest", "ab", ["a m", "a x 5", "b x 2", "b x 6", "a x 9", "b x 9"],
+     ["m", "x 0", "x 2", "x 5", "x 6", "x 9"]),
+    ("never backwards", "ab", ["a m", "a x 5", "b x 5", "b x 3", "a x 6"], ["m", "x 0", "x 5"]),
+    ("who has failed is waited for no longer", "ab", ["a m", "a x 5", "b x 1", "b -", "a x 6", "a verify"],
+     ["m", "x 0", "x 1", "x 6", "verify"]),
+    ("who is ready waits for the others", "ab", ["a m", "a x 9", "a verify", "a -", "b m", "b x 4", "b verify"],
+     ["m", "x 0", "x 4", "verify"]),
+])
+def test_progress_of_several_nodes_is_that_of_the_slowest(names, lines, told):
+    assert merged(names, *lines) == told
+
+
+def test_new_model_goes_to_the_emptiest_of_equals_the_fastest():
+    dispatcher = cluster(n1=["x", "y"], n2=["x"], n3=["x"])
+    dispatcher.nodes["n2"].size_factor = 2.0
+    wants = Wants(Family.OLLAMA, "new:latest", change="pull", inference=False)
+
+    def names(replicas, model="new:latest"):
+        wants.model = model
+        return [node.name for node in dispatcher.targets(wants, replicas, 0.0)]
+
+    assert [names(count) for count in (1, 2, 9)] == [["n3"], ["n2", "n3"], ["n1", "n2", "n3"]]
+    assert names(1, "y:latest") == ["n1"] and names(1, "x:latest") == ["n1", "n2", "n3"]
+    dispatcher.lost(dispatcher.nodes["n3"], 0.0)
+    assert names(1) == ["n2"] and names(1, "x:latest") == ["n1", "n2"]
+
+
+def test_older_answer_never_overwrites_a_newer_index():
+    dispatcher = cluster(n1=["x"])
+    node = dispatcher.nodes["n1"]
+    dispatcher.index(node, rows("y"), 10.0)
+    dispatcher.index(node, rows("x"), 9.0)
+    assert list(dispatcher.holders) == ["y:latest"]
+    dispatcher.index(node, rows("x"), 11.0)
+    assert list(dispatcher.holders) == ["x:latest"]
+
+
+@pytest.mark.parametrize("keep_alive, prompt, expected", [
+    (0, "", True), (0.0, None, True), ("0", "", True), ("0s", "", True), ("0m", "", True), (-1, "", False),
+    ("5m", "", False), (None, "", False), ("0s", "hi", False), (0, "hi", False), ("zero", "", False),
+    (False, "", False), ("-0s", "", True)])
+def test_unload_is_an_empty_prompt_kept_alive_for_no_time(keep_alive, prompt, expected):
+    for path, prompt in (("/api/generate", {"prompt": prompt}),
+                         ("/api/chat", {"messages": [{"role": "user", "content": prompt}] if prompt else []})):
+        wants = asked(path, {"model": "m", "keep_alive": keep_alive, **prompt})
+        assert (wants.change == "unload", wants.inference) == (expected, not expected)
+    assert not asked("/v1/chat/completions", {"model": "m", "keep_alive": 0}).change
+
+
+@over_sockets
+async def test_unload_reaches_every_node_where_the_model_is():
+    nodes = [bench.SimNode(name=name, loaded=("llama3.2",), **FAST) for name in "abc"]
+    async with surface(nodes) as gateway:
+        assert len((await call(gateway, "GET", "/api/ps")).json()["models"]) == 1
+        body = {"model": "llama3.2", "keep_alive": 0}
+        answer = await call(gateway, "POST", "/api/generate", body)
+        assert answer.status == 200 and answer.json()["done_reason"] == "unload"
+        assert not any(node.engine.resident for node in nodes)
+        assert all(node.requests[-1].body == json.dumps(body).encode() for node in nodes)
+        assert (await call(gateway, "GET", "/api/ps")).json() == {"models": []}
+        answer = await call(gateway, "POST", "/api/chat", {"model": "nobodys", "messages": [], "keep_alive": "0s"})
+        assert answer.status == 404 and answer.json() == {"error": "model 'nobodys' not found"}
+
+
+@over_sockets
+async def test_delete_and_copy_reach_every_holder_and_are_seen_at_once():
+    async with surface() as gateway:
+        answer = await call(gateway, "POST", "/api/copy", {"source": "mistral", "destination": "mine"})
+        assert (answer.status, answer.body, answer.fields["x-sollol-node"]) == (200, b"", "b,c")
+        assert asked_of(gateway, "/api/copy") == ["b", "c"]
+        assert "mine:latest" in [row["name"] for row in (await call(gateway, "GET", "/api/tags")).json()["models"]]
+        assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).status == 200
+        assert (await call(gateway, "DELETE", "/api/delete", {"model": "mine"})).status == 200
+        assert asked_of(gateway, "/api/delete") == ["b", "c"]
+        assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).status == 404
+        for method, path, body in (("DELETE", "/api/delete", {"name": "mine"}),
+                                   ("POST", "/api/copy", {"source": "mine", "destination": "x"})):
+            answer = await call(gateway, method, path, body)
+            assert answer.status == 404 and "not found" in answer.json()["error"]
+
+
+@over_sockets
+async def test_copy_is_made_where_the_newest_version_is():
+    nodes = three()
+    newer(nodes[2], "llama3.2", "v2", 3600.0)
+    async with surface(nodes) as gateway:
+        assert (await call(gateway, "POST", "/api/copy", {"source": "llama3.2", "destination": "x"})).status == 200
+        assert asked_of(gateway, "/api/copy") == ["c"]
+
+
+@over_sockets
+async def test_held_model_is_pulled_by_all_holders_as_one_stream():
+    async with surface() as gateway:
+        answer = await call(gateway, "POST", "/api/pull", {"model": "mistral"})
+        assert asked_of(gateway, "/api/pull") == ["b", "c"]
+        assert answer.fields["content-type"] == "application/x-ndjson"
+        found = [line["status"] for line in lines_of(answer)]
+        assert found[0] == "pulling manifest" and found.count("success") == 1 and found[-1] == "success"
+        newest = {**bench.MODELS, "mistral:latest": bench.MODELS["mistral:latest"]._replace(weights="v2")}
+        for node in gateway.nodes:
+            node.registry = newest
+        lines = lines_of(await call(gateway, "POST", "/api/pull", {"model": "mistral"}))
+        counts = [line["completed"] for line in lines if "digest" in line]
+        assert counts == sorted(set(counts)) and counts[-1] == lines[-4]["total"]
+        digest = newest["mistral:latest"].digest
+        assert {node.models["mistral:latest"].digest for node in gateway.nodes[1:]} == {digest}
+        assert [row["digest"] for row in (await call(gateway, "GET", "/api/tags")).json()["models"]
+                if row["name"] == "mistral:latest"] == [digest]
+
+
+@pytest.mark.parametrize("replicas, names", [(1, ["b"]), (2, ["b", "c"])])
+@over_sockets
+async def test_new_model_is_pulled_by_as_many_nodes_as_asked_and_usable_at_once(replicas, names):
+    async with surface(flags=("--replicas", str(replicas))) as gateway:
+        answer = await call(gateway, "POST", "/api/pull", {"model": "gemma3:4b"})
+        assert lines_of(answer)[-1] == {"status": "success"} and asked_of(gateway, "/api/pull") == names
+        answer = await call(gateway, "POST", "/api/generate", generate("gemma3:4b"))
+        assert answer.status == 200 and answer.fields["x-sollol-node"] in names
+        answer = await call(gateway, "POST", "/api/pull", {"model": "gemma3:4b", "stream": False})
+        assert answer.json() == {"status": "success"}
+
+
+@over_sockets
+async def test_pull_of_one_node_arrives_byte_for_byte_errors_too():
+    lines = [b'{"status":"pulling manifest"}\n', b'{"status": "x",  "odd":1}\n', b'{"status":"success"}\n']
+    for end in (lines[2], b'{"error":"pull model manifest: file does not exist"}\n'):
+        node = ScriptedNode(lambda request, end=end: [chunked(*lines[:2], end), KEEP])
+        async with gateway_for(node) as gateway:
+            answer = await call(gateway, "POST", "/api/pull", {"model": "x"})
+            assert (answer.status, answer.body) == (200, b"".join(lines[:2]) + end)
+
+
+@over_sockets
+async def test_missing_model_is_told_in_band_or_with_its_status():
+    async with surface(flags=("--replicas", "2")) as gateway:
+        lines = lines_of(await call(gateway, "POST", "/api/pull", {"model": "no-such"}))
+        assert lines[0] == {"status": "pulling manifest"} and "success" not in str(lines)
+        assert lines[-1]["error"].count("file does not exist") == 2 and "b: " in lines[-1]["error"]
+        answer = await call(gateway, "POST", "/api/pull", {"model": "no-such", "stream": False})
+        assert answer.status == 500 and "file does not exist" in answer.json()["error"]
+        answer = await call(gateway, "POST", "/api/pull", {"model": " "})
+        assert answer.status == 400
+
+
+@over_sockets
+async def test_blobs_and_create_are_on_one_home_and_the_new_model_is_seen_at_once():
+    async with surface() as gateway:
+        path = f"/api/blobs/sha256:{DIGEST}"
+        assert (await call(gateway, "HEAD", path)).status == 404
+        assert (await call(gateway, "POST", path, b"weights")).status == 201
+        assert (await call(gateway, "HEAD", path)).status == 200
+        body = {"model": "mine", "files": {"x": f"sha256:{DIGEST}"}}
+        lines = lines_of(await call(gateway, "POST", "/api/create", body))
+        assert lines[-1] == {"status": "success"}
+        assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).fields["x-sollol-node"] == "a"
+        lines = lines_of(await call(gateway, "POST", "/api/create", {"model": "his", "from": "mistral"}))
+        assert lines[-1] == {"status": "success"} and "his:latest" in gateway.nodes[1].models
+        answer = await call(gateway, "POST", "/api/create", {"model": "none", "stream": False})
+        assert answer.status == 400 and answer.fields["x-sollol-node"] == "a"
+
+
+def failing(script, models=("llama3.2:latest", "mistral:latest")):
+    """Return a scripted node, named bad, that says it has the same models as the others."""
+    node = ScriptedNode(script, models)
+    node.name, node.line = "bad", "name=bad"
+    node.digests = {name: bench.model_named(name).digest for name in models}
+    return node
+
+
+CHANGED = [("DELETE", "/api/delete", {"model": "mistral"}),
+           ("POST", "/api/copy", {"source": "mistral", "destination": "x"}),
+           ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/pull", {"model": "mistral", "stream": False}),
+           ("POST", "/api/generate", {"model": "mistral", "keep_alive": 0})]
+
+
+@pytest.mark.parametrize("method, path, body", CHANGED, ids=lambda value: str(value)[-12:])
+@pytest.mark.parametrize("script", [
+    [], [b"HTTP/1.1 500"], [b"\x00 garbage\r\n\r\n"],
+    [framed(b'{"error":"disk full"}', b"500 Internal Server Error"), KEEP],
+    [chunked(b'{"status":"pulling manifest"}\n', end=b"")],
+    [chunked(b'{"status":"pulling manifest"}\n', b"no json\n"), KEEP],
+    [100_000.0]], ids=["dies", "dies in the head", "garbage", "error", "dies in the stream", "garbage lines", "hangs"])
+def test_node_that_fails_a_change_is_named_and_nothing_half_done_is_a_success(method, path, body, script):
+    patience_s = 5.0 if script != [100_000.0] else 5 + (
+        sollol.CHANGE_PATIENCE_S if path != "/api/pull" else
+        sollol.SILENT_CHANGE_PATIENCE_S if "stream" in body else sollol.PROGRESS_PATIENCE_S)
+
+    async def run():
+        async with surface([*three(), failing(lambda request: script)]) as gateway:
+            answer = await asyncio.wait_for(call(gateway, method, path, body), patience_s)
+            told = lines_of(answer)[-1] if answer.status == 200 else answer.json()
+            assert told.keys() == {"error"} and "bad: " in told["error"] and "done on b, c" in told["error"]
+            assert b"success" not in answer.body
+            assert answer.status == 502 or answer.status == 200 and answer.fields["content-type"].endswith("ndjson")
+            assert health(gateway)["inflight"] == 0
+
+    bench.run_virtual(run())
+
+
+@over_sockets
+async def test_client_that_leaves_stops_the_pulls():
+    async with surface(three(speed=1.0)) as gateway:
+        caller = await Caller.to(gateway)
+        caller.writer.write(b"POST /api/pull HTTP/1.1\r\nHost: x\r\nContent-Length: 21\r\n\r\n"
+                            b'{"model":"gemma3:4b"}')
+        await caller.head()
+        assert health(gateway)["inflight"] == 1
+        caller.close()
+        await until(lambda: health(gateway)["inflight"] == 0)
+        await until(lambda: sum(node.aborted for node in gateway.nodes) == 1)
+        assert not any("gemma3:4b" in node.models for node in gateway.nodes)
 
 
 # -----------------------------------------------------------------------------
