@@ -755,6 +755,36 @@ def read_fields(head, route, body):
     return read_object(body), False
 
 
+# Ollama's own list: any port of this machine, and what is no web page.
+LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
+                 for scheme in ("http", "https") for port in ("", ":*")] + [
+                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
+PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
+             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
+             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
+             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
+             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
+             b"X-Priority,X-Request-Id",
+             b"Access-Control-Max-Age: 43200"]
+
+
+def origin_lines(origin, host, allowed):
+    """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not.
+
+    `allowed`: origins, each with one `*` at most, which stands for anything.
+    """
+    if origin in (b"http://" + host, b"https://" + host):
+        return []
+    if "*" in allowed:
+        return [b"Access-Control-Allow-Origin: *"]
+    text = origin.decode("latin-1")
+    for pattern in allowed:
+        start, star, end = pattern.partition("*")
+        if text == pattern or star and len(text) >= len(start + end) and text.startswith(start) and text.endswith(end):
+            return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+    return None
+
+
 def canonical(name):
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name.strip().lower()
@@ -2829,7 +2859,7 @@ class Upload:
 # the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
 # -----------------------------------------------------------------------------
 
-REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
+REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
            405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
            429: b"Too Many Requests", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
            502: b"Bad Gateway", 503: b"Service Unavailable"}
@@ -3054,6 +3084,7 @@ class Record:
     bytes: int = 0
     timings: Timings = Timings()
     reason: str = ""
+    cors: list | tuple = ()         # raw lines of the answer that let a web page read it
 
 
 def request_id(head, rng):
@@ -3074,10 +3105,14 @@ def connection_lines(head, keep):
 def answer_locally(client, head, record, status, body, content_type=b"application/json", extra=(), close=False):
     """Write an answer of the gateway's own; tell whether the connection stays open."""
     keep = head is not None and head.keep_alive and not close
-    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), b"Content-Type: " + content_type,
-             b"Content-Length: %d" % len(body), b"Date: " + email.utils.formatdate(usegmt=True).encode(), *extra]
+    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")),
+             b"Date: " + email.utils.formatdate(usegmt=True).encode(), *extra]
+    if status != 204:               # RFC 9110 8.6: "MUST NOT send a Content-Length header field"
+        lines.append(b"Content-Length: %d" % len(body))
+    if content_type:
+        lines.append(b"Content-Type: " + content_type)
     if record:
-        lines.append(b"X-Request-Id: " + record.id.encode())
+        lines += [b"X-Request-Id: " + record.id.encode(), *record.cors]
         record.status, record.bytes = status, len(body)
     lines += connection_lines(head, keep)
     is_head = head is not None and head.method == "HEAD"
@@ -3120,7 +3155,7 @@ def added_lines(record):
             b"X-SOLLOL-Attempts: %d" % record.attempts,
             b"X-SOLLOL-Priority: " + str(record.priority).encode(),
             b"X-SOLLOL-Reason: " + record.reason.encode("ascii", "replace"),
-            b"X-Request-Id: " + record.id.encode()]
+            b"X-Request-Id: " + record.id.encode(), *record.cors]
 
 
 def choose_framing(head, answer, keep):
@@ -3568,11 +3603,30 @@ async def serve_locally(gateway, client, head, record):
     return answer_locally(client, head, record, status, body, kind)
 
 
+def answer_origin(gateway, client, head, record):
+    """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
+
+    Here and not in the nodes: they would compare the origin with a Host that no browser has seen.
+    """
+    lines = origin_lines(head.fields[b"origin"], head.fields.get(b"host", b""), gateway.origins)
+    if lines is None:
+        record.reason = "origin not allowed"
+        return answer_locally(client, head, record, 403, b"", b"", close=head.length != 0)
+    record.cors = lines
+    if head.method != "OPTIONS" or not lines:
+        return None
+    return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
+
+
 async def serve(gateway, client, head, record):
     """Answer one request; tell whether the connection stays open.
 
     Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
     """
+    if head.fields.get(b"origin"):
+        keep = answer_origin(gateway, client, head, record)
+        if keep is not None:
+            return keep
     route = find_route(head.method, head.path)
     if route.where is Where.GATEWAY or route.where is Where.MERGED:
         return await serve_locally(gateway, client, head, record)
@@ -4126,6 +4180,7 @@ class Gateway:
         self.rng = random.Random(options.seed)
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout)
+        self.origins = LOCAL_ORIGINS + options.origins
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
@@ -4397,6 +4452,16 @@ def parse_port(text):
     return int(text)
 
 
+def parse_origins(text):
+    """Return the origins in a list with commas; each may have one `*`."""
+    origins = [word.strip() for word in text.split(",") if word.strip()]
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^*/\s]*\*?[^*/\s]*", origin):
+            raise argparse.ArgumentTypeError(f"{origin!r} is not an origin such as https://chat.example or "
+                                             "https://*.example")
+    return origins
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Say a mistake on one line, exit status 2."""
 
@@ -4447,6 +4512,8 @@ def command_line(environ):
     group = parser.add_argument_group("serving")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
+    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides those "
+        "of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")

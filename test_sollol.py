@@ -1712,6 +1712,8 @@ def test_nodes_in_the_environment_are_a_list():
     ("no seconds", ["--demo", "--queue-timeout", "0"], {}, "'0' is not a positive number of seconds"),
     ("count", ["--demo", "--max-queue", "0"], {}, "'0' is not a whole number of at least 1"),
     ("policy", ["--demo", "--policy", "best"], {}, "best"), ("no value", ["--demo", "--port"], {}, "--port"),
+    ("origin", ["--demo", "--origins", "http://a,b.example"], {}, "'b.example' is not an origin"),
+    ("replicas", ["--demo", "--replicas", "0"], {}, "'0' is not a whole number of at least 1"),
     ("seed", ["--demo", "--seed", "x"], {}, "--seed"), ("stray word", ["--demo", "x"], {}, "x"),
     ("environment", ["--demo"], {"SOLLOL_PORT": "http"}, "'http' is not a port number"),
     ("policy in the environment", ["--demo"], {"SOLLOL_POLICY": "best"}, "best"),
@@ -3190,6 +3192,59 @@ async def test_client_that_leaves_stops_the_pulls():
         await until(lambda: health(gateway)["inflight"] == 0)
         await until(lambda: sum(node.aborted for node in gateway.nodes) == 1)
         assert not any("gemma3:4b" in node.models for node in gateway.nodes)
+
+
+# -----------------------------------------------------------------------------
+# Web pages: CORS
+# -----------------------------------------------------------------------------
+
+@table("origin, allowed", [
+    ("localhost", "http://localhost", True), ("any port", "https://127.0.0.1:3000", True), ("app", "app://x/y", True),
+    ("editor", "vscode-webview://abc", True), ("other", "https://evil.example", False),
+    ("longer host", "http://localhost.evil.example", False), ("null", "null", False),
+    ("own", "http://gw:8000", True), ("own over TLS", "https://gw:8000", True),
+    ("own host, other port", "http://gw", False),
+    ("listed", "https://chat.example", True), ("listed with a star", "https://a.b.example.org", True),
+    ("star needs its end", "https://a.example.org.evil", False), ("upper case", "HTTPS://CHAT.EXAMPLE", False)])
+def test_origins_are_allowed_as_ollama_allows_them(origin, allowed):
+    listed = sollol.LOCAL_ORIGINS + sollol.parse_origins("https://chat.example, https://*.example.org")
+    assert (sollol.origin_lines(origin.encode(), b"gw:8000", listed) is not None) == allowed
+    assert sollol.origin_lines(origin.encode(), b"x", [*listed, "*"]) == [b"Access-Control-Allow-Origin: *"]
+
+
+@over_sockets
+async def test_web_page_gets_its_answers_and_its_preflight_from_the_gateway():
+    async with surface(flags=("--origins", "https://chat.example")) as gateway:
+        origin = {"Origin": "https://chat.example"}
+        answer = await call(gateway, "OPTIONS", "/api/chat", **origin, Access_Control_Request_Method="POST")
+        assert answer.status == 204 and answer.fields["access-control-max-age"] == "43200"
+        assert "POST" in answer.fields["access-control-allow-methods"] and "content-length" not in answer.fields
+        asked = [("GET", "/api/tags", None), ("POST", "/api/generate", generate(stream=True)), ("POST", "/api/show", {}),
+                 ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/generate", {"priority": 99}),
+                 ("GET", "/nowhere", None), ("DELETE", "/api/delete", {"model": "mistral"})]
+        for method, path, body in asked:
+            answer = await call(gateway, method, path, body, **origin)
+            assert answer.fields["access-control-allow-origin"] == "https://chat.example"
+            assert answer.fields["vary"] == "Origin" and answer.head.lower().count(b"access-control-allow-origin") == 1
+        assert not any(b"origin" in record.head.lower() for node in gateway.nodes for record in node.requests)
+
+
+@over_sockets
+async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node():
+    async with surface() as gateway:
+        before = [len(node.requests) for node in gateway.nodes]
+        for method, path, body in (("GET", "/api/tags", None), ("OPTIONS", "/api/chat", None),
+                                   ("POST", "/api/chat", {"model": "llama3.2", "messages": MESSAGES}),
+                                   ("POST", f"/api/blobs/sha256:{DIGEST}", b"weights")):
+            answer = await call(gateway, method, path, body, Origin="https://evil.example")
+            assert (answer.status, answer.body, answer.fields["content-length"]) == (403, b"", "0")
+            assert "access-control-allow-origin" not in answer.fields
+        assert [len(node.requests) for node in gateway.nodes] == before
+        answer = await call(gateway, "OPTIONS", "/api/chat")
+        assert answer.status == 405
+        for origin in ("http://x", ""):         # the gateway's own Host; none
+            answer = await call(gateway, "GET", "/api/version", Origin=origin)
+            assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
 
 
 # -----------------------------------------------------------------------------
