@@ -46,7 +46,7 @@ import ssl
 import sys
 import time
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 try:
@@ -121,6 +121,12 @@ PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an
 PRIOR_MODEL_BYTES = 4.9e9
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
+
+# Batches of texts to embed. A share costs a node OVERHEAD_S, and others wait for its end.
+SHARE_S = 1.0                       # work in a share: 3 % overhead
+MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
+SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
+SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
 LOG_DELAY_S = 0.05                  # log lines are written together; this late at most
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
@@ -229,6 +235,7 @@ class Wants:
     inference: bool = True          # takes a slot; False for show, pull and the like
     where: Where = Where.QUEUED
     opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
+    batch: dict | None = None       # the fields of an embedding's body if its input is a list of texts
     source: str | None = None       # the model, canonical, that a new one is made from
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
@@ -902,6 +909,11 @@ def unloads(kind, fields):
     return keep_alive == 0 and keep_alive is not False
 
 
+def is_batch(given):
+    """Tell whether an embedding's input is a list of texts."""
+    return type(given) is list and len(given) > 1 and all(type(text) is str for text in given)
+
+
 def read_raw_wants(head, route, client):
     """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
     return Wants(route.family, model_in(head.path), client=client, inference=False, where=route.where,
@@ -940,6 +952,7 @@ def read_wants(head, route, body, client):
         repeatable=route.kind not in NOT_REPEATABLE,
         where=route.where,
         opaque=opaque,
+        batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
         source=canonical(source) if isinstance(source, str) else None,
         change=change,
     )
@@ -970,6 +983,7 @@ class Ticket:
     demand: object = None           # what it is expected to cost; see Demand
     waiting: bool = False
     left: bool = False
+    barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
     refusal: object = None          # why it will never run
@@ -1138,6 +1152,12 @@ def row_bytes(row, key):
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0.0
 
 
+def embeds_only(row):
+    """Tell whether a row of /api/tags is of a model that has no other use than embedding."""
+    capabilities = row.get("capabilities")
+    return isinstance(capabilities, list) and "embedding" in capabilities and "completion" not in capabilities
+
+
 def row_vram_bytes(row):
     """Return what a model in a row of /api/ps takes on the card; all of it where the row does not tell."""
     return row_bytes(row, "size_vram") or row_bytes(row, "size")
@@ -1196,7 +1216,7 @@ class Runner:
     used_s: float = -math.inf       # last sent to
 
     slots: int = 1
-    slots_known: str = "guessed"    # guessed, learned, or set in hosts.txt
+    slots_known: str = "guessed"    # guessed, learned, or set: in hosts.txt, or to one for what only embeds
     top: int = 1                    # most that were ever proved to run at once
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
     disproofs: int = 0
@@ -1641,6 +1661,25 @@ def size_factor(runner, decode_s):
     return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
 
 
+def share_sizes(count, rates):
+    """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
+
+    Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
+    node too slow for a share worth its while gets none.
+    """
+    rates = sorted(rates, reverse=True)
+    while len(rates) > 1 and rates[-1] * count < max(MIN_SHARE_TEXTS, rates[-1] * MIN_SHARE_S) * sum(rates):
+        rates.pop()
+    shares = []
+    for rate in rates:
+        texts = count * rate / sum(rates)
+        pieces = max(1, min(round(texts / (rate * SHARE_S)), int(texts / MIN_SHARE_TEXTS)))
+        shares += [((number + 1) / pieces, texts / pieces) for number in range(pieces)]
+    shares.sort(key=lambda share: share[0])
+    ends = [round(end) for end in itertools.accumulate(texts for _, texts in shares)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def blend(estimate, sample, gain):
     """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
@@ -1746,14 +1785,15 @@ class Dispatcher:
 
     # Tickets ----------------------------------------------------------------
 
-    def enter(self, id, wants, now):
-        """Return a waiting ticket for a request. Raises Refusal if the queue is full."""
+    def enter(self, id, wants, now, barred=()):
+        """Return a waiting ticket for a request that `barred` nodes never get. Raises Refusal if the queue is full."""
         if len(self.queue) >= self.max_queue:
             raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
-        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
+        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand, tried=set(barred),
+                        barred=len(barred))
         self.queue.push(ticket)
         return ticket
 
@@ -1769,7 +1809,8 @@ class Dispatcher:
 
     def retry(self, ticket, now):
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
-        if len(ticket.tried) >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
+        attempts = len(ticket.tried) - ticket.barred
+        if attempts >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
             return False
         ticket.since_s = now
         self.queue.push(ticket)
@@ -1991,6 +2032,24 @@ class Dispatcher:
             return [self.home(wants, holders, now)]
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
+    def split(self, wants, now):
+        """Return (sizes, names): into shares of how many texts a batch is cut, and which nodes may not take any.
+
+        Only nodes with the same version of the model take part: the one that most have.
+        """
+        holders = [runner for runner in self.holders.get(wants.model, ()) if runner.node.is_alive(now)]
+        if self.pick or not holders:
+            return [], ()
+        versions = {}
+        for runner in holders:
+            digest = digest_of(runner.node, wants.model) or runner.node.name
+            versions.setdefault(digest, []).append(runner)
+        chosen = max(versions.values(), key=len)
+        count = len(wants.batch["input"])
+        tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
+        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner)) for runner in chosen])
+        return sizes, self.nodes.keys() - {runner.node.name for runner in chosen}
+
     def unloaded(self, node, model):
         """Note that a node has promised to unload a model."""
         runner = node.runners.get(model)
@@ -2116,6 +2175,8 @@ class Dispatcher:
             self.advance(node, now)
             self.learn_slots(lease, timings, took_s, now)
             self.learn_speed(lease, timings, took_s)
+        if lease.ticket.wants.embeds:
+            self.learn_embedding(lease, timings, took_s)
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
@@ -2159,6 +2220,16 @@ class Dispatcher:
             node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
             runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
             runner.samples += 1
+
+    def learn_embedding(self, lease, timings, took_s):
+        """Take an embedding as a sample of prefill: it is nothing else, though its answer tells no duration of that."""
+        node, runner = lease.node, lease.runner
+        spent_s = (timings.total_s or took_s) - timings.load_s - OVERHEAD_S
+        if lease.nth > 1 or lease.loads or lease.sent_s <= node.stalled_s or timings.prompt_tokens <= 64:
+            return                  # it shared the node, or there is little to see
+        sample = spent_s / timings.prompt_tokens
+        if sample > 0:
+            runner.prefill_s = blend(runner.prefill_s, sample, 2 * SPEED_GAIN) if runner.prefill_s else sample
 
     def release(self, lease, now):
         """End a lease, exactly once."""
@@ -2263,6 +2334,8 @@ class Dispatcher:
             runner = self.runner(node, name)
             runner.on_disk, runner.row = True, row
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
+            if embeds_only(row) and runner.slots_known == "guessed":
+                runner.slots_known = "set"      # to one, by Ollama itself
         for runner in list(node.runners.values()):
             if runner.model not in names:
                 runner.on_disk = False
@@ -2859,10 +2932,10 @@ class Upload:
 # the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
 # -----------------------------------------------------------------------------
 
-REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
-           405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
-           429: b"Too Many Requests", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
-           502: b"Bad Gateway", 503: b"Service Unavailable"}
+REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
+           404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
+           414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
+           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable"}
 
 
 class ClientConnection(asyncio.Protocol):
@@ -3213,10 +3286,11 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     return keep and framing is not Framing.CLOSE, relay.clean
 
 
-async def attempt(gateway, client, head, body, lease, record):
+async def attempt(gateway, client, head, body, lease, record, take=relay_answer):
     """Run a request with a buffered body on the leased node. Return whether the client's connection stays open.
 
-    Raises NodeFailure or NodeRefused while the client has seen nothing: another node may still answer.
+    `take` does with the answer what is to be done. Raises NodeFailure or NodeRefused while the client has seen nothing:
+    another node may still answer.
     """
     pool = gateway.pools[lease.node]
     record.node, record.reason = lease.node.name, lease.reason
@@ -3235,7 +3309,7 @@ async def attempt(gateway, client, head, body, lease, record):
             clean = collector.clean
             kind = failover_kind(answer.status, text, lease.runner is not None or lease.ticket.wants.opaque)
             raise NodeRefused(kind, answer, text)
-        keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, head.keep_alive)
+        keep, clean = await take(gateway, client, head, connection, answer, lease, record, head.keep_alive)
         return keep
     finally:
         lease.abandon = None
@@ -3251,10 +3325,10 @@ def answer_whole(client, head, record, answer, body):
     return keep
 
 
-async def serve_inference(gateway, client, head, body, wants, record):
+async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    ticket = dispatcher.enter(record.id, wants, loop.time())
+    ticket = dispatcher.enter(record.id, wants, loop.time(), barred)
     last = Refusal(502, "no node answered")
     try:
         while True:
@@ -3266,7 +3340,7 @@ async def serve_inference(gateway, client, head, body, wants, record):
                 raise
             record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
             try:
-                return await attempt(gateway, client, head, body, lease, record)
+                return await attempt(gateway, client, head, body, lease, record, take)
             except NodeRefused as refused:
                 last = refused
                 if refused.kind is None:
@@ -3442,7 +3516,7 @@ def read_line(line):
 
 
 def error_in(change, status, body):
-    """Return why a change was not done, by a node's whole answer or last line, or "". Raises NodeFailure for garbage."""
+    """Return why a change was not done, by a node's answer or last line, or "". Raises NodeFailure for garbage."""
     if status >= 400:
         with contextlib.suppress(NodeFailure):
             return str(read_line(body).get("error") or f"answered {status}")
@@ -3593,6 +3667,135 @@ def absent_everywhere(outcomes):
     return all(it.answer and it.answer.status == 404 for it in outcomes)
 
 
+# -----------------------------------------------------------------------------
+# Batches: how do many nodes embed one long list?
+#
+# The list is cut into shares, each a request of its own with its place in the queue, so that a share that fails moves
+# on alone and other requests pass between two shares. The answers are put together as bytes: no number is read, so
+# none can change, and 10 MB of them do not hold up the streams of others.
+# -----------------------------------------------------------------------------
+
+LIST_START = re.compile(rb'"(embeddings|data)"\s*:\s*\[')
+INDEX = re.compile(rb"\s*:\s*(\d+)")
+TOTAL = re.compile(rb'"(prompt_eval_count|prompt_tokens|total_tokens|total_duration|load_duration)"\s*:\s*(\d{1,18})')
+
+
+class Cut(NamedTuple):
+    """An embedding's answer, cut at the list in it."""
+
+    before: bytes
+    rows: bytes
+    after: bytes
+
+
+@dataclass(slots=True)
+class Share:
+    """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
+
+    count: int
+    body: bytes
+    wants: Wants
+    record: Record
+    answer: ResponseHead | None = None
+    cut: Cut | None = None
+
+
+def cut_answer(body, count):
+    """Return the Cut of an answer with `count` embeddings. Raises NodeFailure if it is none."""
+    start, end = LIST_START.search(body), body.rfind(b"]")
+    if not start or body[start.end():end].rstrip()[-1:] not in (b"]", b"}"):
+        raise NodeFailure("garbage", "answered no list of embeddings")
+    cut = Cut(body[:start.end()], body[start.end():end], body[end:])
+    found = cut.rows.count(b'"index"' if start[1] == b"data" else b"[")
+    if found != count:
+        raise NodeFailure("garbage", f"answered {found} embeddings for {count} texts")
+    return cut
+
+
+def renumbered(rows, offset):
+    """Return rows of /v1/embeddings with `offset` added to each index."""
+    first, *rest = rows.split(b'"index"')
+    for at, piece in enumerate(rest):
+        number = INDEX.match(piece)
+        if number:
+            rest[at] = b":%d" % (int(number[1]) + offset) + piece[number.end():]
+    return b'"index"'.join((first, *rest))
+
+
+def joined(cuts, counts, took_s):
+    """Return one body of the Cuts of all shares, in order: token counts summed, as long as `took_s` at work."""
+    found = collections.defaultdict(list)
+    for cut in cuts:
+        for name, value in TOTAL.findall(cut.after):
+            found[name].append(int(value))
+
+    def total(match):
+        name, values = match[1], found[match[1]]
+        if name == b"total_duration":
+            values = [round(took_s * 1e9)]
+        return b'"%b":%d' % (name, max(values) if name == b"load_duration" else sum(values))
+
+    offsets = itertools.accumulate(counts[:-1], initial=0)
+    rows = [renumbered(cut.rows, offset) if offset else cut.rows for cut, offset in zip(cuts, offsets, strict=True)]
+    return cuts[0].before + b",".join(rows) + TOTAL.sub(total, cuts[0].after)
+
+
+def cut_batch(wants, sizes, record):
+    """Return the Shares of a batch, of the given sizes."""
+    shares, at = [], 0
+    for size in sizes:
+        texts = wants.batch["input"][at:at + size]
+        at += size
+        body = json.dumps({**wants.batch, "input": texts}).encode()
+        chars = sum(map(len, texts))
+        shares.append(Share(size, body, replace(wants, prompt_chars=chars, batch=None), replace(record)))
+    return shares
+
+
+async def keep_share(gateway, share, head, connection, answer, lease, record, keep):
+    """Keep a node's answer to a share. Return what relay_answer does. Raises NodeFailure or NodeRefused."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    dispatcher.heard(lease, 0, loop.time())
+    collector = Collector(connection, answer, SHARE_ANSWER_BYTES)
+    body = await collector.collect()
+    if answer.status != 200:
+        raise NodeRefused(None, answer, body)
+    share.answer, share.cut = answer, cut_answer(body, share.count)
+    dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
+    return True, collector.clean
+
+
+async def serve_batch(gateway, client, head, wants, record, sizes, barred):
+    """Let the nodes that have the model embed shares of a batch; answer as one node would."""
+    loop = gateway.loop
+    shares = cut_batch(wants, sizes, record)
+    plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
+    left = iter(shares)
+
+    async def work():
+        """Have one share after the other embedded; what else the same client asks for comes in between."""
+        for share in left:
+            await serve_inference(gateway, share, plain, share.body, share.wants, share.record, keep_share, barred)
+
+    nodes = len(gateway.dispatcher.nodes) - len(barred)
+    tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:                        # with the first that fails, all end
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        records = [share.record for share in shares]
+        used = {it.node for it in records}
+        record.node = ",".join(name for name in gateway.dispatcher.nodes if name in used)
+        record.attempts = sum(it.attempts for it in records)
+        record.queue_s = min(it.queue_s for it in records)
+        record.reason = f"{len(shares)} shares"
+    body = joined([share.cut for share in shares], sizes, loop.time() - record.started_s)
+    record.timings = read_timings(body[-TAIL_BYTES:])
+    return answer_whole(client, head, record, shares[0].answer, body)
+
+
 async def serve_locally(gateway, client, head, record):
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
@@ -3639,6 +3842,10 @@ async def serve(gateway, client, head, record):
     record.model, record.priority = wants.model or "", wants.priority
     if raw and head.length != 0:
         return await serve_upload(gateway, client, head, wants, record)
+    if wants.batch and gateway.options.split_embed:
+        sizes, barred = gateway.dispatcher.split(wants, gateway.loop.time())
+        if len(sizes) > 1:
+            return await serve_batch(gateway, client, head, wants, record, sizes, barred)
     handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
     return await handle(gateway, client, head, body, wants, record)
 
@@ -4512,8 +4719,8 @@ def command_line(environ):
     group = parser.add_argument_group("serving")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
-    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides those "
-        "of this machine, with commas; * stands for anything (none)")
+    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
+        "those of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")
@@ -4524,6 +4731,8 @@ def command_line(environ):
         "(%(default)s)")
     add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
         "a slot; then 503 (%(default)s)")
+    add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
+        "to embed over the nodes")
     add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
         "yet (%(default)s)")
     add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")

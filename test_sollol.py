@@ -3219,7 +3219,8 @@ async def test_web_page_gets_its_answers_and_its_preflight_from_the_gateway():
         answer = await call(gateway, "OPTIONS", "/api/chat", **origin, Access_Control_Request_Method="POST")
         assert answer.status == 204 and answer.fields["access-control-max-age"] == "43200"
         assert "POST" in answer.fields["access-control-allow-methods"] and "content-length" not in answer.fields
-        asked = [("GET", "/api/tags", None), ("POST", "/api/generate", generate(stream=True)), ("POST", "/api/show", {}),
+        asked = [("GET", "/api/tags", None), ("POST", "/api/generate", generate(stream=True)),
+                 ("POST", "/api/show", {}),
                  ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/generate", {"priority": 99}),
                  ("GET", "/nowhere", None), ("DELETE", "/api/delete", {"model": "mistral"})]
         for method, path, body in asked:
@@ -3245,6 +3246,205 @@ async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node(
         for origin in ("http://x", ""):         # the gateway's own Host; none
             answer = await call(gateway, "GET", "/api/version", Origin=origin)
             assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
+
+
+# -----------------------------------------------------------------------------
+# Batches of texts to embed
+# -----------------------------------------------------------------------------
+
+@table("count, rates, sizes", [
+    ("one node, short", 100, [1000], [100]), ("one node, long", 3000, [1000], [1000] * 3),
+    ("equal nodes", 1000, [500, 500], [500, 500]), ("in proportion", 1000, [750, 250], [750, 250]),
+    ("in shares of a second", 1000, [300, 100], [375, 125, 375, 125]), ("uneven", 10, [8, 8, 8], [10]),
+    ("few texts", 20, [10, 10, 10], [10, 10]), ("too slow for a share", 1000, [1000, 1], [1000]),
+    ("short work is not cut", 50, [1000, 1000], [50]), ("rounding loses none", 1000, [333, 333, 333], [333, 334, 333]),
+])
+def test_batch_is_cut_in_proportion_to_speed(count, rates, sizes):
+    assert sollol.share_sizes(count, rates) == sizes and sum(sizes) == count
+
+
+def test_answers_of_shares_become_one():
+    one = sollol.cut_answer(b'{"model":"m","embeddings":[[1,2.50],[3]],"total_duration":9,"prompt_eval_count":5}', 2)
+    two = sollol.cut_answer(b'{"model":"m","embeddings":[[4]],"total_duration":7,"prompt_eval_count":6}', 1)
+    assert sollol.joined([one, two], [2, 1], 1.5) == (
+        b'{"model":"m","embeddings":[[1,2.50],[3],[4]],"total_duration":1500000000,"prompt_eval_count":11}')
+    one = sollol.cut_answer(b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1}],'
+                            b'"usage":{"prompt_tokens":2,"total_tokens":3}}', 2)
+    two = sollol.cut_answer(b'{"data":[{"embedding":"BB=","index":0}],"usage":{"prompt_tokens":4,"total_tokens":4}}', 1)
+    assert sollol.joined([one, two], [2, 1], 1.0) == (
+        b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1},{"embedding":"BB=","index":2}],'
+        b'"usage":{"prompt_tokens":6,"total_tokens":7}}')
+
+
+@listed("body", [b"", b"{}", b'{"error":"x"}', b'{"embeddings":[]}', b'{"embeddings":[[1]]}', b'{"embeddings":null}',
+                 b'{"embeddings":[[1],[2]', b'{"data":[{"embedding":[1]},{"embedding":[2]}]}', b"\x00[[1],[2]]"])
+def test_what_is_no_answer_to_a_share_is_garbage(body):
+    with pytest.raises(sollol.NodeFailure):
+        sollol.cut_answer(body, 2)
+
+
+TEXTS = [f"text {number} " + "x" * 1500 for number in range(1000)]
+
+
+def embedders(count=3, hardware="m2", slow=(), **more):
+    """Return nodes with an embedding model in memory."""
+    nodes = [bench.SimNode("cpu" if name in slow else hardware, ("nomic-embed-text",), name=name, **{
+        "loaded": ("nomic-embed-text",), **more}) for name in "abcde"[:count]]
+    for node in nodes:
+        node.line = f"name={node.name}"
+    return nodes
+
+
+async def embed_timed(gateway, texts=TEXTS, path="/api/embed", **more):
+    """Return (answer, seconds) of a batch."""
+    started_s = gateway.loop.time()
+    answer = await call(gateway, "POST", path, {"model": "nomic-embed-text", "input": texts, **more})
+    return answer, gateway.loop.time() - started_s
+
+
+def expected_vectors(texts):
+    return [bench.embedded(bench.model_named("nomic-embed-text"), text) for text in texts]
+
+
+@pytest.mark.parametrize("count, least", [(2, 1.7), (3, 2.5), (5, 3.8)])
+def test_n_nodes_embed_a_long_list_about_n_times_as_fast(count, least):
+    async def run():
+        async with surface(embedders(1)) as gateway:
+            one, one_s = await embed_timed(gateway)
+        async with surface(embedders(count)) as gateway:
+            await embed_timed(gateway, TEXTS[:200])
+            many, many_s = await embed_timed(gateway)
+            assert one_s / many_s > least
+            assert many.json()["embeddings"] == one.json()["embeddings"] == expected_vectors(TEXTS)
+            assert many.json()["prompt_eval_count"] == one.json()["prompt_eval_count"]
+            assert many.fields["x-sollol-node"] == ",".join("abcde"[:count])
+
+    bench.run_virtual(run())
+
+
+def test_unequal_nodes_take_shares_in_proportion_to_what_was_learned():
+    async def run():
+        nodes = [*embedders(2, "rtx4090"), *embedders(3, "m2")[2:]]
+        async with surface(nodes) as gateway:
+            for _ in range(3):
+                await embed_timed(gateway)
+            before = [sum(it.body.count(b"text ") for it in node.requests) for node in nodes]
+            _, taken_s = await embed_timed(gateway)
+            taken = [sum(it.body.count(b"text ") for it in node.requests) - had
+                     for node, had in zip(nodes, before, strict=True)]
+            speeds = [node.engine.hardware.prefill_tok_s for node in nodes]
+            assert sum(taken) == 1000
+            for count, speed in zip(taken, speeds, strict=True):
+                assert abs(count / 1000 - speed / sum(speeds)) < 0.1
+
+    bench.run_virtual(run())
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+@over_sockets
+async def test_openai_batch_is_one_list_in_order(encoding):
+    async with surface(embedders(3, speed=20.0)) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:300], "/v1/embeddings", encoding_format=encoding)
+        found = answer.json()
+        assert [row["index"] for row in found["data"]] == list(range(300))
+        vectors = expected_vectors(TEXTS[:300])
+        assert [row["embedding"] for row in found["data"]] == (
+            vectors if encoding == "float" else list(map(bench.floats_in_base64, vectors)))
+        tokens = sum(map(bench.token_count, TEXTS[:300]))
+        assert found["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+        assert answer.fields["x-sollol-node"] == "a,b,c"
+
+
+@over_sockets
+async def test_short_list_and_switched_off_splitting_pass_byte_for_byte():
+    for texts, flags in ((TEXTS[:9], ()), (TEXTS[:300], ("--no-split-embed",))):
+        async with surface(embedders(3, speed=20.0), flags) as gateway:
+            answer, _ = await embed_timed(gateway, texts)
+            body = json.dumps({"model": "nomic-embed-text", "input": texts}).encode()
+            assert answer.json()["embeddings"] == expected_vectors(texts)
+            assert [it.body for node in gateway.nodes for it in node.requests if it.path == "/api/embed"] == [body]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+@over_sockets
+async def test_share_that_fails_moves_to_another_node(status):
+    nodes = embedders(3, speed=20.0)
+    async with surface(nodes) as gateway:
+        nodes[1].fail(status)
+        answer, _ = await embed_timed(gateway, TEXTS[:300])
+        assert answer.status == 200 and answer.json()["embeddings"] == expected_vectors(TEXTS[:300])
+        assert any(it.status == status for it in nodes[1].requests) and answer.fields["x-sollol-node"] == "a,c"
+
+
+@over_sockets
+async def test_share_of_a_node_that_dies_moves_to_another_one():
+    nodes = embedders(3, speed=20.0)
+    async with surface(nodes) as gateway:
+        task = asyncio.create_task(embed_timed(gateway, TEXTS))
+        await until(lambda: nodes[2].in_flight)
+        nodes[2].kill()
+        assert (await task)[0].json()["embeddings"] == expected_vectors(TEXTS)
+        assert nodes[2].aborted == 1
+
+
+@over_sockets
+async def test_garbage_for_a_share_moves_it_too():
+    bad = ScriptedNode(lambda request: [framed(b'{"embeddings":[[1]]}'), KEEP], ("nomic-embed-text:latest",))
+    bad.name, bad.line = "bad", "name=bad"
+    bad.digests = {"nomic-embed-text:latest": bench.model_named("nomic-embed-text").digest}
+    async with surface([bad, *embedders(2, loaded=(), speed=20.0)]) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:300])
+        assert answer.json()["embeddings"] == expected_vectors(TEXTS[:300]) and bad.requests
+
+
+@over_sockets
+async def test_nodes_with_another_version_of_the_model_take_no_share():
+    nodes = embedders(4, speed=20.0)
+    for node in (nodes[1], nodes[3]):
+        newer(node, "nomic-embed-text", "v2", 60.0)
+    nodes[3].models["nomic-embed-text:latest"] = nodes[0].models["nomic-embed-text:latest"]
+    async with surface(nodes) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:400])
+        assert answer.json()["embeddings"] == expected_vectors(TEXTS[:400])
+        assert asked_of(gateway, "/api/embed") == ["a", "c", "d"]
+
+
+@over_sockets
+async def test_refused_batch_gets_the_nodes_own_refusal():
+    async with surface(embedders(3, speed=20.0)) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:300], options={"num_ctx": "many"})
+        assert answer.status == 400 and "num_ctx" in answer.json()["error"]
+        await until(lambda: health(gateway)["inflight"] == health(gateway)["queued"] == 0)
+        answer = await call(gateway, "POST", "/api/embed", {"model": "nobodys", "input": TEXTS[:100]})
+        assert answer.status == 404 and "try pulling it first" in answer.json()["error"]
+
+
+@over_sockets
+async def test_client_that_leaves_ends_its_shares():
+    async with surface(embedders(2)) as gateway:
+        caller = await Caller.to(gateway)
+        task = asyncio.create_task(caller.ask("POST", "/api/embed", {"model": "nomic-embed-text", "input": TEXTS}))
+        await until(lambda: health(gateway)["inflight"] == 2)
+        caller.close()
+        await until(lambda: health(gateway)["inflight"] == health(gateway)["queued"] == 0)
+        await asyncio.gather(task, return_exceptions=True)
+        assert not gateway.dispatcher.fair.active
+
+
+def test_long_batch_lets_others_pass():
+    async def run():
+        async with surface(embedders(2)) as gateway:
+            await embed_timed(gateway, TEXTS[:200])
+            batch = asyncio.create_task(embed_timed(gateway))
+            await until(lambda: health(gateway)["inflight"] == 2)
+            started_s = gateway.loop.time()
+            for _ in range(3):
+                assert (await embed_timed(gateway, "short"))[0].status == 200
+            assert (gateway.loop.time() - started_s) / 3 < 2.5 * sollol.SHARE_S
+            assert not batch.done()
+            await batch
+
+    bench.run_virtual(run())
 
 
 # -----------------------------------------------------------------------------
