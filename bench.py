@@ -5,7 +5,7 @@
     python bench.py --matrix                    # all scenarios: clusters, loads, models, bursts, faults; minutes
     python bench.py --agents 10,40              # parallel agents against one call after the other
     python bench.py --check                     # are the claims true? exit status 1 if one is not
-    python bench.py --overhead                  # small calls beside nginx and HAProxy, on the wall clock
+    python bench.py --overhead                  # small calls and blobs beside nginx and HAProxy, on the wall clock
     python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
     python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
     python bench.py --nodes 3 --port 11434      # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
@@ -3505,6 +3505,24 @@ class LightNode(asyncio.Protocol):
         self.timer = self.loop.call_at(self.due_s, self.token)
 
 
+class BlobNode(LightNode):
+    """Hash what is uploaded, as Ollama does, and forget it."""
+
+    left = 0
+
+    def data_received(self, data):
+        if not self.left and not data.startswith(b"POST /api/blobs/"):
+            super().data_received(data)
+            return
+        if not self.left:
+            head, _, data = data.partition(b"\r\n\r\n")
+            self.left, self.hashed = int(FULL_LENGTH.search(head)[1]), hashlib.sha256()
+        self.hashed.update(data)
+        self.left -= len(data)
+        if not self.left:
+            self.transport.write(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+
 class Pump(asyncio.Protocol):
     """Hand bytes on between a client and a node: the least that a proxy in Python can do."""
 
@@ -3554,6 +3572,15 @@ class Contender(NamedTuple):
     def resident_mib(self):
         """Return the memory that the process holds now."""
         return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
+
+
+    def forget_peak(self):
+        """Let the greatest memory held be counted anew."""
+        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def peak_mib(self):
+        """Return the most memory that the process has held since."""
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
 
 
 class Calls(asyncio.Protocol):
@@ -3665,6 +3692,7 @@ pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 8192; }}
 http {{
   access_log {folder}/access.log; keepalive_requests 1000000000;
+  client_max_body_size 0; proxy_request_buffering off;
   client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
   uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
   upstream node {{ server 127.0.0.1:{node}; keepalive 1024; keepalive_requests 1000000000; }}
@@ -3741,9 +3769,9 @@ async def first_answer_s(contender, patience_s=10.0):
     raise BadArgument(f"{contender.name} does not answer")
 
 
-async def contenders(stack, nodes):
+async def contenders(stack, nodes, kind=LightNode):
     """Start the node and every proxy that is installed, SOLLOL in front of `nodes` names of it."""
-    node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
+    node = light_process(stack, "node itself", f"bench.serve_light(bench.{kind.__name__})")
     found = [node,
              proxy_process(stack, "nginx", ["nginx", "-c"], NGINX_CONF, node),
              proxy_process(stack, "HAProxy", ["haproxy", "-db", "-f"], HAPROXY_CONF, node),
@@ -3815,6 +3843,44 @@ async def measure_streams(count, rate, rounds=3):
                      f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}", f"{idle_mib[name]:.0f}",
                      f"{max(it[3] for it in runs):.0f}"])
     return rows
+
+
+BLOB_MIB = 1024
+
+
+def upload_s(port):
+    """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
+    block, start_s = bytes(2**20), time.perf_counter()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+            b"0" * 64, BLOB_MIB * len(block)))
+        for _ in range(BLOB_MIB):
+            connection.sendall(block)
+        if connection.recv(4096)[9:12] != b"201":
+            raise BadArgument("a blob was not taken")
+    return time.perf_counter() - start_s
+
+
+async def blob(contender):
+    """Upload a blob through a contender; return (MiB/s, CPU seconds, MiB more held at the peak)."""
+    held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
+    contender.forget_peak()
+    taken_s = await asyncio.to_thread(upload_s, contender.port)
+    return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
+
+
+async def measure_blobs(rounds=5):
+    """Measure blobs through every contender, in turn; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        found, seen = await contenders(stack, 1, BlobNode), collections.defaultdict(list)
+        for turn in range(rounds):
+            for it in found:
+                seen[it.name].append(await blob(it))
+            say(f"{turn + 1} of {rounds} rounds")
+    ratios = ratio_column(seen, "node itself", lambda it: it[0])
+    return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
+        [name, f"{middle(it[0] for it in runs):.0f}", f"x{ratios[name]:.2f}", f"{middle(it[1] for it in runs):.2f}",
+         f"{max(it[2] for it in runs):.1f}"] for name, runs in seen.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3985,7 +4051,7 @@ def run(options):
             raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
         print(aligned(asyncio.run(measure_baseline(options))))
     elif options.overhead == "here":
-        print(aligned(run_quick(measure_weight())))
+        print(aligned(run_quick(measure_weight())), aligned(run_quick(measure_blobs())), sep="\n\n")
     elif options.streams:
         print(aligned(run_quick(measure_streams(options.streams, options.rate))))
     elif options.overhead:
