@@ -3448,6 +3448,86 @@ def test_long_batch_lets_others_pass():
 
 
 # -----------------------------------------------------------------------------
+# The README's table of routes, row by row
+# -----------------------------------------------------------------------------
+
+MISTRAL = {"model": "mistral", "stream": False, "max_tokens": 3, "prompt": "hi <out=3>", "messages": MESSAGES,
+           "input": "hi <out=3>"}
+NOMIC = {"model": "nomic-embed-text", "input": "hi", "prompt": "hi"}
+BLOB = f"/api/blobs/sha256:{hashlib.sha256(b'weights').hexdigest()}"
+
+# Method and path: what is asked, the status, what is in the answer, and which node or nodes give it; None: none does.
+SURFACE = {
+    ("GET", "/"): ("/", None, 200, "Ollama is running", None),
+    ("HEAD", "/"): ("/", None, 200, "", None),
+    ("GET", "/api/health"): ("/api/health", None, 200, '"up":3', None),
+    ("HEAD", "/api/health"): ("/api/health", None, 200, "", None),
+    ("GET", "/api/stats"): ("/api/stats", None, 200, '"nodes":', None),
+    ("HEAD", "/api/stats"): ("/api/stats", None, 200, "", None),
+    ("GET", "/api/version"): ("/api/version", None, 200, '"0.9.1"', None),
+    ("HEAD", "/api/version"): ("/api/version", None, 200, "", None),
+    ("GET", "/api/tags"): ("/api/tags", None, 200, "qwen3:14b mistral:latest nomic-embed-text:latest", None),
+    ("HEAD", "/api/tags"): ("/api/tags", None, 200, "", None),
+    ("GET", "/api/ps"): ("/api/ps", None, 200, "mistral:latest", None),
+    ("GET", "/api/status"): ("/api/status", None, 200, '"disabled":false', None),
+    ("GET", "/v1/models"): ("/v1/models", None, 200, "qwen3:14b mistral:latest nomic-embed-text:latest", None),
+    ("POST", "/api/generate"): ("/api/generate", MISTRAL, 200, '"done_reason":"stop"', "b"),
+    ("POST", "/api/chat"): ("/api/chat", MISTRAL, 200, '"done_reason":"stop"', "b"),
+    ("POST", "/api/embed"): ("/api/embed", NOMIC, 200, '"embeddings":', "c"),
+    ("POST", "/api/embeddings"): ("/api/embeddings", NOMIC, 200, '"embedding":', "c"),
+    ("POST", "/v1/completions"): ("/v1/completions", MISTRAL, 200, '"text_completion"', "b"),
+    ("POST", "/v1/chat/completions"): ("/v1/chat/completions", MISTRAL, 200, '"chat.completion"', "b"),
+    ("POST", "/v1/responses"): ("/v1/responses", MISTRAL, 200, '"object":"response"', "b"),
+    ("POST", "/v1/embeddings"): ("/v1/embeddings", NOMIC, 200, '"object":"embedding"', "c"),
+    ("POST", "/v1/messages"): ("/v1/messages", MISTRAL, 200, '"type":"message"', "b"),
+    ("POST", "/v1/audio/transcriptions"): ("/v1/audio/transcriptions", form(model="mistral", file="RIFF")[0], 200,
+                                           "4 bytes of speech", "b"),
+    ("POST", "/api/show"): ("/api/show", {"model": "qwen3:14b"}, 200, '"model_info":', "a"),
+    ("GET", "/v1/models/"): ("/v1/models/qwen3:14b", None, 200, '"object":"model"', "a"),
+    ("POST", "/api/pull"): ("/api/pull", {"model": "mistral"}, 200, '{"status":"success"}', "b,c"),
+    ("POST", "/api/copy"): ("/api/copy", {"source": "mistral", "destination": "x"}, 200, "", "b,c"),
+    ("DELETE", "/api/delete"): ("/api/delete", {"model": "mistral"}, 200, "", "b,c"),
+    ("HEAD", "/api/blobs/"): (BLOB, None, 404, "", "a"),
+    ("POST", "/api/blobs/"): (BLOB, b"weights", 201, "", "a"),
+    ("POST", "/api/create"): ("/api/create", {"model": "x", "from": "qwen3:14b"}, 200, '{"status":"success"}', "a"),
+    ("POST", "/api/push"): ("/api/push", {"model": "llama3.2"}, 200, '{"status":"success"}', "a"),
+    ("POST", "/api/me"): ("/api/me", {}, 200, '"name":"a"', "a"),
+    ("POST", "/api/signout"): ("/api/signout", {}, 200, "", "a"),
+    ("DELETE", "/api/user/keys/"): ("/api/user/keys/abc", None, 200, "", "a"),
+    ("POST", "/api/experimental/web_search"): ("/api/experimental/web_search", {"query": "x"}, 200, "llama.example", "a"),
+    ("POST", "/api/experimental/web_fetch"): ("/api/experimental/web_fetch", {"url": "x"}, 200, "llama.example", "a"),
+    ("GET", "/api/experimental/model-recommendations"): ("/api/experimental/model-recommendations", None, 200,
+                                                         "llama.example", "a"),
+}
+
+
+@pytest.mark.parametrize("row", list(sollol.ROUTES), ids=" ".join)
+@over_sockets
+async def test_route_does_what_its_row_says(row):
+    nodes = three(speed=1000.0)
+    nodes[1].version = "0.9.1"
+    nodes[1]._loaded = ("mistral",)
+    for node in nodes:
+        node.account = node.name
+    path, body, status, part, names = SURFACE[row]
+    async with surface(nodes) as gateway:
+        fields = {"Content_Type": form()[1]} if path.endswith("transcriptions") else {}
+        answer = await call(gateway, row[0], path, body, **fields)
+        assert (answer.status, answer.fields.get("x-sollol-node")) == (status, names)
+        assert all(word in answer.body.decode() for word in part.split(" ")) and bool(answer.body) == bool(part)
+        if names:
+            assert asked_of(gateway, path, row[0]) == names.split(",")
+
+
+def test_readme_lists_every_route_and_what_is_done_with_it():
+    text = (HERE / "README.md").read_text()
+    listed = {(method, path, where)
+              for methods, paths, where in re.findall(r"^\| `([A-Z ]+)` \| (`/.*?`) \| ([a-z, ]+) \|", text, re.M)
+              for method in methods.split() for path in re.findall(r"`(.+?)`", paths)}
+    assert listed == {(method, path, route.where.value) for (method, path), route in sollol.ROUTES.items()}
+
+
+# -----------------------------------------------------------------------------
 # Log, reload, drain, and the program as a process
 # -----------------------------------------------------------------------------
 
