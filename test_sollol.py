@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -3703,7 +3704,7 @@ def test_service_manager_is_told_ready_and_stopping(tmp_path):
 # Official clients
 # -----------------------------------------------------------------------------
 
-@contextlib.contextmanager
+@pytest.fixture(scope="module")
 def cluster_url():
     """Run three simulated nodes and a gateway as processes; yield the gateway's URL."""
     with program("bench.py", "--nodes", 3, "--port", 0, "--speed", 20) as nodes:
@@ -3712,37 +3713,146 @@ def cluster_url():
             yield read_until(gateway, r"event=start .*url=(\S+)")[1]
 
 
-def test_official_ollama_client():
+def test_official_ollama_client_asks_models(cluster_url):
     ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
-    with cluster_url() as url:
-        client = ollama.Client(url)
-        messages = [{"role": "user", "content": "hi <out=4>"}]
-        assert client.chat("llama3.2", messages).message.content
-        parts = list(client.chat("llama3.2", messages, stream=True))
-        assert parts[-1].done and parts[-1].eval_count == 4
-        assert client.generate("llama3.2", "hi <out=4>").response
-        assert list(client.generate("llama3.2", "hi <out=4>", stream=True))[-1].done
-        assert len(client.embed("nomic-embed-text", ["one", "two"]).embeddings) == 2
-        assert "llama3.2:latest" in [model.model for model in client.list().models]
-        assert "llama3.2:latest" in [model.model for model in client.ps().models]
-        assert client.show("llama3.2").details
-        with pytest.raises(ollama.ResponseError, match="not found"):
-            client.chat("no-such-model", messages)
+    client = ollama.Client(cluster_url)
+    assert client.chat("llama3.2", MESSAGES).message.content
+    parts = list(client.chat("llama3.2", MESSAGES, stream=True))
+    assert parts[-1].done and parts[-1].eval_count == 3
+    assert client.generate("llama3.2", "hi <out=4>").response
+    assert list(client.generate("llama3.2", "hi <out=4>", stream=True))[-1].done
+    assert client.embed("nomic-embed-text", "one").embeddings == [expected_vectors(["one"])[0]]
+    assert client.embed("nomic-embed-text", TEXTS[:100]).embeddings == expected_vectors(TEXTS[:100])
+    assert client.embeddings("nomic-embed-text", "one").embedding
+    assert "llama3.2:latest" in [model.model for model in client.ps().models]
+    assert client.generate("llama3.2", "", keep_alive=0).done_reason == "unload"
+    assert "llama3.2:latest" not in [model.model for model in client.ps().models]
+    for ask in (lambda: client.chat("no-such-model", MESSAGES),
+                lambda: list(client.chat("no-such-model", MESSAGES, stream=True)),
+                lambda: client.embed("no-such-model", "x"), lambda: client.generate("no-such-model", "x")):
+        with pytest.raises(ollama.ResponseError, match="not found") as caught:
+            ask()
+        assert caught.value.status_code == 404
 
 
-def test_official_openai_client():
+def test_official_ollama_client_changes_models(cluster_url, tmp_path):
+    ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
+    client = ollama.Client(cluster_url)
+
+    def listed():
+        return {model.model for model in client.list().models}
+
+    assert client.pull("phi4:14b").status == "success" and "phi4:14b" in listed()
+    found = [part.status for part in client.pull("llama3.1:8b", stream=True)]
+    assert found[0] == "pulling manifest" and found.count("success") == 1 == found[-1:].count("success")
+    assert client.show("phi4:14b").details
+    assert client.copy("phi4:14b", "mine").status == "success" and "mine:latest" in listed()
+    assert client.create("his", from_="phi4:14b").status == "success" and "his:latest" in listed()
+    weights = tmp_path / "weights.gguf"
+    weights.write_bytes(os.urandom(2**20))
+    digest = client.create_blob(weights)
+    parts = list(client.create("her", files={"weights.gguf": digest}, stream=True))
+    assert parts[-1].status == "success" and client.show("her").modelfile
+    for model in ("phi4:14b", "mine", "his", "her"):
+        assert client.delete(model).status == "success"
+    assert not listed() & {"phi4:14b", "mine:latest", "his:latest", "her:latest"}
+    for change in (lambda: client.delete("mine"), lambda: client.copy("mine", "x"), lambda: client.show("mine"),
+                   lambda: client.pull("no-such"), lambda: list(client.pull("no-such", stream=True)),
+                   lambda: client.create("x")):
+        with pytest.raises(ollama.ResponseError):
+            change()
+
+
+def test_official_ollama_client_without_waiting(cluster_url, tmp_path):
+    ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
+    weights = tmp_path / "weights.gguf"
+    weights.write_bytes(os.urandom(2**20))
+
+    async def run():
+        client = ollama.AsyncClient(cluster_url)
+        answers = await asyncio.gather(*(client.chat("llama3.2", MESSAGES) for _ in range(8)))
+        assert len({answer.message.content for answer in answers}) == 1
+        assert [part async for part in await client.chat("llama3.2", MESSAGES, stream=True)][-1].done
+        assert (await client.create_blob(weights)).startswith("sha256:")        # in chunks
+
+    asyncio.run(run())
+
+
+def test_official_openai_client(cluster_url):
     openai = pytest.importorskip("openai", reason="PyPI openai is not installed")
-    with cluster_url() as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-        messages = [{"role": "user", "content": "hi <out=4>"}]
-        assert client.chat.completions.create(model="llama3.2", messages=messages).usage.completion_tokens == 4
-        stream = client.chat.completions.create(model="llama3.2", messages=messages, stream=True)
-        assert "".join(part.choices[0].delta.content or "" for part in stream)
-        assert client.completions.create(model="llama3.2", prompt="hi <out=4>").choices[0].text
-        assert len(client.embeddings.create(model="nomic-embed-text", input=["one"]).data) == 1
-        assert "llama3.2:latest" in [model.id for model in client.models.list()]
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="no-such-model", messages=messages)
+    client = openai.OpenAI(base_url=f"{cluster_url}/v1", api_key="unused", max_retries=0)
+    assert client.chat.completions.create(model="llama3.2", messages=MESSAGES).usage.completion_tokens == 3
+    stream = client.chat.completions.create(model="llama3.2", messages=MESSAGES, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in stream)
+    assert client.completions.create(model="llama3.2", prompt="hi <out=4>").choices[0].text
+    texts = TEXTS[:100]
+    found = client.embeddings.create(model="nomic-embed-text", input=texts)
+    assert [row.index for row in found.data] == list(range(100))
+    for row, vector in zip(found.data, expected_vectors(texts), strict=True):
+        assert row.embedding == pytest.approx(vector)
+    assert "llama3.2:latest" in [model.id for model in client.models.list()]
+    assert client.models.retrieve("qwen3:14b").id == "qwen3:14b"
+    assert client.responses.create(model="llama3.2", input="hi <out=3>").output_text
+    events = list(client.responses.create(model="llama3.2", input="hi <out=3>", stream=True))
+    assert events[-1].type == "response.completed" and events[-1].response.usage.output_tokens == 3
+    for ask in (lambda: client.chat.completions.create(model="no-such-model", messages=MESSAGES),
+                lambda: client.embeddings.create(model="no-such-model", input=texts),
+                lambda: client.responses.create(model="no-such-model", input="hi", stream=True)):
+        with pytest.raises(openai.NotFoundError, match="not found"):
+            ask()
+
+
+def test_official_anthropic_client(cluster_url):
+    anthropic = pytest.importorskip("anthropic", reason="PyPI anthropic is not installed")
+    client = anthropic.Anthropic(base_url=cluster_url, api_key="unused", max_retries=0)
+    asked = {"model": "llama3.2", "max_tokens": 50, "messages": MESSAGES}
+    whole = client.messages.create(**asked)
+    assert whole.content[0].text and whole.usage.output_tokens == 3
+    with client.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        assert stream.get_final_message().stop_reason == "end_turn"
+    with pytest.raises(anthropic.NotFoundError, match="not found"):
+        client.messages.create(**{**asked, "model": "no-such-model"})
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(**{**asked, "max_tokens": 0})
+
+
+OLLAMA_JS = """
+const { Ollama } = require("ollama");
+(async () => {
+  const client = new Ollama({ host: process.argv[1] }), messages = [{ role: "user", content: "hi <out=3>" }];
+  const said = (await client.chat({ model: "llama3.2", messages })).message.content;
+  let streamed = "", last;
+  for await (const part of await client.chat({ model: "llama3.2", messages, stream: true })) {
+    streamed += part.message.content; last = part;
+  }
+  const pulled = [];
+  for await (const part of await client.pull({ model: "mistral", stream: true })) pulled.push(part.status);
+  await client.copy({ source: "mistral", destination: "js" });
+  const names = (await client.list()).models.map((model) => model.name);
+  await client.delete({ model: "js" });
+  const error = await client.show({ model: "js" }).catch((error) => error.message);
+  const vectors = (await client.embed({ model: "nomic-embed-text", input: ["a", "b"] })).embeddings.length;
+  console.log(JSON.stringify({ same: said === streamed, done: last.done, pulled, names, error, vectors }));
+})();
+"""
+
+
+def test_official_javascript_client(cluster_url):
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("node is not installed")
+    paths = [os.environ.get("NODE_PATH", ""), str(HERE / ".venv" / "npm" / "node_modules")]
+    run = functools.partial(subprocess.run, env={**os.environ, "NODE_PATH": os.pathsep.join(paths)}, capture_output=True,
+                            text=True, timeout=60)
+    if run([node, "-e", "require.resolve('ollama')"]).returncode:
+        pytest.skip("npm ollama is not installed")
+    done = run([node, "-e", OLLAMA_JS, cluster_url])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same"] and found["done"] and found["vectors"] == 2
+    assert found["pulled"][-1] == "success" and found["pulled"].count("success") == 1
+    assert "js:latest" in found["names"] and "not found" in found["error"]
 
 
 # -----------------------------------------------------------------------------
