@@ -3213,6 +3213,23 @@ def test_origins_are_allowed_as_ollama_allows_them(origin, allowed):
     assert sollol.origin_lines(origin.encode(), b"x", [*listed, "*"]) == [b"Access-Control-Allow-Origin: *"]
 
 
+@pytest.mark.parametrize("method, path, keys", [
+    ("POST", "/api/chat", {"error"}), ("DELETE", "/api/delete", {"error"}), ("POST", "/api/pull", {"error"}),
+    ("POST", "/v1/chat/completions", {"message", "type", "param", "code"}), ("GET", "/v1/models", {"message", "type",
+                                                                                                  "param", "code"}),
+    ("POST", "/v1/messages", {"type", "error"})])
+@over_sockets
+async def test_errors_have_the_shape_of_their_path(method, path, keys):
+    node = bench.SimNode(**FAST)
+    async with gateway_for(node) as gateway:
+        node.kill()
+        await until(lambda: health(gateway)["nodes"]["up"] == 0)
+        answer = await call(gateway, method, path, {"model": "m", "messages": [], "max_tokens": 1})
+        assert answer.status == 503 and answer.fields["content-type"] == "application/json"
+        found = answer.json()
+        assert (found["error"] if "code" in keys else found).keys() == keys
+
+
 @over_sockets
 async def test_web_page_gets_its_answers_and_its_preflight_from_the_gateway():
     async with surface(flags=("--origins", "https://chat.example")) as gateway:
@@ -3495,7 +3512,8 @@ SURFACE = {
     ("POST", "/api/me"): ("/api/me", {}, 200, '"name":"a"', "a"),
     ("POST", "/api/signout"): ("/api/signout", {}, 200, "", "a"),
     ("DELETE", "/api/user/keys/"): ("/api/user/keys/abc", None, 200, "", "a"),
-    ("POST", "/api/experimental/web_search"): ("/api/experimental/web_search", {"query": "x"}, 200, "llama.example", "a"),
+    ("POST", "/api/experimental/web_search"): ("/api/experimental/web_search", {"query": "x"}, 200, "llama.example",
+                                               "a"),
     ("POST", "/api/experimental/web_fetch"): ("/api/experimental/web_fetch", {"url": "x"}, 200, "llama.example", "a"),
     ("GET", "/api/experimental/model-recommendations"): ("/api/experimental/model-recommendations", None, 200,
                                                          "llama.example", "a"),
@@ -3526,6 +3544,136 @@ def test_readme_lists_every_route_and_what_is_done_with_it():
               for methods, paths, where in re.findall(r"^\| `([A-Z ]+)` \| (`/.*?`) \| ([a-z, ]+) \|", text, re.M)
               for method in methods.split() for path in re.findall(r"`(.+?)`", paths)}
     assert listed == {(method, path, route.where.value) for (method, path), route in sollol.ROUTES.items()}
+
+
+# -----------------------------------------------------------------------------
+# What well-known programs send, at their start and in use
+#
+# Recorded from langchain-ollama, llama-index and litellm; that of Open WebUI, aider and the ollama command line is
+# written after their sources. The heads are theirs, field for field.
+# -----------------------------------------------------------------------------
+
+PYTHON_HEAD = """\
+Accept-Encoding: gzip, deflate, zstd
+Connection: keep-alive
+content-type: application/json
+accept: application/json
+user-agent: ollama-python/0.6.3 (x86_64 linux) Python/3.11.7"""
+LITELLM_HEAD = """\
+Accept: */*
+Accept-Encoding: gzip, deflate, zstd
+Connection: keep-alive
+User-Agent: litellm/1.110.2"""
+WEBUI_HEAD = """\
+Content-Type: application/json
+X-OpenWebUI-User-Name: Ada%20L
+X-OpenWebUI-User-Role: admin
+Accept: */*
+Accept-Encoding: gzip, deflate, br
+User-Agent: Python/3.11 aiohttp/3.12.15"""
+GO_HEAD = """\
+User-Agent: ollama/0.33.0 (amd64 linux) Go/go1.24.1
+Accept: application/json
+Content-Type: application/json
+Accept-Encoding: gzip"""
+GO_STREAM_HEAD = GO_HEAD.replace("application/json\nContent", "application/x-ndjson\nContent")
+SAID = '[{"role":"user","content":"hi <out=3>"}]'
+
+# Program: [(head, request, body, what the answer holds)]
+PROGRAMS = {
+    "LangChain": [
+        (PYTHON_HEAD, "GET /api/tags", "", '"models":['),
+        (PYTHON_HEAD, "POST /api/chat",
+         '{"model":"llama3.2","stream":true,"options":{"temperature":0.0},"messages":%s,"tools":[]}' % SAID,
+         '"done":true'),
+        (PYTHON_HEAD, "POST /api/generate",
+         '{"model":"llama3.2","stream":true,"options":{},"format":"","prompt":"hi <out=3>"}', '"done":true'),
+        (PYTHON_HEAD, "POST /api/embed",
+         '{"model":"nomic-embed-text","input":["one","two"],"options":{"mirostat":null,"mirostat_eta":null,'
+         '"mirostat_tau":null,"num_ctx":null,"num_gpu":null,"num_thread":null,"repeat_last_n":null,"stop":null}}',
+         '"embeddings":[['),
+    ],
+    "LlamaIndex": [
+        (PYTHON_HEAD, "POST /api/show", '{"model":"llama3.2"}', '"model_info":'),
+        (PYTHON_HEAD, "POST /api/chat",
+         '{"model":"llama3.2","stream":false,"options":{"temperature":null,"num_ctx":3900},"messages":%s,"tools":[]}'
+         % SAID, '"done":true'),
+        (PYTHON_HEAD, "POST /api/embed", '{"model":"nomic-embed-text","input":["one","two"],"options":{}}',
+         '"embeddings":[['),
+    ],
+    "litellm": [
+        (LITELLM_HEAD + "\nContent-Type: application/json", "POST /api/show", '{"name":"llama3.2"}', '"model_info":'),
+        (LITELLM_HEAD, "POST /api/generate", '{"model": "llama3.2", "prompt": "### User:\\nhi <out=3>\\n\\n", '
+         '"options": {}, "stream": true, "images": []}', '"done":true'),
+        (LITELLM_HEAD + "\nContent-Type: application/json", "POST /api/embed",
+         '{"model":"nomic-embed-text","input":["one","two"]}', '"embeddings":[['),
+    ],
+    "aider": [
+        (LITELLM_HEAD + "\nContent-Type: application/json", "POST /api/show", '{"name":"llama3.2"}', '"model_info":'),
+        (LITELLM_HEAD, "POST /api/chat", '{"model": "llama3.2", "messages": [{"role": "system", "content": "Act as an '
+         'expert software developer."}, {"role": "user", "content": "hi <out=3>", "images": []}], '
+         '"options": {"num_ctx": 9017, "temperature": 0}, "stream": true}', '"done":true'),
+    ],
+    "Open WebUI": [
+        (WEBUI_HEAD, "GET /api/version", "", '"version":"'),
+        (WEBUI_HEAD, "GET /api/tags", "", '"model":"mistral:latest"'),
+        (WEBUI_HEAD, "GET /api/ps", "", '"models":['),
+        (WEBUI_HEAD, "POST /api/chat", '{"model": "mistral:latest", "messages": %s, "options": {}, "stream": true, '
+         '"keep_alive": "5m"}' % SAID, '"done":true'),
+        (WEBUI_HEAD, "POST /api/embed", '{"input": ["one", "two"], "model": "nomic-embed-text:latest"}',
+         '"embeddings":[['),
+        (WEBUI_HEAD, "POST /api/pull", '{"model": "mistral"}', '{"status":"success"}'),
+        (WEBUI_HEAD, "POST /api/generate", '{"model": "mistral:latest", "keep_alive": 0, "prompt": ""}',
+         '"done_reason":"unload"'),
+        (WEBUI_HEAD, "GET /v1/models", "", '"object":"list"'),
+        (WEBUI_HEAD, "DELETE /api/delete", '{"model": "mistral:latest"}', ""),
+    ],
+    "ollama": [
+        (GO_HEAD, "HEAD /", "", ""),
+        (GO_HEAD, "GET /api/status", "", '"cloud":'),
+        (GO_HEAD, "POST /api/show?ts=1767225600", '{"model":"llama3.2","system":"","template":"","verbose":false,'
+         '"options":null,"name":"llama3.2"}', '"capabilities":["completion"]'),
+        (GO_STREAM_HEAD, "POST /api/generate", '{"model":"llama3.2","prompt":"","suffix":"","system":"","template":"",'
+         '"keep_alive":null,"options":null,"think":null}', '"done_reason":"load"'),
+        (GO_STREAM_HEAD, "POST /api/chat", '{"model":"llama3.2","messages":%s,"format":"","options":{}}' % SAID,
+         '"done":true'),
+        (GO_HEAD, "GET /api/ps", "", '"name":"llama3.2:latest"'),
+        (GO_STREAM_HEAD, "POST /api/generate", '{"model":"llama3.2","prompt":"","suffix":"","system":"","template":"",'
+         '"keep_alive":0,"options":null}', '"done_reason":"unload"'),
+        (GO_STREAM_HEAD, "POST /api/pull",
+         '{"model":"mistral","insecure":false,"username":"","password":"","name":"mistral"}', '{"status":"success"}'),
+        (GO_HEAD, "POST /api/copy", '{"source":"mistral","destination":"mine"}', ""),
+        (GO_HEAD, "GET /api/tags", "", '"name":"mine:latest"'),
+        (GO_STREAM_HEAD, "POST /api/generate", '{"model":"mine","prompt":"","keep_alive":0}', '"done_reason":"unload"'),
+        (GO_HEAD, "DELETE /api/delete", '{"model":"mine","name":"mine"}', ""),
+        (GO_HEAD, "HEAD " + BLOB, "", None),
+        (GO_HEAD.replace("json\nAccept-", "octet-stream\nAccept-"), "POST " + BLOB, "weights", ""),
+        (GO_HEAD, "HEAD " + BLOB, "", ""),
+        (GO_STREAM_HEAD, "POST /api/create", '{"model":"her","files":{"w.gguf":"%s"},"stream":true,"name":"her"}'
+         % BLOB.rpartition("/")[2], '{"status":"success"}'),
+        (GO_HEAD, "POST /api/me", "", None),
+    ],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@over_sockets
+async def test_programs_find_one_ollama(program):
+    async with surface(three(speed=200.0)) as gateway:
+        caller = await Caller.to(gateway)
+        for fields, request, body, part in PROGRAMS[program]:
+            upload = request.startswith("POST " + BLOB)
+            framing = "Transfer-Encoding: chunked\n" if upload else f"Content-Length: {len(body)}\n" if body else ""
+            lines = f"{request} HTTP/1.1\nHost: localhost:8000\n{framing}{fields}\n\n".replace("\n", "\r\n").encode()
+            sent = sollol.chunk(body.encode()) + sollol.LAST_CHUNK if upload else body.encode()
+            caller.writer.write(lines + sent)
+            answer = await caller.answer(request.split(" ")[0])
+            assert answer.status == (201 if upload else 200 if part is not None else 404 if "blobs" in request else 401)
+            assert (part or "").encode() in answer.body
+            if answer.fields.get("x-sollol-node") and body and not upload:
+                record = [node for node in gateway.nodes if node.name in answer.fields["x-sollol-node"]][0].requests
+                assert any(it.body == body.encode() for it in record)
+        caller.close()
 
 
 # -----------------------------------------------------------------------------
@@ -3843,8 +3991,8 @@ def test_official_javascript_client(cluster_url):
     if not node:
         pytest.skip("node is not installed")
     paths = [os.environ.get("NODE_PATH", ""), str(HERE / ".venv" / "npm" / "node_modules")]
-    run = functools.partial(subprocess.run, env={**os.environ, "NODE_PATH": os.pathsep.join(paths)}, capture_output=True,
-                            text=True, timeout=60)
+    environ = {**os.environ, "NODE_PATH": os.pathsep.join(paths)}
+    run = functools.partial(subprocess.run, env=environ, capture_output=True, text=True, timeout=60)
     if run([node, "-e", "require.resolve('ollama')"]).returncode:
         pytest.skip("npm ollama is not installed")
     done = run([node, "-e", OLLAMA_JS, cluster_url])
