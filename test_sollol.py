@@ -2874,7 +2874,7 @@ async def test_what_is_pinned_waits_for_its_node_and_never_strays():
     nodes[1].line = "name=b primary=yes"
     for node in nodes:
         node.account = node.name
-    async with surface(nodes) as gateway:
+    async with surface(nodes, ("--probe-interval", "0.1")) as gateway:
         for method, path in (("POST", "/api/me"), ("POST", "/api/experimental/web_search"),
                              ("GET", "/api/experimental/model-recommendations"), ("POST", "/api/signout")):
             answer = await call(gateway, method, path, {"query": "x"} if method == "POST" else None)
@@ -3170,7 +3170,8 @@ def test_node_that_fails_a_change_is_named_and_nothing_half_done_is_a_success(me
         sollol.SILENT_CHANGE_PATIENCE_S if "stream" in body else sollol.PROGRESS_PATIENCE_S)
 
     async def run():
-        async with surface([*three(), failing(lambda request: script)]) as gateway:
+        flags = ("--probe-interval", "600")     # fewer turns of the virtual clock
+        async with surface([*three(), failing(lambda request: script)], flags) as gateway:
             answer = await asyncio.wait_for(call(gateway, method, path, body), patience_s)
             told = lines_of(answer)[-1] if answer.status == 200 else answer.json()
             assert told.keys() == {"error"} and "bad: " in told["error"] and "done on b, c" in told["error"]
@@ -3221,7 +3222,7 @@ def test_origins_are_allowed_as_ollama_allows_them(origin, allowed):
 @over_sockets
 async def test_errors_have_the_shape_of_their_path(method, path, keys):
     node = bench.SimNode(**FAST)
-    async with gateway_for(node) as gateway:
+    async with gateway_for(node, flags=("--probe-interval", "0.1")) as gateway:
         node.kill()
         await until(lambda: health(gateway)["nodes"]["up"] == 0)
         answer = await call(gateway, method, path, {"model": "m", "messages": [], "max_tokens": 1})
