@@ -6,7 +6,7 @@
     python bench.py --agents 10,40              # parallel agents against one call after the other
     python bench.py --check                     # are the claims true? exit status 1 if one is not
     python bench.py --soak 20                   # 20 seeds of random faults; exit status 1 if something did not hold
-    python bench.py --overhead                  # small calls beside nginx and HAProxy, on the wall clock
+    python bench.py --overhead                  # small calls and blobs beside nginx and HAProxy, on the wall clock
     python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
     python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
     python bench.py --nodes 3 --port 11434      # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import csv
 import datetime
+import email
 import email.utils
 import errno
 import functools
@@ -158,11 +159,12 @@ class Model(NamedTuple):
     size_gb: float
     speed: float            # relative to an 8B model
     embedding: bool = False
+    weights: str = ""       # what the digest is of; the name if empty: a copy has that of its source
 
     @property
     def digest(self):
-        """Return 64 hex digits that depend on the name alone, so that all nodes agree."""
-        return hashlib.sha256(self.name.encode()).hexdigest()
+        """Return 64 hex digits, the same on every node for the same weights."""
+        return hashlib.sha256((self.weights or self.name).encode()).hexdigest()
 
 
 MODELS = {model.name: model for model in (
@@ -362,6 +364,29 @@ def read_json(body):
     if not isinstance(value, dict):
         raise Refused(400, f"json: cannot unmarshal {type(value).__name__} into Go value of type api.Request")
     return value
+
+
+def plain(data):
+    """Return what a zstd frame holds: of one segment and raw blocks only, as tests write it. Raises Refused(400)."""
+    if data[:5] != b"\x28\xb5\x2f\xfd\xa0":      # magic; single segment, a content size of four bytes
+        raise Refused(400, "unsupported zstd frame")
+    found, at, last = [], 9, False
+    while not last:
+        head = int.from_bytes(data[at:at + 3], "little")
+        last, size = head & 1, head >> 3
+        found.append(data[at + 3:at + 3 + size])
+        at += 3 + size
+    return b"".join(found)
+
+
+def read_fields(exchange):
+    """Return the fields of a body, as JSON, JSON in zstd or a multipart form. Raises Refused(400)."""
+    kind = exchange.head.fields.get("content-type", "")
+    if kind.startswith("multipart/form-data"):
+        form = email.message_from_bytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + exchange.body)
+        return {part.get_param("name", header="content-disposition"): part.get_payload() for part in form.get_payload()}
+    packed = exchange.head.fields.get("content-encoding") == "zstd"
+    return read_json(plain(exchange.body) if packed else exchange.body)
 
 
 def field(body, name, kind, default):
@@ -907,6 +932,10 @@ class Exchange:
             self.send_json({"error": refusal.text}, refusal.status)
             return
         kind = {400: "invalid_request_error", 404: "not_found_error"}.get(refusal.status, "api_error")
+        if self.head.path.startswith("/v1/messages"):
+            self.send_json({"type": "error", "error": {"type": kind, "message": refusal.text},
+                            "request_id": f"req_{self.record.number}"}, refusal.status)
+            return
         self.send_json({"error": {"message": refusal.text, "type": kind, "param": None, "code": None}},
                        refusal.status)
 
@@ -1055,6 +1084,99 @@ class CompletionEvents(ChatEvents):
         return {"text": text}
 
 
+def event(name, **fields):
+    """Return a named server-sent event, its name repeated as the object's type."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), compact({"type": name} | fields))
+
+
+class ResponseEvents:
+    """/v1/responses."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, ask, record):
+        self.ask = ask
+        self._id, self._item_id = f"resp_{record.number}", f"msg_{record.number}"
+        self._created, self._text, self._numbers = epoch_at(record.time_s), [], itertools.count()
+
+    def _response(self, status, output, usage=None):
+        return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
+                "model": self.ask.name, "output": output, "usage": usage, "parallel_tool_calls": True, "tools": [],
+                "tool_choice": "auto", "incomplete_details": None, "instructions": None, "metadata": {}}
+
+    def _item(self, status, content):
+        return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+    def _event(self, name, **fields):
+        return event(f"response.{name}", sequence_number=next(self._numbers), **fields)
+
+    def _begin(self):
+        running = self._response("in_progress", [])
+        return b"".join((
+            self._event("created", response=running), self._event("in_progress", response=running),
+            self._event("output_item.added", output_index=0, item=self._item("in_progress", [])),
+            self._event("content_part.added", item_id=self._item_id, output_index=0, content_index=0,
+                        part=self._content(""))))
+
+    def part(self, text, _now_s):
+        begin = b"" if self._text else self._begin()
+        self._text.append(text)
+        return begin + self._event("output_text.delta", item_id=self._item_id, output_index=0, content_index=0,
+                                   delta=text, logprobs=[])
+
+    def last(self, stats, now_s):
+        text = "".join(self._text)
+        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        return [self._event("output_text.done", text=text, logprobs=[], **place),
+                self._event("content_part.done", part=self._content(text), **place),
+                self._event("output_item.done", output_index=0, item=self._item("completed", [self._content(text)])),
+                self._event("completed", response=self.whole(text, stats, now_s))]
+
+    def whole(self, text, stats, _now_s):
+        usage = {"input_tokens": stats.prompt_tokens, "input_tokens_details": {"cached_tokens": 0},
+                 "output_tokens": stats.output_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+                 "total_tokens": stats.prompt_tokens + stats.output_tokens}
+        return self._response("completed", [self._item("completed", [self._content(text)])], usage)
+
+    def _content(self, text):
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+class MessageEvents:
+    """/v1/messages."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, ask, record):
+        self.ask = ask
+        self._id, self._begun = f"msg_{record.number}", False
+
+    def _message(self, content, reason, usage):
+        return {"id": self._id, "type": "message", "role": "assistant", "model": self.ask.name, "content": content,
+                "stop_reason": reason, "stop_sequence": None, "usage": usage}
+
+    def part(self, text, _now_s):
+        begin = b""
+        if not self._begun:
+            self._begun = True
+            begin = event("message_start", message=self._message([], None, {"input_tokens": 0, "output_tokens": 0}))
+            begin += event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        return begin + event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+
+    def last(self, stats, _now_s):
+        usage = {"input_tokens": stats.prompt_tokens, "output_tokens": stats.output_tokens}
+        return [event("content_block_stop", index=0),
+                event("message_delta", delta={"stop_reason": self._reason(stats), "stop_sequence": None}, usage=usage),
+                event("message_stop")]
+
+    def whole(self, text, stats, _now_s):
+        return self._message([{"type": "text", "text": text}], self._reason(stats),
+                             {"input_tokens": stats.prompt_tokens, "output_tokens": stats.output_tokens})
+
+    def _reason(self, stats):
+        return "max_tokens" if stats.reason == "length" else "end_turn"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Routes: what does each path answer?
 #
@@ -1068,6 +1190,8 @@ def find_model(node, body, missing, empty):
     if not name.strip():
         raise Refused(*empty)
     model = node.models.get(canonical(name))
+    if not model and node.account and canonical(name).endswith(("-cloud", ":cloud")):
+        model = model_named(name)
     if not model:
         raise Refused(404, missing.format(name))
     return name, model
@@ -1075,6 +1199,7 @@ def find_model(node, body, missing, empty):
 
 NOT_FOUND = "model '{}' not found"
 NOT_FOUND_EMBED = 'model "{}" not found, try pulling it first'
+NOT_FOUND_QUOTED = 'model "{}" not found'
 NO_NAME = (400, "model is required")
 EMPTY_NAME = (404, "model '' not found")
 
@@ -1179,6 +1304,31 @@ async def openai_completion(node, exchange, body):
     await infer(node, exchange, CompletionEvents(ask, exchange.record))
 
 
+async def openai_response(node, exchange, body):
+    given = body.get("input") or ""
+    prompt = given if isinstance(given, str) else rendered(given)
+    limit = {"max_tokens": body.get("max_output_tokens")}
+    ask = read_openai_ask(node, body | limit, "chat", field(body, "instructions", str, "") + prompt, NO_NAME)
+    await infer(node, exchange, ResponseEvents(ask, exchange.record))
+
+
+async def anthropic_message(node, exchange, body):
+    if not field(body, "max_tokens", int, 0):
+        raise Refused(400, "max_tokens is required and must be positive")
+    system = body.get("system") or ""
+    lead = system if isinstance(system, str) else rendered_parts(system)
+    prompt = lead + rendered(field(body, "messages", list, []))
+    ask = read_openai_ask(node, body, "chat", prompt, NO_NAME)
+    await infer(node, exchange, MessageEvents(ask, exchange.record))
+
+
+async def transcribe(node, exchange, body):
+    _, model = find_model(node, body, NOT_FOUND, NO_NAME)
+    async with node.engine.runner(model, (), None) as runner, runner.slots:
+        await node.engine.device.work(model.name, node.engine.overhead_s())
+    exchange.send_json({"text": f"{len(body.get('file') or '')} bytes of speech"})
+
+
 class Embeddings(NamedTuple):
     vectors: list
     prompt_tokens: int
@@ -1271,9 +1421,10 @@ def capabilities(model):
 
 async def tags(node, exchange):
     exchange.send_json({"models": [
-        {"name": model.name, "model": model.name, "modified_at": stamp(0.0), "size": int(model.size_gb * 1e9),
-         "digest": model.digest, "details": details(model), "capabilities": capabilities(model)}
-        for model in node.models.values()]})
+        {"name": model.name, "model": model.name, "modified_at": stamp(node.modified_s.get(model.name, 0.0)),
+         "size": int(model.size_gb * 1e9), "digest": model.digest, "details": details(model),
+         "capabilities": capabilities(model)}
+        for model in sorted(node.models.values(), key=lambda model: -node.modified_s.get(model.name, 0.0))]})
 
 
 def resident_row(engine, runner):
@@ -1295,7 +1446,7 @@ async def show(node, exchange):
             "general.parameter_count": int(model.params_b * 1e9), "general.basename": model.name}
     exchange.send_json({"modelfile": f"FROM {model.name}\n", "template": "{{ .Prompt }}",
                         "details": details(model), "model_info": info, "capabilities": capabilities(model),
-                        "modified_at": stamp(0.0)})
+                        "modified_at": stamp(node.modified_s.get(model.name, 0.0))})
 
 
 def openai_model(model):
@@ -1342,6 +1493,131 @@ async def store_blob(node, exchange):
     exchange.send(201)
 
 
+async def tell(exchange, body, lines):
+    """Answer with progress as it comes: a line each, or without `stream` the last one alone.
+
+    A Refused is told in-band once lines are out, as Ollama does with what goes wrong in a pull.
+    """
+    stream, last = field(body, "stream", bool, True), {}
+    try:
+        async for last in lines:
+            if stream and last != SUCCESS:
+                exchange.stream((compact(last) + b"\n",), "application/x-ndjson")
+    except Refused as refusal:
+        if not stream:
+            raise
+        last = {"error": refusal.text}
+    if stream:
+        exchange.stream((compact(last) + b"\n",), "application/x-ndjson", last=True)
+    else:
+        exchange.send_json(last)
+
+
+SUCCESS = {"status": "success"}
+PULL_GB_S = 1.0             # a registry over 10 Gbit/s
+PULL_STEPS = 4              # lines that tell how far a layer is
+
+
+async def pulled(node, name):
+    """Yield the progress of a pull. Raises Refused."""
+    yield {"status": "pulling manifest"}
+    model = node.registry.get(canonical(name))
+    if not model:
+        raise Refused(500, "pull model manifest: file does not exist")
+    total, have = int(model.size_gb * 1e9), node.models.get(model.name)
+    layer = {"status": f"pulling {model.digest[:12]}", "digest": f"sha256:{model.digest}", "total": total}
+    for step in range(1, PULL_STEPS + 1):
+        if have is None or have.digest != model.digest:
+            await node.engine.disk.work(f"pull {name}", model.size_gb / PULL_GB_S / PULL_STEPS / node.engine.speed)
+            yield layer | {"completed": total * step // PULL_STEPS}
+    yield layer | {"completed": total}
+    yield {"status": "verifying sha256 digest"}
+    yield {"status": "writing manifest"}
+    node.keep(model)
+    yield SUCCESS
+
+
+async def pull(node, exchange):
+    body = read_json(exchange.body)
+    name = field(body, "model", str, "") or field(body, "name", str, "")
+    if not name.strip():
+        raise Refused(400, "invalid model name")
+    await tell(exchange, body, pulled(node, name))
+
+
+async def pushed(node, body):
+    yield {"status": "retrieving manifest"}
+    if not node.account:
+        raise Refused(401, "you must be logged in to push models")
+    find_model(node, body, NOT_FOUND_QUOTED, NO_NAME)
+    yield SUCCESS
+
+
+async def push(node, exchange):
+    body = read_json(exchange.body)
+    await tell(exchange, body, pushed(node, body))
+
+
+async def created(node, name, body):
+    """Yield the progress of a create: from a model, which is pulled if it is missing, or from uploaded files."""
+    files, source = field(body, "files", dict, {}), field(body, "from", str, "")
+    if source:
+        if canonical(source) not in node.models:
+            async for line in pulled(node, source):
+                if line != SUCCESS:
+                    yield line
+        base = node.models[canonical(source)]
+    elif files:
+        missing = [digest for digest in files.values() if digest.removeprefix("sha256:") not in node.blobs]
+        if missing:
+            raise Refused(400, f"blob {missing[0]} does not exist")
+        base = model_named(name)._replace(weights=",".join(sorted(files.values())))
+    else:
+        raise Refused(400, "neither 'from' or 'files' was specified")
+    yield {"status": "creating new layer"}
+    yield {"status": "writing manifest"}
+    node.keep(base._replace(name=canonical(name), weights=base.weights or base.name))
+    yield SUCCESS
+
+
+async def create(node, exchange):
+    body = read_json(exchange.body)
+    name = field(body, "model", str, "") or field(body, "name", str, "")
+    await tell(exchange, body, created(node, name, body))
+
+
+async def copy(node, exchange):
+    body = read_json(exchange.body)
+    _, model = find_model(node, {"model": body.get("source")}, NOT_FOUND_QUOTED, (400, "invalid source"))
+    node.keep(model._replace(name=canonical(field(body, "destination", str, "")), weights=model.weights or model.name))
+    exchange.send(200)
+
+
+async def delete(node, exchange):
+    _, model = find_model(node, read_json(exchange.body), NOT_FOUND, NO_NAME)
+    del node.models[model.name]
+    node.engine.expire(model)
+    exchange.send(200)
+
+
+async def me(node, exchange):
+    if not node.account:
+        exchange.send_json({"error": "unauthorized", "signin_url": f"https://ollama.com/connect?name={node.name}"}, 401)
+    else:
+        exchange.send_json({"id": "1", "name": node.account})
+
+
+async def sign_out(node, exchange):
+    node.account = ""
+    exchange.send(200)
+
+
+async def web_search(node, exchange):
+    if not node.account:
+        raise Refused(401, "unauthorized")
+    exchange.send_json({"results": [{"title": "Llamas", "url": "https://llama.example/", "content": node.account}]})
+
+
 class Route(NamedTuple):
     methods: str
     path: str               # one that ends with "/" stands for all below it
@@ -1371,6 +1647,20 @@ ROUTES = (
     Route("POST", "/v1/chat/completions", openai_chat, "inference"),
     Route("POST", "/v1/completions", openai_completion, "inference"),
     Route("POST", "/v1/embeddings", openai_embed, "inference"),
+    Route("POST", "/v1/responses", openai_response, "inference"),
+    Route("POST", "/v1/messages", anthropic_message, "inference"),
+    Route("POST", "/v1/audio/transcriptions", transcribe, "inference"),
+    Route("POST", "/api/pull", pull),
+    Route("POST", "/api/push", push),
+    Route("POST", "/api/create", create),
+    Route("POST", "/api/copy", copy),
+    Route("DELETE", "/api/delete", delete),
+    Route("POST", "/api/me", me),
+    Route("POST", "/api/signout", sign_out),
+    Route("DELETE", "/api/user/keys/", sign_out),
+    Route("POST", "/api/experimental/web_search", web_search),
+    Route("POST", "/api/experimental/web_fetch", web_search),
+    Route("GET", "/api/experimental/model-recommendations", web_search),
 )
 
 
@@ -1412,6 +1702,9 @@ class SimNode:
         self.tokens_per_line = tokens_per_line
         self.engine = Engine(machine, slots or machine.slots, vram_gb or machine.vram_gb, keep_alive_s, speed,
                              noise, max_queue, seed)
+        self.registry = MODELS                  # what it can pull
+        self.modified_s = {}                    # model -> loop time of the pull, copy or create that brought it
+        self.account = ""                       # at ollama.com; "" = signed out
         self.blobs = {}                         # digest -> bytes
         self.connections = set()
         self.requests = collections.deque(maxlen=10_000)
@@ -1440,6 +1733,11 @@ class SimNode:
     @property
     def evictions(self):
         return self.engine.evictions
+
+    def keep(self, model):
+        """Have a model on disk from now on, in place of one of that name."""
+        self.models[model.name] = model
+        self.modified_s[model.name] = asyncio.get_running_loop().time()
 
     # Life and death.
 
@@ -1508,7 +1806,7 @@ class SimNode:
         self._awake.clear()
 
     def fail(self, status=503, paths=None):
-        """Answer inference at once with an error, on some paths or on all."""
+        """Answer inference at once with an error, on some paths or on all; other paths if they are named."""
         self._failing = (status, paths)
 
     def reset(self):
@@ -1602,6 +1900,8 @@ class SimNode:
         elif route and route.kind == "inference":
             await self._infer(route, exchange)
         elif route:
+            if self._failing and self._failing[1]:
+                self._refuse_if_failing(route.path)
             await route.answer(self, exchange)
         elif routes:
             allowed = ", ".join(method for route in routes for method in route.methods.split())
@@ -1610,7 +1910,7 @@ class SimNode:
             exchange.send(404, b"404 page not found", "text/plain")
 
     async def _infer(self, route, exchange):
-        body = read_json(exchange.body)
+        body = read_fields(exchange)
         model = exchange.record.model = canonical(field(body, "model", str, ""))
         self.in_flight += 1
         self.in_flight_by_model[model] += 1
@@ -3253,6 +3553,24 @@ class LightNode(asyncio.Protocol):
         self.timer = self.loop.call_at(self.due_s, self.token)
 
 
+class BlobNode(LightNode):
+    """Hash what is uploaded, as Ollama does, and forget it."""
+
+    left = 0
+
+    def data_received(self, data):
+        if not self.left and not data.startswith(b"POST /api/blobs/"):
+            super().data_received(data)
+            return
+        if not self.left:
+            head, _, data = data.partition(b"\r\n\r\n")
+            self.left, self.hashed = int(FULL_LENGTH.search(head)[1]), hashlib.sha256()
+        self.hashed.update(data)
+        self.left -= len(data)
+        if not self.left:
+            self.transport.write(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+
 class Pump(asyncio.Protocol):
     """Hand bytes on between a client and a node: the least that a proxy in Python can do."""
 
@@ -3302,6 +3620,15 @@ class Contender(NamedTuple):
     def resident_mib(self):
         """Return the memory that the process holds now."""
         return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
+
+
+    def forget_peak(self):
+        """Let the greatest memory held be counted anew."""
+        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def peak_mib(self):
+        """Return the most memory that the process has held since."""
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
 
 
 class Calls(asyncio.Protocol):
@@ -3413,6 +3740,7 @@ pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 8192; }}
 http {{
   access_log {folder}/access.log; keepalive_requests 1000000000;
+  client_max_body_size 0; proxy_request_buffering off;
   client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
   uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
   upstream node {{ server 127.0.0.1:{node}; keepalive 1024; keepalive_requests 1000000000; }}
@@ -3489,12 +3817,12 @@ async def first_answer_s(contender, patience_s=10.0):
     raise BadArgument(f"{contender.name} does not answer")
 
 
-async def contenders(stack, nodes, only=()):
+async def contenders(stack, nodes, only=(), kind=LightNode):
     """Start the node, and every proxy that is installed or `only` those named, SOLLOL in front of `nodes` names of it.
 
     Return [(Contender, seconds from its start to its first answer)].
     """
-    node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
+    node = light_process(stack, "node itself", f"bench.serve_light(bench.{kind.__name__})")
     starts = {
         "node itself": lambda name: node,
         "nginx": lambda name: proxy_process(stack, name, ["nginx", "-c"], NGINX_CONF, node),
@@ -4486,6 +4814,44 @@ def measure_decisions(seed):
     return rows
 
 
+BLOB_MIB = 1024
+
+
+def upload_s(port):
+    """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
+    block, start_s = bytes(2**20), time.perf_counter()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+            b"0" * 64, BLOB_MIB * len(block)))
+        for _ in range(BLOB_MIB):
+            connection.sendall(block)
+        if connection.recv(4096)[9:12] != b"201":
+            raise BadArgument("a blob was not taken")
+    return time.perf_counter() - start_s
+
+
+async def blob(contender):
+    """Upload a blob through a contender; return (MiB/s, CPU seconds, MiB more held at the peak)."""
+    held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
+    contender.forget_peak()
+    taken_s = await asyncio.to_thread(upload_s, contender.port)
+    return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
+
+
+async def measure_blobs(rounds=5):
+    """Measure blobs through every contender, in turn; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        found, seen = await contenders(stack, 1, kind=BlobNode), collections.defaultdict(list)
+        for turn in range(rounds):
+            for it, _ in found:
+                seen[it.name].append(await blob(it))
+            say(f"{turn + 1} of {rounds} rounds")
+    ratios = ratio_column(seen, "node itself", lambda it: it[0])
+    return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
+        [name, f"{middle(it[0] for it in runs):.0f}", f"x{ratios[name]:.2f}", f"{middle(it[1] for it in runs):.2f}",
+         f"{max(it[2] for it in runs):.1f}"] for name, runs in seen.items()]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
@@ -4660,7 +5026,7 @@ def run(options):
             raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
         print(aligned(asyncio.run(measure_baseline(options))))
     elif options.overhead == "here":
-        print(aligned(run_quick(measure_weight())))
+        print(aligned(run_quick(measure_weight())), aligned(run_quick(measure_blobs())), sep="\n\n")
     elif options.decisions:
         print(aligned(measure_decisions(options.seed)))
     elif options.streams:

@@ -46,8 +46,13 @@ import ssl
 import sys
 import time
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+try:
+    from compression import zstd
+except ImportError:                 # before Python 3.14
+    zstd = None
 
 __version__ = "0.1.0"
 
@@ -65,6 +70,7 @@ MAX_TRAILER_BYTES = 16 * KIB
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
 MAX_INTERIM = 16                    # 1xx answers before one request's own
+UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 
 # Client patience.
@@ -80,6 +86,10 @@ FRESH_S = 0.25                      # what a merged answer may wait for nodes; t
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
+CHANGE_PATIENCE_S = 30.0            # a node's answer to a delete, copy or unload: it only touches files
+PROGRESS_PATIENCE_S = 600.0         # between two lines of a pull or create; hashing 40 GB from a hard disk takes 270 s
+SILENT_CHANGE_PATIENCE_S = 4 * 3600.0       # a pull or create that does not stream: 40 GB over 25 Mbit/s
+MAX_LINE_BYTES = 1 * MIB            # of progress
 LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives up after this
 
 # Queue.
@@ -113,6 +123,12 @@ PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an
 PRIOR_MODEL_BYTES = 4.9e9
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
+
+# Batches of texts to embed. A share costs a node OVERHEAD_S, and others wait for its end.
+SHARE_S = 1.0                       # work in a share: 3 % overhead
+MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
+SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
+SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
 LOG_DELAY_S = 0.05                  # log lines are written together; this late at most
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
@@ -165,6 +181,17 @@ class Family(enum.Enum):
     ANTHROPIC = "anthropic"
 
 
+class Where(enum.Enum):
+    """Which nodes a request concerns: the words of the README's table of routes."""
+
+    GATEWAY = "gateway"             # none: the gateway answers for itself
+    MERGED = "merged"               # all: one answer from what was seen of them last
+    QUEUED = "one, queued"          # one that has the model, when a slot is free
+    ANY = "one"                     # one that has the model, at once; whatever Ollama has no path for, too
+    EVERY = "every"                 # all that have the model
+    PRIMARY = "primary"             # the one that owns account and blobs
+
+
 @dataclass(slots=True)
 class RequestHead:
     """A request line and its fields. `fields`: last value by lower-case name; `lines`: (name, raw line) to hand on."""
@@ -208,6 +235,11 @@ class Wants:
     prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
     embeds: bool = False            # no decode phase
     inference: bool = True          # takes a slot; False for show, pull and the like
+    where: Where = Where.QUEUED
+    opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
+    batch: dict | None = None       # the fields of an embedding's body if its input is a list of texts
+    source: str | None = None       # the model, canonical, that a new one is made from
+    change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
 
 
@@ -521,8 +553,8 @@ def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# Length and coding are written anew, Host is the node's, Expect was answered here, the rest is ours to read.
-NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-priority"}
+# Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"x-priority"}
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length"}
 
 
@@ -566,35 +598,62 @@ def render_response(head, added, framing):
 # -----------------------------------------------------------------------------
 
 class Route(NamedTuple):
-    """What a path carries. `kind`: generate, chat, embed; show and change take no slot, the model is in the body."""
+    """What a path carries and which nodes it concerns.
 
-    kind: str
-    family: Family
+    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
+    account: a body that is passed on; raw: a body of any size, or none.
+    """
+
+    where: Where
+    kind: str = "raw"
+    family: Family = Family.OLLAMA
     streams: bool = False           # when the body does not say
 
     @property
     def is_inference(self):
         """Tell whether a request takes a slot of a model."""
-        return self.kind in ("generate", "chat", "embed")
+        return self.where is Where.QUEUED
 
 
-ROUTES = {
-    ("POST", "/api/generate"): Route("generate", Family.OLLAMA, True),
-    ("POST", "/api/chat"): Route("chat", Family.OLLAMA, True),
-    ("POST", "/api/embed"): Route("embed", Family.OLLAMA),
-    ("POST", "/api/embeddings"): Route("embed", Family.OLLAMA),
-    ("POST", "/v1/completions"): Route("generate", Family.OPENAI),
-    ("POST", "/v1/chat/completions"): Route("chat", Family.OPENAI),
-    ("POST", "/v1/responses"): Route("chat", Family.OPENAI),
-    ("POST", "/v1/embeddings"): Route("embed", Family.OPENAI),
-    ("POST", "/v1/messages"): Route("chat", Family.ANTHROPIC),
-    ("POST", "/api/show"): Route("show", Family.OLLAMA),
-    ("POST", "/api/pull"): Route("change", Family.OLLAMA, True),
-    ("POST", "/api/push"): Route("change", Family.OLLAMA, True),
-    ("POST", "/api/create"): Route("change", Family.OLLAMA, True),
-    ("POST", "/api/copy"): Route("change", Family.OLLAMA),
-    ("DELETE", "/api/delete"): Route("change", Family.OLLAMA),
-}
+ROUTE_ROWS = (                      # methods, path; one that ends in a slash stands for all below it
+    ("GET HEAD", "/", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/health", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/version", Route(Where.MERGED)),
+    ("GET HEAD", "/api/tags", Route(Where.MERGED)),
+    ("GET", "/api/ps", Route(Where.MERGED)),
+    ("GET", "/api/status", Route(Where.MERGED)),
+    ("GET", "/v1/models", Route(Where.MERGED, family=Family.OPENAI)),
+    ("POST", "/api/generate", Route(Where.QUEUED, "generate", Family.OLLAMA, True)),
+    ("POST", "/api/chat", Route(Where.QUEUED, "chat", Family.OLLAMA, True)),
+    ("POST", "/api/embed", Route(Where.QUEUED, "embed")),
+    ("POST", "/api/embeddings", Route(Where.QUEUED, "embed")),
+    ("POST", "/v1/completions", Route(Where.QUEUED, "generate", Family.OPENAI)),
+    ("POST", "/v1/chat/completions", Route(Where.QUEUED, "chat", Family.OPENAI)),
+    ("POST", "/v1/responses", Route(Where.QUEUED, "chat", Family.OPENAI)),
+    ("POST", "/v1/embeddings", Route(Where.QUEUED, "embed", Family.OPENAI)),
+    ("POST", "/v1/messages", Route(Where.QUEUED, "chat", Family.ANTHROPIC)),
+    ("POST", "/v1/audio/transcriptions", Route(Where.QUEUED, "transcribe", Family.OPENAI)),
+    ("POST", "/api/show", Route(Where.ANY, "show")),
+    ("GET", "/v1/models/", Route(Where.ANY, family=Family.OPENAI)),
+    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True)),
+    ("POST", "/api/copy", Route(Where.EVERY, "copy")),
+    ("DELETE", "/api/delete", Route(Where.EVERY, "delete")),
+    ("HEAD POST", "/api/blobs/", Route(Where.PRIMARY)),
+    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True)),
+    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True)),
+    ("POST", "/api/me", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/signout", Route(Where.PRIMARY, "account")),
+    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/experimental/web_search", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/experimental/web_fetch", Route(Where.PRIMARY, "account")),
+    ("GET", "/api/experimental/model-recommendations", Route(Where.PRIMARY, "account")),
+)
+ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
+ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
+ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
+CHANGES = frozenset(("pull", "copy", "delete", "create"))
+NOT_REPEATABLE = CHANGES | {"push", "account"}
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
@@ -609,6 +668,17 @@ def family_of(path):
     if path.startswith("/v1/messages"):
         return Family.ANTHROPIC
     return Family.OPENAI if path.startswith("/v1/") else Family.OLLAMA
+
+
+def find_route(method, path):
+    """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
+    route = ROUTES.get((method, path))
+    if route is not None:
+        return route
+    for its_method, above, route in ROUTES_BELOW:
+        if method == its_method and path.startswith(above) and path != above:
+            return route
+    return ELSEWHERE[family_of(path)]
 
 
 def lower_keys(pairs):
@@ -646,6 +716,82 @@ def read_object(body):
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
+FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
+
+
+def form_field(content_type, body, name):
+    """Return the text of a field of a multipart form (RFC 7578), or None."""
+    match = BOUNDARY.search(content_type)
+    if not match:
+        return None
+    delimiter = b"--" + (match[1] or match[2])
+    at = body.find(delimiter)
+    while at >= 0:
+        start, end = at + len(delimiter), body.find(b"\r\n" + delimiter, at)
+        value = body.find(b"\r\n\r\n", start, max(0, end))
+        if value < 0:
+            return None
+        found = FIELD_NAME.search(body[start:min(value, start + KIB)])
+        if found and found[1] == name:
+            return body[value + 4:end].decode(errors="replace")
+        at = end + 2
+    return None
+
+
+def unpacked(body):
+    """Return what a zstd body holds, or None: too much, no zstd, or a Python that cannot read it."""
+    if zstd is None:
+        return None
+    try:
+        decoder = zstd.ZstdDecompressor()
+        data = decoder.decompress(body, UNPACKED_BYTES)
+    except zstd.ZstdError:
+        return None
+    return data if decoder.eof else None
+
+
+def read_fields(head, route, body):
+    """Return (the fields of a body, whether it is compressed and cannot be read)."""
+    if route.kind == "transcribe":
+        model = form_field(head.fields.get(b"content-type", b""), body, b"model")
+        return ({"model": model} if model else {}), False
+    if head.fields.get(b"content-encoding", b"").lower() == b"zstd":
+        body = unpacked(body)
+        return (read_object(body), False) if body is not None else ({}, True)
+    return read_object(body), False
+
+
+# Ollama's own list: any port of this machine, and what is no web page.
+LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
+                 for scheme in ("http", "https") for port in ("", ":*")] + [
+                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
+PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
+             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
+             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
+             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
+             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
+             b"X-Priority,X-Request-Id",
+             b"Access-Control-Max-Age: 43200"]
+
+
+def origin_lines(origin, host, allowed):
+    """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not.
+
+    `allowed`: origins, each with one `*` at most, which stands for anything.
+    """
+    if origin in (b"http://" + host, b"https://" + host):
+        return []
+    if "*" in allowed:
+        return [b"Access-Control-Allow-Origin: *"]
+    text = origin.decode("latin-1")
+    for pattern in allowed:
+        start, star, end = pattern.partition("*")
+        if text == pattern or star and len(text) >= len(start + end) and text.startswith(start) and text.endswith(end):
+            return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+    return None
 
 
 def canonical(name):
@@ -752,15 +898,47 @@ def runner_options(fields, options):
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
+ZERO_DURATION = re.compile(r"[+-]?0+(\.0*)?(ns|us|µs|ms|s|m|h)?")
+
+
+def unloads(kind, fields):
+    """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
+    keep_alive = fields.get("keep_alive")
+    if keep_alive is None or fields.get("messages" if kind == "chat" else "prompt"):
+        return False
+    if isinstance(keep_alive, str):
+        return ZERO_DURATION.fullmatch(keep_alive) is not None
+    return keep_alive == 0 and keep_alive is not False
+
+
+def is_batch(given):
+    """Tell whether an embedding's input is a list of texts."""
+    return type(given) is list and len(given) > 1 and all(type(text) is str for text in given)
+
+
+def read_raw_wants(head, route, client):
+    """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
+    return Wants(route.family, model_in(head.path), client=client, inference=False, where=route.where,
+                 repeatable=head.method in ("GET", "HEAD"))
+
+
 def read_wants(head, route, body, client):
-    """Return what a request on a JSON route wants. Raises Refusal for a priority that is none."""
-    fields = read_object(body)
+    """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
+    if route.kind == "raw":
+        return read_raw_wants(head, route, client)
+    fields, opaque = read_fields(head, route, body)
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields.get("stream")
     parts = prompt_parts(route.kind, fields) if route.is_inference else []
     tools = fields.get("tools")
+    change = route.kind if route.kind in CHANGES else ""
+    if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
+        change = "unload"
+    source = fields.get("source") if route.kind == "copy" else None
+    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
+        source = fields.get("from")             # else it is made from blobs, and these are on the primary node
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
@@ -772,8 +950,13 @@ def read_wants(head, route, body, client):
         options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
-        inference=route.is_inference,
-        repeatable=route.kind != "change",
+        inference=route.is_inference and not change,
+        repeatable=route.kind not in NOT_REPEATABLE,
+        where=route.where,
+        opaque=opaque,
+        batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
+        source=canonical(source) if isinstance(source, str) else None,
+        change=change,
     )
 
 
@@ -802,6 +985,7 @@ class Ticket:
     demand: object = None           # what it is expected to cost; see Demand
     waiting: bool = False
     left: bool = False
+    barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
     refusal: object = None          # why it will never run
@@ -955,10 +1139,25 @@ def row_name(row):
     return canonical(row["name"])
 
 
+@functools.lru_cache(maxsize=4096)
+def instant_s(text):
+    """Return seconds since 1970 for a time as Ollama writes it, 0 for anything else. Zones differ between nodes."""
+    try:
+        return datetime.datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
 def row_bytes(row, key):
     """Return a size in a row of /api/tags or /api/ps, 0 if it has none."""
     value = row.get(key)
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0.0
+
+
+def embeds_only(row):
+    """Tell whether a row of /api/tags is of a model that has no other use than embedding."""
+    capabilities = row.get("capabilities")
+    return isinstance(capabilities, list) and "embedding" in capabilities and "completion" not in capabilities
 
 
 def row_vram_bytes(row):
@@ -1020,7 +1219,7 @@ class Runner:
     used_s: float = -math.inf       # last sent to
 
     slots: int = 1
-    slots_known: str = "guessed"    # guessed, learned, or set in hosts.txt
+    slots_known: str = "guessed"    # guessed, learned, or set: in hosts.txt, or to one for what only embeds
     top: int = 1                    # most that were ever proved to run at once
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
     disproofs: int = 0
@@ -1049,6 +1248,7 @@ class Node:
 
     probed: bool = False            # has answered, or failed to, at least once
     indexed: bool = False           # its models are known
+    indexed_s: float = -math.inf    # and were asked for then
     up: bool = False
     draining: bool = False
     calibrated: bool = False        # measured, or being measured, since it came up
@@ -1066,6 +1266,7 @@ class Node:
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
 
     version: str = ""
+    cloud: dict = field(default_factory=dict)   # its /api/status
     running: list = field(default_factory=list)     # rows of its /api/ps
     requests: int = 0
     errors: int = 0
@@ -1531,6 +1732,25 @@ def size_factor(runner, decode_s):
     return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
 
 
+def share_sizes(count, rates):
+    """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
+
+    Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
+    node too slow for a share worth its while gets none.
+    """
+    rates = sorted(rates, reverse=True)
+    while len(rates) > 1 and rates[-1] * count < max(MIN_SHARE_TEXTS, rates[-1] * MIN_SHARE_S) * sum(rates):
+        rates.pop()
+    shares = []
+    for rate in rates:
+        texts = count * rate / sum(rates)
+        pieces = max(1, min(round(texts / (rate * SHARE_S)), int(texts / MIN_SHARE_TEXTS)))
+        shares += [((number + 1) / pieces, texts / pieces) for number in range(pieces)]
+    shares.sort(key=lambda share: share[0])
+    ends = [round(end) for end in itertools.accumulate(texts for _, texts in shares)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def blend(estimate, sample, gain):
     """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
@@ -1579,6 +1799,32 @@ class Settled(NamedTuple):
 ALL_FAILED = 502, "every node that could answer has failed"
 
 
+def has_on_disk(node, model):
+    """Tell whether a node is known to have a model."""
+    runner = node.runners.get(model)
+    return runner is not None and runner.on_disk
+
+
+def version_of(node, model):
+    """Return when the model that a node has was last changed, in seconds since 1970."""
+    return instant_s(node.runners[model].row.get("modified_at"))
+
+
+def digest_of(node, model):
+    """Return the digest of a model that a node has; "" if the node did not tell."""
+    return str(node.runners[model].row.get("digest") or "")
+
+
+def emptiest(nodes, count):
+    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
+    def fullness(node):
+        held_bytes = sum(row_bytes(runner.row, "size") for runner in node.runners.values() if runner.on_disk)
+        return round(held_bytes / 1e9), node.size_factor / node.speed
+
+    chosen = sorted(nodes, key=fullness)[:count]
+    return [node for node in nodes if node in chosen]
+
+
 def untried(nodes, tried, now):
     """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
@@ -1624,14 +1870,15 @@ class Dispatcher:
 
     # Tickets ----------------------------------------------------------------
 
-    def enter(self, id, wants, now):
-        """Return a waiting ticket for a request. Raises Refusal if the queue is full."""
+    def enter(self, id, wants, now, barred=()):
+        """Return a waiting ticket for a request that `barred` nodes never get. Raises Refusal if the queue is full."""
         if len(self.queue) >= self.max_queue:
             raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
-        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
+        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand, tried=set(barred),
+                        barred=len(barred))
         self.push(ticket)
         return ticket
 
@@ -1665,7 +1912,8 @@ class Dispatcher:
 
     def retry(self, ticket, now):
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
-        if len(ticket.tried) >= MAX_ATTEMPTS or self.is_hopeless(ticket, now):
+        attempts = len(ticket.tried) - ticket.barred
+        if attempts >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
             return False
         ticket.since_s = now
         self.push(ticket)
@@ -1883,16 +2131,82 @@ class Dispatcher:
         return known
 
     def place(self, id, wants, tried, now):
-        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
+        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal.
+
+        Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
+        """
         up = untried(self.nodes.values(), tried, now)
         if not up:
             if tried:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
-        holders = [runner.node for runner in self.holders.get(wants.model, ()) if runner.node in up]
-        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases)))
-        ticket = Ticket(id, wants, now, now, next(self.seq))
-        return self.lease(ticket, node, None, now, "has the model" if holders else "any node")
+        holders = [node for node in up if has_on_disk(node, wants.model)]
+        if wants.where is Where.PRIMARY:
+            node = self.home(wants, holders, now)
+            return self.pin(id, wants, node, now, "primary node" if node.settings.primary else "has the model")
+        if holders:
+            newest = max(version_of(node, wants.model) for node in holders)
+            holders = [node for node in holders if version_of(node, wants.model) == newest]
+        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
+        return self.pin(id, wants, node, now, "has the model" if holders else "any node")
+
+    def home(self, wants, holders, now):
+        """Return the node that a request is pinned to: the primary, unless others have its model. Raises Refusal."""
+        primary = next(node for node in self.nodes.values() if node.settings.primary)
+        if primary.is_alive(now) and (primary in holders or not holders):
+            return primary
+        if holders:
+            return holders[0]
+        raise Refusal(503, f"{primary.name}, the primary node, is down", retry_after_s=1.0)
+
+    def pin(self, id, wants, node, now, reason):
+        """Return a lease without a slot on a given node."""
+        return self.lease(Ticket(id, wants, now, now, next(self.seq)), node, None, now, reason)
+
+    def targets(self, wants, replicas, now):
+        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
+
+        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
+        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
+        node to refuse.
+        """
+        up = [node for node in self.nodes.values() if node.up]
+        if not up:
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        model = wants.source or wants.model
+        holders = [node for node in up if has_on_disk(node, model)]
+        if wants.change == "copy" and holders:
+            newest = max(holders, key=lambda node: version_of(node, model))
+            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
+        if wants.change == "pull":
+            return holders or emptiest(up, replicas)
+        if wants.change == "create":
+            return [self.home(wants, holders, now)]
+        return holders or [min(up, key=lambda node: not node.settings.primary)]
+
+    def split(self, wants, now):
+        """Return (sizes, names): into shares of how many texts a batch is cut, and which nodes may not take any.
+
+        Only nodes with the same version of the model take part: the one that most have.
+        """
+        holders = [runner for runner in self.holders.get(wants.model, ()) if runner.node.is_alive(now)]
+        if self.pick or not holders:
+            return [], ()
+        versions = {}
+        for runner in holders:
+            digest = digest_of(runner.node, wants.model) or runner.node.name
+            versions.setdefault(digest, []).append(runner)
+        chosen = max(versions.values(), key=len)
+        count = len(wants.batch["input"])
+        tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
+        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner)) for runner in chosen])
+        return sizes, self.nodes.keys() - {runner.node.name for runner in chosen}
+
+    def unloaded(self, node, model):
+        """Note that a node has promised to unload a model."""
+        runner = node.runners.get(model)
+        if runner is not None and not runner.leases:
+            self.believe_unloaded(runner)
 
     # Leases -----------------------------------------------------------------
 
@@ -2027,6 +2341,8 @@ class Dispatcher:
             self.advance(node, now)
             self.learn_slots(lease, timings, took_s, now)
             self.learn_speed(lease, timings, took_s)
+        if lease.ticket.wants.embeds:
+            self.learn_embedding(lease, timings, took_s)
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
@@ -2070,6 +2386,16 @@ class Dispatcher:
             node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
             runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
             runner.samples += 1
+
+    def learn_embedding(self, lease, timings, took_s):
+        """Take an embedding as a sample of prefill: it is nothing else, though its answer tells no duration of that."""
+        node, runner = lease.node, lease.runner
+        spent_s = (timings.total_s or took_s) - timings.load_s - OVERHEAD_S
+        if lease.nth > 1 or lease.loads or lease.sent_s <= node.stalled_s or timings.prompt_tokens <= 64:
+            return                  # it shared the node, or there is little to see
+        sample = spent_s / timings.prompt_tokens
+        if sample > 0:
+            runner.prefill_s = blend(runner.prefill_s, sample, 2 * SPEED_GAIN) if runner.prefill_s else sample
 
     def release(self, lease, now):
         """End a lease, exactly once."""
@@ -2140,12 +2466,12 @@ class Dispatcher:
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
     def reindex(self):
-        """Rebuild the table of who has which model."""
+        """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
         self.unsettle_all()
         self.holders = {}
         for node in self.nodes.values():
             for runner in node.runners.values():
-                if runner.on_disk:
+                if runner.on_disk and not is_cloud(runner.model):
                     self.holders.setdefault(runner.model, []).append(runner)
 
     def lost(self, node, now):
@@ -2174,8 +2500,11 @@ class Dispatcher:
         if refused or node.misses >= 2 or not node.probed:
             self.lost(node, now)
 
-    def index(self, node, rows):
-        """Take over a node's /api/tags."""
+    def index(self, node, rows, asked_s=math.inf):
+        """Take over a node's /api/tags, unless what was asked for later has come before it."""
+        if asked_s < node.indexed_s:
+            return
+        node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
         names = set()
         for row in rows:
             name = row_name(row)
@@ -2183,6 +2512,8 @@ class Dispatcher:
             runner = self.runner(node, name)
             runner.on_disk, runner.row = True, row
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
+            if embeds_only(row) and runner.slots_known == "guessed":
+                runner.slots_known = "set"      # to one, by Ollama itself
         for runner in list(node.runners.values()):
             if runner.model not in names:
                 runner.on_disk = False
@@ -2194,6 +2525,10 @@ class Dispatcher:
     def index_failed(self, node):
         """Note that a node lives but does not say what it has: what it said last counts."""
         node.indexed = True
+
+    def said_status(self, node, found):
+        """Take over a node's /api/status."""
+        node.cloud = found
 
     def runner(self, node, model):
         """Return what is known of a model on a node, from now on."""
@@ -2801,10 +3136,10 @@ class Upload:
 # the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
 # -----------------------------------------------------------------------------
 
-REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
-           405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
-           429: b"Too Many Requests", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
-           502: b"Bad Gateway", 503: b"Service Unavailable"}
+REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
+           404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
+           414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
+           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable"}
 
 
 class ClientConnection(asyncio.Protocol):
@@ -3026,6 +3361,7 @@ class Record:
     bytes: int = 0
     timings: Timings = Timings()
     reason: str = ""
+    cors: list | tuple = ()         # raw lines of the answer that let a web page read it
 
 
 def request_id(head, rng):
@@ -3046,10 +3382,14 @@ def connection_lines(head, keep):
 def answer_locally(client, head, record, status, body, content_type=b"application/json", extra=(), close=False):
     """Write an answer of the gateway's own; tell whether the connection stays open."""
     keep = head is not None and head.keep_alive and not close
-    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), b"Content-Type: " + content_type,
-             b"Content-Length: %d" % len(body), b"Date: " + email.utils.formatdate(usegmt=True).encode(), *extra]
+    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")),
+             b"Date: " + email.utils.formatdate(usegmt=True).encode(), *extra]
+    if status != 204:               # RFC 9110 8.6: "MUST NOT send a Content-Length header field"
+        lines.append(b"Content-Length: %d" % len(body))
+    if content_type:
+        lines.append(b"Content-Type: " + content_type)
     if record:
-        lines.append(b"X-Request-Id: " + record.id.encode())
+        lines += [b"X-Request-Id: " + record.id.encode(), *record.cors]
         record.status, record.bytes = status, len(body)
     lines += connection_lines(head, keep)
     is_head = head is not None and head.method == "HEAD"
@@ -3092,7 +3432,7 @@ def added_lines(record):
             b"X-SOLLOL-Attempts: %d" % record.attempts,
             b"X-SOLLOL-Priority: " + str(record.priority).encode(),
             b"X-SOLLOL-Reason: " + record.reason.encode("ascii", "replace"),
-            b"X-Request-Id: " + record.id.encode()]
+            b"X-Request-Id: " + record.id.encode(), *record.cors]
 
 
 def choose_framing(head, answer, keep):
@@ -3150,10 +3490,11 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     return keep and framing is not Framing.CLOSE, relay.clean
 
 
-async def attempt(gateway, client, head, body, lease, record):
+async def attempt(gateway, client, head, body, lease, record, take=relay_answer):
     """Run a request with a buffered body on the leased node. Return whether the client's connection stays open.
 
-    Raises NodeFailure or NodeRefused while the client has seen nothing: another node may still answer.
+    `take` does with the answer what is to be done. Raises NodeFailure or NodeRefused while the client has seen nothing:
+    another node may still answer.
     """
     pool = gateway.pools[lease.node]
     record.node, record.reason = lease.node.name, lease.reason
@@ -3172,29 +3513,28 @@ async def attempt(gateway, client, head, body, lease, record):
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
-            kind = failover_kind(answer.status, text, lease.runner is not None)
+            kind = failover_kind(answer.status, text, lease.runner is not None or lease.ticket.wants.opaque)
             raise NodeRefused(kind, answer, text)
-        keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, head.keep_alive)
+        keep, clean = await take(gateway, client, head, connection, answer, lease, record, head.keep_alive)
         return keep
     finally:
         lease.abandon = None
         pool.give_back(connection, clean)
 
 
-def answer_refused(client, head, record, refused):
-    """Write a node's own error answer, byte for byte; tell whether the connection stays open."""
-    answer = refused.head
-    answer.length = len(refused.body)
+def answer_whole(client, head, record, answer, body):
+    """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
+    answer.length = len(body)
     _, lines, keep = choose_framing(head, answer, head.keep_alive)
-    record.status, record.bytes = answer.status, len(refused.body)
-    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else refused.body))
+    record.status, record.bytes = answer.status, len(body)
+    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else body))
     return keep
 
 
-async def serve_inference(gateway, client, head, body, wants, record):
-    """Wait for a slot, run the request, and fail over until it is answered."""
+async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    ticket = dispatcher.enter(record.id, wants, loop.time())
+    ticket = dispatcher.enter(record.id, wants, loop.time(), barred)
     last = Refusal(502, "no node answered")
     try:
         while True:
@@ -3206,7 +3546,7 @@ async def serve_inference(gateway, client, head, body, wants, record):
                 raise
             record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
             try:
-                return await attempt(gateway, client, head, body, lease, record)
+                return await attempt(gateway, client, head, body, lease, record, take)
             except NodeRefused as refused:
                 last = refused
                 if refused.kind is None:
@@ -3219,8 +3559,6 @@ async def serve_inference(gateway, client, head, body, wants, record):
                 dispatcher.release(lease, loop.time())
             if not dispatcher.retry(ticket, loop.time()):
                 break
-        if isinstance(last, NodeRefused):
-            return answer_refused(client, head, record, last)
         raise last
     finally:
         dispatcher.leave(ticket, loop.time())
@@ -3235,8 +3573,6 @@ async def serve_control(gateway, client, head, body, wants, record):
         lease = dispatcher.place(record.id, wants, tried, loop.time())
         try:
             return await attempt(gateway, client, head, body, lease, record)
-        except NodeRefused as refused:
-            return answer_refused(client, head, record, refused)
         except NodeFailure as failure:
             gateway.blame(lease, failure)
             tried.add(lease.node.name)
@@ -3246,14 +3582,12 @@ async def serve_control(gateway, client, head, body, wants, record):
             dispatcher.release(lease, loop.time())
 
 
-async def serve_upload(gateway, client, head, record):
+async def serve_upload(gateway, client, head, wants, record):
     """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
 
     A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead.
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    wants = Wants(family_of(head.path), None, client=client.address, inference=False)
-    record.priority = wants.priority
     lease = dispatcher.place(record.id, wants, set(), loop.time())
     connection, clean = None, False
     try:
@@ -3281,31 +3615,444 @@ async def serve_upload(gateway, client, head, record):
             pool.give_back(connection, clean)
 
 
+# -----------------------------------------------------------------------------
+# Many nodes: how does one request change a model wherever it is?
+#
+# It is sent to all of its nodes at once. What they tell while they work is merged into one stream: how far the slowest
+# is. Before the last line, the index is refreshed, so that who changed a model finds it changed. A node that fails,
+# hangs or talks garbage is named in the answer, and then the whole is no success, whatever the others have done.
+# -----------------------------------------------------------------------------
+
+class Outcome(NamedTuple):
+    """What became of a change on one node. `answer` and `body`: what it said, of a stream the last line."""
+
+    node: Node
+    answer: ResponseHead | None
+    body: bytes
+    error: str                      # "" = it was done
+
+
+class Progress:
+    """Merge the progress of several nodes: of each layer what the slowest has, other lines once all have said them."""
+
+    def __init__(self, names):
+        self.names = set(names)     # of nodes that are still at it
+        self.counts = {}            # digest: {name: completed bytes}
+        self.said = {}              # status without a digest: names that have said it
+        self.told = {}              # digest or status: completed bytes, as told last
+
+    def take(self, name, line):
+        """Return the line to tell now that a node has told this one, or None."""
+        status, digest, done = str(line.get("status")), line.get("digest"), line.get("completed")
+        if isinstance(digest, str):
+            counts = self.counts.setdefault(digest, {})
+            counts[name] = done if isinstance(done, int) else 0
+            slowest = min(counts.get(other, 0) for other in self.names | {name})
+            if slowest <= self.told.get(digest, -1):
+                return None
+            self.told[digest] = slowest
+            return {**line, "completed": slowest}
+        said = self.said.setdefault(status, set())
+        said.add(name)
+        if status in self.told or self.told and not self.names <= said:
+            return None             # the very first line passes at once: something happens
+        self.told[status] = 0
+        return line
+
+    def drop(self, name):
+        """Wait for a node no longer: it has failed."""
+        self.names.discard(name)
+
+
+class Lines(Sink):
+    """Hand each line of an answer to `hear` as it comes."""
+
+    __slots__ = ("hear", "rest")
+
+    def __init__(self, connection, head, hear):
+        super().__init__(connection, head)
+        self.hear, self.rest = hear, b""
+
+    def take(self, payload, verbatim):
+        *lines, self.rest = (self.rest + payload).split(b"\n")
+        if len(self.rest) > MAX_LINE_BYTES:
+            self.fail(NodeFailure("garbage", "a line without end"))
+        for line in lines:
+            if line.strip() and not self.over:
+                self.hear(line)
+
+
+class LineAnswer:
+    """An answer of lines to a client. Its head, that of a node's answer, goes out with the first of them."""
+
+    def __init__(self, client, head, record):
+        self.client, self.head, self.record = client, head, record
+        self.framing = None         # nothing is out yet
+        self.keep = False
+
+    def write(self, answer, line):
+        """Write a line; `answer` is the head of the node that it comes from."""
+        data = line + b"\n"
+        self.record.bytes += len(data)
+        if self.framing is Framing.CHUNKED:
+            data = chunk(data)
+        elif self.framing is None:
+            answer.length, self.record.status = None, answer.status
+            self.framing, lines, self.keep = choose_framing(self.head, answer, self.head.keep_alive)
+            data = chunk(data) if self.framing is Framing.CHUNKED else data
+            data = render_response(answer, added_lines(self.record), lines) + data
+        self.client.write(data)
+
+    def end(self):
+        """End it; tell whether the connection stays open."""
+        if self.framing is Framing.CHUNKED:
+            self.client.write(LAST_CHUNK)
+        return self.keep
+
+
+def read_line(line):
+    """Return the object in a line. Raises NodeFailure."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise NodeFailure("garbage", "answered what is not JSON")
+    return value
+
+
+def error_in(change, status, body):
+    """Return why a change was not done, by a node's answer or last line, or "". Raises NodeFailure for garbage."""
+    if status >= 400:
+        with contextlib.suppress(NodeFailure):
+            return str(read_line(body).get("error") or f"answered {status}")
+        return f"answered {status}"
+    if change in ("copy", "delete"):
+        return "" if status == 200 else f"answered {status}"
+    found = read_line(body)
+    if found.get("error"):
+        return str(found["error"])
+    done = found.get("done_reason") == "unload" if change == "unload" else found.get("status") == "success"
+    return "" if done else "ended without success"
+
+
+def without_absent(change, outcomes):
+    """Return the outcomes that count: a node that had nothing to delete or unload does not, beside one that had."""
+    if change not in ("delete", "unload"):
+        return outcomes
+    return [it for it in outcomes if not it.answer or it.answer.status != 404] or outcomes
+
+
+def explain_failure(outcomes):
+    """Return (status, text) that tell which nodes failed, why, and where the change was made all the same."""
+    failed = [it for it in outcomes if it.error]
+    done = [it.node.name for it in outcomes if not it.error]
+    statuses = [it.answer.status if it.answer else 502 for it in failed]
+    status = 502 if done else max(502 if status < 400 else status for status in statuses)
+    text = "; ".join(f"{it.node.name}: {it.error}" for it in failed)
+    return status, text + (f"; done on {', '.join(done)}" if done else "")
+
+
+async def change(gateway, lease, head, body, hear):
+    """Make a change on the leased node. Return (head of its answer, whole body or last line). Raises NodeFailure.
+
+    Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
+    """
+    dispatcher, loop, wants = gateway.dispatcher, gateway.loop, lease.ticket.wants
+    pool = gateway.pools[lease.node]
+    long = wants.change in ("pull", "create")
+    patience_s = CHANGE_PATIENCE_S if not long else PROGRESS_PATIENCE_S if wants.stream else SILENT_CHANGE_PATIENCE_S
+    connection, clean, last = None, False, b""
+
+    def on_connection(connection):
+        lease.abandon = connection.fail
+
+    def on_line(line):
+        nonlocal last
+        last = line
+        if not limit.expired():
+            limit.reschedule(loop.time() + patience_s)
+        dispatcher.heard(lease, 0, loop.time())
+        try:
+            hear(answer, line)
+        except NodeFailure as failure:
+            sink.fail(failure)
+
+    try:
+        async with asyncio.timeout(patience_s) as limit:
+            request = render_request(head, lease.node.settings, len(body)) + body
+            connection, answer = await pool.exchange(request, head.method, on_connection, reuse=False)
+            if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
+                sink = Lines(connection, answer, on_line)
+                sink.start()
+                await sink.finished()
+                last = sink.rest or last
+            else:
+                sink = Collector(connection, answer)
+                last = await sink.collect()
+            clean = sink.clean
+            if answer.status < 400:
+                dispatcher.observe(lease, Timings(), loop.time())
+            return answer, last
+    except TimeoutError:
+        raise NodeFailure("stalled", f"no answer within {patience_s:g} s") from None
+    finally:
+        lease.abandon = None
+        if connection is not None:
+            pool.give_back(connection, clean)
+
+
+async def change_on(gateway, node, head, body, wants, record, hear):
+    """Make a change on one node and return its Outcome, whatever happens there."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    lease = dispatcher.pin(record.id, wants, node, loop.time(), wants.change)
+    try:
+        answer, last = await change(gateway, lease, head, body, functools.partial(hear, node))
+        error = error_in(wants.change, answer.status, last)
+        if not error and wants.change == "unload":
+            dispatcher.unloaded(node, wants.model)
+        return Outcome(node, answer, last, error)
+    except NodeFailure as failure:
+        gateway.blame(lease, failure)
+        return Outcome(node, None, b"", str(failure))
+    except Refusal as refusal:      # the gateway's own lack of sockets
+        return Outcome(node, None, b"", refusal.text)
+    finally:
+        dispatcher.release(lease, loop.time())
+
+
+async def serve_change(gateway, client, head, body, wants, record):
+    """Change a model on all nodes concerned; succeed only if all of them do."""
+    nodes = gateway.dispatcher.targets(wants, gateway.options.replicas, gateway.loop.time())
+    record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
+    record.reason = f"{wants.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
+    told, progress = LineAnswer(client, head, record), Progress(node.name for node in nodes)
+
+    def hear(node, answer, line):
+        """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
+        value = read_line(line)
+        if value.get("error"):
+            progress.drop(node.name)
+        elif value.get("status") != "success":
+            due = progress.take(node.name, value)
+            if len(nodes) == 1 or due is not None:
+                told.write(answer, line if len(nodes) == 1 else json.dumps(due, separators=(",", ":")).encode())
+
+    async def one(node):
+        outcome = await change_on(gateway, node, head, body, wants, record, hear)
+        progress.drop(node.name)    # of two lines the one that counts has come, or never will
+        return outcome
+
+    outcomes = await asyncio.gather(*map(one, nodes))
+    if wants.change != "unload":
+        await gateway.look_at_changes([it.node for it in outcomes if it.answer])
+    gateway.pump()
+    outcomes = without_absent(wants.change, outcomes)
+    return answer_change(client, head, record, told, outcomes)
+
+
+def answer_change(client, head, record, told, outcomes):
+    """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
+    failed = [it for it in outcomes if it.error]
+    own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or absent_everywhere(outcomes) else None
+    if own and own.answer:          # one node speaks for all, byte for byte
+        if told.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
+            return answer_whole(client, head, record, own.answer, own.body)
+        told.write(own.answer, own.body)
+        return told.end()
+    status, text = explain_failure(outcomes)
+    record.reason = text
+    if told.framing is None:
+        raise Refusal(status, text)
+    told.write(None, json.dumps({"error": text}).encode())
+    return told.end()
+
+
+def absent_everywhere(outcomes):
+    """Tell whether all nodes have refused a change because they do not have the model."""
+    return all(it.answer and it.answer.status == 404 for it in outcomes)
+
+
+# -----------------------------------------------------------------------------
+# Batches: how do many nodes embed one long list?
+#
+# The list is cut into shares, each a request of its own with its place in the queue, so that a share that fails moves
+# on alone and other requests pass between two shares. The answers are put together as bytes: no number is read, so
+# none can change, and 10 MB of them do not hold up the streams of others.
+# -----------------------------------------------------------------------------
+
+LIST_START = re.compile(rb'"(embeddings|data)"\s*:\s*\[')
+INDEX = re.compile(rb"\s*:\s*(\d+)")
+TOTAL = re.compile(rb'"(prompt_eval_count|prompt_tokens|total_tokens|total_duration|load_duration)"\s*:\s*(\d{1,18})')
+
+
+class Cut(NamedTuple):
+    """An embedding's answer, cut at the list in it."""
+
+    before: bytes
+    rows: bytes
+    after: bytes
+
+
+@dataclass(slots=True)
+class Share:
+    """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
+
+    count: int
+    body: bytes
+    wants: Wants
+    record: Record
+    answer: ResponseHead | None = None
+    cut: Cut | None = None
+
+
+def cut_answer(body, count):
+    """Return the Cut of an answer with `count` embeddings. Raises NodeFailure if it is none."""
+    start, end = LIST_START.search(body), body.rfind(b"]")
+    if not start or body[start.end():end].rstrip()[-1:] not in (b"]", b"}"):
+        raise NodeFailure("garbage", "answered no list of embeddings")
+    cut = Cut(body[:start.end()], body[start.end():end], body[end:])
+    found = cut.rows.count(b'"index"' if start[1] == b"data" else b"[")
+    if found != count:
+        raise NodeFailure("garbage", f"answered {found} embeddings for {count} texts")
+    return cut
+
+
+def renumbered(rows, offset):
+    """Return rows of /v1/embeddings with `offset` added to each index."""
+    first, *rest = rows.split(b'"index"')
+    for at, piece in enumerate(rest):
+        number = INDEX.match(piece)
+        if number:
+            rest[at] = b":%d" % (int(number[1]) + offset) + piece[number.end():]
+    return b'"index"'.join((first, *rest))
+
+
+def joined(cuts, counts, took_s):
+    """Return one body of the Cuts of all shares, in order: token counts summed, as long as `took_s` at work."""
+    found = collections.defaultdict(list)
+    for cut in cuts:
+        for name, value in TOTAL.findall(cut.after):
+            found[name].append(int(value))
+
+    def total(match):
+        name, values = match[1], found[match[1]]
+        if name == b"total_duration":
+            values = [round(took_s * 1e9)]
+        return b'"%b":%d' % (name, max(values) if name == b"load_duration" else sum(values))
+
+    offsets = itertools.accumulate(counts[:-1], initial=0)
+    rows = [renumbered(cut.rows, offset) if offset else cut.rows for cut, offset in zip(cuts, offsets, strict=True)]
+    return cuts[0].before + b",".join(rows) + TOTAL.sub(total, cuts[0].after)
+
+
+def cut_batch(wants, sizes, record):
+    """Return the Shares of a batch, of the given sizes."""
+    shares, at = [], 0
+    for size in sizes:
+        texts = wants.batch["input"][at:at + size]
+        at += size
+        body = json.dumps({**wants.batch, "input": texts}).encode()
+        chars = sum(map(len, texts))
+        shares.append(Share(size, body, replace(wants, prompt_chars=chars, batch=None), replace(record)))
+    return shares
+
+
+async def keep_share(gateway, share, head, connection, answer, lease, record, keep):
+    """Keep a node's answer to a share. Return what relay_answer does. Raises NodeFailure or NodeRefused."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    dispatcher.heard(lease, 0, loop.time())
+    collector = Collector(connection, answer, SHARE_ANSWER_BYTES)
+    body = await collector.collect()
+    if answer.status != 200:
+        raise NodeRefused(None, answer, body)
+    share.answer, share.cut = answer, cut_answer(body, share.count)
+    dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
+    return True, collector.clean
+
+
+async def serve_batch(gateway, client, head, wants, record, sizes, barred):
+    """Let the nodes that have the model embed shares of a batch; answer as one node would."""
+    loop = gateway.loop
+    shares = cut_batch(wants, sizes, record)
+    plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
+    left = iter(shares)
+
+    async def work():
+        """Have one share after the other embedded; what else the same client asks for comes in between."""
+        for share in left:
+            await serve_inference(gateway, share, plain, share.body, share.wants, share.record, keep_share, barred)
+
+    nodes = len(gateway.dispatcher.nodes) - len(barred)
+    tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:                        # with the first that fails, all end
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        records = [share.record for share in shares]
+        used = {it.node for it in records}
+        record.node = ",".join(name for name in gateway.dispatcher.nodes if name in used)
+        record.attempts = sum(it.attempts for it in records)
+        record.queue_s = min(it.queue_s for it in records)
+        record.reason = f"{len(shares)} shares"
+    body = joined([share.cut for share in shares], sizes, loop.time() - record.started_s)
+    record.timings = read_timings(body[-TAIL_BYTES:])
+    return answer_whole(client, head, record, shares[0].answer, body)
+
+
+async def serve_locally(gateway, client, head, record):
+    """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
+    if head.length != 0:
+        await client.read_body(head, gateway.max_body_bytes)
+    if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
+        await gateway.refreshed[head.path](gateway)
+    status, body, kind = gateway.local[head.path](gateway)
+    return answer_locally(client, head, record, status, body, kind)
+
+
+def answer_origin(gateway, client, head, record):
+    """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
+
+    Here and not in the nodes: they would compare the origin with a Host that no browser has seen.
+    """
+    lines = origin_lines(head.fields[b"origin"], head.fields.get(b"host", b""), gateway.origins)
+    if lines is None:
+        record.reason = "origin not allowed"
+        return answer_locally(client, head, record, 403, b"", b"", close=head.length != 0)
+    record.cors = lines
+    if head.method != "OPTIONS" or not lines:
+        return None
+    return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
+
+
 async def serve(gateway, client, head, record):
-    """Answer one request; tell whether the connection stays open. Raises Refusal before any byte of an answer."""
-    local = gateway.local.get(head.path)
-    if local and head.method in ("GET", "HEAD"):
-        if head.length != 0:
-            await client.read_body(head, gateway.max_body_bytes)
-        if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
-            await gateway.refreshed[head.path](gateway)
-        status, body, kind = local(gateway)
-        return answer_locally(client, head, record, status, body, kind)
+    """Answer one request; tell whether the connection stays open.
+
+    Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
+    """
+    if head.fields.get(b"origin"):
+        keep = answer_origin(gateway, client, head, record)
+        if keep is not None:
+            return keep
+    route = find_route(head.method, head.path)
+    if route.where is Where.GATEWAY or route.where is Where.MERGED:
+        return await serve_locally(gateway, client, head, record)
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    route = ROUTES.get((head.method, head.path))
-    if route is None and head.length != 0:
-        client.serving = True
-        return await serve_upload(gateway, client, head, record)
-    body = await client.read_body(head, gateway.max_body_bytes)
+    raw = route.kind == "raw"
+    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes)
     client.serving = True
-    if route is None:
-        wants = Wants(family_of(head.path), model_in(head.path), client=client.address, inference=False,
-                      repeatable=head.method in ("GET", "HEAD"))
-    else:
-        wants = read_wants(head, route, body, client.address)
+    wants = read_wants(head, route, body, client.address)
     record.model, record.priority = wants.model or "", wants.priority
-    handle = serve_inference if wants.inference else serve_control
+    if raw and head.length != 0:
+        return await serve_upload(gateway, client, head, wants, record)
+    if wants.batch and gateway.options.split_embed:
+        sizes, barred = gateway.dispatcher.split(wants, gateway.loop.time())
+        if len(sizes) > 1:
+            return await serve_batch(gateway, client, head, wants, record, sizes, barred)
+    handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
     return await handle(gateway, client, head, body, wants, record)
 
 
@@ -3325,6 +4072,8 @@ async def converse(gateway, client):
                 keep = await serve(gateway, client, head, record)
             except Refusal as refusal:
                 keep = answer_refusal(client, head, record, refusal)
+            except NodeRefused as refused:
+                keep = answer_whole(client, head, record, refused.head, refused.body)
             gateway.log_request(record)
             record = None
             if client.write_paused:
@@ -3374,9 +4123,9 @@ def merge_rows(rows, newest):
     best = {}
     for row in rows:
         name = row_name(row)
-        if name not in best or str(row.get(newest, "")) > str(best[name].get(newest, "")):
+        if name not in best or instant_s(row.get(newest)) > instant_s(best[name].get(newest)):
             best[name] = row
-    return sorted(best.values(), key=lambda row: str(row.get(newest, "")), reverse=True)
+    return sorted(best.values(), key=lambda row: instant_s(row.get(newest)), reverse=True)
 
 
 def all_tags(gateway):
@@ -3404,14 +4153,17 @@ def answer_version(gateway):
     return json_answer({"version": min(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])})
 
 
+def answer_status(gateway):
+    """Answer /api/status: the cloud is disabled only if it is on all nodes, as far as they have told."""
+    told = [node.cloud for node in live_nodes(gateway) if isinstance(node.cloud.get("cloud"), dict)]
+    enabled = [found for found in told if not found["cloud"].get("disabled")]
+    return json_answer((enabled or told or [{"cloud": {"disabled": False, "source": "none"}}])[0])
+
+
 def openai_model(row):
     """Return a row of /api/tags as /v1/models shows it."""
     name = row["name"]
-    try:
-        created = int(datetime.datetime.fromisoformat(str(row.get("modified_at"))).timestamp())
-    except ValueError:
-        created = 0
-    return {"id": name, "object": "model", "created": created,
+    return {"id": name, "object": "model", "created": int(instant_s(row.get("modified_at"))),
             "owned_by": name.rpartition("/")[0].rpartition("/")[2] or "library"}
 
 
@@ -3465,6 +4217,13 @@ def rows_of(found):
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
 
 
+async def look_at_models(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+    """Find out which models a node has. Raises ProbeFailure or NodeFailure."""
+    asked_s = gateway.loop.time()
+    rows = rows_of(await ask(gateway, node, "GET", "/api/tags", timeout_s=timeout_s))
+    gateway.dispatcher.index(node, rows, asked_s)
+
+
 async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
     """Find out which models are loaded on a node. Raises ProbeFailure or NodeFailure."""
     asked_s = gateway.loop.time()
@@ -3479,16 +4238,21 @@ async def look_after_load(gateway, node):
         gateway.pump()
 
 
-async def look_again(gateway):
-    """Refresh what is loaded where, as far as nodes answer at once; the rest stays as last seen.
+async def look_at_status(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+    """Find out whether a node uses the cloud. Raises ProbeFailure, as old nodes do not tell, or NodeFailure."""
+    gateway.dispatcher.said_status(node, await ask(gateway, node, "GET", "/api/status", timeout_s=timeout_s))
+
+
+async def look_again(look, gateway):
+    """Let all nodes be looked at that answer at once; the rest stays as last seen.
 
     Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
     """
-    if gateway.looking is None:
-        looks = [look_at_residency(gateway, node, FRESH_S) for node in gateway.dispatcher.nodes.values() if node.up]
-        gateway.looking = asyncio.gather(*looks, return_exceptions=True)
-        gateway.looking.add_done_callback(lambda looks: setattr(gateway, "looking", None))
-    await asyncio.shield(gateway.looking)
+    if look not in gateway.looking:
+        looks = [look(gateway, node, FRESH_S) for node in gateway.dispatcher.nodes.values() if node.up]
+        gateway.looking[look] = asyncio.gather(*looks, return_exceptions=True)
+        gateway.looking[look].add_done_callback(lambda looks: gateway.looking.pop(look, None))
+    await asyncio.shield(gateway.looking[look])
 
 
 def note_state(gateway, node, why=""):
@@ -3511,7 +4275,7 @@ async def probe(gateway, node):
         found = await ask(gateway, node, "GET", "/api/version")
         answered = True
         dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
-        dispatcher.index(node, rows_of(await ask(gateway, node, "GET", "/api/tags")))
+        await look_at_models(gateway, node)
         await look_at_residency(gateway, node)
     except (NodeFailure, ProbeFailure, Refusal) as failure:
         why = str(failure)
@@ -3836,6 +4600,7 @@ class Gateway:
         self.rng = random.Random(options.seed)
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout)
+        self.origins = LOCAL_ORIGINS + options.origins
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
@@ -3845,7 +4610,7 @@ class Gateway:
         self.first_looks = set()    # nodes not yet looked at since the start
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
-        self.looking = None         # asks all nodes for /api/ps, while somebody waits for that
+        self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
         self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
@@ -3855,11 +4620,15 @@ class Gateway:
             "/api/version": answer_version,
             "/api/tags": answer_tags,
             "/api/ps": answer_ps,
+            "/api/status": answer_status,
             "/v1/models": answer_openai_models,
             "/api/health": answer_health,
             "/api/stats": answer_stats,
         }
-        self.refreshed = {"/api/ps": look_again}    # path: what is awaited before that answer
+        self.refreshed = {          # path: what is awaited before that answer
+            "/api/ps": functools.partial(look_again, look_at_residency),
+            "/api/status": functools.partial(look_again, look_at_status),
+        }
         self.configure(nodes)
 
     # Start and reload -------------------------------------------------------
@@ -3974,6 +4743,13 @@ class Gateway:
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
+
+    async def look_at_changes(self, nodes):
+        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
+
+        A node that does not answer now is looked at by the next probe.
+        """
+        await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
     def log_request(self, record):
         """Log a finished request, a moment later and together with others: that is much cheaper."""
@@ -4096,6 +4872,16 @@ def parse_port(text):
     return int(text)
 
 
+def parse_origins(text):
+    """Return the origins in a list with commas; each may have one `*`."""
+    origins = [word.strip() for word in text.split(",") if word.strip()]
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^*/\s]*\*?[^*/\s]*", origin):
+            raise argparse.ArgumentTypeError(f"{origin!r} is not an origin such as https://chat.example or "
+                                             "https://*.example")
+    return origins
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Say a mistake on one line, exit status 2."""
 
@@ -4146,6 +4932,8 @@ def command_line(environ):
     group = parser.add_argument_group("serving")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
+    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
+        "those of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")
@@ -4156,6 +4944,10 @@ def command_line(environ):
         "(%(default)s)")
     add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
         "a slot; then 503 (%(default)s)")
+    add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
+        "to embed over the nodes")
+    add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
+        "yet (%(default)s)")
     add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bodies that are read for routing; "

@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ import pytest
 
 import bench
 import sollol
-from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants
+from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants, Where
 
 HERE = pathlib.Path(__file__).parent
 
@@ -517,14 +518,14 @@ def test_copy_names_its_model_source():
 
 STREAMING = {"/api/generate", "/api/chat", "/api/pull", "/api/push", "/api/create"}
 EMBEDDING = {"/api/embed", "/api/embeddings", "/v1/embeddings"}
-CONTROL = {"/api/show", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"}
+READ = [(method, path) for (method, path), route in sollol.ROUTES.items() if route.kind not in ("raw", "transcribe")]
 
 
-@pytest.mark.parametrize("method, path", list(sollol.ROUTES))
+@pytest.mark.parametrize("method, path", READ)
 def test_what_a_path_means_when_the_body_does_not_say(method, path):
     wants = asked(path, b"{}", method)
     assert (wants.stream, wants.embeds) == (path in STREAMING, path in EMBEDDING)
-    assert wants.inference == (path not in CONTROL) and wants.family is sollol.family_of(path)
+    assert wants.inference == (wants.where is Where.QUEUED) and wants.family is sollol.family_of(path)
     assert (wants.priority, wants.max_output, wants.options, wants.client) == (5, None, (), "10.0.0.1")
     for stream in (True, False, "yes", 1, None, []):
         expected = stream if isinstance(stream, bool) else path in STREAMING
@@ -1834,6 +1835,8 @@ def test_nodes_in_the_environment_are_a_list():
     ("no seconds", ["--demo", "--queue-timeout", "0"], {}, "'0' is not a positive number of seconds"),
     ("count", ["--demo", "--max-queue", "0"], {}, "'0' is not a whole number of at least 1"),
     ("policy", ["--demo", "--policy", "best"], {}, "best"), ("no value", ["--demo", "--port"], {}, "--port"),
+    ("origin", ["--demo", "--origins", "http://a,b.example"], {}, "'b.example' is not an origin"),
+    ("replicas", ["--demo", "--replicas", "0"], {}, "'0' is not a whole number of at least 1"),
     ("seed", ["--demo", "--seed", "x"], {}, "--seed"), ("stray word", ["--demo", "x"], {}, "x"),
     ("environment", ["--demo"], {"SOLLOL_PORT": "http"}, "'http' is not a port number"),
     ("policy in the environment", ["--demo"], {"SOLLOL_POLICY": "best"}, "best"),
@@ -1918,6 +1921,7 @@ class ScriptedNode:
     def __init__(self, script=lambda request: [], models=("llama3.2:latest",)):
         self.script, self.models = script, models
         self.requests, self.connections = [], set()
+        self.digests = {}           # of models, if not their names
 
     async def start(self, port=0):
         self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26)
@@ -1936,8 +1940,8 @@ class ScriptedNode:
         if path == b"/api/version":
             return {"version": "0.33.0"}
         if path == b"/api/tags":
-            return {"models": [{"name": name, "size": 2 * 10**9, "digest": name, "modified_at": "2026-01-01T00:00:00Z"}
-                               for name in self.models]}
+            return {"models": [{"name": name, "size": 2 * 10**9, "digest": self.digests.get(name, name),
+                                "modified_at": "2026-01-01T00:00:00Z"} for name in self.models]}
         return {"models": []} if path == b"/api/ps" else None
 
     async def converse(self, reader, writer):
@@ -2915,6 +2919,922 @@ async def test_stats_show_nodes_queue_and_decisions():
 
 
 # -----------------------------------------------------------------------------
+# The whole surface, over three nodes with different models
+# -----------------------------------------------------------------------------
+
+def three(**more):
+    """Return unequal nodes: a, the primary, b and c. All have llama3.2, two mistral, only c embeds."""
+    nodes = [bench.SimNode("rtx4090", ("llama3.2", "qwen3:14b"), name="a", **FAST | more),
+             bench.SimNode("rtx3060", ("llama3.2", "mistral"), name="b", **FAST | more),
+             bench.SimNode("m2", ("llama3.2", "mistral", "nomic-embed-text"), name="c", **FAST | more)]
+    for node in nodes:
+        node.line = f"name={node.name}"
+    return nodes
+
+
+@contextlib.asynccontextmanager
+async def surface(nodes=None, flags=()):
+    """Run a gateway in front of nodes; yield it."""
+    nodes = nodes or three()
+    async with gateway_for(*nodes, flags=flags) as gateway:
+        gateway.nodes = nodes
+        yield gateway
+
+
+def asked_of(gateway, path, method=None):
+    """Return the names of the nodes that were asked for a path."""
+    return [node.name for node in gateway.nodes if any(it.path == path and method in (None, it.method)
+                                                       for it in node.requests)]
+
+
+def lines_of(answer):
+    """Return the objects of an NDJSON answer."""
+    return [json.loads(line) for line in answer.body.splitlines()]
+
+
+DIGEST = hashlib.sha256(b"weights").hexdigest()
+MESSAGES = [{"role": "user", "content": "hi <out=3>"}]
+
+
+def form(**fields):
+    """Return (body, content type) of a multipart form."""
+    parts = "".join(f'--cut\r\nContent-Disposition: form-data; name="{name}"{"; filename=f" * (name == "file")}\r\n\r\n'
+                    f'{value}\r\n' for name, value in fields.items())
+    return (parts + "--cut--\r\n").encode(), "multipart/form-data; boundary=cut"
+
+
+def packed(value):
+    """Return JSON in a zstd frame of one segment and one raw block."""
+    body = json.dumps(value).encode()
+    return b"\x28\xb5\x2f\xfd\xa0" + len(body).to_bytes(4, "little") + (len(body) << 3 | 1).to_bytes(3, "little") + body
+
+
+# -----------------------------------------------------------------------------
+# Merged and pinned answers
+# -----------------------------------------------------------------------------
+
+def newer(node, name, weights, modified_s):
+    """Give a node another version of a model."""
+    node.models[bench.canonical(name)] = bench.model_named(name)._replace(weights=weights)
+    node.modified_s[bench.canonical(name)] = modified_s
+
+
+@over_sockets
+async def test_of_two_versions_of_a_model_the_newest_is_listed_and_shown():
+    nodes = three()
+    newer(nodes[2], "llama3.2", "v2", 3600.0)
+    async with surface(nodes) as gateway:
+        rows = (await call(gateway, "GET", "/api/tags")).json()["models"]
+        assert rows[0]["name"] == "llama3.2:latest" and rows[0]["digest"] == nodes[2].models["llama3.2:latest"].digest
+        assert len(rows) == 4
+        for _ in range(3):
+            assert (await call(gateway, "POST", "/api/show", {"model": "llama3.2"})).fields["x-sollol-node"] == "c"
+            assert (await call(gateway, "GET", "/v1/models/llama3.2")).fields["x-sollol-node"] == "c"
+
+
+@listed("text", ["2026-01-01T00:00:00Z", "2025-12-31T16:00:00-08:00", "2026-01-01T01:00:00.123456789+01:00"])
+def test_instants_are_compared_over_time_zones(text):
+    assert int(sollol.instant_s(text)) == 1767225600
+
+
+@listed("value", ["", "yesterday", None, 5, {}.keys])
+def test_what_is_no_instant_is_the_oldest(value):
+    assert sollol.instant_s(value) == 0.0
+
+
+@over_sockets
+async def test_merged_answers_wait_for_no_hung_node():
+    async with surface() as gateway:
+        await call(gateway, "GET", "/api/status")
+        gateway.nodes[1].freeze()
+        started_s = gateway.loop.time()
+        for path in ("/api/tags", "/api/ps", "/v1/models", "/api/version", "/api/status"):
+            assert (await call(gateway, "GET", path)).status == 200
+        assert gateway.loop.time() - started_s < 1.0
+
+
+@over_sockets
+async def test_status_says_disabled_only_if_every_node_does():
+    def node(disabled):
+        status = {"cloud": {"disabled": disabled, "source": "env"}, "more": 1}
+        return ScriptedNode(lambda request: [framed(json.dumps(status).encode()), KEEP])
+
+    for disabled, expected in (([True, True], True), ([True, False], False)):
+        async with gateway_for(*map(node, disabled)) as gateway:
+            answer = (await call(gateway, "GET", "/api/status")).json()
+            assert answer == {"cloud": {"disabled": expected, "source": "env"}, "more": 1}
+
+
+@over_sockets
+async def test_what_is_pinned_waits_for_its_node_and_never_strays():
+    nodes = three()
+    nodes[1].line = "name=b primary=yes"
+    for node in nodes:
+        node.account = node.name
+    async with surface(nodes, ("--probe-interval", "0.1")) as gateway:
+        for method, path in (("POST", "/api/me"), ("POST", "/api/experimental/web_search"),
+                             ("GET", "/api/experimental/model-recommendations"), ("POST", "/api/signout")):
+            answer = await call(gateway, method, path, {"query": "x"} if method == "POST" else None)
+            assert (answer.status, answer.fields["x-sollol-node"]) == (200, "b")
+        assert [node.account for node in nodes] == ["a", "", "c"]
+        nodes[1].kill()
+        await until(lambda: health(gateway)["nodes"]["up"] == 2)
+        answer = await call(gateway, "POST", "/api/me", {})
+        assert answer.status == 503 and "primary" in answer.json()["error"]
+        answer = await call(gateway, "POST", f"/api/blobs/sha256:{DIGEST}", b"weights")
+        assert answer.status == 503 and not nodes[0].blobs and not nodes[2].blobs
+
+
+@over_sockets
+async def test_push_goes_to_a_node_that_has_the_model_the_primary_first():
+    nodes = three()
+    for node in nodes:
+        node.account = node.name
+    async with surface(nodes) as gateway:
+        for model, name in (("llama3.2", "a"), ("mistral", "b"), ("nobodys", "a")):
+            answer = await call(gateway, "POST", "/api/push", {"model": model, "stream": False})
+            assert answer.fields["x-sollol-node"] == name and answer.status == (404 if model == "nobodys" else 200)
+
+
+@over_sockets
+async def test_cloud_model_goes_to_the_primary_even_if_others_list_it():
+    nodes = three()
+    for node in nodes:
+        node.account = node.name
+    for node in nodes[1:]:
+        node.models["gpt-oss:120b-cloud"] = bench.model_named("gpt-oss:120b-cloud")
+    async with surface(nodes) as gateway:
+        answer = await call(gateway, "POST", "/api/generate", generate("gpt-oss:120b-cloud"))
+        assert (answer.status, answer.fields["x-sollol-node"]) == (200, "a")
+        assert len((await call(gateway, "GET", "/api/tags")).json()["models"]) == 5
+
+
+# -----------------------------------------------------------------------------
+# One node: forms and compressed bodies
+# -----------------------------------------------------------------------------
+
+@table("content_type, body, model", [
+    ("plain", b"multipart/form-data; boundary=cut", form(file="RIFF", model="Mistral")[0], "Mistral"),
+    ("quoted", b'multipart/form-data; charset=x; BOUNDARY="cut"', form(model="m", file="x")[0], "m"),
+    ("no boundary", b"multipart/form-data", form(model="m")[0], None),
+    ("other boundary", b"multipart/form-data; boundary=x", form(model="m")[0], None),
+    ("no such field", b"multipart/form-data; boundary=cut", form(file="x")[0], None),
+    ("cut short", b"multipart/form-data; boundary=cut", form(model="m")[0][:60], None),
+    ("a file that looks like it", b"multipart/form-data; boundary=cut",
+     form(file='name="model"\r\n\r\nx', model="m")[0], "m"),
+    ("no form", b"application/json", b'{"model":"m"}', None),
+    ("empty", b"multipart/form-data; boundary=cut", b"", None),
+])
+def test_field_of_a_form(content_type, body, model):
+    assert sollol.form_field(content_type, body, b"model") == model
+
+
+@over_sockets
+async def test_transcription_goes_to_a_holder_byte_for_byte():
+    async with surface() as gateway:
+        body, kind = form(language="en", file="RIFF" * 1000, model="mistral")
+        answer = await call(gateway, "POST", "/v1/audio/transcriptions", body, Content_Type=kind)
+        assert answer.json() == {"text": "4000 bytes of speech"} and answer.fields["x-sollol-node"] in "bc"
+        node = next(node for node in gateway.nodes if node.name == answer.fields["x-sollol-node"])
+        assert node.requests[-1].body == body
+
+
+@over_sockets
+async def test_compressed_body_finds_its_model_even_if_it_cannot_be_read():
+    async with surface() as gateway:
+        for model, status in (("qwen3:14b", 200), ("mistral", 200), ("nobodys", 404)):
+            body = packed({"model": model, "messages": MESSAGES})
+            answer = await call(gateway, "POST", "/v1/chat/completions", body, Content_Encoding="zstd")
+            assert answer.status == status
+        assert any(record.body == body for node in gateway.nodes for record in node.requests)
+        assert health(gateway)["nodes"]["up"] == 3
+
+
+@pytest.mark.skipif(sollol.zstd is None, reason="this Python has no zstd")
+def test_compressed_body_is_read_where_python_can():
+    body = sollol.zstd.compress(json.dumps({"model": "m"}).encode())
+    assert asked("/v1/chat/completions", body, content_encoding=b"zstd").model == "m:latest"
+    assert asked("/v1/chat/completions", body[:-3], content_encoding=b"zstd").opaque
+
+
+# -----------------------------------------------------------------------------
+# Changes on many nodes
+# -----------------------------------------------------------------------------
+
+def merged(names, *lines):
+    """Return what Progress tells of lines "name status" or "name digest completed"; "name -" drops one."""
+    progress, told = sollol.Progress(names), []
+    for line in lines:
+        name, what, *count = line.split()
+        if what == "-":
+            progress.drop(name)
+            continue
+        value = {"status": f"pulling {what}", "digest": what, "total": 9, "completed": int(count[0])} if count else {
+            "status": what}
+        told.append(progress.take(name, value))
+    return [f"{line['digest']} {line['completed']}" if "digest" in line else line["status"] for line in told if line]
+
+
+@table("names, lines, told", [
+    ("one node", "a", ["a manifest", "a x 1", "a x 9", "a verify"], ["manifest", "x 1", "x 9", "verify"]),
+    ("the first line at once, later ones when all have said them", "ab",
+     ["a manifest", "a verify", "b manifest", "b verify", "b verify"], ["manifest", "verify"]),
+    ("a layer is as far as on the slowest", "ab", ["a m", "a x 5", "b x 2", "b x 6", "a x 9", "b x 9"],
+     ["m", "x 0", "x 2", "x 5", "x 6", "x 9"]),
+    ("never backwards", "ab", ["a m", "a x 5", "b x 5", "b x 3", "a x 6"], ["m", "x 0", "x 5"]),
+    ("who has failed is waited for no longer", "ab", ["a m", "a x 5", "b x 1", "b -", "a x 6", "a verify"],
+     ["m", "x 0", "x 1", "x 6", "verify"]),
+    ("who is ready waits for the others", "ab", ["a m", "a x 9", "a verify", "a -", "b m", "b x 4", "b verify"],
+     ["m", "x 0", "x 4", "verify"]),
+])
+def test_progress_of_several_nodes_is_that_of_the_slowest(names, lines, told):
+    assert merged(names, *lines) == told
+
+
+def test_new_model_goes_to_the_emptiest_of_equals_the_fastest():
+    dispatcher = cluster(n1=["x", "y"], n2=["x"], n3=["x"])
+    dispatcher.nodes["n2"].size_factor = 2.0
+    wants = Wants(Family.OLLAMA, "new:latest", change="pull", inference=False)
+
+    def names(replicas, model="new:latest"):
+        wants.model = model
+        return [node.name for node in dispatcher.targets(wants, replicas, 0.0)]
+
+    assert [names(count) for count in (1, 2, 9)] == [["n3"], ["n2", "n3"], ["n1", "n2", "n3"]]
+    assert names(1, "y:latest") == ["n1"] and names(1, "x:latest") == ["n1", "n2", "n3"]
+    dispatcher.lost(dispatcher.nodes["n3"], 0.0)
+    assert names(1) == ["n2"] and names(1, "x:latest") == ["n1", "n2"]
+
+
+def test_older_answer_never_overwrites_a_newer_index():
+    dispatcher = cluster(n1=["x"])
+    node = dispatcher.nodes["n1"]
+    dispatcher.index(node, rows("y"), 10.0)
+    dispatcher.index(node, rows("x"), 9.0)
+    assert list(dispatcher.holders) == ["y:latest"]
+    dispatcher.index(node, rows("x"), 11.0)
+    assert list(dispatcher.holders) == ["x:latest"]
+
+
+@pytest.mark.parametrize("keep_alive, prompt, expected", [
+    (0, "", True), (0.0, None, True), ("0", "", True), ("0s", "", True), ("0m", "", True), (-1, "", False),
+    ("5m", "", False), (None, "", False), ("0s", "hi", False), (0, "hi", False), ("zero", "", False),
+    (False, "", False), ("-0s", "", True)])
+def test_unload_is_an_empty_prompt_kept_alive_for_no_time(keep_alive, prompt, expected):
+    for path, prompt in (("/api/generate", {"prompt": prompt}),
+                         ("/api/chat", {"messages": [{"role": "user", "content": prompt}] if prompt else []})):
+        wants = asked(path, {"model": "m", "keep_alive": keep_alive, **prompt})
+        assert (wants.change == "unload", wants.inference) == (expected, not expected)
+    assert not asked("/v1/chat/completions", {"model": "m", "keep_alive": 0}).change
+
+
+@over_sockets
+async def test_unload_reaches_every_node_where_the_model_is():
+    nodes = [bench.SimNode(name=name, loaded=("llama3.2",), **FAST) for name in "abc"]
+    async with surface(nodes) as gateway:
+        assert len((await call(gateway, "GET", "/api/ps")).json()["models"]) == 1
+        body = {"model": "llama3.2", "keep_alive": 0}
+        answer = await call(gateway, "POST", "/api/generate", body)
+        assert answer.status == 200 and answer.json()["done_reason"] == "unload"
+        assert not any(node.engine.resident for node in nodes)
+        assert all(node.requests[-1].body == json.dumps(body).encode() for node in nodes)
+        assert (await call(gateway, "GET", "/api/ps")).json() == {"models": []}
+        answer = await call(gateway, "POST", "/api/chat", {"model": "nobodys", "messages": [], "keep_alive": "0s"})
+        assert answer.status == 404 and answer.json() == {"error": "model 'nobodys' not found"}
+
+
+@over_sockets
+async def test_delete_and_copy_reach_every_holder_and_are_seen_at_once():
+    async with surface() as gateway:
+        answer = await call(gateway, "POST", "/api/copy", {"source": "mistral", "destination": "mine"})
+        assert (answer.status, answer.body, answer.fields["x-sollol-node"]) == (200, b"", "b,c")
+        assert asked_of(gateway, "/api/copy") == ["b", "c"]
+        assert "mine:latest" in [row["name"] for row in (await call(gateway, "GET", "/api/tags")).json()["models"]]
+        assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).status == 200
+        assert (await call(gateway, "DELETE", "/api/delete", {"model": "mine"})).status == 200
+        assert asked_of(gateway, "/api/delete") == ["b", "c"]
+        assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).status == 404
+        for method, path, body in (("DELETE", "/api/delete", {"name": "mine"}),
+                                   ("POST", "/api/copy", {"source": "mine", "destination": "x"})):
+            answer = await call(gateway, method, path, body)
+            assert answer.status == 404 and "not found" in answer.json()["error"]
+
+
+@over_sockets
+async def test_copy_is_made_where_the_newest_version_is():
+    nodes = three()
+    newer(nodes[2], "llama3.2", "v2", 3600.0)
+    async with surface(nodes) as gateway:
+        assert (await call(gateway, "POST", "/api/copy", {"source": "llama3.2", "destination": "x"})).status == 200
+        assert asked_of(gateway, "/api/copy") == ["c"]
+
+
+@over_sockets
+async def test_held_model_is_pulled_by_all_holders_as_one_stream():
+    async with surface() as gateway:
+        answer = await call(gateway, "POST", "/api/pull", {"model": "mistral"})
+        assert asked_of(gateway, "/api/pull") == ["b", "c"]
+        assert answer.fields["content-type"] == "application/x-ndjson"
+        found = [line["status"] for line in lines_of(answer)]
+        assert found[0] == "pulling manifest" and found.count("success") == 1 and found[-1] == "success"
+        newest = {**bench.MODELS, "mistral:latest": bench.MODELS["mistral:latest"]._replace(weights="v2")}
+        for node in gateway.nodes:
+            node.registry = newest
+        lines = lines_of(await call(gateway, "POST", "/api/pull", {"model": "mistral"}))
+        counts = [line["completed"] for line in lines if "digest" in line]
+        assert counts == sorted(set(counts)) and counts[-1] == lines[-4]["total"]
+        digest = newest["mistral:latest"].digest
+        assert {node.models["mistral:latest"].digest for node in gateway.nodes[1:]} == {digest}
+        assert [row["digest"] for row in (await call(gateway, "GET", "/api/tags")).json()["models"]
+                if row["name"] == "mistral:latest"] == [digest]
+
+
+@pytest.mark.parametrize("replicas, names", [(1, ["b"]), (2, ["b", "c"])])
+@over_sockets
+async def test_new_model_is_pulled_by_as_many_nodes_as_asked_and_usable_at_once(replicas, names):
+    async with surface(flags=("--replicas", str(replicas))) as gateway:
+        answer = await call(gateway, "POST", "/api/pull", {"model": "gemma3:4b"})
+        assert lines_of(answer)[-1] == {"status": "success"} and asked_of(gateway, "/api/pull") == names
+        answer = await call(gateway, "POST", "/api/generate", generate("gemma3:4b"))
+        assert answer.status == 200 and answer.fields["x-sollol-node"] in names
+        answer = await call(gateway, "POST", "/api/pull", {"model": "gemma3:4b", "stream": False})
+        assert answer.json() == {"status": "success"}
+
+
+@over_sockets
+async def test_pull_of_one_node_arrives_byte_for_byte_errors_too():
+    lines = [b'{"status":"pulling manifest"}\n', b'{"status": "x",  "odd":1}\n', b'{"status":"success"}\n']
+    for end in (lines[2], b'{"error":"pull model manifest: file does not exist"}\n'):
+        node = ScriptedNode(lambda request, end=end: [chunked(*lines[:2], end), KEEP])
+        async with gateway_for(node) as gateway:
+            answer = await call(gateway, "POST", "/api/pull", {"model": "x"})
+            assert (answer.status, answer.body) == (200, b"".join(lines[:2]) + end)
+
+
+@over_sockets
+async def test_missing_model_is_told_in_band_or_with_its_status():
+    async with surface(flags=("--replicas", "2")) as gateway:
+        lines = lines_of(await call(gateway, "POST", "/api/pull", {"model": "no-such"}))
+        assert lines[0] == {"status": "pulling manifest"} and "success" not in str(lines)
+        assert lines[-1]["error"].count("file does not exist") == 2 and "b: " in lines[-1]["error"]
+        answer = await call(gateway, "POST", "/api/pull", {"model": "no-such", "stream": False})
+        assert answer.status == 500 and "file does not exist" in answer.json()["error"]
+        answer = await call(gateway, "POST", "/api/pull", {"model": " "})
+        assert answer.status == 400
+
+
+@over_sockets
+async def test_blobs_and_create_are_on_one_home_and_the_new_model_is_seen_at_once():
+    async with surface() as gateway:
+        path = f"/api/blobs/sha256:{DIGEST}"
+        assert (await call(gateway, "HEAD", path)).status == 404
+        assert (await call(gateway, "POST", path, b"weights")).status == 201
+        assert (await call(gateway, "HEAD", path)).status == 200
+        body = {"model": "mine", "files": {"x": f"sha256:{DIGEST}"}}
+        lines = lines_of(await call(gateway, "POST", "/api/create", body))
+        assert lines[-1] == {"status": "success"}
+        assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).fields["x-sollol-node"] == "a"
+        lines = lines_of(await call(gateway, "POST", "/api/create", {"model": "his", "from": "mistral"}))
+        assert lines[-1] == {"status": "success"} and "his:latest" in gateway.nodes[1].models
+        answer = await call(gateway, "POST", "/api/create", {"model": "none", "stream": False})
+        assert answer.status == 400 and answer.fields["x-sollol-node"] == "a"
+
+
+def failing(script, models=("llama3.2:latest", "mistral:latest")):
+    """Return a scripted node, named bad, that says it has the same models as the others."""
+    node = ScriptedNode(script, models)
+    node.name, node.line = "bad", "name=bad"
+    node.digests = {name: bench.model_named(name).digest for name in models}
+    return node
+
+
+CHANGED = [("DELETE", "/api/delete", {"model": "mistral"}),
+           ("POST", "/api/copy", {"source": "mistral", "destination": "x"}),
+           ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/pull", {"model": "mistral", "stream": False}),
+           ("POST", "/api/generate", {"model": "mistral", "keep_alive": 0})]
+
+
+@pytest.mark.parametrize("method, path, body", CHANGED, ids=lambda value: str(value)[-12:])
+@pytest.mark.parametrize("script", [
+    [], [b"HTTP/1.1 500"], [b"\x00 garbage\r\n\r\n"],
+    [framed(b'{"error":"disk full"}', b"500 Internal Server Error"), KEEP],
+    [chunked(b'{"status":"pulling manifest"}\n', end=b"")],
+    [chunked(b'{"status":"pulling manifest"}\n', b"no json\n"), KEEP],
+    [100_000.0]], ids=["dies", "dies in the head", "garbage", "error", "dies in the stream", "garbage lines", "hangs"])
+def test_node_that_fails_a_change_is_named_and_nothing_half_done_is_a_success(method, path, body, script):
+    patience_s = 5.0 if script != [100_000.0] else 5 + (
+        sollol.CHANGE_PATIENCE_S if path != "/api/pull" else
+        sollol.SILENT_CHANGE_PATIENCE_S if "stream" in body else sollol.PROGRESS_PATIENCE_S)
+
+    async def run():
+        flags = ("--probe-interval", "600")     # fewer turns of the virtual clock
+        async with surface([*three(), failing(lambda request: script)], flags) as gateway:
+            answer = await asyncio.wait_for(call(gateway, method, path, body), patience_s)
+            told = lines_of(answer)[-1] if answer.status == 200 else answer.json()
+            assert told.keys() == {"error"} and "bad: " in told["error"] and "done on b, c" in told["error"]
+            assert b"success" not in answer.body
+            assert answer.status == 502 or answer.status == 200 and answer.fields["content-type"].endswith("ndjson")
+            assert health(gateway)["inflight"] == 0
+
+    bench.run_virtual(run())
+
+
+@over_sockets
+async def test_client_that_leaves_stops_the_pulls():
+    async with surface(three(speed=1.0)) as gateway:
+        caller = await Caller.to(gateway)
+        caller.writer.write(b"POST /api/pull HTTP/1.1\r\nHost: x\r\nContent-Length: 21\r\n\r\n"
+                            b'{"model":"gemma3:4b"}')
+        await caller.head()
+        assert health(gateway)["inflight"] == 1
+        caller.close()
+        await until(lambda: health(gateway)["inflight"] == 0)
+        await until(lambda: sum(node.aborted for node in gateway.nodes) == 1)
+        assert not any("gemma3:4b" in node.models for node in gateway.nodes)
+
+
+# -----------------------------------------------------------------------------
+# Web pages: CORS
+# -----------------------------------------------------------------------------
+
+@table("origin, allowed", [
+    ("localhost", "http://localhost", True), ("any port", "https://127.0.0.1:3000", True), ("app", "app://x/y", True),
+    ("editor", "vscode-webview://abc", True), ("other", "https://evil.example", False),
+    ("longer host", "http://localhost.evil.example", False), ("null", "null", False),
+    ("own", "http://gw:8000", True), ("own over TLS", "https://gw:8000", True),
+    ("own host, other port", "http://gw", False),
+    ("listed", "https://chat.example", True), ("listed with a star", "https://a.b.example.org", True),
+    ("star needs its end", "https://a.example.org.evil", False), ("upper case", "HTTPS://CHAT.EXAMPLE", False)])
+def test_origins_are_allowed_as_ollama_allows_them(origin, allowed):
+    listed = sollol.LOCAL_ORIGINS + sollol.parse_origins("https://chat.example, https://*.example.org")
+    assert (sollol.origin_lines(origin.encode(), b"gw:8000", listed) is not None) == allowed
+    assert sollol.origin_lines(origin.encode(), b"x", [*listed, "*"]) == [b"Access-Control-Allow-Origin: *"]
+
+
+@pytest.mark.parametrize("method, path, keys", [
+    ("POST", "/api/chat", {"error"}), ("DELETE", "/api/delete", {"error"}), ("POST", "/api/pull", {"error"}),
+    ("POST", "/v1/chat/completions", {"message", "type", "param", "code"}), ("GET", "/v1/models", {"message", "type",
+                                                                                                  "param", "code"}),
+    ("POST", "/v1/messages", {"type", "error"})])
+@over_sockets
+async def test_errors_have_the_shape_of_their_path(method, path, keys):
+    node = bench.SimNode(**FAST)
+    async with gateway_for(node, flags=("--probe-interval", "0.1")) as gateway:
+        node.kill()
+        await until(lambda: health(gateway)["nodes"]["up"] == 0)
+        answer = await call(gateway, method, path, {"model": "m", "messages": [], "max_tokens": 1})
+        assert answer.status == 503 and answer.fields["content-type"] == "application/json"
+        found = answer.json()
+        assert (found["error"] if "code" in keys else found).keys() == keys
+
+
+@over_sockets
+async def test_web_page_gets_its_answers_and_its_preflight_from_the_gateway():
+    async with surface(flags=("--origins", "https://chat.example")) as gateway:
+        origin = {"Origin": "https://chat.example"}
+        answer = await call(gateway, "OPTIONS", "/api/chat", **origin, Access_Control_Request_Method="POST")
+        assert answer.status == 204 and answer.fields["access-control-max-age"] == "43200"
+        assert "POST" in answer.fields["access-control-allow-methods"] and "content-length" not in answer.fields
+        asked = [("GET", "/api/tags", None), ("POST", "/api/generate", generate(stream=True)),
+                 ("POST", "/api/show", {}),
+                 ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/generate", {"priority": 99}),
+                 ("GET", "/nowhere", None), ("DELETE", "/api/delete", {"model": "mistral"})]
+        for method, path, body in asked:
+            answer = await call(gateway, method, path, body, **origin)
+            assert answer.fields["access-control-allow-origin"] == "https://chat.example"
+            assert answer.fields["vary"] == "Origin" and answer.head.lower().count(b"access-control-allow-origin") == 1
+        assert not any(b"origin" in record.head.lower() for node in gateway.nodes for record in node.requests)
+
+
+@over_sockets
+async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node():
+    async with surface() as gateway:
+        before = [len(node.requests) for node in gateway.nodes]
+        for method, path, body in (("GET", "/api/tags", None), ("OPTIONS", "/api/chat", None),
+                                   ("POST", "/api/chat", {"model": "llama3.2", "messages": MESSAGES}),
+                                   ("POST", f"/api/blobs/sha256:{DIGEST}", b"weights")):
+            answer = await call(gateway, method, path, body, Origin="https://evil.example")
+            assert (answer.status, answer.body, answer.fields["content-length"]) == (403, b"", "0")
+            assert "access-control-allow-origin" not in answer.fields
+        assert [len(node.requests) for node in gateway.nodes] == before
+        answer = await call(gateway, "OPTIONS", "/api/chat")
+        assert answer.status == 405
+        for origin in ("http://x", ""):         # the gateway's own Host; none
+            answer = await call(gateway, "GET", "/api/version", Origin=origin)
+            assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
+
+
+# -----------------------------------------------------------------------------
+# Batches of texts to embed
+# -----------------------------------------------------------------------------
+
+@table("count, rates, sizes", [
+    ("one node, short", 100, [1000], [100]), ("one node, long", 3000, [1000], [1000] * 3),
+    ("equal nodes", 1000, [500, 500], [500, 500]), ("in proportion", 1000, [750, 250], [750, 250]),
+    ("in shares of a second", 1000, [300, 100], [375, 125, 375, 125]), ("uneven", 10, [8, 8, 8], [10]),
+    ("few texts", 20, [10, 10, 10], [10, 10]), ("too slow for a share", 1000, [1000, 1], [1000]),
+    ("short work is not cut", 50, [1000, 1000], [50]), ("rounding loses none", 1000, [333, 333, 333], [333, 334, 333]),
+])
+def test_batch_is_cut_in_proportion_to_speed(count, rates, sizes):
+    assert sollol.share_sizes(count, rates) == sizes and sum(sizes) == count
+
+
+def test_answers_of_shares_become_one():
+    one = sollol.cut_answer(b'{"model":"m","embeddings":[[1,2.50],[3]],"total_duration":9,"prompt_eval_count":5}', 2)
+    two = sollol.cut_answer(b'{"model":"m","embeddings":[[4]],"total_duration":7,"prompt_eval_count":6}', 1)
+    assert sollol.joined([one, two], [2, 1], 1.5) == (
+        b'{"model":"m","embeddings":[[1,2.50],[3],[4]],"total_duration":1500000000,"prompt_eval_count":11}')
+    one = sollol.cut_answer(b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1}],'
+                            b'"usage":{"prompt_tokens":2,"total_tokens":3}}', 2)
+    two = sollol.cut_answer(b'{"data":[{"embedding":"BB=","index":0}],"usage":{"prompt_tokens":4,"total_tokens":4}}', 1)
+    assert sollol.joined([one, two], [2, 1], 1.0) == (
+        b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1},{"embedding":"BB=","index":2}],'
+        b'"usage":{"prompt_tokens":6,"total_tokens":7}}')
+
+
+@listed("body", [b"", b"{}", b'{"error":"x"}', b'{"embeddings":[]}', b'{"embeddings":[[1]]}', b'{"embeddings":null}',
+                 b'{"embeddings":[[1],[2]', b'{"data":[{"embedding":[1]},{"embedding":[2]}]}', b"\x00[[1],[2]]"])
+def test_what_is_no_answer_to_a_share_is_garbage(body):
+    with pytest.raises(sollol.NodeFailure):
+        sollol.cut_answer(body, 2)
+
+
+TEXTS = [f"text {number} " + "x" * 1500 for number in range(1000)]
+
+
+def embedders(count=3, hardware="m2", slow=(), **more):
+    """Return nodes with an embedding model in memory."""
+    nodes = [bench.SimNode("cpu" if name in slow else hardware, ("nomic-embed-text",), name=name, **{
+        "loaded": ("nomic-embed-text",), **more}) for name in "abcde"[:count]]
+    for node in nodes:
+        node.line = f"name={node.name}"
+    return nodes
+
+
+async def embed_timed(gateway, texts=TEXTS, path="/api/embed", **more):
+    """Return (answer, seconds) of a batch."""
+    started_s = gateway.loop.time()
+    answer = await call(gateway, "POST", path, {"model": "nomic-embed-text", "input": texts, **more})
+    return answer, gateway.loop.time() - started_s
+
+
+def expected_vectors(texts):
+    return [bench.embedded(bench.model_named("nomic-embed-text"), text) for text in texts]
+
+
+@pytest.mark.parametrize("count, least", [(2, 1.7), (3, 2.5), (5, 3.8)])
+def test_n_nodes_embed_a_long_list_about_n_times_as_fast(count, least):
+    async def run():
+        async with surface(embedders(1)) as gateway:
+            one, one_s = await embed_timed(gateway)
+        async with surface(embedders(count)) as gateway:
+            await embed_timed(gateway, TEXTS[:200])
+            many, many_s = await embed_timed(gateway)
+            assert one_s / many_s > least
+            assert many.json()["embeddings"] == one.json()["embeddings"] == expected_vectors(TEXTS)
+            assert many.json()["prompt_eval_count"] == one.json()["prompt_eval_count"]
+            assert many.fields["x-sollol-node"] == ",".join("abcde"[:count])
+
+    bench.run_virtual(run())
+
+
+def test_unequal_nodes_take_shares_in_proportion_to_what_was_learned():
+    async def run():
+        nodes = [*embedders(2, "rtx4090"), *embedders(3, "m2")[2:]]
+        async with surface(nodes) as gateway:
+            for _ in range(3):
+                await embed_timed(gateway)
+            before = [sum(it.body.count(b"text ") for it in node.requests) for node in nodes]
+            _, taken_s = await embed_timed(gateway)
+            taken = [sum(it.body.count(b"text ") for it in node.requests) - had
+                     for node, had in zip(nodes, before, strict=True)]
+            speeds = [node.engine.hardware.prefill_tok_s for node in nodes]
+            assert sum(taken) == 1000
+            for count, speed in zip(taken, speeds, strict=True):
+                assert abs(count / 1000 - speed / sum(speeds)) < 0.1
+
+    bench.run_virtual(run())
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+@over_sockets
+async def test_openai_batch_is_one_list_in_order(encoding):
+    async with surface(embedders(3, speed=20.0)) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:300], "/v1/embeddings", encoding_format=encoding)
+        found = answer.json()
+        assert [row["index"] for row in found["data"]] == list(range(300))
+        vectors = expected_vectors(TEXTS[:300])
+        assert [row["embedding"] for row in found["data"]] == (
+            vectors if encoding == "float" else list(map(bench.floats_in_base64, vectors)))
+        tokens = sum(map(bench.token_count, TEXTS[:300]))
+        assert found["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+        assert answer.fields["x-sollol-node"] == "a,b,c"
+
+
+@over_sockets
+async def test_short_list_and_switched_off_splitting_pass_byte_for_byte():
+    for texts, flags in ((TEXTS[:9], ()), (TEXTS[:300], ("--no-split-embed",))):
+        async with surface(embedders(3, speed=20.0), flags) as gateway:
+            answer, _ = await embed_timed(gateway, texts)
+            body = json.dumps({"model": "nomic-embed-text", "input": texts}).encode()
+            assert answer.json()["embeddings"] == expected_vectors(texts)
+            assert [it.body for node in gateway.nodes for it in node.requests if it.path == "/api/embed"] == [body]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+@over_sockets
+async def test_share_that_fails_moves_to_another_node(status):
+    nodes = embedders(3, speed=20.0)
+    async with surface(nodes) as gateway:
+        nodes[1].fail(status)
+        answer, _ = await embed_timed(gateway, TEXTS[:300])
+        assert answer.status == 200 and answer.json()["embeddings"] == expected_vectors(TEXTS[:300])
+        assert any(it.status == status for it in nodes[1].requests) and answer.fields["x-sollol-node"] == "a,c"
+
+
+@over_sockets
+async def test_share_of_a_node_that_dies_moves_to_another_one():
+    nodes = embedders(3, speed=20.0)
+    async with surface(nodes) as gateway:
+        task = asyncio.create_task(embed_timed(gateway, TEXTS))
+        await until(lambda: nodes[2].in_flight)
+        nodes[2].kill()
+        assert (await task)[0].json()["embeddings"] == expected_vectors(TEXTS)
+        assert nodes[2].aborted == 1
+
+
+@over_sockets
+async def test_garbage_for_a_share_moves_it_too():
+    bad = ScriptedNode(lambda request: [framed(b'{"embeddings":[[1]]}'), KEEP], ("nomic-embed-text:latest",))
+    bad.name, bad.line = "bad", "name=bad"
+    bad.digests = {"nomic-embed-text:latest": bench.model_named("nomic-embed-text").digest}
+    async with surface([bad, *embedders(2, loaded=(), speed=20.0)]) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:300])
+        assert answer.json()["embeddings"] == expected_vectors(TEXTS[:300]) and bad.requests
+
+
+@over_sockets
+async def test_nodes_with_another_version_of_the_model_take_no_share():
+    nodes = embedders(4, speed=20.0)
+    for node in (nodes[1], nodes[3]):
+        newer(node, "nomic-embed-text", "v2", 60.0)
+    nodes[3].models["nomic-embed-text:latest"] = nodes[0].models["nomic-embed-text:latest"]
+    async with surface(nodes) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:400])
+        assert answer.json()["embeddings"] == expected_vectors(TEXTS[:400])
+        assert asked_of(gateway, "/api/embed") == ["a", "c", "d"]
+
+
+@over_sockets
+async def test_refused_batch_gets_the_nodes_own_refusal():
+    async with surface(embedders(3, speed=20.0)) as gateway:
+        answer, _ = await embed_timed(gateway, TEXTS[:300], options={"num_ctx": "many"})
+        assert answer.status == 400 and "num_ctx" in answer.json()["error"]
+        await until(lambda: health(gateway)["inflight"] == health(gateway)["queued"] == 0)
+        answer = await call(gateway, "POST", "/api/embed", {"model": "nobodys", "input": TEXTS[:100]})
+        assert answer.status == 404 and "try pulling it first" in answer.json()["error"]
+
+
+@over_sockets
+async def test_client_that_leaves_ends_its_shares():
+    async with surface(embedders(2)) as gateway:
+        caller = await Caller.to(gateway)
+        task = asyncio.create_task(caller.ask("POST", "/api/embed", {"model": "nomic-embed-text", "input": TEXTS}))
+        await until(lambda: health(gateway)["inflight"] == 2)
+        caller.close()
+        await until(lambda: health(gateway)["inflight"] == health(gateway)["queued"] == 0)
+        await asyncio.gather(task, return_exceptions=True)
+        assert not gateway.dispatcher.fair.active
+
+
+def test_long_batch_lets_others_pass():
+    async def run():
+        async with surface(embedders(2)) as gateway:
+            await embed_timed(gateway, TEXTS[:200])
+            batch = asyncio.create_task(embed_timed(gateway))
+            await until(lambda: health(gateway)["inflight"] == 2)
+            started_s = gateway.loop.time()
+            for _ in range(3):
+                assert (await embed_timed(gateway, "short"))[0].status == 200
+            assert (gateway.loop.time() - started_s) / 3 < 2.5 * sollol.SHARE_S
+            assert not batch.done()
+            await batch
+
+    bench.run_virtual(run())
+
+
+# -----------------------------------------------------------------------------
+# The README's table of routes, row by row
+# -----------------------------------------------------------------------------
+
+MISTRAL = {"model": "mistral", "stream": False, "max_tokens": 3, "prompt": "hi <out=3>", "messages": MESSAGES,
+           "input": "hi <out=3>"}
+NOMIC = {"model": "nomic-embed-text", "input": "hi", "prompt": "hi"}
+BLOB = f"/api/blobs/sha256:{hashlib.sha256(b'weights').hexdigest()}"
+
+# Method and path: what is asked, the status, what is in the answer, and which node or nodes give it; None: none does.
+SURFACE = {
+    ("GET", "/"): ("/", None, 200, "Ollama is running", None),
+    ("HEAD", "/"): ("/", None, 200, "", None),
+    ("GET", "/api/health"): ("/api/health", None, 200, '"up":3', None),
+    ("HEAD", "/api/health"): ("/api/health", None, 200, "", None),
+    ("GET", "/api/stats"): ("/api/stats", None, 200, '"nodes":', None),
+    ("HEAD", "/api/stats"): ("/api/stats", None, 200, "", None),
+    ("GET", "/api/version"): ("/api/version", None, 200, '"0.9.1"', None),
+    ("HEAD", "/api/version"): ("/api/version", None, 200, "", None),
+    ("GET", "/api/tags"): ("/api/tags", None, 200, "qwen3:14b mistral:latest nomic-embed-text:latest", None),
+    ("HEAD", "/api/tags"): ("/api/tags", None, 200, "", None),
+    ("GET", "/api/ps"): ("/api/ps", None, 200, "mistral:latest", None),
+    ("GET", "/api/status"): ("/api/status", None, 200, '"disabled":false', None),
+    ("GET", "/v1/models"): ("/v1/models", None, 200, "qwen3:14b mistral:latest nomic-embed-text:latest", None),
+    ("POST", "/api/generate"): ("/api/generate", MISTRAL, 200, '"done_reason":"stop"', "b"),
+    ("POST", "/api/chat"): ("/api/chat", MISTRAL, 200, '"done_reason":"stop"', "b"),
+    ("POST", "/api/embed"): ("/api/embed", NOMIC, 200, '"embeddings":', "c"),
+    ("POST", "/api/embeddings"): ("/api/embeddings", NOMIC, 200, '"embedding":', "c"),
+    ("POST", "/v1/completions"): ("/v1/completions", MISTRAL, 200, '"text_completion"', "b"),
+    ("POST", "/v1/chat/completions"): ("/v1/chat/completions", MISTRAL, 200, '"chat.completion"', "b"),
+    ("POST", "/v1/responses"): ("/v1/responses", MISTRAL, 200, '"object":"response"', "b"),
+    ("POST", "/v1/embeddings"): ("/v1/embeddings", NOMIC, 200, '"object":"embedding"', "c"),
+    ("POST", "/v1/messages"): ("/v1/messages", MISTRAL, 200, '"type":"message"', "b"),
+    ("POST", "/v1/audio/transcriptions"): ("/v1/audio/transcriptions", form(model="mistral", file="RIFF")[0], 200,
+                                           "4 bytes of speech", "b"),
+    ("POST", "/api/show"): ("/api/show", {"model": "qwen3:14b"}, 200, '"model_info":', "a"),
+    ("GET", "/v1/models/"): ("/v1/models/qwen3:14b", None, 200, '"object":"model"', "a"),
+    ("POST", "/api/pull"): ("/api/pull", {"model": "mistral"}, 200, '{"status":"success"}', "b,c"),
+    ("POST", "/api/copy"): ("/api/copy", {"source": "mistral", "destination": "x"}, 200, "", "b,c"),
+    ("DELETE", "/api/delete"): ("/api/delete", {"model": "mistral"}, 200, "", "b,c"),
+    ("HEAD", "/api/blobs/"): (BLOB, None, 404, "", "a"),
+    ("POST", "/api/blobs/"): (BLOB, b"weights", 201, "", "a"),
+    ("POST", "/api/create"): ("/api/create", {"model": "x", "from": "qwen3:14b"}, 200, '{"status":"success"}', "a"),
+    ("POST", "/api/push"): ("/api/push", {"model": "llama3.2"}, 200, '{"status":"success"}', "a"),
+    ("POST", "/api/me"): ("/api/me", {}, 200, '"name":"a"', "a"),
+    ("POST", "/api/signout"): ("/api/signout", {}, 200, "", "a"),
+    ("DELETE", "/api/user/keys/"): ("/api/user/keys/abc", None, 200, "", "a"),
+    ("POST", "/api/experimental/web_search"): ("/api/experimental/web_search", {"query": "x"}, 200, "llama.example",
+                                               "a"),
+    ("POST", "/api/experimental/web_fetch"): ("/api/experimental/web_fetch", {"url": "x"}, 200, "llama.example", "a"),
+    ("GET", "/api/experimental/model-recommendations"): ("/api/experimental/model-recommendations", None, 200,
+                                                         "llama.example", "a"),
+}
+
+
+@pytest.mark.parametrize("row", list(sollol.ROUTES), ids=" ".join)
+@over_sockets
+async def test_route_does_what_its_row_says(row):
+    nodes = three(speed=1000.0)
+    nodes[1].version = "0.9.1"
+    nodes[1]._loaded = ("mistral",)
+    for node in nodes:
+        node.account = node.name
+    path, body, status, part, names = SURFACE[row]
+    async with surface(nodes) as gateway:
+        fields = {"Content_Type": form()[1]} if path.endswith("transcriptions") else {}
+        answer = await call(gateway, row[0], path, body, **fields)
+        assert (answer.status, answer.fields.get("x-sollol-node")) == (status, names)
+        assert all(word in answer.body.decode() for word in part.split(" ")) and bool(answer.body) == bool(part)
+        if names:
+            assert asked_of(gateway, path, row[0]) == names.split(",")
+
+
+def test_readme_lists_every_route_and_what_is_done_with_it():
+    text = (HERE / "README.md").read_text()
+    listed = {(method, path, where)
+              for methods, paths, where in re.findall(r"^\| `([A-Z ]+)` \| (`/.*?`) \| ([a-z, ]+) \|", text, re.M)
+              for method in methods.split() for path in re.findall(r"`(.+?)`", paths)}
+    assert listed == {(method, path, route.where.value) for (method, path), route in sollol.ROUTES.items()}
+
+
+# -----------------------------------------------------------------------------
+# What well-known programs send, at their start and in use
+#
+# Recorded from langchain-ollama, llama-index and litellm; that of Open WebUI, aider and the ollama command line is
+# written after their sources. The heads are theirs, field for field.
+# -----------------------------------------------------------------------------
+
+PYTHON_HEAD = """\
+Accept-Encoding: gzip, deflate, zstd
+Connection: keep-alive
+content-type: application/json
+accept: application/json
+user-agent: ollama-python/0.6.3 (x86_64 linux) Python/3.11.7"""
+LITELLM_HEAD = """\
+Accept: */*
+Accept-Encoding: gzip, deflate, zstd
+Connection: keep-alive
+User-Agent: litellm/1.110.2"""
+WEBUI_HEAD = """\
+Content-Type: application/json
+X-OpenWebUI-User-Name: Ada%20L
+X-OpenWebUI-User-Role: admin
+Accept: */*
+Accept-Encoding: gzip, deflate, br
+User-Agent: Python/3.11 aiohttp/3.12.15"""
+GO_HEAD = """\
+User-Agent: ollama/0.33.0 (amd64 linux) Go/go1.24.1
+Accept: application/json
+Content-Type: application/json
+Accept-Encoding: gzip"""
+GO_STREAM_HEAD = GO_HEAD.replace("application/json\nContent", "application/x-ndjson\nContent")
+SAID = '[{"role":"user","content":"hi <out=3>"}]'
+
+# Program: [(head, request, body, what the answer holds)]
+PROGRAMS = {
+    "LangChain": [
+        (PYTHON_HEAD, "GET /api/tags", "", '"models":['),
+        (PYTHON_HEAD, "POST /api/chat",
+         '{"model":"llama3.2","stream":true,"options":{"temperature":0.0},"messages":%s,"tools":[]}' % SAID,
+         '"done":true'),
+        (PYTHON_HEAD, "POST /api/generate",
+         '{"model":"llama3.2","stream":true,"options":{},"format":"","prompt":"hi <out=3>"}', '"done":true'),
+        (PYTHON_HEAD, "POST /api/embed",
+         '{"model":"nomic-embed-text","input":["one","two"],"options":{"mirostat":null,"mirostat_eta":null,'
+         '"mirostat_tau":null,"num_ctx":null,"num_gpu":null,"num_thread":null,"repeat_last_n":null,"stop":null}}',
+         '"embeddings":[['),
+    ],
+    "LlamaIndex": [
+        (PYTHON_HEAD, "POST /api/show", '{"model":"llama3.2"}', '"model_info":'),
+        (PYTHON_HEAD, "POST /api/chat",
+         '{"model":"llama3.2","stream":false,"options":{"temperature":null,"num_ctx":3900},"messages":%s,"tools":[]}'
+         % SAID, '"done":true'),
+        (PYTHON_HEAD, "POST /api/embed", '{"model":"nomic-embed-text","input":["one","two"],"options":{}}',
+         '"embeddings":[['),
+    ],
+    "litellm": [
+        (LITELLM_HEAD + "\nContent-Type: application/json", "POST /api/show", '{"name":"llama3.2"}', '"model_info":'),
+        (LITELLM_HEAD, "POST /api/generate", '{"model": "llama3.2", "prompt": "### User:\\nhi <out=3>\\n\\n", '
+         '"options": {}, "stream": true, "images": []}', '"done":true'),
+        (LITELLM_HEAD + "\nContent-Type: application/json", "POST /api/embed",
+         '{"model":"nomic-embed-text","input":["one","two"]}', '"embeddings":[['),
+    ],
+    "aider": [
+        (LITELLM_HEAD + "\nContent-Type: application/json", "POST /api/show", '{"name":"llama3.2"}', '"model_info":'),
+        (LITELLM_HEAD, "POST /api/chat", '{"model": "llama3.2", "messages": [{"role": "system", "content": "Act as an '
+         'expert software developer."}, {"role": "user", "content": "hi <out=3>", "images": []}], '
+         '"options": {"num_ctx": 9017, "temperature": 0}, "stream": true}', '"done":true'),
+    ],
+    "Open WebUI": [
+        (WEBUI_HEAD, "GET /api/version", "", '"version":"'),
+        (WEBUI_HEAD, "GET /api/tags", "", '"model":"mistral:latest"'),
+        (WEBUI_HEAD, "GET /api/ps", "", '"models":['),
+        (WEBUI_HEAD, "POST /api/chat", '{"model": "mistral:latest", "messages": %s, "options": {}, "stream": true, '
+         '"keep_alive": "5m"}' % SAID, '"done":true'),
+        (WEBUI_HEAD, "POST /api/embed", '{"input": ["one", "two"], "model": "nomic-embed-text:latest"}',
+         '"embeddings":[['),
+        (WEBUI_HEAD, "POST /api/pull", '{"model": "mistral"}', '{"status":"success"}'),
+        (WEBUI_HEAD, "POST /api/generate", '{"model": "mistral:latest", "keep_alive": 0, "prompt": ""}',
+         '"done_reason":"unload"'),
+        (WEBUI_HEAD, "GET /v1/models", "", '"object":"list"'),
+        (WEBUI_HEAD, "DELETE /api/delete", '{"model": "mistral:latest"}', ""),
+    ],
+    "ollama": [
+        (GO_HEAD, "HEAD /", "", ""),
+        (GO_HEAD, "GET /api/status", "", '"cloud":'),
+        (GO_HEAD, "POST /api/show?ts=1767225600", '{"model":"llama3.2","system":"","template":"","verbose":false,'
+         '"options":null,"name":"llama3.2"}', '"capabilities":["completion"]'),
+        (GO_STREAM_HEAD, "POST /api/generate", '{"model":"llama3.2","prompt":"","suffix":"","system":"","template":"",'
+         '"keep_alive":null,"options":null,"think":null}', '"done_reason":"load"'),
+        (GO_STREAM_HEAD, "POST /api/chat", '{"model":"llama3.2","messages":%s,"format":"","options":{}}' % SAID,
+         '"done":true'),
+        (GO_HEAD, "GET /api/ps", "", '"name":"llama3.2:latest"'),
+        (GO_STREAM_HEAD, "POST /api/generate", '{"model":"llama3.2","prompt":"","suffix":"","system":"","template":"",'
+         '"keep_alive":0,"options":null}', '"done_reason":"unload"'),
+        (GO_STREAM_HEAD, "POST /api/pull",
+         '{"model":"mistral","insecure":false,"username":"","password":"","name":"mistral"}', '{"status":"success"}'),
+        (GO_HEAD, "POST /api/copy", '{"source":"mistral","destination":"mine"}', ""),
+        (GO_HEAD, "GET /api/tags", "", '"name":"mine:latest"'),
+        (GO_STREAM_HEAD, "POST /api/generate", '{"model":"mine","prompt":"","keep_alive":0}', '"done_reason":"unload"'),
+        (GO_HEAD, "DELETE /api/delete", '{"model":"mine","name":"mine"}', ""),
+        (GO_HEAD, "HEAD " + BLOB, "", None),
+        (GO_HEAD.replace("json\nAccept-", "octet-stream\nAccept-"), "POST " + BLOB, "weights", ""),
+        (GO_HEAD, "HEAD " + BLOB, "", ""),
+        (GO_STREAM_HEAD, "POST /api/create", '{"model":"her","files":{"w.gguf":"%s"},"stream":true,"name":"her"}'
+         % BLOB.rpartition("/")[2], '{"status":"success"}'),
+        (GO_HEAD, "POST /api/me", "", None),
+    ],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@over_sockets
+async def test_programs_find_one_ollama(program):
+    async with surface(three(speed=200.0)) as gateway:
+        caller = await Caller.to(gateway)
+        for fields, request, body, part in PROGRAMS[program]:
+            upload = request.startswith("POST " + BLOB)
+            framing = "Transfer-Encoding: chunked\n" if upload else f"Content-Length: {len(body)}\n" if body else ""
+            lines = f"{request} HTTP/1.1\nHost: localhost:8000\n{framing}{fields}\n\n".replace("\n", "\r\n").encode()
+            sent = sollol.chunk(body.encode()) + sollol.LAST_CHUNK if upload else body.encode()
+            caller.writer.write(lines + sent)
+            answer = await caller.answer(request.split(" ")[0])
+            assert answer.status == (201 if upload else 200 if part is not None else 404 if "blobs" in request else 401)
+            assert (part or "").encode() in answer.body
+            if answer.fields.get("x-sollol-node") and body and not upload:
+                record = [node for node in gateway.nodes if node.name in answer.fields["x-sollol-node"]][0].requests
+                assert any(it.body == body.encode() for it in record)
+        caller.close()
+
+
+# -----------------------------------------------------------------------------
 # Log, reload, drain, and the program as a process
 # -----------------------------------------------------------------------------
 
@@ -3090,7 +4010,7 @@ def test_service_manager_is_told_ready_and_stopping(tmp_path):
 # Official clients
 # -----------------------------------------------------------------------------
 
-@contextlib.contextmanager
+@pytest.fixture(scope="module")
 def cluster_url():
     """Run three simulated nodes and a gateway as processes; yield the gateway's URL."""
     with program("bench.py", "--nodes", 3, "--port", 0, "--speed", 20) as nodes:
@@ -3099,37 +4019,146 @@ def cluster_url():
             yield read_until(gateway, r"event=start .*url=(\S+)")[1]
 
 
-def test_official_ollama_client():
+def test_official_ollama_client_asks_models(cluster_url):
     ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
-    with cluster_url() as url:
-        client = ollama.Client(url)
-        messages = [{"role": "user", "content": "hi <out=4>"}]
-        assert client.chat("llama3.2", messages).message.content
-        parts = list(client.chat("llama3.2", messages, stream=True))
-        assert parts[-1].done and parts[-1].eval_count == 4
-        assert client.generate("llama3.2", "hi <out=4>").response
-        assert list(client.generate("llama3.2", "hi <out=4>", stream=True))[-1].done
-        assert len(client.embed("nomic-embed-text", ["one", "two"]).embeddings) == 2
-        assert "llama3.2:latest" in [model.model for model in client.list().models]
-        assert "llama3.2:latest" in [model.model for model in client.ps().models]
-        assert client.show("llama3.2").details
-        with pytest.raises(ollama.ResponseError, match="not found"):
-            client.chat("no-such-model", messages)
+    client = ollama.Client(cluster_url)
+    assert client.chat("llama3.2", MESSAGES).message.content
+    parts = list(client.chat("llama3.2", MESSAGES, stream=True))
+    assert parts[-1].done and parts[-1].eval_count == 3
+    assert client.generate("llama3.2", "hi <out=4>").response
+    assert list(client.generate("llama3.2", "hi <out=4>", stream=True))[-1].done
+    assert client.embed("nomic-embed-text", "one").embeddings == [expected_vectors(["one"])[0]]
+    assert client.embed("nomic-embed-text", TEXTS[:100]).embeddings == expected_vectors(TEXTS[:100])
+    assert client.embeddings("nomic-embed-text", "one").embedding
+    assert "llama3.2:latest" in [model.model for model in client.ps().models]
+    assert client.generate("llama3.2", "", keep_alive=0).done_reason == "unload"
+    assert "llama3.2:latest" not in [model.model for model in client.ps().models]
+    for ask in (lambda: client.chat("no-such-model", MESSAGES),
+                lambda: list(client.chat("no-such-model", MESSAGES, stream=True)),
+                lambda: client.embed("no-such-model", "x"), lambda: client.generate("no-such-model", "x")):
+        with pytest.raises(ollama.ResponseError, match="not found") as caught:
+            ask()
+        assert caught.value.status_code == 404
 
 
-def test_official_openai_client():
+def test_official_ollama_client_changes_models(cluster_url, tmp_path):
+    ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
+    client = ollama.Client(cluster_url)
+
+    def listed():
+        return {model.model for model in client.list().models}
+
+    assert client.pull("phi4:14b").status == "success" and "phi4:14b" in listed()
+    found = [part.status for part in client.pull("llama3.1:8b", stream=True)]
+    assert found[0] == "pulling manifest" and found.count("success") == 1 == found[-1:].count("success")
+    assert client.show("phi4:14b").details
+    assert client.copy("phi4:14b", "mine").status == "success" and "mine:latest" in listed()
+    assert client.create("his", from_="phi4:14b").status == "success" and "his:latest" in listed()
+    weights = tmp_path / "weights.gguf"
+    weights.write_bytes(os.urandom(2**20))
+    digest = client.create_blob(weights)
+    parts = list(client.create("her", files={"weights.gguf": digest}, stream=True))
+    assert parts[-1].status == "success" and client.show("her").modelfile
+    for model in ("phi4:14b", "mine", "his", "her"):
+        assert client.delete(model).status == "success"
+    assert not listed() & {"phi4:14b", "mine:latest", "his:latest", "her:latest"}
+    for change in (lambda: client.delete("mine"), lambda: client.copy("mine", "x"), lambda: client.show("mine"),
+                   lambda: client.pull("no-such"), lambda: list(client.pull("no-such", stream=True)),
+                   lambda: client.create("x")):
+        with pytest.raises(ollama.ResponseError):
+            change()
+
+
+def test_official_ollama_client_without_waiting(cluster_url, tmp_path):
+    ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
+    weights = tmp_path / "weights.gguf"
+    weights.write_bytes(os.urandom(2**20))
+
+    async def run():
+        client = ollama.AsyncClient(cluster_url)
+        answers = await asyncio.gather(*(client.chat("llama3.2", MESSAGES) for _ in range(8)))
+        assert len({answer.message.content for answer in answers}) == 1
+        assert [part async for part in await client.chat("llama3.2", MESSAGES, stream=True)][-1].done
+        assert (await client.create_blob(weights)).startswith("sha256:")        # in chunks
+
+    asyncio.run(run())
+
+
+def test_official_openai_client(cluster_url):
     openai = pytest.importorskip("openai", reason="PyPI openai is not installed")
-    with cluster_url() as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-        messages = [{"role": "user", "content": "hi <out=4>"}]
-        assert client.chat.completions.create(model="llama3.2", messages=messages).usage.completion_tokens == 4
-        stream = client.chat.completions.create(model="llama3.2", messages=messages, stream=True)
-        assert "".join(part.choices[0].delta.content or "" for part in stream)
-        assert client.completions.create(model="llama3.2", prompt="hi <out=4>").choices[0].text
-        assert len(client.embeddings.create(model="nomic-embed-text", input=["one"]).data) == 1
-        assert "llama3.2:latest" in [model.id for model in client.models.list()]
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="no-such-model", messages=messages)
+    client = openai.OpenAI(base_url=f"{cluster_url}/v1", api_key="unused", max_retries=0)
+    assert client.chat.completions.create(model="llama3.2", messages=MESSAGES).usage.completion_tokens == 3
+    stream = client.chat.completions.create(model="llama3.2", messages=MESSAGES, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in stream)
+    assert client.completions.create(model="llama3.2", prompt="hi <out=4>").choices[0].text
+    texts = TEXTS[:100]
+    found = client.embeddings.create(model="nomic-embed-text", input=texts)
+    assert [row.index for row in found.data] == list(range(100))
+    for row, vector in zip(found.data, expected_vectors(texts), strict=True):
+        assert row.embedding == pytest.approx(vector)
+    assert "llama3.2:latest" in [model.id for model in client.models.list()]
+    assert client.models.retrieve("qwen3:14b").id == "qwen3:14b"
+    assert client.responses.create(model="llama3.2", input="hi <out=3>").output_text
+    events = list(client.responses.create(model="llama3.2", input="hi <out=3>", stream=True))
+    assert events[-1].type == "response.completed" and events[-1].response.usage.output_tokens == 3
+    for ask in (lambda: client.chat.completions.create(model="no-such-model", messages=MESSAGES),
+                lambda: client.embeddings.create(model="no-such-model", input=texts),
+                lambda: client.responses.create(model="no-such-model", input="hi", stream=True)):
+        with pytest.raises(openai.NotFoundError, match="not found"):
+            ask()
+
+
+def test_official_anthropic_client(cluster_url):
+    anthropic = pytest.importorskip("anthropic", reason="PyPI anthropic is not installed")
+    client = anthropic.Anthropic(base_url=cluster_url, api_key="unused", max_retries=0)
+    asked = {"model": "llama3.2", "max_tokens": 50, "messages": MESSAGES}
+    whole = client.messages.create(**asked)
+    assert whole.content[0].text and whole.usage.output_tokens == 3
+    with client.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        assert stream.get_final_message().stop_reason == "end_turn"
+    with pytest.raises(anthropic.NotFoundError, match="not found"):
+        client.messages.create(**{**asked, "model": "no-such-model"})
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(**{**asked, "max_tokens": 0})
+
+
+OLLAMA_JS = """
+const { Ollama } = require("ollama");
+(async () => {
+  const client = new Ollama({ host: process.argv[1] }), messages = [{ role: "user", content: "hi <out=3>" }];
+  const said = (await client.chat({ model: "llama3.2", messages })).message.content;
+  let streamed = "", last;
+  for await (const part of await client.chat({ model: "llama3.2", messages, stream: true })) {
+    streamed += part.message.content; last = part;
+  }
+  const pulled = [];
+  for await (const part of await client.pull({ model: "mistral", stream: true })) pulled.push(part.status);
+  await client.copy({ source: "mistral", destination: "js" });
+  const names = (await client.list()).models.map((model) => model.name);
+  await client.delete({ model: "js" });
+  const error = await client.show({ model: "js" }).catch((error) => error.message);
+  const vectors = (await client.embed({ model: "nomic-embed-text", input: ["a", "b"] })).embeddings.length;
+  console.log(JSON.stringify({ same: said === streamed, done: last.done, pulled, names, error, vectors }));
+})();
+"""
+
+
+def test_official_javascript_client(cluster_url):
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("node is not installed")
+    paths = [os.environ.get("NODE_PATH", ""), str(HERE / ".venv" / "npm" / "node_modules")]
+    environ = {**os.environ, "NODE_PATH": os.pathsep.join(paths)}
+    run = functools.partial(subprocess.run, env=environ, capture_output=True, text=True, timeout=60)
+    if run([node, "-e", "require.resolve('ollama')"]).returncode:
+        pytest.skip("npm ollama is not installed")
+    done = run([node, "-e", OLLAMA_JS, cluster_url])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same"] and found["done"] and found["vectors"] == 2
+    assert found["pulled"][-1] == "success" and found["pulled"].count("success") == 1
+    assert "js:latest" in found["names"] and "not found" in found["error"]
 
 
 # -----------------------------------------------------------------------------
