@@ -2037,6 +2037,7 @@ class Run(NamedTuple):
     policy: str
     samples: list
     elapsed_s: float
+    ratios: sollol.Ratios | None = None     # actual over predicted times, where the gateway runs in this process
 
 
 def cluster_nodes(scenario, seed):
@@ -2118,7 +2119,8 @@ async def run_policy(scenario, policy, seed):
     async with running_nodes(scenario, seed) as nodes:
         gateway = await start_gateway(policy, nodes, seed)
         try:
-            return await run_works(scenario, policy, seed, gateway.address, nodes)
+            run = await run_works(scenario, policy, seed, gateway.address, nodes)
+            return run._replace(ratios=gateway.dispatcher.ratios)
         finally:
             await gateway.stop()
 
@@ -4370,6 +4372,10 @@ def remarks(scenario, runs, bound):
     if bound:
         notes.append(f"At the nodes' nominal speed no scheduler can bring the mean below {bound:.2f} s here; "
                      f"SOLLOL is {change(mine.mean_s, bound)} from that.")
+    if runs[-1].policy == SOLLOL and runs[-1].ratios and runs[-1].ratios.steps:
+        middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
+        notes.append("From sending to finish SOLLOL's requests took "
+                     f"x{middle:.2f} (median) and x{most:.2f} (P90) of what was predicted.")
     if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
         notes.append("These nodes are equal: there is little to gain by choosing among them.")
     return notes

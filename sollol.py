@@ -96,6 +96,7 @@ SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengt
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
+ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
@@ -1030,6 +1031,9 @@ class Runner:
     samples: int = 0                # behind those two
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
+    bias: float = 0.0               # EWMA of ln(actual / predicted time) of its answers
+    error: float = 0.0              # EWMA of the absolute value of that
+    judged: int = 0                 # answers behind those two
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
@@ -1175,6 +1179,29 @@ class OutputLengths:
         bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
         bucket[1] += 1
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
+
+
+class Ratios:
+    """Count actual over predicted times, in steps of 5 %: sums and shares of any bounds can be had from it later."""
+
+    STEP = math.log(1.05)
+    MOST = 200                      # steps; what is 17,000 times off counts as that
+
+    def __init__(self):
+        self.steps = collections.Counter()
+
+    def learn(self, log_ratio):
+        """Count a ratio, given as its logarithm."""
+        self.steps[min(max(round(log_ratio / self.STEP), -self.MOST), self.MOST)] += 1
+
+    def share(self, share):
+        """Return the ratio that so many of them do not exceed, within 2.5 %; None without any."""
+        rank = max(1, math.ceil(share * self.steps.total()))
+        for step in sorted(self.steps):
+            rank -= self.steps[step]
+            if rank <= 0:
+                return math.exp(step * self.STEP)
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -1536,6 +1563,7 @@ class Dispatcher:
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
+        self.ratios = Ratios()      # of all answers
         self.picks = itertools.count()      # made by a plain policy so far
         self.seq = itertools.count()
 
@@ -1860,6 +1888,7 @@ class Dispatcher:
             return
         runner.breaker.succeed()
         node.latencies_s.append(took_s)
+        self.judge_prediction(lease, took_s)
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
         if timings.total_s:
             self.advance(node, now)
@@ -1869,6 +1898,21 @@ class Dispatcher:
             self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
             runner.lines_per_token += SPEED_GAIN * (lease.lines / timings.output_tokens - runner.lines_per_token)
+
+    def judge_prediction(self, lease, took_s):
+        """Learn how wrong the predicted end of an answer was, counted from its sending.
+
+        As |ln(actual / predicted)|: half and twice as long are equally wrong, and one stall does not outweigh the rest.
+        """
+        predicted_s = lease.predicted_end_s - lease.sent_s
+        if predicted_s <= 0 or took_s <= 0:
+            return
+        runner, off = lease.runner, math.log(took_s / predicted_s)
+        runner.judged += 1
+        gain = max(ERROR_GAIN, 1 / runner.judged)
+        runner.bias += gain * (off - runner.bias)
+        runner.error += gain * (abs(off) - runner.error)
+        self.ratios.learn(off)
 
     def learn_slots(self, lease, timings, took_s, now):
         """Take an answer as proof or disproof that `lease.nth` requests run at once."""
@@ -3420,7 +3464,10 @@ def runner_stats(runner, now):
             "slots_known": runner.slots_known, "inflight": len(runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
-            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples}
+            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples,
+            "actual_over_predicted": round(math.exp(runner.bias), 3) if runner.judged else None,
+            "predicted_error": round(math.exp(runner.error), 3) if runner.judged else None,
+            "predicted_samples": runner.judged}
 
 
 def node_stats(node, now):

@@ -1266,6 +1266,29 @@ def test_speeds_and_lengths_are_learned_from_answers():
     assert (it.prefill_s, it.decode_s) == pytest.approx((1.03, 2.0), rel=0.1)
 
 
+def test_predictions_are_judged_by_what_became_of_them():
+    """Half and twice as long as predicted are equally wrong; shares of all ratios are known within 2.5 %."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    known = runner(dispatcher, "n1")
+    for number in range(40):
+        it, = enter(dispatcher, want(), now=now)
+        placed(dispatcher, now)
+        finish(dispatcher, it, now + (it.lease.predicted_end_s - now) * (2.0 if number % 2 else 0.5))
+        now += 100
+    assert (known.judged, known.error) == (40, pytest.approx(math.log(2)))
+    assert abs(known.bias) < 0.05
+    assert [dispatcher.ratios.share(share) for share in (0.1, 0.5, 0.51, 0.9)] == pytest.approx(
+        [0.5, 0.5, 2, 2], rel=0.025)
+
+
+def test_no_ratio_is_too_odd_to_be_counted():
+    ratios = sollol.Ratios()
+    assert ratios.share(0.5) is None
+    for ratio in (1e-300, 1e300):
+        ratios.learn(math.log(ratio))
+    assert 0 < ratios.share(0.1) < 1e-4 and 1e4 < ratios.share(1.0) < 1e5
+
+
 def test_load_time_is_learned():
     dispatcher = cluster(resident=False, n1=["m"])
     it, = enter(dispatcher, want())
@@ -2872,6 +2895,9 @@ async def test_stats_show_nodes_queue_and_decisions():
         assert [(ticket["priority"], ticket["position"]) for ticket in stats["queue"]] == [(9, 1), (3, 2)]
         assert stats["decisions"][0]["predicted_finish_s"].keys() == {node["name"]}
         await asyncio.gather(*tasks)
+        known = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["models"]["llama3.2:latest"]
+        assert known["predicted_samples"] == 3
+        assert 0.2 < known["actual_over_predicted"] < 5 and known["predicted_error"] >= 1
 
 
 # -----------------------------------------------------------------------------
@@ -3213,7 +3239,8 @@ def test_report_is_written_as_json_and_as_one_page(tmp_path, capsys):
     files = tmp_path / "r.json", tmp_path / "r.html"
     assert bench.main(["--seed", "2", "--output", str(files[0]), "--html", str(files[1])]) == 0
     out = capsys.readouterr().out
-    for word in ("Success Rate", "Avg Latency", "P50", "P95", "P99", "TTFT", "Requests/sec", "seed 2", "--seed 2"):
+    for word in ("Success Rate", "Avg Latency", "P50", "P95", "P99", "TTFT", "Requests/sec", "seed 2", "--seed 2",
+                 "(P90) of what was predicted"):
         assert word in out
     report = json.loads(files[0].read_text())
     assert [run["policy"] for run in report["runs"]] == ["round-robin", "least-inflight", "latency-weighted"]
