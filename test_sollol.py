@@ -672,7 +672,8 @@ def test_no_depth_of_nesting_raises(opening, closing):
 # -----------------------------------------------------------------------------
 
 def want(model="m", **more):
-    return Wants(Family.OLLAMA, sollol.canonical(model), **{"stream": True, "prompt_chars": 400, **more})
+    given = {"family": Family.OLLAMA, "stream": True, "prompt_chars": 400, **more}
+    return Wants(model=sollol.canonical(model), **given)
 
 
 def ticket(seq, model="m", priority=5, now=0.0):
@@ -1206,6 +1207,109 @@ def test_embeddings_do_not_disprove_slots_by_computing():
     assert runner(dispatcher, "n1").slots_known == "guessed"
 
 
+COUNTS = Timings(prompt_tokens=100, output_tokens=50)        # all that an answer of /v1 tells
+
+
+def whole(**more):
+    """A request whose answer comes in one piece and tells no durations."""
+    return want(stream=False, family=Family.OPENAI, **more)
+
+
+def answered(dispatcher, done, now, timings=COUNTS):
+    """Answer a ticket in one piece, and end it."""
+    dispatcher.heard(done.lease, 1, now)
+    finish(dispatcher, done, now, timings)
+
+
+def sent_apart(*wants, slots=0, apart_s=0.2, known=1):
+    """Return a dispatcher whose one node has been sent requests one after the other, from 100 s on, and their tickets.
+
+    Three requests before them were alone, and took one second each.
+    """
+    dispatcher, tickets = cluster(slots=slots, n1=["m"]), []
+    for number in range(3):
+        alone, = enter(dispatcher, whole(), now=10.0 * number)
+        placed(dispatcher, 10.0 * number)
+        answered(dispatcher, alone, 10.0 * number + 1.0)
+    dispatcher.prove_slots(runner(dispatcher, "n1"), known)
+    for number, it in enumerate(wants):
+        tickets += enter(dispatcher, it, now=100 + number * apart_s)
+        assert placed(dispatcher, 100 + number * apart_s) == ["n1"]
+    return dispatcher, tickets
+
+
+def test_answer_that_overtakes_an_earlier_one_proves_slots():
+    dispatcher, (_, second) = sent_apart(whole(), whole())
+    answered(dispatcher, second, 100.9)
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (2, "learned")
+
+
+@table("wants, apart_s, timings", [
+    ("sent at the same time: who was first?", [whole(), whole()], 0.001, COUNTS),
+    ("no prompt, so it only loads", [whole(), whole()], 0.2, Timings()),
+    ("the first one waits for a load of its own", [whole(options=(("num_ctx", 1),)), whole()], 0.2, COUNTS)])
+def test_answer_that_overtakes_an_earlier_one_for_other_reasons_proves_nothing(wants, apart_s, timings):
+    dispatcher, (_, second) = sent_apart(*wants, apart_s=apart_s)
+    answered(dispatcher, second, 100.9, timings)
+    assert runner(dispatcher, "n1").slots == 1
+
+
+def followed(took_s, times=1, known=1, **more):
+    """Return the runner after requests that were each sent 0.1 s after one that took a second, and took so long."""
+    dispatcher, tickets = sent_apart(known=known)
+    for number in range(times):
+        start = 100 + 10.0 * number
+        if known == 1:
+            runner(dispatcher, "n1").probe_s = min(runner(dispatcher, "n1").probe_s, start)
+        first, = enter(dispatcher, whole(**more), now=start)
+        placed(dispatcher, start)
+        second, = enter(dispatcher, whole(**more), now=start + 0.1)
+        placed(dispatcher, start + 0.1)
+        answered(dispatcher, first, start + 1.0)
+        answered(dispatcher, second, start + 0.1 + took_s)
+    return runner(dispatcher, "n1")
+
+
+def test_latency_near_the_one_seen_alone_is_a_sign_for_a_slot_and_some_signs_prove_it():
+    assert followed(1.2, sollol.SIGNS_FOR - 1).slots == 1
+    assert followed(1.2, sollol.SIGNS_FOR).slots == 2
+
+
+def test_latency_with_all_the_wait_in_it_is_a_sign_against_a_slot_and_some_signs_disprove_it():
+    kept, stopped = followed(1.9, sollol.SIGNS_AGAINST - 1), followed(1.9, sollol.SIGNS_AGAINST)
+    assert (kept.slots_known, kept.disproofs) == ("guessed", 0)
+    assert (stopped.slots, stopped.slots_known, stopped.disproofs) == (1, "learned", 1)
+
+
+def test_falsely_proved_slot_is_given_up_again():
+    assert followed(1.9, sollol.WAITS_TO_SHRINK - 1, known=2).slots == 2
+    assert followed(1.9, sollol.WAITS_TO_SHRINK, known=2).slots == 1
+
+
+def test_list_of_inputs_is_no_sign_of_slots():
+    """Each input takes a slot of its own, so that its latency says nothing of how many requests fit."""
+    assert followed(1.9, 10, embeds=True, inputs=3).slots_known == "guessed"
+    assert followed(1.2, 10, embeds=True, inputs=3).slots_known == "guessed"
+
+
+def test_list_of_inputs_is_counted():
+    for value, inputs in (("text", 1), (["a", "b"], 2), ([], 1), (None, 1)):
+        assert asked("/api/embed", json.dumps({"model": "m", "input": value}).encode()).inputs == inputs
+
+
+def test_stream_without_usage_is_counted_by_its_events():
+    dispatcher = cluster(n1=["m"])
+    for start in range(0, 100, 10):
+        it, = enter(dispatcher, want(family=Family.OPENAI), now=start)
+        placed(dispatcher, start)
+        dispatcher.heard(it.lease, 2, start + 1.0)
+        dispatcher.heard(it.lease, 2 * 41, start + 5.0)        # 40 tokens in all, then the finish and [DONE]
+        finish(dispatcher, it, start + 5.0)
+    assert dispatcher.estimates.lengths["m:latest"].mean == pytest.approx(40)
+    assert runner(dispatcher, "n1").decode_s == pytest.approx(0.1, rel=0.05)
+    assert runner(dispatcher, "n1").lines_per_token > 1.5
+
+
 def test_node_that_was_lost_is_learned_anew():
     dispatcher = cluster(slots=0, n1=["m"])
     dispatcher.prove_slots(runner(dispatcher, "n1"), 4)
@@ -1453,6 +1557,23 @@ def test_garbage_from_a_node_raises_nothing(row):
     dispatcher.index(dispatcher.nodes["n1"], found)
     dispatcher.residency(dispatcher.nodes["n1"], found, 1.0, 1.0)
     assert all(it.disk_bytes > 0 for it in dispatcher.nodes["n1"].runners.values())
+
+
+def test_noise_of_streams_is_not_taken_for_a_slow_node():
+    """What is above the usual speed does not count; did what is below, the learned speeds would drift upwards."""
+    dispatcher, rng = cluster(n1=["m"]), random.Random(1)
+    node, known = dispatcher.nodes["n1"], runner(dispatcher, "n1")
+    known.decode_s, known.samples = 0.02, 3
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    for now in range(1, 200):
+        dispatcher.heard(it.lease, round(50 * rng.uniform(0.85, 1.15)), now)
+        dispatcher.watch(now)
+    assert node.speed == 1.0
+    for now in range(200, 230):
+        dispatcher.heard(it.lease, 5, now)
+        dispatcher.watch(now)
+    assert 0.1 <= node.speed < 0.15
 
 
 def test_stream_that_stands_still_makes_its_node_suspect_until_a_check_is_answered():
@@ -2395,6 +2516,52 @@ async def test_slots_are_learned():
         learned = [node.runners["llama3.2:latest"].slots for node in gateway.dispatcher.nodes.values()]
         assert learned == [1, 2, 4]
         assert [node.max_in_flight for node in nodes] == [2, 3, 5]
+
+
+def untimed(path, **fields):
+    """Return what draws a request whose answer tells no durations: sizes vary unless fields are given."""
+    def draw(rng):
+        words, tokens = "word " * rng.randrange(10, 1000), rng.randrange(20, 300)
+        text = {"messages": [{"role": "user", "content": f"<out={tokens}> {rng.random()} {words}"}]}
+        return path, {"model": "llama3.2", **({"input": words} if "embed" in path else text), **fields}
+    return draw
+
+
+EQUAL = {"messages": [{"role": "user", "content": "<out=100> " + "word " * 200}]}
+
+
+async def work_through(gateway, draw, clients, count):
+    """Let clients send requests one after the other, all from one seed."""
+    rng, numbers = random.Random(1), iter(range(count))
+
+    async def client():
+        for _ in numbers:
+            answer = await call(gateway, "POST", *draw(rng))
+            assert answer.status == 200
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+@table("draw, tokens_told", [
+    ("embeddings", untimed("/api/embed"), False),
+    ("embeddings of one size", untimed("/api/embed", input="word " * 400), False),
+    ("embeddings of /v1", untimed("/v1/embeddings"), False),
+    ("answers of /v1", untimed("/v1/chat/completions"), True),
+    ("answers of /v1, of one size", untimed("/v1/chat/completions", **EQUAL), True),
+    ("streams of /v1 without usage", untimed("/v1/chat/completions", stream=True), True),
+    ("streams of /v1 with usage", untimed("/v1/chat/completions", stream=True, stream_options={"include_usage": True}),
+     True)])
+def test_slots_and_speeds_are_learned_from_answers_that_tell_no_durations(draw, tokens_told):
+    """Never one too few in the end, at most one too many; the speed within 20 %, although nobody tells it."""
+    async def run():
+        nodes = [bench.SimNode(slots=slots, loaded=("llama3.2",), noise=0.08, seed=slots) for slots in (1, 2, 4)]
+        async with gateway_for(*nodes) as gateway:
+            await work_through(gateway, draw, 12, 250)
+            known = [node.runners["llama3.2:latest"] for node in gateway.dispatcher.nodes.values()]
+            for slots, found in zip((1, 2, 4), known, strict=True):
+                assert slots <= found.slots <= slots + 1
+                assert not tokens_told or 0.8 < 115 * found.decode_s < 1.25
+    bench.run_virtual(run())
 
 
 @over_sockets
