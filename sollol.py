@@ -1340,9 +1340,8 @@ def solo_left_s(lease, now):
 
 def certainly_beside(lease):
     """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
-    sent_s, options = lease.sent_s - lease.node.rtt_s - RACE_S, lease.ticket.wants.options
-    return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other)
-                   and other.ticket.wants.options == options)
+    sent_s = lease.sent_s - lease.node.rtt_s - RACE_S
+    return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other))
 
 
 def is_answer(lease, timings):
