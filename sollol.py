@@ -90,6 +90,7 @@ HEAD_START_S = 6.0                  # one level of priority, in seconds of waiti
 # Routing: parameters, plateaus and what each is worth were measured on a simulator with real token traces.
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
+HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
@@ -1049,6 +1050,7 @@ class Runner:
     samples: int = 0                # behind those two
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
+    streams: int = 0                # behind that
     bias: float = 0.0               # EWMA of ln(actual / predicted time) of its answers
     error: float = 0.0              # EWMA of the absolute value of that
     judged: int = 0                 # answers behind those two
@@ -1417,7 +1419,7 @@ def cached_tokens(runner, demand):
     if runner.ready_s is None:
         return 0.0
     chars = runner.prefixes.common_chars(demand.wants.prefix)
-    return chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
+    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
 
 
 def harm_s(runner, now):
@@ -1425,8 +1427,8 @@ def harm_s(runner, now):
     node = runner.node
     if not node.busy or runner.leases:
         return 0.0
-    return sum(solo_left_s(lease, now) * slowdown(node, other)
-               for other in node.busy for lease in other.leases) / len(node.busy)
+    return HARM * sum(solo_left_s(lease, now) * slowdown(node, other)
+                      for other in node.busy for lease in other.leases) / len(node.busy)
 
 
 class Offer:
@@ -1509,7 +1511,7 @@ def predict(offer, demand):
     else:
         ready_s = load_in_s(runner, now)
         if runner.ready_s is not None or must_evict(runner):
-            cost_s += load_s(runner)            # swap: what was evicted will have to come back
+            cost_s += SWAP * load_s(runner)     # swap: what was evicted will have to come back
     new_tokens = demand.prompt_tokens - cached_tokens(runner, demand)
     prefill, decode = OVERHEAD_S + new_tokens * prefill_s(runner), demand.output_tokens * decode_s(runner)
     start_s = max(lane_s, ready_s) + runner.node.rtt_s
@@ -1614,7 +1616,7 @@ class Room:
 
     model: str
     runners: list                   # on usable nodes, their own breakers not open
-    looks_left: int = LOOK_AHEAD    # tickets that may still be held back
+    looks_left: int = field(default_factory=lambda: LOOK_AHEAD)     # tickets that may still be held back
 
 
 ALL_FAILED = 502, "every node that could answer has failed"
@@ -1999,7 +2001,9 @@ class Dispatcher:
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
-            runner.lines_per_token += SPEED_GAIN * (lease.lines / timings.output_tokens - runner.lines_per_token)
+            runner.streams += 1
+            gain = max(SPEED_GAIN, 1 / runner.streams)
+            runner.lines_per_token += gain * (lease.lines / timings.output_tokens - runner.lines_per_token)
 
     def judge_prediction(self, lease, took_s):
         """Learn how wrong the predicted end of an answer was, counted from its sending.

@@ -1559,6 +1559,21 @@ def test_garbage_from_a_node_raises_nothing(row):
     assert all(it.disk_bytes > 0 for it in dispatcher.nodes["n1"].runners.values())
 
 
+def test_lines_of_many_tokens_are_not_taken_for_a_slow_node():
+    """What the first streamed answer says of them counts in full: a few tokens a line are a model's own way."""
+    dispatcher = cluster(n1=["m"])
+    for start in range(0, 80, 20):
+        it, = enter(dispatcher, want(), now=start)
+        placed(dispatcher, start)
+        for now in range(start + 1, start + 16):
+            dispatcher.heard(it.lease, 6, now)
+            dispatcher.watch(now)
+        finish(dispatcher, it, start + 15.0, Timings(15, 0, 0.5, 100, 14.5, 1450))
+    assert runner(dispatcher, "n1").samples == 4
+    assert runner(dispatcher, "n1").lines_per_token == pytest.approx(0.062, rel=0.01)
+    assert dispatcher.nodes["n1"].speed == 1.0
+
+
 def test_noise_of_streams_is_not_taken_for_a_slow_node():
     """What is above the usual speed does not count; did what is below, the learned speeds would drift upwards."""
     dispatcher, rng = cluster(n1=["m"]), random.Random(1)
