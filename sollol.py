@@ -1718,13 +1718,16 @@ class Dispatcher:
         return [self.refuse(ticket, refusal) for ticket in late]
 
     def cost_s(self, demand):
-        """Return how long a request keeps the whole cluster busy: its service time over all slots."""
-        holders = self.holders.get(demand.wants.model)
-        if not holders:
-            return 0.0
-        first = holders[0]
-        service_s = demand.prompt_tokens * prefill_s(first) + demand.output_tokens * decode_s(first)
-        return service_s / sum([runner.slots for runner in holders])
+        """Return how long a request would keep the whole cluster busy, with all slots of all nodes at work on it.
+
+        Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
+        """
+        per_s = 0.0
+        for runner in self.holders.get(demand.wants.model, ()):
+            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner)
+                         + demand.output_tokens * decode_s(runner))
+            per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
+        return 1 / per_s if per_s else 0.0
 
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
