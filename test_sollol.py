@@ -2596,6 +2596,74 @@ async def test_urgent_overtakes_batch_and_batch_does_not_starve():
         assert len(finished) == 11
 
 
+def test_one_clients_flood_does_not_delay_another_client_over_sockets():
+    """Two clients tell each other apart by their addresses; on one slot the modest one waits for two others at most."""
+    async def run():
+        async with gateway_for(fixed(1, speed=20)) as gateway:
+            greedy, modest = bench.Caller(*gateway.address), bench.Caller(*gateway.address, "127.0.0.2")
+            loop, ended_s = asyncio.get_running_loop(), []
+
+            async def one(caller):
+                status, *_ = await caller.call(json.dumps(generate(tokens=100)).encode(), path="/api/generate")
+                assert status == 200
+                ended_s.append(loop.time())
+
+            flood = [asyncio.create_task(one(greedy)) for _ in range(60)]
+            await until(lambda: health(gateway)["queued"] > 50)
+            for _ in range(5):
+                before = len(ended_s)
+                await one(modest)
+                assert len(ended_s) - before <= 3
+            await asyncio.gather(*flood)
+            greedy.close()
+            modest.close()
+    bench.run_virtual(run())
+
+
+def test_shared_system_prompt_does_not_pile_everything_onto_one_node():
+    async def run():
+        async with gateway_for(fixed(2), fixed(2)) as gateway:
+            def ask(number):
+                messages = [{"role": "system", "content": "You are kind. " * 300},
+                            {"role": "user", "content": f"<out=30> {number} {'word ' * 100}"}]
+                return call(gateway, "POST", "/api/chat", {"model": "llama3.2", "messages": messages, "stream": False})
+
+            await ask("the first one leaves the prompt on one node")
+            answers = await asyncio.gather(*map(ask, range(40)))
+            assert {answer.status for answer in answers} == {200}
+            assert all(15 <= node.requests <= 26 for node in gateway.dispatcher.nodes.values())
+    bench.run_virtual(run())
+
+
+def test_requests_with_different_num_ctx_settle_each_on_a_node_of_its_own():
+    async def run():
+        nodes = [bench.SimNode(speed=5, seed=seed) for seed in (1, 2)]
+        async with gateway_for(*nodes) as gateway:
+            for number in range(30):
+                body = generate(tokens=60, options={"num_ctx": 4096 if number % 2 else 8192})
+                assert (await call(gateway, "POST", "/api/generate", body)).status == 200
+            assert [node.loads for node in nodes] == [1, 1]
+    bench.run_virtual(run())
+
+
+def test_two_models_settle_each_on_a_small_node_of_its_own():
+    """Either node has room for one of them; the requests alternate, some at the same time."""
+    async def run():
+        models = ("llama3.1:8b", "mistral")
+        nodes = [bench.SimNode(models=models, vram_gb=8, speed=5, seed=seed) for seed in (1, 2)]
+        async with gateway_for(*nodes) as gateway:
+            for _ in range(15):
+                answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(name, tokens=60))
+                                                 for name in models))
+                assert {answer.status for answer in answers} == {200}
+            for number in range(30):
+                await call(gateway, "POST", "/api/generate", generate(models[number % 2], tokens=60))
+            assert sum(node.loads for node in nodes) <= 3
+            assert sorted(name for node in nodes for name in node.engine.resident) == [
+                "llama3.1:8b", "mistral:latest"]
+    bench.run_virtual(run())
+
+
 @over_sockets
 async def test_model_loaded_on_the_second_node_is_used_there():
     nodes = [bench.SimNode("rtx4090", speed=10), bench.SimNode("rtx3060", loaded=("llama3.2",), speed=10)]
@@ -3401,6 +3469,28 @@ def test_failing_seed_is_told_and_makes_the_soak_fail(monkeypatch, capsys):
     assert out.startswith("seed 1 failed:") and "was never released" in out and "1 seeds of 1 minutes, 1 failed" in out
     monkeypatch.undo()
     assert bench.main(["--soak", "2", "--seed", "1", "--minutes", "0.2"]) == 0
+
+
+def test_urgent_requests_in_bursts_take_at_most_half_as_long_as_the_others():
+    assert bench.urgent_share(1) <= 0.5
+
+
+def test_every_term_of_routing_can_be_switched_off_and_is_on_again_afterwards():
+    scenario = bench.load_scenario("models5", "hom3", models=bench.FIVE_MODELS, requests=30)
+    whole = bench.simulate(scenario, 1, (bench.SOLLOL,))
+    for switch in bench.SWITCHES:
+        with bench.switched_off(switch.term):
+            run, = bench.simulate(scenario, 1, (bench.SOLLOL,))
+            assert bench.figures(run).success == 1.0
+    assert bench.simulate(scenario, 1, (bench.SOLLOL,))[0].samples == whole[0].samples
+
+
+def test_ablation_shows_what_a_term_is_worth(monkeypatch):
+    monkeypatch.setattr(bench, "ABLATION_SEEDS", 1)
+    scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=150)
+    rows = {row[0]: row[1] for row in bench.ablation_table((scenario,), 1)}
+    assert rows["mean / P95"] == "prio/mild5 urgent" and rows["whole"].endswith(" s") and rows["no harm"] == ""
+    assert int(rows["no head start"].split(" / ")[0]) > 50
 
 
 def test_failed_requests_stay_in_every_figure():
