@@ -2067,6 +2067,7 @@ class Work(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     priority: int = 5
+    modest: bool = False            # of the second client
 
 
 class Scenario(NamedTuple):
@@ -2080,6 +2081,7 @@ class Scenario(NamedTuple):
     arrivals: str = "poisson"       # or "burst", or "at once"
     models: tuple = ("llama3.1:8b",)
     urgent: float = 0.0             # share of requests with priority `high`
+    modest: float = 0.0             # share of requests of a second client, with an address of its own
     latency_s: float = 0.0005       # one way: LAN 0.5 ms, WAN 40 ms, far 150 ms
     vram_gb: float = 0.0            # of every node, in place of its own
     fault: str = ""                 # kill, hang, slow or 503, of the cluster's second node
@@ -2094,7 +2096,9 @@ class Scenario(NamedTuple):
             return self.about
         how = (f"closed loop, {self.clients} clients, {self.duration_s:g} s" if self.clients else
                "all at once" if self.arrivals == "at once" else f"{self.arrivals} arrivals at {self.load:.0%} load")
-        extra = "".join([f", {self.urgent:.0%} urgent" if self.urgent else "", ", six-turn chats" if self.chat else "",
+        extra = "".join([f", {self.urgent:.0%} urgent" if self.urgent else "",
+                         f", {self.modest:.0%} of a second client" if self.modest else "",
+                         ", six-turn chats" if self.chat else "",
                          f", one node: {self.fault}" if self.fault else ""])
         return (f"{self.name}: {self.cluster} ({' '.join(CLUSTERS[self.cluster])}), {' '.join(self.models)}, "
                 f"{self.lengths} lengths, {how}{extra}")
@@ -2157,7 +2161,8 @@ def make_work(scenario, seed):
     times = arrival_times(scenario._replace(load=scenario.load or 0.5), rng)
     count = MOST_WORK if scenario.clients else scenario.requests
     return [Work(number, 0.0 if scenario.clients else next(times), rng.choice(scenario.models),
-                 *pick_lengths(rng, scenario.lengths), 8 if rng.random() < scenario.urgent else 5)
+                 *pick_lengths(rng, scenario.lengths), 8 if rng.random() < scenario.urgent else 5,
+                 scenario.modest > 0 and rng.random() < scenario.modest)
             for number in range(count)]
 
 
@@ -2177,6 +2182,7 @@ class Sample(NamedTuple):
     ok: bool
     priority: int
     output_tokens: int
+    modest: bool = False
 
     @property
     def latency_s(self):
@@ -2190,6 +2196,13 @@ class Caller:
         self.host, self.port = host, port
         self.source = source and (source, 0)        # the address to call from
         self.idle = []
+        self.others = {}                            # Callers from other addresses, made when needed
+
+    def at(self, source):
+        """Return the Caller for another address of this machine."""
+        if source not in self.others:
+            self.others[source] = Caller(self.host, self.port, source)
+        return self.others[source]
 
     async def call(self, body, priority=None, path="/api/chat"):
         """Make one request; return (status, node, time of the first byte, last bytes of the body)."""
@@ -2235,6 +2248,11 @@ class Caller:
     def close(self):
         for _, writer in self.idle:
             writer.transport.abort()
+        for other in self.others.values():
+            other.close()
+
+
+MODEST_ADDRESS = "127.0.0.2"
 
 
 def chat_body(work, history=(), bounded=False):
@@ -2257,6 +2275,7 @@ async def make_request(caller, work, scheduled_s, timeout_s, body=None):
     """Make one request and return its Sample, whatever comes of it."""
     loop = asyncio.get_running_loop()
     sent_s, first_s, node, status, ok = loop.time(), None, "", 0, False
+    caller = caller.at(MODEST_ADDRESS) if work.modest else caller
     try:
         async with asyncio.timeout_at(scheduled_s + timeout_s):
             status, node, first_s, tail = await caller.call(body or chat_body(work), work.priority)
@@ -2265,10 +2284,11 @@ async def make_request(caller, work, scheduled_s, timeout_s, body=None):
         pass
     except (OSError, asyncio.IncompleteReadError):
         # A failure counts as the time-out: refusing fast must not look like answering fast.
-        return Sample(scheduled_s, sent_s, None, scheduled_s + timeout_s, node, status, False, work.priority, 0)
+        return Sample(scheduled_s, sent_s, None, scheduled_s + timeout_s, node, status, False, work.priority, 0,
+                      work.modest)
     end_s = loop.time() if ok else scheduled_s + timeout_s
     return Sample(scheduled_s, sent_s, first_s if ok else None, end_s, node, status, ok, work.priority,
-                  work.output_tokens if ok else 0)
+                  work.output_tokens if ok else 0, work.modest)
 
 
 async def open_loop(caller, works, timeout_s):
@@ -2338,6 +2358,7 @@ class Run(NamedTuple):
     policy: str
     samples: list
     elapsed_s: float
+    ratios: sollol.Ratios | None = None     # actual over predicted times, where the gateway runs in this process
 
 
 def cluster_nodes(scenario, seed):
@@ -2419,7 +2440,8 @@ async def run_policy(scenario, policy, seed):
     async with running_nodes(scenario, seed) as nodes:
         gateway = await start_gateway(policy, nodes, seed)
         try:
-            return await run_works(scenario, policy, seed, gateway.address, nodes)
+            run = await run_works(scenario, policy, seed, gateway.address, nodes)
+            return run._replace(ratios=gateway.dispatcher.ratios)
         finally:
             await gateway.stop()
 
@@ -3146,6 +3168,7 @@ MATRIX = (
     *(load_scenario("models5", cluster, models=FIVE_MODELS) for cluster in ("hom10", "mild5", "het5")),
     *(load_scenario("burst", cluster, arrivals="burst") for cluster in ("hom5", "mild5")),
     load_scenario("prio", "hom5", 0.85, urgent=0.1), load_scenario("prio", "mild5", arrivals="burst", urgent=0.1),
+    load_scenario("fair", "mild5", arrivals="burst", modest=0.1),
     load_scenario("chat", "hom5", chat=True), load_scenario("chat", "mild5", chat=True),
     seed_scenario("mild5", latency_s=0.04)._replace(name="wan/mild5"),
     seed_scenario("mild5", latency_s=0.15)._replace(name="far/mild5"),
@@ -3186,6 +3209,104 @@ def run_matrix(seed, pattern):
             pool.shutdown(cancel_futures=True)
             say(f"stopped after {len(rows)} of {len(chosen)} scenarios")
     return [MATRIX_HEAD, *(rows[scenario.name] for scenario in chosen if scenario.name in rows)]
+
+
+# Ablation: what is each term of routing worth? One is switched off at a time, on scenarios that can show it.
+
+async def no_calibration(gateway, node):
+    """Take a node for measured without measuring it."""
+    gateway.dispatcher.calibrates(node)
+
+
+def is_up(node, now):
+    """Tell whether a node answers probes: all that is left of `is_usable` without a watchdog."""
+    return node.up and not node.draining and node.breaker.allows(now)
+
+
+def charge_nothing(fair, wants, now, cost_s, charge=sollol.FairShare.charge):
+    """Begin a request when it comes, whatever its client has had before."""
+    return charge(fair, wants, now, 0.0)
+
+
+class Switch(NamedTuple):
+    """A term of routing, what stands in its place when it is off, by name in sollol.py, and where that can matter."""
+
+    term: str
+    values: dict
+    where: str = "."                # pattern of scenarios
+
+
+SWITCHES = (
+    Switch("hold", {"HOLD": math.inf}),
+    Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
+    Switch("harm", {"HARM": 0.0}, "models5"),
+    Switch("swap", {"SWAP": 0.0}, "models5"),
+    Switch("load and residency", {"Offer.load": lambda offer: (0.0, 0.0)}, "models5"),
+    Switch("prefix affinity", {"AFFINITY": 0.0}, "chat"),
+    Switch("head start", {"HEAD_START_S": 0.0}, "prio"),
+    Switch("fairness", {"FairShare.charge": charge_nothing}, "fair"),
+    Switch("watchdog", {"Dispatcher.watch": lambda dispatcher, now: [], "is_usable": is_up}, "models5|hang"),
+    Switch("calibration", {"calibrate": no_calibration}, "seed|load"),
+)
+ABLATED = tuple(scenario._replace(duration_s=40.0) for scenario in (
+    seed_scenario("het5"), load_scenario("load0.6", "het5", requests=250),
+    load_scenario("models5", "hom10", models=FIVE_MODELS, requests=250),
+    load_scenario("models5", "mild5", models=FIVE_MODELS, requests=250),
+    load_scenario("chat", "hom5", chat=True, requests=240),
+    load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=300),
+    load_scenario("fair", "mild5", arrivals="burst", modest=0.1, requests=300),
+    load_scenario("hang", "mild5", fault="hang", requests=400)))
+ABLATION_SEEDS = 3                  # pooled: one alone is off by a tenth and more
+
+
+@contextlib.contextmanager
+def switched_off(term):
+    """Run without a term of routing. A name that is gone from sollol.py raises AttributeError."""
+    with contextlib.ExitStack() as stack:
+        for path, value in next((it.values for it in SWITCHES if it.term == term), {}).items():
+            *owners, name = path.split(".")
+            owner = functools.reduce(getattr, owners, sollol)
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def is_favoured(scenario, sample):
+    """Tell whether a sample counts in the ablation: in some scenarios only the urgent or modest ones do."""
+    return sample.modest if scenario.modest else sample.priority > 5 if scenario.urgent else True
+
+
+def ablated(scenario, term, seed):
+    """Return (mean, P95) of SOLLOL's counting requests without a term, or with all for None; some seeds pooled."""
+    with switched_off(term):
+        samples = [sample for number in range(ABLATION_SEEDS)
+                   for sample in simulate(scenario, seed + number, (SOLLOL,))[0].samples]
+    found = figures(Run(SOLLOL, samples, 1.0), lambda sample: is_favoured(scenario, sample))
+    return found.mean_s, found.p95_s
+
+
+def ablation_table(scenarios, seed):
+    """Return rows of text: mean and P95 of the whole, and how they change without each term."""
+    wanted = [(scenario, None) for scenario in scenarios] + [
+        (scenario, it.term) for it in SWITCHES for scenario in scenarios if re.search(it.where, scenario.name)]
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        tasks = {pool.submit(ablated, *names, seed): names for names in wanted}
+        for count, _ in enumerate(concurrent.futures.as_completed(tasks), 1):
+            if count % 10 == 0:
+                say(f"{count} of {len(tasks)} runs")
+    found = {names: task.result() for task, names in tasks.items()}
+
+    def changed(scenario, term):
+        if (scenario, term) not in found:
+            return ""
+        pairs = zip(found[scenario, term], found[scenario, None], strict=True)
+        return " / ".join(f"{(new / old - 1) * 100:+.0f}" for new, old in pairs) + " %"
+
+    names = [scenario.name + (" modest" if scenario.modest else " urgent" if scenario.urgent else "")
+             for scenario in scenarios]
+    return [["mean / P95", *names],
+            ["whole", *("{:.2f} / {:.2f} s".format(*found[scenario, None]) for scenario in scenarios)],
+            *([f"no {it.term}", *(changed(scenario, it.term) for scenario in scenarios)] for it in SWITCHES)]
 
 
 async def one_by_one(scenario, hardware, seed):
@@ -3260,7 +3381,17 @@ CLAIMS = (
     Claim("a hung node: mean below least-inflight's", load_scenario("hang", "mild5", fault="hang", requests=300),
           "least-inflight", "mean_s", 0.9),
 )
+URGENT = load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=300)
+URGENT_CLAIM = 0.5                  # P95 of the 10 % urgent in bursts, over that of the others
 AGENTS_CLAIM = 4.0                  # 10 agents at once on five equal nodes, against one by one on one of them
+
+
+def urgent_share(seed):
+    """Return the P95 of the urgent requests in bursts over that of the others, both SOLLOL's."""
+    run, = simulate(URGENT, seed, (SOLLOL,))
+    urgent, rest = (figures(run, lambda sample, is_urgent=is_urgent: (sample.priority > 5) == is_urgent).p95_s
+                    for is_urgent in (True, False))
+    return urgent / rest
 
 
 def check_claims(seed):
@@ -3276,6 +3407,10 @@ def check_claims(seed):
         good = good and held
         print(f"{'held' if held else 'MISSED'}  {claim.text}: {claim.scenario.name}, {claim.figure} x{ratio:.2f}, "
               f"at {'least' if more_is_better else 'most'} x{claim.limit:g}", flush=True)
+    ratio = urgent_share(seed)
+    good = good and ratio <= URGENT_CLAIM
+    print(f"{'held' if ratio <= URGENT_CLAIM else 'MISSED'}  10 % urgent in bursts, P95 against the others': "
+          f"{URGENT.name}, x{ratio:.2f}, at most x{URGENT_CLAIM:g}", flush=True)
     scenario = Scenario("fan10/hom5", "hom5", arrivals="at once", requests=10, timeout_s=600.0)
     ratio = run_virtual(one_by_one(scenario, "rtx3060", seed)) / simulate(scenario, seed, (SOLLOL,))[0].elapsed_s
     held = ratio >= 0.9 * AGENTS_CLAIM
@@ -4864,6 +4999,10 @@ def remarks(scenario, runs, bound):
     if bound:
         notes.append(f"At the nodes' nominal speed no scheduler can bring the mean below {bound:.2f} s here; "
                      f"SOLLOL is {change(mine.mean_s, bound)} from that.")
+    if runs[-1].policy == SOLLOL and runs[-1].ratios and runs[-1].ratios.steps:
+        middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
+        notes.append("From sending to finish SOLLOL's requests took "
+                     f"x{middle:.2f} (median) and x{most:.2f} (P90) of what was predicted.")
     if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
         notes.append("These nodes are equal: there is little to gain by choosing among them.")
     return notes
@@ -4979,6 +5118,7 @@ def command_line():
     add("--soak", type=sollol.parse_count, metavar="N", help="run N seeds of random traffic and faults, from --seed "
         "on: exit status 1 if what must always hold does not")
     add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M", help="virtual minutes of each (%(default)g)")
+    add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
     add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
     add = parser.add_argument_group("real clusters").add_argument
     add("--sollol-url", metavar="URL", help="a running gateway, measured against round-robin over --hosts")
@@ -5012,7 +5152,8 @@ def run(options):
     if (options.sollol_url or options.baseline or options.overhead not in (None, "here")) and not options.hosts:
         raise BadArgument("which nodes? Give --hosts H,H")
     if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
-                                             or options.baseline or options.overhead or options.nodes):
+                                             or options.ablate or options.baseline or options.overhead
+                                             or options.nodes):
         raise BadArgument("--output and --html go with a comparison only")
     for path in filter(None, (options.output, options.html)):
         write_file(path, "", "a")   # can it be written? Better to know now than after minutes
@@ -5040,6 +5181,8 @@ def run(options):
     elif options.check:
         held = [check_claims(options.seed), run_quick(check_weight())]
         return 0 if all(held) else 1
+    elif options.ablate:
+        print(aligned(ablation_table(ABLATED, options.seed)))
     elif options.matrix:
         print(aligned(run_matrix(options.seed, options.matrix)))
     elif options.agents:

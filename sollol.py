@@ -100,6 +100,7 @@ HEAD_START_S = 6.0                  # one level of priority, in seconds of waiti
 # Routing: parameters, plateaus and what each is worth were measured on a simulator with real token traces.
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
+HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
@@ -107,10 +108,17 @@ SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengt
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
+SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
+                                    # says is no proof by itself, and a slot too few costs more than one too many
+LAST_SIGN_PAUSE = 2                 # such a pause is doubled so often at most
+TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
+RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
+USUAL = 0.75                        # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
 STALL_S = 2.0                       # no token for this long, and ten expected gaps: the node is suspect
 LONG_ANSWER_TOKENS = 4096           # what an answer that does not stream may be busy with, unseen
 MOST_PATIENCE_S = 900.0             # without a first byte, however long the answer may become
@@ -234,6 +242,7 @@ class Wants:
     options: tuple = ()             # runner options given: another value means unload and load again
     prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
     embeds: bool = False            # no decode phase
+    inputs: int = 1                 # texts to embed: each takes a slot of its own
     inference: bool = True          # takes a slot; False for show, pull and the like
     where: Where = Where.QUEUED
     opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
@@ -939,6 +948,7 @@ def read_wants(head, route, body, client):
     source = fields.get("source") if route.kind == "copy" else None
     if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
         source = fields.get("from")             # else it is made from blobs, and these are on the primary node
+    inputs = fields.get("input") if route.kind == "embed" else None
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
@@ -950,6 +960,7 @@ def read_wants(head, route, body, client):
         options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
+        inputs=len(inputs) if isinstance(inputs, list) and inputs else 1,
         inference=route.is_inference and not change,
         repeatable=route.kind not in NOT_REPEATABLE,
         where=route.where,
@@ -1084,6 +1095,12 @@ class FairShare:
 # Ollama tells neither its slots nor its queue, but the last line of an answer gives both away:
 #     hidden wait = total_duration - load_duration - prompt_eval_duration - eval_duration
 # Requests that overlap without hidden wait prove slots; hidden wait disproves them.
+#
+# Embeddings and the answers of /v1 tell no durations. There a node's order tells: it serves first come, first served,
+# so when a request shows its first byte all that were sent before it have begun, and those of them that still run, run
+# beside it. That is proof. If one of them left before, it may have waited for that one: then its latency is nearer to
+# its work counted from its sending (it ran beside them) or from that one's end (it waited). Work is by its tokens, as
+# long as a request sent alone takes for so many. Such an answer is only a sign; a few that agree decide.
 # -----------------------------------------------------------------------------
 
 class Breaker:
@@ -1224,6 +1241,9 @@ class Runner:
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
     disproofs: int = 0
     waits: int = 0                  # hidden waits in a row, among no more requests than were proved to run
+    signs: int = 0                  # answers whose latency speaks for one slot more, less those that speak against it
+    lone: dict = field(default_factory=dict)    # streams or not: time to its first byte, if it need not wait, over
+                                    # what its tokens let expect
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     prefill_s: float = 0.0          # seconds a token
@@ -1231,6 +1251,10 @@ class Runner:
     samples: int = 0                # behind those two
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
+    streams: int = 0                # behind that
+    bias: float = 0.0               # EWMA of ln(actual / predicted time) of its answers
+    error: float = 0.0              # EWMA of the absolute value of that
+    judged: int = 0                 # answers behind those two
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
@@ -1308,6 +1332,11 @@ class Lease:
     predicted_end_s: float = 0.0
     patience_s: float = 0.0         # time without a first byte that is still no reason for alarm
     first_s: float | None = None
+    first_progress_s: float = 0.0   # the runner's progress then
+    passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
+    raced: bool = False             # another was sent at the same time: nobody knows which the node took first
+    crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
+    beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
     heard_s: float = 0.0
     lines: int = 0
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
@@ -1338,6 +1367,11 @@ class Timings(NamedTuple):
         """Time spent in the node's own queue, with templating and tokenising."""
         return self.total_s - self.load_s - self.prompt_s - self.output_s
 
+    @property
+    def tell_durations(self):
+        """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
+        return self.prompt_s > 0 or self.output_s > 0
+
     def show_a_wait(self, took_s):
         """Tell whether the hidden wait of a request that took so long is more than noise."""
         return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s
@@ -1356,6 +1390,17 @@ def read_timings(tail):
         int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
         int(given(b"eval_duration", 0)) / 1e9,
         int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
+
+
+EVENT_LINES = 2                     # an event of OpenAI's is a line and an empty one
+EVENTS_AFTER = 2                    # the last token: finish and [DONE]
+
+
+def counted(lease, timings):
+    """Return the Timings of an answer, a stream's output counted by its events where no usage was asked for."""
+    if timings.output_tokens or not lease.ticket.wants.stream:
+        return timings
+    return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
 
 
 class OutputLengths:
@@ -1379,6 +1424,29 @@ class OutputLengths:
         bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
         bucket[1] += 1
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
+
+
+class Ratios:
+    """Count actual over predicted times, in steps of 5 %: sums and shares of any bounds can be had from it later."""
+
+    STEP = math.log(1.05)
+    MOST = 200                      # steps; what is 17,000 times off counts as that
+
+    def __init__(self):
+        self.steps = collections.Counter()
+
+    def learn(self, log_ratio):
+        """Count a ratio, given as its logarithm."""
+        self.steps[min(max(round(log_ratio / self.STEP), -self.MOST), self.MOST)] += 1
+
+    def share(self, share):
+        """Return the ratio that so many of them do not exceed, within 2.5 %; None without any."""
+        rank = max(1, math.ceil(share * self.steps.total()))
+        for step in sorted(self.steps):
+            rank -= self.steps[step]
+            if rank <= 0:
+                return math.exp(step * self.STEP)
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -1421,6 +1489,12 @@ class Estimates:
         elif wants.max_output is not None:
             output_tokens = min(output_tokens, wants.max_output)
         return Demand(wants, prompt_tokens, output_tokens, samples)
+
+    def learn_chars(self, wants, prompt_tokens):
+        """Take in how many tokens a prompt was, if its answer told."""
+        if prompt_tokens and wants.prompt_chars > 200:
+            lengths = self.lengths[wants.model]
+            lengths.chars_per_token = blend(lengths.chars_per_token, wants.prompt_chars / prompt_tokens, 0.1)
 
     def demand_of(self, ticket):
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
@@ -1470,6 +1544,49 @@ def solo_left_s(lease, now):
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
+def certainly_beside(lease):
+    """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
+    sent_s = lease.sent_s - lease.node.rtt_s - RACE_S
+    return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other))
+
+
+def is_answer(lease, timings):
+    """Tell whether an answer took a slot: a request without a prompt only loads the model."""
+    wants = lease.ticket.wants
+    told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
+    return bool(told or wants.embeds and wants.prompt_chars)
+
+
+def first_work_s(lease, timings):
+    """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
+    runner, prompt_tokens = lease.runner, lease.new_tokens
+    if timings.prompt_tokens and lease.prompt_tokens:
+        prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
+    unseen = 0 if lease.ticket.wants.stream else timings.output_tokens
+    return OVERHEAD_S + prompt_tokens * prefill_s(runner) + unseen * decode_s(runner)
+
+
+def served_beside_s(lease):
+    """Return the solo-seconds that a lease took to its first byte if it ran beside all that were sent before it."""
+    slots = lease.runner.slots
+    first_s = max(1e-6, lease.first_progress_s - lease.start_progress_s)
+    if lease.nth <= slots:
+        return first_s
+    return first_s * CROWD[slots] / CROWD[min(lease.nth, 256)]      # progress was counted as if only slots were used
+
+
+def sign_of_wait(lease, work_s):
+    """Tell by its latency whether a lease that one sent before it has left since waited for that one; None: unclear.
+
+    Both explanations are weighed by how far they are from its work, as factors. What is far too long for either has
+    waited for even more.
+    """
+    beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.passed_progress_s)
+    if waited_s > TELLING * work_s:
+        return True
+    return beside_s * waited_s > work_s * work_s if beside_s > TELLING * waited_s else None
+
+
 def is_loaded_for(runner, wants):
     """Tell whether the model is resident, or loading, with runner options that suit."""
     if runner.ready_s is None:
@@ -1509,7 +1626,7 @@ def cached_tokens(runner, demand):
     if runner.ready_s is None:
         return 0.0
     chars = runner.prefixes.common_chars(demand.wants.prefix)
-    return chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
+    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
 
 
 class Surroundings:
@@ -1523,7 +1640,7 @@ class Surroundings:
         for other in node.busy:
             slow = slowdown(node, other) / len(node.busy)
             for lease in other.leases:
-                self.harm_s += solo_left_s(lease, now) * slow
+                self.harm_s += HARM * solo_left_s(lease, now) * slow
         there = residents(node)
         self.held_bytes = sum(map(resident_bytes, there))
         self.loaded_at_s = max((runner.ready_s for runner in there), default=now)   # loads come one after the other
@@ -1604,7 +1721,7 @@ class Offer:
             else:
                 swaps = False
             load = load_s(runner)   # what is evicted will have to come back
-            self.loading_s = load + min(max(first_s, 0.0), FORESIGHT_S), load if swaps else 0.0
+            self.loading_s = load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
         return self.loading_s
 
     def start(self, demand):
@@ -1751,6 +1868,11 @@ def share_sizes(count, rates):
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def scaled(estimate, ratio, gain):
+    """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
+    return blend(estimate, max(ratio, 1e-6) * estimate, gain)
+
+
 def blend(estimate, sample, gain):
     """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
@@ -1865,6 +1987,7 @@ class Dispatcher:
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
+        self.ratios = Ratios()      # of all answers
         self.picks = itertools.count()      # made by a plain policy so far
         self.seq = itertools.count()
 
@@ -1944,13 +2067,16 @@ class Dispatcher:
         return [self.refuse(ticket, refusal) for ticket in late]
 
     def cost_s(self, demand):
-        """Return how long a request keeps the whole cluster busy: its service time over all slots."""
-        holders = self.holders.get(demand.wants.model)
-        if not holders:
-            return 0.0
-        first = holders[0]
-        service_s = demand.prompt_tokens * prefill_s(first) + demand.output_tokens * decode_s(first)
-        return service_s / sum([runner.slots for runner in holders])
+        """Return how long a request would keep the whole cluster busy, with all slots of all nodes at work on it.
+
+        Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
+        """
+        per_s = 0.0
+        for runner in self.holders.get(demand.wants.model, ()):
+            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner)
+                         + demand.output_tokens * decode_s(runner))
+            per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
+        return 1 / per_s if per_s else 0.0
 
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
@@ -2222,6 +2348,10 @@ class Dispatcher:
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
             if not runner.leases:
                 node.busy.append(runner)
+            elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:
+                lease.raced = runner.leases[-1].raced = True
+            if ticket.wants.embeds:
+                lease.crowded = any(other.ticket.wants.inputs > 1 for other in (lease, *runner.leases))
             runner.leases.append(lease)
             lease.nth = len(runner.leases)
             runner.used_s = now
@@ -2287,6 +2417,8 @@ class Dispatcher:
         if runner is None:
             return
         self.loaded(lease)
+        self.advance(lease.node, now)
+        lease.first_progress_s, lease.beside = runner.progress_s, certainly_beside(lease)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
             if runner.options is None:
@@ -2305,7 +2437,7 @@ class Dispatcher:
         """Raise what is known of a runner's slots: `count` requests ran at once."""
         runner.top = max(runner.top, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
-            runner.slots, runner.slots_known, runner.disproofs = runner.top, "learned", 0
+            runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
             self.unsettle(runner.model)
 
     def doubt_slots(self, runner, nth, now):
@@ -2336,17 +2468,36 @@ class Dispatcher:
             return
         runner.breaker.succeed()
         node.latencies_s.append(took_s)
+        self.judge_prediction(lease, took_s)
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
-        if timings.total_s:
-            self.advance(node, now)
+        self.advance(node, now)
+        if timings.tell_durations:
             self.learn_slots(lease, timings, took_s, now)
             self.learn_speed(lease, timings, took_s)
-        if lease.ticket.wants.embeds:
-            self.learn_embedding(lease, timings, took_s)
+        elif is_answer(lease, timings):
+            timings = counted(lease, timings)
+            self.learn_by_latency(lease, timings, now)
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
-            runner.lines_per_token += SPEED_GAIN * (lease.lines / timings.output_tokens - runner.lines_per_token)
+            runner.streams += 1
+            gain = max(SPEED_GAIN, 1 / runner.streams)
+            runner.lines_per_token += gain * (lease.lines / timings.output_tokens - runner.lines_per_token)
+
+    def judge_prediction(self, lease, took_s):
+        """Learn how wrong the predicted end of an answer was, counted from its sending.
+
+        As |ln(actual / predicted)|: half and twice as long are equally wrong, and one stall does not outweigh the rest.
+        """
+        predicted_s = lease.predicted_end_s - lease.sent_s
+        if predicted_s <= 0 or took_s <= 0:
+            return
+        runner, off = lease.runner, math.log(took_s / predicted_s)
+        runner.judged += 1
+        gain = max(ERROR_GAIN, 1 / runner.judged)
+        runner.bias += gain * (off - runner.bias)
+        runner.error += gain * (abs(off) - runner.error)
+        self.ratios.learn(off)
 
     def learn_slots(self, lease, timings, took_s, now):
         """Take an answer as proof or disproof that `lease.nth` requests run at once."""
@@ -2357,8 +2508,6 @@ class Dispatcher:
             if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
                 self.prove_slots(runner, lease.nth)
             runner.waits = 0
-        elif lease.ticket.wants.embeds:
-            return                  # an embedding's answer does not tell how long it computed
         elif lease.nth > runner.top:
             self.disprove_slots(runner, now)
         else:
@@ -2372,30 +2521,95 @@ class Dispatcher:
         if lease.sent_s <= node.stalled_s or node.speed < 0.6 or not timings.prompt_tokens:
             return                  # it lived through a stall: its durations say nothing of speed
         share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
-        lengths = self.estimates.lengths[runner.model]
-        chars = lease.ticket.wants.prompt_chars
-        if chars > 200:
-            lengths.chars_per_token = blend(lengths.chars_per_token, chars / timings.prompt_tokens, 0.1)
+        self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         if timings.prompt_tokens > 64 and lease.new_tokens > 0.9 * lease.prompt_tokens:
             sample = (timings.prompt_s * share - OVERHEAD_S) / timings.prompt_tokens
             if sample > 0.1 * prefill_s(runner):        # else the cache held it after all
                 runner.prefill_s = blend(prefill_s(runner), sample, gain)
         if timings.output_tokens >= 8 and timings.output_s > 1e-4:
-            sample = timings.output_s * share / timings.output_tokens
-            node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
-            runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
+            self.learn_decode(runner, timings.output_s * share / timings.output_tokens, gain)
+
+    def learn_by_latency(self, lease, timings, now):
+        """Learn slots and speeds from an answer that tells no durations."""
+        node, runner = lease.node, lease.runner
+        if timings.load_s > 1.0:
+            runner.load_s = timings.load_s
+        loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
+        if loading or lease.sent_s <= node.stalled_s or node.speed < 0.6:
+            return                  # it may have waited for other things than a slot
+        self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
+        if lease.passed_progress_s is None and not lease.raced:     # it waited for nobody
+            self.learn_speed_by_latency(lease, timings)
+        self.weigh_signs(lease, timings, now)
+
+    def weigh_signs(self, lease, timings, now):
+        """Take an answer without durations as proof of slots, or as a sign for or against them."""
+        runner, streams = lease.runner, lease.ticket.wants.stream
+        lone, work_s = runner.lone.get(streams), first_work_s(lease, timings)
+        if lease.beside >= lease.nth:
+            if not (lease.raced or lease.crowded):
+                ratio = served_beside_s(lease) / work_s
+                runner.lone[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
+                if lone is None and not runner.disproofs:
+                    runner.probe_s = 0.0
+            self.prove_slots(runner, lease.beside)
+            runner.waits = 0 if lease.nth > 1 else runner.waits     # alone it could not have waited anyway
+        elif runner.slots_known == "set" or lease.nth > runner.top + 1 or lease.crowded:
+            return
+        elif lease.passed_progress_s is None:
+            return                  # sent at the same time as another one, and nobody knows which came first
+        elif lone is None:          # nothing to compare with: let one be alone
+            runner.probe_s = max(runner.probe_s, now + RETRY_SLOT_S)
+        else:
+            waited = sign_of_wait(lease, work_s * lone)
+            if waited:
+                self.count_sign(runner, lease.nth, -1, now)
+            elif waited is False and not streams:       # streams that really overlap show it
+                self.count_sign(runner, lease.nth, 1, now)
+
+    def count_sign(self, runner, nth, sign, now):
+        """Count a sign for (1) or against (-1) `nth` slots, and decide once enough of them agree."""
+        if nth <= runner.top:
+            if sign < 0:
+                self.doubt_slots(runner, nth, now)
+            else:
+                runner.waits = 0
+            return
+        runner.signs += sign
+        if runner.signs >= SIGNS_FOR:
+            self.prove_slots(runner, nth)
+        elif runner.signs <= -SIGNS_AGAINST:
+            runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SIGN_PAUSE)
+            self.disprove_slots(runner, now)
+
+    def learn_speed_by_latency(self, lease, timings):
+        """Take the latency of a request that waited for nobody as a sample of speed."""
+        runner = lease.runner
+        gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
+        first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
+        work_s, tokens = first_work_s(lease, timings), timings.output_tokens
+        if lease.ticket.wants.stream:
+            later_s = runner.progress_s - lease.first_progress_s
+            if lease.new_tokens > 64 and first_s - OVERHEAD_S > 0.1 * (work_s - OVERHEAD_S):    # else it was cached
+                runner.prefill_s = scaled(prefill_s(runner), (first_s - OVERHEAD_S) / (work_s - OVERHEAD_S), gain)
+            if tokens >= 8 and later_s > 1e-4:
+                self.learn_decode(runner, later_s / (tokens - 1), gain)
+            return
+        ratio = max(first_s - OVERHEAD_S, 0.1 * first_s) / max(work_s - OVERHEAD_S, 1e-6)
+        if lease.new_tokens > 0.9 * lease.prompt_tokens:
+            runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
+        if tokens >= 8:
+            self.learn_decode(runner, decode_s(runner) * ratio, gain)
+        elif lease.ticket.wants.embeds:
             runner.samples += 1
 
-    def learn_embedding(self, lease, timings, took_s):
-        """Take an embedding as a sample of prefill: it is nothing else, though its answer tells no duration of that."""
-        node, runner = lease.node, lease.runner
-        spent_s = (timings.total_s or took_s) - timings.load_s - OVERHEAD_S
-        if lease.nth > 1 or lease.loads or lease.sent_s <= node.stalled_s or timings.prompt_tokens <= 64:
-            return                  # it shared the node, or there is little to see
-        sample = spent_s / timings.prompt_tokens
-        if sample > 0:
-            runner.prefill_s = blend(runner.prefill_s, sample, 2 * SPEED_GAIN) if runner.prefill_s else sample
+    def learn_decode(self, runner, sample, gain):
+        """Take in the seconds per output token that a lone request would have seen."""
+        node = runner.node
+        node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
+        runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
+        runner.samples += 1
 
     def release(self, lease, now):
         """End a lease, exactly once."""
@@ -2406,7 +2620,11 @@ class Dispatcher:
         self.advance(node, now)
         node.leases.remove(lease)
         if runner is not None:
-            runner.leases.remove(lease)
+            place = runner.leases.index(lease)
+            del runner.leases[place]
+            for later in runner.leases[place:]:
+                if later.first_s is None and later.passed_progress_s is None:
+                    later.passed_progress_s = runner.progress_s
             runner.used_s = now
             self.loaded(lease)
             if not runner.leases:
@@ -2634,6 +2852,8 @@ class Dispatcher:
         if expected < 4:
             return
         seen = (lease.lines - lease.watched_lines) / expected
+        if seen > USUAL:
+            seen = 1.0              # above 1 nothing counts, so noise below it must not either: speeds would drift
         node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
         lease.watched_s, lease.watched_lines = now, lease.lines
 
@@ -4378,7 +4598,10 @@ def runner_stats(runner, now):
             "slots_known": runner.slots_known, "inflight": len(runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
-            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples}
+            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples,
+            "actual_over_predicted": round(math.exp(runner.bias), 3) if runner.judged else None,
+            "predicted_error": round(math.exp(runner.error), 3) if runner.judged else None,
+            "predicted_samples": runner.judged}
 
 
 def node_stats(node, now):

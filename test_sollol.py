@@ -673,7 +673,8 @@ def test_no_depth_of_nesting_raises(opening, closing):
 # -----------------------------------------------------------------------------
 
 def want(model="m", **more):
-    return Wants(Family.OLLAMA, sollol.canonical(model), **{"stream": True, "prompt_chars": 400, **more})
+    given = {"family": Family.OLLAMA, "stream": True, "prompt_chars": 400, **more}
+    return Wants(model=sollol.canonical(model), **given)
 
 
 def ticket(seq, model="m", priority=5, now=0.0):
@@ -1207,6 +1208,109 @@ def test_embeddings_do_not_disprove_slots_by_computing():
     assert runner(dispatcher, "n1").slots_known == "guessed"
 
 
+COUNTS = Timings(prompt_tokens=100, output_tokens=50)        # all that an answer of /v1 tells
+
+
+def whole(**more):
+    """A request whose answer comes in one piece and tells no durations."""
+    return want(stream=False, family=Family.OPENAI, **more)
+
+
+def answered(dispatcher, done, now, timings=COUNTS):
+    """Answer a ticket in one piece, and end it."""
+    dispatcher.heard(done.lease, 1, now)
+    finish(dispatcher, done, now, timings)
+
+
+def sent_apart(*wants, slots=0, apart_s=0.2, known=1):
+    """Return a dispatcher whose one node has been sent requests one after the other, from 100 s on, and their tickets.
+
+    Three requests before them were alone, and took one second each.
+    """
+    dispatcher, tickets = cluster(slots=slots, n1=["m"]), []
+    for number in range(3):
+        alone, = enter(dispatcher, whole(), now=10.0 * number)
+        placed(dispatcher, 10.0 * number)
+        answered(dispatcher, alone, 10.0 * number + 1.0)
+    dispatcher.prove_slots(runner(dispatcher, "n1"), known)
+    for number, it in enumerate(wants):
+        tickets += enter(dispatcher, it, now=100 + number * apart_s)
+        assert placed(dispatcher, 100 + number * apart_s) == ["n1"]
+    return dispatcher, tickets
+
+
+def test_answer_that_overtakes_an_earlier_one_proves_slots():
+    dispatcher, (_, second) = sent_apart(whole(), whole())
+    answered(dispatcher, second, 100.9)
+    assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (2, "learned")
+
+
+@table("wants, apart_s, timings", [
+    ("sent at the same time: who was first?", [whole(), whole()], 0.001, COUNTS),
+    ("no prompt, so it only loads", [whole(), whole()], 0.2, Timings()),
+    ("the first one waits for a load of its own", [whole(options=(("num_ctx", 1),)), whole()], 0.2, COUNTS)])
+def test_answer_that_overtakes_an_earlier_one_for_other_reasons_proves_nothing(wants, apart_s, timings):
+    dispatcher, (_, second) = sent_apart(*wants, apart_s=apart_s)
+    answered(dispatcher, second, 100.9, timings)
+    assert runner(dispatcher, "n1").slots == 1
+
+
+def followed(took_s, times=1, known=1, **more):
+    """Return the runner after requests that were each sent 0.1 s after one that took a second, and took so long."""
+    dispatcher, tickets = sent_apart(known=known)
+    for number in range(times):
+        start = 100 + 10.0 * number
+        if known == 1:
+            runner(dispatcher, "n1").probe_s = min(runner(dispatcher, "n1").probe_s, start)
+        first, = enter(dispatcher, whole(**more), now=start)
+        placed(dispatcher, start)
+        second, = enter(dispatcher, whole(**more), now=start + 0.1)
+        placed(dispatcher, start + 0.1)
+        answered(dispatcher, first, start + 1.0)
+        answered(dispatcher, second, start + 0.1 + took_s)
+    return runner(dispatcher, "n1")
+
+
+def test_latency_near_the_one_seen_alone_is_a_sign_for_a_slot_and_some_signs_prove_it():
+    assert followed(1.2, sollol.SIGNS_FOR - 1).slots == 1
+    assert followed(1.2, sollol.SIGNS_FOR).slots == 2
+
+
+def test_latency_with_all_the_wait_in_it_is_a_sign_against_a_slot_and_some_signs_disprove_it():
+    kept, stopped = followed(1.9, sollol.SIGNS_AGAINST - 1), followed(1.9, sollol.SIGNS_AGAINST)
+    assert (kept.slots_known, kept.disproofs) == ("guessed", 0)
+    assert (stopped.slots, stopped.slots_known, stopped.disproofs) == (1, "learned", 1)
+
+
+def test_falsely_proved_slot_is_given_up_again():
+    assert followed(1.9, sollol.WAITS_TO_SHRINK - 1, known=2).slots == 2
+    assert followed(1.9, sollol.WAITS_TO_SHRINK, known=2).slots == 1
+
+
+def test_list_of_inputs_is_no_sign_of_slots():
+    """Each input takes a slot of its own, so that its latency says nothing of how many requests fit."""
+    assert followed(1.9, 10, embeds=True, inputs=3).slots_known == "guessed"
+    assert followed(1.2, 10, embeds=True, inputs=3).slots_known == "guessed"
+
+
+def test_list_of_inputs_is_counted():
+    for value, inputs in (("text", 1), (["a", "b"], 2), ([], 1), (None, 1)):
+        assert asked("/api/embed", json.dumps({"model": "m", "input": value}).encode()).inputs == inputs
+
+
+def test_stream_without_usage_is_counted_by_its_events():
+    dispatcher = cluster(n1=["m"])
+    for start in range(0, 100, 10):
+        it, = enter(dispatcher, want(family=Family.OPENAI), now=start)
+        placed(dispatcher, start)
+        dispatcher.heard(it.lease, 2, start + 1.0)
+        dispatcher.heard(it.lease, 2 * 41, start + 5.0)        # 40 tokens in all, then the finish and [DONE]
+        finish(dispatcher, it, start + 5.0)
+    assert dispatcher.estimates.lengths["m:latest"].mean == pytest.approx(40)
+    assert runner(dispatcher, "n1").decode_s == pytest.approx(0.1, rel=0.05)
+    assert runner(dispatcher, "n1").lines_per_token > 1.5
+
+
 def test_node_that_was_lost_is_learned_anew():
     dispatcher = cluster(slots=0, n1=["m"])
     dispatcher.prove_slots(runner(dispatcher, "n1"), 4)
@@ -1265,6 +1369,29 @@ def test_speeds_and_lengths_are_learned_from_answers():
     assert lengths.chars_per_token == pytest.approx(3.0, rel=0.1) and lengths.mean == pytest.approx(40)
     it = sollol.offer_of(known, now).predict(dispatcher.estimates.demand(want(prompt_chars=3000)))
     assert (it.prefill_s, it.decode_s) == pytest.approx((1.03, 2.0), rel=0.1)
+
+
+def test_predictions_are_judged_by_what_became_of_them():
+    """Half and twice as long as predicted are equally wrong; shares of all ratios are known within 2.5 %."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    known = runner(dispatcher, "n1")
+    for number in range(40):
+        it, = enter(dispatcher, want(), now=now)
+        placed(dispatcher, now)
+        finish(dispatcher, it, now + (it.lease.predicted_end_s - now) * (2.0 if number % 2 else 0.5))
+        now += 100
+    assert (known.judged, known.error) == (40, pytest.approx(math.log(2)))
+    assert abs(known.bias) < 0.05
+    assert [dispatcher.ratios.share(share) for share in (0.1, 0.5, 0.51, 0.9)] == pytest.approx(
+        [0.5, 0.5, 2, 2], rel=0.025)
+
+
+def test_no_ratio_is_too_odd_to_be_counted():
+    ratios = sollol.Ratios()
+    assert ratios.share(0.5) is None
+    for ratio in (1e-300, 1e300):
+        ratios.learn(math.log(ratio))
+    assert 0 < ratios.share(0.1) < 1e-4 and 1e4 < ratios.share(1.0) < 1e5
 
 
 def test_load_time_is_learned():
@@ -1471,6 +1598,38 @@ def test_garbage_from_a_node_raises_nothing(row):
     dispatcher.index(dispatcher.nodes["n1"], found)
     dispatcher.residency(dispatcher.nodes["n1"], found, 1.0, 1.0)
     assert all(it.disk_bytes > 0 for it in dispatcher.nodes["n1"].runners.values())
+
+
+def test_lines_of_many_tokens_are_not_taken_for_a_slow_node():
+    """What the first streamed answer says of them counts in full: a few tokens a line are a model's own way."""
+    dispatcher = cluster(n1=["m"])
+    for start in range(0, 80, 20):
+        it, = enter(dispatcher, want(), now=start)
+        placed(dispatcher, start)
+        for now in range(start + 1, start + 16):
+            dispatcher.heard(it.lease, 6, now)
+            dispatcher.watch(now)
+        finish(dispatcher, it, start + 15.0, Timings(15, 0, 0.5, 100, 14.5, 1450))
+    assert runner(dispatcher, "n1").samples == 4
+    assert runner(dispatcher, "n1").lines_per_token == pytest.approx(0.062, rel=0.01)
+    assert dispatcher.nodes["n1"].speed == 1.0
+
+
+def test_noise_of_streams_is_not_taken_for_a_slow_node():
+    """What is above the usual speed does not count; did what is below, the learned speeds would drift upwards."""
+    dispatcher, rng = cluster(n1=["m"]), random.Random(1)
+    node, known = dispatcher.nodes["n1"], runner(dispatcher, "n1")
+    known.decode_s, known.samples = 0.02, 3
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    for now in range(1, 200):
+        dispatcher.heard(it.lease, round(50 * rng.uniform(0.85, 1.15)), now)
+        dispatcher.watch(now)
+    assert node.speed == 1.0
+    for now in range(200, 230):
+        dispatcher.heard(it.lease, 5, now)
+        dispatcher.watch(now)
+    assert 0.1 <= node.speed < 0.15
 
 
 def test_stream_that_stands_still_makes_its_node_suspect_until_a_check_is_answered():
@@ -2418,6 +2577,52 @@ async def test_slots_are_learned():
         assert [node.max_in_flight for node in nodes] == [2, 3, 5]
 
 
+def untimed(path, **fields):
+    """Return what draws a request whose answer tells no durations: sizes vary unless fields are given."""
+    def draw(rng):
+        words, tokens = "word " * rng.randrange(10, 1000), rng.randrange(20, 300)
+        text = {"messages": [{"role": "user", "content": f"<out={tokens}> {rng.random()} {words}"}]}
+        return path, {"model": "llama3.2", **({"input": words} if "embed" in path else text), **fields}
+    return draw
+
+
+EQUAL = {"messages": [{"role": "user", "content": "<out=100> " + "word " * 200}]}
+
+
+async def work_through(gateway, draw, clients, count):
+    """Let clients send requests one after the other, all from one seed."""
+    rng, numbers = random.Random(1), iter(range(count))
+
+    async def client():
+        for _ in numbers:
+            answer = await call(gateway, "POST", *draw(rng))
+            assert answer.status == 200
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+@table("draw, tokens_told", [
+    ("embeddings", untimed("/api/embed"), False),
+    ("embeddings of one size", untimed("/api/embed", input="word " * 400), False),
+    ("embeddings of /v1", untimed("/v1/embeddings"), False),
+    ("answers of /v1", untimed("/v1/chat/completions"), True),
+    ("answers of /v1, of one size", untimed("/v1/chat/completions", **EQUAL), True),
+    ("streams of /v1 without usage", untimed("/v1/chat/completions", stream=True), True),
+    ("streams of /v1 with usage", untimed("/v1/chat/completions", stream=True, stream_options={"include_usage": True}),
+     True)])
+def test_slots_and_speeds_are_learned_from_answers_that_tell_no_durations(draw, tokens_told):
+    """Never one too few in the end, at most one too many; the speed within 20 %, although nobody tells it."""
+    async def run():
+        nodes = [bench.SimNode(slots=slots, loaded=("llama3.2",), noise=0.08, seed=slots) for slots in (1, 2, 4)]
+        async with gateway_for(*nodes) as gateway:
+            await work_through(gateway, draw, 12, 250)
+            known = [node.runners["llama3.2:latest"] for node in gateway.dispatcher.nodes.values()]
+            for slots, found in zip((1, 2, 4), known, strict=True):
+                assert slots <= found.slots <= slots + 1
+                assert not tokens_told or 0.8 < 115 * found.decode_s < 1.25
+    bench.run_virtual(run())
+
+
 @over_sockets
 async def test_urgent_overtakes_batch_and_batch_does_not_starve():
     async with gateway_for(fixed(1, speed=20)) as gateway:
@@ -2433,6 +2638,74 @@ async def test_urgent_overtakes_batch_and_batch_does_not_starve():
         assert len(finished) <= 3
         await asyncio.gather(*batch)
         assert len(finished) == 11
+
+
+def test_one_clients_flood_does_not_delay_another_client_over_sockets():
+    """Two clients tell each other apart by their addresses; on one slot the modest one waits for two others at most."""
+    async def run():
+        async with gateway_for(fixed(1, speed=20)) as gateway:
+            greedy, modest = bench.Caller(*gateway.address), bench.Caller(*gateway.address, "127.0.0.2")
+            loop, ended_s = asyncio.get_running_loop(), []
+
+            async def one(caller):
+                status, *_ = await caller.call(json.dumps(generate(tokens=100)).encode(), path="/api/generate")
+                assert status == 200
+                ended_s.append(loop.time())
+
+            flood = [asyncio.create_task(one(greedy)) for _ in range(60)]
+            await until(lambda: health(gateway)["queued"] > 50)
+            for _ in range(5):
+                before = len(ended_s)
+                await one(modest)
+                assert len(ended_s) - before <= 3
+            await asyncio.gather(*flood)
+            greedy.close()
+            modest.close()
+    bench.run_virtual(run())
+
+
+def test_shared_system_prompt_does_not_pile_everything_onto_one_node():
+    async def run():
+        async with gateway_for(fixed(2), fixed(2)) as gateway:
+            def ask(number):
+                messages = [{"role": "system", "content": "You are kind. " * 300},
+                            {"role": "user", "content": f"<out=30> {number} {'word ' * 100}"}]
+                return call(gateway, "POST", "/api/chat", {"model": "llama3.2", "messages": messages, "stream": False})
+
+            await ask("the first one leaves the prompt on one node")
+            answers = await asyncio.gather(*map(ask, range(40)))
+            assert {answer.status for answer in answers} == {200}
+            assert all(15 <= node.requests <= 26 for node in gateway.dispatcher.nodes.values())
+    bench.run_virtual(run())
+
+
+def test_requests_with_different_num_ctx_settle_each_on_a_node_of_its_own():
+    async def run():
+        nodes = [bench.SimNode(speed=5, seed=seed) for seed in (1, 2)]
+        async with gateway_for(*nodes) as gateway:
+            for number in range(30):
+                body = generate(tokens=60, options={"num_ctx": 4096 if number % 2 else 8192})
+                assert (await call(gateway, "POST", "/api/generate", body)).status == 200
+            assert [node.loads for node in nodes] == [1, 1]
+    bench.run_virtual(run())
+
+
+def test_two_models_settle_each_on_a_small_node_of_its_own():
+    """Either node has room for one of them; the requests alternate, some at the same time."""
+    async def run():
+        models = ("llama3.1:8b", "mistral")
+        nodes = [bench.SimNode(models=models, vram_gb=8, speed=5, seed=seed) for seed in (1, 2)]
+        async with gateway_for(*nodes) as gateway:
+            for _ in range(15):
+                answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(name, tokens=60))
+                                                 for name in models))
+                assert {answer.status for answer in answers} == {200}
+            for number in range(30):
+                await call(gateway, "POST", "/api/generate", generate(models[number % 2], tokens=60))
+            assert sum(node.loads for node in nodes) <= 3
+            assert sorted(name for node in nodes for name in node.engine.resident) == [
+                "llama3.1:8b", "mistral:latest"]
+    bench.run_virtual(run())
 
 
 @over_sockets
@@ -2916,6 +3189,9 @@ async def test_stats_show_nodes_queue_and_decisions():
         assert [(ticket["priority"], ticket["position"]) for ticket in stats["queue"]] == [(9, 1), (3, 2)]
         assert stats["decisions"][0]["predicted_finish_s"].keys() == {node["name"]}
         await asyncio.gather(*tasks)
+        known = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["models"]["llama3.2:latest"]
+        assert known["predicted_samples"] == 3
+        assert 0.2 < known["actual_over_predicted"] < 5 and known["predicted_error"] >= 1
 
 
 # -----------------------------------------------------------------------------
@@ -4264,6 +4540,28 @@ def test_failing_seed_is_told_and_makes_the_soak_fail(monkeypatch, capsys):
     assert bench.main(["--soak", "2", "--seed", "1", "--minutes", "0.2"]) == 0
 
 
+def test_urgent_requests_in_bursts_take_at_most_half_as_long_as_the_others():
+    assert bench.urgent_share(1) <= 0.5
+
+
+def test_every_term_of_routing_can_be_switched_off_and_is_on_again_afterwards():
+    scenario = bench.load_scenario("models5", "hom3", models=bench.FIVE_MODELS, requests=30)
+    whole = bench.simulate(scenario, 1, (bench.SOLLOL,))
+    for switch in bench.SWITCHES:
+        with bench.switched_off(switch.term):
+            run, = bench.simulate(scenario, 1, (bench.SOLLOL,))
+            assert bench.figures(run).success == 1.0
+    assert bench.simulate(scenario, 1, (bench.SOLLOL,))[0].samples == whole[0].samples
+
+
+def test_ablation_shows_what_a_term_is_worth(monkeypatch):
+    monkeypatch.setattr(bench, "ABLATION_SEEDS", 1)
+    scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=150)
+    rows = {row[0]: row[1] for row in bench.ablation_table((scenario,), 1)}
+    assert rows["mean / P95"] == "prio/mild5 urgent" and rows["whole"].endswith(" s") and rows["no harm"] == ""
+    assert int(rows["no head start"].split(" / ")[0]) > 50
+
+
 def test_failed_requests_stay_in_every_figure():
     ok = bench.Sample(0.0, 0.0, 0.5, 1.0, "a", 200, True, 5, 10)
     lost = bench.Sample(0.0, 0.0, None, 60.0, "", 0, False, 5, 0)
@@ -4282,7 +4580,8 @@ def test_report_is_written_as_json_and_as_one_page(tmp_path, capsys):
     files = tmp_path / "r.json", tmp_path / "r.html"
     assert bench.main(["--seed", "2", "--output", str(files[0]), "--html", str(files[1])]) == 0
     out = capsys.readouterr().out
-    for word in ("Success Rate", "Avg Latency", "P50", "P95", "P99", "TTFT", "Requests/sec", "seed 2", "--seed 2"):
+    for word in ("Success Rate", "Avg Latency", "P50", "P95", "P99", "TTFT", "Requests/sec", "seed 2", "--seed 2",
+                 "(P90) of what was predicted"):
         assert word in out
     report = json.loads(files[0].read_text())
     assert [run["policy"] for run in report["runs"]] == ["round-robin", "least-inflight", "latency-weighted"]
