@@ -649,6 +649,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
 )
 ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
 ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
+ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push", "account"}
@@ -756,7 +757,7 @@ def read_fields(head, route, body):
     if route.kind == "transcribe":
         model = form_field(head.fields.get(b"content-type", b""), body, b"model")
         return ({"model": model} if model else {}), False
-    if head.fields.get(b"content-encoding", b"").lower() == b"zstd":
+    if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
         body = unpacked(body)
         return (read_object(body), False) if body is not None else ({}, True)
     return read_object(body), False
@@ -1792,8 +1793,10 @@ class Dispatcher:
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
-        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand, tried=set(barred),
-                        barred=len(barred))
+        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
+        if barred:
+            ticket.tried.update(barred)
+            ticket.barred = len(barred)
         self.queue.push(ticket)
         return ticket
 
@@ -3831,7 +3834,7 @@ async def serve(gateway, client, head, record):
         if keep is not None:
             return keep
     route = find_route(head.method, head.path)
-    if route.where is Where.GATEWAY or route.where is Where.MERGED:
+    if route.where in ANSWERED_HERE:
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)

@@ -3040,6 +3040,7 @@ async def test_unload_reaches_every_node_where_the_model_is():
         answer = await call(gateway, "POST", "/api/generate", body)
         assert answer.status == 200 and answer.json()["done_reason"] == "unload"
         assert not any(node.engine.resident for node in nodes)
+        assert not any(sollol.loaded_runners(node) for node in gateway.dispatcher.nodes.values())
         assert all(node.requests[-1].body == json.dumps(body).encode() for node in nodes)
         assert (await call(gateway, "GET", "/api/ps")).json() == {"models": []}
         answer = await call(gateway, "POST", "/api/chat", {"model": "nobodys", "messages": [], "keep_alive": "0s"})
@@ -3061,6 +3062,28 @@ async def test_delete_and_copy_reach_every_holder_and_are_seen_at_once():
                                    ("POST", "/api/copy", {"source": "mine", "destination": "x"})):
             answer = await call(gateway, method, path, body)
             assert answer.status == 404 and "not found" in answer.json()["error"]
+
+
+@over_sockets
+async def test_node_that_had_lost_a_model_is_no_failure_of_its_delete():
+    async with surface() as gateway:
+        del gateway.nodes[1].models["mistral:latest"]
+        assert (await call(gateway, "DELETE", "/api/delete", {"model": "mistral"})).status == 200
+        assert not any("mistral:latest" in node.models for node in gateway.nodes)
+
+
+@pytest.mark.parametrize("method, path, body", [
+    ("DELETE", "/api/delete", {"model": "mistral"}), ("POST", "/api/pull", {"model": "mistral"})])
+def test_node_that_freezes_in_a_change_is_named(method, path, body):
+    async def run():
+        async with surface() as gateway:
+            gateway.nodes[2].freeze()
+            answer = await asyncio.wait_for(call(gateway, method, path, body), sollol.CHANGE_PATIENCE_S + 1)
+            told = lines_of(answer)[-1]["error"]
+            assert "c: " in told and "done on b" in told
+            assert (await call(gateway, "GET", "/api/tags")).status == 200
+
+    bench.run_virtual(run())
 
 
 @over_sockets
@@ -3545,6 +3568,19 @@ def test_readme_lists_every_route_and_what_is_done_with_it():
               for methods, paths, where in re.findall(r"^\| `([A-Z ]+)` \| (`/.*?`) \| ([a-z, ]+) \|", text, re.M)
               for method in methods.split() for path in re.findall(r"`(.+?)`", paths)}
     assert listed == {(method, path, route.where.value) for (method, path), route in sollol.ROUTES.items()}
+
+
+def test_big_blob_passes_in_constant_memory():
+    """The speed, at least 80 % of the direct one, is what `bench.py --overhead` measures."""
+    async def run(stack):
+        node = bench.light_process(stack, "node", "bench.serve_light(bench.BlobNode)")
+        gateway = bench.sollol_process(stack, "gateway", node, 1)
+        await bench.first_answer_s(gateway)
+        speed_mib_s, _, grown_mib = await bench.blob(gateway)
+        assert grown_mib < 32 and speed_mib_s > 50
+
+    with contextlib.ExitStack() as stack:
+        bench.run_quick(run(stack))
 
 
 # -----------------------------------------------------------------------------
