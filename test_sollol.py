@@ -518,7 +518,8 @@ def test_copy_names_its_model_source():
 
 STREAMING = {"/api/generate", "/api/chat", "/api/pull", "/api/push", "/api/create"}
 EMBEDDING = {"/api/embed", "/api/embeddings", "/v1/embeddings"}
-READ = [(method, path) for (method, path), route in sollol.ROUTES.items() if route.kind not in ("raw", "transcribe")]
+NOT_JSON = {"raw", "account", "transcribe"}
+READ = [(method, path) for (method, path), route in sollol.ROUTES.items() if route.kind not in NOT_JSON]
 
 
 @pytest.mark.parametrize("method, path", READ)
@@ -2840,7 +2841,7 @@ def test_instants_are_compared_over_time_zones(text):
     assert int(sollol.instant_s(text)) == 1767225600
 
 
-@listed("value", ["", "yesterday", None, 5, {}.keys])
+@listed("value", ["", "yesterday", None, 5, {"a": 1}, [], "9" * 5000])
 def test_what_is_no_instant_is_the_oldest(value):
     assert sollol.instant_s(value) == 0.0
 
@@ -3005,8 +3006,11 @@ def test_new_model_goes_to_the_emptiest_of_equals_the_fastest():
 
     assert [names(count) for count in (1, 2, 9)] == [["n3"], ["n2", "n3"], ["n1", "n2", "n3"]]
     assert names(1, "y:latest") == ["n1"] and names(1, "x:latest") == ["n1", "n2", "n3"]
+    assert names(9, "x:120b-cloud") == ["n1"]
+    dispatcher.nodes["n2"].draining = True
+    assert names(2) == ["n1", "n3"] and names(1, "x:latest") == ["n1", "n2", "n3"]
     dispatcher.lost(dispatcher.nodes["n3"], 0.0)
-    assert names(1) == ["n2"] and names(1, "x:latest") == ["n1", "n2"]
+    assert names(1) == ["n1"] and names(1, "x:latest") == ["n1", "n2"]
 
 
 def test_older_answer_never_overwrites_a_newer_index():
@@ -3162,6 +3166,9 @@ async def test_blobs_and_create_are_on_one_home_and_the_new_model_is_seen_at_onc
         assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).fields["x-sollol-node"] == "a"
         lines = lines_of(await call(gateway, "POST", "/api/create", {"model": "his", "from": "mistral"}))
         assert lines[-1] == {"status": "success"} and "his:latest" in gateway.nodes[1].models
+        body = {"model": "mistral", "from": "llama3.2", "files": {"x": f"sha256:{DIGEST}"}}
+        assert lines_of(await call(gateway, "POST", "/api/create", body))[-1] == {"status": "success"}
+        assert gateway.nodes[0].requests[-2].path == "/api/create"      # where the blob is, though b has a mistral
         answer = await call(gateway, "POST", "/api/create", {"model": "none", "stream": False})
         assert answer.status == 400 and answer.fields["x-sollol-node"] == "a"
 
