@@ -2007,12 +2007,13 @@ class Dispatcher:
         return self.pin(id, wants, node, now, "has the model" if holders else "any node")
 
     def home(self, wants, holders, now):
-        """Return the node that a request is pinned to: the primary, if not only others have its model. Raises Refusal."""
+        """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
         primary = next(node for node in self.nodes.values() if node.settings.primary)
-        if holders and primary not in holders and not is_cloud(wants.model or ""):
-            return holders[0]
-        if primary.is_alive(now):
+        in_cloud = is_cloud(wants.model or "")
+        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
             return primary
+        if holders and not in_cloud:
+            return holders[0]
         raise Refusal(503, f"{primary.name}, the primary node, is down", retry_after_s=1.0)
 
     def pin(self, id, wants, node, now, reason):
