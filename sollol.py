@@ -660,9 +660,10 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
 )
 ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
 ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
+ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
-NOT_REPEATABLE = CHANGES | {"push", "account"}
+NOT_REPEATABLE = CHANGES | {"push"}
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
@@ -767,7 +768,7 @@ def read_fields(head, route, body):
     if route.kind == "transcribe":
         model = form_field(head.fields.get(b"content-type", b""), body, b"model")
         return ({"model": model} if model else {}), False
-    if head.fields.get(b"content-encoding", b"").lower() == b"zstd":
+    if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
         body = unpacked(body)
         return (read_object(body), False) if body is not None else ({}, True)
     return read_object(body), False
@@ -933,7 +934,7 @@ def read_raw_wants(head, route, client):
 
 def read_wants(head, route, body, client):
     """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
-    if route.kind == "raw":
+    if route.kind in ("raw", "account"):
         return read_raw_wants(head, route, client)
     fields, opaque = read_fields(head, route, body)
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
@@ -1157,10 +1158,15 @@ def row_name(row):
 
 
 @functools.lru_cache(maxsize=4096)
-def instant_s(text):
-    """Return seconds since 1970 for a time as Ollama writes it, 0 for anything else. Zones differ between nodes."""
+def parse_instant(text):
+    """Return seconds since 1970 for a time in RFC 3339. Raises ValueError or OverflowError."""
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+def instant_s(value):
+    """Return seconds since 1970 for a time in a node's row, 0 for anything else. Zones differ between nodes."""
     try:
-        return datetime.datetime.fromisoformat(str(text)).timestamp()
+        return parse_instant(value) if isinstance(value, str) and len(value) < 64 else 0.0
     except (ValueError, OverflowError):
         return 0.0
 
@@ -1172,9 +1178,9 @@ def row_bytes(row, key):
 
 
 def embeds_only(row):
-    """Tell whether a row of /api/tags is of a model that has no other use than embedding."""
+    """Tell whether a row of /api/tags is of a model that does not answer with text, as far as it tells."""
     capabilities = row.get("capabilities")
-    return isinstance(capabilities, list) and "embedding" in capabilities and "completion" not in capabilities
+    return "completion" not in capabilities if isinstance(capabilities, list) else "embed" in row_name(row)
 
 
 def row_vram_bytes(row):
@@ -2000,8 +2006,10 @@ class Dispatcher:
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
-        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand, tried=set(barred),
-                        barred=len(barred))
+        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
+        if barred:
+            ticket.tried.update(barred)
+            ticket.barred = len(barred)
         self.push(ticket)
         return ticket
 
@@ -2277,11 +2285,12 @@ class Dispatcher:
         return self.pin(id, wants, node, now, "has the model" if holders else "any node")
 
     def home(self, wants, holders, now):
-        """Return the node that a request is pinned to: the primary, unless others have its model. Raises Refusal."""
+        """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
         primary = next(node for node in self.nodes.values() if node.settings.primary)
-        if primary.is_alive(now) and (primary in holders or not holders):
+        in_cloud = is_cloud(wants.model or "")
+        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
             return primary
-        if holders:
+        if holders and not in_cloud:
             return holders[0]
         raise Refusal(503, f"{primary.name}, the primary node, is down", retry_after_s=1.0)
 
@@ -2299,34 +2308,41 @@ class Dispatcher:
         up = [node for node in self.nodes.values() if node.up]
         if not up:
             raise Refusal(503, "no node is up", retry_after_s=1.0)
-        model = wants.source or wants.model
+        model = wants.source if wants.change in ("copy", "create") else wants.model
         holders = [node for node in up if has_on_disk(node, model)]
+        if wants.change == "create" or wants.change == "pull" and is_cloud(model or ""):
+            return [self.home(wants, holders, now)]
         if wants.change == "copy" and holders:
             newest = max(holders, key=lambda node: version_of(node, model))
             return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
-        if wants.change == "pull":
-            return holders or emptiest(up, replicas)
-        if wants.change == "create":
-            return [self.home(wants, holders, now)]
+        if wants.change == "pull" and not holders:
+            return emptiest([node for node in up if not node.draining] or up, replicas)
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
     def split(self, wants, now):
-        """Return (sizes, names): into shares of how many texts a batch is cut, and which nodes may not take any.
+        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
 
-        Only nodes with the same version of the model take part: the one that most have.
+        Only nodes with the same version take part: the one that most have.
         """
         holders = [runner for runner in self.holders.get(wants.model, ()) if runner.node.is_alive(now)]
         if self.pick or not holders:
-            return [], ()
+            return [], ""
         versions = {}
         for runner in holders:
-            digest = digest_of(runner.node, wants.model) or runner.node.name
-            versions.setdefault(digest, []).append(runner)
-        chosen = max(versions.values(), key=len)
+            versions.setdefault(digest_of(runner.node, wants.model), []).append(runner)
+        versions.pop("", None)      # what does not tell its version is mixed with nothing
+        chosen = max(versions.values(), key=len, default=[])
+        if not chosen:
+            return [], ""
         count = len(wants.batch["input"])
         tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
         sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner)) for runner in chosen])
-        return sizes, self.nodes.keys() - {runner.node.name for runner in chosen}
+        return sizes, digest_of(chosen[0].node, wants.model)
+
+    def without(self, model, digest):
+        """Return the names of the nodes that do not have a version of a model."""
+        return {node.name for node in self.nodes.values()
+                if not has_on_disk(node, model) or digest_of(node, model) != digest}
 
     def unloaded(self, node, model):
         """Note that a node has promised to unload a model."""
@@ -3880,7 +3896,7 @@ class Progress:
         return line
 
     def drop(self, name):
-        """Wait for a node no longer: it has failed."""
+        """Wait for a node no longer: it has failed, or is done."""
         self.names.discard(name)
 
 
@@ -4118,8 +4134,7 @@ class Cut(NamedTuple):
 class Share:
     """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
 
-    count: int
-    body: bytes
+    texts: list
     wants: Wants
     record: Record
     answer: ResponseHead | None = None
@@ -4168,14 +4183,10 @@ def joined(cuts, counts, took_s):
 
 def cut_batch(wants, sizes, record):
     """Return the Shares of a batch, of the given sizes."""
-    shares, at = [], 0
-    for size in sizes:
-        texts = wants.batch["input"][at:at + size]
-        at += size
-        body = json.dumps({**wants.batch, "input": texts}).encode()
-        chars = sum(map(len, texts))
-        shares.append(Share(size, body, replace(wants, prompt_chars=chars, batch=None), replace(record)))
-    return shares
+    texts = iter(wants.batch["input"])
+    parts = [list(itertools.islice(texts, size)) for size in sizes]
+    return [Share(part, replace(wants, prompt_chars=sum(map(len, part)), batch=None), replace(record))
+            for part in parts]
 
 
 async def keep_share(gateway, share, head, connection, answer, lease, record, keep):
@@ -4186,14 +4197,14 @@ async def keep_share(gateway, share, head, connection, answer, lease, record, ke
     body = await collector.collect()
     if answer.status != 200:
         raise NodeRefused(None, answer, body)
-    share.answer, share.cut = answer, cut_answer(body, share.count)
+    share.answer, share.cut = answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
     return True, collector.clean
 
 
-async def serve_batch(gateway, client, head, wants, record, sizes, barred):
-    """Let the nodes that have the model embed shares of a batch; answer as one node would."""
-    loop = gateway.loop
+async def serve_batch(gateway, client, head, wants, record, sizes, digest):
+    """Let the nodes that have one version of the model embed shares of a batch; answer as one node would."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
     shares = cut_batch(wants, sizes, record)
     plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
     left = iter(shares)
@@ -4201,9 +4212,11 @@ async def serve_batch(gateway, client, head, wants, record, sizes, barred):
     async def work():
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
-            await serve_inference(gateway, share, plain, share.body, share.wants, share.record, keep_share, barred)
+            body = json.dumps({**wants.batch, "input": share.texts}).encode()
+            barred = dispatcher.without(wants.model, digest)    # anew: a pull may have changed it
+            await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, barred)
 
-    nodes = len(gateway.dispatcher.nodes) - len(barred)
+    nodes = len(dispatcher.nodes) - len(dispatcher.without(wants.model, digest))
     tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
     try:
         await asyncio.gather(*tasks)
@@ -4213,7 +4226,7 @@ async def serve_batch(gateway, client, head, wants, record, sizes, barred):
         await asyncio.gather(*tasks, return_exceptions=True)
         records = [share.record for share in shares]
         used = {it.node for it in records}
-        record.node = ",".join(name for name in gateway.dispatcher.nodes if name in used)
+        record.node = ",".join(name for name in dispatcher.nodes if name in used)
         record.attempts = sum(it.attempts for it in records)
         record.queue_s = min(it.queue_s for it in records)
         record.reason = f"{len(shares)} shares"
@@ -4257,7 +4270,7 @@ async def serve(gateway, client, head, record):
         if keep is not None:
             return keep
     route = find_route(head.method, head.path)
-    if route.where is Where.GATEWAY or route.where is Where.MERGED:
+    if route.where in ANSWERED_HERE:
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
@@ -4269,9 +4282,9 @@ async def serve(gateway, client, head, record):
     if raw and head.length != 0:
         return await serve_upload(gateway, client, head, wants, record)
     if wants.batch and gateway.options.split_embed:
-        sizes, barred = gateway.dispatcher.split(wants, gateway.loop.time())
+        sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
         if len(sizes) > 1:
-            return await serve_batch(gateway, client, head, wants, record, sizes, barred)
+            return await serve_batch(gateway, client, head, wants, record, sizes, digest)
     handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
     return await handle(gateway, client, head, body, wants, record)
 
@@ -4515,15 +4528,10 @@ async def probe_forever(gateway, node):
         await asyncio.sleep(gateway.options.probe_interval * gateway.rng.uniform(0.85, 1.15))
 
 
-def generates(runner):
-    """Tell whether a model answers with text, as far as the node's own rows tell."""
-    capabilities = runner.row.get("capabilities")
-    return "completion" in capabilities if isinstance(capabilities, list) else "embed" not in runner.model
-
-
 def loaded_runners(node):
     """Return the models of a node that are loaded and answer with text."""
-    return [runner for runner in node.runners.values() if runner.ready_s is not None and generates(runner)]
+    return [runner for runner in node.runners.values()
+            if runner.ready_s is not None and not (runner.row and embeds_only(runner.row))]
 
 
 async def measure(gateway, runner, count, tokens, timeout_s):
