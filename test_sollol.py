@@ -3587,6 +3587,15 @@ async def test_missing_model_is_told_in_band_or_with_its_status():
 
 
 @over_sockets
+async def test_http_1_0_client_gets_the_progress_without_chunks():
+    async with surface() as gateway:
+        raw = await raw_call(gateway, b'POST /api/pull HTTP/1.0\r\nContent-Length: 19\r\n\r\n{"model":"mistral"}')
+        head, _, body = raw.partition(b"\r\n\r\n")
+        assert b"chunked" not in head.lower() and b"Connection: close" in head
+        assert json.loads(body.splitlines()[-1]) == {"status": "success"}
+
+
+@over_sockets
 async def test_blobs_and_create_are_on_one_home_and_the_new_model_is_seen_at_once():
     async with surface() as gateway:
         path = f"/api/blobs/sha256:{DIGEST}"
