@@ -99,8 +99,8 @@ RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most if that is all that is known of a slot, or if
-                                    # it was proved before: somebody else has it now, and will not for ever
+LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most after mere signs, or if the slot was proved once:
+                                    # somebody else has it now, and will not for ever
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
