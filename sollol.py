@@ -99,7 +99,7 @@ RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most after mere signs, or if the slot was proved once:
+LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most after mere signs, or if the slot was proved:
                                     # somebody else has it now, and will not for ever
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
