@@ -110,8 +110,10 @@ RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SIGN_PAUSE = 2                 # such a pause is doubled so often at most
+LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most after mere signs, or if the slot was proved:
+                                    # somebody else has it now, and will not for ever
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
+LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
@@ -1245,7 +1247,9 @@ class Runner:
     slots_known: str = "guessed"    # guessed, learned, or set: in hosts.txt, or to one for what only embeds
     top: int = 1                    # most that were ever proved to run at once
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
+    peak: int = 1                   # the same, without what was taken back since
     disproofs: int = 0
+    disproved_s: float = -math.inf  # when `slots` was lowered last
     waits: int = 0                  # hidden waits in a row, among no more requests than were proved to run
     signs: int = 0                  # answers whose latency speaks for one slot more, less those that speak against it
     lone: dict = field(default_factory=dict)    # streams or not: time to its first byte, if it need not wait, over
@@ -1588,7 +1592,7 @@ def sign_of_wait(lease, work_s):
     waited for even more.
     """
     beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.passed_progress_s)
-    if waited_s > TELLING * work_s:
+    if waited_s > LATE * work_s:
         return True
     return beside_s * waited_s > work_s * work_s if beside_s > TELLING * waited_s else None
 
@@ -2451,7 +2455,7 @@ class Dispatcher:
 
     def prove_slots(self, runner, count):
         """Raise what is known of a runner's slots: `count` requests ran at once."""
-        runner.top = max(runner.top, count)
+        runner.top, runner.peak = max(runner.top, count), max(runner.peak, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
             self.unsettle(runner.model)
@@ -2468,7 +2472,8 @@ class Dispatcher:
         if runner.slots_known == "set":
             return
         runner.slots, runner.slots_known = runner.top, "learned"
-        runner.probe_s = now + RETRY_SLOT_S * 2 ** min(runner.disproofs, 6)
+        doubled = min(runner.disproofs, 6 if runner.top >= runner.peak else LAST_SHORT_PAUSE)
+        runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
         runner.disproofs += 1
 
     def observe(self, lease, timings, now):
@@ -2523,7 +2528,10 @@ class Dispatcher:
         if not timings.show_a_wait(took_s):
             if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
                 self.prove_slots(runner, lease.nth)
-            runner.waits = 0
+            if lease.nth > 1:       # alone it could not have waited anyway
+                runner.waits = 0
+        elif lease.sent_s <= runner.disproved_s:
+            return                  # sent while more were believed to fit: what it says is known by now
         elif lease.nth > runner.top:
             self.disprove_slots(runner, now)
         else:
@@ -2570,13 +2578,18 @@ class Dispatcher:
                 if lone is None and not runner.disproofs:
                     runner.probe_s = 0.0
             self.prove_slots(runner, lease.beside)
-            runner.waits = 0 if lease.nth > 1 else runner.waits     # alone it could not have waited anyway
+            if lease.nth > 1:       # alone it could not have waited anyway
+                runner.waits = 0
         elif runner.slots_known == "set" or lease.nth > runner.top + 1 or lease.crowded:
             return
         elif lease.passed_progress_s is None:
             return                  # sent at the same time as another one, and nobody knows which came first
+        elif lease.sent_s <= runner.disproved_s:
+            return                  # sent while more were believed to fit: what it says is known by now
         elif lone is None:          # nothing to compare with: let one be alone
             runner.probe_s = max(runner.probe_s, now + RETRY_SLOT_S)
+        elif served_beside_s(lease) < EARLY * work_s * lone:     # whoever slowed the node down is gone
+            runner.lone[streams] = blend(lone, served_beside_s(lease) / work_s, 2 * SPEED_GAIN)
         else:
             waited = sign_of_wait(lease, work_s * lone)
             if waited:
@@ -2596,7 +2609,7 @@ class Dispatcher:
         if runner.signs >= SIGNS_FOR:
             self.prove_slots(runner, nth)
         elif runner.signs <= -SIGNS_AGAINST:
-            runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SIGN_PAUSE)
+            runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
 
     def learn_speed_by_latency(self, lease, timings):
@@ -2716,7 +2729,7 @@ class Dispatcher:
         for runner in node.runners.values():
             self.believe_unloaded(runner)
             if runner.slots_known != "set":     # it may come back with another OLLAMA_NUM_PARALLEL
-                runner.slots = runner.top = 1
+                runner.slots = runner.top = runner.peak = 1
                 runner.slots_known, runner.probe_s, runner.disproofs = "guessed", 0.0, 0
 
     def answered(self, node, version, rtt_s, now):

@@ -1349,6 +1349,31 @@ def test_hidden_wait_disproves_a_slot_for_a_pause_that_doubles():
     assert pauses == pytest.approx([30 * 2**number for number in (0, 1, 2, 3, 4, 5, 6, 6)])
 
 
+def test_what_was_sent_before_a_slot_was_taken_back_does_not_take_it_back_again():
+    """Somebody else fills a node of four slots: one burst of waits costs one slot, and it is tried again in 30 s."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    known = runner(dispatcher, "n1")
+    dispatcher.prove_slots(known, 4)
+    tickets = enter(dispatcher, *[want()] * 5)
+    assert len(placed(dispatcher)) == 5
+    for it in tickets[::-1]:
+        finish(dispatcher, it, 9.0, Timings(8.9, 0, 0.4, 100, 1.5, 50))
+    assert (known.slots, known.disproofs, known.probe_s) == (4, 1, 39.0)
+
+
+def test_slot_that_was_proved_before_is_tried_again_within_two_minutes():
+    dispatcher = cluster(slots=0, n1=["m"])
+    known = runner(dispatcher, "n1")
+    dispatcher.prove_slots(known, 2)
+    known.top, pauses = 1, []
+    for _ in range(5):
+        dispatcher.disprove_slots(known, 100.0)
+        pauses.append(known.probe_s - 100)
+    assert pauses == [30, 60, 120, 120, 120]
+    dispatcher.missed(dispatcher.nodes["n1"], True, 200.0)
+    assert known.peak == 1
+
+
 def test_set_slots_are_never_unlearned():
     dispatcher = cluster(slots=2, n1=["m"])
     _, second = enter(dispatcher, want(), want())
@@ -2616,11 +2641,45 @@ def test_slots_and_speeds_are_learned_from_answers_that_tell_no_durations(draw, 
     async def run():
         nodes = [bench.SimNode(slots=slots, loaded=("llama3.2",), noise=0.08, seed=slots) for slots in (1, 2, 4)]
         async with gateway_for(*nodes) as gateway:
-            await work_through(gateway, draw, 12, 250)
+            await work_through(gateway, draw, 12, 160)
             known = [node.runners["llama3.2:latest"] for node in gateway.dispatcher.nodes.values()]
             for slots, found in zip((1, 2, 4), known, strict=True):
                 assert slots <= found.slots <= slots + 1
                 assert not tokens_told or 0.8 < 115 * found.decode_s < 1.25
+    bench.run_virtual(run())
+
+
+@table("path", [("with durations", "/api/chat"), ("without", "/v1/chat/completions")])
+def test_other_users_of_a_node_shrink_its_slots_for_a_while(path):
+    """Three others send to the node directly, and take up to three of its four slots; within three minutes after they
+    have left all four are back.
+    """
+    async def run():
+        node, draw, rng = bench.SimNode(slots=4, loaded=("llama3.2",), noise=0.08), untimed(path), random.Random(1)
+        async with gateway_for(node) as gateway:
+            known, ended = next(iter(gateway.dispatcher.nodes.values())).runners["llama3.2:latest"], asyncio.Event()
+
+            async def client(address, ended):
+                caller = bench.Caller(*address)
+                while not ended.is_set():
+                    body = {**draw(rng)[1], "stream": False}
+                    assert (await caller.call(json.dumps(body).encode(), path=path))[0] == 200
+                caller.close()
+
+            own = [asyncio.create_task(client(gateway.address, ended)) for _ in range(10)]
+            await until(lambda: known.slots == 4, 60)
+            others_ended = asyncio.Event()
+            others = [asyncio.create_task(client(("127.0.0.1", node.port), others_ended)) for _ in range(3)]
+            await until(lambda: known.slots <= 2, 60)
+            await asyncio.sleep(60)
+            assert known.slots <= 3
+            others_ended.set()
+            await asyncio.gather(*others)
+            await until(lambda: known.slots == 4, 180)
+            await asyncio.sleep(60)
+            assert 4 <= known.slots <= 5
+            ended.set()
+            await asyncio.gather(*own)
     bench.run_virtual(run())
 
 
