@@ -2811,7 +2811,7 @@ async def test_queue_is_bounded_and_its_time_is_too():
 @pytest.mark.parametrize("policy, expected", [("round-robin", [4, 4]), ("least-inflight", [4, 4])])
 @over_sockets
 async def test_plain_policies_send_at_once_and_share_evenly(policy, expected):
-    nodes = [fixed(1, hardware="rtx4090", speed=5), fixed(1, hardware="cpu", speed=5)]
+    nodes = [fixed(1, hardware="rtx4090", speed=1), fixed(1, hardware="cpu", speed=1)]
     async with gateway_for(*nodes, flags=["--policy", policy]) as gateway:
         await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate()) for _ in range(8)))
         assert [node.requests for node in gateway.dispatcher.nodes.values()] == expected
