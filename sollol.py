@@ -1065,6 +1065,10 @@ class Queue:
         entry[2].waiting = False
         del self.tickets[entry[2]]
 
+    def last(self):
+        """Return the least urgent waiting ticket, or None. O(n), so for a full queue only."""
+        return max(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
         return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
@@ -1077,10 +1081,13 @@ class FairShare:
         self.next_s = {}            # (client, priority): virtual seconds
         self.active = collections.Counter()
 
+    def start_s(self, wants, now):
+        """Return the virtual start of a new request."""
+        return max(now, self.next_s.get((wants.client, wants.priority), now))
+
     def charge(self, wants, now, cost_s):
-        """Return the virtual start of a new request that costs the cluster `cost_s` seconds."""
-        account = wants.client, wants.priority
-        start_s = max(now, self.next_s.get(account, now))
+        """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
+        account, start_s = (wants.client, wants.priority), self.start_s(wants, now)
         self.next_s[account] = start_s + cost_s
         self.active[account] += 1
         return start_s
@@ -1877,6 +1884,7 @@ class Dispatcher:
         self.freed = collections.Counter()      # settled model: leases that have ended since
         self.surroundings = {}      # Node: Surroundings, until something begins or ends there
         self.idle = set()           # nodes whose last lease has ended since the last dispatch
+        self.displaced = []         # refused since the last dispatch
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
@@ -1887,9 +1895,13 @@ class Dispatcher:
     # Tickets ----------------------------------------------------------------
 
     def enter(self, id, wants, now, barred=()):
-        """Return a waiting ticket for a request that `barred` nodes never get. Raises Refusal if the queue is full."""
+        """Return a waiting ticket for a request that `barred` nodes never get.
+
+        If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal if
+        that is the new one.
+        """
         if len(self.queue) >= self.max_queue:
-            raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
+            self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
@@ -1897,6 +1909,13 @@ class Dispatcher:
                         barred=len(barred))
         self.push(ticket)
         return ticket
+
+    def displace(self, key_s):
+        """Refuse the last ticket of a full queue to make room for one with this key. Raises Refusal if none is later."""
+        refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
+        if last is None or last.key_s <= key_s:
+            raise refusal
+        self.displaced.append(self.refuse(last, refusal))
 
     def push(self, ticket):
         """Let a ticket wait."""
@@ -1994,7 +2013,8 @@ class Dispatcher:
         A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
         leases ends, one ticket may go. A node that is idle even then is offered to every model.
         """
-        turn = Turn(now)
+        turn = Turn(now, refused=self.displaced)
+        self.displaced = []
         if self.queue.tickets:
             self.bind(turn)
             if self.settled and self.tempt([node for node in self.idle if not node.leases], now):

@@ -1127,6 +1127,41 @@ def test_queue_is_bounded():
     enter(dispatcher, want())
 
 
+def test_urgent_newcomer_displaces_the_least_urgent_of_a_full_queue():
+    dispatcher = cluster(max_queue=3, n1=["m"])
+    low, batch, normal = enter(dispatcher, want(priority=3), want(priority=1), want(priority=5, client="flood"))
+    urgent, = enter(dispatcher, want(priority=8), now=1.0)
+    assert dispatcher.queue.in_order() == [urgent, normal, low] and not batch.waiting
+    assert batch.refusal.status == 503 and batch.refusal.retry_after_s >= 1
+    assert dispatcher.dispatch(1.0) == ([urgent.lease], [batch]) and batch.lease is None
+    assert dispatcher.dispatch(1.0) == ([], [])
+    with pytest.raises(Refusal):
+        cluster(max_queue=0, n1=["m"]).enter("r", want(priority=10), 0.0)
+
+
+def test_equal_newcomer_displaces_nobody_and_owes_nothing_for_it():
+    dispatcher = cluster(max_queue=2, n1=["m"])
+    enter(dispatcher, want(client="a"), want(client="b"))
+    for wants in (want(client="a"), want(client="c"), want(client="c", priority=1)):
+        with pytest.raises(Refusal):
+            enter(dispatcher, wants)
+    assert set(dispatcher.fair.active) == {("a", 5), ("b", 5)} and not dispatcher.displaced
+
+
+def test_aged_batch_is_not_displaced_by_a_fresh_urgent_one():
+    dispatcher = cluster(max_queue=1, n1=["m"])
+    enter(dispatcher, want(priority=1))
+    with pytest.raises(Refusal):
+        enter(dispatcher, want(priority=10), now=9 * sollol.HEAD_START_S)
+
+
+def test_of_a_flood_the_last_is_displaced_by_another_client():
+    dispatcher = cluster(max_queue=5, n1=["m"])
+    flood = enter(dispatcher, *[want(client="flood")] * 5)
+    other, = enter(dispatcher, want(client="other"))
+    assert dispatcher.queue.in_order() == [flood[0], other, *flood[1:4]] and flood[4].refusal.status == 503
+
+
 def test_waiting_too_long_is_refused_with_503():
     dispatcher = cluster(n1=["m"])
     enter(dispatcher, want())
@@ -1613,11 +1648,15 @@ class Walk:
                      client=rng.choice("xyz"), stream=rng.random() < 0.7, prompt_chars=rng.choice([0, 50000]),
                      max_output=rng.choice([None, 1, 500]), embeds=rng.random() < 0.1,
                      options=rng.choice([(), (), (("num_ctx", 8192),)]), prefix=((rng.randrange(5), 200),))
-        if len(self.dispatcher.queue) < self.dispatcher.max_queue:
+        waiting = list(self.dispatcher.queue.tickets)
+        full = len(waiting) >= self.dispatcher.max_queue
+        try:
             self.tickets += enter(self.dispatcher, wants, now=self.now)
-        else:
-            with pytest.raises(Refusal):
-                enter(self.dispatcher, wants, now=self.now)
+        except Refusal:
+            assert full and [it for it in waiting if not it.waiting] == []
+            return
+        displaced = [it for it in waiting if not it.waiting]
+        assert len(displaced) == full and all(it.key_s > self.tickets[-1].key_s for it in displaced)
 
     def dispatch(self):
         leases, refused = self.dispatcher.dispatch(self.now)
@@ -2470,7 +2509,10 @@ async def test_queue_is_bounded_and_its_time_is_too():
             answer = await call(gateway, "POST", "/api/generate", generate())
             assert answer.status == 503 and answer.json() == {"error": "the queue is full"}
             assert int(answer.fields["retry-after"]) >= 1
-            for answer in await asyncio.gather(*waiting):
+            urgent = asyncio.create_task(call(gateway, "POST", "/v1/completions", generate(), X_Priority="critical"))
+            displaced, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            assert ["queue is full" in it.result().json()["error"]["message"] for it in displaced] == [True]
+            for answer in await asyncio.gather(*waiting, urgent):
                 assert answer.status == 503 and answer.json()["error"]["type"] == "api_error"
                 assert int(answer.fields["retry-after"]) >= 1
 
