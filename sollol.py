@@ -916,7 +916,7 @@ def unloads(kind, fields):
 
 
 def is_deterministic(fields, options):
-    """Tell whether the same request gives the same text again: it says temperature 0, or a seed (-1 is a random one)."""
+    """Tell whether the same request gives the same text again: temperature 0, or a seed (-1: a random one)."""
     temperature, seed = options.get("temperature"), options.get("seed")
     if fields.get("logprobs") or fields.get("top_logprobs"):
         return False                # numbers that belong to whole lines, and are never quite the same
@@ -1897,8 +1897,8 @@ class Dispatcher:
     def enter(self, id, wants, now, barred=()):
         """Return a waiting ticket for a request that `barred` nodes never get.
 
-        If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal if
-        that is the new one.
+        If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
+        if that is the new one.
         """
         if len(self.queue) >= self.max_queue:
             self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
@@ -1911,7 +1911,7 @@ class Dispatcher:
         return ticket
 
     def displace(self, key_s):
-        """Refuse the last ticket of a full queue to make room for one with this key. Raises Refusal if none is later."""
+        """Refuse the last ticket of a full queue for one with this key. Raises Refusal if none is later."""
         refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
         if last is None or last.key_s <= key_s:
             raise refusal
@@ -3036,8 +3036,9 @@ def error_body(family, status, text):
     return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
 
 
-# How a stream ends that says all it has to say: Ollama's, OpenAI's, Anthropic's.
-LAST_LINE = re.compile(rb'(?:^|\n)(?:\{[^\n]*"done":\s*true[,}][^\n]*|data: \[DONE\]|data: \{"type":"message_stop"\})\s*\Z')
+# How a stream ends that says all it has to say: Ollama's statistics, OpenAI's and Anthropic's last events.
+LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\n\Z|(?:^|\n)data: \[DONE\]\n\n\Z|'
+                       rb'(?:^|\n)data: \{"type":\s*"message_stop"\s*\}\n\n\Z')
 
 
 class Relay(Sink):
@@ -3173,6 +3174,7 @@ class Transcript:
         self.at = 0                 # how much of the running answer has been read
         self.key = ""               # what kind of text it was last
         self.relay = None           # that has written to the client last
+        self.done = False           # the client has the last line
         self.lost = []              # names of nodes that did not come to the end
 
     def rewind(self, name):
@@ -3221,6 +3223,7 @@ class Transcript:
         rests = [self.hear(key, text) for _, key, text in said]
         if value.get("done") is True and self.is_behind:
             raise Refusal(502, "the answer of another node is shorter")
+        self.done = value.get("done") is True
         if not was_behind:
             return line
         if not any(rests) and (said or self.is_behind):
@@ -3286,6 +3289,9 @@ class LineRelay(Relay):
         else:
             self.write(LAST_CHUNK if self.framing is Framing.CHUNKED else b"")
             Sink.end(self, clean)
+
+    def is_complete(self):
+        return self.transcript.done
 
     def can_be_continued(self):
         """Tell whether another node can go on."""

@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2125,6 +2126,12 @@ def generate(model="llama3.2", tokens=5, stream=False, **more):
     return {"model": model, "prompt": f"say <out={tokens}>", "stream": stream, **more}
 
 
+def posted(value, path=b"/api/generate"):
+    """Return the bytes of a request."""
+    body = json.dumps(value).encode()
+    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
+
+
 def health(gateway):
     return json.loads(sollol.answer_health(gateway)[1])
 
@@ -2963,6 +2970,190 @@ async def test_whole_answer_that_is_cut_in_the_middle_runs_again_elsewhere():
         nodes = ScriptedNode(lambda request, cut=cut: [cut, 0.02]), ScriptedNode(lambda request: [framed(whole), KEEP])
         answer, _ = await rescued("/api/generate", *nodes, value=generate())
         assert (answer.status, answer.body, answer.fields["x-sollol-attempts"]) == (200, whole, "2")
+
+
+# -----------------------------------------------------------------------------
+# Every failure of a node, at every moment of a request
+# -----------------------------------------------------------------------------
+
+TOKENS = [b'{"model":"llama3.2","response":"%b","done":false}\n' % token for token in (b"He", b"llo")]
+END = b'{"model":"llama3.2","response":"","done":true,"eval_count":2}\n'
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+BEGUN, BEGUN_BODY = chunked(*TOKENS, end=b""), b"".join(TOKENS)
+WHOLE = b'{"model":"llama3.2","response":"Hello","done":true,"eval_count":2}'
+GOOD = {True: chunked(*TOKENS, END), False: framed(WHOLE)}
+
+
+async def reset(reader, writer):
+    """Break the connection off with a reset, as a crashed or firewalled machine does."""
+    await asyncio.sleep(0.02)
+    writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def ramble(reader, writer):
+    """Send tokens until the connection breaks."""
+    while not writer.transport.is_closing():
+        writer.write(b"%x\r\n%b\r\n" % (len(TOKENS[0]), TOKENS[0]))
+        await asyncio.sleep(0.01)
+
+
+ANOTHER = "another node's whole answer"     # as if nothing had happened
+ENDED = "what came, an error line, a clean end"
+COMPLETE = "what the node sent, whole"
+
+# When: (what the node sends for a stream, for a whole answer; what the client gets of a stream, of a whole answer).
+MOMENTS = [
+    ("connection refused", None, None, ANOTHER, ANOTHER),
+    ("closes before the status line", [], [], ANOTHER, ANOTHER),
+    ("resets before the status line", [reset], [reset], ANOTHER, ANOTHER),
+    ("closes in the status line", [b"HTTP/1.1 20"], [b"HTTP/1.1 20"], ANOTHER, ANOTHER),
+    ("closes in the head", [STREAM_HEAD[:-2]], [GOOD[False][:40]], ANOTHER, ANOTHER),
+    ("resets in the head", [STREAM_HEAD[:-2], reset], [GOOD[False][:40], reset], ANOTHER, ANOTHER),
+    ("garbage status line", [b"SSH-2.0-OpenSSH\r\n\r\n"], [b"SSH-2.0-OpenSSH\r\n\r\n"], ANOTHER, ANOTHER),
+    ("status that is none", [b"HTTP/1.1 999 Huh\r\n\r\n", KEEP], [b"HTTP/1.1 0 Huh\r\n\r\n", KEEP],
+     ANOTHER, ANOTHER),
+    ("header of 2 MiB", [b"HTTP/1.1 200 OK\r\nX: " + b"y" * 2**21 + b"\r\n\r\n", KEEP],
+     [b"HTTP/1.1 200 OK\r\nX: " + b"y" * 2**21 + b"\r\n\r\n", KEEP], ANOTHER, ANOTHER),
+    ("bare CR in a header", [b"HTTP/1.1 200 OK\r\nX: a\rb\r\n\r\n"], [b"HTTP/1.1 200 OK\r\nX: a\rb\r\n\r\n"],
+     ANOTHER, ANOTHER),
+    ("bare LF in a header", [b"HTTP/1.1 200 OK\r\nX: a\nb: c\r\n\r\n"], [b"HTTP/1.1 200 OK\r\nX: a\nb: c\r\n\r\n"],
+     ANOTHER, ANOTHER),
+    ("two lengths", [framed(WHOLE).replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n"), KEEP],
+     [framed(WHOLE).replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n"), KEEP], ANOTHER, ANOTHER),
+    ("length and chunks", [STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n")],
+     [STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n")], ANOTHER, ANOTHER),
+    ("switches protocols", [b"HTTP/1.1 101 Switching Protocols\r\n\r\n", KEEP],
+     [b"HTTP/1.1 101 Switching Protocols\r\n\r\n", KEEP], ANOTHER, ANOTHER),
+    ("instant 503", [framed(b"{}", b"503 Busy"), KEEP], [framed(b"{}", b"503 Busy"), KEEP], ANOTHER, ANOTHER),
+    ("503 cut in its body", [framed(b"{}" * 9, b"503 Service Unavailable")[:-5]],
+     [framed(b"{}" * 9, b"503 Service Unavailable")[:-5]], ANOTHER, ANOTHER),
+    ("runner has died", [framed(b'{"error":"llama runner process has terminated"}', b"500 Oops"), KEEP],
+     [framed(b'{"error":"llama runner process has terminated"}', b"500 Oops"), KEEP], ANOTHER, ANOTHER),
+    ("404 against the index", [framed(b'{"error":"model not found"}', b"404 Not Found"), KEEP],
+     [framed(b'{"error":"model not found"}', b"404 Not Found"), KEEP], ANOTHER, ANOTHER),
+    ("head and no more", [STREAM_HEAD], [framed(WHOLE)[:-len(WHOLE)]], ANOTHER, ANOTHER),
+    ("closes between tokens", [BEGUN, 0.02], [BEGUN, 0.02], ENDED, ANOTHER),
+    ("resets between tokens", [BEGUN, reset], [BEGUN, reset], ENDED, ANOTHER),
+    ("closes in a token", [BEGUN, b'20\r\n{"resp', 0.02], [framed(WHOLE)[:-9], 0.02], ENDED, ANOTHER),
+    ("bad chunk size", [BEGUN, 0.05, b"zz\r\n", KEEP], [BEGUN, 0.05, b"zz\r\n", KEEP], ENDED, ANOTHER),
+    ("negative chunk size", [BEGUN, 0.05, b"-5\r\n", KEEP], [BEGUN, 0.05, b"-5\r\n", KEEP], ENDED, ANOTHER),
+    ("chunk without its end", [BEGUN, 0.05, b"2\r\n{}}}\r\n", KEEP], [BEGUN, 0.05, b"2\r\n{}}}\r\n", KEEP],
+     ENDED, ANOTHER),
+    ("bad chunk size at once", [BEGUN + b"zz\r\n", KEEP], [BEGUN + b"zz\r\n", KEEP], ANOTHER, ANOTHER),
+    ("closes before the last chunk", [chunked(*TOKENS, END, end=b""), 0.02], [framed(WHOLE)[:-1], 0.02],
+     COMPLETE, ANOTHER),
+    ("closes behind an argument that is called done",
+     [BEGUN, b'48\r\n{"message":{"tool_calls":[{"arguments":{"done":true}}]},"done":false  }\n\r\n', 0.02],
+     [framed(WHOLE)[:-1], 0.02], ENDED, ANOTHER),
+    ("closes in the last chunk", [chunked(*TOKENS, END, end=b"0\r\n"), 0.02], [chunked(WHOLE, end=b"0\r\n"), 0.02],
+     COMPLETE, ANOTHER),
+    ("length too long", [framed(TOKENS[0] + END).replace(b"h: ", b"h: 9"), 0.02],
+     [framed(WHOLE).replace(b"h: ", b"h: 9"), 0.02], "cut", ANOTHER),
+    ("length too short", [framed(TOKENS[0]) + END, KEEP], [framed(WHOLE) + b"evil", KEEP], COMPLETE, COMPLETE),
+    ("another answer behind", [GOOD[True] + framed(b"evil"), KEEP], [GOOD[False] + framed(b"evil"), KEEP],
+     COMPLETE, COMPLETE),
+    ("no length at all", [b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n" + TOKENS[0] + END],
+     [b"HTTP/1.1 200 OK\r\n\r\n" + WHOLE], COMPLETE, COMPLETE),
+]
+
+
+def client_got(expected, answer, sent, good):
+    """Tell whether an answer is what a row of MOMENTS says."""
+    if expected == "cut":
+        return answer is None
+    if answer is None or answer.status != 200:
+        return False
+    if expected == ENDED:
+        begun, rest = answer.body[:len(BEGUN_BODY)], answer.body[len(BEGUN_BODY):]
+        ending = rb'(\{"resp\n|\{\}\n|\{"message.*\n)?\{"error": "127.0.0.1:[^\n]*"\}\n'
+        return begun == BEGUN_BODY and re.fullmatch(ending, rest)
+    return answer.body == (b"".join((*TOKENS, END)) if good else WHOLE) or expected == COMPLETE and b"evil" not in \
+        answer.body and answer.body in sent
+
+
+@table("sends, sends_whole, of_a_stream, of_a_whole", MOMENTS)
+@over_sockets
+async def test_failure_of_a_node_costs_its_client_no_more_than_it_must(sends, sends_whole, of_a_stream, of_a_whole):
+    for stream, script, expected in ((True, sends, of_a_stream), (False, sends_whole, of_a_whole)):
+        nodes = ScriptedNode(lambda request, script=script: script), ScriptedNode(
+            lambda request, stream=stream: [GOOD[stream], KEEP])
+        async with gateway_for(*nodes, flags=IN_TURN) as gateway:
+            if script is None:
+                await nodes[0].stop()
+            caller = await Caller.to(gateway)
+            try:
+                answer = await asyncio.wait_for(caller.ask("POST", "/api/generate", generate(stream=stream)), 5)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                answer = None
+            sent = b"".join(item for item in script or () if isinstance(item, bytes))
+            assert client_got(expected, answer, sent, stream), (answer and (answer.head, answer.body))
+            assert len(nodes[1].requests) == (expected == ANOTHER)
+            if answer:              # and the next one on the same connection is right
+                again = await caller.ask("POST", "/api/generate", generate(stream=stream))
+                assert client_got(of_a_stream if stream else of_a_whole, again, sent, stream) or client_got(
+                    ANOTHER, again, sent, stream), again.body
+            caller.close()
+            assert health(gateway)["inflight"] == 0
+
+
+def test_node_that_is_silent_at_connect_costs_three_seconds_once():
+    """Its host is off, or a firewall drops what is sent to it: here a listener whose backlog is full."""
+    async def main():
+        deaf, good = ScriptedNode(), ScriptedNode(lambda request: [OK, KEEP])
+        async with gateway_for(deaf, good, flags=IN_TURN) as gateway:
+            port = deaf.port
+            await deaf.stop()
+            with socket.socket() as listener, contextlib.ExitStack() as stack:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("127.0.0.1", port))
+                listener.listen(0)
+                for _ in range(4):      # more than fit
+                    filler = stack.enter_context(socket.socket())
+                    filler.setblocking(False)
+                    filler.connect_ex(("127.0.0.1", port))
+                for pool in gateway.pools.values():
+                    pool.prune(math.inf)
+                for most_s in (3.5, 0.5, 0.5):
+                    started_s = gateway.loop.time()
+                    answer = await call(gateway, "POST", "/api/generate", generate())
+                    assert answer.status == 200 and gateway.loop.time() - started_s < most_s
+    bench.run_virtual(main())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@over_sockets
+async def test_answer_that_never_ends_is_passed_on_in_bounded_memory_until_its_client_leaves(stream):
+    async def flood(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while not writer.transport.is_closing():
+                writer.write(b"%x\r\n%b\r\n" % (2**16, b"x" * 2**16))
+                await writer.drain()
+
+    node = ScriptedNode(lambda request: [STREAM_HEAD, flood])
+    async with gateway_for(node) as gateway:
+        for options in ({}, {"options": {"seed": 1}}):
+            caller = await Caller.to(gateway)
+            caller.writer.write(posted(generate(stream=stream, **options)))
+            await caller.head()
+            for _ in range(8):
+                await caller.reader.readexactly(sollol.MIB)
+            assert all(client.transport.get_write_buffer_size() < 4 * sollol.MIB for client in gateway.clients)
+            caller.writer.transport.abort()
+            await until(lambda: health(gateway)["inflight"] == 0 and not gateway.clients)
+
+
+@over_sockets
+async def test_many_pooled_connections_that_died_in_a_restart_cost_one_fresh_one_each():
+    node = ScriptedNode(lambda request: [0.05, OK, KEEP])
+    node.line = "slots=8"
+    async with gateway_for(node) as gateway:
+        for _ in range(3):
+            answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate()) for _ in range(8)))
+            assert {(it.status, it.fields["x-sollol-attempts"]) for it in answers} == {(200, "1")}
+            port = node.port
+            await node.stop()
+            await node.start(port)
 
 
 # -----------------------------------------------------------------------------
