@@ -33,6 +33,8 @@ import sollol
 from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants, Where
 
 HERE = pathlib.Path(__file__).parent
+# How many times as many random cases are tried as in a quick run of the tests.
+FUZZ = int(os.environ.get("SOLLOL_TEST_FUZZ", 1))
 
 
 def table(names, rows):
@@ -173,19 +175,25 @@ REFUSED_HEADS = [
 ]
 
 
-@listed("raw", [post(*lines.split(b"|")) for lines in REFUSED_FIELDS] + [
-    head(line, b"Host: a") for line in REFUSED_LINES] + REFUSED_HEADS)
+REFUSED = [post(*lines.split(b"|")) for lines in REFUSED_FIELDS] + [
+    head(line, b"Host: a") for line in REFUSED_LINES] + REFUSED_HEADS
+
+
+@listed("raw", REFUSED)
 def test_head_that_can_be_misread_is_refused_and_ends_the_connection(raw):
     assert [(found.status, found.close) for found in every_way(raw)] == [(400, True)] * 4
 
 
-@table("raw, status", [
+TOO_LONG = [
     ("target one too long", get(target=b"/" * 16_385), 414),
     ("target over a whole head", get(target=b"/" * 70_000), 414), ("endless first line", b"A" * 66_000, 414),
     ("one long header", get(b"X: " + b"x" * 66_000), 431),
     ("many headers", get(*[b"X-%d: y" % number for number in range(7000)]), 431),
     ("longest target, long head", get(b"X: " + b"x" * 66_000, target=b"/" * 16_384), 431),
-])
+]
+
+
+@table("raw, status", TOO_LONG)
 def test_head_that_is_too_long_is_refused(raw, status):
     assert [getattr(found, "status", None) for found in every_way(raw)] == [status] * 4
 
@@ -279,14 +287,17 @@ def test_body_is_decoded_to_its_end_and_not_beyond(length, data, payload, left_o
         assert decode(sollol.body_decoder(length), data, step) == (payload, len(data) - len(left_over), done)
 
 
-@listed("data", [
+BAD_CHUNKS = [
     b"\r\nhello", b"g\r\n", b"0x5\r\nhello\r\n", b"-5\r\nhello\r\n", b"+5\r\nhello\r\n", b" 5\r\nhello\r\n",
     b"5 \r\nhello\r\n", b"1_0\r\n", b";a\r\n", b"0000000000000005\r\nhello\r\n", b"ffffffffffffffffffff\r\n",
     b"5\nhello\r\n", b"5;a\rb\r\nhello\r\n", b"5\r\r\nhello\r\n", b"5\r\nhello!\r\n0\r\n\r\n",
     b"5\r\nhell\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"0\r\n\n", b"0\r\nX: y\n\r\n",
     b"5;" + b"a" * 5000 + b"\r\n", b"0" * 5000, b"0\r\nX: " + b"y" * 5000 + b"\r\n\r\n",
     b"0\r\n" + b"X: y\r\n" * 4000 + b"\r\n",
-])
+]
+
+
+@listed("data", BAD_CHUNKS)
 def test_malformed_chunks_are_refused(data):
     for step in (1, 3, len(data)):
         with pytest.raises(ProtocolError):
@@ -433,7 +444,7 @@ def test_mutated_heads_are_refused_or_mean_the_same_to_the_node():
     rng = random.Random(1)
     seeds = [get(b"Accept: */*"), post(b"Content-Length: 5"), get(target=b"http://gw:8000/a?b=c"),
              post(b"Transfer-Encoding: chunked", b"Connection: te, x"), head(b"GET /%20 HTTP/1.0")]
-    for _ in range(2000):
+    for _ in range(2000 * FUZZ):
         raw = mutated(rng, rng.choice(seeds))
         found, parts = (only_refused(feed_head, raw, step, data=raw)
                         for step in (len(raw) or 1, rng.randrange(1, 20)))
@@ -447,7 +458,7 @@ def test_mutated_heads_are_refused_or_mean_the_same_to_the_node():
 def test_mutated_responses_raise_nothing_but_protocol_errors():
     rng = random.Random(2)
     seeds = [head(b"HTTP/1.1 200 OK", line) for line in (b"Content-Length: 5", b"Transfer-Encoding: chunked")]
-    for _ in range(2000):
+    for _ in range(2000 * FUZZ):
         raw = mutated(rng, rng.choice(seeds))
         end = only_refused(sollol.find_head, raw, data=raw)
         if end:
@@ -456,7 +467,7 @@ def test_mutated_responses_raise_nothing_but_protocol_errors():
 
 def test_mutated_chunks_raise_nothing_but_protocol_errors_and_any_split_gives_the_same():
     rng = random.Random(3)
-    for _ in range(2000):
+    for _ in range(2000 * FUZZ):
         data = mutated(rng, random_body(rng)[1])
         found = {only_refused(decode, sollol.ChunkedBody(), data, step, data=data)
                  for step in (1, rng.randrange(2, 9), len(data) or 1)}
@@ -1962,6 +1973,7 @@ class ScriptedNode:
         self.script, self.models = script, models
         self.requests, self.connections = [], set()
         self.digests = {}           # of models, if not their names
+        self.reads_chunks = False   # else a chunked body is left to the script
 
     async def start(self, port=0):
         self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26)
@@ -1991,6 +2003,9 @@ class ScriptedNode:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.I)
                 raw = head + (await reader.readexactly(int(length[1])) if length else b"")
+                if self.reads_chunks and b"\r\nTransfer-Encoding: chunked\r\n" in head:
+                    while not re.search(rb"\r\n0+\r\n\r\n\Z", raw):
+                        raw += await reader.readuntil(b"\r\n")
                 own = self.own_answer(raw)
                 if own is not None:
                     writer.write(framed(json.dumps(own).encode()))
@@ -2049,7 +2064,7 @@ class Answer:
     def __init__(self, head, body):
         first, *lines = head[:-4].split(b"\r\n")
         self.status = int(first.split(b" ")[1])
-        self.fields = {name.lower().decode(): value.strip().decode() for name, _, value in
+        self.fields = {name.lower().decode("latin-1"): value.strip().decode("latin-1") for name, _, value in
                        (line.partition(b":") for line in lines)}
         self.head, self.body = head, body
 
@@ -2282,6 +2297,174 @@ async def test_malformed_input_gets_a_4xx_a_closed_connection_and_reaches_no_nod
     for raw in node.requests:       # the one whose body turned out malformed on its way
         assert raw.startswith(b"POST /unknown ")
     assert not [record for record in caplog.records if record.exc_info]
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED_POST = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+# Refused, whatever stands behind it: (bytes, status; None: any 4xx).
+HOSTILE_RAW = [
+    *((raw, 400) for raw in REFUSED), *((raw, status) for _, raw, status in TOO_LONG),
+    *((CHUNKED_POST % path + data, 400) for data in BAD_CHUNKS for path in (b"/api/chat", b"/api/blobs/a", b"/x")),
+    *((raw, None) for raw in HOSTILE),
+]
+
+# What is odd and yet can be read in one way only: (name, bytes, statuses of the answers, bytes that a node sees).
+ODD = [
+    ("request in a body", post(b"Content-Length: %d" % len(SMUGGLED)) + SMUGGLED, [200], SMUGGLED),
+    ("request in a chunk", CHUNKED_POST % b"/api/chat" + b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED), [200],
+     b"Content-Length: %d\r\n" % len(SMUGGLED)),
+    ("length that Connection names", post(b"Connection: Content-Length, Host", b"Content-Length: 2") + b"{}", [200],
+     b"Content-Length: 2\r\n"),
+    ("coding that Connection names", head(b"POST /x HTTP/1.1", b"Host: a", b"Connection: transfer-encoding",
+                                          b"Transfer-Encoding: chunked") + b"0\r\n\r\n", [200], b"POST /x "),
+    ("length with an underscore", post(b"Content_Length: 2") + get(target=b"/y"), [200, 200], b"GET /y "),
+    ("length with zeros", post(b"Content-Length: 0002") + b"{}", [200], b"Content-Length: 2\r\n"),
+    ("length in a trailer", CHUNKED_POST % b"/api/chat" + b"2\r\n{}\r\n0\r\nContent-Length: 99\r\n\r\n", [200],
+     b"Content-Length: 2\r\n"),
+    ("chunk extensions", CHUNKED_POST % b"/api/chat" + b"2;a=\"b\"\r\n{}\r\n0;x\r\n\r\n", [200], b"\r\n\r\n{}"),
+    ("chunk size with zeros", CHUNKED_POST % b"/api/chat" + b"0002\r\n{}\r\n000\r\n\r\n", [200], b"\r\n\r\n{}"),
+    ("another authority", get(target=b"http://evil/x"), [200], b"GET /x "),
+    ("line ends in the target", get(target=b"/x%0d%0aHost:%20evil"), [200], b"GET /x%0d%0aHost:%20evil "),
+    ("way up", get(target=b"/x/../../etc"), [200], b"GET /x/../../etc "),
+    ("websocket", get(b"Connection: Upgrade", b"Upgrade: websocket", target=b"/x"), [200], b"GET /x "),
+    ("proxy's own fields", get(b"Proxy-Connection: close", b"Proxy-Authorization: x", target=b"/x"), [200], b"GET /x "),
+    ("pipelined", get(target=b"/x") * 3, [200] * 3, b"GET /x "),
+    ("body on GET", get(b"Content-Length: 5", target=b"/x") + b"hello", [200], b"GET /x "),
+]
+
+
+def sound(raw, node):
+    """Tell whether what a node got is one request that can be read in one way only."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")[1:]
+    names = [line.partition(b":")[0].lower() for line in lines]
+    lengths = [line.partition(b":")[2].strip() for line in lines if line.lower().startswith(b"content-length:")]
+    return (not re.search(rb"[\r\n\x00]", head.replace(b"\r\n", b"")) and names.count(b"host") == 1
+            and b"Host: 127.0.0.1:%d" % node.port in lines and b"connection" not in names and b"upgrade" not in names
+            and names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+            and all(re.fullmatch(rb"0|[1-9][0-9]*", length) and int(length) == len(body) for length in lengths)
+            and all(re.fullmatch(rb"[!#-'*+.^_`|~0-9a-z-]+", name) for name in names))
+
+
+@over_sockets
+async def test_hostile_input_gets_its_refusal_and_nothing_of_it_reaches_a_node_in_an_ambiguous_form(caplog):
+    sollol.LOG.propagate = True
+    assert len(HOSTILE_RAW) > 100
+    node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
+    async with gateway_for(node) as gateway:
+        for data, status in HOSTILE_RAW:
+            raw = await raw_call(gateway, data + SMUGGLED)
+            assert re.match(b"HTTP/1.1 %b " % (b"%d" % status if status else b"4.."), raw), (data[:80], raw[:200])
+            assert raw.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in raw, (data[:80], raw[:300])
+        assert health(gateway)["inflight"] == 0
+        for raw in node.requests:   # only what goes up while it comes; behind its head is nothing but whole chunks
+            assert raw.startswith((b"POST /x ", b"POST /api/blobs/a ", b"POST /unknown ")), raw
+        assert all(sound(raw, node) for raw in node.requests)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@table("raw, statuses, seen", ODD)
+@over_sockets
+async def test_odd_input_reaches_a_node_in_one_clear_form(raw, statuses, seen):
+    node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
+    async with gateway_for(node) as gateway:
+        answers = await raw_call(gateway, raw + b"BREAK\r\n\r\n")
+        assert [int(it) for it in re.findall(rb"HTTP/1.1 (\d+)", answers)] == [*statuses, 400]
+        assert len(node.requests) >= 1 and all(sound(it, node) for it in node.requests), node.requests
+        assert any(seen in it for it in node.requests), node.requests
+
+
+def no_traceback(caplog, data):
+    """Fail, and show the bytes, if something was raised that nobody expected."""
+    assert not [it for it in caplog.records if it.exc_info or it.levelname == "CRITICAL"], data
+
+
+def test_mutated_requests_harm_neither_gateway_nor_node_nor_the_next_request(caplog):
+    """Virtual time: what waits for more bytes is given a second, then the end of them."""
+    rng = random.Random(4)
+    seeds = [posted(generate(stream=False)), posted(generate(stream=True), b"/api/chat"), get(target=b"/api/tags"),
+             CHUNKED_POST % b"/api/chat" + b'10;a=b\r\n{"model":"llama"\r\n1\r\n}\r\n0\r\nX: y\r\n\r\n',
+             CHUNKED_POST % b"/api/blobs/a" + b"5\r\nhello\r\n0\r\n\r\n", get(b"Expect: 100-continue", target=b"/x"),
+             head(b"DELETE /api/delete HTTP/1.0", b"Connection: keep-alive", b"Content-Length: 2") + b"{}",
+             post(b"Content-Length: 2") + b"{}" + get(target=b"/x")]
+
+    async def try_it(gateway, node, data):
+        caller = await Caller.to(gateway)
+        caller.writer.write(data)
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            try:
+                got = await asyncio.wait_for(caller.reader.read(2**20), 1)
+                caller.writer.write_eof()
+                got += await asyncio.wait_for(caller.reader.read(), 10)
+            except TimeoutError:
+                caller.writer.write_eof()
+                got += await asyncio.wait_for(caller.reader.read(), 10)
+        caller.close()
+        assert not got or got.startswith(b"HTTP/1.1 "), (data, got)
+        for raw in node.requests:
+            assert sound(raw, node), (data, raw)
+        node.requests.clear()
+        no_traceback(caplog, data)
+
+    async def main():
+        node = ScriptedNode(lambda request: [framed(b'{"done":true}'), KEEP])
+        node.reads_chunks = True
+        async with gateway_for(node) as gateway:
+            for number in range(2000 * FUZZ):
+                await try_it(gateway, node, mutated(rng, rng.choice(seeds)))
+                if number % 100 == 0:
+                    assert (await call(gateway, "POST", "/api/generate", generate())).body == b'{"done":true}'
+            await asyncio.sleep(5)
+            assert health(gateway)["inflight"] == health(gateway)["queued"] == 0 and not gateway.clients
+
+    sollol.LOG.propagate = True
+    bench.run_virtual(main())
+
+
+def test_mutated_answers_become_whole_answers_errors_or_cuts_and_spoil_no_later_one(caplog):
+    """A node that sends nonsense beside a good one; whatever it says, the next request is answered rightly."""
+    rng = random.Random(5)
+    seeds = [GOOD[True], GOOD[False], framed(b"{}", b"503 Busy"), framed(b'{"error":"no"}', b"404 Not Found"),
+             b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD[False], b"HTTP/1.0 200 OK\r\n\r\n" + TOKENS[0] + STREAM_END,
+             chunked(*SSE, kind=b"text/event-stream")]
+
+    async def try_it(gateway, bad, value):
+        caller = await Caller.to(gateway)
+        try:
+            answer = await asyncio.wait_for(caller.ask("POST", "/api/generate", value), 1)
+            assert 200 <= answer.status < 600, bad.now
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            answer = None           # cut, or waiting for the rest of what was announced
+        caller.close()
+        for node in gateway.dispatcher.nodes.values():
+            node.breaker.succeed()
+            for runner in node.runners.values():
+                runner.breaker.succeed()
+        no_traceback(caplog, bad.now)
+        return answer
+
+    async def main():
+        bad = ScriptedNode(lambda request: [bad.now, KEEP] if rng.random() < 0.5 else [bad.now])
+        good = ScriptedNode(lambda request: [framed(WHOLE), KEEP])
+        async with gateway_for(bad, good, flags=["--policy", "round-robin", "--probe-interval", "3600"]) as gateway:
+            for number in range(1500 * FUZZ):
+                bad.now = mutated(rng, rng.choice(seeds))
+                await try_it(gateway, bad, generate(stream=number % 3 == 0, options={"seed": number % 2 - 1}))
+                runner = gateway.dispatcher.nodes[f"127.0.0.1:{bad.port}"].runners["llama3.2:latest"]
+                runner.on_disk = True       # a 404 has cost it its place in the index
+                gateway.dispatcher.reindex()
+                if number % 50 == 0:
+                    bad.now = framed(WHOLE)
+                    for _ in range(2):
+                        answer = await try_it(gateway, bad, generate())
+                        assert answer and answer.body == WHOLE
+            assert len(bad.requests) > 600 * FUZZ
+            await until(lambda: health(gateway)["inflight"] == 0 and not gateway.clients)
+
+    sollol.LOG.propagate = True
+    bench.run_virtual(main())
 
 
 @over_sockets
@@ -2977,11 +3160,11 @@ async def test_whole_answer_that_is_cut_in_the_middle_runs_again_elsewhere():
 # -----------------------------------------------------------------------------
 
 TOKENS = [b'{"model":"llama3.2","response":"%b","done":false}\n' % token for token in (b"He", b"llo")]
-END = b'{"model":"llama3.2","response":"","done":true,"eval_count":2}\n'
+STREAM_END = b'{"model":"llama3.2","response":"","done":true,"eval_count":2}\n'
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 BEGUN, BEGUN_BODY = chunked(*TOKENS, end=b""), b"".join(TOKENS)
 WHOLE = b'{"model":"llama3.2","response":"Hello","done":true,"eval_count":2}'
-GOOD = {True: chunked(*TOKENS, END), False: framed(WHOLE)}
+GOOD = {True: chunked(*TOKENS, STREAM_END), False: framed(WHOLE)}
 
 
 async def reset(reader, writer):
@@ -3041,19 +3224,19 @@ MOMENTS = [
     ("chunk without its end", [BEGUN, 0.05, b"2\r\n{}}}\r\n", KEEP], [BEGUN, 0.05, b"2\r\n{}}}\r\n", KEEP],
      ENDED, ANOTHER),
     ("bad chunk size at once", [BEGUN + b"zz\r\n", KEEP], [BEGUN + b"zz\r\n", KEEP], ANOTHER, ANOTHER),
-    ("closes before the last chunk", [chunked(*TOKENS, END, end=b""), 0.02], [framed(WHOLE)[:-1], 0.02],
+    ("closes before the last chunk", [chunked(*TOKENS, STREAM_END, end=b""), 0.02], [framed(WHOLE)[:-1], 0.02],
      COMPLETE, ANOTHER),
     ("closes behind an argument that is called done",
      [BEGUN, b'48\r\n{"message":{"tool_calls":[{"arguments":{"done":true}}]},"done":false  }\n\r\n', 0.02],
      [framed(WHOLE)[:-1], 0.02], ENDED, ANOTHER),
-    ("closes in the last chunk", [chunked(*TOKENS, END, end=b"0\r\n"), 0.02], [chunked(WHOLE, end=b"0\r\n"), 0.02],
-     COMPLETE, ANOTHER),
-    ("length too long", [framed(TOKENS[0] + END).replace(b"h: ", b"h: 9"), 0.02],
+    ("closes in the last chunk", [chunked(*TOKENS, STREAM_END, end=b"0\r\n"), 0.02],
+     [chunked(WHOLE, end=b"0\r\n"), 0.02], COMPLETE, ANOTHER),
+    ("length too long", [framed(TOKENS[0] + STREAM_END).replace(b"h: ", b"h: 9"), 0.02],
      [framed(WHOLE).replace(b"h: ", b"h: 9"), 0.02], "cut", ANOTHER),
-    ("length too short", [framed(TOKENS[0]) + END, KEEP], [framed(WHOLE) + b"evil", KEEP], COMPLETE, COMPLETE),
+    ("length too short", [framed(TOKENS[0]) + STREAM_END, KEEP], [framed(WHOLE) + b"evil", KEEP], COMPLETE, COMPLETE),
     ("another answer behind", [GOOD[True] + framed(b"evil"), KEEP], [GOOD[False] + framed(b"evil"), KEEP],
      COMPLETE, COMPLETE),
-    ("no length at all", [b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n" + TOKENS[0] + END],
+    ("no length at all", [b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n" + TOKENS[0] + STREAM_END],
      [b"HTTP/1.1 200 OK\r\n\r\n" + WHOLE], COMPLETE, COMPLETE),
 ]
 
@@ -3068,8 +3251,9 @@ def client_got(expected, answer, sent, good):
         begun, rest = answer.body[:len(BEGUN_BODY)], answer.body[len(BEGUN_BODY):]
         ending = rb'(\{"resp\n|\{\}\n|\{"message.*\n)?\{"error": "127.0.0.1:[^\n]*"\}\n'
         return begun == BEGUN_BODY and re.fullmatch(ending, rest)
-    return answer.body == (b"".join((*TOKENS, END)) if good else WHOLE) or expected == COMPLETE and b"evil" not in \
-        answer.body and answer.body in sent
+    if expected == COMPLETE and b"evil" not in answer.body and answer.body in sent:
+        return True
+    return answer.body == (b"".join((*TOKENS, STREAM_END)) if good else WHOLE)
 
 
 @table("sends, sends_whole, of_a_stream, of_a_whole", MOMENTS)
