@@ -69,6 +69,8 @@ MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one tr
 MAX_TRAILER_BYTES = 16 * KIB
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
+WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
+TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 MAX_INTERIM = 16                    # 1xx answers before one request's own
 UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
@@ -252,6 +254,7 @@ class Wants:
     source: str | None = None       # the model, canonical, that a new one is made from
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
+    deterministic: bool = False     # a stream that says the same on every node with the same version of the model
 
 
 class NodeSettings(NamedTuple):
@@ -668,6 +671,7 @@ CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
+TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
 MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
 OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -923,6 +927,14 @@ def unloads(kind, fields):
     return keep_alive == 0 and keep_alive is not False
 
 
+def is_deterministic(fields, options):
+    """Tell whether the same request gives the same text again: temperature 0, or a seed (-1: a random one)."""
+    temperature, seed = options.get("temperature"), options.get("seed")
+    if fields.get("logprobs") or fields.get("top_logprobs"):
+        return False                # numbers that belong to whole lines, and are never quite the same
+    return type(temperature) in (int, float) and temperature == 0 or type(seed) is int and seed != -1
+
+
 def is_batch(given):
     """Tell whether an embedding's input is a list of texts."""
     return type(given) is list and len(given) > 1 and all(type(text) is str for text in given)
@@ -949,6 +961,7 @@ def read_wants(head, route, body, client):
     if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
         change = "unload"
     source = fields.get("source") if route.kind == "copy" else None
+    stream = stream if isinstance(stream, bool) else route.streams
     if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
         source = fields.get("from")             # else it is made from blobs, and these are on the primary node
     inputs = fields.get("input") if route.kind == "embed" else None
@@ -957,7 +970,7 @@ def read_wants(head, route, body, client):
         model=canonical(name) if isinstance(name, str) else None,
         priority=priority_of(head, fields if route.is_inference else {}, route.family),
         client=client,
-        stream=stream if isinstance(stream, bool) else route.streams,
+        stream=stream,
         prompt_chars=sum(map(len, parts)),
         max_output=output_bound(route.family, fields, options),
         options=runner_options(fields, options),
@@ -966,6 +979,8 @@ def read_wants(head, route, body, client):
         inputs=len(inputs) if isinstance(inputs, list) and inputs else 1,
         inference=route.is_inference and not change,
         repeatable=route.kind not in NOT_REPEATABLE,
+        deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
+            fields, options if route.family is Family.OLLAMA else fields),
         where=route.where,
         opaque=opaque,
         batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
@@ -1064,6 +1079,10 @@ class Queue:
         entry[2].waiting = False
         del self.tickets[entry[2]]
 
+    def last(self):
+        """Return the least urgent waiting ticket, or None. O(n), so for a full queue only."""
+        return max(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
         return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
@@ -1076,10 +1095,13 @@ class FairShare:
         self.next_s = {}            # (client, priority): virtual seconds
         self.active = collections.Counter()
 
+    def start_s(self, wants, now):
+        """Return the virtual start of a new request."""
+        return max(now, self.next_s.get((wants.client, wants.priority), now))
+
     def charge(self, wants, now, cost_s):
-        """Return the virtual start of a new request that costs the cluster `cost_s` seconds."""
-        account = wants.client, wants.priority
-        start_s = max(now, self.next_s.get(account, now))
+        """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
+        account, start_s = (wants.client, wants.priority), self.start_s(wants, now)
         self.next_s[account] = start_s + cost_s
         self.active[account] += 1
         return start_s
@@ -1994,19 +2016,25 @@ class Dispatcher:
         self.freed = collections.Counter()      # settled model: leases that have ended since
         self.surroundings = {}      # Node: Surroundings, until something begins or ends there
         self.idle = set()           # nodes whose last lease has ended since the last dispatch
+        self.displaced = []         # refused since the last dispatch
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
         self.ratios = Ratios()      # of all answers
         self.picks = itertools.count()      # made by a plain policy so far
+        self.rescues = collections.Counter()    # broken streams that another node was to go on with: whole, broken
         self.seq = itertools.count()
 
     # Tickets ----------------------------------------------------------------
 
     def enter(self, id, wants, now, barred=()):
-        """Return a waiting ticket for a request that `barred` nodes never get. Raises Refusal if the queue is full."""
+        """Return a waiting ticket for a request that `barred` nodes never get.
+
+        If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
+        if that is the new one.
+        """
         if len(self.queue) >= self.max_queue:
-            raise Refusal(503, "the queue is full", retry_after_s=self.drain_s())
+            self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
@@ -2016,6 +2044,13 @@ class Dispatcher:
             ticket.barred = len(barred)
         self.push(ticket)
         return ticket
+
+    def displace(self, key_s):
+        """Refuse the last ticket of a full queue for one with this key. Raises Refusal if none is later."""
+        refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
+        if last is None or last.key_s <= key_s:
+            raise refusal
+        self.displaced.append(self.refuse(last, refusal))
 
     def push(self, ticket):
         """Let a ticket wait."""
@@ -2053,6 +2088,20 @@ class Dispatcher:
         ticket.since_s = now
         self.push(ticket)
         return True
+
+    def hold_to_version(self, ticket, node):
+        """Let a ticket run only where its model is known to be the same as on `node`."""
+        runner = node.runners.get(ticket.wants.model)
+        digest = runner and runner.row.get("digest")
+        same = {other.node.name for other in self.holders.get(ticket.wants.model, ())
+                if digest and other.row.get("digest") == digest}
+        others = self.nodes.keys() - same - ticket.tried
+        ticket.tried |= others
+        ticket.barred += len(others)
+
+    def rescued(self, whole):
+        """Count a broken stream that another node was to go on with, and whether it came to its end."""
+        self.rescues["whole" if whole else "broken"] += 1
 
     def nodes_for(self, model):
         """Return the nodes that have a model; all of them if none is known to."""
@@ -2102,7 +2151,8 @@ class Dispatcher:
         A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
         leases ends, one ticket may go. A node that is idle even then is offered to every model.
         """
-        turn = Turn(now)
+        turn = Turn(now, refused=self.displaced)
+        self.displaced = []
         if self.queue.tickets:
             self.bind(turn)
             if self.settled and self.tempt([node for node in self.idle if not node.leases], now):
@@ -3235,18 +3285,25 @@ def error_body(family, status, text):
     return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
 
 
+# How a stream ends that says all it has to say: Ollama's statistics, OpenAI's and Anthropic's last events.
+LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\n\Z|(?:^|\n)data: \[DONE\]\n\n\Z|'
+                       rb'(?:^|\n)data: \{"type":\s*"message_stop"\s*\}\n\n\Z')
+
+
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body.
 
-    `heard` is told of every piece: how many streamed lines are in it, and when it came.
+    `hold`: up to so many bytes are kept until the answer is whole, so that another node can give it as long as the
+    client has seen nothing. `heard` is told of every piece: how many streamed lines are in it, and when it came.
     """
 
-    __slots__ = ("client", "framing", "prelude", "heard", "time", "separator", "mark", "boundary",
+    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "mark", "boundary",
                  "recent", "bytes", "between", "passing")
 
-    def __init__(self, connection, head, client, framing, prelude, heard):
+    def __init__(self, connection, head, client, framing, prelude, heard, hold=0):
         super().__init__(connection, head)
-        self.client, self.framing, self.prelude, self.heard = client, framing, prelude, heard
+        self.client, self.framing, self.heard, self.hold = client, framing, heard, hold
+        self.prelude = bytearray(prelude)
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
         self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
@@ -3279,7 +3336,10 @@ class Relay(Sink):
     def write(self, data):
         self.bytes += len(data)
         if self.prelude:
-            data, self.prelude = self.prelude + data, b""
+            self.prelude += data
+            if len(self.prelude) < self.hold and not self.body.done:
+                return
+            data, self.prelude = bytes(self.prelude), b""
             self.passing = self.framing is Framing.CHUNKED and isinstance(self.body, ChunkedBody)
         self.client.write(data)
 
@@ -3298,6 +3358,7 @@ class Relay(Sink):
             self.write(chunk(payload) + (LAST_CHUNK if self.body.done else b""))
 
     def end(self, clean):
+        self.hold = 0
         if self.framing is Framing.CHUNKED and isinstance(self.body, UntilCloseBody):
             self.write(LAST_CHUNK)
         elif self.prelude:
@@ -3308,15 +3369,21 @@ class Relay(Sink):
         """Return the last bytes of the body, or at least those that hold its statistics."""
         return b"".join(self.recent)[-TAIL_BYTES:]
 
+    def is_complete(self):
+        """Tell whether the client has a stream's own last line, so that nothing but the framing is missing."""
+        return self.between and LAST_LINE.search(self.tail()) is not None
+
     def close_with(self, text, family):
         """End a broken answer as its format lets clients understand; tell whether that could be done.
 
-        Never with a made-up last line. A body of announced length can only be cut.
+        Never with a made-up last line, nor with an error behind a real one. A body of announced length can only be cut.
         """
         kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.separator
         if self.framing is Framing.LENGTH or self.client.gone:
             return False
-        if b"ndjson" in kind:
+        if self.is_complete():
+            data = b""
+        elif b"ndjson" in kind:
             data = lead + json.dumps({"error": text}).encode() + b"\n"
         elif b"event-stream" in kind:
             name = b"event: error\n" if family is Family.ANTHROPIC else b""
@@ -3325,6 +3392,159 @@ class Relay(Sink):
             return False
         self.write(chunk(data) + LAST_CHUNK if self.framing is Framing.CHUNKED else data)
         return True
+
+
+SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "finish_reason")
+
+
+def said_in(value):
+    """Return what an object of a stream says, in its order: [(object that holds it, key, text)].
+
+    Of tool calls the ids are left out: they are drawn at random.
+    """
+    choices = value.get("choices")
+    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    holders = [value, value.get("message"), *(choice.get("delta") for choice in choices), *choices]
+    found = [(holder, key, holder[key]) for holder in holders if isinstance(holder, dict)
+             for key in SAID if holder.get(key)]
+    return [(holder, key, given if isinstance(given, str) else re.sub(r'"id": "[^"]*"', "", json.dumps(given)))
+            for holder, key, given in found]
+
+
+class Transcript:
+    """What a client has got of a deterministic stream, so that another node can go on where one has died.
+
+    A replay is compared by its text, not by its bytes: time stamps differ, and tokens may be cut otherwise.
+    """
+
+    def __init__(self):
+        self.known = ""             # what the client had when the replay began; kinds of text are marked off by NULs
+        self.fresh = []             # what it has got since
+        self.at = 0                 # how much of the running answer has been read
+        self.key = ""               # what kind of text it was last
+        self.relay = None           # that has written to the client last
+        self.done = False           # the client has the last line
+        self.lost = []              # names of nodes that did not come to the end
+
+    def rewind(self, name):
+        """Begin anew, on another node than `name`."""
+        self.lost.append(name)
+        self.known += "".join(self.fresh)
+        self.fresh, self.at, self.key = [], 0, ""
+
+    @property
+    def is_behind(self):
+        """Tell whether the replay has not come to what the client lacks."""
+        return self.at < len(self.known)
+
+    @property
+    def is_short(self):
+        """Tell whether a text is small enough to be kept. A long one is not: memory must stay bounded."""
+        return self.at <= TRANSCRIPT_CHARS
+
+    def hear(self, key, text):
+        """Take in what the running answer says next; return what the client lacks of it. Raises Refusal."""
+        spoken = text if key == self.key else f"\0{key}\0{text}"
+        known = self.known[self.at:self.at + len(spoken)] if self.is_behind else ""
+        if not spoken.startswith(known):
+            raise Refusal(502, "the answer of another node differs")
+        self.key = key
+        self.at += len(spoken)
+        if self.is_short:
+            self.fresh.append(spoken[len(known):])
+        return text[max(0, len(known) - len(spoken) + len(text)):]
+
+    def missing(self, line):
+        """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
+
+        Raises NodeFailure for a line that tells an error, Refusal for a replay that says something else.
+        """
+        lead, text = (b"data: ", line[6:].strip()) if line.startswith(b"data: ") else (b"", line.strip())
+        try:
+            value = {"done": True} if text == b"[DONE]" else json.loads(text)
+        except (ValueError, RecursionError):
+            value = {}
+        if not isinstance(value, dict):
+            value = {}
+        if value.get("error"):
+            raise NodeFailure("model", f"broke off: {json.dumps(value['error'])[:200]}")
+        was_behind, said = self.is_behind, said_in(value)
+        rests = [self.hear(key, text) for _, key, text in said]
+        if value.get("done") is True and self.is_behind:
+            raise Refusal(502, "the answer of another node is shorter")
+        self.done = value.get("done") is True
+        if not was_behind:
+            return line
+        if not any(rests) and (said or self.is_behind):
+            return b""
+        for (holder, key, text), rest in zip(said, rests, strict=True):
+            if not rest:
+                holder[key] = type(holder[key])()
+            elif rest != text:
+                holder[key] = rest
+        return lead + json.dumps(value).encode() + (b"\n\n" if lead else b"\n")
+
+
+class LineRelay(Relay):
+    """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can go on with it."""
+
+    __slots__ = ("transcript", "partial")
+
+    def __init__(self, *given, transcript):
+        super().__init__(*given)
+        self.transcript, self.partial = transcript, b""
+
+    def data(self, data):
+        Sink.data(self, data)       # the long way: every line is read
+
+    def take(self, payload, verbatim):
+        if not payload:
+            return
+        self.heard(payload.count(b"\n"), self.time())
+        data = self.partial + payload
+        end = data.rfind(self.separator) + len(self.separator)
+        if end < len(self.separator):
+            end = 0
+            if len(data) > MAX_LINE_BYTES:      # a picture, say: it passes, and that ends the transcript
+                end, self.transcript.at = len(data), math.inf
+        whole, self.partial = data[:end], data[end:]
+        self.pass_on(whole, verbatim if len(whole) == len(payload) == len(data) and not self.body.done else None)
+
+    def pass_on(self, whole, verbatim=None):
+        """Give the client what it lacks of whole lines; `verbatim` is the same as chunks, or None."""
+        *lines, rest = whole.split(self.separator)
+        try:
+            parts = [self.transcript.missing(line + self.separator) for line in lines]
+            data = b"".join(parts + ([self.transcript.missing(rest)] if rest else []))
+        except (NodeFailure, Refusal) as failure:
+            self.fail(failure)
+            return
+        if data:
+            self.recent.append(data[-TAIL_BYTES:])
+            self.transcript.relay = self
+            framed = chunk(data) if verbatim is None or data != whole else verbatim
+            self.write(framed if self.framing is Framing.CHUNKED else data)
+
+    def end(self, clean):
+        """Come to the end; an answer without length that ends without its last line was cut."""
+        if not self.over:
+            self.pass_on(self.partial)
+        if self.over:
+            return
+        if isinstance(self.body, UntilCloseBody) and not self.is_complete():
+            self.fail(NodeFailure("died", "closed the connection"))
+        elif self.transcript.is_behind:
+            self.fail(Refusal(502, "the answer of another node is shorter"))
+        else:
+            self.write(LAST_CHUNK if self.framing is Framing.CHUNKED else b"")
+            Sink.end(self, clean)
+
+    def is_complete(self):
+        return self.transcript.done
+
+    def can_be_continued(self):
+        """Tell whether another node can go on."""
+        return self.transcript.is_short and not self.is_complete() and not self.client.gone
 
 
 class Upload:
@@ -3385,6 +3605,7 @@ class Upload:
 # the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
 # -----------------------------------------------------------------------------
 
+STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
 REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
            404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
            414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
@@ -3706,16 +3927,33 @@ class NodeRefused(Exception):
         self.kind, self.head, self.body = kind, head, body
 
 
-async def relay_answer(gateway, client, head, connection, answer, lease, record, keep):
+def begin_relay(client, connection, answer, record, lease, framing, lines, heard, transcript):
+    """Return the Relay for an answer. Raises NodeFailure if it cannot go on where the transcript's last one ended."""
+    prelude = render_response(answer, added_lines(record), lines)
+    kind = answer.fields.get(b"content-type", b"")
+    before = transcript and transcript.relay
+    if before:
+        if answer.status != 200 or kind != before.head.fields.get(b"content-type"):
+            raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
+        return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
+    wants = lease.ticket.wants
+    if transcript and answer.status == 200 and framing is not Framing.LENGTH and kind.startswith(STREAM_KINDS):
+        return LineRelay(connection, answer, client, framing, prelude, heard, transcript=transcript)
+    return Relay(connection, answer, client, framing, prelude, heard,
+                 WHOLE_ANSWER_BYTES if wants.inference and not wants.stream else 0)
+
+
+async def relay_answer(gateway, client, head, connection, answer, lease, record, keep, transcript=None):
     """Pass a node's answer on to the client as it comes. Return (keep the client's, keep the node's connection).
 
-    If the node fails once bytes are out, the client is told in-band where the format allows it; else it is cut.
+    If the node fails once bytes are out, another one goes on if there is a transcript: the NodeFailure is raised. Else
+    the client is told in-band where the format allows it; or it is cut.
     """
     framing, lines, keep = choose_framing(head, answer, keep)
     dispatcher, loop = gateway.dispatcher, gateway.loop
-
-    relay = Relay(connection, answer, client, framing, render_response(answer, added_lines(record), lines),
-                  functools.partial(dispatcher.heard, lease))
+    before = transcript and transcript.relay
+    relay = begin_relay(client, connection, answer, record, lease, framing, lines,
+                        functools.partial(dispatcher.heard, lease), transcript)
     lease.held_up = lambda: client.write_paused
     try:
         relay.start()
@@ -3724,19 +3962,29 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
             record.timings = read_timings(relay.tail())
             dispatcher.observe(lease, record.timings, loop.time())
     except NodeFailure as failure:
-        if relay.prelude:
-            raise                   # the client has seen nothing yet
-        text = f"{lease.node.name} {failure}"
-        record.reason = text
+        if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
+            raise
+        record.timings = read_timings(relay.tail())
         dispatcher.fail(lease, failure.kind, loop.time())
-        told = relay.close_with(text, lease.ticket.wants.family)
-        if not told:
-            client.transport.abort()
-        keep = keep and told
+        keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.wants.family) and keep
     finally:
         client.source = None
-        record.status, record.bytes, record.first_s = answer.status, relay.bytes, lease.first_s
-    return keep and framing is not Framing.CLOSE, relay.clean
+        record.status = answer.status
+        record.bytes = relay.bytes + (record.bytes if before else 0)
+        record.first_s = record.first_s if before else lease.first_s
+    if before:
+        dispatcher.rescued(whole=not relay.failure)
+        record.reason = f"rescued from {' and '.join(transcript.lost)}; {record.reason}"
+    return keep and relay.framing is not Framing.CLOSE, relay.clean
+
+
+def break_off(client, record, relay, text, family):
+    """End an answer that nobody can complete; tell whether the client's connection can be used again."""
+    record.reason = text
+    told = relay.close_with(text, family)
+    if not told:
+        client.transport.abort()
+    return told
 
 
 async def attempt(gateway, client, head, body, lease, record, take=relay_answer):
@@ -3781,7 +4029,25 @@ def answer_whole(client, head, record, answer, body):
 
 
 async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
-    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused."""
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
+
+    A deterministic stream is gone on with by another node even when a part of it is out.
+    """
+    transcript = Transcript() if wants.deterministic and gateway.options.rescue else None
+    if transcript:
+        take = functools.partial(relay_answer, transcript=transcript)
+    try:
+        return await run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript)
+    except (Refusal, NodeRefused) as ended:
+        if not (transcript and transcript.relay):
+            raise
+        gateway.dispatcher.rescued(whole=False)
+        told = break_off(client, record, transcript.relay, str(ended), wants.family)
+        return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
+
+
+async def run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript):
+    """Try one node after the other; see serve_inference."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     ticket = dispatcher.enter(record.id, wants, loop.time(), barred)
     last = Refusal(502, "no node answered")
@@ -3806,6 +4072,9 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
                 gateway.blame(lease, failure)
             finally:
                 dispatcher.release(lease, loop.time())
+            if transcript and transcript.relay:
+                transcript.rewind(lease.node.name)
+                dispatcher.hold_to_version(ticket, lease.node)
             if not dispatcher.retry(ticket, loop.time()):
                 break
         raise last
@@ -4650,7 +4919,7 @@ def answer_stats(gateway):
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
         "nodes": [node_stats(node, now) for node in dispatcher.nodes.values()],
-        "queue": queue,
+        "queue": queue, "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
         "decisions": [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
                        "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
                       for it in reversed(dispatcher.decisions)]})
@@ -5193,6 +5462,8 @@ def command_line(environ):
     add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
         "yet (%(default)s)")
     add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
+    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
+        "whose node died, if temperature 0 or a seed makes it say the same")
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bodies that are read for routing; "
         "blobs pass without limit (%(default)s)")
