@@ -134,6 +134,11 @@ LOG_DELAY_S = 0.05                  # log lines are written together; this late 
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
+# Metrics. Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
+MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
+TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      # time taken over time predicted
+
 
 # -----------------------------------------------------------------------------
 # Vocabulary: what is spoken of below?
@@ -619,6 +624,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/health", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
+    ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/version", Route(Where.MERGED)),
     ("GET HEAD", "/api/tags", Route(Where.MERGED)),
     ("GET", "/api/ps", Route(Where.MERGED)),
@@ -3546,7 +3552,10 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
                 raise
             record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
             try:
-                return await attempt(gateway, client, head, body, lease, record, take)
+                keep = await attempt(gateway, client, head, body, lease, record, take)
+                if record.status < 400 and record.reason == lease.reason:
+                    gateway.metrics.count_prediction(lease, loop.time())
+                return keep
             except NodeRefused as refused:
                 last = refused
                 if refused.kind is None:
@@ -4074,7 +4083,7 @@ async def converse(gateway, client):
                 keep = answer_refusal(client, head, record, refusal)
             except NodeRefused as refused:
                 keep = answer_whole(client, head, record, refused.head, refused.body)
-            gateway.log_request(record)
+            gateway.finish(record)
             record = None
             if client.write_paused:
                 await client.drained()
@@ -4093,7 +4102,7 @@ async def converse(gateway, client):
             client.transport.abort()
     finally:
         if record:
-            gateway.log_request(record)
+            gateway.finish(record)
         await client.close()
         gateway.clients.discard(client)
 
@@ -4412,6 +4421,149 @@ def answer_stats(gateway):
                       for it in reversed(dispatcher.decisions)]})
 
 
+class Histogram:
+    """Count values by upper bounds, as Prometheus wants them."""
+
+    def __init__(self, bounds):
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value):
+        """Take in one value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self, labels=""):
+        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
+        lead = labels + "," if labels else ""
+        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
+            yield "_bucket", f'{lead}le="{bound}"', count
+        yield "_sum", labels, self.sum
+        yield "_count", labels, sum(self.counts)
+
+
+def labelled(**labels):
+    """Return labels as the text format has them."""
+    return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
+
+
+def escaped(text):
+    """Return a label's value with what would end it escaped."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
+KNOWN_PATHS = frozenset(path for _, path in ROUTES)
+
+
+def route_label(path):
+    """Return the path of the table of routes that a path belongs to, or `other`."""
+    if path in KNOWN_PATHS:
+        return path
+    return next((above for _, above, _ in ROUTES_BELOW if path.startswith(above)), "other")
+
+
+class Metrics:
+    """Count what finished requests were like. Nothing is done per token; what can be asked for is not counted."""
+
+    def __init__(self, dispatcher):
+        self.dispatcher = dispatcher
+        self.requests = collections.Counter()       # (node, model, route, status)
+        self.tokens = collections.Counter()         # (node, model, prompt or output)
+        self.failovers = collections.Counter()      # (node, reason)
+        self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
+        self.queue_s = {}                           # priority: Histogram
+        self.error_ratio = Histogram(ERROR_BOUNDS)
+
+    def model_label(self, model):
+        """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
+        return model if not model or model in self.dispatcher.holders else "other"
+
+    def node_label(self, names):
+        """Return the name of a node, `several` for more than one."""
+        return names if not names or names in self.dispatcher.nodes else "several" if "," in names else "other"
+
+    def count(self, counter, amount, node, model, *more):
+        """Add to a counter; once it has MOST_SERIES, new models are folded."""
+        key = node, model, *more
+        if key not in counter and len(counter) >= MOST_SERIES:
+            key = node, "other", *more
+        counter[key] += amount
+
+    def count_request(self, record, total_s):
+        """Take in a finished request."""
+        node, model = self.node_label(record.node), self.model_label(record.model)
+        self.count(self.requests, 1, node, model, route_label(record.path), record.status)
+        if record.path not in INFERENCE_PATHS or not record.attempts:
+            return
+        self.request_s.add(total_s)
+        if record.first_s is not None:
+            self.first_s.add(record.first_s - record.started_s)
+        waits = self.queue_s.get(record.priority)
+        if waits is None:
+            waits = self.queue_s[record.priority] = Histogram(TIME_BOUNDS_S)
+        waits.add(record.queue_s)
+        if record.timings.prompt_tokens:
+            self.count(self.tokens, record.timings.prompt_tokens, node, model, "prompt")
+        if record.timings.output_tokens:
+            self.count(self.tokens, record.timings.output_tokens, node, model, "output")
+
+    def count_prediction(self, lease, now):
+        """Compare how long an answer took with what was predicted when it was sent."""
+        if lease.predicted_end_s > lease.sent_s:
+            self.error_ratio.add((now - lease.sent_s) / (lease.predicted_end_s - lease.sent_s))
+
+
+def node_slots(node):
+    """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
+    runners = sorted(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s))
+    return (runners[-1].slots, runners[-1].slots_known) if runners else (node.settings.slots or 1, "guessed")
+
+
+def metric_families(gateway):
+    """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
+    metrics, dispatcher, now = gateway.metrics, gateway.dispatcher, gateway.loop.time()
+    nodes = dispatcher.nodes.values()
+    waiting = collections.Counter(ticket.wants.priority for ticket in dispatcher.queue.tickets)
+
+    def counted(counter, *names):
+        return [("", labelled(**dict(zip(names, key, strict=True))), value) for key, value in counter.items()]
+
+    def of_nodes(value):
+        return [("", labelled(node=node.name), value(node)) for node in nodes]
+
+    yield ("sollol_requests_total", "counter", "Finished requests.",
+           counted(metrics.requests, "node", "model", "route", "code"))
+    yield ("sollol_request_seconds", "histogram", "Inference requests, from their head to the end of the answer.",
+           metrics.request_s.samples())
+    yield ("sollol_ttft_seconds", "histogram", "Inference requests, from their head to the first byte of the answer.",
+           metrics.first_s.samples())
+    yield ("sollol_queue_seconds", "histogram", "Inference requests, time in the gateway's queue.",
+           [sample for priority, histogram in sorted(metrics.queue_s.items())
+            for sample in histogram.samples(labelled(priority=priority))])
+    yield ("sollol_queue_depth", "gauge", "Waiting requests.",
+           [("", labelled(priority=priority), waiting[priority]) for priority in range(1, 11)])
+    yield "sollol_inflight", "gauge", "Requests running on a node.", of_nodes(lambda node: len(node.leases))
+    yield ("sollol_slots", "gauge", "Requests of one model that a node runs at once, as far as is known.",
+           of_nodes(lambda node: node_slots(node)[0]))
+    yield "sollol_node_up", "gauge", "1 if a node answers.", of_nodes(lambda node: int(node.is_alive(now)))
+    yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind")
+    yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
+           counted(metrics.failovers, "node", "reason"))
+    yield ("sollol_predicted_error_ratio", "histogram", "Time that an answer took, over the time predicted for it.",
+           metrics.error_ratio.samples())
+    yield "sollol_build_info", "gauge", "The version that runs.", [("", labelled(version=__version__), 1)]
+
+
+def answer_metrics(gateway):
+    """Answer /metrics in Prometheus' text format 0.0.4."""
+    lines = []
+    for name, kind, help, samples in metric_families(gateway):
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{suffix}{{{labels}}} {value}" if labels else f"{name}{suffix} {value}"
+                  for suffix, labels, value in samples]
+    return 200, ("\n".join(lines) + "\n").encode(), b"text/plain; version=0.0.4; charset=utf-8"
+
+
 def milliseconds(seconds):
     """Return whole milliseconds, or "" for None."""
     return "" if seconds is None else round(seconds * 1000)
@@ -4611,6 +4763,7 @@ class Gateway:
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
         self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
+        self.metrics = Metrics(self.dispatcher)
         self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
@@ -4624,6 +4777,7 @@ class Gateway:
             "/v1/models": answer_openai_models,
             "/api/health": answer_health,
             "/api/stats": answer_stats,
+            "/metrics": answer_metrics,
         }
         self.refreshed = {          # path: what is awaited before that answer
             "/api/ps": functools.partial(look_again, look_at_residency),
@@ -4742,6 +4896,7 @@ class Gateway:
     def blame(self, lease, failure):
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
+        self.metrics.failovers[lease.node.name, failure.kind] += 1
         LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
 
     async def look_at_changes(self, nodes):
@@ -4751,13 +4906,15 @@ class Gateway:
         """
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
-    def log_request(self, record):
-        """Log a finished request, a moment later and together with others: that is much cheaper."""
+    def finish(self, record):
+        """Count a finished request, and log it a moment later, together with others: that is much cheaper."""
+        total_s = self.loop.time() - record.started_s
+        self.metrics.count_request(record, total_s)
         if not LOG.isEnabledFor(logging.INFO):
             return
         if not self.unlogged:
             self.loop.call_later(LOG_DELAY_S, self.flush_log)
-        self.unlogged.append((record, self.loop.time() - record.started_s))
+        self.unlogged.append((record, total_s))
 
     def flush_log(self):
         """Write the log lines of the requests that have finished since the last time."""

@@ -2919,6 +2919,83 @@ async def test_stats_show_nodes_queue_and_decisions():
 
 
 # -----------------------------------------------------------------------------
+# Metrics
+# -----------------------------------------------------------------------------
+
+def test_histogram_counts_up_to_each_bound():
+    histogram = sollol.Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(value)
+    assert list(histogram.samples('a="b"')) == [
+        ("_bucket", 'a="b",le="1.0"', 2), ("_bucket", 'a="b",le="2.0"', 3), ("_bucket", 'a="b",le="+Inf"', 4),
+        ("_sum", 'a="b"', 12.0), ("_count", 'a="b"', 4)]
+
+
+@pytest.mark.parametrize("path, label", [("/api/chat", "/api/chat"), ("/v1/models/x", "/v1/models/"), ("/x/1", "other"),
+                                         ("/api/blobs/sha256:1", "/api/blobs/"), ("/", "/")])
+def test_paths_are_folded_into_the_table_of_routes(path, label):
+    assert sollol.route_label(path) == label
+
+
+def test_number_of_series_is_bounded_whatever_clients_make_up(monkeypatch):
+    monkeypatch.setattr(sollol, "MOST_SERIES", 20)
+    dispatcher = cluster(a=["m"])
+    metrics = sollol.Metrics(dispatcher)
+    record = sollol.Record("id", "::1", "POST", "/api/chat", 0.0, node="a", attempts=1, status=200, priority=5)
+    for number in range(100):
+        metrics.count_request(sollol.replace(record, model=f"made-up-{number}:latest", path=f"/made/up/{number}"), 1.0)
+    assert list(metrics.requests) == [("a", "other", "other", 200)]
+    dispatcher.holders = {f"real-{number}:latest": [] for number in range(100)}
+    for model in dispatcher.holders:
+        metrics.count_request(sollol.replace(record, model=model), 1.0)
+    assert len(metrics.requests) <= 21 and sum(metrics.requests.values()) == 200
+
+
+def scraped(text):
+    """Return {(name, frozenset of labels): value} of a text that Prometheus' own parser has read."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="PyPI prometheus-client is not installed")
+    families = list(parser.text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families) == text.count("# TYPE")
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families
+            for sample in family.samples}
+
+
+@over_sockets
+async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
+    text = b"HTTP/1.1 500 x\r\nContent-Length: 18\r\n\r\nmodel failed: load"
+    broken = ScriptedNode(lambda request: [text, KEEP], ["broken:latest"])
+    good = fixed(1)
+    good.line += ' name=a"\\'
+    async with gateway_for(good, broken) as gateway:
+        for stream in (True, False):
+            await call(gateway, "POST", "/api/generate", generate(tokens=5, stream=stream), X_Priority=8)
+        for model in ("no-such", "broken"):
+            await call(gateway, "POST", "/api/generate", generate(model))
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50))) for _ in range(4)]
+        await until(lambda: health(gateway)["queued"])
+        answer = await call(gateway, "GET", "/metrics")
+        assert answer.fields["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        await asyncio.gather(*tasks)
+        found, later = scraped(answer.body.decode()), scraped((await call(gateway, "GET", "/metrics")).body.decode())
+
+        def value(name, seen=later, **labels):
+            return seen[name, frozenset(labels.items())]
+
+        name = 'a"\\'
+        assert value("sollol_requests_total", node=name, model="llama3.2:latest", route="/api/generate",
+                     code="200") == 6
+        assert value("sollol_request_seconds_count") == 8 and value("sollol_ttft_seconds_count") >= 6
+        assert value("sollol_queue_seconds_count", priority="8") == 2
+        assert value("sollol_queue_depth", found, priority="5") >= 1
+        assert value("sollol_inflight", found, node=name) == 1 and value("sollol_slots", node=name) == 1
+        assert value("sollol_node_up", node=name) == 1
+        assert value("sollol_tokens_total", node=name, model="llama3.2:latest", kind="output") == 210
+        assert value("sollol_failovers_total", node=f"127.0.0.1:{broken.port}", reason="model") == 1
+        assert value("sollol_predicted_error_ratio_count") >= 6
+        assert value("sollol_build_info", version=sollol.__version__) == 1
+
+
+# -----------------------------------------------------------------------------
 # The whole surface, over three nodes with different models
 # -----------------------------------------------------------------------------
 
@@ -3640,6 +3717,8 @@ SURFACE = {
     ("HEAD", "/api/health"): ("/api/health", None, 200, "", None),
     ("GET", "/api/stats"): ("/api/stats", None, 200, '"nodes":', None),
     ("HEAD", "/api/stats"): ("/api/stats", None, 200, "", None),
+    ("GET", "/metrics"): ("/metrics", None, 200, 'sollol_node_up{node="a"} sollol_build_info{version=', None),
+    ("HEAD", "/metrics"): ("/metrics", None, 200, "", None),
     ("GET", "/api/version"): ("/api/version", None, 200, '"0.9.1"', None),
     ("HEAD", "/api/version"): ("/api/version", None, 200, "", None),
     ("GET", "/api/tags"): ("/api/tags", None, 200, "qwen3:14b mistral:latest nomic-embed-text:latest", None),
