@@ -606,7 +606,7 @@ class Route(NamedTuple):
     """What a path carries and which nodes it concerns.
 
     `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
-    account: a body that is passed on; raw: a body of any size, or none.
+    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator.
     """
 
     where: Where
@@ -624,7 +624,9 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/health", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/queue", Route(Where.GATEWAY)),
     ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
+    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order")),
     ("GET HEAD", "/api/version", Route(Where.MERGED)),
     ("GET HEAD", "/api/tags", Route(Where.MERGED)),
     ("GET", "/api/ps", Route(Where.MERGED)),
@@ -2010,7 +2012,7 @@ class Dispatcher:
             if usable or any(runner.node.is_alive(now) for runner in holders):
                 rooms.append(Room(model, usable, places, looks))
             else:
-                self.refuse_all(turn, model, f"every node that has {model} is down")
+                self.refuse_all(turn, model, f"every node that has {model} is down or draining")
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn, model, text):
@@ -2460,7 +2462,7 @@ class Dispatcher:
             node = known.get(line.name)
             if node and node.settings._replace(primary=line.primary) == line:
                 node.settings = line            # who is primary can follow from other lines
-                node.draining = False
+                node.draining = node.draining and old.get(line.name) is node    # as ordered, not as dropped
             else:
                 node = Node(line)
             self.nodes[line.name] = node
@@ -2470,6 +2472,11 @@ class Dispatcher:
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
+
+    def drain(self, node, draining):
+        """Give a node no new work, or again some; what runs there goes on."""
+        node.draining = draining
+        self.unsettle_all()
 
     def reindex(self):
         """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
@@ -4021,6 +4028,44 @@ async def serve_locally(gateway, client, head, record):
     return answer_locally(client, head, record, status, body, kind)
 
 
+def is_loopback(address):
+    """Tell whether an address is this machine's own, that no other can reach."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+# Fields that a proxy on this machine adds: with one of them, a loopback address says nothing of who asks.
+FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+
+
+def is_local(client, head):
+    """Tell whether somebody on this machine asks, and asks this machine: a web page can make a name of its own mean it.
+    """
+    host = head.fields.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    return (is_loopback(client.address) and is_loopback(name.strip("[]"))
+            and not any(field in head.fields for field in FORWARDING))
+
+
+async def serve_order(gateway, client, head, record):
+    """Drain or resume a node: no new work there, or some again. Raises Refusal."""
+    name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
+    if not is_local(client, head):
+        raise Refusal(403, "only this machine may order that", close=head.length != 0)
+    await client.read_body(head, gateway.max_body_bytes)
+    node = gateway.dispatcher.nodes.get(name)
+    if node is None or verb not in ("drain", "resume"):
+        names = ", ".join(gateway.dispatcher.nodes)
+        raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {names}")
+    gateway.dispatcher.drain(node, verb == "drain")
+    note_state(gateway, node, f"asked to {verb}")
+    gateway.pump()
+    return answer_locally(client, head, record, *json_answer(node_stats(node, gateway.loop.time()))[:2])
+
+
 def answer_origin(gateway, client, head, record):
     """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
 
@@ -4046,6 +4091,8 @@ async def serve(gateway, client, head, record):
         if keep is not None:
             return keep
     route = find_route(head.method, head.path)
+    if route.kind == "order":
+        return await serve_order(gateway, client, head, record)
     if route.where is Where.GATEWAY or route.where is Where.MERGED:
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
@@ -4383,18 +4430,42 @@ def percentile(ordered, share):
 def runner_stats(runner, now):
     """Return what /api/stats says of one model on one node."""
     resident = runner.ready_s is not None
-    return {"resident": resident, "loading": resident and runner.ready_s > now, "slots": runner.slots,
+    return {"on_disk": runner.on_disk, "resident": resident, "loading": resident and runner.ready_s > now,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
             "slots_known": runner.slots_known, "inflight": len(runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
             "load_s": round(runner.load_s, 2) or None, "samples": runner.samples}
 
 
+def running_stats(lease, now):
+    """Return what /api/stats says of one running request."""
+    wants = lease.ticket.wants
+    return {"id": lease.ticket.id, "model": wants.model, "priority": wants.priority, "client": wants.client,
+            "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3), "began": lease.first_s is not None,
+            "predicted_left_s": round(lease.predicted_end_s - now, 3) if lease.predicted_end_s else None,
+            "reason": lease.reason}
+
+
+def used_runner(node):
+    """Return the model of a node that is resident or was last used, or None."""
+    return max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
+
+
+def node_slots(node):
+    """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
+    runner = used_runner(node)
+    return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
+
+
 def node_stats(node, now):
     """Return what /api/stats says of one node."""
     latencies = sorted(node.latencies_s)
+    slots, slots_known = node_slots(node)
     return {
         "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
+        "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
+        "running": [running_stats(lease, now) for lease in node.leases],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
@@ -4402,23 +4473,37 @@ def node_stats(node, now):
         "models": {model: runner_stats(runner, now) for model, runner in sorted(node.runners.items())}}
 
 
-def answer_stats(gateway):
-    """Answer /api/stats: nodes, queue and the last decisions."""
-    dispatcher, now = gateway.dispatcher, gateway.loop.time()
+def queue_stats(dispatcher, now):
+    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id."""
     queue, ahead_s = [], 0.0
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
         ahead_s += ticket.cost_s
+    return queue
+
+
+def answer_queue(gateway):
+    """Answer /api/queue: the waiting tickets alone."""
+    return json_answer({"queue": queue_stats(gateway.dispatcher, gateway.loop.time())})
+
+
+def decision_stats(decisions, now):
+    """Return what is said of decisions, the last one first."""
+    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
+             "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
+            for it in reversed(decisions)]
+
+
+def answer_stats(gateway):
+    """Answer /api/stats: nodes, queue and the last decisions."""
+    dispatcher, now = gateway.dispatcher, gateway.loop.time()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
         "nodes": [node_stats(node, now) for node in dispatcher.nodes.values()],
-        "queue": queue,
-        "decisions": [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
-                       "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
-                      for it in reversed(dispatcher.decisions)]})
+        "queue": queue_stats(dispatcher, now), "decisions": decision_stats(dispatcher.decisions, now)})
 
 
 class Histogram:
@@ -4511,12 +4596,6 @@ class Metrics:
         """Compare how long an answer took with what was predicted when it was sent."""
         if lease.predicted_end_s > lease.sent_s:
             self.error_ratio.add((now - lease.sent_s) / (lease.predicted_end_s - lease.sent_s))
-
-
-def node_slots(node):
-    """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
-    runners = sorted(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s))
-    return (runners[-1].slots, runners[-1].slots_known) if runners else (node.settings.slots or 1, "guessed")
 
 
 def metric_families(gateway):
@@ -4777,6 +4856,7 @@ class Gateway:
             "/v1/models": answer_openai_models,
             "/api/health": answer_health,
             "/api/stats": answer_stats,
+            "/api/queue": answer_queue,
             "/metrics": answer_metrics,
         }
         self.refreshed = {          # path: what is awaited before that answer
@@ -5130,14 +5210,6 @@ def parse_options(argv, environ=None):
     if not (options.hosts or options.node or options.demo):
         parser.error("where are the nodes? Give --hosts FILE or --node URL, or try --demo")
     return options
-
-
-def is_loopback(address):
-    """Tell whether only this machine can reach an address to listen on."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 def raise_descriptor_limit():

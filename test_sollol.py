@@ -2050,7 +2050,8 @@ class Caller:
 
     async def ask(self, method, path, value=None, **fields):
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-        lines = [f"{method} {path} HTTP/1.1", "Host: x", *(f"{k.replace('_', '-')}: {v}" for k, v in fields.items())]
+        fields = {"Host": "localhost", **fields}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{k.replace('_', '-')}: {v}" for k, v in fields.items())]
         if body:
             lines.append(f"Content-Length: {len(body)}")
         self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
@@ -2918,6 +2919,87 @@ async def test_stats_show_nodes_queue_and_decisions():
         await asyncio.gather(*tasks)
 
 
+@over_sockets
+async def test_client_finds_itself_in_the_queue_by_its_own_name():
+    async with gateway_for(fixed(1)) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50), X_Request_Id=f"mine-{n}"))
+                 for n in range(3)]
+        await until(lambda: health(gateway)["queued"] == 2)
+        queue = (await call(gateway, "GET", "/api/queue")).json()["queue"]
+        running = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["running"]
+        assert {row["id"] for row in queue + running} == {"mine-0", "mine-1", "mine-2"}
+        assert [row["position"] for row in queue] == [1, 2]
+        assert 0 <= queue[0]["predicted_start_s"] < queue[1]["predicted_start_s"]
+        assert running[0]["slot"] and running[0]["predicted_left_s"] is not None
+        await asyncio.gather(*tasks)
+
+
+# -----------------------------------------------------------------------------
+# Drain and resume
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_drained_node_finishes_its_work_and_gets_no_more_until_it_is_resumed():
+    nodes = [fixed(2), fixed(2)]
+    for node, name in zip(nodes, "ab", strict=True):
+        node.line += f" name={name}"
+    async with gateway_for(*nodes) as gateway:
+        async def stream():
+            return await call(gateway, "POST", "/api/generate", generate(tokens=100, stream=True))
+
+        async def used(count):
+            answers = await asyncio.gather(*(stream() for _ in range(count)))
+            assert all(json.loads(answer.body.splitlines()[-1])["done"] for answer in answers)
+            return {answer.fields["x-sollol-node"] for answer in answers}
+
+        tasks = [asyncio.create_task(stream()) for _ in range(4)]
+        await until(lambda: health(gateway)["inflight"] == 4)
+        drained = (await call(gateway, "POST", "/api/nodes/a/drain")).json()
+        assert (drained["name"], drained["state"], drained["inflight"]) == ("a", "draining", 2)
+        assert await used(4) == {"b"} and health(gateway)["nodes"] == {"up": 1, "total": 2}
+        assert {(await task).fields["x-sollol-node"] for task in tasks} == {"a", "b"}
+        assert (await call(gateway, "POST", "/api/nodes/b/drain")).status == 200
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 503
+        for name in "ab":
+            assert (await call(gateway, "POST", f"/api/nodes/{name}/resume")).json()["state"] == "up"
+        assert await used(4) == {"a", "b"}
+
+
+@pytest.mark.parametrize("fields", [{"X_Forwarded_For": "127.0.0.1"}, {"Forwarded": "for=127.0.0.1"}, {"Via": "1.1 x"},
+                                    {"X_Real_IP": "127.0.0.1"}, {"Host": "evil.example"}, {"Host": "evil.example:80"},
+                                    {"Origin": "http://evil.example"}])
+@over_sockets
+async def test_nobody_from_elsewhere_drains_a_node(fields):
+    async with gateway_for(fixed(1)) as gateway:
+        name, = gateway.dispatcher.nodes
+        assert (await call(gateway, "POST", f"/api/nodes/{name}/drain", **fields)).status == 403
+        assert health(gateway)["nodes"]["up"] == 1
+
+
+@pytest.mark.parametrize("address, own", [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True),
+                                          ("::ffff:127.0.0.1", True), ("10.0.0.1", False), ("x.example", False),
+                                          ("", False)])
+def test_loopback_addresses(address, own):
+    assert sollol.is_loopback(address) is own
+
+
+@over_sockets
+async def test_order_to_a_node_that_is_none_tells_which_there_are():
+    async with gateway_for(fixed(1)) as gateway:
+        name, = gateway.dispatcher.nodes
+        for path in ("/api/nodes/x/drain", f"/api/nodes/{name}/explode", f"/api/nodes/{name}", "/api/nodes/drain"):
+            answer = await call(gateway, "POST", path)
+            assert answer.status == 404 and name in answer.json()["error"]
+
+
+def test_drained_node_stays_drained_over_a_reload():
+    dispatcher = cluster(a=["m"], b=["m"])
+    settings = [node.settings for node in dispatcher.nodes.values()]
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    dispatcher.configure(settings)
+    assert [node.draining for node in dispatcher.nodes.values()] == [True, False]
+
+
 # -----------------------------------------------------------------------------
 # Metrics
 # -----------------------------------------------------------------------------
@@ -3497,7 +3579,7 @@ async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node(
         answer = await call(gateway, "OPTIONS", "/api/chat")
         assert answer.status == 405
         for origin in ("http://x", ""):         # the gateway's own Host; none
-            answer = await call(gateway, "GET", "/api/version", Origin=origin)
+            answer = await call(gateway, "GET", "/api/version", Origin=origin, Host="x")
             assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
 
 
@@ -3717,6 +3799,9 @@ SURFACE = {
     ("HEAD", "/api/health"): ("/api/health", None, 200, "", None),
     ("GET", "/api/stats"): ("/api/stats", None, 200, '"nodes":', None),
     ("HEAD", "/api/stats"): ("/api/stats", None, 200, "", None),
+    ("GET", "/api/queue"): ("/api/queue", None, 200, '{"queue":[]}', None),
+    ("HEAD", "/api/queue"): ("/api/queue", None, 200, "", None),
+    ("POST", "/api/nodes/"): ("/api/nodes/b/drain", None, 200, '"name":"b" "state":"draining"', None),
     ("GET", "/metrics"): ("/metrics", None, 200, 'sollol_node_up{node="a"} sollol_build_info{version=', None),
     ("HEAD", "/metrics"): ("/metrics", None, 200, "", None),
     ("GET", "/api/version"): ("/api/version", None, 200, '"0.9.1"', None),
