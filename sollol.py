@@ -21,6 +21,8 @@ are plain functions, so nothing can happen between a read and a write, and there
 
 import argparse
 import asyncio
+import base64
+import binascii
 import bisect
 import collections
 import contextlib
@@ -30,7 +32,9 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import heapq
+import hmac
 import ipaddress
 import itertools
 import json
@@ -40,9 +44,11 @@ import os
 import random
 import re
 import resource
+import secrets
 import signal
 import socket
 import ssl
+import stat
 import sys
 import time
 import urllib.parse
@@ -232,7 +238,7 @@ class Wants:
     family: Family
     model: str | None               # canonical; None = the body could not be read
     priority: int = DEFAULT_PRIORITY
-    client: str = ""                # who shares fairly with whom: the address
+    client: str = ""                # who shares fairly with whom: the name of the key, or the address
     stream: bool = False
     prompt_chars: int = 0
     max_output: int | None = None   # tokens, if the client bounds them
@@ -781,7 +787,7 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
              b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
              b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
              b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
-             b"X-Priority,X-Request-Id",
+             b"X-Priority,X-Request-Id,X-Api-Key",
              b"Access-Control-Max-Age: 43200"]
 
 
@@ -836,8 +842,8 @@ def parse_priority(text):
     raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
 
 
-def priority_of(head, fields, family):
-    """Return the priority of a request: header, then body field, then OpenAI's service tier, then 5. Raises Refusal."""
+def priority_of(head, fields, family, default=DEFAULT_PRIORITY):
+    """Return the priority of a request: header, body field, OpenAI's service tier, else the default. Raises Refusal."""
     header = head.fields.get(b"x-priority")
     if header is not None:
         return parse_priority(header.decode("latin-1"))
@@ -847,7 +853,7 @@ def priority_of(head, fields, family):
             raise Refusal(400, "priority must be a whole number from 1 to 10")
         return value
     tier = fields.get("service_tier") if family is Family.OPENAI else None
-    return SERVICE_TIERS.get(tier, DEFAULT_PRIORITY) if isinstance(tier, str) else DEFAULT_PRIORITY
+    return SERVICE_TIERS.get(tier, default) if isinstance(tier, str) else default
 
 
 def part_text(part):
@@ -930,7 +936,7 @@ def read_raw_wants(head, route, client):
                  repeatable=head.method in ("GET", "HEAD"))
 
 
-def read_wants(head, route, body, client):
+def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
     """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
     if route.kind == "raw":
         return read_raw_wants(head, route, client)
@@ -950,7 +956,7 @@ def read_wants(head, route, body, client):
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if route.is_inference else {}, route.family),
+        priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream if isinstance(stream, bool) else route.streams,
         prompt_chars=sum(map(len, parts)),
@@ -3141,6 +3147,119 @@ class Upload:
 
 
 # -----------------------------------------------------------------------------
+# Keys: who may ask, and how much?
+#
+# A key itself is kept nowhere, only its digest under a secret of this process. A table is asked for that digest: how
+# long the look-up takes tells nothing of any key, however many there are. A rate is a bucket of tokens that is filled
+# steadily and holds those of one period, so that somebody who was quiet may ask in a burst.
+# -----------------------------------------------------------------------------
+
+OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))
+PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+DIGEST_SECRET = secrets.token_bytes(32)
+
+
+class KeySettings(NamedTuple):
+    """One line of the keys file, without the key."""
+
+    digest: bytes
+    name: str
+    priority: int = DEFAULT_PRIORITY    # of requests that ask for none
+    max_priority: int = 10
+    rate: tuple = (0, 1.0)          # requests, in so many seconds; 0 = any number
+    concurrency: int = 0            # requests at once; 0 = any number
+    admin: bool = False
+
+
+def digest_of_key(key):
+    """Return what is kept of a key, given as bytes."""
+    return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
+
+
+class Key:
+    """Somebody who may ask: what is allowed, and how much of it is used up."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.tokens, self.filled_s = float(settings.rate[0]), 0.0
+        self.running = 0
+
+    def configure(self, settings):
+        """Take over a changed line; what is used up stays used up."""
+        self.settings = settings
+        self.tokens = min(self.tokens, settings.rate[0])
+
+    def take(self, now):
+        """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
+        it, (count, period_s) = self.settings, self.settings.rate
+        if it.concurrency and self.running >= it.concurrency:
+            raise Refusal(429, f"the key {it.name} has {it.concurrency} requests running, its most", retry_after_s=1.0)
+        if count:
+            self.tokens = min(count, self.tokens + (now - self.filled_s) * count / period_s)
+            self.filled_s = now
+            if self.tokens < 1:
+                raise Refusal(429, f"the key {it.name} has used up its {count} requests in {period_s:g} s",
+                              retry_after_s=(1 - self.tokens) * period_s / count)
+            self.tokens -= 1
+        self.running += 1
+
+    def give_back(self):
+        """Count a request as ended."""
+        self.running -= 1
+
+
+class Keys:
+    """All who may ask. Without any, everybody may."""
+
+    def __init__(self, settings=()):
+        self.by_digest = {}
+        self.configure(settings)
+
+    def configure(self, settings):
+        """Take over the lines of a keys file; who was there before is known by name."""
+        known = {key.settings.name: key for key in self.by_digest.values()}
+        self.by_digest = {}
+        for line in settings:
+            key = known.get(line.name)
+            if key is None:
+                key = Key(line)
+            else:
+                key.configure(line)
+            self.by_digest[line.digest] = key
+
+    def find(self, given):
+        """Return the Key that bytes are, or None."""
+        digest = digest_of_key(given)
+        key = self.by_digest.get(digest)
+        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
+
+
+def keys_given(fields):
+    """Yield (field name, key) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
+    if b"x-api-key" in fields:
+        yield b"x-api-key", fields[b"x-api-key"]
+    scheme, _, given = fields.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        yield b"authorization", given.strip()
+    elif scheme.lower() == b"basic":            # what browsers send, asked for the dashboard
+        with contextlib.suppress(binascii.Error):
+            yield b"authorization", base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+
+
+def consume_key(keys, head):
+    """Return the Key that a request gives, or None; the fields that gave it are for the gateway, and not handed on."""
+    found, consumed = None, set()
+    for name, given in keys_given(head.fields):
+        key = keys.find(given)
+        if key is not None:
+            found = found or key
+            consumed.add(name)
+    if consumed:
+        head.lines = [line for line in head.lines if line[0] not in consumed]
+    return found
+
+
+# -----------------------------------------------------------------------------
 # Client conversation: what does one connection see?
 #
 # One task per connection takes one request after the other. It waits only for: the next head, a buffered body, a
@@ -3364,6 +3483,7 @@ class Record:
     method: str
     path: str
     started_s: float
+    key: str = ""                   # the name of the client's key
     model: str = ""
     priority: int | str = ""
     node: str = ""
@@ -3416,6 +3536,9 @@ def answer_refusal(client, head, record, refusal):
     extra = []
     if refusal.retry_after_s is not None:
         extra.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
+    if refusal.status == 401:       # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
+        page = head.path.startswith("/dashboard")
+        extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
     if record:
         record.reason = record.reason or refusal.text
     return answer_locally(client, head, record, refusal.status, error_body(family, refusal.status, refusal.text),
@@ -4050,11 +4173,25 @@ def is_local(client, head):
             and not any(field in head.fields for field in FORWARDING))
 
 
+def admit(gateway, client, head, route, record):
+    """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
+    key = consume_key(gateway.keys, head) if gateway.options.keys else None
+    if key:
+        record.key = key.settings.name
+        if route.kind != "order" or key.settings.admin or is_local(client, head):
+            return key
+    elif route.kind == "order" and is_local(client, head):
+        return None
+    elif gateway.options.keys and head.path not in OPEN_PATHS:
+        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=head.length != 0)
+    if route.kind == "order":
+        raise Refusal(403, "only this machine or a key with admin=yes may order that", close=head.length != 0)
+    return key
+
+
 async def serve_order(gateway, client, head, record):
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
-    if not is_local(client, head):
-        raise Refusal(403, "only this machine may order that", close=head.length != 0)
     await client.read_body(head, gateway.max_body_bytes)
     node = gateway.dispatcher.nodes.get(name)
     if node is None or verb not in ("drain", "resume"):
@@ -4091,6 +4228,7 @@ async def serve(gateway, client, head, record):
         if keep is not None:
             return keep
     route = find_route(head.method, head.path)
+    key = admit(gateway, client, head, route, record)
     if route.kind == "order":
         return await serve_order(gateway, client, head, record)
     if route.where is Where.GATEWAY or route.where is Where.MERGED:
@@ -4100,9 +4238,27 @@ async def serve(gateway, client, head, record):
     raw = route.kind == "raw"
     body = b"" if raw else await client.read_body(head, gateway.max_body_bytes)
     client.serving = True
-    wants = read_wants(head, route, body, client.address)
+    if key is None:
+        wants = read_wants(head, route, body, client.address)
+        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+    allowed = key.settings
+    wants = read_wants(head, route, body, allowed.name, allowed.priority)
+    wants.priority = min(wants.priority, allowed.max_priority)
+    try:
+        key.take(gateway.loop.time())
+    except Refusal as refusal:
+        refusal.close = raw and head.length != 0
+        raise
+    try:
+        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+    finally:
+        key.give_back()
+
+
+async def serve_by_nodes(gateway, client, head, route, body, wants, record):
+    """Answer a request that nodes are needed for. Raises what `serve` raises."""
     record.model, record.priority = wants.model or "", wants.priority
-    if raw and head.length != 0:
+    if route.kind == "raw" and head.length != 0:
         return await serve_upload(gateway, client, head, wants, record)
     if wants.batch and gateway.options.split_embed:
         sizes, barred = gateway.dispatcher.split(wants, gateway.loop.time())
@@ -4442,7 +4598,8 @@ def running_stats(lease, now):
     """Return what /api/stats says of one running request."""
     wants = lease.ticket.wants
     return {"id": lease.ticket.id, "model": wants.model, "priority": wants.priority, "client": wants.client,
-            "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3), "began": lease.first_s is not None,
+            "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3),
+            "began": lease.first_s is not None,
             "predicted_left_s": round(lease.predicted_end_s - now, 3) if lease.predicted_end_s else None,
             "reason": lease.reason}
 
@@ -4651,7 +4808,7 @@ def milliseconds(seconds):
 def request_fields(record, total_s):
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
-    return {"event": "request", "id": record.id, "client": record.client, "key": "", "method": record.method,
+    return {"event": "request", "id": record.id, "client": record.client, "key": record.key, "method": record.method,
             "path": record.path, "model": record.model, "priority": record.priority, "node": record.node,
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
@@ -4819,13 +4976,101 @@ def read_nodes(options):
 
 
 # -----------------------------------------------------------------------------
+# The keys file: whose keys?
+# -----------------------------------------------------------------------------
+
+def parse_level(text):
+    """Return a priority from 1 to 10. Raises ValueError."""
+    try:
+        return parse_priority(text)
+    except Refusal:
+        raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}, not {text!r}") from None
+
+
+def parse_rate(text):
+    """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""
+    match = re.fullmatch(r"([1-9]\d{0,8})/(s|min|h|d)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"must be a number of requests in a s, min, h or d, such as 60/min, not {text!r}")
+    return int(match[1]), PERIODS_S[match[2]]
+
+
+def parse_most(text):
+    """Return a number of requests. Raises ValueError."""
+    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
+        raise ValueError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+KEY_SETTINGS = {"name": parse_word, "priority": parse_level, "max-priority": parse_level, "rate": parse_rate,
+                "concurrency": parse_most, "admin": parse_switch}
+
+
+def parse_key(line):
+    """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
+    given, *settings = line.split()
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in KEY_SETTINGS:
+            raise ValueError(f"a setting is none of {', '.join(KEY_SETTINGS)}")
+        try:
+            values[key.replace("-", "_")] = KEY_SETTINGS[key](text)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
+    if "name" not in values:
+        raise ValueError("name= is missing: whose key is it?")
+    if not given.isascii() or not given.isprintable():
+        raise ValueError("a key must be printable ASCII")
+    most = values.get("max_priority", 10)
+    if values.setdefault("priority", min(DEFAULT_PRIORITY, most)) > most:
+        raise ValueError("priority must not be over max-priority")
+    return KeySettings(digest_of_key(given.encode()), **values)
+
+
+def parse_keys(text, place):
+    """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
+    names, digests = {}, {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        try:
+            key = parse_key(line)
+            if key.name in names:
+                raise ValueError(f"there are two keys named {key.name!r}")
+            if key.digest in digests:
+                raise ValueError(f"this is the key of {digests[key.digest]!r}, too")
+        except ValueError as error:
+            raise ConfigError(f"{place}:{number}: {error}") from None
+        names[key.name], digests[key.digest] = key, key.name
+    if not names:
+        raise ConfigError(f"{place}: there is no key in it")
+    return list(names.values())
+
+
+def read_keys(options):
+    """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
+    if not options.keys:
+        return []
+    try:
+        with open(options.keys, encoding="utf-8-sig") as file:
+            keys, mode = parse_keys(file.read(), options.keys), os.fstat(file.fileno()).st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{options.keys}: {getattr(error, 'strerror', None) or 'this is not UTF-8'}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        LOG.warning({"event": "keys", "why": f"others than its owner can read {options.keys}: chmod 600 it"})
+    return keys
+
+
+# -----------------------------------------------------------------------------
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, nodes):
+    def __init__(self, options, nodes, keys=()):
         self.options = options
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
@@ -4846,7 +5091,8 @@ class Gateway:
         self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
-        self.hosts_seen = self.hosts_stamp()
+        self.keys = Keys(keys)
+        self.files_seen = self.file_stamps()
         self.local = {              # path: answer, for GET and HEAD
             "/": answer_root,
             "/api/version": answer_version,
@@ -4919,28 +5165,39 @@ class Gateway:
 
         task.add_done_callback(ended)
 
-    def hosts_stamp(self):
-        """Return what changes when the hosts file is saved, or None without a file."""
-        if not self.options.hosts:
-            return None
-        try:
-            stat = os.stat(self.options.hosts)
-            return stat.st_mtime_ns, stat.st_size, stat.st_ino
-        except OSError:
-            return None
+    def file_stamps(self):
+        """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
+        stamps = []
+        for path in (self.options.hosts, self.options.keys):
+            try:
+                it = os.stat(path) if path else None
+            except OSError:
+                it = None
+            stamps.append(it and (it.st_mtime_ns, it.st_size, it.st_ino))
+        return stamps
 
     def reload(self):
-        """Read hosts.txt again. A bad file is refused with one log line, and the old nodes stay."""
+        """Read hosts.txt and the keys again. A bad file is refused with one log line, and what it said before stays."""
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
-        self.hosts_seen = self.hosts_stamp()
+        self.files_seen = self.file_stamps()
         try:
             added, dropped = self.configure(read_nodes(self.options))
             LOG.info({"event": "reload", "added": " ".join(node.name for node in added),
                       "dropped": " ".join(node.name for node in dropped)})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
+        if self.options.keys:
+            self.reload_keys()
         tell_systemd("READY=1")
         self.pump()
+
+    def reload_keys(self):
+        """Read the keys again."""
+        try:
+            self.keys.configure(read_keys(self.options))
+            LOG.info({"event": "reload", "keys": len(self.keys.by_digest)})
+        except ConfigError as error:
+            LOG.error({"event": "reload", "refused": str(error)})
 
     # Work -------------------------------------------------------------------
 
@@ -5024,7 +5281,7 @@ class Gateway:
             if dispatcher.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.states.pop(node, None)
-        if self.hosts_stamp() not in (None, self.hosts_seen):
+        if any(now not in (None, seen) for now, seen in zip(self.file_stamps(), self.files_seen, strict=True)):
             self.reload()
         tell_systemd("WATCHDOG=1")
         self.pump()
@@ -5169,6 +5426,8 @@ def command_line(environ):
     group = parser.add_argument_group("serving")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
+    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
+        "--hosts (none: everybody may ask)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
@@ -5220,9 +5479,9 @@ def raise_descriptor_limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def run_gateway(options, nodes, greeting=""):
+async def run_gateway(options, nodes, keys, greeting=""):
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
-    gateway = Gateway(options, nodes)
+    gateway = Gateway(options, nodes, keys)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
     gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
@@ -5234,7 +5493,7 @@ async def run_gateway(options, nodes, greeting=""):
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
                   "loop": type(gateway.loop).__module__})
-        if not is_loopback(options.bind):
+        if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})
         tell_systemd("READY=1")
@@ -5255,7 +5514,7 @@ Three simulated nodes are running. Try, in another terminal:
 """
 
 
-async def run_demo(options):
+async def run_demo(options, keys):
     """Serve in front of three simulated nodes in this process."""
     try:
         import bench
@@ -5266,7 +5525,7 @@ async def run_demo(options):
         await node.start()
     lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
     try:
-        await run_gateway(options, parse_hosts(lines, "demo"), DEMO_HINTS)
+        await run_gateway(options, parse_hosts(lines, "demo"), keys, DEMO_HINTS)
     finally:
         for node in nodes:
             await node.stop()
@@ -5311,10 +5570,11 @@ def main(argv=None):
     gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
     try:
         nodes = [] if options.demo else read_nodes(options)
+        keys = read_keys(options)
         with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
-            runner.run(run_demo(options) if options.demo else run_gateway(options, nodes))
+            runner.run(run_demo(options, keys) if options.demo else run_gateway(options, nodes, keys))
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2

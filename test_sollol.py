@@ -1993,8 +1993,9 @@ async def gateway_for(*nodes, flags=(), hosts=None):
     named = [f"{node.url} {getattr(node, 'line', '')}" for node in nodes]
     argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
+    keys = sollol.read_keys(options)
     settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts("\n".join(named), "test")
-    gateway = await sollol.Gateway(options, settings).start()
+    gateway = await sollol.Gateway(options, settings, keys).start()
     try:
         yield gateway
     finally:
@@ -2922,8 +2923,8 @@ async def test_stats_show_nodes_queue_and_decisions():
 @over_sockets
 async def test_client_finds_itself_in_the_queue_by_its_own_name():
     async with gateway_for(fixed(1)) as gateway:
-        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50), X_Request_Id=f"mine-{n}"))
-                 for n in range(3)]
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50),
+                                          X_Request_Id=f"mine-{number}")) for number in range(3)]
         await until(lambda: health(gateway)["queued"] == 2)
         queue = (await call(gateway, "GET", "/api/queue")).json()["queue"]
         running = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["running"]
@@ -2998,6 +2999,224 @@ def test_drained_node_stays_drained_over_a_reload():
     dispatcher.drain(dispatcher.nodes["a"], True)
     dispatcher.configure(settings)
     assert [node.draining for node in dispatcher.nodes.values()] == [True, False]
+
+
+# -----------------------------------------------------------------------------
+# Keys
+# -----------------------------------------------------------------------------
+
+KEYS = """\
+# who may ask
+alice-secret  name=alice
+bob-secret    name=bob  priority=high max-priority=8 rate=2/min   # two in a burst, then one in 30 s
+carol-secret  name=carol concurrency=1 max-priority=3
+root-secret   name=root admin=yes
+"""
+
+
+@contextlib.asynccontextmanager
+async def guarded(folder, *nodes, keys=KEYS):
+    """Run a gateway that wants keys; yield it. Its keys file is `folder`/keys."""
+    (folder / "keys").write_text(keys)
+    (folder / "keys").chmod(0o600)
+    async with gateway_for(*nodes, flags=["--keys", str(folder / "keys")]) as gateway:
+        yield gateway
+
+
+def bearer(name):
+    return {"Authorization": f"Bearer {name}-secret"}
+
+
+def test_keys_file_is_read():
+    keys = {key.name: key for key in sollol.parse_keys(KEYS, "keys")}
+    assert [(key.priority, key.max_priority, key.rate[0], key.concurrency, key.admin) for key in keys.values()] == [
+        (5, 10, 0, 0, False), (8, 8, 2, 0, False), (3, 3, 0, 1, False), (5, 10, 0, 0, True)]
+    assert "secret" not in repr(keys)
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("abc-secret", "name= is missing"), ("abc-secret name=x rate=60", "rate must be a number of requests"),
+    ("abc-secret name=x rate=0/min", "rate must be"), ("abc-secret name=x priority=11", "priority must be 1 to 10"),
+    ("abc-secret name=x priority=9 max-priority=8", "must not be over"), ("abc-secret name=x admin=1", "admin must be"),
+    ("abc-secret name=x concurrency=0", "concurrency must be"), ("abc-secret name=x colour=red", "none of name"),
+    ("name=x abc-secret", "none of name"), ("abc-secret name=alice", "two keys named 'alice'"),
+    ("alice-secret name=x", "the key of 'alice', too"), ("\u00e4-secret name=x", "printable ASCII")])
+def test_mistake_in_the_keys_file_is_told_by_its_line_without_the_key(line, complaint):
+    with pytest.raises(sollol.ConfigError) as caught:
+        sollol.parse_keys("alice-secret name=alice\n" + line, "keys")
+    assert str(caught.value).startswith("keys:2: ") and complaint in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_keys_in_the_readme_are_valid():
+    lines = re.findall(r"^    (\S+ +name=.*)$", (HERE / "README.md").read_text(), re.M)
+    assert [key.name for key in sollol.parse_keys("\n".join(lines), "README.md")] == ["alice", "batch", "ops"]
+
+
+def test_empty_keys_file_lets_nobody_in_by_mistake():
+    with pytest.raises(sollol.ConfigError, match="there is no key in it"):
+        sollol.parse_keys("# nothing\n", "keys")
+
+
+def test_rate_is_a_bucket_that_fills_steadily():
+    key = sollol.Key(sollol.KeySettings(b"", "x", rate=(2, 60.0)))
+    for now in (100.0, 100.0, 130.0):
+        key.take(now)
+    with pytest.raises(Refusal) as caught:
+        key.take(145.0)
+    assert (caught.value.status, caught.value.retry_after_s) == (429, pytest.approx(15.0))
+    key.take(160.5)
+    key.configure(sollol.KeySettings(b"", "x", rate=(2, 60.0)))
+    with pytest.raises(Refusal):
+        key.take(161.0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"},
+                                    {"Authorization": "alice-secret"}, {"X_API_Key": "alice-secre"},
+                                    {"Authorization": "Basic %%%"}, {"X_API_Key": ""}])
+@over_sockets
+async def test_without_a_right_key_there_is_only_what_stays_open(fields, tmp_path):
+    node = fixed(1)
+    async with guarded(tmp_path, node) as gateway:
+        before = len(node.requests)
+        for path, shape in (("/api/chat", ("error",)), ("/v1/chat/completions", ("error", "type")),
+                            ("/v1/messages", ("error", "type")), ("/api/blobs/sha256:1", ("error",))):
+            answer = await call(gateway, "POST", path, {"model": "llama3.2", "messages": MESSAGES}, **fields)
+            found = answer.json()
+            assert answer.status == 401 and answer.fields["www-authenticate"].startswith("Bearer")
+            for part in shape:
+                found = found[part]
+            assert len(shape) == 1 or found == "authentication_error"
+        for path in ("/api/tags", "/api/ps", "/api/stats", "/api/queue", "/metrics", "/no/such"):
+            assert (await call(gateway, "GET", path, **fields)).status == 401
+        assert len(node.requests) == before or {it.path for it in node.requests[before:]} <= {
+            "/api/version", "/api/tags", "/api/ps"}
+        for path in ("/", "/api/version", "/api/health"):
+            assert (await call(gateway, "GET", path, **fields)).status == 200
+
+
+@pytest.mark.parametrize("fields", [bearer("alice"), {"Authorization": "bearer  alice-secret"},
+                                    {"X_API_Key": "alice-secret"},
+                                    {"Authorization": "Basic " + "YW55Ym9keTphbGljZS1zZWNyZXQ="}])
+@over_sockets
+async def test_key_opens_and_goes_no_further(fields, tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true}'), KEEP])
+    async with guarded(tmp_path, node) as gateway:
+        assert (await call(gateway, "POST", "/api/generate", generate(), **fields)).status == 200
+        assert b"secret" not in node.requests[-1] and b"YW55" not in node.requests[-1]
+
+
+@over_sockets
+async def test_only_the_field_that_held_the_key_is_taken_away(tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true}'), KEEP])
+    async with guarded(tmp_path, node) as gateway:
+        for fields in ({"X_API_Key": "alice-secret", "Authorization": "Bearer for-the-node"},
+                       {"X_API_Key": "for-the-node", **bearer("alice")}):
+            assert (await call(gateway, "POST", "/api/generate", generate(), **fields)).status == 200
+            assert b"for-the-node" in node.requests[-1] and b"secret" not in node.requests[-1]
+
+
+@over_sockets
+async def test_key_has_a_default_and_a_highest_priority(tmp_path):
+    async with guarded(tmp_path, fixed(4)) as gateway:
+        for name, asked, given in (("alice", {}, "5"), ("bob", {}, "8"), ("bob", {"X_Priority": "10"}, "8"),
+                                   ("carol", {"X_Priority": "high"}, "3"), ("carol", {"X_Priority": "1"}, "1")):
+            answer = await call(gateway, "POST", "/api/generate", generate(), **bearer(name), **asked)
+            assert answer.fields["x-sollol-priority"] == given
+
+
+@over_sockets
+async def test_rate_and_concurrency_of_a_key_are_kept(tmp_path):
+    async with guarded(tmp_path, fixed(4)) as gateway:
+        async def one(name, tokens=5):
+            return await call(gateway, "POST", "/api/generate", generate(tokens=tokens), **bearer(name))
+
+        assert [(await one("bob")).status for _ in range(3)] == [200, 200, 429]
+        answer = await one("bob")
+        assert answer.status == 429 and 25 <= int(answer.fields["retry-after"]) <= 30
+        assert "close" not in answer.fields.get("connection", "")
+        assert (await call(gateway, "GET", "/api/tags", **bearer("bob"))).status == 200
+        first = asyncio.create_task(one("carol", 50))
+        await until(lambda: health(gateway)["inflight"] == 1)
+        answer = await one("carol")
+        assert answer.status == 429 and answer.fields["retry-after"] == "1" and "carol" in answer.json()["error"]
+        assert (await one("alice")).status == 200
+        assert (await first).status == 200 and (await one("carol")).status == 200
+
+
+@over_sockets
+async def test_client_that_leaves_gives_its_keys_place_back(tmp_path):
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        caller = await Caller.to(gateway)
+        task = asyncio.create_task(caller.ask("POST", "/api/generate", generate(tokens=500), **bearer("carol")))
+        await until(lambda: health(gateway)["inflight"] == 1)
+        caller.close()
+        await asyncio.gather(task, return_exceptions=True)
+        await until(lambda: health(gateway)["inflight"] == 0)
+        assert (await call(gateway, "POST", "/api/generate", generate(), **bearer("carol"))).status == 200
+
+
+@over_sockets
+async def test_who_shares_fairly_and_who_is_logged_is_the_keys_name(tmp_path, caplog):
+    caplog.set_level("INFO", "sollol")
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50), **bearer(name)))
+                 for name in ("alice", "alice", "root")]
+        await until(lambda: health(gateway)["queued"] == 2)
+        queue = (await call(gateway, "GET", "/api/queue", **bearer("root"))).json()["queue"]
+        assert [ticket["client"] for ticket in queue] == ["root", "alice"]
+        await asyncio.gather(*tasks)
+        await call(gateway, "GET", "/api/tags", Authorization="Bearer mallory-secret")
+        await asyncio.sleep(0.2)
+    lines = [fields for record in caplog.records if isinstance(record.msg, list) for fields in record.msg]
+    assert {(fields["key"], fields["client"]) for fields in lines} >= {("alice", "127.0.0.1"), ("", "127.0.0.1")}
+    assert "secret" not in caplog.text
+
+
+@over_sockets
+async def test_only_this_machine_and_an_administrators_key_order_nodes(tmp_path):
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        path, far = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain", {"X_Forwarded_For": "10.0.0.1"}
+        assert (await call(gateway, "POST", path, **far)).status == 401
+        assert (await call(gateway, "POST", path, **far, **bearer("alice"))).status == 403
+        assert (await call(gateway, "POST", path, **far, **bearer("root"))).json()["state"] == "draining"
+        assert (await call(gateway, "POST", path.replace("drain", "resume"))).json()["state"] == "up"
+        assert (await call(gateway, "POST", path, **bearer("alice"))).status == 200
+
+
+@over_sockets
+async def test_keys_are_read_again_when_saved_and_a_bad_file_is_refused(tmp_path, caplog):
+    caplog.set_level("INFO", "sollol")
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        async def status(name):
+            return (await call(gateway, "GET", "/api/queue", **bearer(name))).status
+
+        assert [await status(name) for name in ("alice", "dave")] == [200, 401]
+        (tmp_path / "keys").write_text("dave-secret name=dave\nalice-secret\n")
+        await until(lambda: "name= is missing" in caplog.text)
+        assert [await status(name) for name in ("alice", "dave")] == [200, 401]
+        (tmp_path / "keys").write_text("dave-secret name=dave")
+        await until(lambda: "dave" in {key.settings.name for key in gateway.keys.by_digest.values()})
+        assert [await status(name) for name in ("alice", "dave")] == [401, 200]
+        (tmp_path / "keys").write_text(KEYS)
+        gateway.reload()
+        assert [await status(name) for name in ("alice", "dave")] == [200, 401]
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_keys_file_that_others_can_read_is_warned_about(mode, warned, tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text(KEYS)
+    path.chmod(mode)
+    sollol.read_keys(sollol.parse_options(["--node", "a", "--keys", str(path)], {}))
+    assert ("chmod 600" in caplog.text) is warned
+
+
+def test_bad_keys_file_stops_the_start_and_the_missing_warning_is_for_those_without(tmp_path, capsys):
+    path = tmp_path / "keys"
+    assert sollol.main(["--node", "a", "--keys", str(path)]) == 2
+    assert capsys.readouterr().err == f"{path}: No such file or directory\n"
 
 
 # -----------------------------------------------------------------------------
