@@ -143,6 +143,10 @@ DECISIONS_KEPT = 100
 # Metrics. Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
 MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
 TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+STEP_S, STEPS_KEPT = 10.0, 61       # the dashboard's lines: ten minutes
+STEP_VALUES = 500                   # of one step, the latest: enough for a P95
+EVENT_S = 1.0                       # between two events to the dashboard
+ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
 ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      # time taken over time predicted
 
 
@@ -612,7 +616,8 @@ class Route(NamedTuple):
     """What a path carries and which nodes it concerns.
 
     `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
-    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator.
+    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator;
+    events: an answer without end.
     """
 
     where: Where
@@ -633,6 +638,8 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/api/queue", Route(Where.GATEWAY)),
     ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
     ("POST", "/api/nodes/", Route(Where.GATEWAY, "order")),
+    ("GET HEAD", "/dashboard", Route(Where.GATEWAY)),
+    ("GET", "/dashboard/events", Route(Where.GATEWAY, "events")),
     ("GET HEAD", "/api/version", Route(Where.MERGED)),
     ("GET HEAD", "/api/tags", Route(Where.MERGED)),
     ("GET", "/api/ps", Route(Where.MERGED)),
@@ -4147,8 +4154,8 @@ async def serve_locally(gateway, client, head, record):
         await client.read_body(head, gateway.max_body_bytes)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
-    status, body, kind = gateway.local[head.path](gateway)
-    return answer_locally(client, head, record, status, body, kind)
+    status, body, kind, *extra = gateway.local[head.path](gateway)
+    return answer_locally(client, head, record, status, body, kind, *extra)
 
 
 def is_loopback(address):
@@ -4187,6 +4194,22 @@ def admit(gateway, client, head, route, record):
     if route.kind == "order":
         raise Refusal(403, "only this machine or a key with admin=yes may order that", close=head.length != 0)
     return key
+
+
+async def serve_events(gateway, client, head, record):
+    """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
+    if head.length != 0:
+        await client.read_body(head, gateway.max_body_bytes)
+    client.serving = True
+    record.status = 200
+    lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", b"Connection: close",
+             *record.cors]
+    client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
+    while not gateway.draining:
+        if not client.write_paused:     # one that does not read misses some
+            client.write(b"data: " + gateway.snapshot() + b"\n\n")
+        await asyncio.sleep(EVENT_S)
+    return False
 
 
 async def serve_order(gateway, client, head, record):
@@ -4231,6 +4254,8 @@ async def serve(gateway, client, head, record):
     key = admit(gateway, client, head, route, record)
     if route.kind == "order":
         return await serve_order(gateway, client, head, record)
+    if route.kind == "events":
+        return await serve_events(gateway, client, head, record)
     if route.where is Where.GATEWAY or route.where is Where.MERGED:
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
@@ -4704,6 +4729,24 @@ def route_label(path):
     return next((above for _, above, _ in ROUTES_BELOW if path.startswith(above)), "other")
 
 
+class Step:
+    """What finished within STEP_S, for the dashboard's lines."""
+
+    def __init__(self, number):
+        self.number = number        # of the step, since the clock's zero
+        self.requests = 0
+        self.total_s, self.first_s = (collections.deque(maxlen=STEP_VALUES) for _ in range(2))
+        self.tokens = collections.Counter()     # node: output tokens
+
+    def add(self, node, total_s, first_s, tokens):
+        """Take in a finished request; `first_s`: None if it had no first byte."""
+        self.requests += 1
+        self.total_s.append(total_s)
+        if first_s is not None:
+            self.first_s.append(first_s)
+        self.tokens[node] += tokens
+
+
 class Metrics:
     """Count what finished requests were like. Nothing is done per token; what can be asked for is not counted."""
 
@@ -4715,6 +4758,7 @@ class Metrics:
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
         self.queue_s = {}                           # priority: Histogram
         self.error_ratio = Histogram(ERROR_BOUNDS)
+        self.steps = collections.deque(maxlen=STEPS_KEPT)       # those in which something has finished
 
     def model_label(self, model):
         """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
@@ -4731,15 +4775,25 @@ class Metrics:
             key = node, "other", *more
         counter[key] += amount
 
+    def step(self, now):
+        """Return the Step that `now` falls into."""
+        number = int(now // STEP_S)
+        if not self.steps or self.steps[-1].number != number:
+            self.steps.append(Step(number))
+        return self.steps[-1]
+
     def count_request(self, record, total_s):
         """Take in a finished request."""
         node, model = self.node_label(record.node), self.model_label(record.model)
         self.count(self.requests, 1, node, model, route_label(record.path), record.status)
         if record.path not in INFERENCE_PATHS or not record.attempts:
             return
+        first_s = None if record.first_s is None else record.first_s - record.started_s
+        if record.status < 400:
+            self.step(record.started_s + total_s).add(node, total_s, first_s, record.timings.output_tokens)
         self.request_s.add(total_s)
-        if record.first_s is not None:
-            self.first_s.add(record.first_s - record.started_s)
+        if first_s is not None:
+            self.first_s.add(first_s)
         waits = self.queue_s.get(record.priority)
         if waits is None:
             waits = self.queue_s[record.priority] = Histogram(TIME_BOUNDS_S)
@@ -4869,6 +4923,360 @@ def tell_systemd(message):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
         channel.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+# -----------------------------------------------------------------------------
+# Dashboard: what does a person see?
+#
+# One page that needs nothing else. It comes with the state of its moment, and then gets the whole state every second:
+# that is small, and a page that has missed something, or has seen the gateway restart, is right again at once.
+# -----------------------------------------------------------------------------
+
+PAGE = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>SOLLOL</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --ground: #f6f5f2; --card: #fff; --ink: #1f2428; --soft: #5c646b; --line: #e4e2dc; --empty: #eceae4;
+  --good: #23774b; --warn: #8a5a00; --bad: #b3261e; --calm: #3d6090; --a: #2a6fb0; --b: #b05a1f;
+  --m0: #4c8bc4; --m1: #c9803f; --m2: #5a9e6f; --m3: #9a73b8; --m4: #c2637a;
+  --m5: #4fa3a5; --m6: #a08f3c; --m7: #7a7f8a }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15181b; --card: #1d2125; --ink: #e7e9ea; --soft: #a2aab1; --line: #2d3338; --empty: #2a3035;
+    --good: #6fcf97; --warn: #e0b050; --bad: #f28b82; --calm: #94b8e6; --a: #79b4ec; --b: #e8a06a } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
+header, main { max-width: 1720px; margin: 0 auto; padding: 0 28px }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; padding-top: 22px }
+h1 { font-size: 20px; letter-spacing: .06em; margin: 0 }
+h2 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0; letter-spacing: .03em }
+#link { color: var(--soft); flex: 1; min-width: 12em }
+body.lost #link { color: var(--bad); font-weight: 600 }
+body.lost main { opacity: .55 }
+button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
+  padding: 3px 14px; cursor: pointer }
+:focus-visible { outline: 3px solid var(--a); outline-offset: 2px }
+.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px; margin: 18px 0 14px; padding: 0;
+  list-style: none }
+.tiles li, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+.tiles li { padding: 12px 16px }
+.tiles b { display: block; font-size: 26px; font-weight: 600; line-height: 1.2; white-space: nowrap }
+.tiles b small { font-size: 15px; font-weight: 400; color: var(--soft) }
+.tiles span { color: var(--soft); font-size: 13px }
+.columns { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 14px; align-items: start;
+  margin-bottom: 28px }
+.columns > div { display: grid; gap: 14px; min-width: 0 }
+.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
+section { padding: 14px 16px; min-width: 0 }
+section > div { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); padding: 8px 14px 5px 0;
+  white-space: nowrap }
+td, tbody th { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; font-size: 14px }
+tbody th { font-weight: 600; color: var(--ink) }
+.n { text-align: right; white-space: nowrap }
+.n + :not(.n) { padding-left: 12px }
+.name { white-space: nowrap }
+th:last-child, td:last-child { padding-right: 0 }
+.soft { color: var(--soft); font-weight: 400; font-size: 13px }
+.none { color: var(--soft); margin: 10px 0 4px }
+.state { white-space: nowrap }
+.state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
+  background: currentColor }
+.up { color: var(--good) } .suspect { color: var(--warn) } .down { color: var(--bad) } .draining { color: var(--calm) }
+.down::before { border-radius: 2px } .suspect::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0 }
+.model { display: flex; flex-wrap: wrap; align-items: center; gap: 3px 10px; min-height: 21px }
+.model + .model { margin-top: 4px }
+.model > span:first-child { min-width: 8.5em }
+.slots { display: inline-flex; flex-wrap: wrap; gap: 3px }
+.slot { width: 26px; height: 15px; border-radius: 4px; background: var(--empty); overflow: hidden }
+.slot.busy { box-shadow: inset 0 0 0 1.5px var(--hue) }
+.slot i { display: block; height: 100%; background: var(--hue); min-width: 5px }
+.slot.waits i { opacity: .45 }
+.key { display: inline-block; width: 9px; height: 9px; border-radius: 3px; background: var(--hue); margin-right: 7px }
+.speed { display: inline-block; width: 46px; height: 5px; border-radius: 3px; background: var(--empty);
+  overflow: hidden; vertical-align: middle; margin-left: 8px }
+.speed i { display: block; height: 100%; background: var(--good) }
+.speed.slow i { background: var(--warn) }
+.prio { display: inline-block; min-width: 26px; text-align: center; border-radius: 5px; background: var(--empty);
+  font-weight: 600; padding: 0 5px }
+.prio.high { background: var(--calm); color: var(--card) }
+.chip { display: inline-block; white-space: nowrap; color: var(--soft); font-size: 13px; margin: 0 12px 0 0 }
+.chip.won { color: var(--ink); font-weight: 600 }
+.id { overflow-wrap: anywhere }
+svg { display: block; width: 100%; height: 150px; margin-top: 6px }
+svg text { fill: var(--soft); font-size: 11px }
+svg .grid { stroke: var(--line) }
+svg path, svg circle { stroke: var(--hue); fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+svg circle { fill: var(--hue); stroke: none }
+.legend { float: right; font-size: 13px; color: var(--soft) } .legend span { margin-left: 14px }
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--hue);
+  vertical-align: middle; margin-right: 6px }
+@media (max-width: 1150px) {
+  .columns { grid-template-columns: minmax(0, 1fr) } .tiles { grid-template-columns: repeat(3, 1fr) } }
+@media (max-width: 640px) {
+  header, main { padding-left: 14px; padding-right: 14px }
+  .charts { grid-template-columns: minmax(0, 1fr) } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr) }
+  .tiles b { font-size: 22px } h1 { flex: 1 } #link { order: 1; flex-basis: 100% }
+  #nodes td.n { flex-basis: calc(50% - 8px) } .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
+  table, tbody { display: block } thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
+  tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 10px 0; border-top: 1px solid var(--line) }
+  tbody:first-of-type tr:first-child { border-top: 0 }
+  td, tbody th { border: 0; padding: 0; text-align: left } .wide { flex-basis: 100% } .grow { flex: 1 }
+  td[data-is]::before { content: attr(data-is) " "; color: var(--soft); font-size: 13px } }
+@media (prefers-reduced-motion: no-preference) { .slot i, .speed i { transition: width .9s linear } }
+</style>
+</head>
+<body>
+<header><h1>SOLLOL</h1><span id="link" role="status">connecting</span>
+<button id="pause" aria-pressed="false">Pause</button></header>
+<main>
+<ul class="tiles" id="tiles" aria-label="Now"></ul>
+<div class="columns">
+<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section></div>
+<div>
+<div class="charts">
+<section aria-labelledby="h-total"><span class="legend" id="l-total"></span><h2 id="h-total">Latency</h2>
+<div id="total"></div></section>
+<section aria-labelledby="h-first"><span class="legend" id="l-first"></span><h2 id="h-first">First token</h2>
+<div id="first"></div></section>
+</div>
+<section aria-labelledby="h-queue"><h2 id="h-queue">Queue, the next one first</h2><div id="queue"></div></section>
+<section aria-labelledby="h-decisions">
+<h2 id="h-decisions">Last decisions: where each candidate would have finished, and the one chosen</h2>
+<div id="decisions"></div></section>
+</div>
+</div>
+</main>
+<script type="application/json" id="first-state">@STATE@</script>
+<script>
+"use strict";
+const at = (id) => document.getElementById(id);
+const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+const short = (model) => esc(String(model || "no model").replace(/:latest$/, ""));
+const took = (s) => s == null ? "–" : s < 0.095 ? `${Math.round(s * 1000)} ms` : s < 9.95 ? `${s.toFixed(1)} s` :
+  s < 99.5 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
+const rate = (x) => x == null ? "–" : x && x < 9.95 ? x.toFixed(1) : String(Math.round(x));
+const put = (id, html) => { const it = at(id); if (it.shown !== html) it.innerHTML = it.shown = html; };
+const hues = new Map();
+const hue = (model) => {                // one colour per model, in the order in which they turn up
+  if (!hues.has(model)) hues.set(model, hues.size % 8);
+  return `--hue: var(--m${hues.get(model)})`;
+};
+const table = (name, heads, rows) => `<table role="table" aria-label="${name}"><thead role="rowgroup"><tr role="row">` +
+  heads.map(([text, kind]) => `<th role="columnheader" scope="col" class="${kind || ""}">${text}</th>`).join("") +
+  `</tr></thead><tbody role="rowgroup">${rows.join("")}</tbody></table>`;
+const cell = (html, kind, is) => `<td role="cell" class="${kind || ""}"${is ? ` data-is="${is}"` : ""}>${html}</td>`;
+const none = (text) => `<p class="none">${text}</p>`;
+const row = (cells) => `<tr role="row">${cells.join("")}</tr>`;
+
+function slot(model, it) {
+  if (!it) return `<span class="slot"></span>`;
+  const whole = it.since_s + Math.max(0, it.predicted_left_s || 0);
+  const share = it.began && whole ? Math.min(100, 100 * it.since_s / whole) : it.began ? 50 : 100;
+  const doing = it.began ? "for" : "waits for its first token for";
+  const said = `${it.client}, priority ${it.priority}, ${doing} ${took(it.since_s)}`;
+  return `<span class="slot busy ${it.began ? "" : "waits"}" title="${esc(said)}">` +
+    `<i style="width: ${share.toFixed(0)}%"></i></span>`;
+}
+
+function models(node) {
+  const lines = Object.entries(node.models).map(([name, it]) => {
+    const running = node.running.filter((one) => one.slot && one.model === name);
+    const boxes = Array.from({ length: Math.max(it.slots, running.length) }, (_, n) => slot(name, running[n]));
+    const said = `${running.length} of ${it.slots} slots (${it.slots_known}) busy`;
+    const loads = it.loading ? ` <span class="soft">loading</span>` : "";
+    return `<div class="model" style="${hue(name)}"><span><span class="key"></span>${short(name)}${loads}</span>` +
+      `<span class="slots" role="img" aria-label="${said}" title="${said}">${boxes.join("")}</span></div>`;
+  });
+  const others = node.running.filter((one) => !one.slot).length;
+  if (others) lines.push(`<span class="soft">${others} without a slot</span>`);
+  return lines.join("") || `<span class="soft">nothing loaded</span>`;
+}
+
+function nodeRow(node) {
+  const speed = Math.round(100 * node.speed), alive = node.state !== "down";
+  const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
+  const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
+  return row([
+    `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
+    cell(`<span class="state ${node.state}">${node.state}</span>`), cell(alive ? models(node) : "–", "wide"),
+    cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
+    cell(alive ? `${speed} %${bar}` : "–", "n", "of its best"), cell(took(node.latency_s.p95), "n", "P95")]);
+}
+
+function ticketRow(it) {
+  return row([cell(it.position, "n", "#"),
+    cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
+    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
+    cell(took(it.waited_s), "n", "waited"),
+    cell(it.predicted_start_s ? took(it.predicted_start_s) : "next", "n", "starts in"),
+    cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
+}
+
+function decisionRow(it) {
+  const all = Object.entries(it.predicted_finish_s).sort((one, other) => one[1] - other[1]);
+  let shown = all.slice(0, 4);
+  if (!shown.some(([name]) => name === it.node))
+    shown = [...all.slice(0, 3), ...all.filter(([name]) => name === it.node)];
+  const chips = shown.map(([name, s]) => `<span class="chip ${name === it.node ? "won" : ""}">` +
+    `${name === it.node ? "→ " : ""}${esc(name)} ${took(s)}</span>`);
+  if (all.length > shown.length) chips.push(`<span class="chip">and ${all.length - shown.length} more</span>`);
+  return row([cell(`${took(it.ago_s)} ago`, "n"),
+    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"),
+    cell(chips.join(""), "wide")]);
+}
+
+function chart(id, name, lines, step_s) {
+  const wide = Math.max(240, at(id).clientWidth), high = 150, left = 46, foot = 20, top = 8;
+  const most = Math.max(...lines.flatMap(([, , values]) => values.map((value) => value || 0)));
+  const unit = 10 ** Math.floor(Math.log10(most || 1)), roof = [1, 2, 5, 10].find((n) => n * unit >= most) * unit;
+  const count = lines[0][2].length, x = (n) => left + (wide - left - 8) * n / (count - 1);
+  const y = (value) => high - foot - (high - foot - top) * value / roof;
+  const grid = [0, roof / 2, roof].map((value) =>
+    `<line class="grid" x1="${left}" x2="${wide - 8}" y1="${y(value)}" y2="${y(value)}"/>` +
+    `<text x="${left - 8}" y="${y(value) + 4}" text-anchor="end">${value ? took(value) : "0"}</text>`);
+  const minutes = (count - 1) * step_s / 60;
+  const marks = [[0, "start"], [0.5, "middle"], [1, "end"]].map(([share, anchor]) =>
+    `<text x="${x(share * (count - 1))}" y="${high - 4}" text-anchor="${anchor}">` +
+    `${share === 1 ? "now" : `${Math.round(minutes * (1 - share))} min ago`}</text>`);
+  const drawn = lines.map(([, colour, values]) => {
+    let path = "", dots = "";
+    values.forEach((value, n) => {
+      if (value == null) return;
+      const joined = n && values[n - 1] != null, alone = !joined && values[n + 1] == null;
+      path += `${joined ? "L" : "M"}${x(n).toFixed(1)} ${y(value).toFixed(1)}`;
+      if (alone) dots += `<circle cx="${x(n).toFixed(1)}" cy="${y(value).toFixed(1)}" r="2.5"/>`;
+    });
+    return `<g style="--hue: var(${colour})"><path d="${path}"/>${dots}</g>`;
+  });
+  const last = (values) => values.findLast((value) => value != null);
+  const said = lines.map(([label, , values]) => `${label} ${took(last(values))}`).join(", ");
+  const span = `the last ${Math.round(minutes)} minutes`;
+  put(id, most ? `<svg viewBox="0 0 ${wide} ${high}" role="img" aria-label="${name} over ${span}; last ${said}">` +
+    `${grid.join("")}${marks.join("")}${drawn.join("")}</svg>` : `<p class="none">no answer in ${span}</p>`);
+  put(`l-${id}`, lines.map(([label, colour, values]) =>
+    `<span><i style="--hue: var(${colour})"></i>${label} ${took(last(values))}</span>`).join(""));
+}
+
+function show(state) {
+  const up = state.nodes.filter((node) => node.state === "up" || node.state === "suspect").length;
+  const running = state.nodes.reduce((sum, node) => sum + node.running.length, 0);
+  const tile = (value, name) => `<li><b>${value}</b><span>${name}</span></li>`;
+  put("tiles", [tile(`${up} <small>of ${state.nodes.length}</small>`, "nodes up"), tile(running, "running"),
+    tile(state.queued, "waiting"), tile(`${rate(state.per_min)} <small>/min</small>`, "requests"),
+    tile(`${rate(state.tok_s)} <small>/s</small>`, "tokens"), tile(took(state.ttft_s), "first token, P50")].join(""));
+  const nodes = table("Nodes", [["Node"], ["State"], ["Loaded models and their slots"], ["Tokens/s", "n"],
+    ["One stream", "n"], ["Of its best", "n"], ["P95", "n"]], state.nodes.map(nodeRow));
+  put("nodes", state.nodes.length ? nodes : none("No node yet: put its URL into the hosts file and save it."));
+  const queue = table("Queue", [["#", "n"], ["Priority"], ["Model"], ["Client"], ["Waited", "n"], ["Starts in", "n"],
+    ["Request"]], state.queue.map(ticketRow));
+  const hidden = state.queued - state.queue.length;
+  put("queue", (state.queued ? queue : none("Nobody waits.")) + (hidden ? none(`and ${hidden} more`) : ""));
+  const decisions = table("Decisions", [["When", "n"], ["Model"], ["Predicted finish"]],
+    state.decisions.map(decisionRow));
+  put("decisions", state.decisions.length ? decisions : none("None yet."));
+  const past = state.past, lines = (p50, p95) => [["P50", "--a", p50], ["P95", "--b", p95]];
+  chart("total", "Latency", lines(past.total_p50_s, past.total_p95_s), past.step_s);
+  chart("first", "Time to first token", lines(past.first_p50_s, past.first_p95_s), past.step_s);
+}
+
+let state = JSON.parse(at("first-state").textContent), paused = false, seen = "";
+function tell(lost) {
+  document.body.classList.toggle("lost", lost);
+  at("link").textContent = lost ? `Connection lost, this is the state of ${seen}` : paused ? `paused at ${seen}` :
+    `${state.version}, ${state.policy}${state.draining ? ", shutting down" : ""}, up for ${took(state.uptime_s)}`;
+}
+function take(next) {
+  state = next;
+  if (paused) return;
+  seen = new Date().toLocaleTimeString();
+  show(state);
+  tell(false);
+}
+function listen() {
+  const events = new EventSource("/dashboard/events");
+  events.onmessage = (event) => take(JSON.parse(event.data));
+  events.onerror = () => {              // it tries again by itself, unless it was answered with an error
+    tell(true);
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
+  };
+}
+at("pause").onclick = () => {
+  paused = !paused;
+  at("pause").setAttribute("aria-pressed", paused);
+  at("pause").textContent = paused ? "Go on" : "Pause";
+  if (paused) tell(false); else take(state);
+};
+addEventListener("resize", () => show(state));
+take(state);
+listen();
+</script>
+</body>
+</html>
+'''
+
+
+def page_policy():
+    """Return the Content-Security-Policy of the page: its own script and nothing else."""
+    script = PAGE.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'").encode()
+
+
+PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-store"]
+
+
+def past(steps, now):
+    """Return what the lines show: one value a step, None where nothing finished."""
+    found, last = {step.number: step for step in steps}, int(now // STEP_S)
+    shown = [found.get(number) for number in range(last - STEPS_KEPT + 1, last + 1)]
+
+    def line(values_of, share):
+        values = [sorted(values_of(step)) if step else [] for step in shown]
+        return [round(percentile(it, share), 3) if it else None for it in values]
+
+    return {"step_s": STEP_S,
+            **{f"total_p{share}_s": line(lambda step: step.total_s, share / 100) for share in (50, 95)},
+            **{f"first_p{share}_s": line(lambda step: step.first_s, share / 100) for share in (50, 95)}}
+
+
+def node_state(node, now, tokens):
+    """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
+    stats = node_stats(node, now)
+    used = max((it for it in node.runners.values() if it.decode_s), key=lambda it: it.used_s, default=None)
+    shown = {model: it for model, it in stats["models"].items() if it["resident"] or it["inflight"]}
+    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running")}, "models": shown,
+            "on_disk": sum(it["on_disk"] for it in stats["models"].values()), "tok_s": round(tokens / 60, 2),
+            "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
+
+
+def dashboard_state(gateway):
+    """Return what the dashboard shows now."""
+    dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
+    steps = list(gateway.metrics.steps)
+    recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
+    tokens = sum((step.tokens for step in recent), collections.Counter())
+    first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
+    return {
+        "version": f"version {__version__}", "policy": options.policy, "draining": gateway.draining,
+        "uptime_s": round(now - gateway.started_s), "per_min": sum(step.requests for step in recent),
+        "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
+        "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.nodes.values()],
+        "queued": len(dispatcher.queue), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
+        "decisions": decision_stats(list(dispatcher.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
+
+
+def answer_dashboard(gateway):
+    """Answer with the page and its first state; a `<` in that must not end its script."""
+    state = gateway.snapshot().replace(b"<", b"\\u003c")
+    return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
 
 
 # -----------------------------------------------------------------------------
@@ -5088,6 +5496,7 @@ class Gateway:
         self.server = self.timer = self.address = None
         self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
         self.metrics = Metrics(self.dispatcher)
+        self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
         self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
@@ -5104,6 +5513,7 @@ class Gateway:
             "/api/stats": answer_stats,
             "/api/queue": answer_queue,
             "/metrics": answer_metrics,
+            "/dashboard": answer_dashboard,
         }
         self.refreshed = {          # path: what is awaited before that answer
             "/api/ps": functools.partial(look_again, look_at_residency),
@@ -5242,6 +5652,13 @@ class Gateway:
         A node that does not answer now is looked at by the next probe.
         """
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
+
+    def snapshot(self):
+        """Return what dashboards show, as JSON; made once for all that look, however many."""
+        now = self.loop.time()
+        if now - self.shown_s >= EVENT_S / 2:
+            self.shown, self.shown_s = json.dumps(dashboard_state(self), separators=(",", ":")).encode(), now
+        return self.shown
 
     def finish(self, record):
         """Count a finished request, and log it a moment later, together with others: that is much cheaper."""
@@ -5510,7 +5927,8 @@ Three simulated nodes are running. Try, in another terminal:
 
   curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
   curl {url}/api/tags
-  curl {url}/api/stats
+
+and open {url}/dashboard
 """
 
 

@@ -8,6 +8,7 @@ The nodes are bench.py's simulated ones, or scripted ones where exact bytes matt
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -17,6 +18,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -3297,6 +3299,205 @@ async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
 
 
 # -----------------------------------------------------------------------------
+# Dashboard
+# -----------------------------------------------------------------------------
+
+async def events(gateway, count):
+    """Return the first events that a dashboard gets."""
+    caller, found = await Caller.to(gateway), []
+    try:
+        caller.writer.write(b"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = await caller.head()
+        assert b" 200 " in head and b"text/event-stream" in head
+        while len(found) < count and (line := await caller.reader.readline()):
+            if line.startswith(b"data: "):
+                found.append(json.loads(line[6:]))
+    finally:
+        caller.close()
+    return found
+
+
+@over_sockets
+async def test_dashboard_is_told_every_second_what_goes_on():
+    async with gateway_for(fixed(1)) as gateway:
+        tasks = []
+        for number in range(3):
+            tasks.append(asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50, stream=True),
+                                                  X_Request_Id=f"mine-{number}", X_Priority=number + 4)))
+            await until(lambda: health(gateway)["inflight"] + health(gateway)["queued"] == len(tasks))
+        seen = await events(gateway, 1)
+        node, = seen[0]["nodes"]
+        assert [row["id"] for row in (*node["running"], *seen[0]["queue"])] == ["mine-0", "mine-2", "mine-1"]
+        assert node["models"]["llama3.2:latest"]["slots"] == 1 and seen[0]["decisions"][0]["id"] == "mine-0"
+        await asyncio.gather(*tasks)
+        started_s = asyncio.get_running_loop().time()
+        first, second = await events(gateway, 2)
+        assert 0.9 < asyncio.get_running_loop().time() - started_s < 1.5
+        assert first["per_min"] == 3 and first["nodes"][0]["tok_s"] == 2.5 and not first["nodes"][0]["running"]
+        shown = [value for value in first["past"]["total_p95_s"] if value]
+        assert shown and first["past"]["first_p50_s"][-1] is not None or len(shown) > 1
+        assert second["queued"] == 0
+
+
+@over_sockets
+async def test_open_dashboard_does_not_hold_up_the_end():
+    async with gateway_for(fixed(1)) as gateway:
+        task = asyncio.create_task(events(gateway, 100))
+        await until(lambda: len(gateway.clients) == 1)
+        await asyncio.sleep(1.5)
+        gateway.drain()
+        await asyncio.wait_for(gateway.stopped.wait(), 3)
+        assert len(await task) == 2
+
+
+def test_lines_of_the_dashboard_have_gaps_where_nothing_finished():
+    metrics = sollol.Metrics(cluster(a=["m"]))
+    for now, took_s in ((5.0, 1.0), (6.0, 3.0), (27.0, 2.0)):
+        metrics.step(now).add("a", took_s, None, 10)
+    shown = sollol.past(metrics.steps, 31.0)
+    assert len(shown["total_p50_s"]) == sollol.STEPS_KEPT
+    assert shown["total_p50_s"][-4:] == [1.0, None, 2.0, None] and shown["total_p95_s"][-4:] == [3.0, None, 2.0, None]
+    assert not any(shown["first_p50_s"])
+
+
+def test_page_needs_nothing_from_elsewhere():
+    assert not re.search(r"(src|href|url|import)\s*[=(:]?\s*[\"'(]?(https?:)?//", sollol.PAGE)
+    assert len(sollol.PAGE.splitlines()) < 350
+
+
+@over_sockets
+async def test_page_carries_its_state_and_nothing_in_it_ends_its_script():
+    node = fixed(1)
+    node.line += " name=</script><b>"
+    async with gateway_for(node) as gateway:
+        answer = await call(gateway, "GET", "/dashboard")
+        assert answer.fields["content-type"].startswith("text/html") and "sha256-" in answer.fields[
+            "content-security-policy"]
+        text = re.search(r'id="first-state">(.*?)</script>', answer.body.decode(), re.S)[1]
+        assert json.loads(text)["nodes"][0]["name"] == "</script><b>"
+
+
+class Browser:
+    """A headless Chromium with one page, spoken to over a pipe by its DevTools protocol."""
+
+    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --remote-debugging-pipe").split()
+
+    def __init__(self, program, folder):
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (*os.pipe(), *os.pipe())]
+        self.process = subprocess.Popen(
+            [program, *self.FLAGS, f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(ends[0], 3), os.dup2(ends[3], 4)))
+        os.close(ends[0])
+        os.close(ends[3])
+        self.inbox, self.outbox = os.fdopen(ends[2], "rb", buffering=0), ends[1]
+        self.number, self.rest, self.session = 0, b"", {}
+
+    def ask(self, method, **values):
+        """Return the result of a command."""
+        self.number += 1
+        command = {"id": self.number, "method": method, "params": values, **self.session}
+        os.write(self.outbox, json.dumps(command).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.inbox], [], [], 20.0)[0], f"no answer to {method}"
+                piece = self.inbox.read(65536)
+                assert piece, "the browser has ended"
+                self.rest += piece
+            message, _, self.rest = self.rest.partition(b"\0")
+            message = json.loads(message)
+            if message.get("id") == self.number:
+                assert "result" in message, message
+                return message["result"]
+
+    def open(self, url, width=1600, height=900):
+        """Show a page."""
+        self.session = {}
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.ask("Page.navigate", url=url)
+
+    def value(self, script):
+        """Return the value of a JavaScript expression in the page."""
+        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def wait(self, script, patience_s=10.0):
+        """Wait until an expression is true; return its value."""
+        deadline_s = time.monotonic() + patience_s
+        while not (value := self.value(script)):
+            assert time.monotonic() < deadline_s, (script, self.value("document.body.innerText"))
+            time.sleep(0.05)
+        return value
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.inbox.close()
+        os.close(self.outbox)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no Chromium is installed")
+    browser = Browser(program, tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+TEXT = "document.getElementById('{}').innerText"
+ROWS = "[...document.querySelectorAll('#{} tbody tr')].map((row) => row.innerText.replace(/\\s+/g, ' '))"
+
+
+def ask_later(url, **fields):
+    """Ask for a long answer in the background; return the process."""
+    lines = [word for name, value in fields.items() for word in ("-H", f"{name.replace('_', '-')}: {value}")]
+    return subprocess.Popen(["curl", "-s", f"{url}/api/generate", *lines, "-d", json.dumps(generate(tokens=2000))],
+                            stdout=subprocess.DEVNULL)
+
+
+def test_browser_shows_nodes_queue_and_decisions_and_finds_a_restarted_gateway(browser):
+    with program("bench.py", "--nodes", 3, "--port", 0) as nodes, contextlib.ExitStack() as asking:
+        flags = ["--port", bench.free_port(), "--no-calibrate"]
+        for name in "abc":
+            flags += ["--node", f"{read_until(nodes, 'http://[^ ]+')[0]} name={name} slots=1"]
+        with program("sollol.py", *flags) as gateway:
+            url = read_until(gateway, r"event=start .*url=(\S+)")[1]
+            browser.open(f"{url}/dashboard")
+            browser.wait(ROWS.format("nodes") + ".length === 3")
+            rows = browser.value(ROWS.format("nodes"))
+            assert [row.split()[0] for row in rows] == list("abc") and all(" up " in row for row in rows)
+            assert "Nobody waits." in browser.value(TEXT.format("queue"))
+            for number in range(5):
+                asking.callback(ask_later(url, X_Request_Id=f"mine-{number}", X_Priority=3 + number).kill)
+                time.sleep(0.1)
+            queue = browser.wait(f"(({ROWS.format('queue')}).length === 2) && {ROWS.format('queue')}")
+            assert re.match(r"1 7 llama3.2 127.0.0.1 .+ next mine-4", queue[0]), queue
+            assert re.match(r"2 6 llama3.2 127.0.0.1 .+ mine-3", queue[1]), queue
+            assert browser.value("document.querySelectorAll('#nodes .slot.busy').length") == 3
+            decisions = browser.value(ROWS.format("decisions"))
+            assert len(decisions) == 3 and all("→" in row for row in decisions) and "llama3.2" in decisions[0]
+            assert subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/api/nodes/c/drain"], capture_output=True,
+                                  check=True).stdout
+            browser.wait(f"{ROWS.format('nodes')}[2].includes('draining')")
+            for width in (390, 1600):
+                browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                            mobile=False)
+                assert browser.wait("document.documentElement.scrollWidth <= innerWidth")
+        browser.wait("document.body.classList.contains('lost')")
+        assert "Connection lost" in browser.value(TEXT.format("link"))
+        with program("sollol.py", *flags) as gateway:
+            read_until(gateway, r"event=start")
+            browser.wait("!document.body.classList.contains('lost')")
+            browser.wait(f"{ROWS.format('nodes')}.length === 3 && !{TEXT.format('nodes')}.includes('draining')")
+            assert browser.value("document.querySelectorAll('th[scope=col]').length") >= 7
+            assert not browser.value("document.querySelectorAll('script[src], link[href^=http], img').length")
+
+
+# -----------------------------------------------------------------------------
 # The whole surface, over three nodes with different models
 # -----------------------------------------------------------------------------
 
@@ -4021,6 +4222,8 @@ SURFACE = {
     ("GET", "/api/queue"): ("/api/queue", None, 200, '{"queue":[]}', None),
     ("HEAD", "/api/queue"): ("/api/queue", None, 200, "", None),
     ("POST", "/api/nodes/"): ("/api/nodes/b/drain", None, 200, '"name":"b" "state":"draining"', None),
+    ("GET", "/dashboard"): ("/dashboard", None, 200, "<title>SOLLOL</title> first-state", None),
+    ("HEAD", "/dashboard"): ("/dashboard", None, 200, "", None),
     ("GET", "/metrics"): ("/metrics", None, 200, 'sollol_node_up{node="a"} sollol_build_info{version=', None),
     ("HEAD", "/metrics"): ("/metrics", None, 200, "", None),
     ("GET", "/api/version"): ("/api/version", None, 200, '"0.9.1"', None),
@@ -4061,7 +4264,10 @@ SURFACE = {
 }
 
 
-@pytest.mark.parametrize("row", list(sollol.ROUTES), ids=" ".join)
+ENDLESS = ("GET", "/dashboard/events")
+
+
+@pytest.mark.parametrize("row", [row for row in sollol.ROUTES if row != ENDLESS], ids=" ".join)
 @over_sockets
 async def test_route_does_what_its_row_says(row):
     nodes = three(speed=1000.0)
