@@ -21,6 +21,8 @@ are plain functions, so nothing can happen between a read and a write, and there
 
 import argparse
 import asyncio
+import base64
+import binascii
 import bisect
 import collections
 import contextlib
@@ -30,7 +32,9 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import heapq
+import hmac
 import ipaddress
 import itertools
 import json
@@ -40,9 +44,11 @@ import os
 import random
 import re
 import resource
+import secrets
 import signal
 import socket
 import ssl
+import stat
 import sys
 import time
 import urllib.parse
@@ -146,6 +152,15 @@ LOG_DELAY_S = 0.05                  # log lines are written together; this late 
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
+# Metrics. Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
+MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
+TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+STEP_S, STEPS_KEPT = 10.0, 61       # the dashboard's lines: ten minutes
+STEP_VALUES = 500                   # of one step, the latest: enough for a P95
+EVENT_S = 1.0                       # between two events to the dashboard
+ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
+ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      # time taken over time predicted
+
 
 # -----------------------------------------------------------------------------
 # Vocabulary: what is spoken of below?
@@ -239,7 +254,7 @@ class Wants:
     family: Family
     model: str | None               # canonical; None = the body could not be read
     priority: int = DEFAULT_PRIORITY
-    client: str = ""                # who shares fairly with whom: the address
+    client: str = ""                # who shares fairly with whom: the name of the key, or the address
     stream: bool = False
     prompt_chars: int = 0
     max_output: int | None = None   # tokens, if the client bounds them
@@ -615,7 +630,8 @@ class Route(NamedTuple):
     """What a path carries and which nodes it concerns.
 
     `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
-    account: a body that is passed on; raw: a body of any size, or none.
+    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator;
+    events: an answer without end.
     """
 
     where: Where
@@ -633,6 +649,11 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/health", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
+    ("GET HEAD", "/api/queue", Route(Where.GATEWAY)),
+    ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
+    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order")),
+    ("GET HEAD", "/dashboard", Route(Where.GATEWAY)),
+    ("GET", "/dashboard/events", Route(Where.GATEWAY, "events")),
     ("GET HEAD", "/api/version", Route(Where.MERGED)),
     ("GET HEAD", "/api/tags", Route(Where.MERGED)),
     ("GET", "/api/ps", Route(Where.MERGED)),
@@ -789,7 +810,7 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
              b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
              b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
              b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
-             b"X-Priority,X-Request-Id",
+             b"X-Priority,X-Request-Id,X-Api-Key",
              b"Access-Control-Max-Age: 43200"]
 
 
@@ -844,8 +865,8 @@ def parse_priority(text):
     raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
 
 
-def priority_of(head, fields, family):
-    """Return the priority of a request: header, then body field, then OpenAI's service tier, then 5. Raises Refusal."""
+def priority_of(head, fields, family, default=DEFAULT_PRIORITY):
+    """Return the priority of a request: header, body field, OpenAI's service tier, else the default. Raises Refusal."""
     header = head.fields.get(b"x-priority")
     if header is not None:
         return parse_priority(header.decode("latin-1"))
@@ -855,7 +876,7 @@ def priority_of(head, fields, family):
             raise Refusal(400, "priority must be a whole number from 1 to 10")
         return value
     tier = fields.get("service_tier") if family is Family.OPENAI else None
-    return SERVICE_TIERS.get(tier, DEFAULT_PRIORITY) if isinstance(tier, str) else DEFAULT_PRIORITY
+    return SERVICE_TIERS.get(tier, default) if isinstance(tier, str) else default
 
 
 def part_text(part):
@@ -946,7 +967,7 @@ def read_raw_wants(head, route, client):
                  repeatable=head.method in ("GET", "HEAD"))
 
 
-def read_wants(head, route, body, client):
+def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
     """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
     if route.kind in ("raw", "account"):
         return read_raw_wants(head, route, client)
@@ -968,7 +989,7 @@ def read_wants(head, route, body, client):
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if route.is_inference else {}, route.family),
+        priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
         prompt_chars=sum(map(len, parts)),
@@ -2192,7 +2213,7 @@ class Dispatcher:
             if usable or any(runner.node.is_alive(now) for runner in holders):
                 rooms.append(Room(model, usable, places, looks))
             else:
-                self.refuse_all(turn, model, f"every node that has {model} is down")
+                self.refuse_all(turn, model, f"every node that has {model} is down or draining")
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn, model, text):
@@ -2751,7 +2772,7 @@ class Dispatcher:
             node = known.get(line.name)
             if node and node.settings._replace(primary=line.primary) == line:
                 node.settings = line            # who is primary can follow from other lines
-                node.draining = False
+                node.draining = node.draining and old.get(line.name) is node    # as ordered, not as dropped
             else:
                 node = Node(line)
             self.nodes[line.name] = node
@@ -2761,6 +2782,11 @@ class Dispatcher:
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
+
+    def drain(self, node, draining):
+        """Give a node no new work, or again some; what runs there goes on."""
+        node.draining = draining
+        self.unsettle_all()
 
     def reindex(self):
         """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
@@ -3597,6 +3623,119 @@ class Upload:
 
 
 # -----------------------------------------------------------------------------
+# Keys: who may ask, and how much?
+#
+# A key itself is kept nowhere, only its digest under a secret of this process. A table is asked for that digest: how
+# long the look-up takes tells nothing of any key, however many there are. A rate is a bucket of tokens that is filled
+# steadily and holds those of one period, so that somebody who was quiet may ask in a burst.
+# -----------------------------------------------------------------------------
+
+OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))
+PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+DIGEST_SECRET = secrets.token_bytes(32)
+
+
+class KeySettings(NamedTuple):
+    """One line of the keys file, without the key."""
+
+    digest: bytes
+    name: str
+    priority: int = DEFAULT_PRIORITY    # of requests that ask for none
+    max_priority: int = 10
+    rate: tuple = (0, 1.0)          # requests, in so many seconds; 0 = any number
+    concurrency: int = 0            # requests at once; 0 = any number
+    admin: bool = False
+
+
+def digest_of_key(key):
+    """Return what is kept of a key, given as bytes."""
+    return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
+
+
+class Key:
+    """Somebody who may ask: what is allowed, and how much of it is used up."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.tokens, self.filled_s = float(settings.rate[0]), 0.0
+        self.running = 0
+
+    def configure(self, settings):
+        """Take over a changed line; what is used up stays used up."""
+        self.settings = settings
+        self.tokens = min(self.tokens, settings.rate[0])
+
+    def take(self, now):
+        """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
+        it, (count, period_s) = self.settings, self.settings.rate
+        if it.concurrency and self.running >= it.concurrency:
+            raise Refusal(429, f"the key {it.name} has {it.concurrency} requests running, its most", retry_after_s=1.0)
+        if count:
+            self.tokens = min(count, self.tokens + (now - self.filled_s) * count / period_s)
+            self.filled_s = now
+            if self.tokens < 1:
+                raise Refusal(429, f"the key {it.name} has used up its {count} requests in {period_s:g} s",
+                              retry_after_s=(1 - self.tokens) * period_s / count)
+            self.tokens -= 1
+        self.running += 1
+
+    def give_back(self):
+        """Count a request as ended."""
+        self.running -= 1
+
+
+class Keys:
+    """All who may ask. Without any, everybody may."""
+
+    def __init__(self, settings=()):
+        self.by_digest = {}
+        self.configure(settings)
+
+    def configure(self, settings):
+        """Take over the lines of a keys file; who was there before is known by name."""
+        known = {key.settings.name: key for key in self.by_digest.values()}
+        self.by_digest = {}
+        for line in settings:
+            key = known.get(line.name)
+            if key is None:
+                key = Key(line)
+            else:
+                key.configure(line)
+            self.by_digest[line.digest] = key
+
+    def find(self, given):
+        """Return the Key that bytes are, or None."""
+        digest = digest_of_key(given)
+        key = self.by_digest.get(digest)
+        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
+
+
+def keys_given(fields):
+    """Yield (field name, key) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
+    if b"x-api-key" in fields:
+        yield b"x-api-key", fields[b"x-api-key"]
+    scheme, _, given = fields.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        yield b"authorization", given.strip()
+    elif scheme.lower() == b"basic":            # what browsers send, asked for the dashboard
+        with contextlib.suppress(binascii.Error):
+            yield b"authorization", base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+
+
+def consume_key(keys, head):
+    """Return the Key that a request gives, or None; the fields that gave it are for the gateway, and not handed on."""
+    found, consumed = None, set()
+    for name, given in keys_given(head.fields):
+        key = keys.find(given)
+        if key is not None:
+            found = found or key
+            consumed.add(name)
+    if consumed:
+        head.lines = [line for line in head.lines if line[0] not in consumed]
+    return found
+
+
+# -----------------------------------------------------------------------------
 # Client conversation: what does one connection see?
 #
 # One task per connection takes one request after the other. It waits only for: the next head, a buffered body, a
@@ -3821,6 +3960,7 @@ class Record:
     method: str
     path: str
     started_s: float
+    key: str = ""                   # the name of the client's key
     model: str = ""
     priority: int | str = ""
     node: str = ""
@@ -3873,6 +4013,9 @@ def answer_refusal(client, head, record, refusal):
     extra = []
     if refusal.retry_after_s is not None:
         extra.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
+    if refusal.status == 401:       # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
+        page = head.path.startswith("/dashboard")
+        extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
     if record:
         record.reason = record.reason or refusal.text
     return answer_locally(client, head, record, refusal.status, error_body(family, refusal.status, refusal.text),
@@ -4061,7 +4204,10 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
                 raise
             record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
             try:
-                return await attempt(gateway, client, head, body, lease, record, take)
+                keep = await attempt(gateway, client, head, body, lease, record, take)
+                if record.status < 400 and record.reason == lease.reason:
+                    gateway.metrics.count_prediction(lease, loop.time())
+                return keep
             except NodeRefused as refused:
                 last = refused
                 if refused.kind is None:
@@ -4523,8 +4669,76 @@ async def serve_locally(gateway, client, head, record):
         await client.read_body(head, gateway.max_body_bytes)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
-    status, body, kind = gateway.local[head.path](gateway)
-    return answer_locally(client, head, record, status, body, kind)
+    status, body, kind, *extra = gateway.local[head.path](gateway)
+    return answer_locally(client, head, record, status, body, kind, *extra)
+
+
+def is_loopback(address):
+    """Tell whether an address is this machine's own, that no other can reach."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+# Fields that a proxy on this machine adds: with one of them, a loopback address says nothing of who asks.
+FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+
+
+def is_local(client, head):
+    """Tell whether somebody on this machine asks, and asks this machine: a web page can make a name of its own mean it.
+    """
+    host = head.fields.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    return (is_loopback(client.address) and is_loopback(name.strip("[]"))
+            and not any(field in head.fields for field in FORWARDING))
+
+
+def admit(gateway, client, head, route, record):
+    """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
+    key = consume_key(gateway.keys, head) if gateway.options.keys else None
+    if key:
+        record.key = key.settings.name
+        if route.kind != "order" or key.settings.admin or is_local(client, head):
+            return key
+    elif route.kind == "order" and is_local(client, head):
+        return None
+    elif gateway.options.keys and head.path not in OPEN_PATHS:
+        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=head.length != 0)
+    if route.kind == "order":
+        raise Refusal(403, "only this machine or a key with admin=yes may order that", close=head.length != 0)
+    return key
+
+
+async def serve_events(gateway, client, head, record):
+    """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
+    if head.length != 0:
+        await client.read_body(head, gateway.max_body_bytes)
+    client.serving = True
+    record.status = 200
+    lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", b"Connection: close",
+             *record.cors]
+    client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
+    while not gateway.draining:
+        if not client.write_paused:     # one that does not read misses some
+            client.write(b"data: " + gateway.snapshot() + b"\n\n")
+        await asyncio.sleep(EVENT_S)
+    return False
+
+
+async def serve_order(gateway, client, head, record):
+    """Drain or resume a node: no new work there, or some again. Raises Refusal."""
+    name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
+    await client.read_body(head, gateway.max_body_bytes)
+    node = gateway.dispatcher.nodes.get(name)
+    if node is None or verb not in ("drain", "resume"):
+        names = ", ".join(gateway.dispatcher.nodes)
+        raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {names}")
+    gateway.dispatcher.drain(node, verb == "drain")
+    note_state(gateway, node, f"asked to {verb}")
+    gateway.pump()
+    return answer_locally(client, head, record, *json_answer(node_stats(node, gateway.loop.time()))[:2])
 
 
 def answer_origin(gateway, client, head, record):
@@ -4552,6 +4766,11 @@ async def serve(gateway, client, head, record):
         if keep is not None:
             return keep
     route = find_route(head.method, head.path)
+    key = admit(gateway, client, head, route, record)
+    if route.kind == "order":
+        return await serve_order(gateway, client, head, record)
+    if route.kind == "events":
+        return await serve_events(gateway, client, head, record)
     if route.where in ANSWERED_HERE:
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
@@ -4559,9 +4778,27 @@ async def serve(gateway, client, head, record):
     raw = route.kind == "raw"
     body = b"" if raw else await client.read_body(head, gateway.max_body_bytes)
     client.serving = True
-    wants = read_wants(head, route, body, client.address)
+    if key is None:
+        wants = read_wants(head, route, body, client.address)
+        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+    allowed = key.settings
+    wants = read_wants(head, route, body, allowed.name, allowed.priority)
+    wants.priority = min(wants.priority, allowed.max_priority)
+    try:
+        key.take(gateway.loop.time())
+    except Refusal as refusal:
+        refusal.close = raw and head.length != 0
+        raise
+    try:
+        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+    finally:
+        key.give_back()
+
+
+async def serve_by_nodes(gateway, client, head, route, body, wants, record):
+    """Answer a request that nodes are needed for. Raises what `serve` raises."""
     record.model, record.priority = wants.model or "", wants.priority
-    if raw and head.length != 0:
+    if route.kind == "raw" and head.length != 0:
         return await serve_upload(gateway, client, head, wants, record)
     if wants.batch and gateway.options.split_embed:
         sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
@@ -4589,7 +4826,7 @@ async def converse(gateway, client):
                 keep = answer_refusal(client, head, record, refusal)
             except NodeRefused as refused:
                 keep = answer_whole(client, head, record, refused.head, refused.body)
-            gateway.log_request(record)
+            gateway.finish(record)
             record = None
             if client.write_paused:
                 await client.drained()
@@ -4608,7 +4845,7 @@ async def converse(gateway, client):
             client.transport.abort()
     finally:
         if record:
-            gateway.log_request(record)
+            gateway.finish(record)
         await client.close()
         gateway.clients.discard(client)
 
@@ -4884,7 +5121,8 @@ def percentile(ordered, share):
 def runner_stats(runner, now):
     """Return what /api/stats says of one model on one node."""
     resident = runner.ready_s is not None
-    return {"resident": resident, "loading": resident and runner.ready_s > now, "slots": runner.slots,
+    return {"on_disk": runner.on_disk, "resident": resident, "loading": resident and runner.ready_s > now,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
             "slots_known": runner.slots_known, "inflight": len(runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
@@ -4894,11 +5132,35 @@ def runner_stats(runner, now):
             "predicted_samples": runner.judged}
 
 
+def running_stats(lease, now):
+    """Return what /api/stats says of one running request."""
+    wants = lease.ticket.wants
+    return {"id": lease.ticket.id, "model": wants.model, "priority": wants.priority, "client": wants.client,
+            "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3),
+            "began": lease.first_s is not None,
+            "predicted_left_s": round(lease.predicted_end_s - now, 3) if lease.predicted_end_s else None,
+            "reason": lease.reason}
+
+
+def used_runner(node):
+    """Return the model of a node that is resident or was last used, or None."""
+    return max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
+
+
+def node_slots(node):
+    """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
+    runner = used_runner(node)
+    return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
+
+
 def node_stats(node, now):
     """Return what /api/stats says of one node."""
     latencies = sorted(node.latencies_s)
+    slots, slots_known = node_slots(node)
     return {
         "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
+        "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
+        "running": [running_stats(lease, now) for lease in node.leases],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
@@ -4906,23 +5168,205 @@ def node_stats(node, now):
         "models": {model: runner_stats(runner, now) for model, runner in sorted(node.runners.items())}}
 
 
-def answer_stats(gateway):
-    """Answer /api/stats: nodes, queue and the last decisions."""
-    dispatcher, now = gateway.dispatcher, gateway.loop.time()
+def queue_stats(dispatcher, now):
+    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id."""
     queue, ahead_s = [], 0.0
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
         ahead_s += ticket.cost_s
+    return queue
+
+
+def answer_queue(gateway):
+    """Answer /api/queue: the waiting tickets alone."""
+    return json_answer({"queue": queue_stats(gateway.dispatcher, gateway.loop.time())})
+
+
+def decision_stats(decisions, now):
+    """Return what is said of decisions, the last one first."""
+    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
+             "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
+            for it in reversed(decisions)]
+
+
+def answer_stats(gateway):
+    """Answer /api/stats: nodes, queue and the last decisions."""
+    dispatcher, now = gateway.dispatcher, gateway.loop.time()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
         "nodes": [node_stats(node, now) for node in dispatcher.nodes.values()],
-        "queue": queue, "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
-        "decisions": [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
-                       "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
-                      for it in reversed(dispatcher.decisions)]})
+        "queue": queue_stats(dispatcher, now),
+        "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
+        "decisions": decision_stats(dispatcher.decisions, now)})
+
+
+class Histogram:
+    """Count values by upper bounds, as Prometheus wants them."""
+
+    def __init__(self, bounds):
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value):
+        """Take in one value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self, labels=""):
+        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
+        lead = labels + "," if labels else ""
+        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
+            yield "_bucket", f'{lead}le="{bound}"', count
+        yield "_sum", labels, self.sum
+        yield "_count", labels, sum(self.counts)
+
+
+def labelled(**labels):
+    """Return labels as the text format has them."""
+    return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
+
+
+def escaped(text):
+    """Return a label's value with what would end it escaped."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
+KNOWN_PATHS = frozenset(path for _, path in ROUTES)
+
+
+def route_label(path):
+    """Return the path of the table of routes that a path belongs to, or `other`."""
+    if path in KNOWN_PATHS:
+        return path
+    return next((above for _, above, _ in ROUTES_BELOW if path.startswith(above)), "other")
+
+
+class Step:
+    """What finished within STEP_S, for the dashboard's lines."""
+
+    def __init__(self, number):
+        self.number = number        # of the step, since the clock's zero
+        self.requests = 0
+        self.total_s, self.first_s = (collections.deque(maxlen=STEP_VALUES) for _ in range(2))
+        self.tokens = collections.Counter()     # node: output tokens
+
+    def add(self, node, total_s, first_s, tokens):
+        """Take in a finished request; `first_s`: None if it had no first byte."""
+        self.requests += 1
+        self.total_s.append(total_s)
+        if first_s is not None:
+            self.first_s.append(first_s)
+        self.tokens[node] += tokens
+
+
+class Metrics:
+    """Count what finished requests were like. Nothing is done per token; what can be asked for is not counted."""
+
+    def __init__(self, dispatcher):
+        self.dispatcher = dispatcher
+        self.requests = collections.Counter()       # (node, model, route, status)
+        self.tokens = collections.Counter()         # (node, model, prompt or output)
+        self.failovers = collections.Counter()      # (node, reason)
+        self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
+        self.queue_s = {}                           # priority: Histogram
+        self.error_ratio = Histogram(ERROR_BOUNDS)
+        self.steps = collections.deque(maxlen=STEPS_KEPT)       # those in which something has finished
+
+    def model_label(self, model):
+        """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
+        return model if not model or model in self.dispatcher.holders else "other"
+
+    def node_label(self, names):
+        """Return the name of a node, `several` for more than one."""
+        return names if not names or names in self.dispatcher.nodes else "several" if "," in names else "other"
+
+    def count(self, counter, amount, node, model, *more):
+        """Add to a counter; once it has MOST_SERIES, new models are folded."""
+        key = node, model, *more
+        if key not in counter and len(counter) >= MOST_SERIES:
+            key = node, "other", *more
+        counter[key] += amount
+
+    def step(self, now):
+        """Return the Step that `now` falls into."""
+        number = int(now // STEP_S)
+        if not self.steps or self.steps[-1].number != number:
+            self.steps.append(Step(number))
+        return self.steps[-1]
+
+    def count_request(self, record, total_s):
+        """Take in a finished request."""
+        node, model = self.node_label(record.node), self.model_label(record.model)
+        self.count(self.requests, 1, node, model, route_label(record.path), record.status)
+        if record.path not in INFERENCE_PATHS or not record.attempts:
+            return
+        first_s = None if record.first_s is None else record.first_s - record.started_s
+        if record.status < 400:
+            self.step(record.started_s + total_s).add(node, total_s, first_s, record.timings.output_tokens)
+        self.request_s.add(total_s)
+        if first_s is not None:
+            self.first_s.add(first_s)
+        waits = self.queue_s.get(record.priority)
+        if waits is None:
+            waits = self.queue_s[record.priority] = Histogram(TIME_BOUNDS_S)
+        waits.add(record.queue_s)
+        if record.timings.prompt_tokens:
+            self.count(self.tokens, record.timings.prompt_tokens, node, model, "prompt")
+        if record.timings.output_tokens:
+            self.count(self.tokens, record.timings.output_tokens, node, model, "output")
+
+    def count_prediction(self, lease, now):
+        """Compare how long an answer took with what was predicted when it was sent."""
+        if lease.predicted_end_s > lease.sent_s:
+            self.error_ratio.add((now - lease.sent_s) / (lease.predicted_end_s - lease.sent_s))
+
+
+def metric_families(gateway):
+    """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
+    metrics, dispatcher, now = gateway.metrics, gateway.dispatcher, gateway.loop.time()
+    nodes = dispatcher.nodes.values()
+    waiting = collections.Counter(ticket.wants.priority for ticket in dispatcher.queue.tickets)
+
+    def counted(counter, *names):
+        return [("", labelled(**dict(zip(names, key, strict=True))), value) for key, value in counter.items()]
+
+    def of_nodes(value):
+        return [("", labelled(node=node.name), value(node)) for node in nodes]
+
+    yield ("sollol_requests_total", "counter", "Finished requests.",
+           counted(metrics.requests, "node", "model", "route", "code"))
+    yield ("sollol_request_seconds", "histogram", "Inference requests, from their head to the end of the answer.",
+           metrics.request_s.samples())
+    yield ("sollol_ttft_seconds", "histogram", "Inference requests, from their head to the first byte of the answer.",
+           metrics.first_s.samples())
+    yield ("sollol_queue_seconds", "histogram", "Inference requests, time in the gateway's queue.",
+           [sample for priority, histogram in sorted(metrics.queue_s.items())
+            for sample in histogram.samples(labelled(priority=priority))])
+    yield ("sollol_queue_depth", "gauge", "Waiting requests.",
+           [("", labelled(priority=priority), waiting[priority]) for priority in range(1, 11)])
+    yield "sollol_inflight", "gauge", "Requests running on a node.", of_nodes(lambda node: len(node.leases))
+    yield ("sollol_slots", "gauge", "Requests of one model that a node runs at once, as far as is known.",
+           of_nodes(lambda node: node_slots(node)[0]))
+    yield "sollol_node_up", "gauge", "1 if a node answers.", of_nodes(lambda node: int(node.is_alive(now)))
+    yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind")
+    yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
+           counted(metrics.failovers, "node", "reason"))
+    yield ("sollol_predicted_error_ratio", "histogram", "Time that an answer took, over the time predicted for it.",
+           metrics.error_ratio.samples())
+    yield "sollol_build_info", "gauge", "The version that runs.", [("", labelled(version=__version__), 1)]
+
+
+def answer_metrics(gateway):
+    """Answer /metrics in Prometheus' text format 0.0.4."""
+    lines = []
+    for name, kind, help, samples in metric_families(gateway):
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{suffix}{{{labels}}} {value}" if labels else f"{name}{suffix} {value}"
+                  for suffix, labels, value in samples]
+    return 200, ("\n".join(lines) + "\n").encode(), b"text/plain; version=0.0.4; charset=utf-8"
 
 
 def milliseconds(seconds):
@@ -4933,7 +5377,7 @@ def milliseconds(seconds):
 def request_fields(record, total_s):
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
-    return {"event": "request", "id": record.id, "client": record.client, "key": "", "method": record.method,
+    return {"event": "request", "id": record.id, "client": record.client, "key": record.key, "method": record.method,
             "path": record.path, "model": record.model, "priority": record.priority, "node": record.node,
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
@@ -4994,6 +5438,360 @@ def tell_systemd(message):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
         channel.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+# -----------------------------------------------------------------------------
+# Dashboard: what does a person see?
+#
+# One page that needs nothing else. It comes with the state of its moment, and then gets the whole state every second:
+# that is small, and a page that has missed something, or has seen the gateway restart, is right again at once.
+# -----------------------------------------------------------------------------
+
+PAGE = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>SOLLOL</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --ground: #f6f5f2; --card: #fff; --ink: #1f2428; --soft: #5c646b; --line: #e4e2dc; --empty: #eceae4;
+  --good: #23774b; --warn: #8a5a00; --bad: #b3261e; --calm: #3d6090; --a: #2a6fb0; --b: #b05a1f;
+  --m0: #4c8bc4; --m1: #c9803f; --m2: #5a9e6f; --m3: #9a73b8; --m4: #c2637a;
+  --m5: #4fa3a5; --m6: #a08f3c; --m7: #7a7f8a }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15181b; --card: #1d2125; --ink: #e7e9ea; --soft: #a2aab1; --line: #2d3338; --empty: #2a3035;
+    --good: #6fcf97; --warn: #e0b050; --bad: #f28b82; --calm: #94b8e6; --a: #79b4ec; --b: #e8a06a } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
+header, main { max-width: 1720px; margin: 0 auto; padding: 0 28px }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; padding-top: 22px }
+h1 { font-size: 20px; letter-spacing: .06em; margin: 0 }
+h2 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0; letter-spacing: .03em }
+#link { color: var(--soft); flex: 1; min-width: 12em }
+body.lost #link { color: var(--bad); font-weight: 600 }
+body.lost main { opacity: .55 }
+button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
+  padding: 3px 14px; cursor: pointer }
+:focus-visible { outline: 3px solid var(--a); outline-offset: 2px }
+.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px; margin: 18px 0 14px; padding: 0;
+  list-style: none }
+.tiles li, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+.tiles li { padding: 12px 16px }
+.tiles b { display: block; font-size: 26px; font-weight: 600; line-height: 1.2; white-space: nowrap }
+.tiles b small { font-size: 15px; font-weight: 400; color: var(--soft) }
+.tiles span { color: var(--soft); font-size: 13px }
+.columns { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 14px; align-items: start;
+  margin-bottom: 28px }
+.columns > div { display: grid; gap: 14px; min-width: 0 }
+.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
+section { padding: 14px 16px; min-width: 0 }
+section > div { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); padding: 8px 14px 5px 0;
+  white-space: nowrap }
+td, tbody th { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; font-size: 14px }
+tbody th { font-weight: 600; color: var(--ink) }
+.n { text-align: right; white-space: nowrap }
+.n + :not(.n) { padding-left: 12px }
+.name { white-space: nowrap }
+th:last-child, td:last-child { padding-right: 0 }
+.soft { color: var(--soft); font-weight: 400; font-size: 13px }
+.none { color: var(--soft); margin: 10px 0 4px }
+.state { white-space: nowrap }
+.state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
+  background: currentColor }
+.up { color: var(--good) } .suspect { color: var(--warn) } .down { color: var(--bad) } .draining { color: var(--calm) }
+.down::before { border-radius: 2px } .suspect::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0 }
+.model { display: flex; flex-wrap: wrap; align-items: center; gap: 3px 10px; min-height: 21px }
+.model + .model { margin-top: 4px }
+.model > span:first-child { min-width: 8.5em }
+.slots { display: inline-flex; flex-wrap: wrap; gap: 3px }
+.slot { width: 26px; height: 15px; border-radius: 4px; background: var(--empty); overflow: hidden }
+.slot.busy { box-shadow: inset 0 0 0 1.5px var(--hue) }
+.slot i { display: block; height: 100%; background: var(--hue); min-width: 5px }
+.slot.waits i { opacity: .45 }
+.key { display: inline-block; width: 9px; height: 9px; border-radius: 3px; background: var(--hue); margin-right: 7px }
+.speed { display: inline-block; width: 46px; height: 5px; border-radius: 3px; background: var(--empty);
+  overflow: hidden; vertical-align: middle; margin-left: 8px }
+.speed i { display: block; height: 100%; background: var(--good) }
+.speed.slow i { background: var(--warn) }
+.prio { display: inline-block; min-width: 26px; text-align: center; border-radius: 5px; background: var(--empty);
+  font-weight: 600; padding: 0 5px }
+.prio.high { background: var(--calm); color: var(--card) }
+.chip { display: inline-block; white-space: nowrap; color: var(--soft); font-size: 13px; margin: 0 12px 0 0 }
+.chip.won { color: var(--ink); font-weight: 600 }
+.id { overflow-wrap: anywhere }
+svg { display: block; width: 100%; height: 150px; margin-top: 6px }
+svg text { fill: var(--soft); font-size: 11px }
+svg .grid { stroke: var(--line) }
+svg path, svg circle { stroke: var(--hue); fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+svg circle { fill: var(--hue); stroke: none }
+.legend { float: right; font-size: 13px; color: var(--soft) } .legend span { margin-left: 14px }
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--hue);
+  vertical-align: middle; margin-right: 6px }
+@media (max-width: 1150px) {
+  .columns { grid-template-columns: minmax(0, 1fr) } .tiles { grid-template-columns: repeat(3, 1fr) } }
+@media (max-width: 640px) {
+  header, main { padding-left: 14px; padding-right: 14px }
+  .charts { grid-template-columns: minmax(0, 1fr) } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr) }
+  .tiles b { font-size: 22px } h1 { flex: 1 } #link { order: 1; flex-basis: 100% }
+  #nodes td.n { flex-basis: calc(50% - 8px) } .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
+  table, tbody { display: block } thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
+  tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 10px 0; border-top: 1px solid var(--line) }
+  tbody:first-of-type tr:first-child { border-top: 0 }
+  td, tbody th { border: 0; padding: 0; text-align: left } .wide { flex-basis: 100% } .grow { flex: 1 }
+  td[data-is]::before { content: attr(data-is) " "; color: var(--soft); font-size: 13px } }
+@media (prefers-reduced-motion: no-preference) { .slot i, .speed i { transition: width .9s linear } }
+</style>
+</head>
+<body>
+<header><h1>SOLLOL</h1><span id="link" role="status">connecting</span>
+<button id="pause" aria-pressed="false">Pause</button></header>
+<main>
+<ul class="tiles" id="tiles" aria-label="Now"></ul>
+<div class="columns">
+<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section></div>
+<div>
+<div class="charts">
+<section aria-labelledby="h-total"><span class="legend" id="l-total"></span><h2 id="h-total">Latency</h2>
+<div id="total"></div></section>
+<section aria-labelledby="h-first"><span class="legend" id="l-first"></span><h2 id="h-first">First token</h2>
+<div id="first"></div></section>
+</div>
+<section aria-labelledby="h-queue"><h2 id="h-queue">Queue, the next one first</h2><div id="queue"></div></section>
+<section aria-labelledby="h-decisions">
+<h2 id="h-decisions">Last decisions: where each candidate would have finished, and the one chosen</h2>
+<div id="decisions"></div></section>
+</div>
+</div>
+</main>
+<script type="application/json" id="first-state">@STATE@</script>
+<script>
+"use strict";
+const at = (id) => document.getElementById(id);
+const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+const short = (model) => esc(String(model || "no model").replace(/:latest$/, ""));
+const took = (s) => s == null ? "–" : s < 0.095 ? `${Math.round(s * 1000)} ms` : s < 9.95 ? `${s.toFixed(1)} s` :
+  s < 99.5 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
+const rate = (x) => x == null ? "–" : x && x < 9.95 ? x.toFixed(1) : String(Math.round(x));
+const put = (id, html) => { const it = at(id); if (it.shown !== html) it.innerHTML = it.shown = html; };
+const hues = new Map();
+const hue = (model) => {                // one colour per model, in the order in which they turn up
+  if (!hues.has(model)) hues.set(model, hues.size % 8);
+  return `--hue: var(--m${hues.get(model)})`;
+};
+const table = (name, heads, rows) => `<table role="table" aria-label="${name}"><thead role="rowgroup"><tr role="row">` +
+  heads.map(([text, kind]) => `<th role="columnheader" scope="col" class="${kind || ""}">${text}</th>`).join("") +
+  `</tr></thead><tbody role="rowgroup">${rows.join("")}</tbody></table>`;
+const cell = (html, kind, is) => `<td role="cell" class="${kind || ""}"${is ? ` data-is="${is}"` : ""}>${html}</td>`;
+const none = (text) => `<p class="none">${text}</p>`;
+const row = (cells) => `<tr role="row">${cells.join("")}</tr>`;
+
+function slot(model, it) {
+  if (!it) return `<span class="slot"></span>`;
+  const whole = it.since_s + Math.max(0, it.predicted_left_s || 0);
+  const share = it.began && whole ? Math.min(100, 100 * it.since_s / whole) : it.began ? 50 : 100;
+  const doing = it.began ? "for" : "waits for its first token for";
+  const said = `${it.client}, priority ${it.priority}, ${doing} ${took(it.since_s)}`;
+  return `<span class="slot busy ${it.began ? "" : "waits"}" title="${esc(said)}">` +
+    `<i style="width: ${share.toFixed(0)}%"></i></span>`;
+}
+
+function models(node) {
+  const lines = Object.entries(node.models).map(([name, it]) => {
+    const running = node.running.filter((one) => one.slot && one.model === name);
+    const boxes = Array.from({ length: Math.max(it.slots, running.length) }, (_, n) => slot(name, running[n]));
+    const said = `${running.length} of ${it.slots} slots (${it.slots_known}) busy`;
+    const loads = it.loading ? ` <span class="soft">loading</span>` : "";
+    return `<div class="model" style="${hue(name)}"><span><span class="key"></span>${short(name)}${loads}</span>` +
+      `<span class="slots" role="img" aria-label="${said}" title="${said}">${boxes.join("")}</span></div>`;
+  });
+  const others = node.running.filter((one) => !one.slot).length;
+  if (others) lines.push(`<span class="soft">${others} without a slot</span>`);
+  return lines.join("") || `<span class="soft">nothing loaded</span>`;
+}
+
+function nodeRow(node) {
+  const speed = Math.round(100 * node.speed), alive = node.state !== "down";
+  const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
+  const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
+  return row([
+    `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
+    cell(`<span class="state ${node.state}">${node.state}</span>`), cell(alive ? models(node) : "–", "wide"),
+    cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
+    cell(alive ? `${speed} %${bar}` : "–", "n", "of its best"), cell(took(node.latency_s.p95), "n", "P95")]);
+}
+
+function ticketRow(it) {
+  return row([cell(it.position, "n", "#"),
+    cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
+    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
+    cell(took(it.waited_s), "n", "waited"),
+    cell(it.predicted_start_s ? took(it.predicted_start_s) : "next", "n", "starts in"),
+    cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
+}
+
+function decisionRow(it) {
+  const all = Object.entries(it.predicted_finish_s).sort((one, other) => one[1] - other[1]);
+  let shown = all.slice(0, 4);
+  if (!shown.some(([name]) => name === it.node))
+    shown = [...all.slice(0, 3), ...all.filter(([name]) => name === it.node)];
+  const chips = shown.map(([name, s]) => `<span class="chip ${name === it.node ? "won" : ""}">` +
+    `${name === it.node ? "→ " : ""}${esc(name)} ${took(s)}</span>`);
+  if (all.length > shown.length) chips.push(`<span class="chip">and ${all.length - shown.length} more</span>`);
+  return row([cell(`${took(it.ago_s)} ago`, "n"),
+    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"),
+    cell(chips.join(""), "wide")]);
+}
+
+function chart(id, name, lines, step_s) {
+  const wide = Math.max(240, at(id).clientWidth), high = 150, left = 46, foot = 20, top = 8;
+  const most = Math.max(...lines.flatMap(([, , values]) => values.map((value) => value || 0)));
+  const unit = 10 ** Math.floor(Math.log10(most || 1)), roof = [1, 2, 5, 10].find((n) => n * unit >= most) * unit;
+  const count = lines[0][2].length, x = (n) => left + (wide - left - 8) * n / (count - 1);
+  const y = (value) => high - foot - (high - foot - top) * value / roof;
+  const grid = [0, roof / 2, roof].map((value) =>
+    `<line class="grid" x1="${left}" x2="${wide - 8}" y1="${y(value)}" y2="${y(value)}"/>` +
+    `<text x="${left - 8}" y="${y(value) + 4}" text-anchor="end">${value ? took(value) : "0"}</text>`);
+  const minutes = (count - 1) * step_s / 60;
+  const marks = [[0, "start"], [0.5, "middle"], [1, "end"]].map(([share, anchor]) =>
+    `<text x="${x(share * (count - 1))}" y="${high - 4}" text-anchor="${anchor}">` +
+    `${share === 1 ? "now" : `${Math.round(minutes * (1 - share))} min ago`}</text>`);
+  const drawn = lines.map(([, colour, values]) => {
+    let path = "", dots = "";
+    values.forEach((value, n) => {
+      if (value == null) return;
+      const joined = n && values[n - 1] != null, alone = !joined && values[n + 1] == null;
+      path += `${joined ? "L" : "M"}${x(n).toFixed(1)} ${y(value).toFixed(1)}`;
+      if (alone) dots += `<circle cx="${x(n).toFixed(1)}" cy="${y(value).toFixed(1)}" r="2.5"/>`;
+    });
+    return `<g style="--hue: var(${colour})"><path d="${path}"/>${dots}</g>`;
+  });
+  const last = (values) => values.findLast((value) => value != null);
+  const said = lines.map(([label, , values]) => `${label} ${took(last(values))}`).join(", ");
+  const span = `the last ${Math.round(minutes)} minutes`;
+  put(id, most ? `<svg viewBox="0 0 ${wide} ${high}" role="img" aria-label="${name} over ${span}; last ${said}">` +
+    `${grid.join("")}${marks.join("")}${drawn.join("")}</svg>` : `<p class="none">no answer in ${span}</p>`);
+  put(`l-${id}`, lines.map(([label, colour, values]) =>
+    `<span><i style="--hue: var(${colour})"></i>${label} ${took(last(values))}</span>`).join(""));
+}
+
+function show(state) {
+  const up = state.nodes.filter((node) => node.state === "up" || node.state === "suspect").length;
+  const running = state.nodes.reduce((sum, node) => sum + node.running.length, 0);
+  const tile = (value, name) => `<li><b>${value}</b><span>${name}</span></li>`;
+  put("tiles", [tile(`${up} <small>of ${state.nodes.length}</small>`, "nodes up"), tile(running, "running"),
+    tile(state.queued, "waiting"), tile(`${rate(state.per_min)} <small>/min</small>`, "requests"),
+    tile(`${rate(state.tok_s)} <small>/s</small>`, "tokens"), tile(took(state.ttft_s), "first token, P50")].join(""));
+  const nodes = table("Nodes", [["Node"], ["State"], ["Loaded models and their slots"], ["Tokens/s", "n"],
+    ["One stream", "n"], ["Of its best", "n"], ["P95", "n"]], state.nodes.map(nodeRow));
+  put("nodes", state.nodes.length ? nodes : none("No node yet: put its URL into the hosts file and save it."));
+  const queue = table("Queue", [["#", "n"], ["Priority"], ["Model"], ["Client"], ["Waited", "n"], ["Starts in", "n"],
+    ["Request"]], state.queue.map(ticketRow));
+  const hidden = state.queued - state.queue.length;
+  put("queue", (state.queued ? queue : none("Nobody waits.")) + (hidden ? none(`and ${hidden} more`) : ""));
+  const decisions = table("Decisions", [["When", "n"], ["Model"], ["Predicted finish"]],
+    state.decisions.map(decisionRow));
+  put("decisions", state.decisions.length ? decisions : none("None yet."));
+  const past = state.past, lines = (p50, p95) => [["P50", "--a", p50], ["P95", "--b", p95]];
+  chart("total", "Latency", lines(past.total_p50_s, past.total_p95_s), past.step_s);
+  chart("first", "Time to first token", lines(past.first_p50_s, past.first_p95_s), past.step_s);
+}
+
+let state = JSON.parse(at("first-state").textContent), paused = false, seen = "";
+function tell(lost) {
+  document.body.classList.toggle("lost", lost);
+  at("link").textContent = lost ? `Connection lost, this is the state of ${seen}` : paused ? `paused at ${seen}` :
+    `${state.version}, ${state.policy}${state.draining ? ", shutting down" : ""}, up for ${took(state.uptime_s)}`;
+}
+function take(next) {
+  state = next;
+  if (paused) return;
+  seen = new Date().toLocaleTimeString();
+  show(state);
+  tell(false);
+}
+function listen() {
+  const events = new EventSource("/dashboard/events");
+  events.onmessage = (event) => take(JSON.parse(event.data));
+  events.onerror = () => {              // it tries again by itself, unless it was answered with an error
+    tell(true);
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
+  };
+}
+at("pause").onclick = () => {
+  paused = !paused;
+  at("pause").setAttribute("aria-pressed", paused);
+  at("pause").textContent = paused ? "Go on" : "Pause";
+  if (paused) tell(false); else take(state);
+};
+addEventListener("resize", () => show(state));
+take(state);
+listen();
+</script>
+</body>
+</html>
+'''
+
+
+def page_policy():
+    """Return the Content-Security-Policy of the page: its own script and nothing else."""
+    script = PAGE.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'").encode()
+
+
+PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-store"]
+
+
+def past(steps, now):
+    """Return what the lines show: one value a step, None where nothing finished."""
+    found, last = {step.number: step for step in steps}, int(now // STEP_S)
+    shown = [found.get(number) for number in range(last - STEPS_KEPT + 1, last + 1)]
+
+    def line(values_of, share):
+        values = [sorted(values_of(step)) if step else [] for step in shown]
+        return [round(percentile(it, share), 3) if it else None for it in values]
+
+    return {"step_s": STEP_S,
+            **{f"total_p{share}_s": line(lambda step: step.total_s, share / 100) for share in (50, 95)},
+            **{f"first_p{share}_s": line(lambda step: step.first_s, share / 100) for share in (50, 95)}}
+
+
+def node_state(node, now, tokens):
+    """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
+    stats = node_stats(node, now)
+    used = max((it for it in node.runners.values() if it.decode_s), key=lambda it: it.used_s, default=None)
+    shown = {model: it for model, it in stats["models"].items() if it["resident"] or it["inflight"]}
+    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running")}, "models": shown,
+            "on_disk": sum(it["on_disk"] for it in stats["models"].values()), "tok_s": round(tokens / 60, 2),
+            "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
+
+
+def dashboard_state(gateway):
+    """Return what the dashboard shows now."""
+    dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
+    steps = list(gateway.metrics.steps)
+    recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
+    tokens = sum((step.tokens for step in recent), collections.Counter())
+    first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
+    return {
+        "version": f"version {__version__}", "policy": options.policy, "draining": gateway.draining,
+        "uptime_s": round(now - gateway.started_s), "per_min": sum(step.requests for step in recent),
+        "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
+        "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.nodes.values()],
+        "queued": len(dispatcher.queue), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
+        "decisions": decision_stats(list(dispatcher.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
+
+
+def answer_dashboard(gateway):
+    """Answer with the page and its first state; a `<` in that must not end its script."""
+    state = gateway.snapshot().replace(b"<", b"\\u003c")
+    return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
 
 
 # -----------------------------------------------------------------------------
@@ -5101,13 +5899,101 @@ def read_nodes(options):
 
 
 # -----------------------------------------------------------------------------
+# The keys file: whose keys?
+# -----------------------------------------------------------------------------
+
+def parse_level(text):
+    """Return a priority from 1 to 10. Raises ValueError."""
+    try:
+        return parse_priority(text)
+    except Refusal:
+        raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}, not {text!r}") from None
+
+
+def parse_rate(text):
+    """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""
+    match = re.fullmatch(r"([1-9]\d{0,8})/(s|min|h|d)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"must be a number of requests in a s, min, h or d, such as 60/min, not {text!r}")
+    return int(match[1]), PERIODS_S[match[2]]
+
+
+def parse_most(text):
+    """Return a number of requests. Raises ValueError."""
+    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
+        raise ValueError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+KEY_SETTINGS = {"name": parse_word, "priority": parse_level, "max-priority": parse_level, "rate": parse_rate,
+                "concurrency": parse_most, "admin": parse_switch}
+
+
+def parse_key(line):
+    """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
+    given, *settings = line.split()
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in KEY_SETTINGS:
+            raise ValueError(f"a setting is none of {', '.join(KEY_SETTINGS)}")
+        try:
+            values[key.replace("-", "_")] = KEY_SETTINGS[key](text)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
+    if "name" not in values:
+        raise ValueError("name= is missing: whose key is it?")
+    if not given.isascii() or not given.isprintable():
+        raise ValueError("a key must be printable ASCII")
+    most = values.get("max_priority", 10)
+    if values.setdefault("priority", min(DEFAULT_PRIORITY, most)) > most:
+        raise ValueError("priority must not be over max-priority")
+    return KeySettings(digest_of_key(given.encode()), **values)
+
+
+def parse_keys(text, place):
+    """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
+    names, digests = {}, {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        try:
+            key = parse_key(line)
+            if key.name in names:
+                raise ValueError(f"there are two keys named {key.name!r}")
+            if key.digest in digests:
+                raise ValueError(f"this is the key of {digests[key.digest]!r}, too")
+        except ValueError as error:
+            raise ConfigError(f"{place}:{number}: {error}") from None
+        names[key.name], digests[key.digest] = key, key.name
+    if not names:
+        raise ConfigError(f"{place}: there is no key in it")
+    return list(names.values())
+
+
+def read_keys(options):
+    """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
+    if not options.keys:
+        return []
+    try:
+        with open(options.keys, encoding="utf-8-sig") as file:
+            keys, mode = parse_keys(file.read(), options.keys), os.fstat(file.fileno()).st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{options.keys}: {getattr(error, 'strerror', None) or 'this is not UTF-8'}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        LOG.warning({"event": "keys", "why": f"others than its owner can read {options.keys}: chmod 600 it"})
+    return keys
+
+
+# -----------------------------------------------------------------------------
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, nodes):
+    def __init__(self, options, nodes, keys=()):
         self.options = options
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
@@ -5124,10 +6010,13 @@ class Gateway:
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
         self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
+        self.metrics = Metrics(self.dispatcher)
+        self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
         self.unlogged = []          # finished requests: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
-        self.hosts_seen = self.hosts_stamp()
+        self.keys = Keys(keys)
+        self.files_seen = self.file_stamps()
         self.local = {              # path: answer, for GET and HEAD
             "/": answer_root,
             "/api/version": answer_version,
@@ -5137,6 +6026,9 @@ class Gateway:
             "/v1/models": answer_openai_models,
             "/api/health": answer_health,
             "/api/stats": answer_stats,
+            "/api/queue": answer_queue,
+            "/metrics": answer_metrics,
+            "/dashboard": answer_dashboard,
         }
         self.refreshed = {          # path: what is awaited before that answer
             "/api/ps": functools.partial(look_again, look_at_residency),
@@ -5198,28 +6090,39 @@ class Gateway:
 
         task.add_done_callback(ended)
 
-    def hosts_stamp(self):
-        """Return what changes when the hosts file is saved, or None without a file."""
-        if not self.options.hosts:
-            return None
-        try:
-            stat = os.stat(self.options.hosts)
-            return stat.st_mtime_ns, stat.st_size, stat.st_ino
-        except OSError:
-            return None
+    def file_stamps(self):
+        """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
+        stamps = []
+        for path in (self.options.hosts, self.options.keys):
+            try:
+                it = os.stat(path) if path else None
+            except OSError:
+                it = None
+            stamps.append(it and (it.st_mtime_ns, it.st_size, it.st_ino))
+        return stamps
 
     def reload(self):
-        """Read hosts.txt again. A bad file is refused with one log line, and the old nodes stay."""
+        """Read hosts.txt and the keys again. A bad file is refused with one log line, and what it said before stays."""
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
-        self.hosts_seen = self.hosts_stamp()
+        self.files_seen = self.file_stamps()
         try:
             added, dropped = self.configure(read_nodes(self.options))
             LOG.info({"event": "reload", "added": " ".join(node.name for node in added),
                       "dropped": " ".join(node.name for node in dropped)})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
+        if self.options.keys:
+            self.reload_keys()
         tell_systemd("READY=1")
         self.pump()
+
+    def reload_keys(self):
+        """Read the keys again."""
+        try:
+            self.keys.configure(read_keys(self.options))
+            LOG.info({"event": "reload", "keys": len(self.keys.by_digest)})
+        except ConfigError as error:
+            LOG.error({"event": "reload", "refused": str(error)})
 
     # Work -------------------------------------------------------------------
 
@@ -5255,6 +6158,7 @@ class Gateway:
     def blame(self, lease, failure):
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
+        self.metrics.failovers[lease.node.name, failure.kind] += 1
         LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
 
     async def look_at_changes(self, nodes):
@@ -5264,13 +6168,22 @@ class Gateway:
         """
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
-    def log_request(self, record):
-        """Log a finished request, a moment later and together with others: that is much cheaper."""
+    def snapshot(self):
+        """Return what dashboards show, as JSON; made once for all that look, however many."""
+        now = self.loop.time()
+        if now - self.shown_s >= EVENT_S / 2:
+            self.shown, self.shown_s = json.dumps(dashboard_state(self), separators=(",", ":")).encode(), now
+        return self.shown
+
+    def finish(self, record):
+        """Count a finished request, and log it a moment later, together with others: that is much cheaper."""
+        total_s = self.loop.time() - record.started_s
+        self.metrics.count_request(record, total_s)
         if not LOG.isEnabledFor(logging.INFO):
             return
         if not self.unlogged:
             self.loop.call_later(LOG_DELAY_S, self.flush_log)
-        self.unlogged.append((record, self.loop.time() - record.started_s))
+        self.unlogged.append((record, total_s))
 
     def flush_log(self):
         """Write the log lines of the requests that have finished since the last time."""
@@ -5300,7 +6213,7 @@ class Gateway:
             if dispatcher.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.states.pop(node, None)
-        if self.hosts_stamp() not in (None, self.hosts_seen):
+        if any(now not in (None, seen) for now, seen in zip(self.file_stamps(), self.files_seen, strict=True)):
             self.reload()
         tell_systemd("WATCHDOG=1")
         self.pump()
@@ -5445,6 +6358,8 @@ def command_line(environ):
     group = parser.add_argument_group("serving")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
+    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
+        "--hosts (none: everybody may ask)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
@@ -5490,14 +6405,6 @@ def parse_options(argv, environ=None):
     return options
 
 
-def is_loopback(address):
-    """Tell whether only this machine can reach an address to listen on."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
 def raise_descriptor_limit():
     """Allow as many open sockets as the system grants: a client and a node's connection for each request."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5506,9 +6413,9 @@ def raise_descriptor_limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def run_gateway(options, nodes, greeting=""):
+async def run_gateway(options, nodes, keys, greeting=""):
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
-    gateway = Gateway(options, nodes)
+    gateway = Gateway(options, nodes, keys)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
     gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
@@ -5520,7 +6427,7 @@ async def run_gateway(options, nodes, greeting=""):
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
                   "loop": type(gateway.loop).__module__})
-        if not is_loopback(options.bind):
+        if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})
         tell_systemd("READY=1")
@@ -5537,11 +6444,12 @@ Three simulated nodes are running. Try, in another terminal:
 
   curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
   curl {url}/api/tags
-  curl {url}/api/stats
+
+and open {url}/dashboard
 """
 
 
-async def run_demo(options):
+async def run_demo(options, keys):
     """Serve in front of three simulated nodes in this process."""
     try:
         import bench
@@ -5552,7 +6460,7 @@ async def run_demo(options):
         await node.start()
     lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
     try:
-        await run_gateway(options, parse_hosts(lines, "demo"), DEMO_HINTS)
+        await run_gateway(options, parse_hosts(lines, "demo"), keys, DEMO_HINTS)
     finally:
         for node in nodes:
             await node.stop()
@@ -5597,10 +6505,11 @@ def main(argv=None):
     gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
     try:
         nodes = [] if options.demo else read_nodes(options)
+        keys = read_keys(options)
         with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
-            runner.run(run_demo(options) if options.demo else run_gateway(options, nodes))
+            runner.run(run_demo(options, keys) if options.demo else run_gateway(options, nodes, keys))
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ The nodes are bench.py's simulated ones, or scripted ones where exact bytes matt
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -17,6 +18,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -2233,8 +2235,9 @@ async def gateway_for(*nodes, flags=(), hosts=None):
     named = [f"{node.url} {getattr(node, 'line', '')}" for node in nodes]
     argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
+    keys = sollol.read_keys(options)
     settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts("\n".join(named), "test")
-    gateway = await sollol.Gateway(options, settings).start()
+    gateway = await sollol.Gateway(options, settings, keys).start()
     try:
         yield gateway
     finally:
@@ -2290,7 +2293,8 @@ class Caller:
 
     async def ask(self, method, path, value=None, **fields):
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-        lines = [f"{method} {path} HTTP/1.1", "Host: x", *(f"{k.replace('_', '-')}: {v}" for k, v in fields.items())]
+        fields = {"Host": "localhost", **fields}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{k.replace('_', '-')}: {v}" for k, v in fields.items())]
         if body:
             lines.append(f"Content-Length: {len(body)}")
         self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
@@ -3912,6 +3916,581 @@ async def test_stats_show_nodes_queue_and_decisions():
         assert 0.2 < known["actual_over_predicted"] < 5 and known["predicted_error"] >= 1
 
 
+@over_sockets
+async def test_client_finds_itself_in_the_queue_by_its_own_name():
+    async with gateway_for(fixed(1)) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50),
+                                          X_Request_Id=f"mine-{number}")) for number in range(3)]
+        await until(lambda: health(gateway)["queued"] == 2)
+        queue = (await call(gateway, "GET", "/api/queue")).json()["queue"]
+        running = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["running"]
+        assert {row["id"] for row in queue + running} == {"mine-0", "mine-1", "mine-2"}
+        assert [row["position"] for row in queue] == [1, 2]
+        assert 0 <= queue[0]["predicted_start_s"] < queue[1]["predicted_start_s"]
+        assert running[0]["slot"] and running[0]["predicted_left_s"] is not None
+        await asyncio.gather(*tasks)
+
+
+# -----------------------------------------------------------------------------
+# Drain and resume
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_drained_node_finishes_its_work_and_gets_no_more_until_it_is_resumed():
+    nodes = [fixed(2), fixed(2)]
+    for node, name in zip(nodes, "ab", strict=True):
+        node.line += f" name={name}"
+    async with gateway_for(*nodes) as gateway:
+        async def stream():
+            return await call(gateway, "POST", "/api/generate", generate(tokens=100, stream=True))
+
+        async def used(count):
+            answers = await asyncio.gather(*(stream() for _ in range(count)))
+            assert all(json.loads(answer.body.splitlines()[-1])["done"] for answer in answers)
+            return {answer.fields["x-sollol-node"] for answer in answers}
+
+        tasks = [asyncio.create_task(stream()) for _ in range(4)]
+        await until(lambda: health(gateway)["inflight"] == 4)
+        drained = (await call(gateway, "POST", "/api/nodes/a/drain")).json()
+        assert (drained["name"], drained["state"], drained["inflight"]) == ("a", "draining", 2)
+        assert await used(4) == {"b"} and health(gateway)["nodes"] == {"up": 1, "total": 2}
+        assert {(await task).fields["x-sollol-node"] for task in tasks} == {"a", "b"}
+        assert (await call(gateway, "POST", "/api/nodes/b/drain")).status == 200
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 503
+        for name in "ab":
+            assert (await call(gateway, "POST", f"/api/nodes/{name}/resume")).json()["state"] == "up"
+        assert await used(4) == {"a", "b"}
+
+
+@pytest.mark.parametrize("fields", [{"X_Forwarded_For": "127.0.0.1"}, {"Forwarded": "for=127.0.0.1"}, {"Via": "1.1 x"},
+                                    {"X_Real_IP": "127.0.0.1"}, {"Host": "evil.example"}, {"Host": "evil.example:80"},
+                                    {"Origin": "http://evil.example"}])
+@over_sockets
+async def test_nobody_from_elsewhere_drains_a_node(fields):
+    async with gateway_for(fixed(1)) as gateway:
+        name, = gateway.dispatcher.nodes
+        assert (await call(gateway, "POST", f"/api/nodes/{name}/drain", **fields)).status == 403
+        assert health(gateway)["nodes"]["up"] == 1
+
+
+@pytest.mark.parametrize("address, own", [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True),
+                                          ("::ffff:127.0.0.1", True), ("10.0.0.1", False), ("x.example", False),
+                                          ("", False)])
+def test_loopback_addresses(address, own):
+    assert sollol.is_loopback(address) is own
+
+
+@over_sockets
+async def test_order_to_a_node_that_is_none_tells_which_there_are():
+    async with gateway_for(fixed(1)) as gateway:
+        name, = gateway.dispatcher.nodes
+        for path in ("/api/nodes/x/drain", f"/api/nodes/{name}/explode", f"/api/nodes/{name}", "/api/nodes/drain"):
+            answer = await call(gateway, "POST", path)
+            assert answer.status == 404 and name in answer.json()["error"]
+
+
+def test_drained_node_stays_drained_over_a_reload():
+    dispatcher = cluster(a=["m"], b=["m"])
+    settings = [node.settings for node in dispatcher.nodes.values()]
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    dispatcher.configure(settings)
+    assert [node.draining for node in dispatcher.nodes.values()] == [True, False]
+
+
+# -----------------------------------------------------------------------------
+# Keys
+# -----------------------------------------------------------------------------
+
+KEYS = """\
+# who may ask
+alice-secret  name=alice
+bob-secret    name=bob  priority=high max-priority=8 rate=2/min   # two in a burst, then one in 30 s
+carol-secret  name=carol concurrency=1 max-priority=3
+root-secret   name=root admin=yes
+"""
+
+
+@contextlib.asynccontextmanager
+async def guarded(folder, *nodes, keys=KEYS):
+    """Run a gateway that wants keys; yield it. Its keys file is `folder`/keys."""
+    (folder / "keys").write_text(keys)
+    (folder / "keys").chmod(0o600)
+    async with gateway_for(*nodes, flags=["--keys", str(folder / "keys")]) as gateway:
+        yield gateway
+
+
+def bearer(name):
+    return {"Authorization": f"Bearer {name}-secret"}
+
+
+def test_keys_file_is_read():
+    keys = {key.name: key for key in sollol.parse_keys(KEYS, "keys")}
+    assert [(key.priority, key.max_priority, key.rate[0], key.concurrency, key.admin) for key in keys.values()] == [
+        (5, 10, 0, 0, False), (8, 8, 2, 0, False), (3, 3, 0, 1, False), (5, 10, 0, 0, True)]
+    assert "secret" not in repr(keys)
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("abc-secret", "name= is missing"), ("abc-secret name=x rate=60", "rate must be a number of requests"),
+    ("abc-secret name=x rate=0/min", "rate must be"), ("abc-secret name=x priority=11", "priority must be 1 to 10"),
+    ("abc-secret name=x priority=9 max-priority=8", "must not be over"), ("abc-secret name=x admin=1", "admin must be"),
+    ("abc-secret name=x concurrency=0", "concurrency must be"), ("abc-secret name=x colour=red", "none of name"),
+    ("name=x abc-secret", "none of name"), ("abc-secret name=alice", "two keys named 'alice'"),
+    ("alice-secret name=x", "the key of 'alice', too"), ("\u00e4-secret name=x", "printable ASCII")])
+def test_mistake_in_the_keys_file_is_told_by_its_line_without_the_key(line, complaint):
+    with pytest.raises(sollol.ConfigError) as caught:
+        sollol.parse_keys("alice-secret name=alice\n" + line, "keys")
+    assert str(caught.value).startswith("keys:2: ") and complaint in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_keys_in_the_readme_are_valid():
+    lines = re.findall(r"^    (\S+ +name=.*)$", (HERE / "README.md").read_text(), re.M)
+    assert [key.name for key in sollol.parse_keys("\n".join(lines), "README.md")] == ["alice", "batch", "ops"]
+
+
+def test_empty_keys_file_lets_nobody_in_by_mistake():
+    with pytest.raises(sollol.ConfigError, match="there is no key in it"):
+        sollol.parse_keys("# nothing\n", "keys")
+
+
+def test_rate_is_a_bucket_that_fills_steadily():
+    key = sollol.Key(sollol.KeySettings(b"", "x", rate=(2, 60.0)))
+    for now in (100.0, 100.0, 130.0):
+        key.take(now)
+    with pytest.raises(Refusal) as caught:
+        key.take(145.0)
+    assert (caught.value.status, caught.value.retry_after_s) == (429, pytest.approx(15.0))
+    key.take(160.5)
+    key.configure(sollol.KeySettings(b"", "x", rate=(2, 60.0)))
+    with pytest.raises(Refusal):
+        key.take(161.0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"},
+                                    {"Authorization": "alice-secret"}, {"X_API_Key": "alice-secre"},
+                                    {"Authorization": "Basic %%%"}, {"X_API_Key": ""}])
+@over_sockets
+async def test_without_a_right_key_there_is_only_what_stays_open(fields, tmp_path):
+    node = fixed(1)
+    async with guarded(tmp_path, node) as gateway:
+        before = len(node.requests)
+        for path, shape in (("/api/chat", ("error",)), ("/v1/chat/completions", ("error", "type")),
+                            ("/v1/messages", ("error", "type")), ("/api/blobs/sha256:1", ("error",))):
+            answer = await call(gateway, "POST", path, {"model": "llama3.2", "messages": MESSAGES}, **fields)
+            found = answer.json()
+            assert answer.status == 401 and answer.fields["www-authenticate"].startswith("Bearer")
+            for part in shape:
+                found = found[part]
+            assert len(shape) == 1 or found == "authentication_error"
+        for path in ("/api/tags", "/api/ps", "/api/stats", "/api/queue", "/metrics", "/no/such"):
+            assert (await call(gateway, "GET", path, **fields)).status == 401
+        assert len(node.requests) == before or {it.path for it in node.requests[before:]} <= {
+            "/api/version", "/api/tags", "/api/ps"}
+        for path in ("/", "/api/version", "/api/health"):
+            assert (await call(gateway, "GET", path, **fields)).status == 200
+
+
+@pytest.mark.parametrize("fields", [bearer("alice"), {"Authorization": "bearer  alice-secret"},
+                                    {"X_API_Key": "alice-secret"},
+                                    {"Authorization": "Basic " + "YW55Ym9keTphbGljZS1zZWNyZXQ="}])
+@over_sockets
+async def test_key_opens_and_goes_no_further(fields, tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true}'), KEEP])
+    async with guarded(tmp_path, node) as gateway:
+        assert (await call(gateway, "POST", "/api/generate", generate(), **fields)).status == 200
+        assert b"secret" not in node.requests[-1] and b"YW55" not in node.requests[-1]
+
+
+@over_sockets
+async def test_only_the_field_that_held_the_key_is_taken_away(tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true}'), KEEP])
+    async with guarded(tmp_path, node) as gateway:
+        for fields in ({"X_API_Key": "alice-secret", "Authorization": "Bearer for-the-node"},
+                       {"X_API_Key": "for-the-node", **bearer("alice")}):
+            assert (await call(gateway, "POST", "/api/generate", generate(), **fields)).status == 200
+            assert b"for-the-node" in node.requests[-1] and b"secret" not in node.requests[-1]
+
+
+@over_sockets
+async def test_key_has_a_default_and_a_highest_priority(tmp_path):
+    async with guarded(tmp_path, fixed(4)) as gateway:
+        for name, asked, given in (("alice", {}, "5"), ("bob", {}, "8"), ("bob", {"X_Priority": "10"}, "8"),
+                                   ("carol", {"X_Priority": "high"}, "3"), ("carol", {"X_Priority": "1"}, "1")):
+            answer = await call(gateway, "POST", "/api/generate", generate(), **bearer(name), **asked)
+            assert answer.fields["x-sollol-priority"] == given
+
+
+@over_sockets
+async def test_rate_and_concurrency_of_a_key_are_kept(tmp_path):
+    async with guarded(tmp_path, fixed(4)) as gateway:
+        async def one(name, tokens=5):
+            return await call(gateway, "POST", "/api/generate", generate(tokens=tokens), **bearer(name))
+
+        assert [(await one("bob")).status for _ in range(3)] == [200, 200, 429]
+        answer = await one("bob")
+        assert answer.status == 429 and 25 <= int(answer.fields["retry-after"]) <= 30
+        assert "close" not in answer.fields.get("connection", "")
+        assert (await call(gateway, "GET", "/api/tags", **bearer("bob"))).status == 200
+        first = asyncio.create_task(one("carol", 50))
+        await until(lambda: health(gateway)["inflight"] == 1)
+        answer = await one("carol")
+        assert answer.status == 429 and answer.fields["retry-after"] == "1" and "carol" in answer.json()["error"]
+        assert (await one("alice")).status == 200
+        assert (await first).status == 200 and (await one("carol")).status == 200
+
+
+@over_sockets
+async def test_client_that_leaves_gives_its_keys_place_back(tmp_path):
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        caller = await Caller.to(gateway)
+        task = asyncio.create_task(caller.ask("POST", "/api/generate", generate(tokens=500), **bearer("carol")))
+        await until(lambda: health(gateway)["inflight"] == 1)
+        caller.close()
+        await asyncio.gather(task, return_exceptions=True)
+        await until(lambda: health(gateway)["inflight"] == 0)
+        assert (await call(gateway, "POST", "/api/generate", generate(), **bearer("carol"))).status == 200
+
+
+@over_sockets
+async def test_who_shares_fairly_and_who_is_logged_is_the_keys_name(tmp_path, caplog):
+    caplog.set_level("INFO", "sollol")
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50), **bearer(name)))
+                 for name in ("alice", "alice", "root")]
+        await until(lambda: health(gateway)["queued"] == 2)
+        queue = (await call(gateway, "GET", "/api/queue", **bearer("root"))).json()["queue"]
+        assert [ticket["client"] for ticket in queue] == ["root", "alice"]
+        await asyncio.gather(*tasks)
+        await call(gateway, "GET", "/api/tags", Authorization="Bearer mallory-secret")
+        await asyncio.sleep(0.2)
+    lines = [fields for record in caplog.records if isinstance(record.msg, list) for fields in record.msg]
+    assert {(fields["key"], fields["client"]) for fields in lines} >= {("alice", "127.0.0.1"), ("", "127.0.0.1")}
+    assert "secret" not in caplog.text
+
+
+@over_sockets
+async def test_only_this_machine_and_an_administrators_key_order_nodes(tmp_path):
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        path, far = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain", {"X_Forwarded_For": "10.0.0.1"}
+        assert (await call(gateway, "POST", path, **far)).status == 401
+        assert (await call(gateway, "POST", path, **far, **bearer("alice"))).status == 403
+        assert (await call(gateway, "POST", path, **far, **bearer("root"))).json()["state"] == "draining"
+        assert (await call(gateway, "POST", path.replace("drain", "resume"))).json()["state"] == "up"
+        assert (await call(gateway, "POST", path, **bearer("alice"))).status == 200
+
+
+@over_sockets
+async def test_keys_are_read_again_when_saved_and_a_bad_file_is_refused(tmp_path, caplog):
+    caplog.set_level("INFO", "sollol")
+    async with guarded(tmp_path, fixed(1)) as gateway:
+        async def status(name):
+            return (await call(gateway, "GET", "/api/queue", **bearer(name))).status
+
+        assert [await status(name) for name in ("alice", "dave")] == [200, 401]
+        (tmp_path / "keys").write_text("dave-secret name=dave\nalice-secret\n")
+        await until(lambda: "name= is missing" in caplog.text)
+        assert [await status(name) for name in ("alice", "dave")] == [200, 401]
+        (tmp_path / "keys").write_text("dave-secret name=dave")
+        await until(lambda: "dave" in {key.settings.name for key in gateway.keys.by_digest.values()})
+        assert [await status(name) for name in ("alice", "dave")] == [401, 200]
+        (tmp_path / "keys").write_text(KEYS)
+        gateway.reload()
+        assert [await status(name) for name in ("alice", "dave")] == [200, 401]
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_keys_file_that_others_can_read_is_warned_about(mode, warned, tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text(KEYS)
+    path.chmod(mode)
+    sollol.read_keys(sollol.parse_options(["--node", "a", "--keys", str(path)], {}))
+    assert ("chmod 600" in caplog.text) is warned
+
+
+def test_bad_keys_file_stops_the_start_and_the_missing_warning_is_for_those_without(tmp_path, capsys):
+    path = tmp_path / "keys"
+    assert sollol.main(["--node", "a", "--keys", str(path)]) == 2
+    assert capsys.readouterr().err == f"{path}: No such file or directory\n"
+
+
+# -----------------------------------------------------------------------------
+# Metrics
+# -----------------------------------------------------------------------------
+
+def test_histogram_counts_up_to_each_bound():
+    histogram = sollol.Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(value)
+    assert list(histogram.samples('a="b"')) == [
+        ("_bucket", 'a="b",le="1.0"', 2), ("_bucket", 'a="b",le="2.0"', 3), ("_bucket", 'a="b",le="+Inf"', 4),
+        ("_sum", 'a="b"', 12.0), ("_count", 'a="b"', 4)]
+
+
+@pytest.mark.parametrize("path, label", [("/api/chat", "/api/chat"), ("/v1/models/x", "/v1/models/"), ("/x/1", "other"),
+                                         ("/api/blobs/sha256:1", "/api/blobs/"), ("/", "/")])
+def test_paths_are_folded_into_the_table_of_routes(path, label):
+    assert sollol.route_label(path) == label
+
+
+def test_number_of_series_is_bounded_whatever_clients_make_up(monkeypatch):
+    monkeypatch.setattr(sollol, "MOST_SERIES", 20)
+    dispatcher = cluster(a=["m"])
+    metrics = sollol.Metrics(dispatcher)
+    record = sollol.Record("id", "::1", "POST", "/api/chat", 0.0, node="a", attempts=1, status=200, priority=5)
+    for number in range(100):
+        metrics.count_request(sollol.replace(record, model=f"made-up-{number}:latest", path=f"/made/up/{number}"), 1.0)
+    assert list(metrics.requests) == [("a", "other", "other", 200)]
+    dispatcher.holders = {f"real-{number}:latest": [] for number in range(100)}
+    for model in dispatcher.holders:
+        metrics.count_request(sollol.replace(record, model=model), 1.0)
+    assert len(metrics.requests) <= 21 and sum(metrics.requests.values()) == 200
+
+
+def scraped(text):
+    """Return {(name, frozenset of labels): value} of a text that Prometheus' own parser has read."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="PyPI prometheus-client is not installed")
+    families = list(parser.text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families) == text.count("# TYPE")
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families
+            for sample in family.samples}
+
+
+@over_sockets
+async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
+    text = b"HTTP/1.1 500 x\r\nContent-Length: 18\r\n\r\nmodel failed: load"
+    broken = ScriptedNode(lambda request: [text, KEEP], ["broken:latest"])
+    good = fixed(1)
+    good.line += ' name=a"\\'
+    async with gateway_for(good, broken) as gateway:
+        for stream in (True, False):
+            await call(gateway, "POST", "/api/generate", generate(tokens=5, stream=stream), X_Priority=8)
+        for model in ("no-such", "broken"):
+            await call(gateway, "POST", "/api/generate", generate(model))
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50))) for _ in range(4)]
+        await until(lambda: health(gateway)["queued"])
+        answer = await call(gateway, "GET", "/metrics")
+        assert answer.fields["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        await asyncio.gather(*tasks)
+        found, later = scraped(answer.body.decode()), scraped((await call(gateway, "GET", "/metrics")).body.decode())
+
+        def value(name, seen=later, **labels):
+            return seen[name, frozenset(labels.items())]
+
+        name = 'a"\\'
+        assert value("sollol_requests_total", node=name, model="llama3.2:latest", route="/api/generate",
+                     code="200") == 6
+        assert value("sollol_request_seconds_count") == 8 and value("sollol_ttft_seconds_count") >= 6
+        assert value("sollol_queue_seconds_count", priority="8") == 2
+        assert value("sollol_queue_depth", found, priority="5") >= 1
+        assert value("sollol_inflight", found, node=name) == 1 and value("sollol_slots", node=name) == 1
+        assert value("sollol_node_up", node=name) == 1
+        assert value("sollol_tokens_total", node=name, model="llama3.2:latest", kind="output") == 210
+        assert value("sollol_failovers_total", node=f"127.0.0.1:{broken.port}", reason="model") == 1
+        assert value("sollol_predicted_error_ratio_count") >= 6
+        assert value("sollol_build_info", version=sollol.__version__) == 1
+
+
+# -----------------------------------------------------------------------------
+# Dashboard
+# -----------------------------------------------------------------------------
+
+async def events(gateway, count):
+    """Return the first events that a dashboard gets."""
+    caller, found = await Caller.to(gateway), []
+    try:
+        caller.writer.write(b"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = await caller.head()
+        assert b" 200 " in head and b"text/event-stream" in head
+        while len(found) < count and (line := await caller.reader.readline()):
+            if line.startswith(b"data: "):
+                found.append(json.loads(line[6:]))
+    finally:
+        caller.close()
+    return found
+
+
+@over_sockets
+async def test_dashboard_is_told_every_second_what_goes_on():
+    async with gateway_for(fixed(1)) as gateway:
+        tasks = []
+        for number in range(3):
+            tasks.append(asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50, stream=True),
+                                                  X_Request_Id=f"mine-{number}", X_Priority=number + 4)))
+            await until(lambda: health(gateway)["inflight"] + health(gateway)["queued"] == len(tasks))
+        seen = await events(gateway, 1)
+        node, = seen[0]["nodes"]
+        assert [row["id"] for row in (*node["running"], *seen[0]["queue"])] == ["mine-0", "mine-2", "mine-1"]
+        assert node["models"]["llama3.2:latest"]["slots"] == 1 and seen[0]["decisions"][0]["id"] == "mine-0"
+        await asyncio.gather(*tasks)
+        started_s = asyncio.get_running_loop().time()
+        first, second = await events(gateway, 2)
+        assert 0.9 < asyncio.get_running_loop().time() - started_s < 1.5
+        assert first["per_min"] == 3 and first["nodes"][0]["tok_s"] == 2.5 and not first["nodes"][0]["running"]
+        shown = [value for value in first["past"]["total_p95_s"] if value]
+        assert shown and first["past"]["first_p50_s"][-1] is not None or len(shown) > 1
+        assert second["queued"] == 0
+
+
+@over_sockets
+async def test_open_dashboard_does_not_hold_up_the_end():
+    async with gateway_for(fixed(1)) as gateway:
+        task = asyncio.create_task(events(gateway, 100))
+        await until(lambda: len(gateway.clients) == 1)
+        await asyncio.sleep(1.5)
+        gateway.drain()
+        await asyncio.wait_for(gateway.stopped.wait(), 3)
+        assert len(await task) == 2
+
+
+def test_lines_of_the_dashboard_have_gaps_where_nothing_finished():
+    metrics = sollol.Metrics(cluster(a=["m"]))
+    for now, took_s in ((5.0, 1.0), (6.0, 3.0), (27.0, 2.0)):
+        metrics.step(now).add("a", took_s, None, 10)
+    shown = sollol.past(metrics.steps, 31.0)
+    assert len(shown["total_p50_s"]) == sollol.STEPS_KEPT
+    assert shown["total_p50_s"][-4:] == [1.0, None, 2.0, None] and shown["total_p95_s"][-4:] == [3.0, None, 2.0, None]
+    assert not any(shown["first_p50_s"])
+
+
+def test_page_needs_nothing_from_elsewhere():
+    assert not re.search(r"(src|href|url|import)\s*[=(:]?\s*[\"'(]?(https?:)?//", sollol.PAGE)
+    assert len(sollol.PAGE.splitlines()) < 350
+
+
+@over_sockets
+async def test_page_carries_its_state_and_nothing_in_it_ends_its_script():
+    node = fixed(1)
+    node.line += " name=</script><b>"
+    async with gateway_for(node) as gateway:
+        answer = await call(gateway, "GET", "/dashboard")
+        assert answer.fields["content-type"].startswith("text/html") and "sha256-" in answer.fields[
+            "content-security-policy"]
+        text = re.search(r'id="first-state">(.*?)</script>', answer.body.decode(), re.S)[1]
+        assert json.loads(text)["nodes"][0]["name"] == "</script><b>"
+
+
+class Browser:
+    """A headless Chromium with one page, spoken to over a pipe by its DevTools protocol."""
+
+    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --remote-debugging-pipe").split()
+
+    def __init__(self, program, folder):
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (*os.pipe(), *os.pipe())]
+        self.process = subprocess.Popen(
+            [program, *self.FLAGS, f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(ends[0], 3), os.dup2(ends[3], 4)))
+        os.close(ends[0])
+        os.close(ends[3])
+        self.inbox, self.outbox = os.fdopen(ends[2], "rb", buffering=0), ends[1]
+        self.number, self.rest, self.session = 0, b"", {}
+
+    def ask(self, method, **values):
+        """Return the result of a command."""
+        self.number += 1
+        command = {"id": self.number, "method": method, "params": values, **self.session}
+        os.write(self.outbox, json.dumps(command).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.inbox], [], [], 20.0)[0], f"no answer to {method}"
+                piece = self.inbox.read(65536)
+                assert piece, "the browser has ended"
+                self.rest += piece
+            message, _, self.rest = self.rest.partition(b"\0")
+            message = json.loads(message)
+            if message.get("id") == self.number:
+                assert "result" in message, message
+                return message["result"]
+
+    def open(self, url, width=1600, height=900):
+        """Show a page."""
+        self.session = {}
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.ask("Page.navigate", url=url)
+
+    def value(self, script):
+        """Return the value of a JavaScript expression in the page."""
+        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def wait(self, script, patience_s=10.0):
+        """Wait until an expression is true; return its value."""
+        deadline_s = time.monotonic() + patience_s
+        while not (value := self.value(script)):
+            assert time.monotonic() < deadline_s, (script, self.value("document.body.innerText"))
+            time.sleep(0.05)
+        return value
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.inbox.close()
+        os.close(self.outbox)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no Chromium is installed")
+    browser = Browser(program, tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+TEXT = "document.getElementById('{}').innerText"
+ROWS = "[...document.querySelectorAll('#{} tbody tr')].map((row) => row.innerText.replace(/\\s+/g, ' '))"
+
+
+def ask_later(url, **fields):
+    """Ask for a long answer in the background; return the process."""
+    lines = [word for name, value in fields.items() for word in ("-H", f"{name.replace('_', '-')}: {value}")]
+    return subprocess.Popen(["curl", "-s", f"{url}/api/generate", *lines, "-d", json.dumps(generate(tokens=2000))],
+                            stdout=subprocess.DEVNULL)
+
+
+def test_browser_shows_nodes_queue_and_decisions_and_finds_a_restarted_gateway(browser):
+    with program("bench.py", "--nodes", 3, "--port", 0) as nodes, contextlib.ExitStack() as asking:
+        flags = ["--port", bench.free_port(), "--no-calibrate"]
+        for name in "abc":
+            flags += ["--node", f"{read_until(nodes, 'http://[^ ]+')[0]} name={name} slots=1"]
+        with program("sollol.py", *flags) as gateway:
+            url = read_until(gateway, r"event=start .*url=(\S+)")[1]
+            browser.open(f"{url}/dashboard")
+            browser.wait(ROWS.format("nodes") + ".length === 3")
+            rows = browser.value(ROWS.format("nodes"))
+            assert [row.split()[0] for row in rows] == list("abc") and all(" up " in row for row in rows)
+            assert "Nobody waits." in browser.value(TEXT.format("queue"))
+            for number in range(5):
+                asking.callback(ask_later(url, X_Request_Id=f"mine-{number}", X_Priority=3 + number).kill)
+                time.sleep(0.1)
+            queue = browser.wait(f"(({ROWS.format('queue')}).length === 2) && {ROWS.format('queue')}")
+            assert re.match(r"1 7 llama3.2 127.0.0.1 .+ next mine-4", queue[0]), queue
+            assert re.match(r"2 6 llama3.2 127.0.0.1 .+ mine-3", queue[1]), queue
+            assert browser.value("document.querySelectorAll('#nodes .slot.busy').length") == 3
+            decisions = browser.value(ROWS.format("decisions"))
+            assert len(decisions) == 3 and all("→" in row for row in decisions) and "llama3.2" in decisions[0]
+            assert subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/api/nodes/c/drain"], capture_output=True,
+                                  check=True).stdout
+            browser.wait(f"{ROWS.format('nodes')}[2].includes('draining')")
+            for width in (390, 1600):
+                browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                            mobile=False)
+                assert browser.wait("document.documentElement.scrollWidth <= innerWidth")
+        browser.wait("document.body.classList.contains('lost')")
+        assert "Connection lost" in browser.value(TEXT.format("link"))
+        with program("sollol.py", *flags) as gateway:
+            read_until(gateway, r"event=start")
+            browser.wait("!document.body.classList.contains('lost')")
+            browser.wait(f"{ROWS.format('nodes')}.length === 3 && !{TEXT.format('nodes')}.includes('draining')")
+            assert browser.value("document.querySelectorAll('th[scope=col]').length") >= 7
+            assert not browser.value("document.querySelectorAll('script[src], link[href^=http], img').length")
+
+
 # -----------------------------------------------------------------------------
 # The whole surface, over three nodes with different models
 # -----------------------------------------------------------------------------
@@ -4452,7 +5031,7 @@ async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node(
         answer = await call(gateway, "OPTIONS", "/api/chat")
         assert answer.status == 405
         for origin in ("http://x", ""):         # the gateway's own Host; none
-            answer = await call(gateway, "GET", "/api/version", Origin=origin)
+            answer = await call(gateway, "GET", "/api/version", Origin=origin, Host="x")
             assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
 
 
@@ -4672,6 +5251,13 @@ SURFACE = {
     ("HEAD", "/api/health"): ("/api/health", None, 200, "", None),
     ("GET", "/api/stats"): ("/api/stats", None, 200, '"nodes":', None),
     ("HEAD", "/api/stats"): ("/api/stats", None, 200, "", None),
+    ("GET", "/api/queue"): ("/api/queue", None, 200, '{"queue":[]}', None),
+    ("HEAD", "/api/queue"): ("/api/queue", None, 200, "", None),
+    ("POST", "/api/nodes/"): ("/api/nodes/b/drain", None, 200, '"name":"b" "state":"draining"', None),
+    ("GET", "/dashboard"): ("/dashboard", None, 200, "<title>SOLLOL</title> first-state", None),
+    ("HEAD", "/dashboard"): ("/dashboard", None, 200, "", None),
+    ("GET", "/metrics"): ("/metrics", None, 200, 'sollol_node_up{node="a"} sollol_build_info{version=', None),
+    ("HEAD", "/metrics"): ("/metrics", None, 200, "", None),
     ("GET", "/api/version"): ("/api/version", None, 200, '"0.9.1"', None),
     ("HEAD", "/api/version"): ("/api/version", None, 200, "", None),
     ("GET", "/api/tags"): ("/api/tags", None, 200, "qwen3:14b mistral:latest nomic-embed-text:latest", None),
@@ -4710,7 +5296,10 @@ SURFACE = {
 }
 
 
-@pytest.mark.parametrize("row", list(sollol.ROUTES), ids=" ".join)
+ENDLESS = ("GET", "/dashboard/events")
+
+
+@pytest.mark.parametrize("row", [row for row in sollol.ROUTES if row != ENDLESS], ids=" ".join)
 @over_sockets
 async def test_route_does_what_its_row_says(row):
     nodes = three(speed=1000.0)
