@@ -3146,6 +3146,21 @@ def test_under_kills_deterministic_streams_are_whole_and_nothing_else_is_lost():
     bench.run_virtual(main())
 
 
+def test_deterministic_stream_of_a_wedged_node_is_rescued_when_patience_ends():
+    async def main():
+        nodes = [bench.SimNode(loaded=("llama3.2",)) for _ in range(2)]
+        async with gateway_for(*nodes) as gateway:
+            value = generate(tokens=200, stream=True, options={"temperature": 0})
+            expected = text_of((await call(gateway, "POST", "/api/generate", value)).body)
+            stream = asyncio.create_task(call(gateway, "POST", "/api/generate", value))
+            leases = [node.leases for node in gateway.dispatcher.nodes.values()]
+            await until(lambda: any(lease.lines > 20 for held in leases for lease in held))
+            next(node for node in nodes if node.in_flight).hang()
+            answer = await stream
+            assert text_of(answer.body) == expected and gateway.dispatcher.rescues == {"whole": 1}
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_whole_answer_that_is_cut_in_the_middle_runs_again_elsewhere():
     whole = b'{"response":"' + b"x" * 5000 + b'","done":true}'
