@@ -83,6 +83,7 @@ TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are i
 
 # Client patience.
 KEEP_ALIVE_S = 75.0                 # an idle client connection
+SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
 WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads nothing; 64 KiB at 200 bytes/s
 LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
@@ -5990,6 +5991,13 @@ def read_keys(options):
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
+def affordable_clients(asked, descriptors):
+    """Return how many client connections there may be: each may need a node's connection, too."""
+    if descriptors == resource.RLIM_INFINITY:
+        return asked
+    return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
+
+
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
@@ -6001,6 +6009,8 @@ class Gateway:
                                      queue_timeout_s=options.queue_timeout)
         self.origins = LOCAL_ORIGINS + options.origins
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
+        self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
         self.chores = {}            # (Node, what is done): Task
@@ -6058,13 +6068,25 @@ class Gateway:
         client = ClientConnection(self.loop, lambda client: converse(self, client))
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         transport.set_protocol(client)
-        if len(self.clients) >= self.options.max_connections:
+        if len(self.clients) >= self.max_clients:
             client.transport = transport
             answer_refusal(client, None, None, Refusal(503, "too many connections", close=True, retry_after_s=1.0))
             transport.close()
             return
         self.clients.add(client)
         client.connection_made(transport)
+
+    def report(self, loop, context):
+        """Log what went wrong outside all tasks.
+
+        A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
+        """
+        error, now = context.get("exception"), self.loop.time()
+        if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
+            LOG.error({"event": "error", "why": context["message"]}, exc_info=error)
+        elif now - self.exhausted_s >= 1.0:
+            self.exhausted_s = now
+            LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
 
     def configure(self, nodes):
         """Take over a list of NodeSettings."""
@@ -6416,6 +6438,7 @@ def raise_descriptor_limit():
 async def run_gateway(options, nodes, keys, greeting=""):
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
     gateway = Gateway(options, nodes, keys)
+    gateway.loop.set_exception_handler(gateway.report)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
     gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
@@ -6430,6 +6453,9 @@ async def run_gateway(options, nodes, keys, greeting=""):
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})
+        if gateway.max_clients < options.max_connections:
+            LOG.warning({"event": "start", "why": f"the limit of open files allows {gateway.max_clients} clients, not "
+                         f"{options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
         tell_systemd("READY=1")
         if greeting:
             print(greeting.format(url=url), flush=True)

@@ -3483,6 +3483,21 @@ def test_under_kills_deterministic_streams_are_whole_and_nothing_else_is_lost():
     bench.run_virtual(main())
 
 
+def test_deterministic_stream_of_a_wedged_node_is_rescued_when_patience_ends():
+    async def main():
+        nodes = [bench.SimNode(loaded=("llama3.2",)) for _ in range(2)]
+        async with gateway_for(*nodes) as gateway:
+            value = generate(tokens=200, stream=True, options={"temperature": 0})
+            expected = text_of((await call(gateway, "POST", "/api/generate", value)).body)
+            stream = asyncio.create_task(call(gateway, "POST", "/api/generate", value))
+            leases = [node.leases for node in gateway.dispatcher.nodes.values()]
+            await until(lambda: any(lease.lines > 20 for held in leases for lease in held))
+            next(node for node in nodes if node.in_flight).hang()
+            answer = await stream
+            assert text_of(answer.body) == expected and gateway.dispatcher.rescues == {"whole": 1}
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_whole_answer_that_is_cut_in_the_middle_runs_again_elsewhere():
     whole = b'{"response":"' + b"x" * 5000 + b'","done":true}'
@@ -5583,6 +5598,63 @@ def test_node_process_killed_under_load_costs_no_request(tmp_path):
                 assert all(json.loads(task.result())["done"] for task in tasks)
             gateway.send_signal(signal.SIGTERM)
             assert gateway.wait(10) == 0
+
+
+LIMITED = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d)); "
+           "sys.argv[0] = 'sollol.py'; runpy.run_path('sollol.py', run_name='__main__')")
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-uvloop"]])
+def test_too_many_open_files_are_survived_and_running_streams_go_on(flags):
+    """100 descriptors allow 18 clients; 200 at once are more than can be accepted, and so are told so or wait."""
+    with program("-c", LIMITED % (100, 100), "--demo", "--port", "0", *flags) as process:
+        port = int(read_until(process, r"event=start.* url=http://127.0.0.1:(\d+)")[1])
+        read_until(process, "allows 18 clients")
+        read_until(process, "curl .*/api/stats")
+
+        def connect(data=b""):
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            client.sendall(data)
+            return client
+
+        stream = connect(posted(generate(tokens=120, stream=True)))
+        assert stream.recv(20).startswith(b"HTTP/1.1 200")
+        crowd = [connect() for _ in range(200)]
+        told = 0
+        for client in crowd[20::6]:
+            with contextlib.suppress(OSError):
+                client.settimeout(0.005)
+                told += client.recv(20).startswith(b"HTTP/1.1 503")
+        for client in crowd:
+            client.close()
+        whole = b""
+        while not whole.endswith(b"\r\n0\r\n\r\n"):
+            piece = stream.recv(65536)
+            assert piece, whole[-200:]
+            whole += piece
+        assert told > 0 and b'"done":true' in whole
+        assert json.loads(curl(f"http://127.0.0.1:{port}/api/generate", generate()))["done"]
+        assert all_output(process).count("cannot accept") < 10 and "Traceback" not in all_output(process)
+
+
+def test_full_disk_under_the_log_is_survived():
+    with open("/dev/full", "w") as full, subprocess.Popen(
+            [sys.executable, "sollol.py", "--demo", "--port", "0"], cwd=HERE, stdout=subprocess.PIPE, stderr=full,
+            text=True) as process:
+        try:
+            url = next(re.search(r"http://[0-9.:]+", row)[0] for row in process.stdout if "http://" in row)
+            for _ in range(5):
+                assert json.loads(curl(url + "/api/generate", generate()))["done"]
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("asked, descriptors, allowed", [
+    (4096, 1024, 480), (100, 1024, 100), (4096, 10, 1), (4096, -1, 4096)])
+def test_clients_are_no_more_than_open_files_allow(asked, descriptors, allowed):
+    assert sollol.affordable_clients(asked, descriptors) == allowed
 
 
 def test_demo_answers_and_sigterm_ends_it_cleanly():
