@@ -5539,7 +5539,8 @@ svg circle { fill: var(--hue); stroke: none }
   header, main { padding-left: 14px; padding-right: 14px }
   .charts { grid-template-columns: minmax(0, 1fr) } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr) }
   .tiles b { font-size: 22px } h1 { flex: 1 } #link { order: 1; flex-basis: 100% }
-  #nodes td.n { flex-basis: calc(50% - 8px) } .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
+  td.n { text-align: left } #nodes td.n { flex: 0 0 calc(50% - 8px) }
+  .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
   table, tbody { display: block } thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
   tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 10px 0; border-top: 1px solid var(--line) }
   tbody:first-of-type tr:first-child { border-top: 0 }
@@ -5623,7 +5624,7 @@ function nodeRow(node) {
     `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
     cell(`<span class="state ${node.state}">${node.state}</span>`), cell(alive ? models(node) : "–", "wide"),
     cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
-    cell(alive ? `${speed} %${bar}` : "–", "n", "of its best"), cell(took(node.latency_s.p95), "n", "P95")]);
+    cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);
 }
 
 function ticketRow(it) {

@@ -5712,6 +5712,15 @@ def test_service_manager_is_told_ready_and_stopping(tmp_path):
             assert gateway.wait(10) == 0
 
 
+@pytest.mark.parametrize("words", [["verify"], ["security", "--offline=true", "--threshold=15"]], ids=" ".join)
+def test_service_is_valid_and_exposed_to_little(words):
+    """The threshold is ten times the exposure: 1.5 of 10."""
+    if not shutil.which("systemd-analyze") or not pathlib.Path("/usr/bin/python3").exists():
+        pytest.skip("systemd-analyze or /usr/bin/python3 is not installed")
+    done = subprocess.run(["systemd-analyze", *words, str(HERE / "sollol.service")], capture_output=True, text=True)
+    assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
+
+
 # -----------------------------------------------------------------------------
 # Official clients
 # -----------------------------------------------------------------------------
