@@ -1480,8 +1480,28 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
+class Histogram:
+    """Count values by upper bounds, as Prometheus wants them."""
+
+    def __init__(self, bounds):
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value, count=1):
+        """Take in a value that was seen so often."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+    def samples(self, labels=""):
+        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
+        lead = labels + "," if labels else ""
+        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
+            yield "_bucket", f'{lead}le="{bound}"', count
+        yield "_sum", labels, self.sum
+        yield "_count", labels, sum(self.counts)
+
+
 class Ratios:
-    """Count actual over predicted times, in steps of 5 %: sums and shares of any bounds can be had from it later."""
+    """Count actual over predicted times, in steps of 5 %."""
 
     STEP = math.log(1.05)
     MOST = 200                      # steps; what is 17,000 times off counts as that
@@ -1501,6 +1521,13 @@ class Ratios:
             if rank <= 0:
                 return math.exp(step * self.STEP)
         return None
+
+    def histogram(self, bounds):
+        """Return the ratios counted by upper bounds, each within 2.5 %."""
+        found = Histogram(bounds)
+        for step, count in self.steps.items():
+            found.add(math.exp(step * self.STEP), count)
+        return found
 
 
 # -----------------------------------------------------------------------------
@@ -4205,10 +4232,7 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
                 raise
             record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
             try:
-                keep = await attempt(gateway, client, head, body, lease, record, take)
-                if record.status < 400 and record.reason == lease.reason:
-                    gateway.metrics.count_prediction(lease, loop.time())
-                return keep
+                return await attempt(gateway, client, head, body, lease, record, take)
             except NodeRefused as refused:
                 last = refused
                 if refused.kind is None:
@@ -5204,26 +5228,6 @@ def answer_stats(gateway):
         "decisions": decision_stats(dispatcher.decisions, now)})
 
 
-class Histogram:
-    """Count values by upper bounds, as Prometheus wants them."""
-
-    def __init__(self, bounds):
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value):
-        """Take in one value."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def samples(self, labels=""):
-        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
-        lead = labels + "," if labels else ""
-        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
-            yield "_bucket", f'{lead}le="{bound}"', count
-        yield "_sum", labels, self.sum
-        yield "_count", labels, sum(self.counts)
-
-
 def labelled(**labels):
     """Return labels as the text format has them."""
     return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
@@ -5273,7 +5277,6 @@ class Metrics:
         self.failovers = collections.Counter()      # (node, reason)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
         self.queue_s = {}                           # priority: Histogram
-        self.error_ratio = Histogram(ERROR_BOUNDS)
         self.steps = collections.deque(maxlen=STEPS_KEPT)       # those in which something has finished
 
     def model_label(self, model):
@@ -5319,11 +5322,6 @@ class Metrics:
         if record.timings.output_tokens:
             self.count(self.tokens, record.timings.output_tokens, node, model, "output")
 
-    def count_prediction(self, lease, now):
-        """Compare how long an answer took with what was predicted when it was sent."""
-        if lease.predicted_end_s > lease.sent_s:
-            self.error_ratio.add((now - lease.sent_s) / (lease.predicted_end_s - lease.sent_s))
-
 
 def metric_families(gateway):
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
@@ -5356,7 +5354,9 @@ def metric_families(gateway):
     yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
            counted(metrics.failovers, "node", "reason"))
     yield ("sollol_predicted_error_ratio", "histogram", "Time that an answer took, over the time predicted for it.",
-           metrics.error_ratio.samples())
+           dispatcher.ratios.histogram(ERROR_BOUNDS).samples())
+    yield ("sollol_rescues_total", "counter", "Broken streams that another node was to go on with.",
+           [("", labelled(result=result), dispatcher.rescues[result]) for result in ("whole", "broken")])
     yield "sollol_build_info", "gauge", "The version that runs.", [("", labelled(version=__version__), 1)]
 
 
