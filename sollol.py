@@ -2200,6 +2200,9 @@ class Dispatcher:
         A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
         leases ends, one ticket may go. A node that is idle even then is offered to every model.
         """
+        if not self.queue.tickets and not self.displaced:
+            self.idle.clear()       # mostly there is nothing to do when a request has ended
+            return [], []
         turn = Turn(now, refused=self.displaced)
         self.displaced = []
         if self.queue.tickets:
