@@ -1457,6 +1457,11 @@ def counted(lease, timings):
     return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
 
 
+def blend(estimate, sample, gain):
+    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
+    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
+
+
 class OutputLengths:
     """Learn how many tokens a model answers with, by size of the prompt."""
 
@@ -1738,6 +1743,19 @@ class Surroundings:
         return ends_at_s
 
 
+class Prediction(NamedTuple):
+    """What will become of a request on a node, in seconds from now."""
+
+    demand: Demand
+    start_s: float                  # a slot is free and the model there
+    ready_s: float                  # the model is there
+    prefill_s: float                # the request's own work, alone
+    decode_s: float
+    slow: float                     # times longer, with those that run beside it
+    new_tokens: float               # what the prefix cache lacks
+    loads: bool
+
+
 class Offer:
     """What a runner can do during one dispatch: when each slot will be free, in seconds from now, and how fast.
 
@@ -1836,19 +1854,6 @@ class Offer:
         return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, OVERHEAD_S + new_tokens * self.prefill_s,
                           demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
                           not is_loaded_for(self.runner, demand.wants))
-
-
-class Prediction(NamedTuple):
-    """What will become of a request on a node, in seconds from now."""
-
-    demand: Demand
-    start_s: float                  # a slot is free and the model there
-    ready_s: float                  # the model is there
-    prefill_s: float                # the request's own work, alone
-    decode_s: float
-    slow: float                     # times longer, with those that run beside it
-    new_tokens: float               # what the prefix cache lacks
-    loads: bool
 
 
 class Candidate(NamedTuple):
@@ -1952,11 +1957,6 @@ def share_sizes(count, rates):
 def scaled(estimate, ratio, gain):
     """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
     return blend(estimate, max(ratio, 1e-6) * estimate, gain)
-
-
-def blend(estimate, sample, gain):
-    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
-    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
 
 
 # -----------------------------------------------------------------------------
@@ -4117,6 +4117,15 @@ def begin_relay(client, connection, answer, record, lease, framing, lines, heard
                  WHOLE_ANSWER_BYTES if wants.inference and not wants.stream else 0)
 
 
+def break_off(client, record, relay, text, family):
+    """End an answer that nobody can complete; tell whether the client's connection can be used again."""
+    record.reason = text
+    told = relay.close_with(text, family)
+    if not told:
+        client.transport.abort()
+    return told
+
+
 async def relay_answer(gateway, client, head, connection, answer, lease, record, keep, transcript=None):
     """Pass a node's answer on to the client as it comes. Return (keep the client's, keep the node's connection).
 
@@ -4150,15 +4159,6 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
         dispatcher.rescued(whole=not relay.failure)
         record.reason = f"rescued from {' and '.join(transcript.lost)}; {record.reason}"
     return keep and relay.framing is not Framing.CLOSE, relay.clean
-
-
-def break_off(client, record, relay, text, family):
-    """End an answer that nobody can complete; tell whether the client's connection can be used again."""
-    record.reason = text
-    told = relay.close_with(text, family)
-    if not told:
-        client.transport.abort()
-    return told
 
 
 async def attempt(gateway, client, head, body, lease, record, take=relay_answer):
@@ -4202,24 +4202,6 @@ def answer_whole(client, head, record, answer, body):
     return keep
 
 
-async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
-    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
-
-    A deterministic stream is gone on with by another node even when a part of it is out.
-    """
-    transcript = Transcript() if wants.deterministic and gateway.options.rescue else None
-    if transcript:
-        take = functools.partial(relay_answer, transcript=transcript)
-    try:
-        return await run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript)
-    except (Refusal, NodeRefused) as ended:
-        if not (transcript and transcript.relay):
-            raise
-        gateway.dispatcher.rescued(whole=False)
-        told = break_off(client, record, transcript.relay, str(ended), wants.family)
-        return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
-
-
 async def run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript):
     """Try one node after the other; see serve_inference."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
@@ -4255,6 +4237,24 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
     finally:
         dispatcher.leave(ticket, loop.time())
         gateway.pump()
+
+
+async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
+
+    A deterministic stream is gone on with by another node even when a part of it is out.
+    """
+    transcript = Transcript() if wants.deterministic and gateway.options.rescue else None
+    if transcript:
+        take = functools.partial(relay_answer, transcript=transcript)
+    try:
+        return await run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript)
+    except (Refusal, NodeRefused) as ended:
+        if not (transcript and transcript.relay):
+            raise
+        gateway.dispatcher.rescued(whole=False)
+        told = break_off(client, record, transcript.relay, str(ended), wants.family)
+        return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
 
 
 async def serve_control(gateway, client, head, body, wants, record):
@@ -4513,6 +4513,28 @@ async def change_on(gateway, node, head, body, wants, record, hear):
         dispatcher.release(lease, loop.time())
 
 
+def absent_everywhere(outcomes):
+    """Tell whether all nodes have refused a change because they do not have the model."""
+    return all(it.answer and it.answer.status == 404 for it in outcomes)
+
+
+def answer_change(client, head, record, told, outcomes):
+    """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
+    failed = [it for it in outcomes if it.error]
+    own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or absent_everywhere(outcomes) else None
+    if own and own.answer:          # one node speaks for all, byte for byte
+        if told.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
+            return answer_whole(client, head, record, own.answer, own.body)
+        told.write(own.answer, own.body)
+        return told.end()
+    status, text = explain_failure(outcomes)
+    record.reason = text
+    if told.framing is None:
+        raise Refusal(status, text)
+    told.write(None, json.dumps({"error": text}).encode())
+    return told.end()
+
+
 async def serve_change(gateway, client, head, body, wants, record):
     """Change a model on all nodes concerned; succeed only if all of them do."""
     nodes = gateway.dispatcher.targets(wants, gateway.options.replicas, gateway.loop.time())
@@ -4541,28 +4563,6 @@ async def serve_change(gateway, client, head, body, wants, record):
     gateway.pump()
     outcomes = without_absent(wants.change, outcomes)
     return answer_change(client, head, record, told, outcomes)
-
-
-def answer_change(client, head, record, told, outcomes):
-    """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
-    failed = [it for it in outcomes if it.error]
-    own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or absent_everywhere(outcomes) else None
-    if own and own.answer:          # one node speaks for all, byte for byte
-        if told.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
-            return answer_whole(client, head, record, own.answer, own.body)
-        told.write(own.answer, own.body)
-        return told.end()
-    status, text = explain_failure(outcomes)
-    record.reason = text
-    if told.framing is None:
-        raise Refusal(status, text)
-    told.write(None, json.dumps({"error": text}).encode())
-    return told.end()
-
-
-def absent_everywhere(outcomes):
-    """Tell whether all nodes have refused a change because they do not have the model."""
-    return all(it.answer and it.answer.status == 404 for it in outcomes)
 
 
 # -----------------------------------------------------------------------------
@@ -4784,6 +4784,19 @@ def answer_origin(gateway, client, head, record):
     return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
 
 
+async def serve_by_nodes(gateway, client, head, route, body, wants, record):
+    """Answer a request that nodes are needed for. Raises what `serve` raises."""
+    record.model, record.priority = wants.model or "", wants.priority
+    if route.kind == "raw" and head.length != 0:
+        return await serve_upload(gateway, client, head, wants, record)
+    if wants.batch and gateway.options.split_embed:
+        sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
+        if len(sizes) > 1:
+            return await serve_batch(gateway, client, head, wants, record, sizes, digest)
+    handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
+    return await handle(gateway, client, head, body, wants, record)
+
+
 async def serve(gateway, client, head, record):
     """Answer one request; tell whether the connection stays open.
 
@@ -4821,19 +4834,6 @@ async def serve(gateway, client, head, record):
         return await serve_by_nodes(gateway, client, head, route, body, wants, record)
     finally:
         key.give_back()
-
-
-async def serve_by_nodes(gateway, client, head, route, body, wants, record):
-    """Answer a request that nodes are needed for. Raises what `serve` raises."""
-    record.model, record.priority = wants.model or "", wants.priority
-    if route.kind == "raw" and head.length != 0:
-        return await serve_upload(gateway, client, head, wants, record)
-    if wants.batch and gateway.options.split_embed:
-        sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
-        if len(sizes) > 1:
-            return await serve_batch(gateway, client, head, wants, record, sizes, digest)
-    handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
-    return await handle(gateway, client, head, body, wants, record)
 
 
 async def converse(gateway, client):
@@ -5231,14 +5231,14 @@ def answer_stats(gateway):
         "decisions": decision_stats(dispatcher.decisions, now)})
 
 
-def labelled(**labels):
-    """Return labels as the text format has them."""
-    return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
-
-
 def escaped(text):
     """Return a label's value with what would end it escaped."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def labelled(**labels):
+    """Return labels as the text format has them."""
+    return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
 
 
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
