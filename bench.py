@@ -3241,7 +3241,7 @@ SWITCHES = (
     Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
     Switch("harm", {"HARM": 0.0}, "models5"),
     Switch("swap", {"SWAP": 0.0}, "models5"),
-    Switch("load and residency", {"Offer.load": lambda offer: (0.0, 0.0)}, "models5"),
+    Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),
     Switch("prefix affinity", {"AFFINITY": 0.0}, "chat"),
     Switch("head start", {"HEAD_START_S": 0.0}, "prio"),
     Switch("fairness", {"FairShare.charge": charge_nothing}, "fair"),
@@ -4524,8 +4524,8 @@ def overgrown(gateway, nodes):
         for runner in node.runners.values():
             if len(runner.prefixes.prompts) > 10 or len(runner.prefixes.parts) > 160:
                 yield f"{runner.model} on {node.name} keeps {len(runner.prefixes.prompts)} prompts"
-    if len(dispatcher.decisions) > sollol.DECISIONS_KEPT or gateway.unlogged:
-        yield f"{len(dispatcher.decisions)} decisions, {len(gateway.unlogged)} log lines are kept"
+    if len(dispatcher.decisions) > sollol.DECISIONS_KEPT or gateway.finished:
+        yield f"{len(dispatcher.decisions)} decisions, {len(gateway.finished)} finished requests are kept"
 
 
 def most_at_once(records):

@@ -149,7 +149,7 @@ MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
-LOG_DELAY_S = 0.05                  # log lines are written together; this late at most
+TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -1715,32 +1715,25 @@ def cached_tokens(runner, demand):
     return AFFINITY * chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
 
 
-class Surroundings:
-    """What a request meets on a node, whatever its model, as long as nothing there begins or ends."""
+def harm_s(node, now):
+    """Return what one more model at work costs the requests that run on a node: each gets slower."""
+    return sum(HARM * solo_left_s(lease, now) * slowdown(node, other) / len(node.busy)
+               for other in node.busy for lease in other.leases)
 
-    __slots__ = ("at_s", "harm_s", "held_bytes", "loaded_at_s", "drained_at_s", "ends_at_s")
 
-    def __init__(self, node, now):
-        self.at_s = now
-        self.harm_s = 0.0           # what it costs the requests of other models that run there: each gets slower
-        for other in node.busy:
-            slow = slowdown(node, other) / len(node.busy)
-            for lease in other.leases:
-                self.harm_s += HARM * solo_left_s(lease, now) * slow
-        there = residents(node)
-        self.held_bytes = sum(map(resident_bytes, there))
-        self.loaded_at_s = max((runner.ready_s for runner in there), default=now)   # loads come one after the other
-        self.drained_at_s = now + min((last_end_s(runner, now) for runner in there), default=0.0)   # one can be evicted
-        self.ends_at_s = {}         # Runner: when what runs in its slots ends, ascending; see `slots_end_at_s`
+class Crowding(NamedTuple):
+    """What a model that is to be loaded meets in a node's memory."""
 
-    def slots_end_at_s(self, runner, leases, now):
-        """Return when each slot of a runner becomes free, ascending."""
-        ends_at_s = self.ends_at_s.get(runner)
-        if ends_at_s is None:
-            slow = slowdown(runner.node, runner)
-            left_s = sorted([solo_left_s(lease, now) * slow for lease in leases])[-runner.slots:]
-            ends_at_s = self.ends_at_s[runner] = [now + one_s for one_s in left_s]
-        return ends_at_s
+    held_bytes: float
+    loaded_at_s: float              # loads come one after the other
+    drained_at_s: float             # one of the others can be evicted
+
+
+def crowding(node, now):
+    """Return the Crowding of a node."""
+    there = residents(node)
+    return Crowding(sum(map(resident_bytes, there)), max((runner.ready_s for runner in there), default=now),
+                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
 class Prediction(NamedTuple):
@@ -1757,79 +1750,66 @@ class Prediction(NamedTuple):
 
 
 class Offer:
-    """What a runner can do during one dispatch: when each slot will be free, in seconds from now, and how fast.
+    """What a runner can do for one more request, as long as nothing begins or ends on its node.
 
-    A ticket that is placed, or held back for this runner, takes the first slot and gives it back when it is finished.
-    What runs there now is looked at only if all free slots are taken: mostly it is not needed.
+    A ticket that is held back for it claims the first slot until it would be finished. What runs there now is looked
+    at only if no slot is free: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "order", "now", "before", "leases", "free", "taken_s", "placed_s", "around", "slow",
-                 "fixed_s", "prefill_s", "decode_s", "ready_s", "loading_s")
+    __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "prefill_s", "decode_s",
+                 "loading")
 
-    def __init__(self, runner, order, now, around):
-        self.runner, self.now, self.before = runner, now, around
-        self.order = order          # ties go to the node listed first
-        self.leases = tuple(runner.leases)      # before this dispatch gives any
-        self.free = runner.slots - len(self.leases)
-        self.taken_s = None         # ascending, once needed
-        self.placed_s = []
-        self.look(around)
+    def __init__(self, runner, around, now, claims_at_s=()):
+        node = runner.node
+        self.runner, self.around, self.claims_at_s = runner, around, claims_at_s
+        self.free = runner.slots - len(runner.leases) - len(claims_at_s)
+        self.ends_at_s = None       # when what runs in the slots ends, ascending, with the claims; once needed
+        self.slow = slowdown(node, runner, 1)
+        self.prefill_s, self.decode_s = prefill_s(runner), decode_s(runner)
+        self.fixed_s = node.rtt_s
+        if node.busy and not runner.leases:
+            self.fixed_s += around.harm_s(now)
+        self.loading = None         # see `load`
 
-    def first_s(self):
-        """Return when the first slot is free."""
+    def first_s(self, now):
+        """Return when the first slot is free, in seconds from now."""
         if self.free > 0:
             return 0.0
-        if self.taken_s is None and not self.placed_s:
-            return max(0.0, self.before.slots_end_at_s(self.runner, self.leases, self.now)[0] - self.now)
-        return self.slots_s()[0]
+        if self.ends_at_s is None:
+            slow = slowdown(self.runner.node, self.runner)
+            self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
+                                    + list(self.claims_at_s))
+        return max(0.0, self.ends_at_s[-self.runner.slots] - now)
 
-    def slots_s(self):
-        """Return when each slot is free, ascending, with those that this dispatch has taken."""
-        if self.taken_s is None:
-            ends_at_s = self.before.slots_end_at_s(self.runner, self.leases, self.now)
-            self.taken_s = sorted([max(0.0, end_s - self.now) for end_s in ends_at_s] + self.placed_s)
-        return self.taken_s
+    def claim(self, at_s):
+        """Let a ticket that waits for the runner have the first slot until then."""
+        self.claims_at_s.append(at_s)
+        self.free -= 1
+        if self.ends_at_s is not None:
+            bisect.insort(self.ends_at_s, at_s)
 
-    def take(self, finish_s):
-        """Let a ticket take the first slot until `finish_s`."""
-        if self.free > 0:
-            self.free -= 1
-            self.placed_s.append(finish_s)
-        else:
-            del self.slots_s()[0]
-            bisect.insort(self.taken_s, finish_s)
-
-    def look(self, around):
-        """Reckon what holds for every ticket, until the node is given another lease."""
-        runner, self.around = self.runner, around
-        self.slow = slowdown(runner.node, runner, 1)
-        self.prefill_s, self.decode_s = prefill_s(runner), decode_s(runner)
-        self.fixed_s = runner.node.rtt_s + (0.0 if runner.leases else around.harm_s)
-        self.ready_s = max(0.0, (runner.ready_s or 0.0) - self.now)
-        self.loading_s = None       # see `load`
-
-    def load(self):
-        """Return (when the model would be loaded, what that costs others later)."""
-        if self.loading_s is None:
-            runner, around = self.runner, self.around
-            first_s, swaps = around.loaded_at_s - self.now, True
+    def load(self, now):
+        """Return (when the model would be loaded, what that costs others later), in seconds from now."""
+        if self.loading is None or self.loading[0] != now:
+            runner, there = self.runner, self.around.crowding(now)
+            first_s, swaps = there.loaded_at_s - now, True
             if runner.ready_s is not None:      # loaded with other options
-                first_s = max(first_s, 1.5 * last_end_s(runner, self.now))
-            elif overfills(runner, around.held_bytes):
-                first_s = max(first_s, 1.5 * (around.drained_at_s - self.now))
+                first_s = max(first_s, 1.5 * last_end_s(runner, now))
+            elif overfills(runner, there.held_bytes):
+                first_s = max(first_s, 1.5 * (there.drained_at_s - now))
             else:
                 swaps = False
             load = load_s(runner)   # what is evicted will have to come back
-            self.loading_s = load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
-        return self.loading_s
+            self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
+        return self.loading[1:]
 
-    def start(self, demand):
+    def start(self, demand, now):
         """Return when a request would begin, when its model would be there, and what a load costs others later."""
         if is_loaded_for(self.runner, demand.wants):
-            ready_s, swap_s = self.ready_s, 0.0
+            ready_s, swap_s = max(0.0, self.runner.ready_s - now), 0.0
         else:
-            ready_s, swap_s = self.load()
-        return ready_s if self.free > 0 else max(ready_s, self.first_s()), ready_s, swap_s
+            ready_s, swap_s = self.load(now)
+        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
 
     def slowed(self):
         """Return how many times longer than alone a request would take, with those that run beside it."""
@@ -1841,36 +1821,64 @@ class Offer:
             return demand.prompt_tokens
         return demand.prompt_tokens - cached_tokens(self.runner, demand)
 
-    def finish_s(self, demand):
+    def finish_s(self, demand, now):
         """Return when a request would be finished, with what it costs others: what nodes are compared by."""
-        start_s, _, swap_s = self.start(demand)
+        start_s, _, swap_s = self.start(demand, now)
         work_s = OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.output_tokens * self.decode_s
         return start_s + self.fixed_s + work_s * self.slowed() + swap_s
 
-    def predict(self, demand):
+    def predict(self, demand, now):
         """Return the Prediction for a request that is to go here."""
-        start_s, ready_s, _ = self.start(demand)
+        start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
         return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, OVERHEAD_S + new_tokens * self.prefill_s,
                           demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
                           not is_loaded_for(self.runner, demand.wants))
 
 
+class Surroundings:
+    """What a request meets on a node, as long as nothing there begins or ends.
+
+    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
+    """
+
+    __slots__ = ("node", "at_s", "offers", "harmed_s", "crowded")
+
+    def __init__(self, node, now):
+        self.node, self.at_s = node, now
+        self.offers = {}            # Runner: Offer
+        self.harmed_s = self.crowded = None
+
+    def harm_s(self, now):
+        """Return what a request of a model that does not run there costs those that do."""
+        if self.harmed_s is None:
+            self.harmed_s = harm_s(self.node, now)
+        return self.harmed_s
+
+    def crowding(self, now):
+        """Return the Crowding that a model to be loaded meets."""
+        if self.crowded is None:
+            self.crowded = crowding(self.node, now)
+        return self.crowded
+
+    def offer(self, runner, now):
+        """Return the Offer of one of the node's runners."""
+        offer = self.offers.get(runner)
+        if offer is None:
+            offer = self.offers[runner] = Offer(runner, self, now)
+        return offer
+
+
 class Candidate(NamedTuple):
     """A node for a ticket; sorts by when it would be finished there, in seconds from now."""
 
     finish_s: float
-    order: int
+    order: int                      # ties go to the node listed first
     offer: Offer
 
     @property
     def runner(self):
         return self.offer.runner
-
-
-def offer_of(runner, now):
-    """Return the Offer of one runner, as things are."""
-    return Offer(runner, 0, now, Surroundings(runner.node, now))
 
 
 def patience_s(runner, prediction):
@@ -1977,7 +1985,7 @@ class Turn:
     leases: list = field(default_factory=list)  # given
     refused: list = field(default_factory=list)
     held: list = field(default_factory=list)    # heap entries that had better wait
-    offers: dict = field(default_factory=dict)  # Runner: Offer, with the virtual places of those held
+    claimed: dict = field(default_factory=dict)     # Runner: Offer, with the claims of those held for it
 
 
 @dataclass(slots=True)
@@ -2220,7 +2228,8 @@ class Dispatcher:
                 settled, entry = self.settled.get(model), self.queue.first(model)
                 if not (settled and entry and runner.on_disk):
                     continue
-                finish_s = offer_of(runner, now).finish_s(self.estimates.demand_of(entry[2]))
+                offer = self.around(node, now).offer(runner, now)
+                finish_s = offer.finish_s(self.estimates.demand_of(entry[2]), now)
                 if finish_s <= HOLD * (settled.finish_s - now):
                     tempted.append(model)
                     self.unsettle(model)
@@ -2319,25 +2328,22 @@ class Dispatcher:
         candidates = self.candidates(turn, ticket, room.runners)
         free = next((it for it in candidates if self.has_room(it.runner, room.runners, turn.now)), None)
         if free and free.finish_s <= HOLD * candidates[0].finish_s:
-            chosen = free
             room.places_left -= 1
             self.queue.settle(entry)
-            prediction = chosen.offer.predict(self.estimates.demand_of(ticket))
-            turn.leases.append(self.lease(ticket, chosen.runner.node, chosen.runner, turn.now,
-                                          explain(candidates, chosen), prediction))
-            self.decisions.append(Decision(turn.now, ticket.id, room.model, chosen.runner.node.name,
+            prediction = free.offer.predict(self.estimates.demand_of(ticket), turn.now)
+            turn.leases.append(self.lease(ticket, free.runner.node, free.runner, turn.now, explain(candidates, free),
+                                          prediction))
+            self.decisions.append(Decision(turn.now, ticket.id, room.model, free.runner.node.name,
                                            [(it.runner.node.name, it.finish_s) for it in candidates]))
         elif candidates or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
             room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
-            chosen = candidates[0] if candidates else None
-            room.finish_s = min(room.finish_s, chosen.finish_s if chosen else math.inf)
+            if candidates:
+                self.claim(turn, candidates[0])
+                room.finish_s = min(room.finish_s, candidates[0].finish_s)
         else:
-            chosen = None
             self.queue.settle(entry)
             turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
-        if chosen:
-            chosen.offer.take(chosen.finish_s)
 
     def has_room(self, runner, others, now):
         """Tell whether one more request may be sent to a runner."""
@@ -2350,18 +2356,31 @@ class Dispatcher:
 
     def candidates(self, turn, ticket, runners):
         """Return a Candidate for each node that has not failed a ticket, best first."""
-        found, demand = [], self.estimates.demand_of(ticket)
+        found, demand, now = [], self.estimates.demand_of(ticket), turn.now
         for order, runner in enumerate(runners):
             if ticket.tried and runner.node.name in ticket.tried:
                 continue
-            offer, around = turn.offers.get(runner), self.around(runner.node, turn.now)
-            if offer is None:
-                offer = turn.offers[runner] = Offer(runner, order, turn.now, around)
-            elif offer.around is not around:
-                offer.look(around)
-            found.append(Candidate(offer.finish_s(demand), order, offer))
+            offer = self.offer(turn, runner)
+            found.append(Candidate(offer.finish_s(demand, now), order, offer))
         found.sort()
         return found
+
+    def offer(self, turn, runner):
+        """Return the Offer of a runner, with the claims of those that are held for it."""
+        around = self.around(runner.node, turn.now)
+        claimed = turn.claimed.get(runner) if turn.claimed else None
+        if claimed is None:
+            return around.offer(runner, turn.now)
+        if claimed.around is not around:        # a lease was given there
+            claimed = turn.claimed[runner] = Offer(runner, around, turn.now, claimed.claims_at_s)
+        return claimed
+
+    def claim(self, turn, candidate):
+        """Let a ticket that is held have the first slot of a runner, before those that are looked at after it."""
+        runner = candidate.runner
+        if runner not in turn.claimed:
+            turn.claimed[runner] = Offer(runner, candidate.offer.around, turn.now, [])
+        turn.claimed[runner].claim(turn.now + candidate.finish_s)
 
     def around(self, node, now):
         """Return the Surroundings on a node: kept from one dispatch to the next, as long as nothing happens there."""
@@ -2491,7 +2510,7 @@ class Dispatcher:
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
         runner, wants = lease.runner, lease.ticket.wants
-        it = prediction or offer_of(runner, now).predict(self.estimates.demand(wants))
+        it = prediction or Surroundings(runner.node, now).offer(runner, now).predict(self.estimates.demand(wants), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
@@ -5365,6 +5384,7 @@ def metric_families(gateway):
 
 def answer_metrics(gateway):
     """Answer /metrics in Prometheus' text format 0.0.4."""
+    gateway.tally()
     lines = []
     for name, kind, help, samples in metric_families(gateway):
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
@@ -6026,7 +6046,7 @@ class Gateway:
         self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
         self.metrics = Metrics(self.dispatcher)
         self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
-        self.unlogged = []          # finished requests: (Record, seconds taken)
+        self.finished = []          # since the last `tally`: (Record, seconds taken)
         self.draining = False
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
@@ -6198,24 +6218,23 @@ class Gateway:
         """Return what dashboards show, as JSON; made once for all that look, however many."""
         now = self.loop.time()
         if now - self.shown_s >= EVENT_S / 2:
+            self.tally()
             self.shown, self.shown_s = json.dumps(dashboard_state(self), separators=(",", ":")).encode(), now
         return self.shown
 
     def finish(self, record):
-        """Count a finished request, and log it a moment later, together with others: that is much cheaper."""
-        total_s = self.loop.time() - record.started_s
-        self.metrics.count_request(record, total_s)
-        if not LOG.isEnabledFor(logging.INFO):
-            return
-        if not self.unlogged:
-            self.loop.call_later(LOG_DELAY_S, self.flush_log)
-        self.unlogged.append((record, total_s))
+        """Let a finished request be counted and logged a moment later, together with others: that is much cheaper."""
+        if not self.finished:
+            self.loop.call_later(TALLY_DELAY_S, self.tally)
+        self.finished.append((record, self.loop.time() - record.started_s))
 
-    def flush_log(self):
-        """Write the log lines of the requests that have finished since the last time."""
-        records, self.unlogged = self.unlogged, []
-        if records:
-            LOG.info([request_fields(record, total_s) for record, total_s in records])
+    def tally(self):
+        """Count and log the requests that have finished since the last time."""
+        finished, self.finished = self.finished, []
+        for record, total_s in finished:
+            self.metrics.count_request(record, total_s)
+        if finished and LOG.isEnabledFor(logging.INFO):
+            LOG.info([request_fields(record, total_s) for record, total_s in finished])
 
     def sweep(self):
         """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
@@ -6284,7 +6303,7 @@ class Gateway:
         await asyncio.gather(*tasks, return_exceptions=True)
         for pool in self.pools.values():
             pool.prune(math.inf)
-        self.flush_log()
+        self.tally()
 
 
 # -----------------------------------------------------------------------------

@@ -1444,7 +1444,8 @@ def test_speeds_and_lengths_are_learned_from_answers():
     assert known.decode_s == pytest.approx(0.05) and known.prefill_s == pytest.approx(0.001, rel=0.1)
     lengths = dispatcher.estimates.lengths["m:latest"]
     assert lengths.chars_per_token == pytest.approx(3.0, rel=0.1) and lengths.mean == pytest.approx(40)
-    it = sollol.offer_of(known, now).predict(dispatcher.estimates.demand(want(prompt_chars=3000)))
+    offer = dispatcher.around(known.node, now).offer(known, now)
+    it = offer.predict(dispatcher.estimates.demand(want(prompt_chars=3000)), now)
     assert (it.prefill_s, it.decode_s) == pytest.approx((1.03, 2.0), rel=0.1)
 
 
