@@ -832,6 +832,7 @@ def origin_lines(origin, host, allowed):
     return None
 
 
+@remembered
 def canonical(name):
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name.strip().lower()
@@ -2056,7 +2057,7 @@ class Decision(NamedTuple):
     id: str
     model: str
     node: str
-    finish_s: list                  # [(node name, seconds)]
+    candidates: list                # best first
 
 
 class Dispatcher:
@@ -2333,8 +2334,7 @@ class Dispatcher:
             prediction = free.offer.predict(self.estimates.demand_of(ticket), turn.now)
             turn.leases.append(self.lease(ticket, free.runner.node, free.runner, turn.now, explain(candidates, free),
                                           prediction))
-            self.decisions.append(Decision(turn.now, ticket.id, room.model, free.runner.node.name,
-                                           [(it.runner.node.name, it.finish_s) for it in candidates]))
+            self.decisions.append(Decision(turn.now, ticket.id, room.model, free.runner.node.name, candidates))
         elif candidates or not self.is_hopeless(ticket, turn.now):
             turn.held.append(entry)
             room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
@@ -4120,6 +4120,29 @@ class NodeRefused(Exception):
         self.kind, self.head, self.body = kind, head, body
 
 
+def answer_whole(client, head, record, answer, body):
+    """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
+    answer.length = len(body)
+    _, lines, keep = choose_framing(head, answer, head.keep_alive)
+    record.status, record.bytes = answer.status, len(body)
+    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else body))
+    return keep
+
+
+def pass_on_whole(gateway, client, head, connection, answer, lease, record):
+    """Pass on an answer that came in one piece with its head. Return (keep the client's, keep the node's connection)."""
+    body, connection.buffer = connection.buffer, b""
+    dispatcher, now = gateway.dispatcher, gateway.loop.time()
+    if body:
+        dispatcher.heard(lease, body.count(b"\n"), now)
+    keep = answer_whole(client, head, record, answer, body)
+    record.first_s = lease.first_s
+    if answer.status < 400:
+        record.timings = read_timings(body[-TAIL_BYTES:])
+        dispatcher.observe(lease, record.timings, now)
+    return keep, answer.keep_alive
+
+
 def begin_relay(client, connection, answer, record, lease, framing, lines, heard, transcript):
     """Return the Relay for an answer. Raises NodeFailure if it cannot go on where the transcript's last one ended."""
     prelude = render_response(answer, added_lines(record), lines)
@@ -4151,9 +4174,11 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     If the node fails once bytes are out, another one goes on if there is a transcript: the NodeFailure is raised. Else
     the client is told in-band where the format allows it; or it is cut.
     """
+    before = transcript and transcript.relay
+    if answer.length == len(connection.buffer) <= READ_AHEAD_BYTES and keep and not before:
+        return pass_on_whole(gateway, client, head, connection, answer, lease, record)
     framing, lines, keep = choose_framing(head, answer, keep)
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    before = transcript and transcript.relay
     relay = begin_relay(client, connection, answer, record, lease, framing, lines,
                         functools.partial(dispatcher.heard, lease), transcript)
     lease.held_up = lambda: client.write_paused
@@ -4210,15 +4235,6 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
     finally:
         lease.abandon = None
         pool.give_back(connection, clean)
-
-
-def answer_whole(client, head, record, answer, body):
-    """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
-    answer.length = len(body)
-    _, lines, keep = choose_framing(head, answer, head.keep_alive)
-    record.status, record.bytes = answer.status, len(body)
-    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else body))
-    return keep
 
 
 async def run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript):
@@ -5234,7 +5250,7 @@ def answer_queue(gateway):
 def decision_stats(decisions, now):
     """Return what is said of decisions, the last one first."""
     return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
-             "predicted_finish_s": {name: round(finish_s, 3) for name, finish_s in it.finish_s}}
+             "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
             for it in reversed(decisions)]
 
 
