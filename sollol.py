@@ -3806,7 +3806,7 @@ class ClientConnection(asyncio.Protocol):
         self.write_paused = self.read_paused = False
 
     def connection_made(self, transport):
-        self.transport = transport
+        self.transport, self.write_deadline_s = transport, math.inf
         peer = transport.get_extra_info("peername")
         self.address = peer[0] if isinstance(peer, tuple) else "local"
         self.task = self.loop.create_task(self.converse(self))
@@ -3980,6 +3980,131 @@ class ClientConnection(asyncio.Protocol):
         while not self.gone and self.transport.get_write_buffer_size():
             self.write_deadline_s = min(self.write_deadline_s, self.loop.time() + WRITE_PAUSE_S)
             await self.wait()
+
+
+NOT_TLS = (b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 38\r\n\r\n"
+           b"This port speaks TLS: ask https://...\n")
+
+
+class TlsTransport(asyncio.Protocol):
+    """Speak TLS on a client's socket; to the ClientConnection this is the transport.
+
+    asyncio's own would be simpler, but it cannot close the write side alone, so that a reset could destroy an early
+    answer; it gives the reader of a closed connection so many seconds, however much is left to read; it holds 512 KiB
+    more for a slow one; and it hides connections until their handshake is over, so that they cannot be counted.
+    Here back-pressure, buffer and end are the socket's own. `forget` is told of a client that never came to ask.
+    """
+
+    __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended")
+
+    def __init__(self, socket, context, client, forget):
+        self.socket, self.client, self.forget = socket, client, forget
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.shaken = False         # the handshake is over
+        self.ended = False          # nothing more is sent, and nothing read but to be thrown away
+
+    # As the socket's protocol: what comes in.
+
+    def data_received(self, data):
+        if self.ended:
+            return
+        self.incoming.write(data)
+        pieces, over = [], False
+        try:
+            if not self.shaken:
+                self.tls.do_handshake()
+                self.shaken = True
+                self.client.connection_made(self)
+            while piece := self.tls.read(READ_AHEAD_BYTES):
+                pieces.append(piece)
+            over = True             # in good order, by a close_notify
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            self.refuse(data, error)
+            return
+        self.send()
+        if pieces:
+            self.client.data_received(b"".join(pieces))
+        if over:
+            self.eof_received()
+
+    def refuse(self, data, error):
+        """End a connection that breaks the protocol, or speaks another one."""
+        LOG.debug({"event": "tls", "why": error.reason})
+        self.ended = True
+        if self.shaken:
+            self.socket.abort()
+            return
+        if data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
+            self.socket.write(NOT_TLS)
+        self.send()                 # an alert
+        self.socket.close()
+
+    def eof_received(self):
+        if self.shaken and not self.client.eof:
+            self.client.eof_received()
+        return self.shaken
+
+    def connection_lost(self, exc):
+        self.ended = True
+        self.client.connection_lost(exc)
+        if not self.shaken:
+            self.forget(self.client)
+
+    def pause_writing(self):
+        self.client.pause_writing()
+
+    def resume_writing(self):
+        self.client.resume_writing()
+
+    # As the client's transport: what goes out.
+
+    def send(self):
+        """Send what the TLS machine has to say."""
+        if self.outgoing.pending:
+            self.socket.write(self.outgoing.read())
+
+    def write(self, data):
+        if data and not self.ended:
+            self.tls.write(data)    # whole: there is no end to a MemoryBIO
+            self.socket.write(self.outgoing.read())
+
+    def end(self):
+        """Say that no more will come (RFC 8446 6.1), as the peer cannot tell from a FIN that nothing was cut off."""
+        if self.shaken and not self.ended:
+            with contextlib.suppress(ssl.SSLError):     # it would wait for the peer's, or find unread bytes
+                self.tls.unwrap()
+            self.send()
+        self.ended = True
+
+    def write_eof(self):
+        self.end()
+        self.socket.write_eof()
+
+    def close(self):
+        self.end()
+        self.socket.close()
+
+    def abort(self):
+        self.ended = True
+        self.socket.abort()
+
+    def is_closing(self):
+        return self.socket.is_closing()
+
+    def pause_reading(self):
+        self.socket.pause_reading()
+
+    def resume_reading(self):
+        self.socket.resume_reading()
+
+    def get_write_buffer_size(self):
+        return self.socket.get_write_buffer_size()
+
+    def get_extra_info(self, name, default=None):
+        return self.socket.get_extra_info(name, default)
 
 
 @dataclass(slots=True)
@@ -5977,6 +6102,14 @@ def parse_keys(text, place):
     return list(names.values())
 
 
+def warn_of_readers(event, path, mode):
+    """Warn if others than its owner can read a secret file. What systemd hands over, it has closed to others by an ACL,
+    which shows as rights of the group."""
+    given_by_systemd = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY", "none")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and not given_by_systemd:
+        LOG.warning({"event": event, "why": f"others than its owner can read {path}: chmod 600 it"})
+
+
 def read_keys(options):
     """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
     if not options.keys:
@@ -5986,9 +6119,62 @@ def read_keys(options):
             keys, mode = parse_keys(file.read(), options.keys), os.fstat(file.fileno()).st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{options.keys}: {getattr(error, 'strerror', None) or 'this is not UTF-8'}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        LOG.warning({"event": "keys", "why": f"others than its owner can read {options.keys}: chmod 600 it"})
+    warn_of_readers("keys", options.keys, mode)
     return keys
+
+
+# -----------------------------------------------------------------------------
+# Certificate and key of the gateway's own port
+# -----------------------------------------------------------------------------
+
+def check_readable(path):
+    """Raise ConfigError if a file cannot be read: ssl would not tell which one."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def is_certificate(path):
+    """Tell whether there is a certificate in a file, in PEM form."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        return False
+    return True
+
+
+def no_password():
+    raise ConfigError("is encrypted, and nobody is here to give the password")
+
+
+def read_certificate(options):
+    """Return the TLS context of --tls-cert and --tls-key, None without them.
+
+    Raises ConfigError that names the file; warns if others can read the key. It speaks TLS 1.2 at least, and HTTP/1.1.
+    """
+    if not options.tls_cert:
+        return None
+    certificate, key = options.tls_cert, options.tls_key
+    check_readable(certificate)
+    check_readable(key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION      # so that to write never waits for something to be read
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    except (ssl.SSLError, OSError) as error:
+        if not is_certificate(certificate):
+            raise ConfigError(f"{certificate}: there is no certificate in PEM form in it") from None
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+            raise ConfigError(f"{key}: this is not the key of the certificate in {certificate}") from None
+        raise ConfigError(f"{key}: there is no usable private key in PEM form in it") from None
+    warn_of_readers("tls", key, os.stat(key).st_mode)
+    return context
 
 
 # -----------------------------------------------------------------------------
@@ -6005,8 +6191,8 @@ def affordable_clients(asked, descriptors):
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, nodes, keys=()):
-        self.options = options
+    def __init__(self, options, nodes, keys=(), tls=None):
+        self.options, self.tls = options, tls
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
@@ -6071,14 +6257,20 @@ class Gateway:
         transport = writer.transport
         client = ClientConnection(self.loop, lambda client: converse(self, client))
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
+        client.transport = transport
         transport.set_protocol(client)
         if len(self.clients) >= self.max_clients:
-            client.transport = transport
-            answer_refusal(client, None, None, Refusal(503, "too many connections", close=True, retry_after_s=1.0))
+            if not self.tls:        # else it would take a handshake to tell
+                answer_refusal(client, None, None, Refusal(503, "too many connections", close=True, retry_after_s=1.0))
             transport.close()
             return
         self.clients.add(client)
-        client.connection_made(transport)
+        if self.tls:
+            client.transport = TlsTransport(transport, self.tls, client, self.clients.discard)
+            client.write_deadline_s = self.loop.time() + self.header_timeout_s      # of the handshake
+            transport.set_protocol(client.transport)
+        else:
+            client.connection_made(transport)
 
     def report(self, loop, context):
         """Log what went wrong outside all tasks.
@@ -6128,7 +6320,7 @@ class Gateway:
         return stamps
 
     def reload(self):
-        """Read hosts.txt and the keys again. A bad file is refused with one log line, and what it said before stays."""
+        """Read hosts.txt, keys and certificate again. A bad file is refused with one log line; what it said stays."""
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.files_seen = self.file_stamps()
         try:
@@ -6139,6 +6331,8 @@ class Gateway:
             LOG.error({"event": "reload", "refused": str(error)})
         if self.options.keys:
             self.reload_keys()
+        if self.options.tls_cert:
+            self.reload_certificate()
         tell_systemd("READY=1")
         self.pump()
 
@@ -6147,6 +6341,14 @@ class Gateway:
         try:
             self.keys.configure(read_keys(self.options))
             LOG.info({"event": "reload", "keys": len(self.keys.by_digest)})
+        except ConfigError as error:
+            LOG.error({"event": "reload", "refused": str(error)})
+
+    def reload_certificate(self):
+        """Read certificate and key again: for new connections, those that are open keep theirs."""
+        try:
+            self.tls = read_certificate(self.options)
+            LOG.info({"event": "reload", "certificate": self.options.tls_cert})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
 
@@ -6276,7 +6478,7 @@ class Gateway:
             self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.probes.values(), *self.chores.values(), *(client.task for client in self.clients)]
+        tasks = [*self.probes.values(), *self.chores.values(), *(client.task for client in self.clients if client.task)]
         for client in list(self.clients):
             client.transport.abort()
         for task in tasks:
@@ -6386,6 +6588,9 @@ def command_line(environ):
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
     add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
         "--hosts (none: everybody may ask)")
+    add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it speaks "
+        "TLS then; read again on SIGHUP (none: plain HTTP)")
+    add(group, "--tls-key", metavar="FILE", help="private key of --tls-cert, in PEM form (none)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
@@ -6428,6 +6633,8 @@ def parse_options(argv, environ=None):
         options.node = environ.get("SOLLOL_NODE", "").split()
     if not (options.hosts or options.node or options.demo):
         parser.error("where are the nodes? Give --hosts FILE or --node URL, or try --demo")
+    if bool(options.tls_cert) != bool(options.tls_key):
+        parser.error("--tls-cert and --tls-key: one is nothing without the other")
     return options
 
 
@@ -6439,9 +6646,9 @@ def raise_descriptor_limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def run_gateway(options, nodes, keys, greeting=""):
+async def run_gateway(options, nodes, keys, tls, greeting=""):
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
-    gateway = Gateway(options, nodes, keys)
+    gateway = Gateway(options, nodes, keys, tls)
     gateway.loop.set_exception_handler(gateway.report)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
@@ -6451,7 +6658,8 @@ async def run_gateway(options, nodes, keys, greeting=""):
         if gateway.draining:
             return
         host, port = gateway.address
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if tls else "http"
+        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
                   "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
@@ -6479,7 +6687,7 @@ and open {url}/dashboard
 """
 
 
-async def run_demo(options, keys):
+async def run_demo(options, keys, tls):
     """Serve in front of three simulated nodes in this process."""
     try:
         import bench
@@ -6490,7 +6698,7 @@ async def run_demo(options, keys):
         await node.start()
     lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
     try:
-        await run_gateway(options, parse_hosts(lines, "demo"), keys, DEMO_HINTS)
+        await run_gateway(options, parse_hosts(lines, "demo"), keys, tls, DEMO_HINTS)
     finally:
         for node in nodes:
             await node.stop()
@@ -6535,11 +6743,11 @@ def main(argv=None):
     gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
     try:
         nodes = [] if options.demo else read_nodes(options)
-        keys = read_keys(options)
+        keys, tls = read_keys(options), read_certificate(options)
         with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
-            runner.run(run_demo(options, keys) if options.demo else run_gateway(options, nodes, keys))
+            runner.run(run_demo(options, keys, tls) if options.demo else run_gateway(options, nodes, keys, tls))
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
