@@ -22,6 +22,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -2228,6 +2229,20 @@ def chunked(*pieces, status=b"200 OK", kind=b"application/x-ndjson", end=b"0\r\n
             + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + end)
 
 
+tls_flags = []      # of every gateway below: some of these tests are run over TLS, too
+
+
+def trusting(certificate):
+    """Return what lets a client trust a certificate."""
+    return ssl.create_default_context(cafile=certificate)
+
+
+def spoken(gateway):
+    """Return how to connect to a gateway: over TLS if that is what it speaks."""
+    certificate = gateway.options.tls_cert
+    return {"ssl": trusting(certificate), "server_hostname": "localhost"} if certificate else {}
+
+
 @contextlib.asynccontextmanager
 async def gateway_for(*nodes, flags=(), hosts=None):
     """Start nodes and a gateway in front of them; stop all at the end. Nodes may be given not started."""
@@ -2235,11 +2250,12 @@ async def gateway_for(*nodes, flags=(), hosts=None):
         if not getattr(node, "port", 0):
             await node.start()
     named = [f"{node.url} {getattr(node, 'line', '')}" for node in nodes]
-    argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags]
+    argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags,
+            *tls_flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
     keys = sollol.read_keys(options)
     settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts("\n".join(named), "test")
-    gateway = await sollol.Gateway(options, settings, keys).start()
+    gateway = await sollol.Gateway(options, settings, keys, sollol.read_certificate(options)).start()
     try:
         yield gateway
     finally:
@@ -2268,7 +2284,7 @@ class Caller:
     @classmethod
     async def to(cls, gateway):
         self = cls()
-        self.reader, self.writer = await asyncio.open_connection(*gateway.address, limit=2**26)
+        self.reader, self.writer = await asyncio.open_connection(*gateway.address, limit=2**26, **spoken(gateway))
         return self
 
     async def head(self):
@@ -2694,7 +2710,7 @@ async def test_slow_reader_slows_the_node_and_not_the_gateways_memory():
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         raw.setblocking(False)
         await asyncio.get_running_loop().sock_connect(raw, gateway.address)
-        reader, writer = await asyncio.open_connection(sock=raw, limit=65536)
+        reader, writer = await asyncio.open_connection(sock=raw, limit=65536, **spoken(gateway))
         body = json.dumps(generate(stream=True)).encode()
         writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         await asyncio.sleep(0.5)
@@ -5725,6 +5741,164 @@ def test_service_is_valid_and_exposed_to_little(words):
         pytest.skip("systemd-analyze or /usr/bin/python3 is not installed")
     done = subprocess.run(["systemd-analyze", *words, str(HERE / "sollol.service")], capture_output=True, text=True)
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
+
+
+# -----------------------------------------------------------------------------
+# TLS: on the gateway's own port
+# -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def pems(tmp_path_factory):
+    """A folder with two self-signed certificates of this machine and their keys: one.pem, one.key, two.pem, two.key."""
+    if not shutil.which("openssl"):
+        pytest.skip("the openssl command is not installed")
+    folder = tmp_path_factory.mktemp("pems")
+    for name in ("one", "two"):
+        subprocess.run(
+            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN={name} "
+            "-addext subjectAltName=DNS:localhost,IP:127.0.0.1 -addext keyUsage=critical,digitalSignature,keyCertSign "
+            f"-keyout {name}.key -out {name}.pem".split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def pair(folder, certificate="one.pem", key="one.key"):
+    return ["--tls-cert", str(folder / certificate), "--tls-key", str(folder / key)]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("test", [
+    functools.partial(test_stream_reaches_the_client_byte_for_byte_and_piece_by_piece.__wrapped__,
+                      "/api/chat", b"application/x-ndjson", NDJSON),
+    *(test.__wrapped__ for test in (
+        test_keep_alive_pipelining_and_http_1_0, test_chunked_request_body_and_expect_100_continue,
+        test_slow_head_gets_408_but_a_slow_model_is_waited_for,
+        test_slow_reader_slows_the_node_and_not_the_gateways_memory, test_blob_streams_up_with_either_framing,
+        test_answer_before_the_end_of_an_upload_is_not_lost, test_client_hangup_frees_slot_queue_and_node_connection,
+        test_200_clients_that_vanish_leave_nothing_behind, test_drain_waits_for_a_body_that_is_still_coming,
+        test_drain_finishes_running_and_queued_and_refuses_new))],
+    ids=lambda test: getattr(test, "func", test).__name__)
+def test_over_tls_all_is_as_without(loop, test, pems, monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules[__name__], "tls_flags", pair(pems))
+    LOOPS[loop](test())
+    assert not caplog.records or "Traceback" not in caplog.text
+
+
+@over_sockets
+async def test_clients_that_are_too_many_or_shake_no_hands_are_let_go(pems):
+    flags = [*pair(pems), "--max-connections", "2", "--header-timeout", "1"]
+    async with gateway_for(bench.SimNode(**FAST), flags=flags) as gateway:
+        silent = [await asyncio.open_connection(*gateway.address) for _ in range(2)]
+        silent[1][1].write(b"\x16\x03\x01\x02\x00")        # the beginning of a handshake
+        await until(lambda: len(gateway.clients) == 2)
+        reader, writer = await asyncio.open_connection(*gateway.address)
+        assert await reader.read() == b"" and len(gateway.clients) == 2
+        started_s = asyncio.get_running_loop().time()
+        for reader, _ in silent:
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        assert asyncio.get_running_loop().time() - started_s > 0.4
+        await until(lambda: not gateway.clients)
+        assert (await call(gateway, "GET", "/")).status == 200
+        for _, writer in (*silent, (reader, writer)):
+            writer.close()
+
+
+def tls_connection(port, context):
+    """Return a TLS connection that raises an error at an end that is not clean."""
+    raw = socket.create_connection(("127.0.0.1", port), timeout=20)
+    return context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False)
+
+
+def read_all(connection):
+    """Return what comes until a clean end."""
+    found = b""
+    while piece := connection.recv(65536):
+        found += piece
+    return found
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-uvloop"]], ids=["uvloop", "asyncio"])
+def test_tls_with_real_clients_from_the_first_handshake_over_a_renewed_certificate_to_the_end(flags, pems, tmp_path):
+    for name in ("used.pem", "used.key"):
+        shutil.copy(pems / name.replace("used", "one"), tmp_path / name)
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 10) as node, \
+         program("sollol.py", "--node", read_until(node, r"http://\S+")[0], "--port", 0,
+                 *pair(tmp_path, "used.pem", "used.key"), *flags) as gateway:
+        port = int(read_until(gateway, r"event=start .*url=https://127.0.0.1:(\d+)")[1])
+        url, one, two = f"https://localhost:{port}", trusting(pems / "one.pem"), trusting(pems / "two.pem")
+
+        def ask(context, path="/api/version", value=None):
+            data = None if value is None else json.dumps(value).encode()
+            with urllib.request.urlopen(urllib.request.Request(url + path, data), context=context, timeout=20) as it:
+                return it.read()
+
+        assert json.loads(ask(one, "/api/generate", generate(tokens=3)))["done"]
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            ask(two)
+        one.set_alpn_protocols(["h2", "http/1.1"])
+        with tls_connection(port, one) as connection:
+            assert (connection.version(), connection.selected_alpn_protocol()) == ("TLSv1.3", "http/1.1")
+        old = trusting(pems / "one.pem")
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        with tls_connection(port, old) as connection:
+            assert connection.version() == "TLSv1.2"
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+            plain.sendall(b"DELETE / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            told = plain.makefile("rb").read()
+            assert told.startswith(b"HTTP/1.1 400 ") and told.endswith(b"\r\n\r\nThis port speaks TLS: ask https://...\n")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as garbage:
+            garbage.sendall(b"\x16\x03\x01\x00\x05hello" + b"\x00" * 100)
+            with contextlib.suppress(ConnectionError):
+                garbage.makefile("rb").read()
+
+        idle, stream = tls_connection(port, one), tls_connection(port, one)
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")
+        stream.sendall(posted(generate(tokens=1500, stream=True)))
+        said = stream.recv(65536)
+        shutil.copy(pems / "two.pem", tmp_path / "used.pem")
+        gateway.send_signal(signal.SIGHUP)
+        read_until(gateway, r"level=error event=reload refused=.*used.key: this is not the key of the certificate in ")
+        assert ask(one)
+        shutil.copy(pems / "two.key", tmp_path / "used.key")
+        gateway.send_signal(signal.SIGHUP)
+        read_until(gateway, "level=info event=reload certificate=")
+        assert ask(two)
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            ask(one)
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")
+        gateway.send_signal(signal.SIGTERM)
+        assert read_all(idle) == b""
+        said += read_all(stream)
+        assert b'"done":true' in said and said.endswith(b"0\r\n\r\n")
+        assert gateway.wait(10) == 0
+        assert "Traceback" not in all_output(gateway) and "level=error event=error" not in all_output(gateway)
+
+
+@table("argv, message", [
+    ("no key", ["--tls-cert", "one.pem"], "sollol.py: --tls-cert and --tls-key: one is nothing without the other"),
+    ("no certificate", ["--tls-key", "one.key"], "sollol.py: --tls-cert and --tls-key: one is nothing without"),
+    ("not there", ["--tls-cert", "one.pem", "--tls-key", "no.key"], "no.key: No such file or directory"),
+    ("neither", ["--tls-cert", "no.pem", "--tls-key", "no.key"], "no.pem: No such file or directory"),
+    ("a folder", ["--tls-cert", ".", "--tls-key", "one.key"], ".: Is a directory"),
+    ("another's key", ["--tls-cert", "one.pem", "--tls-key", "two.key"],
+     "two.key: this is not the key of the certificate in one.pem"),
+    ("no such thing", ["--tls-cert", "words", "--tls-key", "one.key"], "words: there is no certificate in PEM form"),
+    ("changed about", ["--tls-cert", "one.key", "--tls-key", "one.pem"], "one.key: there is no certificate in PEM"),
+    ("no key in it", ["--tls-cert", "one.pem", "--tls-key", "words"], "words: there is no usable private key in PEM"),
+    ("password", ["--tls-cert", "one.pem", "--tls-key", "locked.key"], "locked.key: is encrypted, and nobody is here")])
+def test_bad_certificate_or_key_stops_the_start_with_one_line(argv, message, pems, monkeypatch, capsys):
+    monkeypatch.chdir(pems)
+    pathlib.Path("words").write_text("hello\n")
+    subprocess.run("openssl ec -in one.key -aes256 -passout pass:x -out locked.key".split(), check=True,
+                   capture_output=True)
+    try:
+        assert sollol.main(["--node", "a", *argv]) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(message) and told.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------
