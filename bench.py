@@ -1698,6 +1698,7 @@ class SimNode:
         self.port = port                        # 0: any; the real one after start()
         self.models = {model.name: model for model in map(model_named, models)}
         self.version = version
+        self.tls = None                         # the ssl.SSLContext that it speaks TLS with
         self.latency_s = latency_s              # one way
         self.tokens_per_line = tokens_per_line
         self.engine = Engine(machine, slots or machine.slots, vram_gb or machine.vram_gb, keep_alive_s, speed,
@@ -1724,7 +1725,7 @@ class SimNode:
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def loads(self):
@@ -1744,7 +1745,8 @@ class SimNode:
     async def start(self):
         """Listen, on the last port if there was one, and return self. Raises OSError if it is taken."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._protocol, "127.0.0.1", self.port, backlog=1024)
+        self._server = await loop.create_server(self._protocol, "127.0.0.1", self.port, backlog=1024,
+                                                ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         for name in self._loaded:
             self.engine.preload(model_named(name))

@@ -285,6 +285,8 @@ class NodeSettings(NamedTuple):
     token: str = ""                 # sent as Authorization: Bearer
     slots: int = 0                  # 0 = learn them
     primary: bool = False
+    ca: str = ""                    # file with the only certificate or authority that is believed, over https
+    insecure: bool = False          # whatever certificate it shows
 
     @property
     def url(self):
@@ -3143,6 +3145,16 @@ class NodeConnection(asyncio.Protocol):
             sink.lost()
 
 
+def trust_in(settings):
+    """Return the TLS context for connections to a node, None for plain HTTP. Raises OSError if its ca= is no good."""
+    if not settings.tls:
+        return None
+    context = ssl.create_default_context(cafile=settings.ca or None)
+    if settings.insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 # The gateway's own lack of sockets: no fault of the node.
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
@@ -3154,7 +3166,7 @@ class Pool:
         self.settings, self.loop = settings, loop
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
-        self.tls = ssl.create_default_context() if settings.tls else None
+        self.tls = trust_in(settings)
 
     async def connect(self):
         """Return a fresh connection. Raises NodeFailure."""
@@ -3165,6 +3177,10 @@ class Pool:
             return connection
         except TimeoutError:
             raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
+        except ssl.SSLCertVerificationError as error:
+            raise NodeFailure("refused", f"its certificate is not believed: {error.verify_message}") from None
+        except ssl.SSLError as error:
+            raise NodeFailure("refused", f"no TLS: {(error.reason or 'broken off').lower().replace('_', ' ')}") from None
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise Refusal(503, f"the gateway has no connection left: {error.strerror}", retry_after_s=1.0) from None
@@ -5173,7 +5189,7 @@ def note_state(gateway, node, why=""):
 
 
 async def probe(gateway, node):
-    """Look at a node once: does it live, which models has it, which are loaded?"""
+    """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, if it did."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     asked_s, why, answered = loop.time(), "", False
     try:
@@ -5190,6 +5206,7 @@ async def probe(gateway, node):
             dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
     note_state(gateway, node, why)
     gateway.pump()
+    return why
 
 
 async def probe_forever(gateway, node):
@@ -5957,7 +5974,7 @@ def parse_prefix(text):
 
 
 NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word,
-                 "prefix": parse_prefix, "primary": parse_switch}
+                 "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch}
 
 
 def parse_url(url):
@@ -5988,9 +6005,28 @@ def parse_node(line):
             values[key] = NODE_SETTINGS[key](text)
         except ValueError as error:
             raise ValueError(f"{key} {error}") from None
+    for key in ("ca", "insecure"):
+        if key in values and not tls:
+            raise ValueError(f"{key}= is for https:// only")
+    if values.get("insecure") and "ca" in values:
+        raise ValueError("ca= and insecure=yes contradict each other")
     shown = f"[{host}]" if ":" in host else host
     return NodeSettings(values.pop("name", f"{shown}:{port}"), host, port, tls,
                         host_header=values.pop("host", f"{shown}:{port}"), **values)
+
+
+def with_authority(node, folder):
+    """Return the NodeSettings with the path of ca= seen from `folder`. Raises ValueError if there is no certificate."""
+    if not node.ca:
+        return node
+    node = node._replace(ca=os.path.join(folder, node.ca))
+    try:
+        trust_in(node)
+    except ssl.SSLError:
+        raise ValueError(f"ca {node.ca}: there is no certificate in PEM form in it") from None
+    except OSError as error:
+        raise ValueError(f"ca {node.ca}: {error.strerror}") from None
+    return node
 
 
 def parse_hosts(text, place):
@@ -6001,7 +6037,7 @@ def parse_hosts(text, place):
         if not line:
             continue
         try:
-            node = parse_node(line)
+            node = with_authority(parse_node(line), os.path.dirname(place))
             if node.name in nodes:
                 raise ValueError(f"there are two nodes named {node.name!r}; give one of them another name=")
         except ValueError as error:
@@ -6287,6 +6323,12 @@ class Gateway:
     def configure(self, nodes):
         """Take over a list of NodeSettings."""
         added, dropped = self.dispatcher.configure(nodes)
+        for node in self.dispatcher.nodes.values():
+            if node.settings.ca and node not in added:
+                self.pools[node].tls = trust_in(node.settings)      # the file may have been renewed
+        insecure = " ".join(node.name for node in added if node.settings.insecure)
+        if insecure:
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: whoever sits between can pose as them"})
         for node in added:
             self.pools[node] = Pool(node.settings, self.loop)
             self.begin_probes(node)
@@ -6712,13 +6754,13 @@ async def run_check(options, settings):
     for node in nodes:
         gateway.pools[node] = Pool(node.settings, gateway.loop)
     LOG.setLevel(logging.CRITICAL)
-    await asyncio.gather(*(probe(gateway, node) for node in nodes))
-    table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED")]
-    for node in nodes:
+    reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
+    table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]
+    for node, why in zip(nodes, reasons, strict=True):
         models = sorted(runner.model for runner in node.runners.values() if runner.on_disk)
         loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
         table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
-                      " ".join(models) or "-", " ".join(loaded) or "-"))
+                      " ".join(models) or "-", " ".join(loaded) or "-", why))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

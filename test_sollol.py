@@ -1974,6 +1974,7 @@ def test_books_stay_in_order_over_a_random_walk_and_are_empty_at_its_end(policy,
     ("all settings", "gpu name=g slots=4 token=a=b#c host=localhost prefix=/p/ primary=yes",
      dict(name="g", slots=4, token="a=b#c", host_header="localhost", prefix="/p", primary=True)),
     ("comment", "gpu slots=64  # fixed", dict(slots=64)),
+    ("any certificate", "https://gpu insecure=yes", dict(tls=True, insecure=True, ca="")),
     ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
 ])
 def test_line_of_a_hosts_file(line, expected):
@@ -2006,6 +2007,12 @@ def test_first_line_is_primary_unless_another_says_so():
     ("query", "http://gpu/?x", "is not the URL of a node"),
     ("user", "http://u:p@gpu", "is not the URL of a node"), ("port", "gpu:eleven", "has no valid port"),
     ("port too large", "http://gpu:99999", "has no valid port"), ("bracket", "http://[::1", ""),
+    ("ca of plain HTTP", "http://gpu ca=a.pem", "ca= is for https:// only"),
+    ("insecure plain HTTP", "gpu insecure=yes", "insecure= is for https:// only"),
+    ("both", "https://gpu ca=a.pem insecure=yes", "ca= and insecure=yes contradict each other"),
+    ("ca not there", "https://gpu ca=none.pem", "ca none.pem: No such file or directory"),
+    ("ca without certificate", "https://gpu ca=/dev/null", "ca /dev/null: there is no certificate in PEM form in it"),
+    ("insecure in words", "https://gpu insecure=1", "insecure must be yes or no, not '1'"),
     ("twice", "http://one", "there are two nodes named 'one:11434'"),
     ("port 0", "http://gpu:0", "has no valid port"),
     ("password only", "http://:p@gpu", "is not the URL of a node"),
@@ -4242,6 +4249,15 @@ def test_keys_file_that_others_can_read_is_warned_about(mode, warned, tmp_path, 
     assert ("chmod 600" in caplog.text) is warned
 
 
+def test_keys_that_systemd_hands_over_are_not_warned_about(tmp_path, caplog, monkeypatch):
+    """It closes them to others by an ACL, which shows as mode 0440."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    path = tmp_path / "keys"
+    path.write_text(KEYS)
+    path.chmod(0o440)
+    assert sollol.read_keys(sollol.parse_options(["--node", "a"], {"SOLLOL_KEYS": str(path)})) and not caplog.text
+
+
 def test_bad_keys_file_stops_the_start_and_the_missing_warning_is_for_those_without(tmp_path, capsys):
     path = tmp_path / "keys"
     assert sollol.main(["--node", "a", "--keys", str(path)]) == 2
@@ -5734,12 +5750,17 @@ def test_service_manager_is_told_ready_and_stopping(tmp_path):
             assert gateway.wait(10) == 0
 
 
-@pytest.mark.parametrize("words", [["verify"], ["security", "--offline=true", "--threshold=15"]], ids=" ".join)
-def test_service_is_valid_and_exposed_to_little(words):
+@pytest.mark.parametrize("words", [["verify"], ["verify", "with secrets"], ["security", "--offline=true", "--threshold=15"]], ids=" ".join)
+def test_service_is_valid_and_exposed_to_little(words, tmp_path):
     """The threshold is ten times the exposure: 1.5 of 10."""
     if not shutil.which("systemd-analyze") or not pathlib.Path("/usr/bin/python3").exists():
         pytest.skip("systemd-analyze or /usr/bin/python3 is not installed")
-    done = subprocess.run(["systemd-analyze", *words, str(HERE / "sollol.service")], capture_output=True, text=True)
+    path, text = HERE / "sollol.service", (HERE / "sollol.service").read_text()
+    if words[1:] == ["with secrets"]:
+        path, words, (text, count) = tmp_path / path.name, words[:1], re.subn(r"(?m)^#(?=\w+=)", "", text)
+        path.write_text(text)
+        assert count == 5 and "\nEnvironment=SOLLOL_KEYS=%d/keys\n" in text
+    done = subprocess.run(["systemd-analyze", *words, str(path)], capture_output=True, text=True)
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
 
 
@@ -5795,7 +5816,7 @@ async def test_clients_that_are_too_many_or_shake_no_hands_are_let_go(pems):
         started_s = asyncio.get_running_loop().time()
         for reader, _ in silent:
             with contextlib.suppress(ConnectionError):
-                assert await reader.read() == b""
+                assert await asyncio.wait_for(reader.read(), 10) == b""
         assert asyncio.get_running_loop().time() - started_s > 0.4
         await until(lambda: not gateway.clients)
         assert (await call(gateway, "GET", "/")).status == 200
@@ -5851,6 +5872,13 @@ def test_tls_with_real_clients_from_the_first_handshake_over_a_renewed_certifica
             with contextlib.suppress(ConnectionError):
                 garbage.makefile("rb").read()
 
+        with tls_connection(port, one) as refused:     # and goes on sending meanwhile
+            refused.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n")
+            for _ in range(20):
+                refused.sendall(b"x" * 65536)
+                time.sleep(0.02)
+            assert refused.recv(65536).startswith(b"HTTP/1.1 413 ")
+
         idle, stream = tls_connection(port, one), tls_connection(port, one)
         idle.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")
@@ -5899,6 +5927,96 @@ def test_bad_certificate_or_key_stops_the_start_with_one_line(argv, message, pem
         assert ended.code == 2
     told = capsys.readouterr().err
     assert told.startswith(message) and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o640, True)])
+def test_private_key_that_others_can_read_is_warned_about(mode, warned, pems, tmp_path, caplog):
+    key = tmp_path / "my.key"
+    shutil.copy(pems / "one.key", key)
+    key.chmod(mode)
+    sollol.read_certificate(sollol.parse_options(["--node", "a", *pair(pems, key=key)], {}))
+    assert (f"others than its owner can read {key}: chmod 600 it" in caplog.text) is warned
+
+
+# -----------------------------------------------------------------------------
+# TLS: towards nodes
+# -----------------------------------------------------------------------------
+
+def tls_node(folder, name="one", **more):
+    """Return a simulated node that speaks TLS."""
+    node = bench.SimNode(**FAST, **more)
+    node.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    node.tls.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    return node
+
+
+@over_sockets
+async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_path, caplog):
+    """Each by the authority of its own line; a path is seen from the hosts file; a renewed file is read on reload."""
+    nodes = [await tls_node(pems, name).start() for name in ("one", "one", "one", "two")]
+    shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
+    lines = [f"{node.url} name={name}" for name, node in zip(("good", "wrong", "unknown", "any"), nodes, strict=True)]
+    (tmp_path / "hosts.txt").write_text("{} ca=ca.pem\n{} ca={}\n{}\n{} insecure=yes\n".format(
+        *lines[:2], pems / "two.pem", *lines[2:]))
+    async with gateway_for(*nodes, hosts=tmp_path / "hosts.txt", flags=["--probe-interval", "0.2"]) as gateway:
+        assert {name: node.up for name, node in gateway.dispatcher.nodes.items()} == {
+            "good": True, "wrong": False, "unknown": False, "any": True}
+        logged = [record.msg for record in caplog.records]
+        assert [it["nodes"] for it in logged if it["event"] == "tls"] == ["any"]
+        assert {it["node"]: it["why"] for it in logged if it["event"] == "node" and it["state"] == "down"} == {
+            name: "its certificate is not believed: self-signed certificate" for name in ("wrong", "unknown")}
+        for _ in range(4):
+            answer = await call(gateway, "POST", "/api/generate", generate(stream=True))
+            assert answer.status == 200 and answer.fields["x-sollol-node"] in ("good", "any")
+        blob = os.urandom(3 * 2**20)
+        path = f"/api/blobs/sha256:{hashlib.sha256(blob).hexdigest()}"
+        assert (await call(gateway, "POST", path, blob)).status == 201 and nodes[0].blobs
+        for pool in gateway.pools.values():
+            pool.prune(math.inf)
+        shutil.copy(pems / "two.pem", tmp_path / "ca.pem")
+        gateway.reload()
+        await until(lambda: not gateway.dispatcher.nodes["good"].up)
+        shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
+        gateway.reload()
+        await until(lambda: gateway.dispatcher.nodes["good"].up)
+
+
+@over_sockets
+async def test_node_that_leaves_or_dies_over_tls_is_replaced(pems):
+    nodes = [tls_node(pems, slots=1), tls_node(pems, slots=1)]
+    for node in nodes:
+        node.line = f"ca={pems / 'one.pem'} slots=1"
+    async with gateway_for(*nodes, flags=["--probe-interval", "0.2"]) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=300))) for _ in range(6)]
+        await until(lambda: health(gateway)["inflight"] == 2)
+        nodes[0].kill()
+        assert {answer.status for answer in await asyncio.gather(*tasks)} == {200}
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+
+
+def test_check_says_why_a_node_over_tls_is_down(pems, capsys):
+    async def plain(reader, writer):
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async def main():
+        node, server = await tls_node(pems).start(), await asyncio.start_server(plain, "127.0.0.1", 0)
+        lines = (f"{node.url} name=strange\n{node.url} name=good ca={pems / 'one.pem'}\n"
+                 f"https://127.0.0.1:{server.sockets[0].getsockname()[1]} name=plain\n")
+        try:
+            return await sollol.run_check(sollol.parse_options(["--node", "a"], {}), sollol.parse_hosts(lines, "h"))
+        finally:
+            server.close()
+            await node.stop()
+
+    level = sollol.LOG.level
+    assert asyncio.run(main()) == 1
+    sollol.LOG.setLevel(level)
+    out = capsys.readouterr().out
+    assert re.search(r"(?m)^strange .* down .* its certificate is not believed: self-signed certificate$", out)
+    assert re.search(r"(?m)^good .* up ", out)
+    assert re.search(r"(?m)^plain .* down .* no TLS: wrong version number$", out)
 
 
 # -----------------------------------------------------------------------------
