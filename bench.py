@@ -3581,7 +3581,7 @@ async def token_gaps_s(caller, body):
     """Return the ascending times between the chunks of one stream."""
     loop, gaps_s = asyncio.get_running_loop(), []
     reader, writer = await asyncio.open_connection(caller.host, caller.port)
-    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     await reader.readuntil(b"\r\n\r\n")
     last_s = loop.time()
     while size := int(await reader.readuntil(b"\r\n"), 16):
@@ -4189,14 +4189,14 @@ class Errand(NamedTuple):
     def request(self):
         """Return the bytes to send."""
         if self.path in GET_PATHS:
-            return f"GET {self.path} HTTP/1.1\r\nHost: soak\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
+            return f"GET {self.path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
         key = "messages" if self.path in CHAT_PATHS else "prompt" if self.path in PROMPT_PATHS else "input"
         value = {"model": self.model, "stream": self.stream, key: getattr(self, key, self.prompt)}
         if self.num_ctx:
             value["options"] = {"num_ctx": self.num_ctx}
         body = json.dumps(value).encode()
         priority = b"" if self.priority is None else b"X-Priority: %d\r\n" % self.priority
-        return b"POST %b HTTP/1.1\r\nHost: soak\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        return b"POST %b HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
             self.path.encode(), self.id.encode(), priority, len(body), body)
 
     def expected(self):
@@ -4958,7 +4958,7 @@ def upload_s(port):
     """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
     block, start_s = bytes(2**20), time.perf_counter()
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (
             b"0" * 64, BLOB_MIB * len(block)))
         for _ in range(BLOB_MIB):
             connection.sendall(block)

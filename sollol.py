@@ -817,21 +817,55 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
              b"Access-Control-Max-Age: 43200"]
 
 
-def origin_lines(origin, host, allowed):
-    """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not.
+def is_listed(origin, allowed):
+    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
+    for pattern in allowed:
+        start, star, end = pattern.partition("*")
+        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
+                                 and origin.endswith(end)):
+            return True
+    return False
 
-    `allowed`: origins, each with one `*` at most, which stands for anything.
-    """
+
+def origin_lines(origin, host, allowed):
+    """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not."""
     if origin in (b"http://" + host, b"https://" + host):
         return []
     if "*" in allowed:
         return [b"Access-Control-Allow-Origin: *"]
-    text = origin.decode("latin-1")
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if text == pattern or star and len(text) >= len(start + end) and text.startswith(start) and text.endswith(end):
-            return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+    if is_listed(origin.decode("latin-1"), allowed):
+        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
     return None
+
+
+def host_name(host):
+    """Return the name or address in a Host field's bytes, in lower case, without port and brackets."""
+    text = host.decode("latin-1").lower()
+    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
+    return name.removeprefix("[").removesuffix("]")
+
+
+def is_address(name):
+    """Tell whether a name is an IP address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def may_mean_us(host, machine, allowed):
+    """Tell whether a Host field's bytes are a name that no stranger can have made mean this machine.
+
+    DNS rebinding: a web page of evil.example whose name leads to 127.0.0.1 all at once is of the same origin as what is
+    there, and may read it. Its Host gives it away. Ollama's own rule: no name, `machine`, localhost, and what no public
+    DNS has; addresses, as they cannot be led elsewhere; and the names in `allowed`, the origins that the user listed.
+    """
+    name = host_name(host)
+    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
+        return True
+    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
+    return is_address(name) or any(is_listed(origin, allowed) for origin in origins)
 
 
 def canonical(name):
@@ -4858,9 +4892,7 @@ FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x
 def is_local(client, head):
     """Tell whether somebody on this machine asks, and asks this machine: a web page can make a name of its own mean it.
     """
-    host = head.fields.get(b"host", b"").decode("latin-1")
-    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-    return (is_loopback(client.address) and is_loopback(name.strip("[]"))
+    return (is_loopback(client.address) and is_loopback(host_name(head.fields.get(b"host", b"")))
             and not any(field in head.fields for field in FORWARDING))
 
 
@@ -4947,6 +4979,8 @@ async def serve(gateway, client, head, record):
         keep = answer_origin(gateway, client, head, record)
         if keep is not None:
             return keep
+    if gateway.is_rebound(head.fields.get(b"host", b"")):
+        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
     route = find_route(head.method, head.path)
     key = admit(gateway, client, head, route, record)
     if route.kind == "order":
@@ -6217,6 +6251,17 @@ def read_certificate(options):
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
+def rebinding_check(options):
+    """Return what tells of a Host field whether it was led to us by DNS rebinding.
+
+    Only on a loopback address, as with Ollama: others have names that we cannot know.
+    """
+    if not is_loopback(options.bind):
+        return lambda host: False
+    machine = socket.gethostname()
+    return remembered(lambda host: not may_mean_us(host, machine, options.origins))
+
+
 def affordable_clients(asked, descriptors):
     """Return how many client connections there may be: each may need a node's connection, too."""
     if descriptors == resource.RLIM_INFINITY:
@@ -6234,6 +6279,7 @@ class Gateway:
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout)
         self.origins = LOCAL_ORIGINS + options.origins
+        self.is_rebound = rebinding_check(options)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last

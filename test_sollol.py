@@ -2129,6 +2129,19 @@ def test_loopback(address, expected):
     assert sollol.is_loopback(address) == expected
 
 
+@pytest.mark.parametrize("host, expected", [
+    ("", True), ("localhost", True), ("LOCALHOST:8000", True), ("a.localhost:1", True), ("Box:8000", True),
+    ("box.local", True), ("host.docker.internal:8000", True), ("127.0.0.1:8000", True), ("[::1]:8000", True),
+    ("[::1]", True), ("10.0.0.1", True), ("8.8.8.8:80", True), ("chat.example", True), ("Chat.Example", True),
+    ("gw.chat.example:8000", True), ("evil.example", False), ("evil.example:8000", False), ("localhost.evil", False),
+    ("127.0.0.1.evil.example", False), ("local", False), ("internal:80", False), ("notlocalhost", False),
+    ("box.evil", False), ("chat.example:8000", False), ("2130706433", False), ("0x7f.1", False),
+    ("127.1", False), ("localhost.", False), ("evil.example:", False), ("\xff", False)])
+def test_host_that_dns_rebinding_could_have_made_ours(host, expected):
+    allowed = ["https://chat.example", "http://*.chat.example:8000"]
+    assert sollol.may_mean_us(host.encode("latin-1"), "box", allowed) == expected
+
+
 # -----------------------------------------------------------------------------
 # Over sockets: how the tests below talk to a gateway
 # -----------------------------------------------------------------------------
@@ -2257,7 +2270,8 @@ async def gateway_for(*nodes, flags=(), hosts=None):
         if not getattr(node, "port", 0):
             await node.start()
     named = [f"{node.url} {getattr(node, 'line', '')}" for node in nodes]
-    argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags,
+    argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1",
+            "--origins", "http://a,http://x", *flags,       # what these tests call the gateway in Host
             *tls_flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
     keys = sollol.read_keys(options)
@@ -2358,7 +2372,7 @@ def generate(model="llama3.2", tokens=5, stream=False, **more):
 def posted(value, path=b"/api/generate"):
     """Return the bytes of a request."""
     body = json.dumps(value).encode()
-    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
+    return b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
 
 
 def health(gateway):
@@ -5082,6 +5096,43 @@ async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node(
         for origin in ("http://x", ""):         # the gateway's own Host; none
             answer = await call(gateway, "GET", "/api/version", Origin=origin, Host="x")
             assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
+
+
+REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}     # a browser sends both alike
+
+
+@over_sockets
+async def test_page_that_dns_rebinding_leads_here_is_refused_whatever_it_asks():
+    async with surface() as gateway:
+        before = [len(node.requests) for node in gateway.nodes]
+        name = next(iter(gateway.dispatcher.nodes))
+        asked = [("GET", path, None) for path in ("/", "/dashboard", "/dashboard/events", "/api/stats", "/api/queue",
+                                                  "/metrics", "/api/health", "/api/tags", "/nowhere")]
+        asked += [("POST", path, {"model": "llama3.2"}) for path in (
+            f"/api/nodes/{name}/drain", "/api/chat", "/v1/chat/completions", f"/api/blobs/sha256:{DIGEST}")]
+        for method, path, value in asked:
+            for fields in (REBOUND, {"Host": "evil.example"}):
+                answer = await call(gateway, method, path, value, **fields)
+                assert answer.status == 403 and "error" in answer.json()
+                assert "access-control-allow-origin" not in answer.fields
+        assert [len(node.requests) for node in gateway.nodes] == before
+        assert not any(node.draining for node in gateway.dispatcher.nodes.values())
+        assert (await call(gateway, "GET", "/api/stats", Host=f"127.0.0.1:{gateway.address[1]}")).status == 200
+        assert (await call(gateway, "GET", "/api/stats", Host=socket.gethostname())).status == 200
+    async with surface(flags=["--origins", "https://evil.example"]) as gateway:
+        assert (await call(gateway, "GET", "/api/stats", Host="evil.example")).status == 200
+        assert (await call(gateway, "POST", f"/api/nodes/{name}/drain", Host="evil.example")).status == 403
+
+
+@over_sockets
+async def test_gateway_that_is_bound_to_more_than_loopback_is_called_what_others_call_it():
+    async with surface(flags=["--bind", "0.0.0.0"]) as gateway:
+        gateway.address = "127.0.0.1", gateway.address[1]
+        for path in ("/dashboard", "/api/stats", "/api/tags"):
+            assert (await call(gateway, "GET", path, Host="gateway.example")).status == 200
+        path = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain"
+        assert (await call(gateway, "POST", path, Host="gateway.example")).status == 403
+        assert (await call(gateway, "POST", path)).status == 200
 
 
 # -----------------------------------------------------------------------------
