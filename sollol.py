@@ -6000,6 +6000,13 @@ def parse_word(text):
     return text
 
 
+def parse_secret(text):
+    """Return a word that no error text may show. Raises ValueError."""
+    if not text or not text.isascii() or not text.isprintable():
+        raise ValueError("must be printable ASCII")
+    return text
+
+
 def parse_prefix(text):
     """Return a path prefix without its last slash. Raises ValueError."""
     if not text.startswith("/"):
@@ -6007,22 +6014,23 @@ def parse_prefix(text):
     return parse_word(text).rstrip("/")
 
 
-NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word,
+NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_secret, "host": parse_word,
                  "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch}
 
 
 def parse_url(url):
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
+    shown = re.sub(r"[^/]*@", "...@", url)      # a password is for nobody's log
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         port = 11434 if parts.port is None else parts.port
         if not port:
             raise ValueError
     except ValueError:
-        raise ValueError(f"{url!r} has no valid port") from None
+        raise ValueError(f"{shown!r} has no valid port") from None
     if (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query
             or parts.fragment or not url.isascii() or not url.isprintable()):
-        raise ValueError(f"{url!r} is not the URL of a node, such as http://gpu-box:11434")
+        raise ValueError(f"{shown!r} is not the URL of a node, such as http://gpu-box:11434")
     return parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/")
 
 
@@ -6034,7 +6042,7 @@ def parse_node(line):
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in NODE_SETTINGS:
-            raise ValueError(f"unknown setting {setting!r}; there are {', '.join(NODE_SETTINGS)}")
+            raise ValueError(f"unknown setting {key!r}; there are {', '.join(NODE_SETTINGS)}")
         try:
             values[key] = NODE_SETTINGS[key](text)
         except ValueError as error:

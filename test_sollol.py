@@ -1996,7 +1996,7 @@ def test_first_line_is_primary_unless_another_says_so():
     ("many slots", "gpu slots=65", "slots must be a whole number from 1 to 64, not '65'"),
     ("half a slot", "gpu slots=1.5", "slots must be a whole number from 1 to 64, not '1.5'"),
     ("slots squared", "gpu slots=²", "slots must be a whole number from 1 to 64, not '²'"),
-    ("unknown setting", "gpu weight=3", "unknown setting 'weight=3'"),
+    ("unknown setting", "gpu weight=3", "unknown setting 'weight'"),
     ("word", "gpu fast", "unknown setting 'fast'"),
     ("space around equals", "gpu slots = 4", "unknown setting 'slots'"),
     ("empty name", "gpu name=", "name must be printable"),
@@ -2024,6 +2024,15 @@ def test_mistake_in_a_hosts_file_names_place_line_and_mistake(line, message):
         sollol.parse_hosts(f"http://one\n# two\n{line}\nhttp://four", "hosts.txt")
     text = str(caught.value)
     assert text.startswith("hosts.txt:3: ") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("line", [
+    "gpu token=s3cret\u00e4", "gpu tokn=s3cret", "http://me:s3cret@gpu", "http://me:s3cret@gpu:port", "http://s3cret@gpu",
+    "me:s3cret@gpu", "gpu token=s3cret slots=0"])
+def test_mistake_in_a_hosts_file_is_told_without_the_secret(line):
+    with pytest.raises(sollol.ConfigError) as caught:
+        sollol.parse_hosts(line, "hosts.txt")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_nodes_come_from_file_and_flags(tmp_path):
@@ -4221,6 +4230,44 @@ async def test_who_shares_fairly_and_who_is_logged_is_the_keys_name(tmp_path, ca
     lines = [fields for record in caplog.records if isinstance(record.msg, list) for fields in record.msg]
     assert {(fields["key"], fields["client"]) for fields in lines} >= {("alice", "127.0.0.1"), ("", "127.0.0.1")}
     assert "secret" not in caplog.text
+
+
+def test_key_is_kept_as_a_digest_that_nobody_can_foresee_and_compared_in_constant_time(monkeypatch):
+    compared, compare = [], sollol.hmac.compare_digest
+    monkeypatch.setattr(sollol.hmac, "compare_digest", lambda *given: compared.append(given) or compare(*given))
+    keys = sollol.Keys(sollol.parse_keys(KEYS, "keys"))
+    assert keys.find(b"alice-secret").settings.name == "alice" and len(compared) == 1
+    assert keys.find(b"alice-secre") is None and keys.find(b"") is None and keys.find(b"\xff" * 70_000) is None
+    assert hashlib.blake2b(b"alice-secret").digest() not in keys.by_digest
+    assert not any(b"secret" in digest for digest in keys.by_digest)
+
+
+@over_sockets
+async def test_no_key_and_no_token_is_in_a_log_a_page_or_an_error(tmp_path, caplog):
+    """Right and wrong ones, in every field, for requests that go well, are refused, and fail."""
+    caplog.set_level("DEBUG")
+    good, bad = fixed(1), ScriptedNode(lambda request: [framed(b'{"error":"no"}', status=b"500 Oh")], models=["other"])
+    bad.line = "token=token-secret"
+    async with guarded(tmp_path, good, bad) as gateway:
+        seen = []
+        for fields in (bearer("alice"), bearer("root"), {"X_API_Key": "bob-secret"}, bearer("wrong"), {},
+                       {"Authorization": "Basic bm9ib2R5OnJvb3Qtc2VjcmV0"}, {"X_API_Key": "wrong-secret"}):
+            for method, path, value in (
+                    ("POST", "/api/generate", generate()), ("POST", "/api/generate", generate("other")),
+                    ("POST", "/v1/chat/completions", {"model": "other"}), ("POST", "/v1/messages", {"priority": 99}),
+                    ("POST", "/api/nodes/none/drain", None), ("GET", "/no/such", None), ("GET", "/api/tags", None)):
+                seen.append(await call(gateway, method, path, value, **fields, X_Forwarded_For="10.0.0.1"))
+        assert {200, 401, 403, 404, 429, 500} <= {answer.status for answer in seen}
+        for path in ("/api/stats", "/api/queue", "/metrics", "/dashboard"):
+            seen.append(await call(gateway, "GET", path, **bearer("root")))
+            assert seen[-1].status == 200
+        (tmp_path / "keys").write_text(KEYS + "other-secret nme=x")
+        gateway.reload()
+        await asyncio.sleep(0.2)
+    texts = [caplog.text, *(str(record.msg) for record in caplog.records), *(f"{it.head}{it.body}" for it in seen)]
+    assert b"token-secret" in bad.requests[0] and "reload" in texts[0] + "".join(texts)
+    for text in texts:
+        assert "-secret" not in text and "Qtc2VjcmV0" not in text
 
 
 @over_sockets
