@@ -2193,11 +2193,12 @@ class ScriptedNode:
         self.requests, self.connections = [], set()
         self.digests = {}           # of models, if not their names
         self.reads_chunks = False   # else a chunked body is left to the script
+        self.tls = None             # the ssl.SSLContext that it speaks TLS with
 
     async def start(self, port=0):
-        self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26)
+        self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26, ssl=self.tls)
         self.port = self.server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
         return self
 
     async def stop(self):
@@ -2722,7 +2723,7 @@ async def test_slow_head_gets_408_but_a_slow_model_is_waited_for():
 # -----------------------------------------------------------------------------
 
 @over_sockets
-async def test_slow_reader_slows_the_node_and_not_the_gateways_memory():
+async def test_slow_reader_slows_the_node_and_not_the_gateways_memory(node_tls=None):
     sent = 0
 
     async def flood(reader, writer):
@@ -2735,7 +2736,9 @@ async def test_slow_reader_slows_the_node_and_not_the_gateways_memory():
             writer.write(b"0\r\n\r\n")
 
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
-    async with gateway_for(ScriptedNode(lambda request: [head, flood, KEEP])) as gateway:
+    node = ScriptedNode(lambda request: [head, flood, KEEP])
+    node.tls, node.line = node_tls, "insecure=yes" if node_tls else ""
+    async with gateway_for(node) as gateway:
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         raw.setblocking(False)
@@ -6040,11 +6043,17 @@ def test_private_key_that_others_can_read_is_warned_about(mode, warned, pems, tm
 # TLS: towards nodes
 # -----------------------------------------------------------------------------
 
+def shown(folder, name):
+    """Return what a node shows its certificate with."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    return context
+
+
 def tls_node(folder, name="one", **more):
     """Return a simulated node that speaks TLS."""
     node = bench.SimNode(**FAST, **more)
-    node.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    node.tls.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    node.tls = shown(folder, name)
     return node
 
 
@@ -6079,8 +6088,13 @@ async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_pa
         await until(lambda: gateway.dispatcher.nodes["good"].up)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_slow_reader_slows_a_node_over_tls_too(loop, pems):
+    LOOPS[loop](test_slow_reader_slows_the_node_and_not_the_gateways_memory.__wrapped__(shown(pems, "one")))
+
+
 @over_sockets
-async def test_node_that_leaves_or_dies_over_tls_is_replaced(pems):
+async def test_node_that_dies_over_tls_is_replaced(pems):
     nodes = [tls_node(pems, slots=1), tls_node(pems, slots=1)]
     for node in nodes:
         node.line = f"ca={pems / 'one.pem'} slots=1"
