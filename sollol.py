@@ -3214,7 +3214,8 @@ class Pool:
         except ssl.SSLCertVerificationError as error:
             raise NodeFailure("refused", f"its certificate is not believed: {error.verify_message}") from None
         except ssl.SSLError as error:
-            raise NodeFailure("refused", f"no TLS: {(error.reason or 'broken off').lower().replace('_', ' ')}") from None
+            reason = (error.reason or "broken off").lower().replace("_", " ")
+            raise NodeFailure("refused", f"no TLS: {reason}") from None
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise Refusal(503, f"the gateway has no connection left: {error.strerror}", retry_after_s=1.0) from None
@@ -6386,7 +6387,7 @@ class Gateway:
                 self.pools[node].tls = trust_in(node.settings)      # the file may have been renewed
         insecure = " ".join(node.name for node in added if node.settings.insecure)
         if insecure:
-            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: whoever sits between can pose as them"})
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         for node in added:
             self.pools[node] = Pool(node.settings, self.loop)
             self.begin_probes(node)
@@ -6688,8 +6689,8 @@ def command_line(environ):
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
     add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
         "--hosts (none: everybody may ask)")
-    add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it speaks "
-        "TLS then; read again on SIGHUP (none: plain HTTP)")
+    add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it "
+        "speaks TLS then; read again on SIGHUP (none: plain HTTP)")
     add(group, "--tls-key", metavar="FILE", help="private key of --tls-cert, in PEM form (none)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
