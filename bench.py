@@ -1698,6 +1698,7 @@ class SimNode:
         self.port = port                        # 0: any; the real one after start()
         self.models = {model.name: model for model in map(model_named, models)}
         self.version = version
+        self.tls = None                         # the ssl.SSLContext that it speaks TLS with
         self.latency_s = latency_s              # one way
         self.tokens_per_line = tokens_per_line
         self.engine = Engine(machine, slots or machine.slots, vram_gb or machine.vram_gb, keep_alive_s, speed,
@@ -1724,7 +1725,7 @@ class SimNode:
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def loads(self):
@@ -1744,7 +1745,8 @@ class SimNode:
     async def start(self):
         """Listen, on the last port if there was one, and return self. Raises OSError if it is taken."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._protocol, "127.0.0.1", self.port, backlog=1024)
+        self._server = await loop.create_server(self._protocol, "127.0.0.1", self.port, backlog=1024,
+                                                ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         for name in self._loaded:
             self.engine.preload(model_named(name))
@@ -3579,7 +3581,7 @@ async def token_gaps_s(caller, body):
     """Return the ascending times between the chunks of one stream."""
     loop, gaps_s = asyncio.get_running_loop(), []
     reader, writer = await asyncio.open_connection(caller.host, caller.port)
-    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     await reader.readuntil(b"\r\n\r\n")
     last_s = loop.time()
     while size := int(await reader.readuntil(b"\r\n"), 16):
@@ -4187,14 +4189,14 @@ class Errand(NamedTuple):
     def request(self):
         """Return the bytes to send."""
         if self.path in GET_PATHS:
-            return f"GET {self.path} HTTP/1.1\r\nHost: soak\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
+            return f"GET {self.path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
         key = "messages" if self.path in CHAT_PATHS else "prompt" if self.path in PROMPT_PATHS else "input"
         value = {"model": self.model, "stream": self.stream, key: getattr(self, key, self.prompt)}
         if self.num_ctx:
             value["options"] = {"num_ctx": self.num_ctx}
         body = json.dumps(value).encode()
         priority = b"" if self.priority is None else b"X-Priority: %d\r\n" % self.priority
-        return b"POST %b HTTP/1.1\r\nHost: soak\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        return b"POST %b HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
             self.path.encode(), self.id.encode(), priority, len(body), body)
 
     def expected(self):
@@ -4956,7 +4958,7 @@ def upload_s(port):
     """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
     block, start_s = bytes(2**20), time.perf_counter()
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (
             b"0" * 64, BLOB_MIB * len(block)))
         for _ in range(BLOB_MIB):
             connection.sendall(block)

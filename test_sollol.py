@@ -22,6 +22,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -1974,6 +1975,7 @@ def test_books_stay_in_order_over_a_random_walk_and_are_empty_at_its_end(policy,
     ("all settings", "gpu name=g slots=4 token=a=b#c host=localhost prefix=/p/ primary=yes",
      dict(name="g", slots=4, token="a=b#c", host_header="localhost", prefix="/p", primary=True)),
     ("comment", "gpu slots=64  # fixed", dict(slots=64)),
+    ("any certificate", "https://gpu insecure=yes", dict(tls=True, insecure=True, ca="")),
     ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
 ])
 def test_line_of_a_hosts_file(line, expected):
@@ -1995,7 +1997,7 @@ def test_first_line_is_primary_unless_another_says_so():
     ("many slots", "gpu slots=65", "slots must be a whole number from 1 to 64, not '65'"),
     ("half a slot", "gpu slots=1.5", "slots must be a whole number from 1 to 64, not '1.5'"),
     ("slots squared", "gpu slots=²", "slots must be a whole number from 1 to 64, not '²'"),
-    ("unknown setting", "gpu weight=3", "unknown setting 'weight=3'"),
+    ("unknown setting", "gpu weight=3", "unknown setting 'weight'"),
     ("word", "gpu fast", "unknown setting 'fast'"),
     ("space around equals", "gpu slots = 4", "unknown setting 'slots'"),
     ("empty name", "gpu name=", "name must be printable"),
@@ -2006,6 +2008,12 @@ def test_first_line_is_primary_unless_another_says_so():
     ("query", "http://gpu/?x", "is not the URL of a node"),
     ("user", "http://u:p@gpu", "is not the URL of a node"), ("port", "gpu:eleven", "has no valid port"),
     ("port too large", "http://gpu:99999", "has no valid port"), ("bracket", "http://[::1", ""),
+    ("ca of plain HTTP", "http://gpu ca=a.pem", "ca= is for https:// only"),
+    ("insecure plain HTTP", "gpu insecure=yes", "insecure= is for https:// only"),
+    ("both", "https://gpu ca=a.pem insecure=yes", "ca= and insecure=yes contradict each other"),
+    ("ca not there", "https://gpu ca=none.pem", "ca none.pem: No such file or directory"),
+    ("ca without certificate", "https://gpu ca=/dev/null", "ca /dev/null: there is no certificate in PEM form in it"),
+    ("insecure in words", "https://gpu insecure=1", "insecure must be yes or no, not '1'"),
     ("twice", "http://one", "there are two nodes named 'one:11434'"),
     ("port 0", "http://gpu:0", "has no valid port"),
     ("password only", "http://:p@gpu", "is not the URL of a node"),
@@ -2017,6 +2025,15 @@ def test_mistake_in_a_hosts_file_names_place_line_and_mistake(line, message):
         sollol.parse_hosts(f"http://one\n# two\n{line}\nhttp://four", "hosts.txt")
     text = str(caught.value)
     assert text.startswith("hosts.txt:3: ") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("line", [
+    "gpu token=s3cret\u00e4", "gpu tokn=s3cret", "http://me:s3cret@gpu", "http://me:s3cret@gpu:port",
+    "http://s3cret@gpu", "me:s3cret@gpu", "gpu token=s3cret slots=0"])
+def test_mistake_in_a_hosts_file_is_told_without_the_secret(line):
+    with pytest.raises(sollol.ConfigError) as caught:
+        sollol.parse_hosts(line, "hosts.txt")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_nodes_come_from_file_and_flags(tmp_path):
@@ -2122,6 +2139,19 @@ def test_loopback(address, expected):
     assert sollol.is_loopback(address) == expected
 
 
+@pytest.mark.parametrize("host, expected", [
+    ("", True), ("localhost", True), ("LOCALHOST:8000", True), ("a.localhost:1", True), ("Box:8000", True),
+    ("box.local", True), ("host.docker.internal:8000", True), ("127.0.0.1:8000", True), ("[::1]:8000", True),
+    ("[::1]", True), ("10.0.0.1", True), ("8.8.8.8:80", True), ("chat.example", True), ("Chat.Example", True),
+    ("gw.chat.example:8000", True), ("evil.example", False), ("evil.example:8000", False), ("localhost.evil", False),
+    ("127.0.0.1.evil.example", False), ("local", False), ("internal:80", False), ("notlocalhost", False),
+    ("box.evil", False), ("chat.example:8000", False), ("2130706433", False), ("0x7f.1", False),
+    ("127.1", False), ("localhost.", False), ("evil.example:", False), ("\xff", False)])
+def test_host_that_dns_rebinding_could_have_made_ours(host, expected):
+    allowed = ["https://chat.example", "http://*.chat.example:8000"]
+    assert sollol.may_mean_us(host.encode("latin-1"), "box", allowed) == expected
+
+
 # -----------------------------------------------------------------------------
 # Over sockets: how the tests below talk to a gateway
 # -----------------------------------------------------------------------------
@@ -2164,11 +2194,12 @@ class ScriptedNode:
         self.requests, self.connections = [], set()
         self.digests = {}           # of models, if not their names
         self.reads_chunks = False   # else a chunked body is left to the script
+        self.tls = None             # the ssl.SSLContext that it speaks TLS with
 
     async def start(self, port=0):
-        self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26)
+        self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26, ssl=self.tls)
         self.port = self.server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
         return self
 
     async def stop(self):
@@ -2229,6 +2260,20 @@ def chunked(*pieces, status=b"200 OK", kind=b"application/x-ndjson", end=b"0\r\n
             + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + end)
 
 
+tls_flags = []      # of every gateway below: some of these tests are run over TLS, too
+
+
+def trusting(certificate):
+    """Return what lets a client trust a certificate."""
+    return ssl.create_default_context(cafile=certificate)
+
+
+def spoken(gateway):
+    """Return how to connect to a gateway: over TLS if that is what it speaks."""
+    certificate = gateway.options.tls_cert
+    return {"ssl": trusting(certificate), "server_hostname": "localhost"} if certificate else {}
+
+
 @contextlib.asynccontextmanager
 async def gateway_for(*nodes, flags=(), hosts=None):
     """Start nodes and a gateway in front of them; stop all at the end. Nodes may be given not started."""
@@ -2236,11 +2281,13 @@ async def gateway_for(*nodes, flags=(), hosts=None):
         if not getattr(node, "port", 0):
             await node.start()
     named = [f"{node.url} {getattr(node, 'line', '')}" for node in nodes]
-    argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags]
+    argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1",
+            "--origins", "http://a,http://x", *flags,       # what these tests call the gateway in Host
+            *tls_flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
     keys = sollol.read_keys(options)
     settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts("\n".join(named), "test")
-    gateway = await sollol.Gateway(options, settings, keys).start()
+    gateway = await sollol.Gateway(options, settings, keys, sollol.read_certificate(options)).start()
     try:
         yield gateway
     finally:
@@ -2269,7 +2316,7 @@ class Caller:
     @classmethod
     async def to(cls, gateway):
         self = cls()
-        self.reader, self.writer = await asyncio.open_connection(*gateway.address, limit=2**26)
+        self.reader, self.writer = await asyncio.open_connection(*gateway.address, limit=2**26, **spoken(gateway))
         return self
 
     async def head(self):
@@ -2336,7 +2383,7 @@ def generate(model="llama3.2", tokens=5, stream=False, **more):
 def posted(value, path=b"/api/generate"):
     """Return the bytes of a request."""
     body = json.dumps(value).encode()
-    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
+    return b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
 
 
 def health(gateway):
@@ -2677,7 +2724,7 @@ async def test_slow_head_gets_408_but_a_slow_model_is_waited_for():
 # -----------------------------------------------------------------------------
 
 @over_sockets
-async def test_slow_reader_slows_the_node_and_not_the_gateways_memory():
+async def test_slow_reader_slows_the_node_and_not_the_gateways_memory(node_tls=None):
     sent = 0
 
     async def flood(reader, writer):
@@ -2690,12 +2737,14 @@ async def test_slow_reader_slows_the_node_and_not_the_gateways_memory():
             writer.write(b"0\r\n\r\n")
 
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
-    async with gateway_for(ScriptedNode(lambda request: [head, flood, KEEP])) as gateway:
+    node = ScriptedNode(lambda request: [head, flood, KEEP])
+    node.tls, node.line = node_tls, "insecure=yes" if node_tls else ""
+    async with gateway_for(node) as gateway:
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         raw.setblocking(False)
         await asyncio.get_running_loop().sock_connect(raw, gateway.address)
-        reader, writer = await asyncio.open_connection(sock=raw, limit=65536)
+        reader, writer = await asyncio.open_connection(sock=raw, limit=65536, **spoken(gateway))
         body = json.dumps(generate(stream=True)).encode()
         writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         await asyncio.sleep(0.5)
@@ -4187,6 +4236,44 @@ async def test_who_shares_fairly_and_who_is_logged_is_the_keys_name(tmp_path, ca
     assert "secret" not in caplog.text
 
 
+def test_key_is_kept_as_a_digest_that_nobody_can_foresee_and_compared_in_constant_time(monkeypatch):
+    compared, compare = [], sollol.hmac.compare_digest
+    monkeypatch.setattr(sollol.hmac, "compare_digest", lambda *given: compared.append(given) or compare(*given))
+    keys = sollol.Keys(sollol.parse_keys(KEYS, "keys"))
+    assert keys.find(b"alice-secret").settings.name == "alice" and len(compared) == 1
+    assert keys.find(b"alice-secre") is None and keys.find(b"") is None and keys.find(b"\xff" * 70_000) is None
+    assert hashlib.blake2b(b"alice-secret").digest() not in keys.by_digest
+    assert not any(b"secret" in digest for digest in keys.by_digest)
+
+
+@over_sockets
+async def test_no_key_and_no_token_is_in_a_log_a_page_or_an_error(tmp_path, caplog):
+    """Right and wrong ones, in every field, for requests that go well, are refused, and fail."""
+    caplog.set_level("DEBUG")
+    good, bad = fixed(1), ScriptedNode(lambda request: [framed(b'{"error":"no"}', status=b"500 Oh")], models=["other"])
+    bad.line = "token=token-secret"
+    async with guarded(tmp_path, good, bad) as gateway:
+        seen = []
+        for fields in (bearer("alice"), bearer("root"), {"X_API_Key": "bob-secret"}, bearer("wrong"), {},
+                       {"Authorization": "Basic bm9ib2R5OnJvb3Qtc2VjcmV0"}, {"X_API_Key": "wrong-secret"}):
+            for method, path, value in (
+                    ("POST", "/api/generate", generate()), ("POST", "/api/generate", generate("other")),
+                    ("POST", "/v1/chat/completions", {"model": "other"}), ("POST", "/v1/messages", {"priority": 99}),
+                    ("POST", "/api/nodes/none/drain", None), ("GET", "/no/such", None), ("GET", "/api/tags", None)):
+                seen.append(await call(gateway, method, path, value, **fields, X_Forwarded_For="10.0.0.1"))
+        assert {200, 401, 403, 404, 429, 500} <= {answer.status for answer in seen}
+        for path in ("/api/stats", "/api/queue", "/metrics", "/dashboard"):
+            seen.append(await call(gateway, "GET", path, **bearer("root")))
+            assert seen[-1].status == 200
+        (tmp_path / "keys").write_text(KEYS + "other-secret nme=x")
+        gateway.reload()
+        await asyncio.sleep(0.2)
+    texts = [caplog.text, *(str(record.msg) for record in caplog.records), *(f"{it.head}{it.body}" for it in seen)]
+    assert b"token-secret" in bad.requests[0] and "reload" in texts[0] + "".join(texts)
+    for text in texts:
+        assert "-secret" not in text and "Qtc2VjcmV0" not in text
+
+
 @over_sockets
 async def test_only_this_machine_and_an_administrators_key_order_nodes(tmp_path):
     async with guarded(tmp_path, fixed(1)) as gateway:
@@ -4225,6 +4312,15 @@ def test_keys_file_that_others_can_read_is_warned_about(mode, warned, tmp_path, 
     path.chmod(mode)
     sollol.read_keys(sollol.parse_options(["--node", "a", "--keys", str(path)], {}))
     assert ("chmod 600" in caplog.text) is warned
+
+
+def test_keys_that_systemd_hands_over_are_not_warned_about(tmp_path, caplog, monkeypatch):
+    """It closes them to others by an ACL, which shows as mode 0440."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    path = tmp_path / "keys"
+    path.write_text(KEYS)
+    path.chmod(0o440)
+    assert sollol.read_keys(sollol.parse_options(["--node", "a"], {"SOLLOL_KEYS": str(path)})) and not caplog.text
 
 
 def test_bad_keys_file_stops_the_start_and_the_missing_warning_is_for_those_without(tmp_path, capsys):
@@ -5053,6 +5149,43 @@ async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node(
             assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
 
 
+REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}     # a browser sends both alike
+
+
+@over_sockets
+async def test_page_that_dns_rebinding_leads_here_is_refused_whatever_it_asks():
+    async with surface() as gateway:
+        before = [len(node.requests) for node in gateway.nodes]
+        name = next(iter(gateway.dispatcher.nodes))
+        asked = [("GET", path, None) for path in ("/", "/dashboard", "/dashboard/events", "/api/stats", "/api/queue",
+                                                  "/metrics", "/api/health", "/api/tags", "/nowhere")]
+        asked += [("POST", path, {"model": "llama3.2"}) for path in (
+            f"/api/nodes/{name}/drain", "/api/chat", "/v1/chat/completions", f"/api/blobs/sha256:{DIGEST}")]
+        for method, path, value in asked:
+            for fields in (REBOUND, {"Host": "evil.example"}):
+                answer = await call(gateway, method, path, value, **fields)
+                assert answer.status == 403 and "error" in answer.json()
+                assert "access-control-allow-origin" not in answer.fields
+        assert [len(node.requests) for node in gateway.nodes] == before
+        assert not any(node.draining for node in gateway.dispatcher.nodes.values())
+        assert (await call(gateway, "GET", "/api/stats", Host=f"127.0.0.1:{gateway.address[1]}")).status == 200
+        assert (await call(gateway, "GET", "/api/stats", Host=socket.gethostname())).status == 200
+    async with surface(flags=["--origins", "https://evil.example"]) as gateway:
+        assert (await call(gateway, "GET", "/api/stats", Host="evil.example")).status == 200
+        assert (await call(gateway, "POST", f"/api/nodes/{name}/drain", Host="evil.example")).status == 403
+
+
+@over_sockets
+async def test_gateway_that_is_bound_to_more_than_loopback_is_called_what_others_call_it():
+    async with surface(flags=["--bind", "0.0.0.0"]) as gateway:
+        gateway.address = "127.0.0.1", gateway.address[1]
+        for path in ("/dashboard", "/api/stats", "/api/tags"):
+            assert (await call(gateway, "GET", path, Host="gateway.example")).status == 200
+        path = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain"
+        assert (await call(gateway, "POST", path, Host="gateway.example")).status == 403
+        assert (await call(gateway, "POST", path)).status == 200
+
+
 # -----------------------------------------------------------------------------
 # Batches of texts to embed
 # -----------------------------------------------------------------------------
@@ -5719,13 +5852,323 @@ def test_service_manager_is_told_ready_and_stopping(tmp_path):
             assert gateway.wait(10) == 0
 
 
-@pytest.mark.parametrize("words", [["verify"], ["security", "--offline=true", "--threshold=15"]], ids=" ".join)
-def test_service_is_valid_and_exposed_to_little(words):
+@pytest.mark.parametrize("words", [["verify"], ["verify", "with secrets"],
+                                   ["security", "--offline=true", "--threshold=15"]], ids=" ".join)
+def test_service_is_valid_and_exposed_to_little(words, tmp_path):
     """The threshold is ten times the exposure: 1.5 of 10."""
     if not shutil.which("systemd-analyze") or not pathlib.Path("/usr/bin/python3").exists():
         pytest.skip("systemd-analyze or /usr/bin/python3 is not installed")
-    done = subprocess.run(["systemd-analyze", *words, str(HERE / "sollol.service")], capture_output=True, text=True)
+    path, text = HERE / "sollol.service", (HERE / "sollol.service").read_text()
+    if words[1:] == ["with secrets"]:
+        path, words, (text, count) = tmp_path / path.name, words[:1], re.subn(r"(?m)^#(?=\w+=)", "", text)
+        path.write_text(text)
+        assert count == 5 and "\nEnvironment=SOLLOL_KEYS=%d/keys\n" in text
+    done = subprocess.run(["systemd-analyze", *words, str(path)], capture_output=True, text=True)
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
+
+
+# -----------------------------------------------------------------------------
+# TLS: on the gateway's own port
+# -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def pems(tmp_path_factory):
+    """A folder with two self-signed certificates of this machine and their keys: one.pem, one.key, two.pem, two.key."""
+    if not shutil.which("openssl"):
+        pytest.skip("the openssl command is not installed")
+    folder = tmp_path_factory.mktemp("pems")
+    for name in ("one", "two"):
+        subprocess.run(
+            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN={name} "
+            "-addext subjectAltName=DNS:localhost,IP:127.0.0.1 -addext keyUsage=critical,digitalSignature,keyCertSign "
+            f"-keyout {name}.key -out {name}.pem".split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def pair(folder, certificate="one.pem", key="one.key"):
+    return ["--tls-cert", str(folder / certificate), "--tls-key", str(folder / key)]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("test", [
+    functools.partial(test_stream_reaches_the_client_byte_for_byte_and_piece_by_piece.__wrapped__,
+                      "/api/chat", b"application/x-ndjson", NDJSON),
+    *(test.__wrapped__ for test in (
+        test_keep_alive_pipelining_and_http_1_0, test_chunked_request_body_and_expect_100_continue,
+        test_slow_head_gets_408_but_a_slow_model_is_waited_for,
+        test_slow_reader_slows_the_node_and_not_the_gateways_memory, test_blob_streams_up_with_either_framing,
+        test_answer_before_the_end_of_an_upload_is_not_lost, test_client_hangup_frees_slot_queue_and_node_connection,
+        test_200_clients_that_vanish_leave_nothing_behind, test_drain_waits_for_a_body_that_is_still_coming,
+        test_drain_finishes_running_and_queued_and_refuses_new))],
+    ids=lambda test: getattr(test, "func", test).__name__)
+def test_over_tls_all_is_as_without(loop, test, pems, monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules[__name__], "tls_flags", pair(pems))
+    LOOPS[loop](test())
+    assert not caplog.records or "Traceback" not in caplog.text
+
+
+@over_sockets
+async def test_clients_that_are_too_many_or_shake_no_hands_are_let_go(pems):
+    flags = [*pair(pems), "--max-connections", "2", "--header-timeout", "1"]
+    async with gateway_for(bench.SimNode(**FAST), flags=flags) as gateway:
+        silent = [await asyncio.open_connection(*gateway.address) for _ in range(2)]
+        silent[1][1].write(b"\x16\x03\x01\x02\x00")        # the beginning of a handshake
+        await until(lambda: len(gateway.clients) == 2)
+        reader, writer = await asyncio.open_connection(*gateway.address)
+        assert await reader.read() == b"" and len(gateway.clients) == 2
+        started_s = asyncio.get_running_loop().time()
+        for reader, _ in silent:
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert asyncio.get_running_loop().time() - started_s > 0.4
+        await until(lambda: not gateway.clients)
+        assert (await call(gateway, "GET", "/")).status == 200
+        for _, writer in (*silent, (reader, writer)):
+            writer.close()
+
+
+@over_sockets
+async def test_mutated_handshakes_and_records_harm_nobody(pems, caplog):
+    rng, context = random.Random(5), trusting(pems / "one.pem")
+
+    async def attack(gateway, before, garbage):
+        """Shake hands, send so many sound bytes of a record, then something else."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        reader, writer = await asyncio.open_connection(*gateway.address)
+        with contextlib.suppress(ConnectionError):
+            while before == "record":
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                    tls.write(posted(generate()))
+                    break
+                writer.write(outgoing.read())
+                incoming.write(await reader.read(65536))
+            else:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+            data = bytearray(outgoing.read())
+            for _ in range(rng.choice((1, 1, 4))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            writer.write(data[:rng.choice((len(data), rng.randrange(len(data))))] + garbage)
+            if before == "record" or rng.random() < 0.5:    # else a cut record is waited for as for a next request
+                writer.write_eof()
+            await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+
+    async with gateway_for(bench.SimNode(**FAST), flags=[*pair(pems), "--header-timeout", "0.5"]) as gateway:
+        await asyncio.gather(*(attack(gateway, before, rng.choice((b"", rng.randbytes(600))))
+                               for before in ("hello", "record") for _ in range(40 * FUZZ)))
+        await until(lambda: not gateway.clients)
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        assert health(gateway)["inflight"] == 0
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def tls_connection(port, context):
+    """Return a TLS connection that raises an error at an end that is not clean."""
+    raw = socket.create_connection(("127.0.0.1", port), timeout=20)
+    return context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False)
+
+
+def read_all(connection):
+    """Return what comes until a clean end."""
+    found = b""
+    while piece := connection.recv(65536):
+        found += piece
+    return found
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-uvloop"]], ids=["uvloop", "asyncio"])
+def test_tls_with_real_clients_from_the_first_handshake_over_a_renewed_certificate_to_the_end(flags, pems, tmp_path):
+    for name in ("used.pem", "used.key"):
+        shutil.copy(pems / name.replace("used", "one"), tmp_path / name)
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 10) as node, \
+         program("sollol.py", "--node", read_until(node, r"http://\S+")[0], "--port", 0,
+                 *pair(tmp_path, "used.pem", "used.key"), *flags) as gateway:
+        port = int(read_until(gateway, r"event=start .*url=https://127.0.0.1:(\d+)")[1])
+        url, one, two = f"https://localhost:{port}", trusting(pems / "one.pem"), trusting(pems / "two.pem")
+
+        def ask(context, path="/api/version", value=None):
+            data = None if value is None else json.dumps(value).encode()
+            with urllib.request.urlopen(urllib.request.Request(url + path, data), context=context, timeout=20) as it:
+                return it.read()
+
+        assert json.loads(ask(one, "/api/generate", generate(tokens=3)))["done"]
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            ask(two)
+        one.set_alpn_protocols(["h2", "http/1.1"])
+        with tls_connection(port, one) as connection:
+            assert (connection.version(), connection.selected_alpn_protocol()) == ("TLSv1.3", "http/1.1")
+        old = trusting(pems / "one.pem")
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        with tls_connection(port, old) as connection:
+            assert connection.version() == "TLSv1.2"
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+            plain.sendall(b"DELETE / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            told = plain.makefile("rb").read()
+            assert told.startswith(b"HTTP/1.1 400 ") and told.endswith(b"\r\n\r\n" + sollol.NOT_TLS[-38:])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as garbage:
+            garbage.sendall(b"\x16\x03\x01\x00\x05hello" + b"\x00" * 100)
+            with contextlib.suppress(ConnectionError):
+                garbage.makefile("rb").read()
+
+        with tls_connection(port, one) as refused:     # and goes on sending meanwhile
+            refused.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n")
+            for _ in range(20):
+                refused.sendall(b"x" * 65536)
+                time.sleep(0.02)
+            assert refused.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+        idle, stream = tls_connection(port, one), tls_connection(port, one)
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")
+        stream.sendall(posted(generate(tokens=1500, stream=True)))
+        said = stream.recv(65536)
+        shutil.copy(pems / "two.pem", tmp_path / "used.pem")
+        gateway.send_signal(signal.SIGHUP)
+        read_until(gateway, r"level=error event=reload refused=.*used.key: this is not the key of the certificate in ")
+        assert ask(one)
+        shutil.copy(pems / "two.key", tmp_path / "used.key")
+        gateway.send_signal(signal.SIGHUP)
+        read_until(gateway, "level=info event=reload certificate=")
+        assert ask(two)
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            ask(one)
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")
+        gateway.send_signal(signal.SIGTERM)
+        assert read_all(idle) == b""
+        said += read_all(stream)
+        assert b'"done":true' in said and said.endswith(b"0\r\n\r\n")
+        assert gateway.wait(10) == 0
+        assert "Traceback" not in all_output(gateway) and "level=error event=error" not in all_output(gateway)
+
+
+@table("argv, message", [
+    ("no key", ["--tls-cert", "one.pem"], "sollol.py: --tls-cert and --tls-key: one is nothing without the other"),
+    ("no certificate", ["--tls-key", "one.key"], "sollol.py: --tls-cert and --tls-key: one is nothing without"),
+    ("not there", ["--tls-cert", "one.pem", "--tls-key", "no.key"], "no.key: No such file or directory"),
+    ("neither", ["--tls-cert", "no.pem", "--tls-key", "no.key"], "no.pem: No such file or directory"),
+    ("a folder", ["--tls-cert", ".", "--tls-key", "one.key"], ".: Is a directory"),
+    ("another's key", ["--tls-cert", "one.pem", "--tls-key", "two.key"],
+     "two.key: this is not the key of the certificate in one.pem"),
+    ("no such thing", ["--tls-cert", "words", "--tls-key", "one.key"], "words: there is no certificate in PEM form"),
+    ("changed about", ["--tls-cert", "one.key", "--tls-key", "one.pem"], "one.key: there is no certificate in PEM"),
+    ("no key in it", ["--tls-cert", "one.pem", "--tls-key", "words"], "words: there is no usable private key in PEM"),
+    ("password", ["--tls-cert", "one.pem", "--tls-key", "locked.key"], "locked.key: is encrypted, and nobody is here")])
+def test_bad_certificate_or_key_stops_the_start_with_one_line(argv, message, pems, monkeypatch, capsys):
+    monkeypatch.chdir(pems)
+    pathlib.Path("words").write_text("hello\n")
+    subprocess.run("openssl ec -in one.key -aes256 -passout pass:x -out locked.key".split(), check=True,
+                   capture_output=True)
+    try:
+        assert sollol.main(["--node", "a", *argv]) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(message) and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o640, True)])
+def test_private_key_that_others_can_read_is_warned_about(mode, warned, pems, tmp_path, caplog):
+    key = tmp_path / "my.key"
+    shutil.copy(pems / "one.key", key)
+    key.chmod(mode)
+    sollol.read_certificate(sollol.parse_options(["--node", "a", *pair(pems, key=key)], {}))
+    assert (f"others than its owner can read {key}: chmod 600 it" in caplog.text) is warned
+
+
+# -----------------------------------------------------------------------------
+# TLS: towards nodes
+# -----------------------------------------------------------------------------
+
+def shown(folder, name):
+    """Return what a node shows its certificate with."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    return context
+
+
+def tls_node(folder, name="one", **more):
+    """Return a simulated node that speaks TLS."""
+    node = bench.SimNode(**FAST, **more)
+    node.tls = shown(folder, name)
+    return node
+
+
+@over_sockets
+async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_path, caplog):
+    """Each by the authority of its own line; a path is seen from the hosts file; a renewed file is read on reload."""
+    nodes = [await tls_node(pems, name).start() for name in ("one", "one", "one", "two")]
+    shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
+    lines = [f"{node.url} name={name}" for name, node in zip(("good", "wrong", "unknown", "any"), nodes, strict=True)]
+    (tmp_path / "hosts.txt").write_text("{} ca=ca.pem\n{} ca={}\n{}\n{} insecure=yes\n".format(
+        *lines[:2], pems / "two.pem", *lines[2:]))
+    async with gateway_for(*nodes, hosts=tmp_path / "hosts.txt", flags=["--probe-interval", "0.2"]) as gateway:
+        assert {name: node.up for name, node in gateway.dispatcher.nodes.items()} == {
+            "good": True, "wrong": False, "unknown": False, "any": True}
+        logged = [record.msg for record in caplog.records]
+        assert [it["nodes"] for it in logged if it["event"] == "tls"] == ["any"]
+        assert {it["node"]: it["why"] for it in logged if it["event"] == "node" and it["state"] == "down"} == {
+            name: "its certificate is not believed: self-signed certificate" for name in ("wrong", "unknown")}
+        for _ in range(4):
+            answer = await call(gateway, "POST", "/api/generate", generate(stream=True))
+            assert answer.status == 200 and answer.fields["x-sollol-node"] in ("good", "any")
+        blob = os.urandom(3 * 2**20)
+        path = f"/api/blobs/sha256:{hashlib.sha256(blob).hexdigest()}"
+        assert (await call(gateway, "POST", path, blob)).status == 201 and nodes[0].blobs
+        for pool in gateway.pools.values():
+            pool.prune(math.inf)
+        shutil.copy(pems / "two.pem", tmp_path / "ca.pem")
+        gateway.reload()
+        await until(lambda: not gateway.dispatcher.nodes["good"].up)
+        shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
+        gateway.reload()
+        await until(lambda: gateway.dispatcher.nodes["good"].up)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_slow_reader_slows_a_node_over_tls_too(loop, pems):
+    LOOPS[loop](test_slow_reader_slows_the_node_and_not_the_gateways_memory.__wrapped__(shown(pems, "one")))
+
+
+@over_sockets
+async def test_node_that_dies_over_tls_is_replaced(pems):
+    nodes = [tls_node(pems, slots=1), tls_node(pems, slots=1)]
+    for node in nodes:
+        node.line = f"ca={pems / 'one.pem'} slots=1"
+    async with gateway_for(*nodes, flags=["--probe-interval", "0.2"]) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=300))) for _ in range(6)]
+        await until(lambda: health(gateway)["inflight"] == 2)
+        nodes[0].kill()
+        assert {answer.status for answer in await asyncio.gather(*tasks)} == {200}
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+
+
+def test_check_says_why_a_node_over_tls_is_down(pems, capsys):
+    async def plain(reader, writer):
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async def main():
+        node, server = await tls_node(pems).start(), await asyncio.start_server(plain, "127.0.0.1", 0)
+        lines = (f"{node.url} name=strange\n{node.url} name=good ca={pems / 'one.pem'}\n"
+                 f"https://127.0.0.1:{server.sockets[0].getsockname()[1]} name=plain\n")
+        try:
+            return await sollol.run_check(sollol.parse_options(["--node", "a"], {}), sollol.parse_hosts(lines, "h"))
+        finally:
+            server.close()
+            await node.stop()
+
+    level = sollol.LOG.level
+    assert asyncio.run(main()) == 1
+    sollol.LOG.setLevel(level)
+    out = capsys.readouterr().out
+    assert re.search(r"(?m)^strange .* down .* its certificate is not believed: self-signed certificate$", out)
+    assert re.search(r"(?m)^good .* up ", out)
+    assert re.search(r"(?m)^plain .* down .* no TLS: wrong version number$", out)
 
 
 # -----------------------------------------------------------------------------
