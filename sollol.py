@@ -2028,6 +2028,26 @@ def emptiest(nodes, count):
     return [node for node in nodes if node in chosen]
 
 
+def server_of(settings):
+    """Return what tells one server from another: where it is reached, and which of a proxy's it is."""
+    return settings.url, settings.host_header
+
+
+def matched(lines, nodes):
+    """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
+    found, free = {}, {node: server_of(node.settings) for node in nodes}
+    for names_count in (True, False):
+        for line in lines:
+            if line.name in found:
+                continue
+            for node, server in free.items():
+                if server == server_of(line) and (node.name == line.name or not names_count):
+                    found[line.name] = node
+                    del free[node]
+                    break
+    return found
+
+
 def untried(nodes, tried, now):
     """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
@@ -2790,29 +2810,43 @@ class Dispatcher:
     # Nodes ------------------------------------------------------------------
 
     def configure(self, settings):
-        """Take over the lines of hosts.txt: keep what is known of nodes whose line did not change, drop the others.
+        """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
 
-        Requests that run on a dropped node end there. A node that comes back meanwhile still has them: its slots are
-        taken. Returns (added, dropped) nodes.
+        Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
+        its slots are taken. Returns (added, dropped) nodes.
         """
-        old, self.nodes = self.nodes, {}
-        known = {**{node.name: node for node in self.leaving}, **old}
+        old = list(self.nodes.values())
         if settings and not any(line.primary for line in settings):
             settings = [settings[0]._replace(primary=True), *settings[1:]]
+        known = matched(settings, [*old, *self.leaving])
+        self.nodes = {}
         for line in settings:
-            node = known.get(line.name)
-            if node and node.settings._replace(primary=line.primary) == line:
-                node.settings = line            # who is primary can follow from other lines
-                node.draining = node.draining and old.get(line.name) is node    # as ordered, not as dropped
-            else:
-                node = Node(line)
-            self.nodes[line.name] = node
-        dropped = [node for node in old.values() if self.nodes.get(node.name) is not node]
+            node = self.nodes[line.name] = known.get(line.name) or Node(line)
+            node.draining = node.draining and node in old       # as ordered, not as dropped
+            self.change_settings(node, line)
+        dropped = [node for node in old if self.nodes.get(node.name) is not node]
         for node in dropped:
             node.draining = True
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
-        return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
+        return [node for node in self.nodes.values() if node not in old], dropped
+
+    def change_settings(self, node, settings):
+        """Take over the settings of a node whose server is the same."""
+        was, node.settings, node.name = node.settings, settings, settings.name
+        if was.slots != settings.slots:
+            for runner in node.runners.values():
+                self.set_slots(runner)
+
+    def set_slots(self, runner):
+        """Take over the slots that hosts.txt tells; where it tells none any more, those that were proved."""
+        slots, embeds = runner.node.settings.slots, bool(runner.row) and embeds_only(runner.row)
+        if slots:
+            runner.slots = runner.top = slots
+            runner.slots_known = "set"
+        elif runner.slots_known == "set":
+            runner.slots = runner.top = 1 if embeds else runner.peak
+            runner.slots_known = "set" if embeds else "learned" if runner.peak > 1 else "guessed"
 
     def drain(self, node, draining):
         """Give a node no new work, or again some; what runs there goes on."""
@@ -2889,9 +2923,7 @@ class Dispatcher:
         runner = node.runners.get(model)
         if runner is None:
             runner = node.runners[model] = Runner(node, model)
-            if node.settings.slots:
-                runner.slots = runner.top = node.settings.slots
-                runner.slots_known = "set"
+            self.set_slots(runner)
         return runner
 
     def residency(self, node, rows, asked_s, now):
@@ -3151,10 +3183,16 @@ class Pool:
     """Keep the connections to one node."""
 
     def __init__(self, settings, loop):
-        self.settings, self.loop = settings, loop
+        self.loop = loop
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
+        self.configure(settings)
+
+    def configure(self, settings):
+        """Take over settings, for connections from now on."""
+        self.settings = settings
         self.tls = ssl.create_default_context() if settings.tls else None
+        self.prune(math.inf)
 
     async def connect(self):
         """Return a fresh connection. Raises NodeFailure."""
@@ -6101,7 +6139,10 @@ class Gateway:
         for node in dropped:
             self.probes.pop(node).cancel()
             self.pools[node].close()
-        return added, dropped
+        changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
+        for node in changed:
+            self.pools[node].configure(node.settings)
+        return added, dropped, changed
 
     def begin_probes(self, node):
         """Start the task that probes a node; should a defect end it, start it again: a node must not be forgotten."""
@@ -6132,9 +6173,9 @@ class Gateway:
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.files_seen = self.file_stamps()
         try:
-            added, dropped = self.configure(read_nodes(self.options))
-            LOG.info({"event": "reload", "added": " ".join(node.name for node in added),
-                      "dropped": " ".join(node.name for node in dropped)})
+            added, dropped, changed = ([node.name for node in nodes] for nodes in self.configure(read_nodes(self.options)))
+            LOG.info({"event": "reload", "added": " ".join(added), "dropped": " ".join(dropped),
+                      "changed": " ".join(changed)})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
         if self.options.keys:

@@ -856,7 +856,7 @@ def rows(*models):
 def cluster(policy="latency-weighted", slots=1, resident=True, max_queue=1024, **models):
     """Return a Dispatcher over nodes that are up at time 0: name=(models, resident unless told)."""
     dispatcher = sollol.Dispatcher(policy, max_queue=max_queue)
-    dispatcher.configure([NodeSettings(name, "127.0.0.1", 11434, slots=slots, primary=not number)
+    dispatcher.configure([NodeSettings(name, "127.0.0.1", 11434 + number, slots=slots, primary=not number)
                           for number, name in enumerate(models)])
     for node in dispatcher.nodes.values():
         dispatcher.answered(node, "0.33.0", 0.001, 0.0)
@@ -1561,7 +1561,7 @@ def test_configure_keeps_known_nodes_and_drains_dropped_ones():
     tickets = enter(dispatcher, want(), want(), want())
     placed(dispatcher)
     old = dict(dispatcher.nodes)
-    added, dropped = dispatcher.configure([old["n1"].settings, old["n2"].settings._replace(slots=5),
+    added, dropped = dispatcher.configure([old["n1"].settings, old["n2"].settings._replace(port=5),
                                            NodeSettings("n4", "d", 4)])
     assert [node.name for node in added] == ["n2", "n4"] and dropped == [old["n2"], old["n3"]]
     assert dispatcher.nodes["n1"] is old["n1"] and dispatcher.nodes["n2"] is not old["n2"]
@@ -1572,6 +1572,36 @@ def test_configure_keeps_known_nodes_and_drains_dropped_ones():
     assert not any(node.leases for node in old.values())
     enter(dispatcher, want(), now=1.0)
     assert placed(dispatcher, 1.0) == ["n1"]
+
+
+def test_changed_settings_leave_a_node_its_requests_and_what_is_known_of_it():
+    dispatcher = cluster(slots=0, n1=["m", "nomic-embed"], n2=["m"])
+    enter(dispatcher, want(), want())
+    placed(dispatcher)
+    (_, one), (_, two) = dispatcher.nodes.items()
+    it, embeds, lease = runner(dispatcher, "n1"), one.runners["nomic-embed:latest"], one.leases[0]
+    it.decode_s, it.samples = 0.005, 7
+    dispatcher.prove_slots(it, 3)
+
+    def change(**more):
+        assert dispatcher.configure([one.settings._replace(**more), two.settings]) == ([], [])
+        assert dispatcher.nodes[more.get("name", one.name)] is one and one.leases[0] is lease
+        return it.slots, it.slots_known, embeds.slots, embeds.slots_known
+
+    assert change(token="x", primary=False) == (3, "learned", 1, "set") and one.settings.token == "x"
+    assert change(slots=2) == (2, "set", 2, "set")
+    enter(dispatcher, *[want()] * 4, now=1.0)
+    assert placed(dispatcher, 1.0).count("n1") == 1
+    assert change(name="renamed") == (2, "set", 2, "set")
+    assert change(slots=0) == (3, "learned", 1, "set") and it.decode_s == 0.005
+    assert dispatcher.configure([two.settings._replace(name="n2", host_header="other")])[0] != []
+
+
+def test_two_lines_that_swap_their_names_keep_their_nodes():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    (_, one), (_, two) = dispatcher.nodes.items()
+    assert dispatcher.configure([one.settings._replace(name="n2"), two.settings._replace(name="n1")]) == ([], [])
+    assert dispatcher.nodes == {"n2": one, "n1": two} and (one.name, two.name) == ("n2", "n1")
 
 
 def test_node_that_comes_back_while_its_requests_run_has_that_many_slots_less():
@@ -5521,6 +5551,9 @@ async def test_saved_hosts_file_is_taken_over_and_a_bad_one_refused(tmp_path, ca
         await until(lambda: list(gateway.dispatcher.nodes) == ["one", "two"])
         assert gateway.dispatcher.nodes["one"] is first
         await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        hosts.write_text(f"{one.url} name=one slots=3 token=t\n{two.url} name=two slots=4\n")
+        await until(lambda: first.settings.slots == 3)
+        assert gateway.dispatcher.nodes["one"] is first and gateway.pools[first].settings.token == "t"
         hosts.write_text(f"{two.url} name=two slots=4\n")
         await until(lambda: list(gateway.dispatcher.nodes) == ["two"])
         assert (await call(gateway, "POST", "/api/generate", generate())).fields["x-sollol-node"] == "two"
