@@ -91,6 +91,7 @@ LINGER_S = 2.0                      # reading on after an early answer, so that 
 # Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
 CONNECT_TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 3.0
+FOLLOW_S = 30.0                     # between two looks at a name, or more often: Kubernetes lets its names live 5 to 30 s
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
@@ -273,8 +274,13 @@ class Wants:
     deterministic: bool = False     # a stream that says the same on every node with the same version of the model
 
 
+def bracketed(host):
+    """Return a host as it stands in a URL (RFC 3986 3.2.2: IPv6 addresses in brackets)."""
+    return f"[{host}]" if ":" in host else host
+
+
 class NodeSettings(NamedTuple):
-    """One line of hosts.txt."""
+    """One line of hosts.txt, or one node of the many behind it."""
 
     name: str
     host: str
@@ -285,11 +291,12 @@ class NodeSettings(NamedTuple):
     token: str = ""                 # sent as Authorization: Bearer
     slots: int = 0                  # 0 = learn them
     primary: bool = False
+    resolve: bool = False           # every address behind the host is a node
+    address: str = ""               # of one of those: where to connect to instead of the host
 
     @property
     def url(self):
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+        return f"{'https' if self.tls else 'http'}://{bracketed(self.address or self.host)}:{self.port}{self.prefix}"
 
 
 # -----------------------------------------------------------------------------
@@ -3198,8 +3205,10 @@ class Pool:
         """Return a fresh connection. Raises NodeFailure."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), self.settings.host, self.settings.port, ssl=self.tls)
+                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.tls,
+                    server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
             raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
@@ -5076,8 +5085,8 @@ async def look_again(look, gateway):
 def note_state(gateway, node, why=""):
     """Log the state of a node if it is not the one logged last."""
     was, state = gateway.states.get(node, "new"), node.state(gateway.loop.time())
-    if not node.probed or state == was:
-        return
+    if not node.probed or state == was or node.up and not node.indexed:
+        return                      # its models are part of the line
     gateway.states[node] = state
     models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
     LOG.log(logging.INFO if node.up else logging.WARNING,
@@ -5862,6 +5871,13 @@ def parse_word(text):
     return text
 
 
+def parse_resolve(text):
+    """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
+    if text != "all":
+        raise ValueError(f"must be all, not {text!r}")
+    return True
+
+
 def parse_prefix(text):
     """Return a path prefix without its last slash. Raises ValueError."""
     if not text.startswith("/"):
@@ -5870,7 +5886,7 @@ def parse_prefix(text):
 
 
 NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word,
-                 "prefix": parse_prefix, "primary": parse_switch}
+                 "prefix": parse_prefix, "primary": parse_switch, "resolve": parse_resolve}
 
 
 def parse_url(url):
@@ -5901,7 +5917,7 @@ def parse_node(line):
             values[key] = NODE_SETTINGS[key](text)
         except ValueError as error:
             raise ValueError(f"{key} {error}") from None
-    shown = f"[{host}]" if ":" in host else host
+    shown = bracketed(host)
     return NodeSettings(values.pop("name", f"{shown}:{port}"), host, port, tls,
                         host_header=values.pop("host", f"{shown}:{port}"), **values)
 
@@ -5939,6 +5955,87 @@ def read_nodes(options):
     if doubled[1] > 1:
         raise ConfigError(f"--node: there are two nodes named {doubled[0]!r}")
     return nodes
+
+
+# -----------------------------------------------------------------------------
+# Sources: where do the nodes come from?
+#
+# Each source only keeps what it knows: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS
+# tells for the names in them. `joined` makes one list of settings of it, and Gateway.join takes that over whenever a
+# source has changed.
+# -----------------------------------------------------------------------------
+
+def literal(host):
+    """Return an IP address in its usual spelling; None for a name."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+def names_in(lines):
+    """Return the names in lines whose addresses DNS is asked for."""
+    return {line.host for line in lines if line.resolve and not literal(line.host)}
+
+
+def addresses_of(line, told):
+    """Return the addresses of a line's host, as far as DNS has told them, {name: addresses}."""
+    address = literal(line.host)
+    return [address] if address else told.get(line.host, [])
+
+
+def spread(line, told):
+    """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
+    addresses = addresses_of(line, told)
+    addresses = [address for address in addresses if ":" not in address] or addresses
+    name = line.name.removesuffix(":11434")
+    return [line._replace(name=f"{name}@{address}", address=address, resolve=False, primary=line.primary and not number)
+            for number, address in enumerate(addresses)]
+
+
+def joined(lines, told):
+    """Return the NodeSettings of all nodes that the sources know."""
+    nodes = {}
+    for line in lines:
+        for node in spread(line, told) if line.resolve else [line]:
+            nodes.setdefault(node.name, node)
+    return list(nodes.values())
+
+
+async def look_up(name):
+    """Ask DNS for the addresses behind a name. Raises OSError, or UnicodeError if it cannot be one."""
+    rows = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return [row[4][0] for row in rows]
+
+
+async def resolve(gateway, name):
+    """Note the addresses behind a name; tell whether they have changed. If DNS fails, what it told last stays."""
+    was, failed = gateway.told.get(name, []), name in gateway.unresolved
+    try:
+        found, why = set(await gateway.look_up(name)), "no address"
+    except (OSError, UnicodeError) as error:
+        found, why = set(), getattr(error, "strerror", None) or str(error)
+    if not found:
+        gateway.unresolved.add(name)
+        if not failed:
+            LOG.warning({"event": "dns", "name": name, "addresses": " ".join(was), "why": why})
+        return False
+    gateway.unresolved.discard(name)
+    # In the order in which they came: the first one may be the primary node.
+    gateway.told[name] = [address for address in was if address in found] + sorted(found.difference(was))
+    if failed or gateway.told[name] != was:
+        LOG.info({"event": "dns", "name": name, "addresses": " ".join(gateway.told[name])})
+    return gateway.told[name] != was
+
+
+async def follow_name(gateway, name):
+    """Keep up with the addresses behind a name."""
+    while True:
+        if await resolve(gateway, name):
+            gateway.join()
+            gateway.pump()
+        gateway.first_looks.discard(name)
+        await asyncio.sleep(min(gateway.options.probe_interval, FOLLOW_S) * gateway.rng.uniform(0.85, 1.15))
 
 
 # -----------------------------------------------------------------------------
@@ -6043,7 +6140,7 @@ def affordable_clients(asked, descriptors):
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, nodes, keys=()):
+    def __init__(self, options, lines, keys=(), *, look_up=look_up):
         self.options = options
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
@@ -6058,7 +6155,12 @@ class Gateway:
         self.chores = {}            # (Node, what is done): Task
         self.states = {}            # Node: its state as logged last
         self.clients = set()
-        self.first_looks = set()    # nodes not yet looked at since the start
+        self.lines = lines          # NodeSettings as written
+        self.look_up = look_up      # name -> its addresses
+        self.told = {}              # name: its addresses, as DNS told last
+        self.unresolved = set()     # names for which DNS failed last
+        self.sources = {}           # name: Task that follows it
+        self.first_looks = set()    # nodes and names not yet looked at since the start
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
         self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
@@ -6086,13 +6188,12 @@ class Gateway:
             "/api/ps": functools.partial(look_again, look_at_residency),
             "/api/status": functools.partial(look_again, look_at_status),
         }
-        self.configure(nodes)
+        self.configure(lines)
 
     # Start and reload -------------------------------------------------------
 
     async def start(self):
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
-        self.first_looks = set(self.dispatcher.nodes.values())
         deadline_s = self.loop.time() + 0.5
         while self.first_looks and self.loop.time() < deadline_s:
             await asyncio.sleep(0.005)
@@ -6130,9 +6231,22 @@ class Gateway:
             self.exhausted_s = now
             LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
 
-    def configure(self, nodes):
-        """Take over a list of NodeSettings."""
-        added, dropped = self.dispatcher.configure(nodes)
+    def configure(self, lines):
+        """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
+        self.lines, names = lines, names_in(lines)
+        for name in self.sources.keys() - names:
+            self.sources.pop(name).cancel()
+            self.told.pop(name, None)
+        for name in names - self.sources.keys():
+            self.begin_source(name, follow_name)
+        return self.join()
+
+    def join(self):
+        """Take over what the sources know. Returns (added, dropped, changed) nodes."""
+        added, dropped = self.dispatcher.configure(joined(self.lines, self.told))
+        if self.server is None:
+            self.first_looks.update(added)
+            self.first_looks.difference_update(dropped)
         for node in added:
             self.pools[node] = Pool(node.settings, self.loop)
             self.begin_probes(node)
@@ -6145,15 +6259,27 @@ class Gateway:
         return added, dropped, changed
 
     def begin_probes(self, node):
-        """Start the task that probes a node; should a defect end it, start it again: a node must not be forgotten."""
-        if self.dispatcher.nodes.get(node.name) is not node:
-            return                  # dropped meanwhile
-        task = self.probes[node] = self.loop.create_task(probe_forever(self, node))
+        """Start the task that probes a node."""
+        self.keep_going(self.probes, node, probe_forever)
+
+    def begin_source(self, name, work):
+        """Start the task that keeps up with a source of nodes."""
+        if self.server is None:
+            self.first_looks.add(name)
+        self.keep_going(self.sources, name, work)
+
+    def keep_going(self, tasks, key, work):
+        """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
+        task = tasks[key] = self.loop.create_task(work(self, key))
+
+        def again():
+            if tasks.get(key) is task:      # else dropped meanwhile
+                self.keep_going(tasks, key, work)
 
         def ended(task):
-            if not task.cancelled() and node in self.probes:
-                LOG.error({"event": "error", "node": node.name}, exc_info=task.exception())
-                self.loop.call_later(self.options.probe_interval, self.begin_probes, node)
+            if not task.cancelled() and tasks.get(key) is task:
+                LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
+                self.loop.call_later(self.options.probe_interval, again)
 
         task.add_done_callback(ended)
 
@@ -6317,7 +6443,8 @@ class Gateway:
             self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.probes.values(), *self.chores.values(), *(client.task for client in self.clients)]
+        tasks = [*self.sources.values(), *self.probes.values(), *self.chores.values(),
+                 *(client.task for client in self.clients)]
         for client in list(self.clients):
             client.transport.abort()
         for task in tasks:
@@ -6493,7 +6620,7 @@ async def run_gateway(options, nodes, keys, greeting=""):
             return
         host, port = gateway.address
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
+        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes), "policy": options.policy,
                   "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
@@ -6540,11 +6667,12 @@ async def run_demo(options, keys):
 async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
     gateway = Gateway(options, [])
-    gateway.dispatcher.configure(settings)
+    LOG.setLevel(logging.CRITICAL)
+    await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings)))
+    gateway.dispatcher.configure(joined(settings, gateway.told))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
         gateway.pools[node] = Pool(node.settings, gateway.loop)
-    LOG.setLevel(logging.CRITICAL)
     await asyncio.gather(*(probe(gateway, node) for node in nodes))
     table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED")]
     for node in nodes:
@@ -6552,11 +6680,13 @@ async def run_check(options, settings):
         loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
         table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
                       " ".join(models) or "-", " ".join(loaded) or "-"))
+    missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
+    table += [(line.name, line.url, "no address", "-", "-", "-") for line in missing]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     await gateway.stop()
-    return 0 if all(node.up for node in nodes) else 1
+    return 1 if missing or not all(node.up for node in nodes) else 0
 
 
 def new_loop(fast):

@@ -22,6 +22,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -2002,7 +2003,7 @@ def test_books_stay_in_order_over_a_random_walk_and_are_empty_at_its_end(policy,
     ("path", "http://gpu:9/a/b/", dict(prefix="/a/b")),
     ("all settings", "gpu name=g slots=4 token=a=b#c host=localhost prefix=/p/ primary=yes",
      dict(name="g", slots=4, token="a=b#c", host_header="localhost", prefix="/p", primary=True)),
-    ("comment", "gpu slots=64  # fixed", dict(slots=64)),
+    ("comment", "gpu slots=64  # fixed", dict(slots=64)), ("every address", "gpu resolve=all", dict(resolve=True)),
     ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
 ])
 def test_line_of_a_hosts_file(line, expected):
@@ -2031,6 +2032,7 @@ def test_first_line_is_primary_unless_another_says_so():
     ("name not ASCII", "gpu name=grün", "name must be printable ASCII"),
     ("prefix", "gpu prefix=p", "prefix must begin with a slash"),
     ("switch", "gpu primary=maybe", "primary must be yes or no, not 'maybe'"),
+    ("resolve", "gpu resolve=one", "resolve must be all, not 'one'"),
     ("scheme", "ftp://gpu", "is not the URL of a node"), ("no host", "http://", "is not the URL of a node"),
     ("query", "http://gpu/?x", "is not the URL of a node"),
     ("user", "http://u:p@gpu", "is not the URL of a node"), ("port", "gpu:eleven", "has no valid port"),
@@ -2053,6 +2055,30 @@ def test_nodes_come_from_file_and_flags(tmp_path):
     path.write_text("a\nb")
     options = sollol.parse_options(["--hosts", str(path), "--node", "c", "--node", "d:9"], {})
     assert [node.name for node in sollol.read_nodes(options)] == ["a:11434", "b:11434", "c:11434", "d:9"]
+
+
+TOLD = {"pods": ["10.0.0.2", "10.0.0.1"], "both": ["fd00::1", "10.0.0.3"], "six": ["fd00::1"]}
+
+
+@table("text, expected", [
+    ("every address", "pods resolve=all\nb", ["pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
+                                              "b:11434 b b:11434"]),
+    ("its own name and port", "b\npods:80 resolve=all name=p", ["b:11434 b b:11434 *", "p@10.0.0.2 10.0.0.2 pods:80",
+                                                                "p@10.0.0.1 10.0.0.1 pods:80"]),
+    ("name without one", "pods:80 resolve=all host=h", ["pods:80@10.0.0.2 10.0.0.2 h *", "pods:80@10.0.0.1 10.0.0.1 h"]),
+    ("one primary", "b\npods resolve=all primary=yes", ["b:11434 b b:11434", "pods@10.0.0.2 10.0.0.2 pods:11434 *",
+                                                        "pods@10.0.0.1 10.0.0.1 pods:11434"]),
+    ("a server has both families", "both resolve=all", ["both@10.0.0.3 10.0.0.3 both:11434 *"]),
+    ("only IPv6", "six resolve=all", ["six@fd00::1 [fd00::1] six:11434 *"]),
+    ("address", "10.0.0.9 resolve=all", ["10.0.0.9@10.0.0.9 10.0.0.9 10.0.0.9:11434 *"]),
+    ("not told", "gone resolve=all\nb", ["b:11434 b b:11434 *"]), ("nothing", "gone resolve=all", []),
+])
+def test_nodes_that_the_sources_make_together(text, expected):
+    dispatcher = sollol.Dispatcher()
+    dispatcher.configure(sollol.joined(sollol.parse_hosts(text, "h"), TOLD))
+    found = [node.settings for node in dispatcher.nodes.values()]
+    assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
+            for it in found] == expected
 
 
 @table("argv, content, message", [
@@ -2194,10 +2220,10 @@ class ScriptedNode:
         self.digests = {}           # of models, if not their names
         self.reads_chunks = False   # else a chunked body is left to the script
 
-    async def start(self, port=0):
-        self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26)
+    async def start(self, port=0, host="127.0.0.1", tls=None):
+        self.server = await asyncio.start_server(self.converse, host, port, limit=2**26, ssl=tls)
         self.port = self.server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
         return self
 
     async def stop(self):
@@ -2259,8 +2285,11 @@ def chunked(*pieces, status=b"200 OK", kind=b"application/x-ndjson", end=b"0\r\n
 
 
 @contextlib.asynccontextmanager
-async def gateway_for(*nodes, flags=(), hosts=None):
-    """Start nodes and a gateway in front of them; stop all at the end. Nodes may be given not started."""
+async def gateway_for(*nodes, flags=(), hosts=None, lines=None, **given):
+    """Start nodes and a gateway in front of them; stop all at the end. Nodes may be given not started.
+
+    The gateway knows them by themselves, by the file `hosts`, or by `lines` as in such a file.
+    """
     for node in nodes:
         if not getattr(node, "port", 0):
             await node.start()
@@ -2268,8 +2297,9 @@ async def gateway_for(*nodes, flags=(), hosts=None):
     argv = [*(["--hosts", str(hosts)] if hosts else []), "--port", "0", "--no-calibrate", "--seed", "1", *flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
     keys = sollol.read_keys(options)
-    settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts("\n".join(named), "test")
-    gateway = await sollol.Gateway(options, settings, keys).start()
+    lines = "\n".join(named) if lines is None else lines
+    settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts(lines, "test")
+    gateway = await sollol.Gateway(options, settings, keys, **given).start()
     try:
         yield gateway
     finally:
@@ -5557,6 +5587,133 @@ async def test_saved_hosts_file_is_taken_over_and_a_bad_one_refused(tmp_path, ca
         hosts.write_text(f"{two.url} name=two slots=4\n")
         await until(lambda: list(gateway.dispatcher.nodes) == ["two"])
         assert (await call(gateway, "POST", "/api/generate", generate())).fields["x-sollol-node"] == "two"
+
+
+class Dns:
+    """DNS for a gateway: {name: addresses}, or an error."""
+
+    def __init__(self, **told):
+        self.told, self.asked = told, 0
+
+    async def __call__(self, name):
+        self.asked += 1
+        await asyncio.sleep(0.001)
+        if isinstance(self.told[name], OSError):
+            raise self.told[name]
+        return self.told[name]
+
+    async def ask_again(self):
+        """Wait until an answer that is given from now on has been taken over."""
+        asked = self.asked
+        await until(lambda: self.asked >= asked + 2)
+
+
+NO_DNS = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+async def replicas(count, **settings):
+    """Start simulated nodes at one port of 127.0.0.2, 127.0.0.3 and so on."""
+    nodes = []
+    for number in range(count):
+        port = nodes[0].port if nodes else 0
+        nodes.append(await bench.SimNode(host=f"127.0.0.{number + 2}", port=port, loaded=("llama3.2",),
+                                         **settings).start())
+    return nodes
+
+
+async def used_names(gateway, count=4, tokens=5):
+    """Return the names of the nodes that so many requests at once went to."""
+    answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(tokens=tokens))
+                                     for _ in range(count)))
+    assert all(answer.status == 200 for answer in answers)
+    return {answer.fields["x-sollol-node"] for answer in answers}
+
+
+@over_sockets
+async def test_every_address_behind_a_name_is_a_node_for_as_long_as_dns_tells_it(caplog):
+    sollol.LOG.propagate = True
+    one, two = await replicas(2, **FAST)
+    dns = Dns(pods=["127.0.0.2"])
+    async with gateway_for(one, two, lines=f"http://pods:{one.port} resolve=all slots=2 name=pods",
+                           flags=["--probe-interval", "0.1"], look_up=dns) as gateway:
+        assert await used_names(gateway) == {"pods@127.0.0.2"}
+        dns.told["pods"] = ["127.0.0.3", "127.0.0.2"]
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        assert await used_names(gateway, tokens=100) == {"pods@127.0.0.2", "pods@127.0.0.3"}
+        running = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=1000, stream=True)))
+                   for _ in range(4)]
+        await until(lambda: two.in_flight == one.in_flight == 2)
+        dns.told["pods"] = ["127.0.0.3"]
+        await until(lambda: list(gateway.dispatcher.nodes) == ["pods@127.0.0.3"])
+        answers = await asyncio.gather(*running)
+        assert {answer.fields["x-sollol-node"] for answer in answers} == {"pods@127.0.0.2", "pods@127.0.0.3"}
+        assert all(json.loads(answer.body.splitlines()[-1])["done"] for answer in answers)
+        assert await used_names(gateway) == {"pods@127.0.0.3"}
+        for answer in (NO_DNS, []):
+            dns.told["pods"] = answer
+            await dns.ask_again()
+        assert await used_names(gateway) == {"pods@127.0.0.3"}
+    assert caplog.text.count("'event': 'dns'") == 1 and "Temporary failure" in caplog.text
+
+
+@over_sockets
+async def test_name_without_an_address_at_the_start_is_asked_for_again():
+    one, two = await replicas(2, **FAST)
+    dns = Dns(pods=NO_DNS)
+    lines = f"http://pods:{one.port} resolve=all\n{two.url} name=two"
+    async with gateway_for(one, two, lines=lines, flags=["--probe-interval", "0.1"], look_up=dns) as gateway:
+        assert await used_names(gateway) == {"two"}
+        dns.told["pods"] = ["127.0.0.2"]
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        assert list(gateway.dispatcher.nodes) == [f"pods:{one.port}@127.0.0.2", "two"]
+
+
+@over_sockets
+async def test_gateway_without_any_node_answers_and_goes_on():
+    dns = Dns(pods=NO_DNS)
+    async with gateway_for(lines="http://pods resolve=all", look_up=dns) as gateway:
+        assert (await call(gateway, "GET", "/api/health")).status == 503
+        for method, path, status in (("POST", "/api/generate", 503), ("POST", "/api/show", 503), ("GET", "/api/tags", 503),
+                                     ("POST", "/api/pull", 503), ("POST", "/api/me", 503), ("GET", "/api/stats", 200),
+                                     ("GET", "/metrics", 200), ("DELETE", "/api/delete", 503), ("GET", "/other", 503)):
+            assert (await call(gateway, method, path, generate())).status == status, path
+
+
+def test_real_name_is_looked_up():
+    """In real time only: DNS is asked in a thread, and virtual time does not wait for threads."""
+    async def main():
+        node = await bench.SimNode(**FAST).start()
+        async with gateway_for(node, lines=f"localhost:{node.port} resolve=all") as gateway:
+            await until(lambda: health(gateway)["nodes"]["up"] == 1)
+            assert await used_names(gateway) == {f"localhost:{node.port}@127.0.0.1"}
+    run_real(main())
+
+
+def certificate(folder, name):
+    """Make a certificate for a name that its own key has signed; return its path and a server's TLS context."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    paths = folder / f"{name}.crt", folder / f"{name}.key"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-addext",
+                    f"subjectAltName=DNS:{name}", "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*paths)
+    return paths[0], context
+
+
+@over_sockets
+async def test_every_address_behind_a_name_must_have_the_certificate_of_the_name(tmp_path, monkeypatch):
+    trusted, tls = certificate(tmp_path, "pods.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    node = await ScriptedNode(lambda request: [OK, KEEP]).start(host="127.0.0.2", tls=tls)
+    dns = Dns(**{"pods.example": ["127.0.0.2"], "other.example": ["127.0.0.2"]})
+    lines = f"https://pods.example:{node.port} resolve=all name=pods\nhttps://other.example:{node.port} resolve=all"
+    async with gateway_for(node, lines=lines, look_up=dns) as gateway:
+        await until(lambda: all(node.probed for node in gateway.dispatcher.nodes.values()))
+        assert [node.up for node in gateway.dispatcher.nodes.values()] == [True, False]
+        assert await used_names(gateway) == {"pods@127.0.0.2"}
+        assert {re.search(rb"\r\nHost: (.*?)\r\n", raw)[1].decode() for raw in node.requests} == {
+            f"pods.example:{node.port}"}
 
 
 @over_sockets
