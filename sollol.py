@@ -91,6 +91,11 @@ LINGER_S = 2.0                      # reading on after an early answer, so that 
 # Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
 CONNECT_TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 3.0
+SCAN_S = 180.0                      # between two scans of the networks in --discover
+SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
+SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
+MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
+SCANS_KEPT = 10                     # for which a found node may be away: half an hour
 FOLLOW_S = 30.0                     # between two looks at a name, or more often: Kubernetes lets its names live 5 to 30 s
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
@@ -5010,17 +5015,16 @@ class ProbeFailure(Exception):
     """A node gave no usable answer to a question of the gateway's own."""
 
 
-async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S):
-    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
+async def fetch(pool, method, path, value=None, timeout_s=PROBE_TIMEOUT_S, most_bytes=64 * MIB):
+    """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
     body = b"" if value is None else json.dumps(value).encode()
     head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
                        len(body), True, False)
     connection, clean = None, False
-    pool = gateway.pools[node]
     try:
         async with asyncio.timeout(timeout_s):
-            connection, answer = await pool.exchange(render_request(head, node.settings, len(body)) + body, method)
-            collector = Collector(connection, answer, 64 * MIB)
+            connection, answer = await pool.exchange(render_request(head, pool.settings, len(body)) + body, method)
+            collector = Collector(connection, answer, most_bytes)
             text = await collector.collect()
             clean = collector.clean
     except TimeoutError:
@@ -5032,8 +5036,14 @@ async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = None
-    if answer.status != 200 or not isinstance(found, dict):
-        raise ProbeFailure(f"{path} answered {answer.status} and not the JSON of an Ollama server")
+    return answer.status, found if isinstance(found, dict) else None, text
+
+
+async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S):
+    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
+    status, found, _ = await fetch(gateway.pools[node], method, path, value, timeout_s)
+    if status != 200 or found is None:
+        raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
     return found
 
 
@@ -5949,11 +5959,11 @@ def read_nodes(options):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
     nodes += parse_hosts("\n".join(options.node), "--node")
-    if not nodes:
+    if not nodes and not options.discover:
         raise ConfigError(f"{options.hosts or '--node'}: there is no node in it")
-    doubled = collections.Counter(node.name for node in nodes).most_common(1)[0]
-    if doubled[1] > 1:
-        raise ConfigError(f"--node: there are two nodes named {doubled[0]!r}")
+    for name, count in collections.Counter(node.name for node in nodes).items():
+        if count > 1:
+            raise ConfigError(f"--node: there are two nodes named {name!r}")
     return nodes
 
 
@@ -5961,8 +5971,8 @@ def read_nodes(options):
 # Sources: where do the nodes come from?
 #
 # Each source only keeps what it knows: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS
-# tells for the names in them. `joined` makes one list of settings of it, and Gateway.join takes that over whenever a
-# source has changed.
+# tells for the names in them; the servers that a scan has found. `joined` makes one list of settings of it, and
+# Gateway.join takes that over whenever a source has changed.
 # -----------------------------------------------------------------------------
 
 def literal(host):
@@ -5973,9 +5983,9 @@ def literal(host):
         return None
 
 
-def names_in(lines):
-    """Return the names in lines whose addresses DNS is asked for."""
-    return {line.host for line in lines if line.resolve and not literal(line.host)}
+def names_in(lines, discovering):
+    """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
+    return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
 
 
 def addresses_of(line, told):
@@ -5993,11 +6003,31 @@ def spread(line, told):
             for number, address in enumerate(addresses)]
 
 
-def joined(lines, told):
-    """Return the NodeSettings of all nodes that the sources know."""
-    nodes = {}
+class Found(NamedTuple):
+    """What scans know of a server."""
+
+    missed: int                     # scans in a row without an answer of it
+    own: bool                       # an address of this machine
+
+
+def servers_in(lines, told):
+    """Return the (address, port) of the servers that lines name."""
+    return {(address, line.port) for line in lines for address in addresses_of(line, told)}
+
+
+def joined(lines, told, found):
+    """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
+
+    `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
+    """
+    nodes, written = {}, servers_in(lines, told)
+    here = {port for address, port in written if is_loopback(address)}
     for line in lines:
         for node in spread(line, told) if line.resolve else [line]:
+            nodes.setdefault(node.name, node)
+    for (address, port), it in found.items():
+        if (address, port) not in written and not (it.own and port in here):
+            node = parse_node(f"{bracketed(address)}:{port}")
             nodes.setdefault(node.name, node)
     return list(nodes.values())
 
@@ -6036,6 +6066,96 @@ async def follow_name(gateway, name):
             gateway.pump()
         gateway.first_looks.discard(name)
         await asyncio.sleep(min(gateway.options.probe_interval, FOLLOW_S) * gateway.rng.uniform(0.85, 1.15))
+
+
+def parse_network(text):
+    """Return the network of a CIDR such as 192.168.1.0/24, or of one address. Raises ArgumentTypeError."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a network such as 192.168.1.0/24") from None
+    if network.num_addresses > MOST_SCANNED:
+        raise argparse.ArgumentTypeError(f"{text} has more than {MOST_SCANNED} addresses; a /20 has as many, "
+                                         "or a /116 of IPv6")
+    return network
+
+
+async def is_ollama(pool):
+    """Tell whether an Ollama server answers, and not a gateway such as this one. Raises ProbeFailure or NodeFailure."""
+    short = functools.partial(fetch, pool, "GET", most_bytes=64 * KIB)
+    _, found, _ = await short("/api/health")
+    if found and found.get("service") == "SOLLOL":
+        return False
+    status, _, text = await short("/")
+    if status == 200 and text.startswith(b"Ollama is running"):
+        return True
+    status, found, _ = await short("/api/version")
+    return status == 200 and isinstance(found and found.get("version"), str)
+
+
+async def is_found(gateway, address):
+    """Tell whether an Ollama server listens at an address."""
+    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop)
+    try:
+        async with asyncio.timeout(SCAN_CONNECT_S):
+            pool.give_back(await pool.connect(), clean=True)
+        return await is_ollama(pool)
+    except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
+        return False
+    finally:
+        pool.close()
+
+
+def is_own(address):
+    """Tell whether an address is one of this machine's: only to those can a socket be bound."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as it:
+        try:
+            it.bind((address, 0))
+        except OSError:
+            return False
+    return not is_loopback(address)
+
+
+def after_scan(found, answered, up):
+    """Return what is found after a scan, {server: Found}. `answered`: {server: own}; `up`: servers it need not ask."""
+    still = {server: Found(0 if server in up else it.missed + 1, it.own) for server, it in found.items()}
+    still.update((server, Found(0, own)) for server, own in answered.items())
+    return {server: it for server, it in still.items() if it.missed < SCANS_KEPT}
+
+
+async def scan(gateway):
+    """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again."""
+    networks, port, began_s = gateway.options.discover, gateway.scan_port, gateway.loop.time()
+    up = {server for node in gateway.dispatcher.nodes.values() if node.up
+          for server in [(node.settings.address or node.settings.host, node.settings.port)]}
+    needless = up | servers_in(gateway.lines, gateway.told) | {gateway.address}
+    addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
+    LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port, "addresses": len(addresses)})
+    left, answered = (address for address in addresses if (address, port) not in needless), {}
+
+    async def look():
+        for address in left:
+            if await is_found(gateway, address):
+                answered[address, port] = is_own(address)
+
+    await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
+    in_order = sorted(answered, key=lambda server: addresses.index(server[0]))
+    was, gateway.found = gateway.found, after_scan(gateway.found, {it: answered[it] for it in in_order}, up)
+    LOG.info({"event": "scan", "found": " ".join(address for address, _ in gateway.found if (address, port) not in was),
+              "gone": " ".join(address for address, _ in was if (address, port) not in gateway.found),
+              "known": len(gateway.found), "took_s": round(gateway.loop.time() - began_s, 1)})
+
+
+SCAN = "--discover"                 # among the names of sources; no host is called so
+
+
+async def scan_again_and_again(gateway, _):
+    """Keep up with the servers in the networks of --discover."""
+    while True:
+        await scan(gateway)
+        gateway.join()
+        gateway.pump()
+        await asyncio.sleep(SCAN_S * gateway.rng.uniform(0.85, 1.15))
 
 
 # -----------------------------------------------------------------------------
@@ -6140,7 +6260,7 @@ def affordable_clients(asked, descriptors):
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, lines, keys=(), *, look_up=look_up):
+    def __init__(self, options, lines, keys=(), *, look_up=look_up, scan_port=11434):
         self.options = options
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
@@ -6159,7 +6279,9 @@ class Gateway:
         self.look_up = look_up      # name -> its addresses
         self.told = {}              # name: its addresses, as DNS told last
         self.unresolved = set()     # names for which DNS failed last
-        self.sources = {}           # name: Task that follows it
+        self.scan_port = scan_port  # of the Ollama servers that are looked for
+        self.found = {}             # (address, port): Found
+        self.sources = {}           # name, or what else is followed: Task
         self.first_looks = set()    # nodes and names not yet looked at since the start
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
@@ -6203,6 +6325,8 @@ class Gateway:
                                                  start_serving=True)
         self.address = self.server.sockets[0].getsockname()[:2]
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
+        if self.options.discover:
+            self.keep_going(self.sources, SCAN, scan_again_and_again)
         return self
 
     def accept(self, reader, writer):
@@ -6233,17 +6357,17 @@ class Gateway:
 
     def configure(self, lines):
         """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
-        self.lines, names = lines, names_in(lines)
-        for name in self.sources.keys() - names:
+        self.lines, names = lines, names_in(lines, self.options.discover)
+        for name in self.sources.keys() - names - {SCAN}:
             self.sources.pop(name).cancel()
             self.told.pop(name, None)
         for name in names - self.sources.keys():
-            self.begin_source(name, follow_name)
+            self.begin_source(name)
         return self.join()
 
     def join(self):
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
-        added, dropped = self.dispatcher.configure(joined(self.lines, self.told))
+        added, dropped = self.dispatcher.configure(joined(self.lines, self.told, self.found))
         if self.server is None:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
@@ -6262,11 +6386,11 @@ class Gateway:
         """Start the task that probes a node."""
         self.keep_going(self.probes, node, probe_forever)
 
-    def begin_source(self, name, work):
-        """Start the task that keeps up with a source of nodes."""
+    def begin_source(self, name):
+        """Start the task that follows a name."""
         if self.server is None:
             self.first_looks.add(name)
-        self.keep_going(self.sources, name, work)
+        self.keep_going(self.sources, name, follow_name)
 
     def keep_going(self, tasks, key, work):
         """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
@@ -6543,6 +6667,8 @@ def command_line(environ):
     group = parser.add_argument_group("nodes")
     add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP")
     add(group, "--node", metavar="URL", action="append", help="a node; may be repeated")
+    add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
+        "servers, such as 192.168.1.0/24; may be repeated")
     add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it)")
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
         "1 some down, 2 bad file")
@@ -6594,8 +6720,13 @@ def parse_options(argv, environ=None):
     options = parser.parse_args(argv)
     if options.node is None:
         options.node = environ.get("SOLLOL_NODE", "").split()
-    if not (options.hosts or options.node or options.demo):
-        parser.error("where are the nodes? Give --hosts FILE or --node URL, or try --demo")
+    if options.discover is None:
+        try:
+            options.discover = [parse_network(text) for text in environ.get("SOLLOL_DISCOVER", "").split()]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"SOLLOL_DISCOVER: {error}")
+    if not (options.hosts or options.node or options.discover or options.demo):
+        parser.error("where are the nodes? Give --hosts FILE, --node URL or --discover CIDR, or try --demo")
     return options
 
 
@@ -6668,8 +6799,11 @@ async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
     gateway = Gateway(options, [])
     LOG.setLevel(logging.CRITICAL)
-    await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings)))
-    gateway.dispatcher.configure(joined(settings, gateway.told))
+    await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings, options.discover)))
+    gateway.lines = settings
+    if options.discover:
+        await scan(gateway)
+    gateway.dispatcher.configure(joined(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
         gateway.pools[node] = Pool(node.settings, gateway.loop)
@@ -6686,7 +6820,7 @@ async def run_check(options, settings):
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     await gateway.stop()
-    return 1 if missing or not all(node.up for node in nodes) else 0
+    return 0 if nodes and not missing and all(node.up for node in nodes) else 1
 
 
 def new_loop(fast):

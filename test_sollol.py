@@ -2058,27 +2058,63 @@ def test_nodes_come_from_file_and_flags(tmp_path):
 
 
 TOLD = {"pods": ["10.0.0.2", "10.0.0.1"], "both": ["fd00::1", "10.0.0.3"], "six": ["fd00::1"]}
+SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): sollol.Found(3, False),
+           ("10.0.0.8", 11434): sollol.Found(0, True)}
 
 
-@table("text, expected", [
-    ("every address", "pods resolve=all\nb", ["pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
+@table("text, found, expected", [
+    ("only found", "", SCANNED, ["10.0.0.2:11434 10.0.0.2 10.0.0.2:11434 *", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434",
+                                 "10.0.0.8:11434 10.0.0.8 10.0.0.8:11434"]),
+    ("found and written", "[fd00:0::2]\nlocalhost:9\n10.0.0.8:80", SCANNED, [
+        "[fd00:0::2]:11434 [fd00:0::2] [fd00:0::2]:11434 *", "localhost:9 localhost localhost:9",
+        "10.0.0.8:80 10.0.0.8 10.0.0.8:80", "10.0.0.2:11434 10.0.0.2 10.0.0.2:11434",
+        "10.0.0.8:11434 10.0.0.8 10.0.0.8:11434"]),
+    ("found and told, found as localhost", "pods resolve=all\nhttp://127.0.0.1", SCANNED, [
+        "pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
+        "127.0.0.1:11434 127.0.0.1 127.0.0.1:11434", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434"]),
+    ("found behind a written name", "six:11434", {("fd00::1", 11434): sollol.Found(0, False)},
+     ["six:11434 six six:11434 *"]),
+    ("every address", "pods resolve=all\nb", {}, ["pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
                                               "b:11434 b b:11434"]),
-    ("its own name and port", "b\npods:80 resolve=all name=p", ["b:11434 b b:11434 *", "p@10.0.0.2 10.0.0.2 pods:80",
+    ("its own name and port", "b\npods:80 resolve=all name=p", {}, ["b:11434 b b:11434 *", "p@10.0.0.2 10.0.0.2 pods:80",
                                                                 "p@10.0.0.1 10.0.0.1 pods:80"]),
-    ("name without one", "pods:80 resolve=all host=h", ["pods:80@10.0.0.2 10.0.0.2 h *", "pods:80@10.0.0.1 10.0.0.1 h"]),
-    ("one primary", "b\npods resolve=all primary=yes", ["b:11434 b b:11434", "pods@10.0.0.2 10.0.0.2 pods:11434 *",
+    ("name without one", "pods:80 resolve=all host=h", {}, ["pods:80@10.0.0.2 10.0.0.2 h *", "pods:80@10.0.0.1 10.0.0.1 h"]),
+    ("one primary", "b\npods resolve=all primary=yes", {}, ["b:11434 b b:11434", "pods@10.0.0.2 10.0.0.2 pods:11434 *",
                                                         "pods@10.0.0.1 10.0.0.1 pods:11434"]),
-    ("a server has both families", "both resolve=all", ["both@10.0.0.3 10.0.0.3 both:11434 *"]),
-    ("only IPv6", "six resolve=all", ["six@fd00::1 [fd00::1] six:11434 *"]),
-    ("address", "10.0.0.9 resolve=all", ["10.0.0.9@10.0.0.9 10.0.0.9 10.0.0.9:11434 *"]),
-    ("not told", "gone resolve=all\nb", ["b:11434 b b:11434 *"]), ("nothing", "gone resolve=all", []),
+    ("a server has both families", "both resolve=all", {}, ["both@10.0.0.3 10.0.0.3 both:11434 *"]),
+    ("only IPv6", "six resolve=all", {}, ["six@fd00::1 [fd00::1] six:11434 *"]),
+    ("address", "10.0.0.9 resolve=all", {}, ["10.0.0.9@10.0.0.9 10.0.0.9 10.0.0.9:11434 *"]),
+    ("not told", "gone resolve=all\nb", {}, ["b:11434 b b:11434 *"]), ("nothing", "gone resolve=all", {}, []),
 ])
-def test_nodes_that_the_sources_make_together(text, expected):
+def test_nodes_that_the_sources_make_together(text, found, expected):
     dispatcher = sollol.Dispatcher()
-    dispatcher.configure(sollol.joined(sollol.parse_hosts(text, "h"), TOLD))
+    dispatcher.configure(sollol.joined(sollol.parse_hosts(text, "h"), TOLD, found))
     found = [node.settings for node in dispatcher.nodes.values()]
     assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
             for it in found] == expected
+
+
+@pytest.mark.parametrize("text, addresses", [
+    ("192.168.1.0/24", 254), ("192.168.1.7/24", 254), ("10.0.0.0/20", 4094), ("10.0.0.5", 1), ("10.0.0.5/32", 1),
+    ("fd00::/116", 4095), ("::1", 1), ("10.0.0.0/19", 0), ("fd00::/115", 0), ("0.0.0.0/0", 0), ("10.0.0.0/33", 0),
+    ("lan", 0), ("10.0.0.0/24:11434", 0), ("", 0)])
+def test_network_to_scan_is_small(text, addresses):
+    if addresses:
+        assert len(list(sollol.parse_network(text).hosts())) == addresses
+    else:
+        with pytest.raises(sollol.argparse.ArgumentTypeError):
+            sollol.parse_network(text)
+
+
+def test_found_server_is_forgotten_after_ten_scans_without_it():
+    a, b = ("10.0.0.1", 11434), ("10.0.0.2", 11434)
+    found = sollol.after_scan({}, {a: False, b: True}, set())
+    assert found == {a: (0, False), b: (0, True)}
+    for missed in range(1, sollol.SCANS_KEPT):
+        found = sollol.after_scan(found, {}, {b})
+        assert found == {a: (missed, False), b: (0, True)}
+    assert sollol.after_scan(found, {a: False}, set()) == {a: (0, False), b: (1, True)}
+    assert sollol.after_scan(found, {}, set()) == {b: (1, True)}
 
 
 @table("argv, content, message", [
@@ -2120,6 +2156,9 @@ def test_every_flag_has_its_twin_in_the_environment(argv, environ, expected):
 
 def test_nodes_in_the_environment_are_a_list():
     assert sollol.parse_options([], {"SOLLOL_NODE": "a b:9"}).node == ["a", "b:9"]
+    options = sollol.parse_options([], {"SOLLOL_DISCOVER": "10.0.0.0/24 ::1"})
+    assert [str(network) for network in options.discover] == ["10.0.0.0/24", "::1/128"]
+    assert sollol.read_nodes(options) == []
 
 
 @table("argv, environ, message", [
@@ -2134,6 +2173,8 @@ def test_nodes_in_the_environment_are_a_list():
     ("origin", ["--demo", "--origins", "http://a,b.example"], {}, "'b.example' is not an origin"),
     ("replicas", ["--demo", "--replicas", "0"], {}, "'0' is not a whole number of at least 1"),
     ("seed", ["--demo", "--seed", "x"], {}, "--seed"), ("stray word", ["--demo", "x"], {}, "x"),
+    ("large network", ["--discover", "10.0.0.0/8"], {}, "10.0.0.0/8 has more than 4096 addresses"),
+    ("no network", [], {"SOLLOL_DISCOVER": "10.0.0.0/24 lan"}, "SOLLOL_DISCOVER: 'lan' is not a network"),
     ("environment", ["--demo"], {"SOLLOL_PORT": "http"}, "'http' is not a port number"),
     ("policy in the environment", ["--demo"], {"SOLLOL_POLICY": "best"}, "best"),
     ("log format in the environment", ["--demo"], {"SOLLOL_LOG_FORMAT": "xml"}, "xml"),
@@ -5687,6 +5728,56 @@ def test_real_name_is_looked_up():
             await until(lambda: health(gateway)["nodes"]["up"] == 1)
             assert await used_names(gateway) == {f"localhost:{node.port}@127.0.0.1"}
     run_real(main())
+
+
+def discovering(nodes, *flags):
+    """Return what makes a gateway find simulated nodes on this machine."""
+    return {"flags": ["--discover", "127.0.0.0/28", "--probe-interval", "0.1", *flags], "scan_port": nodes[0].port}
+
+
+@over_sockets
+async def test_scan_finds_ollama_servers_and_nothing_else(caplog):
+    caplog.set_level("INFO", "sollol")
+    sollol.LOG.propagate = True
+    nodes = await replicas(2, **FAST)
+    port = nodes[0].port
+    no_ollama = await ScriptedNode(lambda request: [framed(b"hello"), KEEP]).start(port, "127.0.0.4")
+    no_ollama.own_answer = lambda raw: None
+    no_http = await asyncio.start_server(lambda reader, writer: writer.write(b"SSH-2.0-OpenSSH_9.2\r\n"), "127.0.0.5", port)
+    bare = await ScriptedNode(models=()).start(port, "127.0.0.6")       # written by its name
+    listed = f"http://127.0.0.3:{port} name=listed\nhttp://gpu:{port} name=named"
+    try:
+        async with gateway_for(flags=["--bind", "127.0.0.7", "--port", str(port)]), \
+                gateway_for(*nodes, lines=listed, look_up=Dns(gpu=["127.0.0.6"]),
+                            **discovering(nodes, "--bind", "127.0.0.8", "--port", str(port))) as gateway:
+            await until(lambda: caplog.text.count("'event': 'scan'") == 2)
+            assert list(gateway.dispatcher.nodes) == ["listed", "named", f"127.0.0.2:{port}"]
+            await until(lambda: health(gateway)["nodes"]["up"] == 2)
+            assert "listed" in await used_names(gateway, tokens=100)
+            line = next(line for line in caplog.messages if f"'url': 'http://127.0.0.2:{port}'" in line)
+            assert "'was': 'new'" in line and "'models': 'llama3.2:latest'" in line
+    finally:
+        no_http.close()
+        for node in (no_ollama, bare):
+            await node.stop()
+
+
+@over_sockets
+async def test_found_servers_stay_over_a_reload_and_go_when_they_stay_away(monkeypatch, tmp_path):
+    monkeypatch.setattr(sollol, "SCAN_S", 0.2)
+    monkeypatch.setattr(sollol, "SCANS_KEPT", 3)
+    nodes, hosts = await replicas(2, **FAST), tmp_path / "hosts.txt"
+    hosts.write_text("# none yet\n")
+    async with gateway_for(*nodes, hosts=hosts, **discovering(nodes)) as gateway:
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        found = dict(gateway.dispatcher.nodes)
+        hosts.write_text(f"{nodes[1].url} name=listed\n")
+        await until(lambda: "listed" in gateway.dispatcher.nodes)
+        assert list(gateway.dispatcher.nodes.values()) == list(found.values())[::-1]
+        nodes[0].kill()
+        await until(lambda: list(gateway.dispatcher.nodes) == ["listed"])
+        await nodes[0].restart()
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
 
 
 def certificate(folder, name):
