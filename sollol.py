@@ -50,6 +50,7 @@ import socket
 import ssl
 import stat
 import sys
+import tempfile
 import time
 import urllib.parse
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,7 @@ LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most afte
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
@@ -155,6 +157,8 @@ MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
+STATE_S = 60.0                      # between two writes of the state file
+MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 LOG_DELAY_S = 0.05                  # log lines are written together; this late at most
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
@@ -1355,6 +1359,8 @@ class Node:
     vram_seen_bytes: float = 0.0    # most that was resident at once
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
 
+    kept: dict = field(default_factory=dict)    # what was kept of its models, see "Memory": {model: learned}
+
     version: str = ""
     cloud: dict = field(default_factory=dict)   # its /api/status
     running: list = field(default_factory=list)     # rows of its /api/ps
@@ -1972,6 +1978,105 @@ def scaled(estimate, ratio, gain):
 
 
 # -----------------------------------------------------------------------------
+# Memory: what is worth keeping of what was learned?
+#
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Whoever reads it back
+# takes nothing for granted: numbers out of range are left out, and what is taken over counts as no more than a few
+# samples, which new ones soon outweigh.
+# -----------------------------------------------------------------------------
+
+# name: (kind of number, least, most)
+KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "vram_seen_bytes": (float, 0.0, 1e15),
+                "vram_limit_bytes": (float, 1.0, 1e15)}
+KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "load_s": (float, 1e-3, 1e4),
+                  "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12),
+                  "streams": (int, 1, 10**12)}
+KEPT_OF_SLOTS = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
+KEPT_OF_LENGTHS = {"mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
+LONE = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
+BUCKETS = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
+MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
+
+
+def within(values, ranges):
+    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
+    found = {}
+    for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
+        value = values.get(name)
+        if type(value) in (int, kind) and least <= value <= most:
+            found[name] = kind(value)
+    return found
+
+
+def attributes(thing, ranges):
+    """Return the attributes of a thing that are worth keeping."""
+    return within({name: getattr(thing, name) for name in ranges}, ranges)
+
+
+def learned_of_runner(runner):
+    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
+    kept = attributes(runner, KEPT_OF_RUNNER)
+    if not runner.samples:
+        kept.pop("lines_per_token", None)
+    if runner.slots_known == "learned":
+        kept.update(attributes(runner, KEPT_OF_SLOTS))
+    if runner.lone:
+        kept["lone"] = within({str(streams).lower(): ratio for streams, ratio in runner.lone.items()}, LONE)
+    return {**kept, "digest": str(runner.row.get("digest") or "")} if kept else {}
+
+
+def learned_of_node(node):
+    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
+    models = {model: learned for model, runner in node.runners.items() if (learned := learned_of_runner(runner))}
+    kept = {model: learned for model, learned in node.kept.items() if model not in models}
+    models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
+    if not models:
+        return {}
+    return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE), "models": models}
+
+
+def learned_of_lengths(lengths):
+    """Return what is to be kept of a model's lengths."""
+    return {**attributes(lengths, KEPT_OF_LENGTHS),
+            "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
+
+
+def read_node(entry):
+    """Return what was kept of a node, in range; None for what is no such thing."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
+            and isinstance(entry.get("models"), dict)):
+        return None
+    models = {}
+    for model, it in itertools.islice(entry["models"].items(), MOST_KEPT):
+        read = {**within(it, KEPT_OF_RUNNER), **within(it, KEPT_OF_SLOTS)}
+        if not read:
+            continue
+        lone = within(it.get("lone"), LONE)
+        models[model] = {**read, **({"lone": lone} if lone else {}), "digest": str(it.get("digest") or "")[:100]}
+    return {"name": entry["name"], "url": entry["url"], **within(entry, KEPT_OF_NODE), "models": models}
+
+
+def read_lengths(entry):
+    """Return the OutputLengths that were kept of a model, as far as they are in range."""
+    lengths = OutputLengths()
+    for name, value in within(entry, KEPT_OF_LENGTHS).items():
+        setattr(lengths, name, value)
+    lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
+    means = within(entry["buckets"], BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
+    lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
+    return lengths
+
+
+def kept_of(entries, settings):
+    """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
+    def likeness(entry):
+        return (entry["url"] == settings.url) * 2 + (entry["name"] == settings.name)
+
+    best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
+    return best if best and likeness(best) else {}
+
+
+# -----------------------------------------------------------------------------
 # Dispatcher: which ticket goes to which node, now?
 #
 # The one owner of tickets, leases and nodes: everything that changes one of them is a method here. `dispatch` is called
@@ -2091,6 +2196,7 @@ class Dispatcher:
         self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
+        self.kept = []              # what was learned of nodes, those no more there, too; the last seen last
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
         self.queue = Queue()
         self.settled = {}           # model: Settled
@@ -2833,15 +2939,70 @@ class Dispatcher:
         known = matched(settings, [*old, *self.leaving])
         self.nodes = {}
         for line in settings:
-            node = self.nodes[line.name] = known.get(line.name) or Node(line)
+            node = self.nodes[line.name] = known.get(line.name) or self.recall(Node(line))
             node.draining = node.draining and node in old       # as ordered, not as dropped
             self.change_settings(node, line)
         dropped = [node for node in old if self.nodes.get(node.name) is not node]
+        self.keep(dropped)
         for node in dropped:
             node.draining = True
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if node not in old], dropped
+
+    # Memory -----------------------------------------------------------------
+
+    def learned(self):
+        """Return all that is worth keeping, as plain values."""
+        self.keep(self.nodes.values())
+        lengths = [(model, learned_of_lengths(it)) for model, it in self.estimates.lengths.items() if it.samples]
+        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
+
+    def keep(self, nodes):
+        """Keep what was learned of nodes, in place of what was kept of them before."""
+        for node in nodes:
+            learned = learned_of_node(node)
+            if learned:
+                server = learned["name"], learned["url"]
+                self.kept = [entry for entry in self.kept if (entry["name"], entry["url"]) != server]
+                self.kept.append(learned)
+        del self.kept[:-MOST_KEPT]
+
+    def remember(self, learned):
+        """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
+        self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
+        for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
+            lengths = read_lengths(entry)
+            if lengths.samples:
+                self.estimates.lengths[model] = lengths
+
+    def recall(self, node):
+        """Return a new node, with what was kept of its server. It need not be calibrated."""
+        entry = kept_of(self.kept, node.settings)
+        node.kept = entry.get("models", {})
+        for name in KEPT_OF_NODE.keys() & entry.keys():
+            setattr(node, name, entry[name])
+        node.calibrated = any("decode_s" in learned for learned in node.kept.values())
+        return node
+
+    def recall_runner(self, runner):
+        """Take over what was kept of a model on a node, if it is the same version."""
+        kept, digest = runner.node.kept.get(runner.model, {}), str(runner.row.get("digest") or "")
+        if kept.get("digest") and digest and kept["digest"] != digest:
+            return
+        for name in KEPT_OF_RUNNER.keys() & kept.keys():
+            setattr(runner, name, kept[name])
+        runner.samples, runner.streams = min(runner.samples, KEPT_SAMPLES), min(runner.streams, KEPT_SAMPLES)
+        runner.lone = {name == "true": ratio for name, ratio in kept.get("lone", {}).items()}
+        if "slots" in kept and runner.slots_known == "guessed":
+            runner.slots = runner.top = kept["slots"]
+            runner.peak = max(kept["slots"], kept.get("peak", 1))
+            runner.slots_known, runner.disproofs = "learned", min(kept.get("disproofs", 0), LAST_SHORT_PAUSE)
+            runner.waits = WAITS_TO_SHRINK - 1      # the first hidden wait takes one of them back
+            if runner.disproofs:
+                runner.probe_s = max(0.0, runner.node.indexed_s + RETRY_SLOT_S)
+
+    # Settings ---------------------------------------------------------------
 
     def change_settings(self, node, settings):
         """Take over the settings of a node whose server is the same."""
@@ -2909,8 +3070,11 @@ class Dispatcher:
         for row in rows:
             name = row_name(row)
             names.add(name)
+            is_new = name not in node.runners
             runner = self.runner(node, name)
             runner.on_disk, runner.row = True, row
+            if is_new:
+                self.recall_runner(runner)
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
             if embeds_only(row) and runner.slots_known == "guessed":
                 runner.slots_known = "set"      # to one, by Ollama itself
@@ -2918,6 +3082,7 @@ class Dispatcher:
             if runner.model not in names:
                 runner.on_disk = False
                 if not runner.leases:
+                    node.kept = learned_of_node(node).get("models", {})
                     del node.runners[runner.model]
         node.indexed = True
         self.reindex()
@@ -5971,7 +6136,7 @@ def read_nodes(options):
 # Sources: where do the nodes come from?
 #
 # Each source only keeps what it knows: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS
-# tells for the names in them; the servers that a scan has found. `joined` makes one list of settings of it, and
+# tells for the names in them; the servers that a scan has found. `united` makes one list of settings of it, and
 # Gateway.join takes that over whenever a source has changed.
 # -----------------------------------------------------------------------------
 
@@ -6015,7 +6180,7 @@ def servers_in(lines, told):
     return {(address, line.port) for line in lines for address in addresses_of(line, told)}
 
 
-def joined(lines, told, found):
+def united(lines, told, found):
     """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
 
     `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
@@ -6247,6 +6412,95 @@ def read_keys(options):
 
 
 # -----------------------------------------------------------------------------
+# The state file: what was learned before?
+# -----------------------------------------------------------------------------
+
+STATE_FORMAT, STATE_VERSION = "sollol-state", 1
+
+
+class StateFile:
+    """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
+
+    def __init__(self, path):
+        self.path = path
+        self.text = ""              # as written last
+        self.foreign = False        # there is a file that is not ours to overwrite
+        self.failed = False         # the last write did
+        try:
+            self.replace_with(None)
+        except OSError as error:
+            raise ConfigError(f"--state: {path}: {error.strerror}") from None
+
+    def read(self, dispatcher):
+        """Let a dispatcher remember what is in the file; log one line if it cannot be used."""
+        try:
+            with open(self.path, "rb") as file:
+                text = file.read(MOST_STATE_BYTES + 1)
+            if len(text) > MOST_STATE_BYTES:
+                raise ValueError(f"larger than {MOST_STATE_BYTES // MIB} MiB")
+            dispatcher.remember(parse_state(text))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConfigError(f"--state: {self.path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            self.foreign = True
+            LOG.warning({"event": "state", "file": self.path, "ignored": str(error)[:200],
+                         "why": f"it will be kept as {self.path}.ignored"})
+            return
+        LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.kept)})
+
+    def write(self, learned):
+        """Write what was learned, if it has changed: whole or not at all. Logs the first of failures in a row."""
+        text = json.dumps({"format": STATE_FORMAT, "version": STATE_VERSION, **learned}, indent=1) + "\n"
+        if text == self.text:
+            return
+        try:
+            if self.foreign:
+                os.replace(self.path, f"{self.path}.ignored")
+                self.foreign = False
+            self.replace_with(text)
+            self.text, self.failed = text, False
+        except OSError as error:
+            if not self.failed:
+                LOG.error({"event": "state", "file": self.path, "why": error.strerror})
+            self.failed = True
+
+    def replace_with(self, text):
+        """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
+        if os.path.isdir(self.path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        number, temporary = tempfile.mkstemp(dir=os.path.dirname(self.path) or ".", prefix=".sollol-")
+        try:
+            with open(number, "w", encoding="utf-8") as file:
+                file.write(text or "")
+                file.flush()
+                os.fsync(number)    # else a power cut could leave the new name with no content
+            if text is not None:
+                os.replace(temporary, self.path)
+                return
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        os.unlink(temporary)
+
+
+def parse_state(text):
+    """Return what is in a state file. Raises ValueError."""
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("damaged: no JSON") from None
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
+    if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
+        raise ValueError("damaged: no nodes or no lengths")
+    return state
+
+
+# -----------------------------------------------------------------------------
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
@@ -6310,6 +6564,10 @@ class Gateway:
             "/api/ps": functools.partial(look_again, look_at_residency),
             "/api/status": functools.partial(look_again, look_at_status),
         }
+        self.state, self.saved_s, self.saving = None, self.started_s, None
+        if options.state:
+            self.state = StateFile(options.state)
+            self.state.read(self.dispatcher)
         self.configure(lines)
 
     # Start and reload -------------------------------------------------------
@@ -6367,7 +6625,7 @@ class Gateway:
 
     def join(self):
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
-        added, dropped = self.dispatcher.configure(joined(self.lines, self.told, self.found))
+        added, dropped = self.dispatcher.configure(united(self.lines, self.told, self.found))
         if self.server is None:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
@@ -6532,8 +6790,16 @@ class Gateway:
                 self.states.pop(node, None)
         if any(now not in (None, seen) for now, seen in zip(self.file_stamps(), self.files_seen, strict=True)):
             self.reload()
+        if now - self.saved_s >= STATE_S:
+            self.save()
         tell_systemd("WATCHDOG=1")
         self.pump()
+
+    def save(self):
+        """Begin to write what was learned into the state file, in a thread: a slow disk must not stop the streams."""
+        self.saved_s = self.loop.time()
+        if self.state and (self.saving is None or self.saving.done()):
+            self.saving = self.loop.run_in_executor(None, self.state.write, self.dispatcher.learned())
 
     # Stop -------------------------------------------------------------------
 
@@ -6577,6 +6843,10 @@ class Gateway:
         for pool in self.pools.values():
             pool.prune(math.inf)
         self.flush_log()
+        if self.saving:
+            await asyncio.wait([self.saving])
+        if self.state:
+            self.state.write(self.dispatcher.learned())
 
 
 # -----------------------------------------------------------------------------
@@ -6674,6 +6944,7 @@ def command_line(environ):
         "1 some down, 2 bad file")
     add(group, "--probe-interval", metavar="S", type=parse_seconds, default="5", help="seconds between looks at a node "
         "(%(default)s)")
+    add(group, "--state", metavar="FILE", help="what was learned of nodes is kept there over restarts (nowhere)")
     add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start")
     group = parser.add_argument_group("serving")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -6797,13 +7068,14 @@ async def run_demo(options, keys):
 
 async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
+    options.state = None
     gateway = Gateway(options, [])
     LOG.setLevel(logging.CRITICAL)
     await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings, options.discover)))
     gateway.lines = settings
     if options.discover:
         await scan(gateway)
-    gateway.dispatcher.configure(joined(settings, gateway.told, gateway.found))
+    gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
         gateway.pools[node] = Pool(node.settings, gateway.loop)

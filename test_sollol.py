@@ -1849,6 +1849,136 @@ def test_least_inflight_takes_the_emptiest_and_skips_what_is_down():
 
 
 # -----------------------------------------------------------------------------
+# Memory: what a restart keeps
+# -----------------------------------------------------------------------------
+
+def taught():
+    """Return a Dispatcher that has learned something of each of its nodes."""
+    dispatcher = cluster(slots=0, n1=["m", "nomic-embed"], n2=["m"])
+    it = runner(dispatcher, "n1")
+    it.decode_s, it.prefill_s, it.load_s, it.samples, it.lone = 0.005, 0.0002, 4.0, 40, {True: 1.5}
+    dispatcher.prove_slots(it, 4)
+    runner(dispatcher, "n2").load_s = 9.0
+    dispatcher.disprove_slots(runner(dispatcher, "n2"), 0.0)
+    dispatcher.nodes["n1"].size_factor, dispatcher.nodes["n1"].vram_limit_bytes = 0.3, 8e9
+    for _ in range(50):
+        dispatcher.estimates.lengths["m:latest"].learn(100, 40)
+    return dispatcher
+
+
+def restarted(learned, settings, models=("m", "nomic-embed"), digest=None):
+    """Return a Dispatcher that remembers, over nodes that have the models."""
+    dispatcher = sollol.Dispatcher()
+    dispatcher.remember(json.loads(json.dumps(learned)))
+    dispatcher.configure(settings)
+    for node in dispatcher.nodes.values():
+        dispatcher.answered(node, "0.33.0", 0.001, 100.0)
+        dispatcher.index(node, [{**row, "digest": digest or row["digest"]} for row in rows(*models)], 100.0)
+    return dispatcher
+
+
+def settings_of(dispatcher):
+    return [node.settings for node in dispatcher.nodes.values()]
+
+
+def test_what_was_learned_is_known_again_as_an_estimate():
+    first = taught()
+    again = restarted(first.learned(), settings_of(first))
+    one, two = again.nodes.values()
+    it, other = runner(again, "n1"), runner(again, "n2")
+    assert (it.decode_s, it.prefill_s, it.load_s, it.lone) == (0.005, 0.0002, 4.0, {True: 1.5})
+    assert (it.slots, it.top, it.slots_known, it.samples) == (4, 4, "learned", sollol.KEPT_SAMPLES)
+    assert (one.size_factor, one.vram_limit_bytes, two.vram_limit_bytes) == (0.3, 8e9, math.inf)
+    assert (one.calibrated, two.calibrated, other.load_s) == (True, False, 9.0)
+    assert (other.slots, other.slots_known) == (1, "learned") and other.probe_s == 100.0 + sollol.RETRY_SLOT_S
+    assert again.estimates.demand(want(prompt_chars=400)).output_tokens == pytest.approx(40)
+    assert one.runners["nomic-embed:latest"].slots_known == "set"
+
+
+def test_new_answers_outweigh_what_was_kept():
+    first = taught()
+    it = runner(restarted(first.learned(), settings_of(first)), "n1")
+    dispatcher = sollol.Dispatcher()
+    for _ in range(12):
+        dispatcher.learn_decode(it, 0.02, max(sollol.SPEED_GAIN, 1 / (it.samples + 1)))
+    assert it.decode_s == pytest.approx(0.02, rel=0.2)
+    dispatcher.doubt_slots(it, 4, 200.0)
+    assert it.slots == 3
+
+
+def test_hosts_file_and_another_version_of_a_model_count_more_than_what_was_kept():
+    first = taught()
+    settings = [line._replace(slots=2) for line in settings_of(first)]
+    assert runner(restarted(first.learned(), settings), "n1").slots == 2
+    it = runner(restarted(first.learned(), settings_of(first), digest="newer"), "n1")
+    assert (it.decode_s, it.slots, it.samples) == (0.0, 1, 0)
+
+
+@table("change, known", [
+    ("another name", dict(name="x"), True), ("another address", dict(host="10.9.9.9"), True),
+    ("both", dict(name="x", host="10.9.9.9"), False)])
+def test_server_is_known_again_by_its_url_or_its_name(change, known):
+    first = taught()
+    again = restarted(first.learned(), [settings_of(first)[0]._replace(**change)])
+    assert (next(iter(again.nodes.values())).runners["m:latest"].decode_s == 0.005) is known
+    kept = {entry["url"]: entry for entry in again.learned()["nodes"]}
+    assert kept["http://127.0.0.1:11435"]["models"]["m:latest"]["load_s"] == 9.0      # of whom nothing is known now
+    assert set(kept) >= {line.url for line in settings_of(first)}
+
+
+def test_node_that_comes_back_and_a_model_that_comes_back_are_known_again():
+    dispatcher = taught()
+    one, two = settings_of(dispatcher)
+    dispatcher.configure([two])
+    dispatcher.configure([one, two])
+    node = dispatcher.nodes["n1"]
+    for models in (["m"], ["x"], ["m"]):
+        dispatcher.index(node, rows(*models))
+    assert node.runners["m:latest"].decode_s == 0.005
+
+
+def test_what_was_kept_is_bounded_by_number():
+    learned, entry = taught().learned(), taught().learned()["nodes"][0]
+    learned["nodes"] = [{**entry, "name": f"n{number}", "url": f"http://{number}"} for number in range(2000)]
+    dispatcher = sollol.Dispatcher()
+    dispatcher.remember(learned)
+    assert len(dispatcher.learned()["nodes"]) == sollol.MOST_KEPT
+    assert dispatcher.learned()["nodes"][-1]["name"] == "n1999"
+
+
+def test_rubbish_in_a_state_file_is_left_out_and_never_raises():
+    """Random values anywhere in it; what is taken over is a number in its range."""
+    rng, good = random.Random(5), json.dumps(taught().learned())
+    odd = [0, -1, 1e400, -1e400, float("nan"), 10**400, True, None, "5", [], {}, 0.5, 1e9, 257]
+
+    def spoil(value):
+        if rng.random() < 0.15:
+            return rng.choice(odd)
+        if isinstance(value, dict):
+            return {key: spoil(item) for key, item in value.items()}
+        return [spoil(item) for item in value] if isinstance(value, list) else value
+
+    def figures(thing, ranges):
+        for name, (kind, least, most) in ranges.items():
+            value = getattr(thing, name)
+            assert type(value) is kind and (not value or value == math.inf or least <= value <= most), (name, value)
+
+    for _ in range(300 * FUZZ):
+        learned = json.loads(good)
+        learned["nodes"], learned["lengths"] = ([spoil(entry) for entry in learned["nodes"]],
+                                                {key: spoil(entry) for key, entry in learned["lengths"].items()})
+        dispatcher = restarted(learned, settings_of(taught()))
+        for node in dispatcher.nodes.values():
+            figures(node, sollol.KEPT_OF_NODE)
+            for it in node.runners.values():
+                figures(it, {**sollol.KEPT_OF_RUNNER, **sollol.KEPT_OF_SLOTS})
+                assert it.samples <= sollol.KEPT_SAMPLES and it.top == it.slots
+        enter(dispatcher, want())
+        assert placed(dispatcher, 100.0)
+        json.dumps(dispatcher.learned(), allow_nan=False)
+
+
+# -----------------------------------------------------------------------------
 # Dispatcher: a random walk
 # -----------------------------------------------------------------------------
 
@@ -2088,7 +2218,7 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
 ])
 def test_nodes_that_the_sources_make_together(text, found, expected):
     dispatcher = sollol.Dispatcher()
-    dispatcher.configure(sollol.joined(sollol.parse_hosts(text, "h"), TOLD, found))
+    dispatcher.configure(sollol.united(sollol.parse_hosts(text, "h"), TOLD, found))
     found = [node.settings for node in dispatcher.nodes.values()]
     assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
             for it in found] == expected
@@ -5821,6 +5951,92 @@ async def test_drain_finishes_running_and_queued_and_refuses_new():
             await Caller.to(gateway)
 
 
+# -----------------------------------------------------------------------------
+# The state file
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_first_decision_after_a_restart_is_the_right_one(tmp_path):
+    slow = await bench.SimNode(speed=2.0, loaded=("llama3.2",), name="slow").start()
+    fast = await bench.SimNode(speed=50.0, loaded=("llama3.2",), name="fast").start()
+    lines = f"{slow.url} name=slow\n{fast.url} name=fast"
+    keep = ["--state", str(tmp_path / "state.json")]
+    async with gateway_for(lines=lines) as gateway:
+        assert await used_names(gateway, 1) == {"slow"}         # it knows nothing, and that one is listed first
+    async with gateway_for(lines=lines, flags=keep) as gateway:
+        assert await used_names(gateway, 6, tokens=60) == {"slow", "fast"}
+        gateway.drain()
+        await gateway.stopped.wait()
+    def asked():
+        return sum(bool(record.model) for node in (slow, fast) for record in node.requests)
+
+    before = asked()
+    async with gateway_for(lines=lines, flags=keep) as gateway:
+        gateway.options.calibrate = True
+        await asyncio.sleep(2 * sollol.SWEEP_S)
+        assert all(node.calibrated and not node.requests for node in gateway.dispatcher.nodes.values())
+        assert asked() == before
+        assert await used_names(gateway, 1) == {"fast"}
+        (_, fast_s), (_, slow_s) = sorted(gateway.dispatcher.decisions[0].finish_s)
+        assert slow_s > 5 * fast_s
+    for node in (slow, fast):
+        await node.stop()
+
+
+@over_sockets
+async def test_state_is_written_while_it_runs_and_only_if_something_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sollol, "STATE_S", 0.1)
+    path = tmp_path / "state.json"
+    async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(path)]) as gateway:
+        await call(gateway, "POST", "/api/generate", generate())
+        await until(lambda: path.exists() and "llama3.2:latest" in path.read_text())
+        await asyncio.sleep(1.5)
+        before = path.stat()
+        await asyncio.sleep(1.5)
+        assert path.stat().st_ino == before.st_ino
+        assert [entry["name"] for entry in json.loads(path.read_text())["nodes"]] == list(gateway.dispatcher.nodes)
+    assert os.listdir(tmp_path) == ["state.json"] and before.st_mode & 0o777 == 0o600
+
+
+GOOD_STATE = {"format": "sollol-state", "version": 1, "nodes": [], "lengths": {}}
+
+
+@table("content", [
+    ("empty", b""), ("torn", b'{"format": "sollol-state", "ver'), ("another file", b"http://gpu slots=4\n"),
+    ("bytes", b"\xff\x00\xfe"), ("deep", b"[" * 100_000), ("list", b"[]"), ("another program's", b'{"version": 1}'),
+    ("newer", json.dumps({**GOOD_STATE, "version": 2}).encode()), ("no nodes", json.dumps({**GOOD_STATE, "nodes": 1}).encode()),
+    ("no lengths", json.dumps({**GOOD_STATE, "lengths": None}).encode()), ("large", b" " * 1_000_001)])
+def test_state_file_that_cannot_be_used_is_told_once_and_put_aside(content, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sollol, "MOST_STATE_BYTES", 1_000_000)
+    sollol.LOG.propagate = True
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(path)]) as gateway:
+            assert (await call(gateway, "POST", "/api/generate", generate(tokens=20))).status == 200
+            assert path.read_bytes() == content
+
+    bench.run_virtual(main())
+    assert len(caplog.messages) == 1 and str(path) in caplog.messages[0]
+    assert (tmp_path / "state.json.ignored").read_bytes() == content
+    assert len(sollol.parse_state(path.read_bytes())["nodes"]) == 1
+
+
+def test_state_that_cannot_be_written_is_told_once_and_leaves_nothing_behind(tmp_path, caplog):
+    sollol.LOG.propagate = True
+    folder = tmp_path / "away"
+    folder.mkdir()
+    state = sollol.StateFile(str(folder / "state.json"))
+    folder.rmdir()
+    for number in range(3):
+        state.write({"nodes": [number], "lengths": {}})
+    assert len(caplog.messages) == 1 and "No such file" in caplog.messages[0]
+    folder.mkdir()
+    state.write({"nodes": [], "lengths": {}})
+    assert os.listdir(folder) == ["state.json"]
+
+
 @contextlib.contextmanager
 def program(*argv, env=None):
     """Run a program of this folder, and leave nothing of it behind. Its output goes to a file: a pipe could fill up."""
@@ -5970,6 +6186,31 @@ def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
         assert status == 1 and re.search(r"bad +http://127.0.0.1:1 +down", out)
         status, out = check("# nothing\n\nhttp://x slots=four\n")
         assert (status, out) == (2, f"{hosts}:3: slots must be a whole number from 1 to 64, not 'four'\n")
+
+
+@pytest.mark.parametrize("path, why", [("no/such/folder/state", "No such file"), ("FOLDER", "Is a directory"),
+                                       ("hosts.txt/state", "Not a directory"), ("/proc/state", "")])
+def test_state_file_that_can_never_be_written_stops_the_start(tmp_path, path, why):
+    path = path.replace("FOLDER", str(tmp_path))
+    done = subprocess.run([sys.executable, "sollol.py", "--node", "127.0.0.1:1", "--port", "0", "--state", path], cwd=HERE,
+                          capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith(f"sollol.py: --state: {path}: {why}") and done.stderr.count("\n") == 1
+
+
+def test_terminated_program_keeps_what_it_has_learned(tmp_path):
+    path = tmp_path / "state.json"
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 20) as node:
+        argv = "sollol.py", "--node", read_until(node, r"http://\S+")[0], "--port", 0, "--state", path
+        with program(*argv) as gateway:
+            curl(read_until(gateway, r"event=start .*url=(\S+)")[1] + "/api/generate", generate(tokens=20))
+            gateway.send_signal(signal.SIGTERM)
+            assert gateway.wait(10) == 0
+        decode_s = sollol.parse_state(path.read_bytes())["nodes"][0]["models"]["llama3.2:latest"]["decode_s"]
+        with program(*argv) as gateway:
+            read_until(gateway, r"event=state .*nodes=1")
+            stats = json.loads(curl(read_until(gateway, r"event=start .*url=(\S+)")[1] + "/api/stats"))
+            assert stats["nodes"][0]["models"]["llama3.2:latest"]["decode_tok_s"] == round(1 / decode_s, 1)
 
 
 def test_port_in_use_is_one_clear_line():
