@@ -6935,51 +6935,56 @@ def command_line(environ):
         group.add_argument(flag, **settings)
 
     group = parser.add_argument_group("nodes")
-    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP")
-    add(group, "--node", metavar="URL", action="append", help="a node; may be repeated")
+    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP (none)")
+    add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
     add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
-        "servers, such as 192.168.1.0/24; may be repeated")
-    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it)")
-    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
-        "1 some down, 2 bad file")
+        "servers, such as 192.168.1.0/24; may be repeated (none)")
     add(group, "--probe-interval", metavar="S", type=parse_seconds, default="5", help="seconds between looks at a node "
         "(%(default)s)")
-    add(group, "--state", metavar="FILE", help="what was learned of nodes is kept there over restarts (nowhere)")
-    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start")
-    group = parser.add_argument_group("serving")
+    add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
+    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
+        "(they are)")
+    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it) "
+        "(no)")
+    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
+        "1 some down, 2 bad file (no)")
+    group = parser.add_argument_group("listening")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
-    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
-        "--hosts (none: everybody may ask)")
-    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
-        "those of this machine, with commas; * stands for anything (none)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
-    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")
-    group = parser.add_argument_group("queue and routing")
-    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="%(default)s: where each request "
-        "is predicted to finish first; the others are plain proxies, for comparison")
+    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
+        "(uvloop)")
+    group = parser.add_argument_group("scheduling")
+    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="where each request is predicted to "
+        "finish first, or, for comparison, as plain proxies do (%(default)s)")
     add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
         "(%(default)s)")
     add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
         "a slot; then 503 (%(default)s)")
     add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
-        "to embed over the nodes")
+        "to embed over the nodes (it is)")
+    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
+        "whose node died, if temperature 0 or a seed makes it say the same (it does)")
     add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
         "yet (%(default)s)")
     add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
-    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
-        "whose node died, if temperature 0 or a seed makes it say the same")
     group = parser.add_argument_group("limits")
-    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bodies that are read for routing; "
-        "blobs pass without limit (%(default)s)")
+    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
+        "routing; blobs pass without limit (%(default)s)")
     add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
         "arrive (%(default)s)")
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
         "(%(default)s)")
+    group = parser.add_argument_group("security")
+    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
+        "--hosts (none: everybody may ask)")
+    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
+        "those of this machine, with commas; * stands for anything (none)")
     group = parser.add_argument_group("log")
     add(group, "--log-format", choices=("kv", "json"), default="kv", help="key=value or JSON lines (%(default)s)")
-    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(%(default)s)")
+    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
+        "told (%(default)s)")
     parser.add_argument("--version", action="version", version=f"SOLLOL {__version__}")
     return parser
 

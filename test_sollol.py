@@ -2319,6 +2319,18 @@ def test_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argv, envi
     assert text.startswith("sollol.py: ") and message in text and text.count("\n") == 1
 
 
+def test_help_tells_every_flag_its_unit_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        sollol.parse_options(["--help"], {})
+    text = capsys.readouterr().out
+    assert re.findall(r"^(\w+):$", text, re.M) == ["options", "nodes", "listening", "scheduling", "limits", "security", "log"]
+    assert text.count("SOLLOL_") == 1
+    for action in sollol.command_line({})._actions[1:-1]:
+        assert re.search(r"\([^()]+\)$", action.help.replace("%(default)s", "x")), action
+        if action.type in (sollol.parse_seconds, sollol.parse_size):
+            assert re.match("seconds|bytes", action.help), action
+
+
 @pytest.mark.parametrize("text, size", [
     ("4096", 4096), ("1B", 1), ("2k", 2048), ("2KB", 2048), ("2KiB", 2048), ("64 MiB", 2**26),
     (" 1g ", 2**30)])
@@ -3404,6 +3416,23 @@ async def test_bytes_behind_an_answer_never_reach_the_next_one():
             answer = await caller.ask("POST", "/api/generate", generate())
             assert answer.body == b'{"response":"fine","done":true}'
         caller.close()
+
+
+@over_sockets
+async def test_every_node_is_logged_once_at_the_start_with_its_models(caplog):
+    caplog.set_level("INFO", "sollol")
+    sollol.LOG.propagate = True
+    nodes = [bench.SimNode(models=("mistral", "llama3.2"), **FAST), bench.SimNode(latency_s=0.3, **FAST),
+             bench.SimNode(models=(), **FAST)]
+    async with gateway_for(*nodes) as gateway:
+        await until(lambda: health(gateway)["nodes"]["up"] == 3)
+        await until(lambda: len(gateway.states) == 3)
+        await asyncio.sleep(2 * sollol.SWEEP_S)
+    told = [eval(line) for line in caplog.messages if "'event': 'node'" in line]
+    assert {it["url"]: (it["state"], it["models"]) for it in told} == {
+        nodes[0].url: ("up", "llama3.2:latest mistral:latest"), nodes[1].url: ("up", "llama3.2:latest"),
+        nodes[2].url: ("up", "")}
+    assert len(told) == 3
 
 
 @over_sockets
