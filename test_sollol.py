@@ -6,6 +6,7 @@ Tests over sockets run twice: on plain asyncio with a virtual clock (waiting cos
 The nodes are bench.py's simulated ones, or scripted ones where exact bytes matter.
 """
 
+import ast
 import asyncio
 import contextlib
 import fcntl
@@ -19,6 +20,7 @@ import pathlib
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -3428,7 +3430,7 @@ async def test_every_node_is_logged_once_at_the_start_with_its_models(caplog):
         await until(lambda: health(gateway)["nodes"]["up"] == 3)
         await until(lambda: len(gateway.states) == 3)
         await asyncio.sleep(2 * sollol.SWEEP_S)
-    told = [eval(line) for line in caplog.messages if "'event': 'node'" in line]
+    told = [ast.literal_eval(line) for line in caplog.messages if "'event': 'node'" in line]
     assert {it["url"]: (it["state"], it["models"]) for it in told} == {
         nodes[0].url: ("up", "llama3.2:latest mistral:latest"), nodes[1].url: ("up", "llama3.2:latest"),
         nodes[2].url: ("up", "")}
@@ -6276,6 +6278,52 @@ def test_service_is_valid_and_exposed_to_little(words):
         pytest.skip("systemd-analyze or /usr/bin/python3 is not installed")
     done = subprocess.run(["systemd-analyze", *words, str(HERE / "sollol.service")], capture_output=True, text=True)
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
+
+
+def container_commands():
+    """Return the words of the gateway's command in each of the README's snippets for containers."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    shell = [shlex.split(line) for line in re.findall(r"^ +docker run .*|(?<=command: )python .*", text, re.M)]
+    shell += [[word.strip(' "') for word in words.split(",")] for words in re.findall(r"command: \[(.*)\]", text)]
+    return [words[words.index("python"):] for words in shell]
+
+
+def test_commands_for_containers_run(tmp_path):
+    (tmp_path / "sollol.py").symlink_to(HERE / "sollol.py")
+    commands = container_commands()
+    assert len(commands) == 3
+    with program("bench.py", "--nodes", 1, "--port", 0) as node:
+        port = re.search(r":(\d+)", read_until(node, r"http://\S+")[0])[1]
+        (tmp_path / "hosts.txt").write_text(f"http://127.0.0.1:{port}\n")
+        for words in commands:
+            assert words[:2] == ["python", "/app/sollol.py"] and sollol.parse_options(words[2:], {}).bind == "0.0.0.0"
+            words = [re.sub("^/(app|state)", str(tmp_path), word) for word in words[1:]]
+            words = [word.replace("//ollama", f"//localhost:{port}") for word in words]
+            with program(*words, "--port", 0) as gateway:
+                url = read_until(gateway, r"event=start .*url=(\S+)")[1].replace("0.0.0.0", "127.0.0.1")
+                assert json.loads(curl(url + "/api/health"))["nodes"] == {"up": 1, "total": 1}
+                gateway.send_signal(signal.SIGTERM)
+                assert gateway.wait(10) == 0
+    assert (tmp_path / "state.json").exists()
+
+
+def test_snippets_for_containers_are_what_they_should_be():
+    yaml = pytest.importorskip("yaml", reason="PyPI pyyaml is not installed")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    (compose,), (service, deployment) = (list(yaml.safe_load_all(block)) for block in blocks)
+    gateway, pods = compose["services"]["sollol"], deployment["spec"]["template"]
+    names = {url.split()[0] for words in container_commands() for url in sollol.parse_options(words[2:], {}).node}
+    assert names == {"http://ollama"} and "ollama" in compose["services"] and service["metadata"]["name"] == "ollama"
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["ports"] == [{"port": 11434}]
+    assert gateway["volumes"] == ["./sollol.py:/app/sollol.py:ro", "state:/state"] and "state" in compose["volumes"]
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
+    container, = pods["spec"]["containers"]
+    assert shlex.split(gateway["command"]) == container_commands()[1] and container["command"] == container_commands()[2]
+    assert container["volumeMounts"] == [{"name": pods["spec"]["volumes"][0]["name"], "mountPath": "/app"}]
+    for name in ("readinessProbe", "livenessProbe"):
+        probe = container[name]["httpGet"]
+        assert probe["path"] in sollol.OPEN_PATHS and probe["port"] == container["ports"][0]["containerPort"] == 8000
+    assert (HERE / "sollol.py").stat().st_size < 2**20      # the most that a ConfigMap holds
 
 
 # -----------------------------------------------------------------------------
