@@ -5833,6 +5833,7 @@ async def used_names(gateway, count=4, tokens=5):
 
 @over_sockets
 async def test_every_address_behind_a_name_is_a_node_for_as_long_as_dns_tells_it(caplog):
+    caplog.set_level("WARNING", "sollol")
     sollol.LOG.propagate = True
     one, two = await replicas(2, **FAST)
     dns = Dns(pods=["127.0.0.2"])
@@ -6018,12 +6019,12 @@ async def test_first_decision_after_a_restart_is_the_right_one(tmp_path):
 async def test_state_is_written_while_it_runs_and_only_if_something_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(sollol, "STATE_S", 0.1)
     path = tmp_path / "state.json"
-    async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(path)]) as gateway:
+    async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(path), "--probe-interval", "0.1"]) as gateway:
         await call(gateway, "POST", "/api/generate", generate())
         await until(lambda: path.exists() and "llama3.2:latest" in path.read_text())
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.2)
         before = path.stat()
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.2)
         assert path.stat().st_ino == before.st_ino
         assert [entry["name"] for entry in json.loads(path.read_text())["nodes"]] == list(gateway.dispatcher.nodes)
     assert os.listdir(tmp_path) == ["state.json"] and before.st_mode & 0o777 == 0o600
@@ -6039,6 +6040,7 @@ GOOD_STATE = {"format": "sollol-state", "version": 1, "nodes": [], "lengths": {}
     ("no lengths", json.dumps({**GOOD_STATE, "lengths": None}).encode()), ("large", b" " * 1_000_001)])
 def test_state_file_that_cannot_be_used_is_told_once_and_put_aside(content, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sollol, "MOST_STATE_BYTES", 1_000_000)
+    caplog.set_level("WARNING", "sollol")
     sollol.LOG.propagate = True
     path = tmp_path / "state.json"
     path.write_bytes(content)
@@ -6055,6 +6057,7 @@ def test_state_file_that_cannot_be_used_is_told_once_and_put_aside(content, tmp_
 
 
 def test_state_that_cannot_be_written_is_told_once_and_leaves_nothing_behind(tmp_path, caplog):
+    caplog.set_level("WARNING", "sollol")
     sollol.LOG.propagate = True
     folder = tmp_path / "away"
     folder.mkdir()
