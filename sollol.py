@@ -97,7 +97,7 @@ SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
 SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
 MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
 SCANS_KEPT = 10                     # for which a found node may be away: half an hour
-FOLLOW_S = 30.0                     # between two looks at a name, or more often: Kubernetes lets its names live 5 to 30 s
+FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
@@ -1980,8 +1980,8 @@ def scaled(estimate, ratio, gain):
 # -----------------------------------------------------------------------------
 # Memory: what is worth keeping of what was learned?
 #
-# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Whoever reads it back
-# takes nothing for granted: numbers out of range are left out, and what is taken over counts as no more than a few
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is taken
+# for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more than a few
 # samples, which new ones soon outweigh.
 # -----------------------------------------------------------------------------
 
@@ -6681,9 +6681,8 @@ class Gateway:
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.files_seen = self.file_stamps()
         try:
-            added, dropped, changed = ([node.name for node in nodes] for nodes in self.configure(read_nodes(self.options)))
-            LOG.info({"event": "reload", "added": " ".join(added), "dropped": " ".join(dropped),
-                      "changed": " ".join(changed)})
+            sorts = zip(("added", "dropped", "changed"), self.configure(read_nodes(self.options)), strict=True)
+            LOG.info({"event": "reload", **{sort: " ".join(node.name for node in nodes) for sort, nodes in sorts}})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
         if self.options.keys:
@@ -6956,8 +6955,8 @@ def command_line(environ):
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
         "(uvloop)")
     group = parser.add_argument_group("scheduling")
-    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="where each request is predicted to "
-        "finish first, or, for comparison, as plain proxies do (%(default)s)")
+    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="where each request is predicted "
+        "to finish first, or, for comparison, as plain proxies do (%(default)s)")
     add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
         "(%(default)s)")
     add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
@@ -7027,8 +7026,8 @@ async def run_gateway(options, nodes, keys, greeting=""):
             return
         host, port = gateway.address
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes), "policy": options.policy,
-                  "loop": type(gateway.loop).__module__})
+        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
+                  "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})

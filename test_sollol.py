@@ -2195,8 +2195,8 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
 
 
 @table("text, found, expected", [
-    ("only found", "", SCANNED, ["10.0.0.2:11434 10.0.0.2 10.0.0.2:11434 *", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434",
-                                 "10.0.0.8:11434 10.0.0.8 10.0.0.8:11434"]),
+    ("only found", "", SCANNED, ["10.0.0.2:11434 10.0.0.2 10.0.0.2:11434 *",
+                                 "[fd00::2]:11434 [fd00::2] [fd00::2]:11434", "10.0.0.8:11434 10.0.0.8 10.0.0.8:11434"]),
     ("found and written", "[fd00:0::2]\nlocalhost:9\n10.0.0.8:80", SCANNED, [
         "[fd00:0::2]:11434 [fd00:0::2] [fd00:0::2]:11434 *", "localhost:9 localhost localhost:9",
         "10.0.0.8:80 10.0.0.8 10.0.0.8:80", "10.0.0.2:11434 10.0.0.2 10.0.0.2:11434",
@@ -2206,11 +2206,12 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
         "127.0.0.1:11434 127.0.0.1 127.0.0.1:11434", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434"]),
     ("found behind a written name", "six:11434", {("fd00::1", 11434): sollol.Found(0, False)},
      ["six:11434 six six:11434 *"]),
-    ("every address", "pods resolve=all\nb", {}, ["pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
-                                              "b:11434 b b:11434"]),
-    ("its own name and port", "b\npods:80 resolve=all name=p", {}, ["b:11434 b b:11434 *", "p@10.0.0.2 10.0.0.2 pods:80",
-                                                                "p@10.0.0.1 10.0.0.1 pods:80"]),
-    ("name without one", "pods:80 resolve=all host=h", {}, ["pods:80@10.0.0.2 10.0.0.2 h *", "pods:80@10.0.0.1 10.0.0.1 h"]),
+    ("every address", "pods resolve=all\nb", {}, ["pods@10.0.0.2 10.0.0.2 pods:11434 *",
+                                                  "pods@10.0.0.1 10.0.0.1 pods:11434", "b:11434 b b:11434"]),
+    ("its own name and port", "b\npods:80 resolve=all name=p", {}, [
+        "b:11434 b b:11434 *", "p@10.0.0.2 10.0.0.2 pods:80", "p@10.0.0.1 10.0.0.1 pods:80"]),
+    ("name without one", "pods:80 resolve=all host=h", {}, [
+        "pods:80@10.0.0.2 10.0.0.2 h *", "pods:80@10.0.0.1 10.0.0.1 h"]),
     ("one primary", "b\npods resolve=all primary=yes", {}, ["b:11434 b b:11434", "pods@10.0.0.2 10.0.0.2 pods:11434 *",
                                                         "pods@10.0.0.1 10.0.0.1 pods:11434"]),
     ("a server has both families", "both resolve=all", {}, ["both@10.0.0.3 10.0.0.3 both:11434 *"]),
@@ -2325,7 +2326,8 @@ def test_help_tells_every_flag_its_unit_and_its_default(capsys):
     with pytest.raises(SystemExit):
         sollol.parse_options(["--help"], {})
     text = capsys.readouterr().out
-    assert re.findall(r"^(\w+):$", text, re.M) == ["options", "nodes", "listening", "scheduling", "limits", "security", "log"]
+    assert re.findall(r"^(\w+):$", text, re.M) == [
+        "options", "nodes", "listening", "scheduling", "limits", "security", "log"]
     assert text.count("SOLLOL_") == 1
     for action in sollol.command_line({})._actions[1:-1]:
         assert re.search(r"\([^()]+\)$", action.help.replace("%(default)s", "x")), action
@@ -5876,9 +5878,10 @@ async def test_gateway_without_any_node_answers_and_goes_on():
     dns = Dns(pods=NO_DNS)
     async with gateway_for(lines="http://pods resolve=all", look_up=dns) as gateway:
         assert (await call(gateway, "GET", "/api/health")).status == 503
-        for method, path, status in (("POST", "/api/generate", 503), ("POST", "/api/show", 503), ("GET", "/api/tags", 503),
+        for method, path, status in (("POST", "/api/generate", 503), ("POST", "/api/show", 503),
                                      ("POST", "/api/pull", 503), ("POST", "/api/me", 503), ("GET", "/api/stats", 200),
-                                     ("GET", "/metrics", 200), ("DELETE", "/api/delete", 503), ("GET", "/other", 503)):
+                                     ("GET", "/metrics", 200), ("DELETE", "/api/delete", 503), ("GET", "/other", 503),
+                                     ("GET", "/api/tags", 503)):
             assert (await call(gateway, method, path, generate())).status == status, path
 
 
@@ -5905,7 +5908,8 @@ async def test_scan_finds_ollama_servers_and_nothing_else(caplog):
     port = nodes[0].port
     no_ollama = await ScriptedNode(lambda request: [framed(b"hello"), KEEP]).start(port, "127.0.0.4")
     no_ollama.own_answer = lambda raw: None
-    no_http = await asyncio.start_server(lambda reader, writer: writer.write(b"SSH-2.0-OpenSSH_9.2\r\n"), "127.0.0.5", port)
+    no_http = await asyncio.start_server(lambda reader, writer: writer.write(b"SSH-2.0-OpenSSH_9.2\r\n"),
+                                         "127.0.0.5", port)
     bare = await ScriptedNode(models=()).start(port, "127.0.0.6")       # written by its name
     listed = f"http://127.0.0.3:{port} name=listed\nhttp://gpu:{port} name=named"
     try:
@@ -5948,7 +5952,8 @@ def certificate(folder, name):
         pytest.skip("openssl is not installed")
     paths = folder / f"{name}.crt", folder / f"{name}.key"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-addext",
-                    f"subjectAltName=DNS:{name}", "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
+                    f"subjectAltName=DNS:{name}", "-out", paths[0], "-keyout", paths[1]],
+                   check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*paths)
     return paths[0], context
@@ -6036,7 +6041,8 @@ GOOD_STATE = {"format": "sollol-state", "version": 1, "nodes": [], "lengths": {}
 @table("content", [
     ("empty", b""), ("torn", b'{"format": "sollol-state", "ver'), ("another file", b"http://gpu slots=4\n"),
     ("bytes", b"\xff\x00\xfe"), ("deep", b"[" * 100_000), ("list", b"[]"), ("another program's", b'{"version": 1}'),
-    ("newer", json.dumps({**GOOD_STATE, "version": 2}).encode()), ("no nodes", json.dumps({**GOOD_STATE, "nodes": 1}).encode()),
+    ("newer", json.dumps({**GOOD_STATE, "version": 2}).encode()),
+    ("no nodes", json.dumps({**GOOD_STATE, "nodes": 1}).encode()),
     ("no lengths", json.dumps({**GOOD_STATE, "lengths": None}).encode()), ("large", b" " * 1_000_001)])
 def test_state_file_that_cannot_be_used_is_told_once_and_put_aside(content, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sollol, "MOST_STATE_BYTES", 1_000_000)
@@ -6226,8 +6232,8 @@ def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
                                        ("hosts.txt/state", "Not a directory"), ("/proc/state", "")])
 def test_state_file_that_can_never_be_written_stops_the_start(tmp_path, path, why):
     path = path.replace("FOLDER", str(tmp_path))
-    done = subprocess.run([sys.executable, "sollol.py", "--node", "127.0.0.1:1", "--port", "0", "--state", path], cwd=HERE,
-                          capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "sollol.py", "--node", "127.0.0.1:1", "--port", "0", "--state", path],
+                          cwd=HERE, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and os.listdir(tmp_path) == []
     assert done.stderr.startswith(f"sollol.py: --state: {path}: {why}") and done.stderr.count("\n") == 1
 
@@ -6321,7 +6327,7 @@ def test_snippets_for_containers_are_what_they_should_be():
     assert gateway["volumes"] == ["./sollol.py:/app/sollol.py:ro", "state:/state"] and "state" in compose["volumes"]
     assert deployment["spec"]["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
     container, = pods["spec"]["containers"]
-    assert shlex.split(gateway["command"]) == container_commands()[1] and container["command"] == container_commands()[2]
+    assert [shlex.split(gateway["command"]), container["command"]] == container_commands()[1:]
     assert container["volumeMounts"] == [{"name": pods["spec"]["volumes"][0]["name"], "mountPath": "/app"}]
     for name in ("readinessProbe", "livenessProbe"):
         probe = container[name]["httpGet"]
