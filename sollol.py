@@ -1980,9 +1980,9 @@ def scaled(estimate, ratio, gain):
 # -----------------------------------------------------------------------------
 # Memory: what is worth keeping of what was learned?
 #
-# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is taken
-# for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more than a few
-# samples, which new ones soon outweigh.
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
+# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
+# than a few samples, which new ones soon outweigh.
 # -----------------------------------------------------------------------------
 
 # name: (kind of number, least, most)
