@@ -1932,8 +1932,12 @@ def test_node_that_comes_back_and_a_model_that_comes_back_are_known_again():
     dispatcher = taught()
     one, two = settings_of(dispatcher)
     dispatcher.configure([two])
+    dispatcher.watch(1.0)
+    assert not dispatcher.leaving
     dispatcher.configure([one, two])
     node = dispatcher.nodes["n1"]
+    dispatcher.index(node, rows("m"))
+    assert node.runners["m:latest"].decode_s == 0.005
     for models in (["m"], ["x"], ["m"]):
         dispatcher.index(node, rows(*models))
     assert node.runners["m:latest"].decode_s == 0.005
@@ -5858,6 +5862,7 @@ async def test_every_address_behind_a_name_is_a_node_for_as_long_as_dns_tells_it
         for answer in (NO_DNS, []):
             dns.told["pods"] = answer
             await dns.ask_again()
+            gateway.join()          # as a reload does
         assert await used_names(gateway) == {"pods@127.0.0.3"}
     assert caplog.text.count("'event': 'dns'") == 1 and "Temporary failure" in caplog.text
 
@@ -5941,6 +5946,8 @@ async def test_found_servers_stay_over_a_reload_and_go_when_they_stay_away(monke
         hosts.write_text(f"{nodes[1].url} name=listed\n")
         await until(lambda: "listed" in gateway.dispatcher.nodes)
         assert list(gateway.dispatcher.nodes.values()) == list(found.values())[::-1]
+        await asyncio.sleep(1.0)    # more scans; who is up is not asked again
+        assert [record.path for record in nodes[0].requests].count("/api/health") == 1
         nodes[0].kill()
         await until(lambda: list(gateway.dispatcher.nodes) == ["listed"])
         await nodes[0].restart()
