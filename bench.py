@@ -1692,9 +1692,10 @@ class SimNode:
 
     def __init__(self, hardware="rtx3060", models=("llama3.2",), *, name=None, slots=None, port=0, seed=0,
                  loaded=(), vram_gb=None, latency_s=0.0, noise=0.0, keep_alive_s=300.0, speed=1.0,
-                 tokens_per_line=1, version="0.33.0", max_queue=512):
+                 tokens_per_line=1, version="0.33.0", max_queue=512, host="127.0.0.1"):
         machine = HARDWARE[hardware]
         self.name = name or hardware
+        self.host = host
         self.port = port                        # 0: any; the real one after start()
         self.models = {model.name: model for model in map(model_named, models)}
         self.version = version
@@ -1725,7 +1726,7 @@ class SimNode:
 
     @property
     def url(self):
-        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://{self.host}:{self.port}"
 
     @property
     def loads(self):
@@ -1745,8 +1746,7 @@ class SimNode:
     async def start(self):
         """Listen, on the last port if there was one, and return self. Raises OSError if it is taken."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._protocol, "127.0.0.1", self.port, backlog=1024,
-                                                ssl=self.tls)
+        self._server = await loop.create_server(self._protocol, self.host, self.port, backlog=1024, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         for name in self._loaded:
             self.engine.preload(model_named(name))

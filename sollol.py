@@ -50,6 +50,7 @@ import socket
 import ssl
 import stat
 import sys
+import tempfile
 import time
 import urllib.parse
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,12 @@ LINGER_S = 2.0                      # reading on after an early answer, so that 
 # Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
 CONNECT_TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 3.0
+SCAN_S = 180.0                      # between two scans of the networks in --discover
+SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
+SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
+MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
+SCANS_KEPT = 10                     # for which a found node may be away: half an hour
+FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
@@ -124,6 +131,7 @@ LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most afte
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
@@ -149,6 +157,8 @@ MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
+STATE_S = 60.0                      # between two writes of the state file
+MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
@@ -273,8 +283,13 @@ class Wants:
     deterministic: bool = False     # a stream that says the same on every node with the same version of the model
 
 
+def bracketed(host):
+    """Return a host as it stands in a URL (RFC 3986 3.2.2: IPv6 addresses in brackets)."""
+    return f"[{host}]" if ":" in host else host
+
+
 class NodeSettings(NamedTuple):
-    """One line of hosts.txt."""
+    """One line of hosts.txt, or one node of the many behind it."""
 
     name: str
     host: str
@@ -287,11 +302,12 @@ class NodeSettings(NamedTuple):
     primary: bool = False
     ca: str = ""                    # file with the only certificate or authority that is believed, over https
     insecure: bool = False          # whatever certificate it shows
+    resolve: bool = False           # every address behind the host is a node
+    address: str = ""               # of one of those: where to connect to instead of the host
 
     @property
     def url(self):
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+        return f"{'https' if self.tls else 'http'}://{bracketed(self.address or self.host)}:{self.port}{self.prefix}"
 
 
 # -----------------------------------------------------------------------------
@@ -1380,6 +1396,8 @@ class Node:
     vram_seen_bytes: float = 0.0    # most that was resident at once
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
 
+    kept: dict = field(default_factory=dict)    # what was kept of its models, see "Memory": {model: learned}
+
     version: str = ""
     cloud: dict = field(default_factory=dict)   # its /api/status
     running: list = field(default_factory=list)     # rows of its /api/ps
@@ -2005,6 +2023,105 @@ def scaled(estimate, ratio, gain):
 
 
 # -----------------------------------------------------------------------------
+# Memory: what is worth keeping of what was learned?
+#
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
+# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
+# than a few samples, which new ones soon outweigh.
+# -----------------------------------------------------------------------------
+
+# name: (kind of number, least, most)
+KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "vram_seen_bytes": (float, 0.0, 1e15),
+                "vram_limit_bytes": (float, 1.0, 1e15)}
+KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "load_s": (float, 1e-3, 1e4),
+                  "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12),
+                  "streams": (int, 1, 10**12)}
+KEPT_OF_SLOTS = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
+KEPT_OF_LENGTHS = {"mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
+LONE = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
+BUCKETS = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
+MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
+
+
+def within(values, ranges):
+    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
+    found = {}
+    for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
+        value = values.get(name)
+        if type(value) in (int, kind) and least <= value <= most:
+            found[name] = kind(value)
+    return found
+
+
+def attributes(thing, ranges):
+    """Return the attributes of a thing that are worth keeping."""
+    return within({name: getattr(thing, name) for name in ranges}, ranges)
+
+
+def learned_of_runner(runner):
+    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
+    kept = attributes(runner, KEPT_OF_RUNNER)
+    if not runner.samples:
+        kept.pop("lines_per_token", None)
+    if runner.slots_known == "learned":
+        kept.update(attributes(runner, KEPT_OF_SLOTS))
+    if runner.lone:
+        kept["lone"] = within({str(streams).lower(): ratio for streams, ratio in runner.lone.items()}, LONE)
+    return {**kept, "digest": str(runner.row.get("digest") or "")} if kept else {}
+
+
+def learned_of_node(node):
+    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
+    models = {model: learned for model, runner in node.runners.items() if (learned := learned_of_runner(runner))}
+    kept = {model: learned for model, learned in node.kept.items() if model not in models}
+    models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
+    if not models:
+        return {}
+    return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE), "models": models}
+
+
+def learned_of_lengths(lengths):
+    """Return what is to be kept of a model's lengths."""
+    return {**attributes(lengths, KEPT_OF_LENGTHS),
+            "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
+
+
+def read_node(entry):
+    """Return what was kept of a node, in range; None for what is no such thing."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
+            and isinstance(entry.get("models"), dict)):
+        return None
+    models = {}
+    for model, it in itertools.islice(entry["models"].items(), MOST_KEPT):
+        read = {**within(it, KEPT_OF_RUNNER), **within(it, KEPT_OF_SLOTS)}
+        if not read:
+            continue
+        lone = within(it.get("lone"), LONE)
+        models[model] = {**read, **({"lone": lone} if lone else {}), "digest": str(it.get("digest") or "")[:100]}
+    return {"name": entry["name"], "url": entry["url"], **within(entry, KEPT_OF_NODE), "models": models}
+
+
+def read_lengths(entry):
+    """Return the OutputLengths that were kept of a model, as far as they are in range."""
+    lengths = OutputLengths()
+    for name, value in within(entry, KEPT_OF_LENGTHS).items():
+        setattr(lengths, name, value)
+    lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
+    means = within(entry["buckets"], BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
+    lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
+    return lengths
+
+
+def kept_of(entries, settings):
+    """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
+    def likeness(entry):
+        return (entry["url"] == settings.url) * 2 + (entry["name"] == settings.name)
+
+    best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
+    return best if best and likeness(best) else {}
+
+
+# -----------------------------------------------------------------------------
 # Dispatcher: which ticket goes to which node, now?
 #
 # The one owner of tickets, leases and nodes: everything that changes one of them is a method here. `dispatch` is called
@@ -2073,6 +2190,26 @@ def emptiest(nodes, count):
     return [node for node in nodes if node in chosen]
 
 
+def server_of(settings):
+    """Return what tells one server from another: where it is reached, and which of a proxy's it is."""
+    return settings.url, settings.host_header
+
+
+def matched(lines, nodes):
+    """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
+    found, free = {}, {node: server_of(node.settings) for node in nodes}
+    for names_count in (True, False):
+        for line in lines:
+            if line.name in found:
+                continue
+            for node, server in free.items():
+                if server == server_of(line) and (node.name == line.name or not names_count):
+                    found[line.name] = node
+                    del free[node]
+                    break
+    return found
+
+
 def untried(nodes, tried, now):
     """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
@@ -2104,6 +2241,7 @@ class Dispatcher:
         self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
+        self.kept = []              # what was learned of nodes, those no more there, too; the last seen last
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
         self.queue = Queue()
         self.settled = {}           # model: Settled
@@ -2845,29 +2983,98 @@ class Dispatcher:
     # Nodes ------------------------------------------------------------------
 
     def configure(self, settings):
-        """Take over the lines of hosts.txt: keep what is known of nodes whose line did not change, drop the others.
+        """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
 
-        Requests that run on a dropped node end there. A node that comes back meanwhile still has them: its slots are
-        taken. Returns (added, dropped) nodes.
+        Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
+        its slots are taken. Returns (added, dropped) nodes.
         """
-        old, self.nodes = self.nodes, {}
-        known = {**{node.name: node for node in self.leaving}, **old}
+        old = list(self.nodes.values())
         if settings and not any(line.primary for line in settings):
             settings = [settings[0]._replace(primary=True), *settings[1:]]
+        known = matched(settings, [*old, *self.leaving])
+        self.nodes = {}
         for line in settings:
-            node = known.get(line.name)
-            if node and node.settings._replace(primary=line.primary) == line:
-                node.settings = line            # who is primary can follow from other lines
-                node.draining = node.draining and old.get(line.name) is node    # as ordered, not as dropped
-            else:
-                node = Node(line)
-            self.nodes[line.name] = node
-        dropped = [node for node in old.values() if self.nodes.get(node.name) is not node]
+            node = self.nodes[line.name] = known.get(line.name) or self.recall(Node(line))
+            node.draining = node.draining and node in old       # as ordered, not as dropped
+            self.change_settings(node, line)
+        dropped = [node for node in old if self.nodes.get(node.name) is not node]
+        self.keep(dropped)
         for node in dropped:
             node.draining = True
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
-        return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
+        return [node for node in self.nodes.values() if node not in old], dropped
+
+    # Memory -----------------------------------------------------------------
+
+    def learned(self):
+        """Return all that is worth keeping, as plain values."""
+        self.keep(self.nodes.values())
+        lengths = [(model, learned_of_lengths(it)) for model, it in self.estimates.lengths.items() if it.samples]
+        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
+
+    def keep(self, nodes):
+        """Keep what was learned of nodes, in place of what was kept of them before."""
+        for node in nodes:
+            learned = learned_of_node(node)
+            if learned:
+                server = learned["name"], learned["url"]
+                self.kept = [entry for entry in self.kept if (entry["name"], entry["url"]) != server]
+                self.kept.append(learned)
+        del self.kept[:-MOST_KEPT]
+
+    def remember(self, learned):
+        """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
+        self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
+        for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
+            lengths = read_lengths(entry)
+            if lengths.samples:
+                self.estimates.lengths[model] = lengths
+
+    def recall(self, node):
+        """Return a new node, with what was kept of its server. It need not be calibrated."""
+        entry = kept_of(self.kept, node.settings)
+        node.kept = entry.get("models", {})
+        for name in KEPT_OF_NODE.keys() & entry.keys():
+            setattr(node, name, entry[name])
+        node.calibrated = any("decode_s" in learned for learned in node.kept.values())
+        return node
+
+    def recall_runner(self, runner):
+        """Take over what was kept of a model on a node, if it is the same version."""
+        kept, digest = runner.node.kept.get(runner.model, {}), str(runner.row.get("digest") or "")
+        if kept.get("digest") and digest and kept["digest"] != digest:
+            return
+        for name in KEPT_OF_RUNNER.keys() & kept.keys():
+            setattr(runner, name, kept[name])
+        runner.samples, runner.streams = min(runner.samples, KEPT_SAMPLES), min(runner.streams, KEPT_SAMPLES)
+        runner.lone = {name == "true": ratio for name, ratio in kept.get("lone", {}).items()}
+        if "slots" in kept and runner.slots_known == "guessed":
+            runner.slots = runner.top = kept["slots"]
+            runner.peak = max(kept["slots"], kept.get("peak", 1))
+            runner.slots_known, runner.disproofs = "learned", min(kept.get("disproofs", 0), LAST_SHORT_PAUSE)
+            runner.waits = WAITS_TO_SHRINK - 1      # the first hidden wait takes one of them back
+            if runner.disproofs:
+                runner.probe_s = max(0.0, runner.node.indexed_s + RETRY_SLOT_S)
+
+    # Settings ---------------------------------------------------------------
+
+    def change_settings(self, node, settings):
+        """Take over the settings of a node whose server is the same."""
+        was, node.settings, node.name = node.settings, settings, settings.name
+        if was.slots != settings.slots:
+            for runner in node.runners.values():
+                self.set_slots(runner)
+
+    def set_slots(self, runner):
+        """Take over the slots that hosts.txt tells; where it tells none any more, those that were proved."""
+        slots, embeds = runner.node.settings.slots, bool(runner.row) and embeds_only(runner.row)
+        if slots:
+            runner.slots = runner.top = slots
+            runner.slots_known = "set"
+        elif runner.slots_known == "set":
+            runner.slots = runner.top = 1 if embeds else runner.peak
+            runner.slots_known = "set" if embeds else "learned" if runner.peak > 1 else "guessed"
 
     def drain(self, node, draining):
         """Give a node no new work, or again some; what runs there goes on."""
@@ -2918,8 +3125,11 @@ class Dispatcher:
         for row in rows:
             name = row_name(row)
             names.add(name)
+            is_new = name not in node.runners
             runner = self.runner(node, name)
             runner.on_disk, runner.row = True, row
+            if is_new:
+                self.recall_runner(runner)
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
             if embeds_only(row) and runner.slots_known == "guessed":
                 runner.slots_known = "set"      # to one, by Ollama itself
@@ -2927,6 +3137,7 @@ class Dispatcher:
             if runner.model not in names:
                 runner.on_disk = False
                 if not runner.leases:
+                    node.kept = learned_of_node(node).get("models", {})
                     del node.runners[runner.model]
         node.indexed = True
         self.reindex()
@@ -2944,9 +3155,7 @@ class Dispatcher:
         runner = node.runners.get(model)
         if runner is None:
             runner = node.runners[model] = Runner(node, model)
-            if node.settings.slots:
-                runner.slots = runner.top = node.settings.slots
-                runner.slots_known = "set"
+            self.set_slots(runner)
         return runner
 
     def residency(self, node, rows, asked_s, now):
@@ -3216,17 +3425,25 @@ class Pool:
     """Keep the connections to one node."""
 
     def __init__(self, settings, loop):
-        self.settings, self.loop = settings, loop
+        self.loop = loop
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
+        self.configure(settings)
+
+    def configure(self, settings):
+        """Take over settings, for connections from now on."""
+        self.settings = settings
         self.tls = trust_in(settings)
+        self.prune(math.inf)
 
     async def connect(self):
         """Return a fresh connection. Raises NodeFailure."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), self.settings.host, self.settings.port, ssl=self.tls)
+                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.tls,
+                    server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
             raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
@@ -5176,17 +5393,16 @@ class ProbeFailure(Exception):
     """A node gave no usable answer to a question of the gateway's own."""
 
 
-async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S):
-    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
+async def fetch(pool, method, path, value=None, timeout_s=PROBE_TIMEOUT_S, most_bytes=64 * MIB):
+    """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
     body = b"" if value is None else json.dumps(value).encode()
     head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
                        len(body), True, False)
     connection, clean = None, False
-    pool = gateway.pools[node]
     try:
         async with asyncio.timeout(timeout_s):
-            connection, answer = await pool.exchange(render_request(head, node.settings, len(body)) + body, method)
-            collector = Collector(connection, answer, 64 * MIB)
+            connection, answer = await pool.exchange(render_request(head, pool.settings, len(body)) + body, method)
+            collector = Collector(connection, answer, most_bytes)
             text = await collector.collect()
             clean = collector.clean
     except TimeoutError:
@@ -5198,8 +5414,14 @@ async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = None
-    if answer.status != 200 or not isinstance(found, dict):
-        raise ProbeFailure(f"{path} answered {answer.status} and not the JSON of an Ollama server")
+    return answer.status, found if isinstance(found, dict) else None, text
+
+
+async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S):
+    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
+    status, found, _ = await fetch(gateway.pools[node], method, path, value, timeout_s)
+    if status != 200 or found is None:
+        raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
     return found
 
 
@@ -5251,8 +5473,8 @@ async def look_again(look, gateway):
 def note_state(gateway, node, why=""):
     """Log the state of a node if it is not the one logged last."""
     was, state = gateway.states.get(node, "new"), node.state(gateway.loop.time())
-    if not node.probed or state == was:
-        return
+    if not node.probed or state == was or node.up and not node.indexed:
+        return                      # its models are part of the line
     gateway.states[node] = state
     models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
     LOG.log(logging.INFO if node.up else logging.WARNING,
@@ -6044,6 +6266,11 @@ def parse_secret(text):
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII")
     return text
+def parse_resolve(text):
+    """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
+    if text != "all":
+        raise ValueError(f"must be all, not {text!r}")
+    return True
 
 
 def parse_prefix(text):
@@ -6054,7 +6281,8 @@ def parse_prefix(text):
 
 
 NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_secret, "host": parse_word,
-                 "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch}
+                 "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
+                 "resolve": parse_resolve}
 
 
 def parse_url(url):
@@ -6091,7 +6319,7 @@ def parse_node(line):
             raise ValueError(f"{key}= is for https:// only")
     if values.get("insecure") and "ca" in values:
         raise ValueError("ca= and insecure=yes contradict each other")
-    shown = f"[{host}]" if ":" in host else host
+    shown = bracketed(host)
     return NodeSettings(values.pop("name", f"{shown}:{port}"), host, port, tls,
                         host_header=values.pop("host", f"{shown}:{port}"), **values)
 
@@ -6137,12 +6365,203 @@ def read_nodes(options):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
     nodes += parse_hosts("\n".join(options.node), "--node")
-    if not nodes:
+    if not nodes and not options.discover:
         raise ConfigError(f"{options.hosts or '--node'}: there is no node in it")
-    doubled = collections.Counter(node.name for node in nodes).most_common(1)[0]
-    if doubled[1] > 1:
-        raise ConfigError(f"--node: there are two nodes named {doubled[0]!r}")
+    for name, count in collections.Counter(node.name for node in nodes).items():
+        if count > 1:
+            raise ConfigError(f"--node: there are two nodes named {name!r}")
     return nodes
+
+
+# -----------------------------------------------------------------------------
+# Sources: where do the nodes come from?
+#
+# Each source only keeps what it knows: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS
+# tells for the names in them; the servers that a scan has found. `united` makes one list of settings of it, and
+# Gateway.join takes that over whenever a source has changed.
+# -----------------------------------------------------------------------------
+
+def literal(host):
+    """Return an IP address in its usual spelling; None for a name."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+def names_in(lines, discovering):
+    """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
+    return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
+
+
+def addresses_of(line, told):
+    """Return the addresses of a line's host, as far as DNS has told them, {name: addresses}."""
+    address = literal(line.host)
+    return [address] if address else told.get(line.host, [])
+
+
+def spread(line, told):
+    """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
+    addresses = addresses_of(line, told)
+    addresses = [address for address in addresses if ":" not in address] or addresses
+    name = line.name.removesuffix(":11434")
+    return [line._replace(name=f"{name}@{address}", address=address, resolve=False, primary=line.primary and not number)
+            for number, address in enumerate(addresses)]
+
+
+class Found(NamedTuple):
+    """What scans know of a server."""
+
+    missed: int                     # scans in a row without an answer of it
+    own: bool                       # an address of this machine
+
+
+def servers_in(lines, told):
+    """Return the (address, port) of the servers that lines name."""
+    return {(address, line.port) for line in lines for address in addresses_of(line, told)}
+
+
+def united(lines, told, found):
+    """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
+
+    `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
+    """
+    nodes, written = {}, servers_in(lines, told)
+    here = {port for address, port in written if is_loopback(address)}
+    for line in lines:
+        for node in spread(line, told) if line.resolve else [line]:
+            nodes.setdefault(node.name, node)
+    for (address, port), it in found.items():
+        if (address, port) not in written and not (it.own and port in here):
+            node = parse_node(f"{bracketed(address)}:{port}")
+            nodes.setdefault(node.name, node)
+    return list(nodes.values())
+
+
+async def look_up(name):
+    """Ask DNS for the addresses behind a name. Raises OSError, or UnicodeError if it cannot be one."""
+    rows = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return [row[4][0] for row in rows]
+
+
+async def resolve(gateway, name):
+    """Note the addresses behind a name; tell whether they have changed. If DNS fails, what it told last stays."""
+    was, failed = gateway.told.get(name, []), name in gateway.unresolved
+    try:
+        found, why = set(await gateway.look_up(name)), "no address"
+    except (OSError, UnicodeError) as error:
+        found, why = set(), getattr(error, "strerror", None) or str(error)
+    if not found:
+        gateway.unresolved.add(name)
+        if not failed:
+            LOG.warning({"event": "dns", "name": name, "addresses": " ".join(was), "why": why})
+        return False
+    gateway.unresolved.discard(name)
+    # In the order in which they came: the first one may be the primary node.
+    gateway.told[name] = [address for address in was if address in found] + sorted(found.difference(was))
+    if failed or gateway.told[name] != was:
+        LOG.info({"event": "dns", "name": name, "addresses": " ".join(gateway.told[name])})
+    return gateway.told[name] != was
+
+
+async def follow_name(gateway, name):
+    """Keep up with the addresses behind a name."""
+    while True:
+        if await resolve(gateway, name):
+            gateway.join()
+            gateway.pump()
+        gateway.first_looks.discard(name)
+        await asyncio.sleep(min(gateway.options.probe_interval, FOLLOW_S) * gateway.rng.uniform(0.85, 1.15))
+
+
+def parse_network(text):
+    """Return the network of a CIDR such as 192.168.1.0/24, or of one address. Raises ArgumentTypeError."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a network such as 192.168.1.0/24") from None
+    if network.num_addresses > MOST_SCANNED:
+        raise argparse.ArgumentTypeError(f"{text} has more than {MOST_SCANNED} addresses; a /20 has as many, "
+                                         "or a /116 of IPv6")
+    return network
+
+
+async def is_ollama(pool):
+    """Tell whether an Ollama server answers, and not a gateway such as this one. Raises ProbeFailure or NodeFailure."""
+    short = functools.partial(fetch, pool, "GET", most_bytes=64 * KIB)
+    _, found, _ = await short("/api/health")
+    if found and found.get("service") == "SOLLOL":
+        return False
+    status, _, text = await short("/")
+    if status == 200 and text.startswith(b"Ollama is running"):
+        return True
+    status, found, _ = await short("/api/version")
+    return status == 200 and isinstance(found and found.get("version"), str)
+
+
+async def is_found(gateway, address):
+    """Tell whether an Ollama server listens at an address."""
+    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop)
+    try:
+        async with asyncio.timeout(SCAN_CONNECT_S):
+            pool.give_back(await pool.connect(), clean=True)
+        return await is_ollama(pool)
+    except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
+        return False
+    finally:
+        pool.close()
+
+
+def is_own(address):
+    """Tell whether an address is one of this machine's: only to those can a socket be bound."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as it:
+        try:
+            it.bind((address, 0))
+        except OSError:
+            return False
+    return not is_loopback(address)
+
+
+def after_scan(found, answered, up):
+    """Return what is found after a scan, {server: Found}. `answered`: {server: own}; `up`: servers it need not ask."""
+    still = {server: Found(0 if server in up else it.missed + 1, it.own) for server, it in found.items()}
+    still.update((server, Found(0, own)) for server, own in answered.items())
+    return {server: it for server, it in still.items() if it.missed < SCANS_KEPT}
+
+
+async def scan(gateway):
+    """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again."""
+    networks, port, began_s = gateway.options.discover, gateway.scan_port, gateway.loop.time()
+    up = {server for node in gateway.dispatcher.nodes.values() if node.up
+          for server in [(node.settings.address or node.settings.host, node.settings.port)]}
+    needless = up | servers_in(gateway.lines, gateway.told) | {gateway.address}
+    addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
+    LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port, "addresses": len(addresses)})
+    left, answered = (address for address in addresses if (address, port) not in needless), {}
+
+    async def look():
+        for address in left:
+            if await is_found(gateway, address):
+                answered[address, port] = is_own(address)
+
+    await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
+    in_order = sorted(answered, key=lambda server: addresses.index(server[0]))
+    was, gateway.found = gateway.found, after_scan(gateway.found, {it: answered[it] for it in in_order}, up)
+    LOG.info({"event": "scan", "found": " ".join(address for address, _ in gateway.found if (address, port) not in was),
+              "gone": " ".join(address for address, _ in was if (address, port) not in gateway.found),
+              "known": len(gateway.found), "took_s": round(gateway.loop.time() - began_s, 1)})
+
+
+SCAN = "--discover"                 # among the names of sources; no host is called so
+
+
+async def scan_again_and_again(gateway, _):
+    """Keep up with the servers in the networks of --discover."""
+    while True:
+        await scan(gateway)
+        gateway.join()
+        gateway.pump()
+        await asyncio.sleep(SCAN_S * gateway.rng.uniform(0.85, 1.15))
 
 
 # -----------------------------------------------------------------------------
@@ -6294,6 +6713,92 @@ def read_certificate(options):
         raise ConfigError(f"{key}: there is no usable private key in PEM form in it") from None
     warn_of_readers("tls", key, os.stat(key).st_mode)
     return context
+# The state file: what was learned before?
+# -----------------------------------------------------------------------------
+
+STATE_FORMAT, STATE_VERSION = "sollol-state", 1
+
+
+class StateFile:
+    """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
+
+    def __init__(self, path):
+        self.path = path
+        self.text = ""              # as written last
+        self.foreign = False        # there is a file that is not ours to overwrite
+        self.failed = False         # the last write did
+        try:
+            self.replace_with(None)
+        except OSError as error:
+            raise ConfigError(f"--state: {path}: {error.strerror}") from None
+
+    def read(self, dispatcher):
+        """Let a dispatcher remember what is in the file; log one line if it cannot be used."""
+        try:
+            with open(self.path, "rb") as file:
+                text = file.read(MOST_STATE_BYTES + 1)
+            if len(text) > MOST_STATE_BYTES:
+                raise ValueError(f"larger than {MOST_STATE_BYTES // MIB} MiB")
+            dispatcher.remember(parse_state(text))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConfigError(f"--state: {self.path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            self.foreign = True
+            LOG.warning({"event": "state", "file": self.path, "ignored": str(error)[:200],
+                         "why": f"it will be kept as {self.path}.ignored"})
+            return
+        LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.kept)})
+
+    def write(self, learned):
+        """Write what was learned, if it has changed: whole or not at all. Logs the first of failures in a row."""
+        text = json.dumps({"format": STATE_FORMAT, "version": STATE_VERSION, **learned}, indent=1) + "\n"
+        if text == self.text:
+            return
+        try:
+            if self.foreign:
+                os.replace(self.path, f"{self.path}.ignored")
+                self.foreign = False
+            self.replace_with(text)
+            self.text, self.failed = text, False
+        except OSError as error:
+            if not self.failed:
+                LOG.error({"event": "state", "file": self.path, "why": error.strerror})
+            self.failed = True
+
+    def replace_with(self, text):
+        """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
+        if os.path.isdir(self.path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        number, temporary = tempfile.mkstemp(dir=os.path.dirname(self.path) or ".", prefix=".sollol-")
+        try:
+            with open(number, "w", encoding="utf-8") as file:
+                file.write(text or "")
+                file.flush()
+                os.fsync(number)    # else a power cut could leave the new name with no content
+            if text is not None:
+                os.replace(temporary, self.path)
+                return
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        os.unlink(temporary)
+
+
+def parse_state(text):
+    """Return what is in a state file. Raises ValueError."""
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("damaged: no JSON") from None
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
+    if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
+        raise ValueError("damaged: no nodes or no lengths")
+    return state
 
 
 # -----------------------------------------------------------------------------
@@ -6321,7 +6826,7 @@ def affordable_clients(asked, descriptors):
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, nodes, keys=(), tls=None):
+    def __init__(self, options, lines, keys=(), tls=None, *, look_up=look_up, scan_port=11434):
         self.options, self.tls = options, tls
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
@@ -6337,7 +6842,14 @@ class Gateway:
         self.chores = {}            # (Node, what is done): Task
         self.states = {}            # Node: its state as logged last
         self.clients = set()
-        self.first_looks = set()    # nodes not yet looked at since the start
+        self.lines = lines          # NodeSettings as written
+        self.look_up = look_up      # name -> its addresses
+        self.told = {}              # name: its addresses, as DNS told last
+        self.unresolved = set()     # names for which DNS failed last
+        self.scan_port = scan_port  # of the Ollama servers that are looked for
+        self.found = {}             # (address, port): Found
+        self.sources = {}           # name, or what else is followed: Task
+        self.first_looks = set()    # nodes and names not yet looked at since the start
         self.started_s = self.loop.time()
         self.server = self.timer = self.address = None
         self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
@@ -6365,13 +6877,16 @@ class Gateway:
             "/api/ps": functools.partial(look_again, look_at_residency),
             "/api/status": functools.partial(look_again, look_at_status),
         }
-        self.configure(nodes)
+        self.state, self.saved_s, self.saving = None, self.started_s, None
+        if options.state:
+            self.state = StateFile(options.state)
+            self.state.read(self.dispatcher)
+        self.configure(lines)
 
     # Start and reload -------------------------------------------------------
 
     async def start(self):
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
-        self.first_looks = set(self.dispatcher.nodes.values())
         deadline_s = self.loop.time() + 0.5
         while self.first_looks and self.loop.time() < deadline_s:
             await asyncio.sleep(0.005)
@@ -6381,6 +6896,8 @@ class Gateway:
                                                  start_serving=True)
         self.address = self.server.sockets[0].getsockname()[:2]
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
+        if self.options.discover:
+            self.keep_going(self.sources, SCAN, scan_again_and_again)
         return self
 
     def accept(self, reader, writer):
@@ -6415,33 +6932,61 @@ class Gateway:
             self.exhausted_s = now
             LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
 
-    def configure(self, nodes):
-        """Take over a list of NodeSettings."""
-        added, dropped = self.dispatcher.configure(nodes)
-        for node in self.dispatcher.nodes.values():
-            if node.settings.ca and node not in added:
-                self.pools[node].tls = trust_in(node.settings)      # the file may have been renewed
+    def configure(self, lines):
+        """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
+        self.lines, names = lines, names_in(lines, self.options.discover)
+        for name in self.sources.keys() - names - {SCAN}:
+            self.sources.pop(name).cancel()
+            self.told.pop(name, None)
+        for name in names - self.sources.keys():
+            self.begin_source(name)
+        for node, pool in self.pools.items():
+            if node.settings.ca:
+                pool.tls = trust_in(node.settings)      # the file may have been renewed
+        return self.join()
+
+    def join(self):
+        """Take over what the sources know. Returns (added, dropped, changed) nodes."""
+        added, dropped = self.dispatcher.configure(united(self.lines, self.told, self.found))
         insecure = " ".join(node.name for node in added if node.settings.insecure)
         if insecure:
             LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
+        if self.server is None:
+            self.first_looks.update(added)
+            self.first_looks.difference_update(dropped)
         for node in added:
             self.pools[node] = Pool(node.settings, self.loop)
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
             self.pools[node].close()
-        return added, dropped
+        changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
+        for node in changed:
+            self.pools[node].configure(node.settings)
+        return added, dropped, changed
 
     def begin_probes(self, node):
-        """Start the task that probes a node; should a defect end it, start it again: a node must not be forgotten."""
-        if self.dispatcher.nodes.get(node.name) is not node:
-            return                  # dropped meanwhile
-        task = self.probes[node] = self.loop.create_task(probe_forever(self, node))
+        """Start the task that probes a node."""
+        self.keep_going(self.probes, node, probe_forever)
+
+    def begin_source(self, name):
+        """Start the task that follows a name."""
+        if self.server is None:
+            self.first_looks.add(name)
+        self.keep_going(self.sources, name, follow_name)
+
+    def keep_going(self, tasks, key, work):
+        """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
+        task = tasks[key] = self.loop.create_task(work(self, key))
+
+        def again():
+            if tasks.get(key) is task:      # else dropped meanwhile
+                self.keep_going(tasks, key, work)
 
         def ended(task):
-            if not task.cancelled() and node in self.probes:
-                LOG.error({"event": "error", "node": node.name}, exc_info=task.exception())
-                self.loop.call_later(self.options.probe_interval, self.begin_probes, node)
+            if not task.cancelled() and tasks.get(key) is task:
+                LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
+                self.loop.call_later(self.options.probe_interval, again)
 
         task.add_done_callback(ended)
 
@@ -6461,9 +7006,8 @@ class Gateway:
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.files_seen = self.file_stamps()
         try:
-            added, dropped = self.configure(read_nodes(self.options))
-            LOG.info({"event": "reload", "added": " ".join(node.name for node in added),
-                      "dropped": " ".join(node.name for node in dropped)})
+            sorts = zip(("added", "dropped", "changed"), self.configure(read_nodes(self.options)), strict=True)
+            LOG.info({"event": "reload", **{sort: " ".join(node.name for node in nodes) for sort, nodes in sorts}})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
         if self.options.keys:
@@ -6579,8 +7123,16 @@ class Gateway:
                 self.states.pop(node, None)
         if any(now not in (None, seen) for now, seen in zip(self.file_stamps(), self.files_seen, strict=True)):
             self.reload()
+        if now - self.saved_s >= STATE_S:
+            self.save()
         tell_systemd("WATCHDOG=1")
         self.pump()
+
+    def save(self):
+        """Begin to write what was learned into the state file, in a thread: a slow disk must not stop the streams."""
+        self.saved_s = self.loop.time()
+        if self.state and (self.saving is None or self.saving.done()):
+            self.saving = self.loop.run_in_executor(None, self.state.write, self.dispatcher.learned())
 
     # Stop -------------------------------------------------------------------
 
@@ -6614,7 +7166,8 @@ class Gateway:
             self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.probes.values(), *self.chores.values(), *(client.task for client in self.clients if client.task)]
+        tasks = [*self.sources.values(), *self.probes.values(), *self.chores.values(),
+                 *(client.task for client in self.clients if client.task)]
         for client in list(self.clients):
             client.transport.abort()
         for task in tasks:
@@ -6623,6 +7176,10 @@ class Gateway:
         for pool in self.pools.values():
             pool.prune(math.inf)
         self.tally()
+        if self.saving:
+            await asyncio.wait([self.saving])
+        if self.state:
+            self.state.write(self.dispatcher.learned())
 
 
 # -----------------------------------------------------------------------------
@@ -6711,17 +7268,48 @@ def command_line(environ):
         group.add_argument(flag, **settings)
 
     group = parser.add_argument_group("nodes")
-    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP")
-    add(group, "--node", metavar="URL", action="append", help="a node; may be repeated")
-    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it)")
-    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
-        "1 some down, 2 bad file")
+    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP (none)")
+    add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
+    add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
+        "servers, such as 192.168.1.0/24; may be repeated (none)")
     add(group, "--probe-interval", metavar="S", type=parse_seconds, default="5", help="seconds between looks at a node "
         "(%(default)s)")
-    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start")
-    group = parser.add_argument_group("serving")
+    add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
+    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
+        "(they are)")
+    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it) "
+        "(no)")
+    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
+        "1 some down, 2 bad file (no)")
+    group = parser.add_argument_group("listening")
     add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
+    add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
+        "have to finish on SIGTERM (%(default)s)")
+    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
+        "(uvloop)")
+    group = parser.add_argument_group("scheduling")
+    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="where each request is predicted "
+        "to finish first, or, for comparison, as plain proxies do (%(default)s)")
+    add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
+        "(%(default)s)")
+    add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
+        "a slot; then 503 (%(default)s)")
+    add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
+        "to embed over the nodes (it is)")
+    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
+        "whose node died, if temperature 0 or a seed makes it say the same (it does)")
+    add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
+        "yet (%(default)s)")
+    add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
+    group = parser.add_argument_group("limits")
+    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
+        "routing; blobs pass without limit (%(default)s)")
+    add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
+        "arrive (%(default)s)")
+    add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
+        "(%(default)s)")
+    group = parser.add_argument_group("security")
     add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
         "--hosts (none: everybody may ask)")
     add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it "
@@ -6729,33 +7317,10 @@ def command_line(environ):
     add(group, "--tls-key", metavar="FILE", help="private key of --tls-cert, in PEM form (none)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
-    add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
-        "have to finish on SIGTERM (%(default)s)")
-    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there")
-    group = parser.add_argument_group("queue and routing")
-    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="%(default)s: where each request "
-        "is predicted to finish first; the others are plain proxies, for comparison")
-    add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
-        "(%(default)s)")
-    add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
-        "a slot; then 503 (%(default)s)")
-    add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
-        "to embed over the nodes")
-    add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
-        "yet (%(default)s)")
-    add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
-    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
-        "whose node died, if temperature 0 or a seed makes it say the same")
-    group = parser.add_argument_group("limits")
-    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bodies that are read for routing; "
-        "blobs pass without limit (%(default)s)")
-    add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
-        "arrive (%(default)s)")
-    add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
-        "(%(default)s)")
     group = parser.add_argument_group("log")
     add(group, "--log-format", choices=("kv", "json"), default="kv", help="key=value or JSON lines (%(default)s)")
-    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(%(default)s)")
+    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
+        "told (%(default)s)")
     parser.add_argument("--version", action="version", version=f"SOLLOL {__version__}")
     return parser
 
@@ -6767,8 +7332,13 @@ def parse_options(argv, environ=None):
     options = parser.parse_args(argv)
     if options.node is None:
         options.node = environ.get("SOLLOL_NODE", "").split()
-    if not (options.hosts or options.node or options.demo):
-        parser.error("where are the nodes? Give --hosts FILE or --node URL, or try --demo")
+    if options.discover is None:
+        try:
+            options.discover = [parse_network(text) for text in environ.get("SOLLOL_DISCOVER", "").split()]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"SOLLOL_DISCOVER: {error}")
+    if not (options.hosts or options.node or options.discover or options.demo):
+        parser.error("where are the nodes? Give --hosts FILE, --node URL or --discover CIDR, or try --demo")
     if bool(options.tls_cert) != bool(options.tls_key):
         parser.error("--tls-cert and --tls-key: one is nothing without the other")
     return options
@@ -6796,8 +7366,8 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
         host, port = gateway.address
         scheme = "https" if tls else "http"
         url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(nodes), "policy": options.policy,
-                  "loop": type(gateway.loop).__module__})
+        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
+                  "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})
@@ -6842,24 +7412,31 @@ async def run_demo(options, keys, tls):
 
 async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
+    options.state = None
     gateway = Gateway(options, [])
-    gateway.dispatcher.configure(settings)
+    LOG.setLevel(logging.CRITICAL)
+    await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings, options.discover)))
+    gateway.lines = settings
+    if options.discover:
+        await scan(gateway)
+    gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
         gateway.pools[node] = Pool(node.settings, gateway.loop)
-    LOG.setLevel(logging.CRITICAL)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
+    missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
         models = sorted(runner.model for runner in node.runners.values() if runner.on_disk)
         loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
         table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
                       " ".join(models) or "-", " ".join(loaded) or "-", why))
+    table += [(line.name, line.url, "no address", "-", "-", "-", "") for line in missing]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     await gateway.stop()
-    return 0 if all(node.up for node in nodes) else 1
+    return 0 if nodes and not missing and all(node.up for node in nodes) else 1
 
 
 def new_loop(fast):

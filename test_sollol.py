@@ -6,6 +6,7 @@ Tests over sockets run twice: on plain asyncio with a virtual clock (waiting cos
 The nodes are bench.py's simulated ones, or scripted ones where exact bytes matter.
 """
 
+import ast
 import asyncio
 import contextlib
 import fcntl
@@ -19,6 +20,7 @@ import pathlib
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -857,7 +859,7 @@ def rows(*models):
 def cluster(policy="latency-weighted", slots=1, resident=True, max_queue=1024, **models):
     """Return a Dispatcher over nodes that are up at time 0: name=(models, resident unless told)."""
     dispatcher = sollol.Dispatcher(policy, max_queue=max_queue)
-    dispatcher.configure([NodeSettings(name, "127.0.0.1", 11434, slots=slots, primary=not number)
+    dispatcher.configure([NodeSettings(name, "127.0.0.1", 11434 + number, slots=slots, primary=not number)
                           for number, name in enumerate(models)])
     for node in dispatcher.nodes.values():
         dispatcher.answered(node, "0.33.0", 0.001, 0.0)
@@ -1563,7 +1565,7 @@ def test_configure_keeps_known_nodes_and_drains_dropped_ones():
     tickets = enter(dispatcher, want(), want(), want())
     placed(dispatcher)
     old = dict(dispatcher.nodes)
-    added, dropped = dispatcher.configure([old["n1"].settings, old["n2"].settings._replace(slots=5),
+    added, dropped = dispatcher.configure([old["n1"].settings, old["n2"].settings._replace(port=5),
                                            NodeSettings("n4", "d", 4)])
     assert [node.name for node in added] == ["n2", "n4"] and dropped == [old["n2"], old["n3"]]
     assert dispatcher.nodes["n1"] is old["n1"] and dispatcher.nodes["n2"] is not old["n2"]
@@ -1574,6 +1576,36 @@ def test_configure_keeps_known_nodes_and_drains_dropped_ones():
     assert not any(node.leases for node in old.values())
     enter(dispatcher, want(), now=1.0)
     assert placed(dispatcher, 1.0) == ["n1"]
+
+
+def test_changed_settings_leave_a_node_its_requests_and_what_is_known_of_it():
+    dispatcher = cluster(slots=0, n1=["m", "nomic-embed"], n2=["m"])
+    enter(dispatcher, want(), want())
+    placed(dispatcher)
+    (_, one), (_, two) = dispatcher.nodes.items()
+    it, embeds, lease = runner(dispatcher, "n1"), one.runners["nomic-embed:latest"], one.leases[0]
+    it.decode_s, it.samples = 0.005, 7
+    dispatcher.prove_slots(it, 3)
+
+    def change(**more):
+        assert dispatcher.configure([one.settings._replace(**more), two.settings]) == ([], [])
+        assert dispatcher.nodes[more.get("name", one.name)] is one and one.leases[0] is lease
+        return it.slots, it.slots_known, embeds.slots, embeds.slots_known
+
+    assert change(token="x", primary=False) == (3, "learned", 1, "set") and one.settings.token == "x"
+    assert change(slots=2) == (2, "set", 2, "set")
+    enter(dispatcher, *[want()] * 4, now=1.0)
+    assert placed(dispatcher, 1.0).count("n1") == 1
+    assert change(name="renamed") == (2, "set", 2, "set")
+    assert change(slots=0) == (3, "learned", 1, "set") and it.decode_s == 0.005
+    assert dispatcher.configure([two.settings._replace(name="n2", host_header="other")])[0] != []
+
+
+def test_two_lines_that_swap_their_names_keep_their_nodes():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    (_, one), (_, two) = dispatcher.nodes.items()
+    assert dispatcher.configure([one.settings._replace(name="n2"), two.settings._replace(name="n1")]) == ([], [])
+    assert dispatcher.nodes == {"n2": one, "n1": two} and (one.name, two.name) == ("n2", "n1")
 
 
 def test_node_that_comes_back_while_its_requests_run_has_that_many_slots_less():
@@ -1820,6 +1852,140 @@ def test_least_inflight_takes_the_emptiest_and_skips_what_is_down():
 
 
 # -----------------------------------------------------------------------------
+# Memory: what a restart keeps
+# -----------------------------------------------------------------------------
+
+def taught():
+    """Return a Dispatcher that has learned something of each of its nodes."""
+    dispatcher = cluster(slots=0, n1=["m", "nomic-embed"], n2=["m"])
+    it = runner(dispatcher, "n1")
+    it.decode_s, it.prefill_s, it.load_s, it.samples, it.lone = 0.005, 0.0002, 4.0, 40, {True: 1.5}
+    dispatcher.prove_slots(it, 4)
+    runner(dispatcher, "n2").load_s = 9.0
+    dispatcher.disprove_slots(runner(dispatcher, "n2"), 0.0)
+    dispatcher.nodes["n1"].size_factor, dispatcher.nodes["n1"].vram_limit_bytes = 0.3, 8e9
+    for _ in range(50):
+        dispatcher.estimates.lengths["m:latest"].learn(100, 40)
+    return dispatcher
+
+
+def restarted(learned, settings, models=("m", "nomic-embed"), digest=None):
+    """Return a Dispatcher that remembers, over nodes that have the models."""
+    dispatcher = sollol.Dispatcher()
+    dispatcher.remember(json.loads(json.dumps(learned)))
+    dispatcher.configure(settings)
+    for node in dispatcher.nodes.values():
+        dispatcher.answered(node, "0.33.0", 0.001, 100.0)
+        dispatcher.index(node, [{**row, "digest": digest or row["digest"]} for row in rows(*models)], 100.0)
+    return dispatcher
+
+
+def settings_of(dispatcher):
+    return [node.settings for node in dispatcher.nodes.values()]
+
+
+def test_what_was_learned_is_known_again_as_an_estimate():
+    first = taught()
+    again = restarted(first.learned(), settings_of(first))
+    one, two = again.nodes.values()
+    it, other = runner(again, "n1"), runner(again, "n2")
+    assert (it.decode_s, it.prefill_s, it.load_s, it.lone) == (0.005, 0.0002, 4.0, {True: 1.5})
+    assert (it.slots, it.top, it.slots_known, it.samples) == (4, 4, "learned", sollol.KEPT_SAMPLES)
+    assert (one.size_factor, one.vram_limit_bytes, two.vram_limit_bytes) == (0.3, 8e9, math.inf)
+    assert (one.calibrated, two.calibrated, other.load_s) == (True, False, 9.0)
+    assert (other.slots, other.slots_known) == (1, "learned") and other.probe_s == 100.0 + sollol.RETRY_SLOT_S
+    assert again.estimates.demand(want(prompt_chars=400)).output_tokens == pytest.approx(40)
+    assert one.runners["nomic-embed:latest"].slots_known == "set"
+
+
+def test_new_answers_outweigh_what_was_kept():
+    first = taught()
+    it = runner(restarted(first.learned(), settings_of(first)), "n1")
+    dispatcher = sollol.Dispatcher()
+    for _ in range(12):
+        dispatcher.learn_decode(it, 0.02, max(sollol.SPEED_GAIN, 1 / (it.samples + 1)))
+    assert it.decode_s == pytest.approx(0.02, rel=0.2)
+    dispatcher.doubt_slots(it, 4, 200.0)
+    assert it.slots == 3
+
+
+def test_hosts_file_and_another_version_of_a_model_count_more_than_what_was_kept():
+    first = taught()
+    settings = [line._replace(slots=2) for line in settings_of(first)]
+    assert runner(restarted(first.learned(), settings), "n1").slots == 2
+    it = runner(restarted(first.learned(), settings_of(first), digest="newer"), "n1")
+    assert (it.decode_s, it.slots, it.samples) == (0.0, 1, 0)
+
+
+@table("change, known", [
+    ("another name", dict(name="x"), True), ("another address", dict(host="10.9.9.9"), True),
+    ("both", dict(name="x", host="10.9.9.9"), False)])
+def test_server_is_known_again_by_its_url_or_its_name(change, known):
+    first = taught()
+    again = restarted(first.learned(), [settings_of(first)[0]._replace(**change)])
+    assert (next(iter(again.nodes.values())).runners["m:latest"].decode_s == 0.005) is known
+    kept = {entry["url"]: entry for entry in again.learned()["nodes"]}
+    assert kept["http://127.0.0.1:11435"]["models"]["m:latest"]["load_s"] == 9.0      # of whom nothing is known now
+    assert set(kept) >= {line.url for line in settings_of(first)}
+
+
+def test_node_that_comes_back_and_a_model_that_comes_back_are_known_again():
+    dispatcher = taught()
+    one, two = settings_of(dispatcher)
+    dispatcher.configure([two])
+    dispatcher.watch(1.0)
+    assert not dispatcher.leaving
+    dispatcher.configure([one, two])
+    node = dispatcher.nodes["n1"]
+    dispatcher.index(node, rows("m"))
+    assert node.runners["m:latest"].decode_s == 0.005
+    for models in (["m"], ["x"], ["m"]):
+        dispatcher.index(node, rows(*models))
+    assert node.runners["m:latest"].decode_s == 0.005
+
+
+def test_what_was_kept_is_bounded_by_number():
+    learned, entry = taught().learned(), taught().learned()["nodes"][0]
+    learned["nodes"] = [{**entry, "name": f"n{number}", "url": f"http://{number}"} for number in range(2000)]
+    dispatcher = sollol.Dispatcher()
+    dispatcher.remember(learned)
+    assert len(dispatcher.learned()["nodes"]) == sollol.MOST_KEPT
+    assert dispatcher.learned()["nodes"][-1]["name"] == "n1999"
+
+
+def test_rubbish_in_a_state_file_is_left_out_and_never_raises():
+    """Random values anywhere in it; what is taken over is a number in its range."""
+    rng, good = random.Random(5), json.dumps(taught().learned())
+    odd = [0, -1, 1e400, -1e400, float("nan"), 10**400, True, None, "5", [], {}, 0.5, 1e9, 257]
+
+    def spoil(value):
+        if rng.random() < 0.15:
+            return rng.choice(odd)
+        if isinstance(value, dict):
+            return {key: spoil(item) for key, item in value.items()}
+        return [spoil(item) for item in value] if isinstance(value, list) else value
+
+    def figures(thing, ranges):
+        for name, (kind, least, most) in ranges.items():
+            value = getattr(thing, name)
+            assert type(value) is kind and (not value or value == math.inf or least <= value <= most), (name, value)
+
+    for _ in range(300 * FUZZ):
+        learned = json.loads(good)
+        learned["nodes"], learned["lengths"] = ([spoil(entry) for entry in learned["nodes"]],
+                                                {key: spoil(entry) for key, entry in learned["lengths"].items()})
+        dispatcher = restarted(learned, settings_of(taught()))
+        for node in dispatcher.nodes.values():
+            figures(node, sollol.KEPT_OF_NODE)
+            for it in node.runners.values():
+                figures(it, {**sollol.KEPT_OF_RUNNER, **sollol.KEPT_OF_SLOTS})
+                assert it.samples <= sollol.KEPT_SAMPLES and it.top == it.slots
+        enter(dispatcher, want())
+        assert placed(dispatcher, 100.0)
+        json.dumps(dispatcher.learned(), allow_nan=False)
+
+
+# -----------------------------------------------------------------------------
 # Dispatcher: a random walk
 # -----------------------------------------------------------------------------
 
@@ -1976,6 +2142,7 @@ def test_books_stay_in_order_over_a_random_walk_and_are_empty_at_its_end(policy,
      dict(name="g", slots=4, token="a=b#c", host_header="localhost", prefix="/p", primary=True)),
     ("comment", "gpu slots=64  # fixed", dict(slots=64)),
     ("any certificate", "https://gpu insecure=yes", dict(tls=True, insecure=True, ca="")),
+    ("every address", "gpu resolve=all", dict(resolve=True)),
     ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
 ])
 def test_line_of_a_hosts_file(line, expected):
@@ -2004,6 +2171,7 @@ def test_first_line_is_primary_unless_another_says_so():
     ("name not ASCII", "gpu name=grün", "name must be printable ASCII"),
     ("prefix", "gpu prefix=p", "prefix must begin with a slash"),
     ("switch", "gpu primary=maybe", "primary must be yes or no, not 'maybe'"),
+    ("resolve", "gpu resolve=one", "resolve must be all, not 'one'"),
     ("scheme", "ftp://gpu", "is not the URL of a node"), ("no host", "http://", "is not the URL of a node"),
     ("query", "http://gpu/?x", "is not the URL of a node"),
     ("user", "http://u:p@gpu", "is not the URL of a node"), ("port", "gpu:eleven", "has no valid port"),
@@ -2041,6 +2209,68 @@ def test_nodes_come_from_file_and_flags(tmp_path):
     path.write_text("a\nb")
     options = sollol.parse_options(["--hosts", str(path), "--node", "c", "--node", "d:9"], {})
     assert [node.name for node in sollol.read_nodes(options)] == ["a:11434", "b:11434", "c:11434", "d:9"]
+
+
+TOLD = {"pods": ["10.0.0.2", "10.0.0.1"], "both": ["fd00::1", "10.0.0.3"], "six": ["fd00::1"]}
+SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): sollol.Found(3, False),
+           ("10.0.0.8", 11434): sollol.Found(0, True)}
+
+
+@table("text, found, expected", [
+    ("only found", "", SCANNED, ["10.0.0.2:11434 10.0.0.2 10.0.0.2:11434 *",
+                                 "[fd00::2]:11434 [fd00::2] [fd00::2]:11434",
+                                 "10.0.0.8:11434 10.0.0.8 10.0.0.8:11434"]),
+    ("found and written", "[fd00:0::2]\nlocalhost:9\n10.0.0.8:80", SCANNED, [
+        "[fd00:0::2]:11434 [fd00:0::2] [fd00:0::2]:11434 *", "localhost:9 localhost localhost:9",
+        "10.0.0.8:80 10.0.0.8 10.0.0.8:80", "10.0.0.2:11434 10.0.0.2 10.0.0.2:11434",
+        "10.0.0.8:11434 10.0.0.8 10.0.0.8:11434"]),
+    ("found and told, found as localhost", "pods resolve=all\nhttp://127.0.0.1", SCANNED, [
+        "pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
+        "127.0.0.1:11434 127.0.0.1 127.0.0.1:11434", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434"]),
+    ("found behind a written name", "six:11434", {("fd00::1", 11434): sollol.Found(0, False)},
+     ["six:11434 six six:11434 *"]),
+    ("every address", "pods resolve=all\nb", {}, ["pods@10.0.0.2 10.0.0.2 pods:11434 *",
+                                                  "pods@10.0.0.1 10.0.0.1 pods:11434", "b:11434 b b:11434"]),
+    ("its own name and port", "b\npods:80 resolve=all name=p", {}, [
+        "b:11434 b b:11434 *", "p@10.0.0.2 10.0.0.2 pods:80", "p@10.0.0.1 10.0.0.1 pods:80"]),
+    ("name without one", "pods:80 resolve=all host=h", {}, [
+        "pods:80@10.0.0.2 10.0.0.2 h *", "pods:80@10.0.0.1 10.0.0.1 h"]),
+    ("one primary", "b\npods resolve=all primary=yes", {}, ["b:11434 b b:11434", "pods@10.0.0.2 10.0.0.2 pods:11434 *",
+                                                        "pods@10.0.0.1 10.0.0.1 pods:11434"]),
+    ("a server has both families", "both resolve=all", {}, ["both@10.0.0.3 10.0.0.3 both:11434 *"]),
+    ("only IPv6", "six resolve=all", {}, ["six@fd00::1 [fd00::1] six:11434 *"]),
+    ("address", "10.0.0.9 resolve=all", {}, ["10.0.0.9@10.0.0.9 10.0.0.9 10.0.0.9:11434 *"]),
+    ("not told", "gone resolve=all\nb", {}, ["b:11434 b b:11434 *"]), ("nothing", "gone resolve=all", {}, []),
+])
+def test_nodes_that_the_sources_make_together(text, found, expected):
+    dispatcher = sollol.Dispatcher()
+    dispatcher.configure(sollol.united(sollol.parse_hosts(text, "h"), TOLD, found))
+    found = [node.settings for node in dispatcher.nodes.values()]
+    assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
+            for it in found] == expected
+
+
+@pytest.mark.parametrize("text, addresses", [
+    ("192.168.1.0/24", 254), ("192.168.1.7/24", 254), ("10.0.0.0/20", 4094), ("10.0.0.5", 1), ("10.0.0.5/32", 1),
+    ("fd00::/116", 4095), ("::1", 1), ("10.0.0.0/19", 0), ("fd00::/115", 0), ("0.0.0.0/0", 0), ("10.0.0.0/33", 0),
+    ("lan", 0), ("10.0.0.0/24:11434", 0), ("", 0)])
+def test_network_to_scan_is_small(text, addresses):
+    if addresses:
+        assert len(list(sollol.parse_network(text).hosts())) == addresses
+    else:
+        with pytest.raises(sollol.argparse.ArgumentTypeError):
+            sollol.parse_network(text)
+
+
+def test_found_server_is_forgotten_after_ten_scans_without_it():
+    a, b = ("10.0.0.1", 11434), ("10.0.0.2", 11434)
+    found = sollol.after_scan({}, {a: False, b: True}, set())
+    assert found == {a: (0, False), b: (0, True)}
+    for missed in range(1, sollol.SCANS_KEPT):
+        found = sollol.after_scan(found, {}, {b})
+        assert found == {a: (missed, False), b: (0, True)}
+    assert sollol.after_scan(found, {a: False}, set()) == {a: (0, False), b: (1, True)}
+    assert sollol.after_scan(found, {}, set()) == {b: (1, True)}
 
 
 @table("argv, content, message", [
@@ -2082,6 +2312,9 @@ def test_every_flag_has_its_twin_in_the_environment(argv, environ, expected):
 
 def test_nodes_in_the_environment_are_a_list():
     assert sollol.parse_options([], {"SOLLOL_NODE": "a b:9"}).node == ["a", "b:9"]
+    options = sollol.parse_options([], {"SOLLOL_DISCOVER": "10.0.0.0/24 ::1"})
+    assert [str(network) for network in options.discover] == ["10.0.0.0/24", "::1/128"]
+    assert sollol.read_nodes(options) == []
 
 
 @table("argv, environ, message", [
@@ -2096,6 +2329,8 @@ def test_nodes_in_the_environment_are_a_list():
     ("origin", ["--demo", "--origins", "http://a,b.example"], {}, "'b.example' is not an origin"),
     ("replicas", ["--demo", "--replicas", "0"], {}, "'0' is not a whole number of at least 1"),
     ("seed", ["--demo", "--seed", "x"], {}, "--seed"), ("stray word", ["--demo", "x"], {}, "x"),
+    ("large network", ["--discover", "10.0.0.0/8"], {}, "10.0.0.0/8 has more than 4096 addresses"),
+    ("no network", [], {"SOLLOL_DISCOVER": "10.0.0.0/24 lan"}, "SOLLOL_DISCOVER: 'lan' is not a network"),
     ("environment", ["--demo"], {"SOLLOL_PORT": "http"}, "'http' is not a port number"),
     ("policy in the environment", ["--demo"], {"SOLLOL_POLICY": "best"}, "best"),
     ("log format in the environment", ["--demo"], {"SOLLOL_LOG_FORMAT": "xml"}, "xml"),
@@ -2108,6 +2343,19 @@ def test_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argv, envi
     assert caught.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith("sollol.py: ") and message in text and text.count("\n") == 1
+
+
+def test_help_tells_every_flag_its_unit_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        sollol.parse_options(["--help"], {})
+    text = capsys.readouterr().out
+    assert re.findall(r"^(\w+):$", text, re.M) == [
+        "options", "nodes", "listening", "scheduling", "limits", "security", "log"]
+    assert text.count("SOLLOL_") == 1
+    for action in sollol.command_line({})._actions[1:-1]:
+        assert re.search(r"\([^()]+\)$", action.help.replace("%(default)s", "x")), action
+        if action.type in (sollol.parse_seconds, sollol.parse_size):
+            assert re.match("seconds|bytes", action.help), action
 
 
 @pytest.mark.parametrize("text, size", [
@@ -2196,10 +2444,10 @@ class ScriptedNode:
         self.reads_chunks = False   # else a chunked body is left to the script
         self.tls = None             # the ssl.SSLContext that it speaks TLS with
 
-    async def start(self, port=0):
-        self.server = await asyncio.start_server(self.converse, "127.0.0.1", port, limit=2**26, ssl=self.tls)
+    async def start(self, port=0, host="127.0.0.1"):
+        self.server = await asyncio.start_server(self.converse, host, port, limit=2**26, ssl=self.tls)
         self.port = self.server.sockets[0].getsockname()[1]
-        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if self.tls else ''}://{host}:{self.port}"
         return self
 
     async def stop(self):
@@ -2275,8 +2523,11 @@ def spoken(gateway):
 
 
 @contextlib.asynccontextmanager
-async def gateway_for(*nodes, flags=(), hosts=None):
-    """Start nodes and a gateway in front of them; stop all at the end. Nodes may be given not started."""
+async def gateway_for(*nodes, flags=(), hosts=None, lines=None, **given):
+    """Start nodes and a gateway in front of them; stop all at the end. Nodes may be given not started.
+
+    The gateway knows them by themselves, by the file `hosts`, or by `lines` as in such a file.
+    """
     for node in nodes:
         if not getattr(node, "port", 0):
             await node.start()
@@ -2286,8 +2537,9 @@ async def gateway_for(*nodes, flags=(), hosts=None):
             *tls_flags]
     options = sollol.parse_options(argv + ([] if hosts else ["--node", "http://127.0.0.1:1"]), {})
     keys = sollol.read_keys(options)
-    settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts("\n".join(named), "test")
-    gateway = await sollol.Gateway(options, settings, keys, sollol.read_certificate(options)).start()
+    lines = "\n".join(named) if lines is None else lines
+    settings = sollol.read_nodes(options) if hosts else sollol.parse_hosts(lines, "test")
+    gateway = await sollol.Gateway(options, settings, keys, sollol.read_certificate(options), **given).start()
     try:
         yield gateway
     finally:
@@ -3223,6 +3475,23 @@ async def test_bytes_behind_an_answer_never_reach_the_next_one():
             answer = await caller.ask("POST", "/api/generate", generate())
             assert answer.body == b'{"response":"fine","done":true}'
         caller.close()
+
+
+@over_sockets
+async def test_every_node_is_logged_once_at_the_start_with_its_models(caplog):
+    caplog.set_level("INFO", "sollol")
+    sollol.LOG.propagate = True
+    nodes = [bench.SimNode(models=("mistral", "llama3.2"), **FAST), bench.SimNode(latency_s=0.3, **FAST),
+             bench.SimNode(models=(), **FAST)]
+    async with gateway_for(*nodes) as gateway:
+        await until(lambda: health(gateway)["nodes"]["up"] == 3)
+        await until(lambda: len(gateway.states) == 3)
+        await asyncio.sleep(2 * sollol.SWEEP_S)
+    told = [ast.literal_eval(line) for line in caplog.messages if "'event': 'node'" in line]
+    assert {it["url"]: (it["state"], it["models"]) for it in told} == {
+        nodes[0].url: ("up", "llama3.2:latest mistral:latest"), nodes[1].url: ("up", "llama3.2:latest"),
+        nodes[2].url: ("up", "")}
+    assert len(told) == 3
 
 
 @over_sockets
@@ -5655,9 +5924,198 @@ async def test_saved_hosts_file_is_taken_over_and_a_bad_one_refused(tmp_path, ca
         await until(lambda: list(gateway.dispatcher.nodes) == ["one", "two"])
         assert gateway.dispatcher.nodes["one"] is first
         await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        hosts.write_text(f"{one.url} name=one slots=3 token=t\n{two.url} name=two slots=4\n")
+        await until(lambda: first.settings.slots == 3)
+        assert gateway.dispatcher.nodes["one"] is first and gateway.pools[first].settings.token == "t"
         hosts.write_text(f"{two.url} name=two slots=4\n")
         await until(lambda: list(gateway.dispatcher.nodes) == ["two"])
         assert (await call(gateway, "POST", "/api/generate", generate())).fields["x-sollol-node"] == "two"
+
+
+class Dns:
+    """DNS for a gateway: {name: addresses}, or an error."""
+
+    def __init__(self, **told):
+        self.told, self.asked = told, 0
+
+    async def __call__(self, name):
+        self.asked += 1
+        await asyncio.sleep(0.001)
+        if isinstance(self.told[name], OSError):
+            raise self.told[name]
+        return self.told[name]
+
+    async def ask_again(self):
+        """Wait until an answer that is given from now on has been taken over."""
+        asked = self.asked
+        await until(lambda: self.asked >= asked + 2)
+
+
+NO_DNS = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+async def replicas(count, **settings):
+    """Start simulated nodes at one port of 127.0.0.2, 127.0.0.3 and so on."""
+    nodes = []
+    for number in range(count):
+        port = nodes[0].port if nodes else 0
+        nodes.append(await bench.SimNode(host=f"127.0.0.{number + 2}", port=port, loaded=("llama3.2",),
+                                         **settings).start())
+    return nodes
+
+
+async def used_names(gateway, count=4, tokens=5):
+    """Return the names of the nodes that so many requests at once went to."""
+    answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(tokens=tokens))
+                                     for _ in range(count)))
+    assert all(answer.status == 200 for answer in answers)
+    return {answer.fields["x-sollol-node"] for answer in answers}
+
+
+@over_sockets
+async def test_every_address_behind_a_name_is_a_node_for_as_long_as_dns_tells_it(caplog):
+    caplog.set_level("WARNING", "sollol")
+    sollol.LOG.propagate = True
+    one, two = await replicas(2, **FAST)
+    dns = Dns(pods=["127.0.0.2"])
+    async with gateway_for(one, two, lines=f"http://pods:{one.port} resolve=all slots=2 name=pods",
+                           flags=["--probe-interval", "0.1"], look_up=dns) as gateway:
+        assert await used_names(gateway) == {"pods@127.0.0.2"}
+        dns.told["pods"] = ["127.0.0.3", "127.0.0.2"]
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        assert await used_names(gateway, tokens=100) == {"pods@127.0.0.2", "pods@127.0.0.3"}
+        running = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=1000, stream=True)))
+                   for _ in range(4)]
+        await until(lambda: two.in_flight == one.in_flight == 2)
+        dns.told["pods"] = ["127.0.0.3"]
+        await until(lambda: list(gateway.dispatcher.nodes) == ["pods@127.0.0.3"])
+        answers = await asyncio.gather(*running)
+        assert {answer.fields["x-sollol-node"] for answer in answers} == {"pods@127.0.0.2", "pods@127.0.0.3"}
+        assert all(json.loads(answer.body.splitlines()[-1])["done"] for answer in answers)
+        assert await used_names(gateway) == {"pods@127.0.0.3"}
+        for answer in (NO_DNS, []):
+            dns.told["pods"] = answer
+            await dns.ask_again()
+            gateway.join()          # as a reload does
+        assert await used_names(gateway) == {"pods@127.0.0.3"}
+    assert caplog.text.count("'event': 'dns'") == 1 and "Temporary failure" in caplog.text
+
+
+@over_sockets
+async def test_name_without_an_address_at_the_start_is_asked_for_again():
+    one, two = await replicas(2, **FAST)
+    dns = Dns(pods=NO_DNS)
+    lines = f"http://pods:{one.port} resolve=all\n{two.url} name=two"
+    async with gateway_for(one, two, lines=lines, flags=["--probe-interval", "0.1"], look_up=dns) as gateway:
+        assert await used_names(gateway) == {"two"}
+        dns.told["pods"] = ["127.0.0.2"]
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        assert list(gateway.dispatcher.nodes) == [f"pods:{one.port}@127.0.0.2", "two"]
+
+
+@over_sockets
+async def test_gateway_without_any_node_answers_and_goes_on():
+    dns = Dns(pods=NO_DNS)
+    async with gateway_for(lines="http://pods resolve=all", look_up=dns) as gateway:
+        assert (await call(gateway, "GET", "/api/health")).status == 503
+        for method, path, status in (("POST", "/api/generate", 503), ("POST", "/api/show", 503),
+                                     ("POST", "/api/pull", 503), ("POST", "/api/me", 503), ("GET", "/api/stats", 200),
+                                     ("GET", "/metrics", 200), ("DELETE", "/api/delete", 503), ("GET", "/other", 503),
+                                     ("GET", "/api/tags", 503)):
+            assert (await call(gateway, method, path, generate())).status == status, path
+
+
+def test_real_name_is_looked_up():
+    """In real time only: DNS is asked in a thread, and virtual time does not wait for threads."""
+    async def main():
+        node = await bench.SimNode(**FAST).start()
+        async with gateway_for(node, lines=f"localhost:{node.port} resolve=all") as gateway:
+            await until(lambda: health(gateway)["nodes"]["up"] == 1)
+            assert await used_names(gateway) == {f"localhost:{node.port}@127.0.0.1"}
+    run_real(main())
+
+
+def discovering(nodes, *flags):
+    """Return what makes a gateway find simulated nodes on this machine."""
+    return {"flags": ["--discover", "127.0.0.0/28", "--probe-interval", "0.1", *flags], "scan_port": nodes[0].port}
+
+
+@over_sockets
+async def test_scan_finds_ollama_servers_and_nothing_else(caplog):
+    caplog.set_level("INFO", "sollol")
+    sollol.LOG.propagate = True
+    nodes = await replicas(2, **FAST)
+    port = nodes[0].port
+    no_ollama = await ScriptedNode(lambda request: [framed(b"hello"), KEEP]).start(port, "127.0.0.4")
+    no_ollama.own_answer = lambda raw: None
+    no_http = await asyncio.start_server(lambda reader, writer: writer.write(b"SSH-2.0-OpenSSH_9.2\r\n"),
+                                         "127.0.0.5", port)
+    bare = await ScriptedNode(models=()).start(port, "127.0.0.6")       # written by its name
+    listed = f"http://127.0.0.3:{port} name=listed\nhttp://gpu:{port} name=named"
+    try:
+        async with gateway_for(flags=["--bind", "127.0.0.7", "--port", str(port)]), \
+                gateway_for(*nodes, lines=listed, look_up=Dns(gpu=["127.0.0.6"]),
+                            **discovering(nodes, "--bind", "127.0.0.8", "--port", str(port))) as gateway:
+            await until(lambda: caplog.text.count("'event': 'scan'") == 2)
+            assert list(gateway.dispatcher.nodes) == ["listed", "named", f"127.0.0.2:{port}"]
+            await until(lambda: health(gateway)["nodes"]["up"] == 2)
+            assert "listed" in await used_names(gateway, tokens=100)
+            line = next(line for line in caplog.messages if f"'url': 'http://127.0.0.2:{port}'" in line)
+            assert "'was': 'new'" in line and "'models': 'llama3.2:latest'" in line
+    finally:
+        no_http.close()
+        for node in (no_ollama, bare):
+            await node.stop()
+
+
+@over_sockets
+async def test_found_servers_stay_over_a_reload_and_go_when_they_stay_away(monkeypatch, tmp_path):
+    monkeypatch.setattr(sollol, "SCAN_S", 0.2)
+    monkeypatch.setattr(sollol, "SCANS_KEPT", 3)
+    nodes, hosts = await replicas(2, **FAST), tmp_path / "hosts.txt"
+    hosts.write_text("# none yet\n")
+    async with gateway_for(*nodes, hosts=hosts, **discovering(nodes)) as gateway:
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        found = dict(gateway.dispatcher.nodes)
+        hosts.write_text(f"{nodes[1].url} name=listed\n")
+        await until(lambda: "listed" in gateway.dispatcher.nodes)
+        assert list(gateway.dispatcher.nodes.values()) == list(found.values())[::-1]
+        await asyncio.sleep(1.0)    # more scans; who is up is not asked again
+        assert [record.path for record in nodes[0].requests].count("/api/health") == 1
+        nodes[0].kill()
+        await until(lambda: list(gateway.dispatcher.nodes) == ["listed"])
+        await nodes[0].restart()
+        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+
+
+def certificate(folder, name):
+    """Make a certificate for a name that its own key has signed; return its path and a server's TLS context."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    paths = folder / f"{name}.crt", folder / f"{name}.key"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-addext",
+                    f"subjectAltName=DNS:{name}", "-out", paths[0], "-keyout", paths[1]],
+                   check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*paths)
+    return paths[0], context
+
+
+@over_sockets
+async def test_every_address_behind_a_name_must_have_the_certificate_of_the_name(tmp_path, monkeypatch):
+    trusted, tls = certificate(tmp_path, "pods.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    node = ScriptedNode(lambda request: [OK, KEEP])
+    node.tls = tls
+    await node.start(host="127.0.0.2")
+    dns = Dns(**{"pods.example": ["127.0.0.2"], "other.example": ["127.0.0.2"]})
+    lines = f"https://pods.example:{node.port} resolve=all name=pods\nhttps://other.example:{node.port} resolve=all"
+    async with gateway_for(node, lines=lines, look_up=dns) as gateway:
+        await until(lambda: all(node.probed for node in gateway.dispatcher.nodes.values()))
+        assert [node.up for node in gateway.dispatcher.nodes.values()] == [True, False]
+        assert await used_names(gateway) == {"pods@127.0.0.2"}
+        assert {re.search(rb"\r\nHost: (.*?)\r\n", raw)[1].decode() for raw in node.requests} == {
+            f"pods.example:{node.port}"}
 
 
 @over_sockets
@@ -5672,6 +6130,95 @@ async def test_drain_finishes_running_and_queued_and_refuses_new():
         await asyncio.wait_for(gateway.stopped.wait(), 5)
         with pytest.raises(OSError):
             await Caller.to(gateway)
+
+
+# -----------------------------------------------------------------------------
+# The state file
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_first_decision_after_a_restart_is_the_right_one(tmp_path):
+    slow = await bench.SimNode(speed=2.0, loaded=("llama3.2",), name="slow").start()
+    fast = await bench.SimNode(speed=50.0, loaded=("llama3.2",), name="fast").start()
+    lines = f"{slow.url} name=slow\n{fast.url} name=fast"
+    keep = ["--state", str(tmp_path / "state.json")]
+    async with gateway_for(lines=lines) as gateway:
+        assert await used_names(gateway, 1) == {"slow"}         # it knows nothing, and that one is listed first
+    async with gateway_for(lines=lines, flags=keep) as gateway:
+        assert await used_names(gateway, 6, tokens=60) == {"slow", "fast"}
+        gateway.drain()
+        await gateway.stopped.wait()
+    def asked():
+        return sum(bool(record.model) for node in (slow, fast) for record in node.requests)
+
+    before = asked()
+    async with gateway_for(lines=lines, flags=keep) as gateway:
+        gateway.options.calibrate = True
+        await asyncio.sleep(2 * sollol.SWEEP_S)
+        assert all(node.calibrated and not node.requests for node in gateway.dispatcher.nodes.values())
+        assert asked() == before
+        assert await used_names(gateway, 1) == {"fast"}
+        (_, fast_s), (_, slow_s) = sorted(gateway.dispatcher.decisions[0].finish_s)
+        assert slow_s > 5 * fast_s
+    for node in (slow, fast):
+        await node.stop()
+
+
+@over_sockets
+async def test_state_is_written_while_it_runs_and_only_if_something_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sollol, "STATE_S", 0.1)
+    path = tmp_path / "state.json"
+    async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(path), "--probe-interval", "0.1"]) as gateway:
+        await call(gateway, "POST", "/api/generate", generate())
+        await until(lambda: path.exists() and "llama3.2:latest" in path.read_text())
+        await asyncio.sleep(1.2)
+        before = path.stat()
+        await asyncio.sleep(1.2)
+        assert path.stat().st_ino == before.st_ino
+        assert [entry["name"] for entry in json.loads(path.read_text())["nodes"]] == list(gateway.dispatcher.nodes)
+    assert os.listdir(tmp_path) == ["state.json"] and before.st_mode & 0o777 == 0o600
+
+
+GOOD_STATE = {"format": "sollol-state", "version": 1, "nodes": [], "lengths": {}}
+
+
+@table("content", [
+    ("empty", b""), ("torn", b'{"format": "sollol-state", "ver'), ("another file", b"http://gpu slots=4\n"),
+    ("bytes", b"\xff\x00\xfe"), ("deep", b"[" * 100_000), ("list", b"[]"), ("another program's", b'{"version": 1}'),
+    ("newer", json.dumps({**GOOD_STATE, "version": 2}).encode()),
+    ("no nodes", json.dumps({**GOOD_STATE, "nodes": 1}).encode()),
+    ("no lengths", json.dumps({**GOOD_STATE, "lengths": None}).encode()), ("large", b" " * 1_000_001)])
+def test_state_file_that_cannot_be_used_is_told_once_and_put_aside(content, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sollol, "MOST_STATE_BYTES", 1_000_000)
+    caplog.set_level("WARNING", "sollol")
+    sollol.LOG.propagate = True
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(path)]) as gateway:
+            assert (await call(gateway, "POST", "/api/generate", generate(tokens=20))).status == 200
+            assert path.read_bytes() == content
+
+    bench.run_virtual(main())
+    assert len(caplog.messages) == 1 and str(path) in caplog.messages[0]
+    assert (tmp_path / "state.json.ignored").read_bytes() == content
+    assert len(sollol.parse_state(path.read_bytes())["nodes"]) == 1
+
+
+def test_state_that_cannot_be_written_is_told_once_and_leaves_nothing_behind(tmp_path, caplog):
+    caplog.set_level("WARNING", "sollol")
+    sollol.LOG.propagate = True
+    folder = tmp_path / "away"
+    folder.mkdir()
+    state = sollol.StateFile(str(folder / "state.json"))
+    folder.rmdir()
+    for number in range(3):
+        state.write({"nodes": [number], "lengths": {}})
+    assert len(caplog.messages) == 1 and "No such file" in caplog.messages[0]
+    folder.mkdir()
+    state.write({"nodes": [], "lengths": {}})
+    assert os.listdir(folder) == ["state.json"]
 
 
 @contextlib.contextmanager
@@ -5825,6 +6372,31 @@ def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
         assert (status, out) == (2, f"{hosts}:3: slots must be a whole number from 1 to 64, not 'four'\n")
 
 
+@pytest.mark.parametrize("path, why", [("no/such/folder/state", "No such file"), ("FOLDER", "Is a directory"),
+                                       ("hosts.txt/state", "Not a directory"), ("/proc/state", "")])
+def test_state_file_that_can_never_be_written_stops_the_start(tmp_path, path, why):
+    path = path.replace("FOLDER", str(tmp_path))
+    done = subprocess.run([sys.executable, "sollol.py", "--node", "127.0.0.1:1", "--port", "0", "--state", path],
+                          cwd=HERE, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith(f"sollol.py: --state: {path}: {why}") and done.stderr.count("\n") == 1
+
+
+def test_terminated_program_keeps_what_it_has_learned(tmp_path):
+    path = tmp_path / "state.json"
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 20) as node:
+        argv = "sollol.py", "--node", read_until(node, r"http://\S+")[0], "--port", 0, "--state", path
+        with program(*argv) as gateway:
+            curl(read_until(gateway, r"event=start .*url=(\S+)")[1] + "/api/generate", generate(tokens=20))
+            gateway.send_signal(signal.SIGTERM)
+            assert gateway.wait(10) == 0
+        decode_s = sollol.parse_state(path.read_bytes())["nodes"][0]["models"]["llama3.2:latest"]["decode_s"]
+        with program(*argv) as gateway:
+            read_until(gateway, r"event=state .*nodes=1")
+            stats = json.loads(curl(read_until(gateway, r"event=start .*url=(\S+)")[1] + "/api/stats"))
+            assert stats["nodes"][0]["models"]["llama3.2:latest"]["decode_tok_s"] == round(1 / decode_s, 1)
+
+
 def test_port_in_use_is_one_clear_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -5865,6 +6437,52 @@ def test_service_is_valid_and_exposed_to_little(words, tmp_path):
         assert count == 5 and "\nEnvironment=SOLLOL_KEYS=%d/keys\n" in text
     done = subprocess.run(["systemd-analyze", *words, str(path)], capture_output=True, text=True)
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
+
+
+def container_commands():
+    """Return the words of the gateway's command in each of the README's snippets for containers."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    shell = [shlex.split(line) for line in re.findall(r"^ +docker run .*|(?<=command: )python .*", text, re.M)]
+    shell += [[word.strip(' "') for word in words.split(",")] for words in re.findall(r"command: \[(.*)\]", text)]
+    return [words[words.index("python"):] for words in shell]
+
+
+def test_commands_for_containers_run(tmp_path):
+    (tmp_path / "sollol.py").symlink_to(HERE / "sollol.py")
+    commands = container_commands()
+    assert len(commands) == 3
+    with program("bench.py", "--nodes", 1, "--port", 0) as node:
+        port = re.search(r":(\d+)", read_until(node, r"http://\S+")[0])[1]
+        (tmp_path / "hosts.txt").write_text(f"http://127.0.0.1:{port}\n")
+        for words in commands:
+            assert words[:2] == ["python", "/app/sollol.py"] and sollol.parse_options(words[2:], {}).bind == "0.0.0.0"
+            words = [re.sub("^/(app|state)", str(tmp_path), word) for word in words[1:]]
+            words = [word.replace("//ollama", f"//localhost:{port}") for word in words]
+            with program(*words, "--port", 0) as gateway:
+                url = read_until(gateway, r"event=start .*url=(\S+)")[1].replace("0.0.0.0", "127.0.0.1")
+                assert json.loads(curl(url + "/api/health"))["nodes"] == {"up": 1, "total": 1}
+                gateway.send_signal(signal.SIGTERM)
+                assert gateway.wait(10) == 0
+    assert (tmp_path / "state.json").exists()
+
+
+def test_snippets_for_containers_are_what_they_should_be():
+    yaml = pytest.importorskip("yaml", reason="PyPI pyyaml is not installed")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    (compose,), (service, deployment) = (list(yaml.safe_load_all(block)) for block in blocks)
+    gateway, pods = compose["services"]["sollol"], deployment["spec"]["template"]
+    names = {url.split()[0] for words in container_commands() for url in sollol.parse_options(words[2:], {}).node}
+    assert names == {"http://ollama"} and "ollama" in compose["services"] and service["metadata"]["name"] == "ollama"
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["ports"] == [{"port": 11434}]
+    assert gateway["volumes"] == ["./sollol.py:/app/sollol.py:ro", "state:/state"] and "state" in compose["volumes"]
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
+    container, = pods["spec"]["containers"]
+    assert [shlex.split(gateway["command"]), container["command"]] == container_commands()[1:]
+    assert container["volumeMounts"] == [{"name": pods["spec"]["volumes"][0]["name"], "mountPath": "/app"}]
+    for name in ("readinessProbe", "livenessProbe"):
+        probe = container[name]["httpGet"]
+        assert probe["path"] in sollol.OPEN_PATHS and probe["port"] == container["ports"][0]["containerPort"] == 8000
+    assert (HERE / "sollol.py").stat().st_size < 2**20      # the most that a ConfigMap holds
 
 
 # -----------------------------------------------------------------------------
