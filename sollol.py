@@ -85,6 +85,8 @@ TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are i
 KEEP_ALIVE_S = 75.0                 # an idle client connection
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
+BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
+                                    # as much, and 64 MiB byte by byte would hold a connection for years
 WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads nothing; 64 KiB at 200 bytes/s
 LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
 
@@ -1036,6 +1038,7 @@ class Ticket:
     demand: object = None           # what it is expected to cost; see Demand
     waiting: bool = False
     left: bool = False
+    begun: bool = False             # its client has a part of the answer
     barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
@@ -1102,8 +1105,9 @@ class Queue:
         del self.tickets[entry[2]]
 
     def last(self):
-        """Return the least urgent waiting ticket, or None. O(n), so for a full queue only."""
-        return max(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+        """Return the least urgent waiting ticket that has not begun, or None. O(n), so for a full queue only."""
+        return max((ticket for ticket in self.tickets if not ticket.begun),
+                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
 
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
@@ -2139,7 +2143,8 @@ class Dispatcher:
         return True
 
     def hold_to_version(self, ticket, node):
-        """Let a ticket run only where its model is known to be the same as on `node`."""
+        """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
+        ticket.begun = True
         runner = node.runners.get(ticket.wants.model)
         digest = runner and runner.row.get("digest")
         same = {other.node.name for other in self.holders.get(ticket.wants.model, ())
@@ -3481,6 +3486,8 @@ class Transcript:
         self.key = ""               # what kind of text it was last
         self.relay = None           # that has written to the client last
         self.done = False           # the client has the last line
+        self.used = False           # the client has OpenAI's count of tokens
+        self.name = {}              # fields that name one completion in all its events, as the client had them first
         self.lost = []              # names of nodes that did not come to the end
 
     def rewind(self, name):
@@ -3511,6 +3518,16 @@ class Transcript:
             self.fresh.append(spoken[len(known):])
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
+    def renamed(self, value):
+        """Give an event of a replay the id and the time of the stream that it goes on with; tell whether it did."""
+        if not self.lost:
+            if not self.name:
+                self.name = {key: value[key] for key in ("id", "created") if key in value}
+            return False
+        other = {key: given for key, given in self.name.items() if value.get(key, given) != given}
+        value.update(other)
+        return bool(other)
+
     def missing(self, line):
         """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
 
@@ -3530,6 +3547,11 @@ class Transcript:
         if value.get("done") is True and self.is_behind:
             raise Refusal(502, "the answer of another node is shorter")
         self.done = value.get("done") is True
+        if self.used and value.get("usage") and not said:
+            return b""
+        self.used = self.used or bool(lead and value.get("usage"))
+        if lead and self.renamed(value) and not was_behind:
+            return lead + json.dumps(value).encode() + b"\n\n"
         if not was_behind:
             return line
         if not any(rests) and (said or self.is_behind):
@@ -3604,6 +3626,14 @@ class LineRelay(Relay):
         return self.transcript.is_short and not self.is_complete() and not self.client.gone
 
 
+def body_due_s(due_s, size, now):
+    """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
+
+    Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
+    """
+    return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
+
+
 class Upload:
     """Pass a request body on to a node while it comes, in constant memory."""
 
@@ -3612,8 +3642,9 @@ class Upload:
         self.body = body_decoder(length)
         self.chunked = length is None
 
-    def start(self):
-        """Begin with what came behind the head."""
+    def start(self, grace_s):
+        """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
+        self.client.deadline_s = self.client.loop.time() + grace_s
         self.connection.source = self.client
         self.client.sink = self
         data = bytes(self.client.buffer)
@@ -3623,7 +3654,7 @@ class Upload:
         self.data(data)
 
     def expire(self):
-        """The client has sent nothing for BODY_PAUSE_S, unless it is the node that does not read."""
+        """The client sends too slowly, unless it is the node that does not read."""
         if self.connection.write_paused:
             self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
         elif self.connection.sink is None:
@@ -3633,7 +3664,7 @@ class Upload:
 
     def data(self, data):
         """Take a piece from the client's socket; what lies behind the body stays for the next request."""
-        self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
+        self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
             return                  # the answer came early; what is still coming has no reader
         try:
@@ -3936,16 +3967,28 @@ class ClientConnection(asyncio.Protocol):
         if head.expects_continue and not self.buffer:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def read_body(self, head, limit):
-        """Return the whole body of a request. Raises Refusal(413) over `limit` bytes, ClientGone if it is cut short."""
+    async def more_body(self, due_s):
+        """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `more`."""
+        size = len(self.buffer)
+        await self.more(due_s - self.loop.time())
+        return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
+
+    async def read_body(self, head, limit, grace_s):
+        """Return the whole body of a request.
+
+        Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
+        ClientGone if it is cut short.
+        """
         if head.length == 0:
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
         self.invite(head)
+        now = self.loop.time()
+        due_s = body_due_s(now + grace_s, len(self.buffer), now)
         if head.length is not None:
             while len(self.buffer) < head.length:
-                await self.more(BODY_PAUSE_S)
+                due_s = await self.more_body(due_s)
             body = bytes(self.buffer[:head.length])
             del self.buffer[:head.length]
             return body
@@ -3959,7 +4002,7 @@ class ClientConnection(asyncio.Protocol):
                 raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             if decoder.done:
                 return b"".join(parts)
-            await self.more(BODY_PAUSE_S)
+            due_s = await self.more_body(due_s)
 
     async def close(self):
         """Close so that the client gets all that was written.
@@ -4291,7 +4334,7 @@ async def serve_upload(gateway, client, head, wants, record):
         client.invite(head)
         connection.transport.write(render_request(head, lease.node.settings, head.length))
         upload = Upload(client, connection, head.length)
-        upload.start()
+        upload.start(gateway.header_timeout_s)
         answer = await connection.response(head.method)
         keep = head.keep_alive and upload.body.done
         keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
@@ -4694,7 +4737,7 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
 async def serve_locally(gateway, client, head, record):
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes)
+        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
     status, body, kind, *extra = gateway.local[head.path](gateway)
@@ -4742,7 +4785,7 @@ def admit(gateway, client, head, route, record):
 async def serve_events(gateway, client, head, record):
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes)
+        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     client.serving = True
     record.status = 200
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", b"Connection: close",
@@ -4758,7 +4801,7 @@ async def serve_events(gateway, client, head, record):
 async def serve_order(gateway, client, head, record):
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
-    await client.read_body(head, gateway.max_body_bytes)
+    await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     node = gateway.dispatcher.nodes.get(name)
     if node is None or verb not in ("drain", "resume"):
         names = ", ".join(gateway.dispatcher.nodes)
@@ -4817,7 +4860,7 @@ async def serve(gateway, client, head, record):
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
     raw = route.kind == "raw"
-    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes)
+    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     client.serving = True
     if key is None:
         wants = read_wants(head, route, body, client.address)

@@ -1166,6 +1166,21 @@ def test_equal_newcomer_displaces_nobody_and_owes_nothing_for_it():
     assert set(dispatcher.fair.active) == {("a", 5), ("b", 5)} and not dispatcher.displaced
 
 
+def test_stream_that_has_begun_is_not_displaced_while_it_waits_for_its_rescue():
+    dispatcher = cluster(max_queue=2, n1=["m"], n2=["m"])
+    begun, _ = enter(dispatcher, want(priority=1), want(priority=5))
+    assert sorted(placed(dispatcher)) == ["n1", "n2"]
+    dispatcher.hold_to_version(begun, begun.lease.node)
+    assert fail(dispatcher, begun)
+    low, = enter(dispatcher, want(priority=3))
+    urgent, = enter(dispatcher, want(priority=8))
+    assert low.refusal and begun.waiting and urgent.waiting
+    enter(dispatcher, want(priority=9))
+    assert urgent.refusal and begun.waiting
+    with pytest.raises(Refusal):
+        enter(dispatcher, want(priority=8))
+
+
 def test_aged_batch_is_not_displaced_by_a_fresh_urgent_one():
     dispatcher = cluster(max_queue=1, n1=["m"])
     enter(dispatcher, want(priority=1))
@@ -3389,6 +3404,28 @@ async def test_stream_is_rescued_from_one_node_after_the_other():
 
 
 @over_sockets
+async def test_rescued_stream_is_one_completion_with_one_count_of_tokens():
+    """Cut in the middle of the text, within it, behind it, and behind the count of tokens."""
+    def events(name, created, *texts):
+        common = {"id": name, "object": "chat.completion.chunk", "created": created, "model": "m"}
+        return [*(sse(**common, choices=[{"index": 0, "delta": {"content": text}}]) for text in texts),
+                sse(**common, choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
+                sse(**common, choices=[], usage={"prompt_tokens": 3, "completion_tokens": 4}), b"data: [DONE]\n\n"]
+
+    kind, first, second = b"text/event-stream", events("one", 1, "a", "b", "c"), events("two", 2, "ab", "c")
+    for cut in range(1, 6):
+        nodes = (ScriptedNode(lambda request, cut=cut: [chunked(*first[:cut], kind=kind, end=b""), 0.02]),
+                 ScriptedNode(lambda request: [chunked(*second, kind=kind), KEEP]))
+        answer, gateway = await rescued("/v1/chat/completions", *nodes)
+        *values, last = answer.body.split(b"\n\n")[:-1]
+        values = [json.loads(value.removeprefix(b"data: ")) for value in values]
+        assert last == b"data: [DONE]" and text_of(answer.body) == "abc"
+        assert {(value["id"], value["created"]) for value in values} == {("one", 1)}
+        assert [bool(value.get("usage")) for value in values] == [False] * (len(values) - 1) + [True]
+        assert gateway.dispatcher.rescues == {"whole": 1}
+
+
+@over_sockets
 async def test_error_line_of_the_node_itself_is_rescued_too():
     path = "/api/generate"
     nodes = dying(path, "a", then=[line(error="llama runner process no longer running")]), lasting(path, "a", "b")
@@ -3863,6 +3900,71 @@ def test_upload_that_stops_coming_is_ended():
             assert (await caller.answer()).status == 408
             caller.close()
             await until(lambda: health(gateway)["inflight"] == 0)
+    bench.run_virtual(main())
+
+
+BLOB_PATH = b"/api/blobs/sha256:" + b"0" * 64
+
+
+async def drip(gateway, path, size, framing, piece, pause_s):
+    """Send a body piece by piece until it is whole or refused; return (status, seconds taken)."""
+    caller, start_s = await Caller.to(gateway), gateway.loop.time()
+    field = b"Transfer-Encoding: chunked" if framing == "chunked" else b"Content-Length: %d" % size
+    caller.writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (path, field))
+    answer, sent = asyncio.create_task(caller.answer()), 0
+    body = json.dumps({"model": "llama3.2", "prompt": "", "stream": False, "pad": ""})[:-2].encode()
+    body = body + b"x" * (size - len(body) - 2) + b'"}'
+    while sent < size and not answer.done():
+        data = body[sent:sent + piece]
+        caller.writer.write(sollol.chunk(data) if framing == "chunked" else data)
+        sent += len(data)
+        await asyncio.wait([answer], timeout=pause_s)
+    if framing == "chunked" and not answer.done():
+        caller.writer.write(b"0\r\n\r\n")
+    status = (await answer).status
+    if status == 408:
+        assert await caller.reader.read() == b""
+    caller.close()
+    return status, gateway.loop.time() - start_s
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("path, accepted", [(b"/api/generate", 200), (BLOB_PATH, 400)])
+def test_body_that_comes_too_slowly_gets_408_and_a_slow_but_steady_one_is_taken(path, accepted, framing):
+    """In vain: 100 bytes a second, a byte a second, silence. The blob's digest is wrong: 400 if it came whole."""
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST)) as gateway:
+            for piece, pause_s in ((100, 1.0), (1, 1.0), (1, 1000.0)):
+                status, took_s = await drip(gateway, path, 50_000, framing, piece, pause_s)
+                assert status == 408 and 9 < took_s < 15
+            status, took_s = await drip(gateway, path, 200_000, framing, 40_000, 50.0)
+            assert status == 408 and 45 < took_s < 52      # silence for longer than has been paid for
+            for piece, pause_s, least_s in ((1500, 1.0, 290), (60_000, 50.0, 290), (100_000, 1.0, 3)):
+                status, took_s = await drip(gateway, path, 480_000, framing, piece, pause_s)
+                assert status == accepted and took_s > least_s
+            assert health(gateway)["inflight"] == health(gateway)["queued"] == 0
+    bench.run_virtual(main())
+
+
+def test_body_that_its_node_does_not_read_is_not_called_slow():
+    async def main():
+        class Blobs(ScriptedNode):
+            async def converse(self, reader, writer):
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b" /api/blobs" not in head:
+                    writer.write(framed(json.dumps(self.own_answer(head)).encode()))
+                    writer.close()
+                    return
+                await asyncio.sleep(200)
+                await reader.readexactly(20_000_000)
+                writer.write(framed(b"", b"201 Created"))
+
+        async with gateway_for(Blobs()) as gateway:
+            caller = await Caller.to(gateway)
+            caller.writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n" % BLOB_PATH)
+            caller.writer.write(bytes(20_000_000))
+            assert (await caller.answer()).status == 201
+            caller.close()
     bench.run_virtual(main())
 
 
