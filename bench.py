@@ -3698,6 +3698,10 @@ class EndlessNode(LightNode):
     answers = {path: answer.replace(b"llama3.2", b"endless") for path, answer in LIGHT_ANSWERS.items()}
     full = False
 
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+
     def token(self):
         while not self.full and not self.transport.is_closing():
             self.transport.write(LIGHT_TOKEN * 64)
@@ -4150,7 +4154,7 @@ EMBED_PATHS = ("/api/embed", "/v1/embeddings")
 GET_PATHS = ("/api/tags", "/api/ps", "/v1/models")
 LOOK_PATHS = ("/api/show", *GET_PATHS)              # take no slot
 SEVERE = ("kill", "reset", "garble", "tear", "hang", "freeze")      # troubles that can break off a begun answer
-TROUBLES = (*SEVERE, "slow", "busy", "broken", "drop")
+TROUBLES = (*SEVERE, "slow", "busy", "broken", "drop", "drain")
 NO_HTTP = (b"\x00\xff\x00\xff", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\n\n", b"HTTP/9.9 999 \r\n\r\n", b"zz\r\n",
            b"<html>\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n")
 BAD_HOSTS = ("http://x slots=none\n", "", "http://x name=a\nhttp://y name=a\n")
@@ -4241,7 +4245,7 @@ class Plan(NamedTuple):
     fixed: set
     errands: list
     troubles: dict                  # node: [Trouble], one after the other
-    edits_s: list                   # when a bad hosts.txt is saved
+    edits_s: list                   # when a bad hosts.txt is saved, and read again by force
 
 
 class Outcome(NamedTuple):
@@ -4293,7 +4297,8 @@ def draw_errand(rng, number, at_s, client, models, hasty, reloads):
     return Errand(number, at_s, client, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
                   rng.choice((None, None, None, 1, 1, 3, 5, 8, 10)),
                   8192 if path.startswith("/api") and rng.random() < reloads else None,
-                  draw_leaving(rng) if rng.random() < hasty else None)
+                  draw_leaving(rng) if rng.random() < hasty else None,
+                  rng.randint(0, 3) if path in CHAT_PATHS + PROMPT_PATHS and rng.random() < 0.3 else None)
 
 
 def draw_errands(rng, models, span_s):
@@ -4628,7 +4633,8 @@ class Soak:
         self.visitors, self.outcomes, self.violations = {}, [], []
         self.logged = collections.Counter()
         self.ignored = {}           # waiting ticket: since when no usable node for it does anything
-        self.gateway = self.line = None
+        self.drained = {}           # drained node's name: since when
+        self.gateway = self.line = self.address = None
 
     def wrong(self, text):
         self.violations.append(f"{self.loop.time():.3f} s: {text}")
@@ -4665,20 +4671,35 @@ class Soak:
 
     # Troubles
 
+    async def order(self, node, what):
+        """Have a node drained or resumed."""
+        if what == "resume":
+            del self.drained[node.name]
+        status, *_ = await Caller(*self.address).call(b"{}", path=f"/api/nodes/{node.name}/{what}")
+        if status != 200:
+            self.wrong(f"{what} of {node.name} was answered with {status}")
+        if what == "drain":
+            self.drained[node.name] = self.loop.time()
+
     async def trouble(self, node):
         """Let a node have its troubles, one after the other."""
         begin = {"kill": node.kill, "reset": node.reset, "tear": node.tear, "hang": node.hang, "freeze": node.freeze,
                  "garble": lambda: node.garble(self.rng.choice(NO_HTTP)), "slow": lambda: node.slow(10),
-                 "busy": node.fail, "broken": lambda: node.fail(500), "drop": lambda: self.list_node(node, False)}
+                 "busy": node.fail, "broken": lambda: node.fail(500), "drop": lambda: self.list_node(node, False),
+                 "drain": lambda: None}
         for trouble in self.plan.troubles[node.name]:
             await asyncio.sleep(trouble.at_s - self.loop.time())
             begin[trouble.kind]()
+            if trouble.kind == "drain":
+                await self.order(node, "drain")
             await asyncio.sleep(trouble.end_s - self.loop.time())
             node.recover()
             if trouble.kind == "kill":
                 await node.restart()
             elif trouble.kind == "drop":
                 self.list_node(node, True)
+            elif trouble.kind == "drain":
+                await self.order(node, "resume")
 
     # Errands
 
@@ -4739,6 +4760,12 @@ class Soak:
             if now - since_s > 2 * sollol.SWEEP_S:
                 self.wrong(f"{ticket.id} waits although every node for it is idle")
         for node in dispatcher.nodes.values():
+            if node.name in self.drained and not node.draining:
+                self.wrong(f"{node.name} is not drained any more")
+            sent = [lease for lease in node.leases
+                    if lease.runner and lease.sent_s > self.drained.get(node.name, math.inf)]
+            if sent:
+                self.wrong(f"{node.name} got {sent[0].ticket.id} while it was drained")
             for runner in node.runners.values():
                 if node.name in self.plan.fixed and len(runner.leases) > runner.slots:
                     self.wrong(f"{len(runner.leases)} leases for {runner.model} on {node.name}, slots={runner.slots}")
@@ -4758,6 +4785,7 @@ class Soak:
         options = sollol.parse_options(["--hosts", str(self.hosts), "--port", "0", "--seed", str(self.seed),
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
+        self.address = self.gateway.address
         self.line = Line(self.gateway.dispatcher)
         self.visitors = {client: Visitor(*self.gateway.address, source=client)
                          for client in sorted({errand.client for errand in self.plan.errands})}
@@ -4863,9 +4891,20 @@ def log_sent_to(handler):
         log.setLevel(level)
 
 
+@contextlib.contextmanager
+def mad_wall_clock(seed):
+    """Let every look at the wall clock give another time, from 1970 to 2096: nothing but the log may care."""
+    rng, real = random.Random(f"clock {seed}"), time.time
+    time.time = lambda: rng.uniform(0.0, 4e9)
+    try:
+        yield
+    finally:
+        time.time = real
+
+
 async def run_soak(seed, plan):
     """Run a plan; return its Soak."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mad_wall_clock(seed):
         soak = Soak(seed, plan, folder)
         soak.loop.set_exception_handler(lambda loop, context: soak.wrong(f"the loop caught: {context}"))
         with log_sent_to(SoakLog(soak)):
@@ -4898,6 +4937,102 @@ def soak_seeds(first, count, minutes):
     print(f"{count} seeds of {minutes:g} minutes, {failed} failed; {sum(ends.values())} requests: "
           + ", ".join(f"{number} {how}" for how, number in sorted(ends.items())))
     return not failed
+
+
+# On the wall clock, the gateway a process of its own.
+
+SAMPLE_S = 1.0                      # between two looks at memory and descriptors
+MOST_DRIFT_MIB, MOST_DRIFT_FILES = 16.0, 30     # from the first minute to the last; load differs from one to the next
+
+
+class ClockFromZero(asyncio.SelectorEventLoop):
+    """The wall clock, from 0 on: what a plan counts from."""
+
+    def __init__(self):
+        self.zero_s = time.monotonic()
+        super().__init__()
+
+    def time(self):
+        return time.monotonic() - self.zero_s
+
+
+class LiveSoak(Soak):
+    """A soak whose gateway can be seen from outside only."""
+
+    async def edit_hosts(self):
+        for at_s in self.plan.edits_s:
+            await asyncio.sleep(at_s - self.loop.time())
+            self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
+            self.gateway.reload()
+            await asyncio.sleep(1.0)
+            self.save_hosts()
+            self.gateway.reload()
+
+    def look(self):
+        self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))
+
+    async def begin(self, stack):
+        """Start the nodes, and the gateway in front of them."""
+        for node in self.nodes.values():
+            await start_below_ephemeral(node, self.rng)
+        self.save_hosts()
+        self.sizes = []
+        self.gateway = Front.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S))
+        self.address = "127.0.0.1", self.gateway.port
+        await self.gateway.ready(len(self.nodes))
+        self.visitors = {client: Visitor(*self.address, source=client)
+                         for client in sorted({errand.client for errand in self.plan.errands})}
+
+    def drift(self):
+        """Return rows of text, a minute each; complain if the last one is much above the first."""
+        minutes = collections.defaultdict(list)
+        for at_s, mib, files in self.sizes:
+            minutes[int(at_s // 60)].append((mib, files))
+        rows = [["minute", "MiB", "descriptors"]]
+        found = []
+        for minute, sizes in sorted(minutes.items()):
+            if len(sizes) >= 30:    # what is left of the last one is the end of the load
+                found.append((middle(mib for mib, _ in sizes), middle(files for _, files in sizes)))
+                rows.append([str(minute + 1), f"{found[-1][0]:.1f}", str(found[-1][1])])
+        if found and (found[-1][0] - found[0][0] > MOST_DRIFT_MIB or found[-1][1] - found[0][1] > MOST_DRIFT_FILES):
+            self.wrong("memory or descriptors have grown")
+        return rows
+
+
+async def run_live_soak(seed, minutes):
+    """Run a seed's plan on the wall clock; return its LiveSoak and rows of text."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        soak = LiveSoak(seed, draw_plan(seed, minutes), folder)
+        await soak.begin(stack)
+        before = soak.gateway.descriptors()
+        await soak.play()
+        for client, visitor in soak.visitors.items():
+            if unasked := await visitor.farewell():
+                soak.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
+        rows = soak.drift()
+        after = await soak.settled(lambda: soak.gateway.descriptors() > before + 4 * len(soak.nodes), 100.0)
+        rows.append(["all gone", f"{soak.gateway.resident_mib():.1f}", str(soak.gateway.descriptors())])
+        if after:
+            soak.wrong(f"{before} descriptors at the start, {soak.gateway.descriptors()} at the end")
+        for text in await soak.gateway.end():
+            soak.wrong(text)
+        for node in soak.nodes.values():
+            await node.stop()
+    return soak, rows
+
+
+def live_soak_held(first, count, minutes):
+    """Run seeds on the wall clock, and print what they hold and violate; return whether they violate nothing."""
+    held = True
+    for seed in range(first, first + count):
+        with asyncio.Runner(loop_factory=ClockFromZero) as runner:
+            soak, rows = runner.run(run_live_soak(seed, minutes))
+        ends = collections.Counter(outcome.how for outcome in soak.outcomes)
+        told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
+        print(f"seed {seed}, {minutes:g} minutes: {told}", aligned(rows), *soak.violations, sep="\n", flush=True)
+        held = held and not soak.violations
+    return held
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4953,18 +5088,24 @@ class Front(Contender):
     """The gateway as a process, its hosts.txt and its log in a folder."""
 
     @classmethod
-    def of(cls, stack, lines, *flags):
-        """Start it in front of the nodes in some lines of hosts.txt."""
+    def of(cls, stack, hosts, *flags):
+        """Start it with a hosts.txt: a path, or the lines of one."""
         folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
-        (folder / "hosts.txt").write_text("\n".join(lines), encoding="utf-8")
+        if isinstance(hosts, list):
+            hosts, lines = folder / "hosts.txt", hosts
+            hosts.write_text("\n".join(lines), encoding="utf-8")
         log = stack.enter_context(open(folder / "log", "wb"))
-        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(folder / "hosts.txt"), "--port",
-                                    str(port), *flags], stderr=log, cwd=pathlib.Path(__file__).parent)
+        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
+                                   stderr=log, cwd=pathlib.Path(__file__).parent)
         stack.callback(process.wait)
         stack.callback(process.kill)
         front = cls("SOLLOL", port, process)
         front.folder = folder
         return front
+
+    def reload(self):
+        """Have it read its hosts.txt again."""
+        self.process.send_signal(signal.SIGHUP)
 
     def descriptors(self):
         """Return how many files and sockets the process has open."""
@@ -5037,7 +5178,7 @@ async def kill_in_turn(front, nodes, until_s):
         node.kill()
         kills += 1
         await asyncio.sleep(DEAD_S)
-        front.process.send_signal(signal.SIGHUP)
+        front.reload()
         await node.start()
 
 
@@ -5083,6 +5224,7 @@ HALF_HEADS, SLOW_READERS = 300, 200
 HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: siege\r\nX-Filler: "
 BYTE_GAP_S, READ_GAP_S, READ_BYTES = 0.5, 1.0, 1024
 SIEGE_CLIENTS, SIEGE_SETTLE_S, SIEGE_ROUNDS = 8, 4.0, 3
+FILLED_S = 60.0                     # within which every buffer between node and slow reader is full
 MOST_GROWN_MIB = 64.0
 
 
@@ -5155,6 +5297,16 @@ async def siege_slice(front, span_s):
     return share_of(times_s, 0.5), share_of(times_s, 0.95), len(samples) / span_s
 
 
+async def filled(front):
+    """Wait until what the slow readers do not read has filled all buffers: until then it is a fast node that costs."""
+    for _ in range(int(FILLED_S)):
+        cpu_s = front.cpu_s()
+        await asyncio.sleep(1.0)
+        if front.cpu_s() - cpu_s < 0.1:
+            return
+    raise BadArgument("the gateway does not come to rest")
+
+
 async def run_siege(span_s, seed):
     """Measure ordinary clients without and with a siege, in turn; return (rows of text, MiB grown)."""
     rng = random.Random(f"siege {seed}")
@@ -5173,7 +5325,7 @@ async def run_siege(span_s, seed):
             siege = Siege(front.port)
             laying = asyncio.create_task(siege.lay())
             front.forget_peak()
-            await asyncio.sleep(SIEGE_SETTLE_S)
+            await filled(front)
             seen["with"].append(await siege_slice(front, span_s))
             peak_mib = max(peak_mib, front.peak_mib())
             health = await front.answers("/api/health")
@@ -5442,11 +5594,12 @@ def command_line():
     add("--agents", metavar="N,N", help="so many parallel agents, against one call after the other")
     add("--soak", type=sollol.parse_count, metavar="N", help="run N seeds of random traffic and faults, from --seed "
         "on: exit status 1 if what must always hold does not")
-    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M", help="virtual minutes of each (%(default)g)")
-    add("--kills", type=positive, metavar="S", help="S seconds of SIGKILL to node processes in turn, on the wall clock: "
-        "exit status 1 if a request is lost that must not be")
-    add("--siege", type=positive, nargs="?", const=15.0, metavar="S", help="300 clients that never finish their head "
-        "and 200 slow readers: what do others notice? slices of S seconds (15)")
+    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M",
+        help="minutes of each, virtual or with --realtime real (%(default)g)")
+    add("--kills", type=positive, metavar="S", help="S seconds of SIGKILL to node processes in turn, on the wall "
+        "clock: exit status 1 if a request is lost that must not be")
+    add("--siege", type=positive, nargs="?", const=12.0, metavar="S", help="300 clients that never finish their head "
+        "and 200 slow readers: what do others notice? slices of S seconds (12)")
     add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
     add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
     add = parser.add_argument_group("real clusters").add_argument
@@ -5506,7 +5659,8 @@ def run(options):
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
     elif options.soak:
-        return 0 if soak_seeds(options.seed, options.soak, options.minutes) else 1
+        run_seeds = live_soak_held if options.realtime else soak_seeds
+        return 0 if run_seeds(options.seed, options.soak, options.minutes) else 1
     elif options.kills:
         return 0 if kills_held(options.kills, options.seed) else 1
     elif options.siege:

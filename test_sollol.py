@@ -3760,6 +3760,34 @@ async def test_pipelining_without_reading_is_bounded_in_memory():
         caller.writer.transport.abort()
 
 
+def test_reader_of_a_kilobyte_a_second_is_never_cut_and_one_that_reads_nothing_is():
+    async def flood(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"10000\r\n" + b"x" * 65535 + b"\n\r\n")
+                await writer.drain()
+
+    async def main():
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+        async with gateway_for(ScriptedNode(lambda request: [head, flood])) as gateway:
+            clients = [socket.socket() for _ in range(2)]
+            for client in clients:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(gateway.address)
+                client.sendall(posted(generate(stream=True)))
+                client.setblocking(False)
+            await asyncio.sleep(5)
+            for _ in range(250):    # 1250 s
+                await asyncio.sleep(5)
+                with contextlib.suppress(BlockingIOError):
+                    assert len(clients[0].recv(5000))
+            assert health(gateway)["inflight"] == 1
+            for client in clients:
+                client.close()
+            await until(lambda: health(gateway)["inflight"] == 0, 700.0)
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_slow_reader_does_not_make_its_node_suspect():
     async def flood(reader, writer):
