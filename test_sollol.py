@@ -3209,6 +3209,35 @@ async def test_bad_nodes_at_the_start_delay_nobody():
         assert (await call(gateway, "GET", "/api/tags")).status == 200
 
 
+EVERY_PATH = [route.path for route in bench.ROUTES]
+
+
+@pytest.mark.parametrize("paths", [None, EVERY_PATH], ids=["inference", "everything"])
+def test_of_five_nodes_a_failing_and_a_silent_one_cost_nothing_and_get_next_to_nothing(paths):
+    """A virtual minute; one node answers 503 at once, to inferences or to everything, one accepts and is silent."""
+    async def main():
+        nodes = [bench.SimNode("rtx4090", loaded=("llama3.2",), seed=seed, tokens_per_line=16) for seed in range(5)]
+        async with gateway_for(*nodes) as gateway:
+            nodes[0].fail(503, paths)
+            nodes[1].freeze()
+            statuses, asked = [], lambda: [len(bench.inferences(node)) for node in nodes]
+            settled = []
+
+            async def client(number):
+                await asyncio.sleep(number / 10)
+                while gateway.loop.time() < 60:
+                    if not settled and gateway.loop.time() > 5:
+                        settled.extend(asked())
+                    answer = await call(gateway, "POST", "/api/generate", generate(tokens=60, stream=number % 2 == 0))
+                    statuses.append(answer.status == 200 and b'"done":true' in answer.body)
+
+            await asyncio.gather(*(client(number) for number in range(8)))
+            later = [now - before for now, before in zip(asked(), settled, strict=True)]
+            assert len(statuses) > 500 and sum(statuses) >= 0.99 * len(statuses)
+            assert later[0] + later[1] < sum(later) / 50, later
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_all_down_is_said_at_once_and_a_node_that_comes_back_is_used():
     node = bench.SimNode(**FAST)
@@ -5819,6 +5848,81 @@ def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
         assert status == 1 and re.search(r"bad +http://127.0.0.1:1 +down", out)
         status, out = check("# nothing\n\nhttp://x slots=four\n")
         assert (status, out) == (2, f"{hosts}:3: slots must be a whole number from 1 to 64, not 'four'\n")
+
+
+def test_restart_on_the_same_port_works_at_once_and_a_second_signal_stops_at_once():
+    """SIGTERM with a stream running and connections open; the next one listens while the first still drains."""
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 4) as node, socket.socket() as probe:
+        url = read_until(node, r"http://\S+")[0]
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+
+        def connected(data=b""):
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            client.sendall(data)
+            return client
+
+        argv = ["sollol.py", "--node", url, "--port", port]
+        with program(*argv) as first:
+            read_until(first, "event=start .*url=")
+            idle = [connected(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+            stream = connected(posted(generate(tokens=200, stream=True)))
+            assert stream.recv(12) == b"HTTP/1.1 200"
+            first.send_signal(signal.SIGTERM)
+            read_until(first, "event=drain")
+            with program(*argv) as next_one:
+                read_until(next_one, "event=start .*url=")
+                assert curl(f"http://127.0.0.1:{port}/") == b"Ollama is running"
+                whole = b""
+                while piece := stream.recv(65536):
+                    whole += piece
+                assert b'"done":true' in whole and first.wait(10) == 0
+                running = connected(posted(generate(tokens=2000, stream=True)))
+                assert running.recv(12) == b"HTTP/1.1 200"
+                next_one.send_signal(signal.SIGTERM)
+                read_until(next_one, "event=drain")
+                assert next_one.poll() is None
+                next_one.send_signal(signal.SIGTERM)
+                assert next_one.wait(5) == 0
+            with program(*argv) as last:
+                read_until(last, "event=start .*url=")
+            for client in (*idle, stream, running):
+                client.close()
+
+
+@over_sockets
+async def test_wall_clock_that_jumps_changes_nothing():
+    with bench.mad_wall_clock(1):
+        async with gateway_for(bench.SimNode(**FAST), bench.SimNode(**FAST)) as gateway:
+            for stream in (False, True) * 20:
+                answer = await call(gateway, "POST", "/api/generate", generate(stream=stream))
+                assert answer.status == 200 and b'"done":true' in answer.body
+            await asyncio.sleep(2)
+            assert health(gateway)["nodes"] == {"up": 2, "total": 2} and health(gateway)["uptime_s"] < 60
+    source = inspect.getsource(sollol)
+    assert not re.search(r"\btime\.time\(|\bnow\(\)|utcnow|\.today\(", source)
+
+
+@over_sockets
+async def test_reload_under_load_costs_no_request(tmp_path):
+    """Nodes leave and come back while requests run and wait."""
+    nodes = [await bench.SimNode(loaded=("llama3.2",), speed=10, seed=seed).start() for seed in range(3)]
+    lines = [f"{node.url} name=n{number}\n" for number, node in enumerate(nodes)]
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("".join(lines))
+    async with gateway_for(*nodes, hosts=hosts) as gateway:
+        values = [generate(tokens=40, stream=number % 2 == 0) for number in range(60)]
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", value)) for value in values]
+        for turn in range(20):
+            hosts.write_text("".join(lines[:turn % 3] + lines[turn % 3 + 1:]) if turn % 4 else "no URL at all\n")
+            gateway.reload()
+            await asyncio.sleep(0.05)
+        hosts.write_text("".join(lines))
+        gateway.reload()
+        answers = await asyncio.gather(*tasks)
+        assert all(answer.status == 200 and b'"done":true' in answer.body for answer in answers)
+        await until(lambda: health(gateway)["nodes"] == {"up": 3, "total": 3})
 
 
 def test_port_in_use_is_one_clear_line():
