@@ -4763,7 +4763,7 @@ class Soak:
             if node.name in self.drained and not node.draining:
                 self.wrong(f"{node.name} is not drained any more")
             sent = [lease for lease in node.leases
-                    if lease.runner and lease.sent_s > self.drained.get(node.name, math.inf)]
+                    if lease.runner and lease.ticket.arrived_s > self.drained.get(node.name, math.inf)]
             if sent:
                 self.wrong(f"{node.name} got {sent[0].ticket.id} while it was drained")
             for runner in node.runners.values():
@@ -4939,104 +4939,8 @@ def soak_seeds(first, count, minutes):
     return not failed
 
 
-# On the wall clock, the gateway a process of its own.
-
-SAMPLE_S = 1.0                      # between two looks at memory and descriptors
-MOST_DRIFT_MIB, MOST_DRIFT_FILES = 16.0, 30     # from the first minute to the last; load differs from one to the next
-
-
-class ClockFromZero(asyncio.SelectorEventLoop):
-    """The wall clock, from 0 on: what a plan counts from."""
-
-    def __init__(self):
-        self.zero_s = time.monotonic()
-        super().__init__()
-
-    def time(self):
-        return time.monotonic() - self.zero_s
-
-
-class LiveSoak(Soak):
-    """A soak whose gateway can be seen from outside only."""
-
-    async def edit_hosts(self):
-        for at_s in self.plan.edits_s:
-            await asyncio.sleep(at_s - self.loop.time())
-            self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.reload()
-            await asyncio.sleep(1.0)
-            self.save_hosts()
-            self.gateway.reload()
-
-    def look(self):
-        self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))
-
-    async def begin(self, stack):
-        """Start the nodes, and the gateway in front of them."""
-        for node in self.nodes.values():
-            await start_below_ephemeral(node, self.rng)
-        self.save_hosts()
-        self.sizes = []
-        self.gateway = Front.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S))
-        self.address = "127.0.0.1", self.gateway.port
-        await self.gateway.ready(len(self.nodes))
-        self.visitors = {client: Visitor(*self.address, source=client)
-                         for client in sorted({errand.client for errand in self.plan.errands})}
-
-    def drift(self):
-        """Return rows of text, a minute each; complain if the last one is much above the first."""
-        minutes = collections.defaultdict(list)
-        for at_s, mib, files in self.sizes:
-            minutes[int(at_s // 60)].append((mib, files))
-        rows = [["minute", "MiB", "descriptors"]]
-        found = []
-        for minute, sizes in sorted(minutes.items()):
-            if len(sizes) >= 30:    # what is left of the last one is the end of the load
-                found.append((middle(mib for mib, _ in sizes), middle(files for _, files in sizes)))
-                rows.append([str(minute + 1), f"{found[-1][0]:.1f}", str(found[-1][1])])
-        if found and (found[-1][0] - found[0][0] > MOST_DRIFT_MIB or found[-1][1] - found[0][1] > MOST_DRIFT_FILES):
-            self.wrong("memory or descriptors have grown")
-        return rows
-
-
-async def run_live_soak(seed, minutes):
-    """Run a seed's plan on the wall clock; return its LiveSoak and rows of text."""
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        soak = LiveSoak(seed, draw_plan(seed, minutes), folder)
-        await soak.begin(stack)
-        before = soak.gateway.descriptors()
-        await soak.play()
-        for client, visitor in soak.visitors.items():
-            if unasked := await visitor.farewell():
-                soak.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
-        rows = soak.drift()
-        after = await soak.settled(lambda: soak.gateway.descriptors() > before + 4 * len(soak.nodes), 100.0)
-        rows.append(["all gone", f"{soak.gateway.resident_mib():.1f}", str(soak.gateway.descriptors())])
-        if after:
-            soak.wrong(f"{before} descriptors at the start, {soak.gateway.descriptors()} at the end")
-        for text in await soak.gateway.end():
-            soak.wrong(text)
-        for node in soak.nodes.values():
-            await node.stop()
-    return soak, rows
-
-
-def live_soak_held(first, count, minutes):
-    """Run seeds on the wall clock, and print what they hold and violate; return whether they violate nothing."""
-    held = True
-    for seed in range(first, first + count):
-        with asyncio.Runner(loop_factory=ClockFromZero) as runner:
-            soak, rows = runner.run(run_live_soak(seed, minutes))
-        ends = collections.Counter(outcome.how for outcome in soak.outcomes)
-        told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
-        print(f"seed {seed}, {minutes:g} minutes: {told}", aligned(rows), *soak.violations, sep="\n", flush=True)
-        held = held and not soak.violations
-    return held
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Kills and siege: on the wall clock, gateway and nodes being processes of their own
+# Kills, siege, live soak: on the wall clock, the gateway being a process of its own
 # ------------------------------------------------------------------------------------------------------------
 
 HANG_S = 60.0                       # no request lasts so long here
@@ -5348,6 +5252,101 @@ def siege_held(span_s, seed):
     rows, grown_mib = run_quick(run_siege(span_s, seed))
     print(aligned(rows), f"memory grew by {grown_mib:.1f} MiB, {MOST_GROWN_MIB:g} are allowed", sep="\n", flush=True)
     return grown_mib < MOST_GROWN_MIB
+
+
+# The soak on the wall clock, the gateway a process of its own.
+
+MOST_DRIFT_MIB, MOST_DRIFT_FILES = 16.0, 30     # from the first minute to the last; load differs from one to the next
+
+
+class ClockFromZero(asyncio.SelectorEventLoop):
+    """The wall clock, from 0 on: what a plan counts from."""
+
+    def __init__(self):
+        self.zero_s = time.monotonic()
+        super().__init__()
+
+    def time(self):
+        return time.monotonic() - self.zero_s
+
+
+class LiveSoak(Soak):
+    """A soak whose gateway can be seen from outside only."""
+
+    async def edit_hosts(self):
+        for at_s in self.plan.edits_s:
+            await asyncio.sleep(at_s - self.loop.time())
+            self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
+            self.gateway.reload()
+            await asyncio.sleep(1.0)
+            self.save_hosts()
+            self.gateway.reload()
+
+    def look(self):
+        self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))
+
+    async def begin(self, stack):
+        """Start the nodes, and the gateway in front of them."""
+        for node in self.nodes.values():
+            await start_below_ephemeral(node, self.rng)
+        self.save_hosts()
+        self.sizes = []
+        self.gateway = Front.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S))
+        self.address = "127.0.0.1", self.gateway.port
+        await self.gateway.ready(len(self.nodes))
+        self.visitors = {client: Visitor(*self.address, source=client)
+                         for client in sorted({errand.client for errand in self.plan.errands})}
+
+    def drift(self):
+        """Return rows of text, a minute each; complain if the last one is much above the first."""
+        minutes = collections.defaultdict(list)
+        for at_s, mib, files in self.sizes:
+            minutes[int(at_s // 60)].append((mib, files))
+        rows = [["minute", "MiB", "descriptors"]]
+        found = []
+        for minute, sizes in sorted(minutes.items()):
+            if len(sizes) >= 30:    # what is left of the last one is the end of the load
+                found.append((middle(mib for mib, _ in sizes), middle(files for _, files in sizes)))
+                rows.append([str(minute + 1), f"{found[-1][0]:.1f}", str(found[-1][1])])
+        if found and (found[-1][0] - found[0][0] > MOST_DRIFT_MIB or found[-1][1] - found[0][1] > MOST_DRIFT_FILES):
+            self.wrong("memory or descriptors have grown")
+        return rows
+
+
+async def run_live_soak(seed, minutes):
+    """Run a seed's plan on the wall clock; return its LiveSoak and rows of text."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        soak = LiveSoak(seed, draw_plan(seed, minutes), folder)
+        await soak.begin(stack)
+        before = soak.gateway.descriptors()
+        await soak.play()
+        for client, visitor in soak.visitors.items():
+            if unasked := await visitor.farewell():
+                soak.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
+        rows = soak.drift()
+        after = await soak.settled(lambda: soak.gateway.descriptors() > before + 4 * len(soak.nodes), 100.0)
+        rows.append(["all gone", f"{soak.gateway.resident_mib():.1f}", str(soak.gateway.descriptors())])
+        if after:
+            soak.wrong(f"{before} descriptors at the start, {soak.gateway.descriptors()} at the end")
+        for text in await soak.gateway.end():
+            soak.wrong(text)
+        for node in soak.nodes.values():
+            await node.stop()
+    return soak, rows
+
+
+def live_soak_held(first, count, minutes):
+    """Run seeds on the wall clock, and print what they hold and violate; return whether they violate nothing."""
+    held = True
+    for seed in range(first, first + count):
+        with asyncio.Runner(loop_factory=ClockFromZero) as runner:
+            soak, rows = runner.run(run_live_soak(seed, minutes))
+        ends = collections.Counter(outcome.how for outcome in soak.outcomes)
+        told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
+        print(f"seed {seed}, {minutes:g} minutes: {told}", aligned(rows), *soak.violations, sep="\n", flush=True)
+        held = held and not soak.violations
+    return held
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1339,6 +1339,7 @@ class Node:
     indexed_s: float = -math.inf    # and were asked for then
     up: bool = False
     draining: bool = False
+    drained_seq: int = 0            # tickets with a lower `seq` waited before that
     calibrated: bool = False        # measured, or being measured, since it came up
     misses: int = 0                 # probes in a row without an answer
     breaker: Breaker = field(default_factory=Breaker)
@@ -2255,17 +2256,22 @@ class Dispatcher:
             if usable or any(runner.node.is_alive(now) for runner in holders):
                 rooms.append(Room(model, usable, places, looks))
             else:
-                self.refuse_all(turn, model, f"every node that has {model} is down or draining")
+                last = max((runner for runner in holders if runner.node.draining and runner.node.up),
+                           key=lambda runner: runner.node.drained_seq, default=None)
+                self.refuse_all(turn, model, f"every node that has {model} is down or draining",
+                                last.node.drained_seq if last else 0)
+                if last and self.queue.first(model):
+                    rooms.append(Room(model, [last], places, looks))
         self.bind_late(turn, rooms)
 
-    def refuse_all(self, turn, model, text):
-        """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
+    def refuse_all(self, turn, model, text, since_seq=0):
+        """Refuse every ticket of a model that waits since `since_seq`, unless a node has not been looked at yet."""
         if any(not node.probed for node in self.nodes.values()):
             return
         pauses_s = [node.breaker.until_s - turn.now for node in self.nodes_for(model) if node.up]
         refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
-        while entry := self.queue.first(model):
-            turn.refused.append(self.refuse(entry[2], refusal))
+        turn.refused += [self.refuse(ticket, refusal) for ticket in list(self.queue.tickets)
+                         if ticket.wants.model == model and ticket.seq >= since_seq]
 
     def bind_early(self, turn, model, holders):
         """Send every waiting ticket of a model at once: under plain policies, and if no node is known to have it.
@@ -2826,7 +2832,9 @@ class Dispatcher:
         return [node for node in self.nodes.values() if old.get(node.name) is not node], dropped
 
     def drain(self, node, draining):
-        """Give a node no new work, or again some; what runs there goes on."""
+        """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else."""
+        if draining and not node.draining:
+            node.drained_seq = next(self.seq)
         node.draining = draining
         self.unsettle_all()
 

@@ -4165,6 +4165,34 @@ async def test_order_to_a_node_that_is_none_tells_which_there_are():
             assert answer.status == 404 and name in answer.json()["error"]
 
 
+def test_what_waits_for_the_only_node_with_its_model_is_still_served_there_when_it_drains():
+    dispatcher = cluster(a=["m", "other"], b=["other"])
+    running, first, second, other = enter(dispatcher, want(), want(), want(), want("other"))
+    leases, _ = dispatcher.dispatch(0.0)
+    assert {lease.ticket for lease in leases} == {running, other} and other.lease.node.name == "b"
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    late, = enter(dispatcher, want())
+    assert dispatcher.dispatch(0.0) == ([], [late]) and late.refusal.status == 503
+    for ended, following in ((running, first), (first, second)):
+        finish(dispatcher, ended, 1.0)
+        assert placed(dispatcher, 1.0) == ["a"] and following.lease
+    another, = enter(dispatcher, want("other"))
+    finish(dispatcher, second, 2.0)
+    assert placed(dispatcher, 2.0) == [] and another.waiting
+    finish(dispatcher, other, 3.0)
+    assert placed(dispatcher, 3.0) == ["b"]
+
+
+def test_what_waits_for_a_draining_node_is_refused_when_it_goes_down():
+    dispatcher = cluster(a=["m"])
+    running, waiting = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["a"]
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    assert dispatcher.dispatch(0.0) == ([], [])
+    dispatcher.lost(dispatcher.nodes["a"], 1.0)
+    assert dispatcher.dispatch(1.0) == ([], [waiting])
+
+
 def test_drained_node_stays_drained_over_a_reload():
     dispatcher = cluster(a=["m"], b=["m"])
     settings = [node.settings for node in dispatcher.nodes.values()]
