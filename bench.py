@@ -5634,6 +5634,7 @@ def run(options):
         raise BadArgument("which nodes? Give --hosts H,H")
     if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
                                              or options.ablate or options.baseline or options.overhead
+                                             or options.kills or options.siege
                                              or options.nodes):
         raise BadArgument("--output and --html go with a comparison only")
     for path in filter(None, (options.output, options.html)):
