@@ -6,6 +6,8 @@
     python bench.py --agents 10,40              # parallel agents against one call after the other
     python bench.py --check                     # are the claims true? exit status 1 if one is not
     python bench.py --soak 20                   # 20 seeds of random faults; exit status 1 if something did not hold
+    python bench.py --kills 60                  # node processes killed under load, likewise, on the wall clock
+    python bench.py --siege                     # what others notice of 300 half heads and 200 slow readers, likewise
     python bench.py --overhead                  # small calls and blobs beside nginx and HAProxy, on the wall clock
     python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
     python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
@@ -3650,6 +3652,8 @@ LIGHT_LAST = sollol.chunk(LIGHT_LEAD + b'"},' + LIGHT_STATS + b"\n") + sollol.LA
 class LightNode(asyncio.Protocol):
     """Answer as an Ollama node, from constants: objects at once, streams of `num_predict` tokens, `gap_ms` apart."""
 
+    answers = LIGHT_ANSWERS
+
     def connection_made(self, transport):
         self.transport, self.buffer, self.timer = transport, b"", None
         self.loop = asyncio.get_running_loop()
@@ -3675,7 +3679,7 @@ class LightNode(asyncio.Protocol):
             self.due_s = self.loop.time() + self.gap_s
             self.timer = self.loop.call_at(self.due_s, self.token)
         else:
-            answer = LIGHT_ANSWERS.get(path, LIGHT_OBJECT)
+            answer = self.answers.get(path, LIGHT_OBJECT)
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\n"
                                  b"Date: Thu, 01 Jan 2026 00:00:00 GMT\r\nContent-Length: %d\r\n\r\n%b" % (
                                      len(answer), answer))
@@ -3688,6 +3692,28 @@ class LightNode(asyncio.Protocol):
         self.transport.write(LIGHT_TOKEN)
         self.due_s += self.gap_s
         self.timer = self.loop.call_at(self.due_s, self.token)
+
+
+class EndlessNode(LightNode):
+    """Stream tokens of another model without end, as fast as they are read."""
+
+    answers = {path: answer.replace(b"llama3.2", b"endless") for path, answer in LIGHT_ANSWERS.items()}
+    full = False
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+
+    def token(self):
+        while not self.full and not self.transport.is_closing():
+            self.transport.write(LIGHT_TOKEN * 64)
+
+    def pause_writing(self):
+        self.full = True
+
+    def resume_writing(self):
+        self.full = False
+        self.loop.call_soon(self.token)
 
 
 class BlobNode(LightNode):
@@ -4130,7 +4156,7 @@ EMBED_PATHS = ("/api/embed", "/v1/embeddings")
 GET_PATHS = ("/api/tags", "/api/ps", "/v1/models")
 LOOK_PATHS = ("/api/show", *GET_PATHS)              # take no slot
 SEVERE = ("kill", "reset", "garble", "tear", "hang", "freeze")      # troubles that can break off a begun answer
-TROUBLES = (*SEVERE, "slow", "busy", "broken", "drop")
+TROUBLES = (*SEVERE, "slow", "busy", "broken", "drop", "drain")
 NO_HTTP = (b"\x00\xff\x00\xff", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\n\n", b"HTTP/9.9 999 \r\n\r\n", b"zz\r\n",
            b"<html>\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n")
 BAD_HOSTS = ("http://x slots=none\n", "", "http://x name=a\nhttp://y name=a\n")
@@ -4170,6 +4196,7 @@ class Errand(NamedTuple):
     priority: int | None = None
     num_ctx: int | None = None
     leaving: Leaving | None = None
+    seed: int | None = None         # 0 = temperature 0 instead
 
     @property
     def id(self):
@@ -4192,8 +4219,12 @@ class Errand(NamedTuple):
             return f"GET {self.path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {self.id}\r\n\r\n".encode()
         key = "messages" if self.path in CHAT_PATHS else "prompt" if self.path in PROMPT_PATHS else "input"
         value = {"model": self.model, "stream": self.stream, key: getattr(self, key, self.prompt)}
-        if self.num_ctx:
-            value["options"] = {"num_ctx": self.num_ctx}
+        options = {"num_ctx": self.num_ctx} if self.num_ctx else {}
+        if self.seed is not None:
+            sampling = {"seed": self.seed} if self.seed else {"temperature": 0}
+            (value if self.path.startswith("/v1/") else options).update(sampling)
+        if options:
+            value["options"] = options
         body = json.dumps(value).encode()
         priority = b"" if self.priority is None else b"X-Priority: %d\r\n" % self.priority
         return b"POST %b HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
@@ -4216,7 +4247,7 @@ class Plan(NamedTuple):
     fixed: set
     errands: list
     troubles: dict                  # node: [Trouble], one after the other
-    edits_s: list                   # when a bad hosts.txt is saved
+    edits_s: list                   # when a bad hosts.txt is saved, and read again by force
 
 
 class Outcome(NamedTuple):
@@ -4268,7 +4299,8 @@ def draw_errand(rng, number, at_s, client, models, hasty, reloads):
     return Errand(number, at_s, client, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
                   rng.choice((None, None, None, 1, 1, 3, 5, 8, 10)),
                   8192 if path.startswith("/api") and rng.random() < reloads else None,
-                  draw_leaving(rng) if rng.random() < hasty else None)
+                  draw_leaving(rng) if rng.random() < hasty else None,
+                  rng.randint(0, 3) if path in CHAT_PATHS + PROMPT_PATHS and rng.random() < 0.3 else None)
 
 
 def draw_errands(rng, models, span_s):
@@ -4603,7 +4635,8 @@ class Soak:
         self.visitors, self.outcomes, self.violations = {}, [], []
         self.logged = collections.Counter()
         self.ignored = {}           # waiting ticket: since when no usable node for it does anything
-        self.gateway = self.line = None
+        self.drained = {}           # drained node's name: since when
+        self.gateway = self.line = self.address = None
 
     def wrong(self, text):
         self.violations.append(f"{self.loop.time():.3f} s: {text}")
@@ -4640,20 +4673,35 @@ class Soak:
 
     # Troubles
 
+    async def order(self, node, what):
+        """Have a node drained or resumed."""
+        if what == "resume":
+            del self.drained[node.name]
+        status, *_ = await Caller(*self.address).call(b"{}", path=f"/api/nodes/{node.name}/{what}")
+        if status != 200:
+            self.wrong(f"{what} of {node.name} was answered with {status}")
+        if what == "drain":
+            self.drained[node.name] = self.loop.time()
+
     async def trouble(self, node):
         """Let a node have its troubles, one after the other."""
         begin = {"kill": node.kill, "reset": node.reset, "tear": node.tear, "hang": node.hang, "freeze": node.freeze,
                  "garble": lambda: node.garble(self.rng.choice(NO_HTTP)), "slow": lambda: node.slow(10),
-                 "busy": node.fail, "broken": lambda: node.fail(500), "drop": lambda: self.list_node(node, False)}
+                 "busy": node.fail, "broken": lambda: node.fail(500), "drop": lambda: self.list_node(node, False),
+                 "drain": lambda: None}
         for trouble in self.plan.troubles[node.name]:
             await asyncio.sleep(trouble.at_s - self.loop.time())
             begin[trouble.kind]()
+            if trouble.kind == "drain":
+                await self.order(node, "drain")
             await asyncio.sleep(trouble.end_s - self.loop.time())
             node.recover()
             if trouble.kind == "kill":
                 await node.restart()
             elif trouble.kind == "drop":
                 self.list_node(node, True)
+            elif trouble.kind == "drain":
+                await self.order(node, "resume")
 
     # Errands
 
@@ -4714,6 +4762,12 @@ class Soak:
             if now - since_s > 2 * sollol.SWEEP_S:
                 self.wrong(f"{ticket.id} waits although every node for it is idle")
         for node in dispatcher.nodes.values():
+            if node.name in self.drained and not node.draining:
+                self.wrong(f"{node.name} is not drained any more")
+            sent = [lease for lease in node.leases
+                    if lease.runner and lease.ticket.arrived_s > self.drained.get(node.name, math.inf)]
+            if sent:
+                self.wrong(f"{node.name} got {sent[0].ticket.id} while it was drained")
             for runner in node.runners.values():
                 if node.name in self.plan.fixed and len(runner.leases) > runner.slots:
                     self.wrong(f"{len(runner.leases)} leases for {runner.model} on {node.name}, slots={runner.slots}")
@@ -4733,6 +4787,7 @@ class Soak:
         options = sollol.parse_options(["--hosts", str(self.hosts), "--port", "0", "--seed", str(self.seed),
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
+        self.address = self.gateway.address
         self.line = Line(self.gateway.dispatcher)
         self.visitors = {client: Visitor(*self.gateway.address, source=client)
                          for client in sorted({errand.client for errand in self.plan.errands})}
@@ -4838,9 +4893,20 @@ def log_sent_to(handler):
         log.setLevel(level)
 
 
+@contextlib.contextmanager
+def mad_wall_clock(seed):
+    """Let every look at the wall clock give another time, from 1970 to 2096: nothing but the log may care."""
+    rng, real = random.Random(f"clock {seed}"), time.time
+    time.time = lambda: rng.uniform(0.0, 4e9)
+    try:
+        yield
+    finally:
+        time.time = real
+
+
 async def run_soak(seed, plan):
     """Run a plan; return its Soak."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mad_wall_clock(seed):
         soak = Soak(seed, plan, folder)
         soak.loop.set_exception_handler(lambda loop, context: soak.wrong(f"the loop caught: {context}"))
         with log_sent_to(SoakLog(soak)):
@@ -4873,6 +4939,416 @@ def soak_seeds(first, count, minutes):
     print(f"{count} seeds of {minutes:g} minutes, {failed} failed; {sum(ends.values())} requests: "
           + ", ".join(f"{number} {how}" for how, number in sorted(ends.items())))
     return not failed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kills, siege, live soak: on the wall clock, the gateway being a process of its own
+# ------------------------------------------------------------------------------------------------------------
+
+HANG_S = 60.0                       # no request lasts so long here
+KILL_GAP_S, DEAD_S = 4.0, 1.5       # from one SIGKILL to the next, and until its node is started again
+KILL_CLIENTS = 4                    # of each kind
+KINDS = {                           # (stream, deterministic): how its requests may end; the first is as it should be
+    "stream:false": (False, False, ("whole",)),
+    "deterministic streams": (True, True, ("whole",)),
+    "other streams": (True, False, ("whole", "broken")),
+}
+
+
+class NodeProcess:
+    """A simulated node as a process, which can be killed and come back on its port."""
+
+    def __init__(self, stack, rng, speed):
+        self.port = unused_low_port(rng)
+        self.argv = [sys.executable, "bench.py", "--nodes", "1", "--port", str(self.port), "--speed", str(speed)]
+        self.process = None
+        stack.callback(self.kill)
+
+    async def start(self):
+        """Start it, and wait until it listens. Returns self."""
+        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        cwd=pathlib.Path(__file__).parent)
+        if not await asyncio.to_thread(self.process.stdout.readline):
+            raise BadArgument(f"no node on port {self.port}")
+        return self
+
+    def kill(self):
+        """End it with SIGKILL."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+
+def unused_low_port(rng):
+    """Return a port that no outgoing connection can take while its node is dead."""
+    while True:
+        port = rng.choice(LOW_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Front(Contender):
+    """The gateway as a process, its hosts.txt and its log in a folder."""
+
+    @classmethod
+    def of(cls, stack, hosts, *flags):
+        """Start it with a hosts.txt: a path, or the lines of one."""
+        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
+        if isinstance(hosts, list):
+            hosts, lines = folder / "hosts.txt", hosts
+            hosts.write_text("\n".join(lines), encoding="utf-8")
+        log = stack.enter_context(open(folder / "log", "wb"))
+        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
+                                   stderr=log, cwd=pathlib.Path(__file__).parent)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        front = cls("SOLLOL", port, process)
+        front.folder = folder
+        return front
+
+    def reload(self):
+        """Have it read its hosts.txt again."""
+        self.process.send_signal(signal.SIGHUP)
+
+    def descriptors(self):
+        """Return how many files and sockets the process has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def log(self):
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+
+    async def answers(self, path):
+        """Return the JSON at a path of the gateway's own."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
+            return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+        finally:
+            writer.close()
+
+    async def ready(self, nodes, patience_s=15.0):
+        """Wait until so many nodes are up. Raises BadArgument."""
+        deadline_s = time.monotonic() + patience_s
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(OSError, ValueError):
+                if (await self.answers("/api/health"))["nodes"]["up"] == nodes:
+                    return self
+            await asyncio.sleep(0.05)
+        raise BadArgument("the gateway or a node did not start")
+
+    async def end(self):
+        """Stop it with SIGTERM; return what is to be said against it: its exit, and errors in its log."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self.process.wait, 30)
+        complaints = [] if self.process.returncode == 0 else [f"the gateway ended with {self.process.returncode}"]
+        return complaints + [line for line in self.log().splitlines() if "event=error" in line or "Traceback" in line]
+
+
+async def ask_in_turn(front, kind, number, until_s, seen):
+    """Make requests of a kind one after the other; add (kind, how, seconds, complaint) to `seen` for each."""
+    stream, deterministic, allowed = KINDS[kind]
+    rng, clock = random.Random(f"{kind} {number}"), asyncio.get_running_loop().time
+    visitor = Visitor("127.0.0.1", front.port)
+    for turn in itertools.count():
+        if clock() >= until_s:
+            return
+        errand = Errand(number + 1000 * turn, 0.0, "kills", rng.choice(CHAT_PATHS + PROMPT_PATHS), "llama3.2:latest",
+                        stream, rng.randint(10, 300), rng.randint(20, 400), seed=rng.randint(0, 3) if deterministic
+                        else None)
+        start_s, how, complaint = clock(), "hung", ""
+        try:
+            async with asyncio.timeout(HANG_S):
+                answer = await visitor.visit(errand)
+            how, text = verdict(errand, answer)
+            complaint = text if how == "refused" else ""
+        except TimeoutError:
+            pass
+        except Violation as violation:
+            how, complaint = "wrong", str(violation)
+        if how not in allowed:
+            complaint = f"{kind}: {errand.id} ({errand.path}) {how}: {complaint}"
+        seen.append((kind, how, clock() - start_s, complaint if how not in allowed else ""))
+
+
+async def kill_in_turn(front, nodes, until_s):
+    """Kill one node after the other and start it again, with a reload of hosts.txt each time; return how often."""
+    clock, kills = asyncio.get_running_loop().time, 0
+    for node in itertools.cycle(nodes):
+        await asyncio.sleep(KILL_GAP_S - DEAD_S)
+        if clock() + DEAD_S > until_s:
+            return kills
+        node.kill()
+        kills += 1
+        await asyncio.sleep(DEAD_S)
+        front.reload()
+        await node.start()
+
+
+async def run_kills(span_s, seed):
+    """Kill nodes under load; return (rows of text, promises broken)."""
+    rng = random.Random(f"kills {seed}")
+    with contextlib.ExitStack() as stack:
+        nodes = [await NodeProcess(stack, rng, 1.0).start() for _ in range(3)]
+        front = await Front.of(stack, [f"http://127.0.0.1:{node.port} name=n{number}"
+                                       for number, node in enumerate(nodes)]).ready(len(nodes))
+        seen, until = [], asyncio.get_running_loop().time() + span_s
+        _, kills = await asyncio.gather(
+            asyncio.gather(*(ask_in_turn(front, kind, number, until, seen)
+                             for number, kind in enumerate(list(KINDS) * KILL_CLIENTS))),
+            kill_in_turn(front, nodes, until))
+        health, stats = await front.answers("/api/health"), await front.answers("/api/stats")
+        complaints = [complaint for *_, complaint in seen if complaint] + await front.end()
+        if health["inflight"] or health["queued"]:
+            complaints.append(f"left behind: {health}")
+        if complaints:
+            keep = pathlib.Path(tempfile.gettempdir(), "sollol-kills.log")
+            keep.write_text(front.log(), encoding="utf-8")
+            complaints.append(f"the gateway's log: {keep}")
+    rescues = stats["rescues"]
+    rows = [[f"{kills} kills in {span_s:g} s, {rescues['whole']} streams rescued", "requests", "whole", "error line",
+             "else", "longest s"]]
+    for kind in KINDS:
+        hows = collections.Counter(how for one, how, *_ in seen if one == kind)
+        longest_s = max((took_s for one, _, took_s, _ in seen if one == kind), default=0.0)
+        other = hows.total() - hows["whole"] - hows["broken"]
+        rows.append([kind, *map(str, (hows.total(), hows["whole"], hows["broken"], other)), f"{longest_s:.1f}"])
+    return rows, complaints
+
+
+def kills_held(span_s, seed):
+    """Print what kills cost; return whether every promise was kept."""
+    rows, complaints = run_quick(run_kills(span_s, seed))
+    print(aligned(rows), *complaints, sep="\n", flush=True)
+    return not complaints
+
+
+HALF_HEADS, SLOW_READERS = 300, 200
+HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: siege\r\nX-Filler: "
+BYTE_GAP_S, READ_GAP_S, READ_BYTES = 0.5, 1.0, 1024
+SIEGE_CLIENTS, SIEGE_SETTLE_S, SIEGE_ROUNDS = 8, 4.0, 3
+FILLED_S = 60.0                     # within which every buffer between node and slow reader is full
+MOST_GROWN_MIB = 64.0
+
+
+class Siege:
+    """Clients that send heads byte by byte and never finish, and clients that read a stream at 1 KB/s."""
+
+    def __init__(self, port):
+        self.port, self.read_bytes, self.refused = port, 0, 0
+        self.halves, self.readers = [], []
+
+    def connected(self, data=b"", most_bytes=None):
+        """Return a socket that has sent some bytes."""
+        client = socket.socket()
+        if most_bytes:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, most_bytes)
+        client.connect(("127.0.0.1", self.port))
+        client.sendall(data)
+        client.setblocking(False)
+        return client
+
+    async def lay(self):
+        """Begin, and go on until cancelled."""
+        request = post_chat(0, stream=True, options={"num_predict": 10**9, "gap_ms": 0})
+        request = request.replace(b'"llama3.2"', b'"endless" ')
+        for number in range(SLOW_READERS):
+            self.readers.append(self.connected(request, 4096))
+            if number % 10 == 9:
+                await asyncio.sleep(0.02)
+        self.halves = [[self.connected(), 0] for _ in range(HALF_HEADS)]
+        await asyncio.gather(self.drip(), self.sip())
+
+    async def drip(self):
+        for part in itertools.cycle(range(10)):
+            for half in self.halves[part::10]:
+                try:
+                    half[0].send(HALF_HEAD[half[1]:half[1] + 1] or b"a")
+                    half[1] += 1
+                    if half[0].recv(1000):
+                        raise ConnectionError
+                except BlockingIOError:
+                    pass
+                except OSError:     # told 408: it comes again at once
+                    self.refused += 1
+                    half[0].close()
+                    half[:] = self.connected(), 0
+            await asyncio.sleep(BYTE_GAP_S / 10)
+
+    async def sip(self):
+        for part in itertools.cycle(range(10)):
+            for reader in self.readers[part::10]:
+                with contextlib.suppress(BlockingIOError):
+                    self.read_bytes += len(reader.recv(READ_BYTES))
+            await asyncio.sleep(READ_GAP_S / 10)
+
+    def lift(self):
+        """Close everything."""
+        for client in [*self.readers, *(client for client, _ in self.halves)]:
+            client.close()
+
+
+async def siege_slice(front, span_s):
+    """Return (P50, P95, requests/s) of ordinary clients."""
+    caller = Caller("127.0.0.1", front.port)
+    works = [Work(number, 0.0, "llama3.2:latest", 100, 40, 5) for number in range(100_000)]
+    samples = await closed_loop(caller, works, SIEGE_CLIENTS, span_s, 60.0)
+    caller.close()
+    if not all(sample.ok for sample in samples):
+        raise BadArgument("a request failed")
+    times_s = sorted(sample.latency_s for sample in samples)
+    return share_of(times_s, 0.5), share_of(times_s, 0.95), len(samples) / span_s
+
+
+async def filled(front):
+    """Wait until what the slow readers do not read has filled all buffers: until then it is a fast node that costs."""
+    for _ in range(int(FILLED_S)):
+        cpu_s = front.cpu_s()
+        await asyncio.sleep(1.0)
+        if front.cpu_s() - cpu_s < 0.1:
+            return
+    raise BadArgument("the gateway does not come to rest")
+
+
+async def run_siege(span_s, seed):
+    """Measure ordinary clients without and with a siege, in turn; return (rows of text, MiB grown)."""
+    rng = random.Random(f"siege {seed}")
+    seen, peak_mib = {"without": [], "with": []}, 0.0
+    with contextlib.ExitStack() as stack:
+        nodes = [await NodeProcess(stack, rng, 1.0).start() for _ in range(3)]
+        endless = light_process(stack, "endless", "bench.serve_light(bench.EndlessNode)")
+        lines = [f"http://127.0.0.1:{node.port} name=n{number} slots=4" for number, node in enumerate(nodes)]
+        lines += [f"http://127.0.0.1:{endless.port} name=endless{number} slots=64"
+                  for number in range(-(-SLOW_READERS // 64))]
+        front = await Front.of(stack, lines, "--no-calibrate").ready(len(lines))
+        await siege_slice(front, SIEGE_SETTLE_S)
+        idle_mib = front.resident_mib()
+        for turn in range(SIEGE_ROUNDS):
+            seen["without"].append(await siege_slice(front, span_s))
+            siege = Siege(front.port)
+            laying = asyncio.create_task(siege.lay())
+            front.forget_peak()
+            await filled(front)
+            seen["with"].append(await siege_slice(front, span_s))
+            peak_mib = max(peak_mib, front.peak_mib())
+            health = await front.answers("/api/health")
+            laying.cancel()
+            siege.lift()
+            if laying.done() and not laying.cancelled():
+                laying.result()
+            if health["inflight"] < SLOW_READERS or not siege.refused or not siege.read_bytes:
+                raise BadArgument(f"no siege: {health}, {siege.refused} refused, {siege.read_bytes} bytes read")
+            await asyncio.sleep(1.0)
+            say(f"{turn + 1} of {SIEGE_ROUNDS} rounds")
+    rows = [[f"{HALF_HEADS} half heads, {SLOW_READERS} slow readers", "P50 s", "P95 s", "requests/s", "MiB"]]
+    for name, mib in (("without", idle_mib), ("with", peak_mib)):
+        rows.append([name, *(f"{middle(one[column] for one in seen[name]):.3f}" for column in range(3)), f"{mib:.0f}"])
+    return rows, peak_mib - idle_mib
+
+
+def siege_held(span_s, seed):
+    """Print what a siege costs others; return whether the gateway's memory grew by less than MOST_GROWN_MIB."""
+    rows, grown_mib = run_quick(run_siege(span_s, seed))
+    print(aligned(rows), f"memory grew by {grown_mib:.1f} MiB, {MOST_GROWN_MIB:g} are allowed", sep="\n", flush=True)
+    return grown_mib < MOST_GROWN_MIB
+
+
+# The soak on the wall clock, the gateway a process of its own.
+
+MOST_DRIFT_MIB, MOST_DRIFT_FILES = 16.0, 30     # from the first minute to the last; load differs from one to the next
+
+
+class ClockFromZero(asyncio.SelectorEventLoop):
+    """The wall clock, from 0 on: what a plan counts from."""
+
+    def __init__(self):
+        self.zero_s = time.monotonic()
+        super().__init__()
+
+    def time(self):
+        return time.monotonic() - self.zero_s
+
+
+class LiveSoak(Soak):
+    """A soak whose gateway can be seen from outside only."""
+
+    async def edit_hosts(self):
+        for at_s in self.plan.edits_s:
+            await asyncio.sleep(at_s - self.loop.time())
+            self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
+            self.gateway.reload()
+            await asyncio.sleep(1.0)
+            self.save_hosts()
+            self.gateway.reload()
+
+    def look(self):
+        self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))
+
+    async def begin(self, stack):
+        """Start the nodes, and the gateway in front of them."""
+        for node in self.nodes.values():
+            await start_below_ephemeral(node, self.rng)
+        self.save_hosts()
+        self.sizes = []
+        self.gateway = Front.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S))
+        self.address = "127.0.0.1", self.gateway.port
+        await self.gateway.ready(len(self.nodes))
+        self.visitors = {client: Visitor(*self.address, source=client)
+                         for client in sorted({errand.client for errand in self.plan.errands})}
+
+    def drift(self):
+        """Return rows of text, a minute each; complain if the last one is much above the first."""
+        minutes = collections.defaultdict(list)
+        for at_s, mib, files in self.sizes:
+            minutes[int(at_s // 60)].append((mib, files))
+        rows = [["minute", "MiB", "descriptors"]]
+        found = []
+        for minute, sizes in sorted(minutes.items()):
+            if len(sizes) >= 30:    # what is left of the last one is the end of the load
+                found.append((middle(mib for mib, _ in sizes), middle(files for _, files in sizes)))
+                rows.append([str(minute + 1), f"{found[-1][0]:.1f}", str(found[-1][1])])
+        if found and (found[-1][0] - found[0][0] > MOST_DRIFT_MIB or found[-1][1] - found[0][1] > MOST_DRIFT_FILES):
+            self.wrong("memory or descriptors have grown")
+        return rows
+
+
+async def run_live_soak(seed, minutes):
+    """Run a seed's plan on the wall clock; return its LiveSoak and rows of text."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        soak = LiveSoak(seed, draw_plan(seed, minutes), folder)
+        await soak.begin(stack)
+        before = soak.gateway.descriptors()
+        await soak.play()
+        for client, visitor in soak.visitors.items():
+            if unasked := await visitor.farewell():
+                soak.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
+        rows = soak.drift()
+        after = await soak.settled(lambda: soak.gateway.descriptors() > before + 4 * len(soak.nodes), 100.0)
+        rows.append(["all gone", f"{soak.gateway.resident_mib():.1f}", str(soak.gateway.descriptors())])
+        if after:
+            soak.wrong(f"{before} descriptors at the start, {soak.gateway.descriptors()} at the end")
+        for text in await soak.gateway.end():
+            soak.wrong(text)
+        for node in soak.nodes.values():
+            await node.stop()
+    return soak, rows
+
+
+def live_soak_held(first, count, minutes):
+    """Run seeds on the wall clock, and print what they hold and violate; return whether they violate nothing."""
+    held = True
+    for seed in range(first, first + count):
+        with asyncio.Runner(loop_factory=ClockFromZero) as runner:
+            soak, rows = runner.run(run_live_soak(seed, minutes))
+        ends = collections.Counter(outcome.how for outcome in soak.outcomes)
+        told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
+        print(f"seed {seed}, {minutes:g} minutes: {told}", aligned(rows), *soak.violations, sep="\n", flush=True)
+        held = held and not soak.violations
+    return held
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5119,7 +5595,12 @@ def command_line():
     add("--agents", metavar="N,N", help="so many parallel agents, against one call after the other")
     add("--soak", type=sollol.parse_count, metavar="N", help="run N seeds of random traffic and faults, from --seed "
         "on: exit status 1 if what must always hold does not")
-    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M", help="virtual minutes of each (%(default)g)")
+    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M",
+        help="minutes of each, virtual or with --realtime real (%(default)g)")
+    add("--kills", type=positive, metavar="S", help="S seconds of SIGKILL to node processes in turn, on the wall "
+        "clock: exit status 1 if a request is lost that must not be")
+    add("--siege", type=positive, nargs="?", const=12.0, metavar="S", help="300 clients that never finish their head "
+        "and 200 slow readers: what do others notice? slices of S seconds (12)")
     add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
     add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
     add = parser.add_argument_group("real clusters").add_argument
@@ -5155,6 +5636,7 @@ def run(options):
         raise BadArgument("which nodes? Give --hosts H,H")
     if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
                                              or options.ablate or options.baseline or options.overhead
+                                             or options.kills or options.siege
                                              or options.nodes):
         raise BadArgument("--output and --html go with a comparison only")
     for path in filter(None, (options.output, options.html)):
@@ -5179,7 +5661,12 @@ def run(options):
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
     elif options.soak:
-        return 0 if soak_seeds(options.seed, options.soak, options.minutes) else 1
+        run_seeds = live_soak_held if options.realtime else soak_seeds
+        return 0 if run_seeds(options.seed, options.soak, options.minutes) else 1
+    elif options.kills:
+        return 0 if kills_held(options.kills, options.seed) else 1
+    elif options.siege:
+        return 0 if siege_held(options.siege, options.seed) else 1
     elif options.check:
         held = [check_claims(options.seed), run_quick(check_weight())]
         return 0 if all(held) else 1

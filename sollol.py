@@ -30,6 +30,7 @@ import datetime
 import email.utils
 import enum
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -49,8 +50,10 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import sys
 import tempfile
+import termios
 import time
 import urllib.parse
 from dataclasses import dataclass, field, replace
@@ -86,7 +89,12 @@ TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are i
 KEEP_ALIVE_S = 75.0                 # an idle client connection
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
-WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads nothing; 64 KiB at 200 bytes/s
+BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
+                                    # as much, and 64 MiB byte by byte would hold a connection for years
+WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads less than the next line's bytes
+LEAST_READ_BYTES = 60_000           # 200 bytes/s
+WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
+                                    # top: 200 clients that hardly read a fast stream hold 52 MiB
 LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
 
 # Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
@@ -1089,6 +1097,7 @@ class Ticket:
     demand: object = None           # what it is expected to cost; see Demand
     waiting: bool = False
     left: bool = False
+    begun: bool = False             # its client has a part of the answer
     barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
@@ -1155,8 +1164,9 @@ class Queue:
         del self.tickets[entry[2]]
 
     def last(self):
-        """Return the least urgent waiting ticket, or None. O(n), so for a full queue only."""
-        return max(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+        """Return the least urgent waiting ticket that has not begun, or None. O(n), so for a full queue only."""
+        return max((ticket for ticket in self.tickets if not ticket.begun),
+                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
 
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
@@ -1382,6 +1392,7 @@ class Node:
     indexed_s: float = -math.inf    # and were asked for then
     up: bool = False
     draining: bool = False
+    drained_seq: int = 0            # tickets with a lower `seq` waited before that
     calibrated: bool = False        # measured, or being measured, since it came up
     misses: int = 0                 # probes in a row without an answer
     breaker: Breaker = field(default_factory=Breaker)
@@ -2322,7 +2333,8 @@ class Dispatcher:
         return True
 
     def hold_to_version(self, ticket, node):
-        """Let a ticket run only where its model is known to be the same as on `node`."""
+        """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
+        ticket.begun = True
         runner = node.runners.get(ticket.wants.model)
         digest = runner and runner.row.get("digest")
         same = {other.node.name for other in self.holders.get(ticket.wants.model, ())
@@ -2428,17 +2440,22 @@ class Dispatcher:
             if usable or any(runner.node.is_alive(now) for runner in holders):
                 rooms.append(Room(model, usable, places, looks))
             else:
-                self.refuse_all(turn, model, f"every node that has {model} is down or draining")
+                last = max((runner for runner in holders if runner.node.draining and runner.node.up),
+                           key=lambda runner: runner.node.drained_seq, default=None)
+                self.refuse_all(turn, model, f"every node that has {model} is down or draining",
+                                last.node.drained_seq if last else 0)
+                if last and self.queue.first(model):
+                    rooms.append(Room(model, [last], places, looks))
         self.bind_late(turn, rooms)
 
-    def refuse_all(self, turn, model, text):
-        """Refuse every waiting ticket of a model, unless a node that may have it has not been looked at yet."""
+    def refuse_all(self, turn, model, text, since_seq=0):
+        """Refuse every ticket of a model that waits since `since_seq`, unless a node has not been looked at yet."""
         if any(not node.probed for node in self.nodes.values()):
             return
         pauses_s = [node.breaker.until_s - turn.now for node in self.nodes_for(model) if node.up]
         refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
-        while entry := self.queue.first(model):
-            turn.refused.append(self.refuse(entry[2], refusal))
+        turn.refused += [self.refuse(ticket, refusal) for ticket in list(self.queue.tickets)
+                         if ticket.wants.model == model and ticket.seq >= since_seq]
 
     def bind_early(self, turn, model, holders):
         """Send every waiting ticket of a model at once: under plain policies, and if no node is known to have it.
@@ -3077,7 +3094,9 @@ class Dispatcher:
             runner.slots_known = "set" if embeds else "learned" if runner.peak > 1 else "guessed"
 
     def drain(self, node, draining):
-        """Give a node no new work, or again some; what runs there goes on."""
+        """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else."""
+        if draining and not node.draining:
+            node.drained_seq = next(self.seq)
         node.draining = draining
         self.unsettle_all()
 
@@ -3768,6 +3787,8 @@ class Transcript:
         self.key = ""               # what kind of text it was last
         self.relay = None           # that has written to the client last
         self.done = False           # the client has the last line
+        self.used = False           # the client has OpenAI's count of tokens
+        self.name = {}              # fields that name one completion in all its events, as the client had them first
         self.lost = []              # names of nodes that did not come to the end
 
     def rewind(self, name):
@@ -3798,6 +3819,16 @@ class Transcript:
             self.fresh.append(spoken[len(known):])
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
+    def renamed(self, value):
+        """Give an event of a replay the id and the time of the stream that it goes on with; tell whether it did."""
+        if not self.lost:
+            if not self.name:
+                self.name = {key: value[key] for key in ("id", "created") if key in value}
+            return False
+        other = {key: given for key, given in self.name.items() if value.get(key, given) != given}
+        value.update(other)
+        return bool(other)
+
     def missing(self, line):
         """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
 
@@ -3817,6 +3848,11 @@ class Transcript:
         if value.get("done") is True and self.is_behind:
             raise Refusal(502, "the answer of another node is shorter")
         self.done = value.get("done") is True
+        if self.used and value.get("usage") and not said:
+            return b""
+        self.used = self.used or bool(lead and value.get("usage"))
+        if lead and self.renamed(value) and not was_behind:
+            return lead + json.dumps(value).encode() + b"\n\n"
         if not was_behind:
             return line
         if not any(rests) and (said or self.is_behind):
@@ -3891,6 +3927,14 @@ class LineRelay(Relay):
         return self.transcript.is_short and not self.is_complete() and not self.client.gone
 
 
+def body_due_s(due_s, size, now):
+    """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
+
+    Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
+    """
+    return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
+
+
 class Upload:
     """Pass a request body on to a node while it comes, in constant memory."""
 
@@ -3899,8 +3943,9 @@ class Upload:
         self.body = body_decoder(length)
         self.chunked = length is None
 
-    def start(self):
-        """Begin with what came behind the head."""
+    def start(self, grace_s):
+        """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
+        self.client.deadline_s = self.client.loop.time() + grace_s
         self.connection.source = self.client
         self.client.sink = self
         data = bytes(self.client.buffer)
@@ -3910,7 +3955,7 @@ class Upload:
         self.data(data)
 
     def expire(self):
-        """The client has sent nothing for BODY_PAUSE_S, unless it is the node that does not read."""
+        """The client sends too slowly, unless it is the node that does not read."""
         if self.connection.write_paused:
             self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
         elif self.connection.sink is None:
@@ -3920,7 +3965,7 @@ class Upload:
 
     def data(self, data):
         """Take a piece from the client's socket; what lies behind the body stays for the next request."""
-        self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
+        self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
             return                  # the answer came early; what is still coming has no reader
         try:
@@ -4069,12 +4114,24 @@ REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthori
            500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable"}
 
 
+def unread_bytes(transport):
+    """Return how much of what was written the other side has not taken yet.
+
+    The kernel's share counts: it holds megabytes, and asks for more only when a third of them has gone.
+    """
+    unsent = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError, ValueError):      # closed; or a system that does not tell
+        told = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        unsent += struct.unpack("i", told)[0]
+    return unsent
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
 
     __slots__ = ("loop", "converse", "transport", "task", "writer", "address", "buffer", "sink", "source", "waiter",
-                 "deadline_s", "overdue", "reading", "write_deadline_s", "asking", "serving", "eof", "gone",
-                 "write_paused", "read_paused")
+                 "deadline_s", "overdue", "reading", "write_deadline_s", "unread_bytes", "asking", "serving", "eof",
+                 "gone", "write_paused", "read_paused")
 
     def __init__(self, loop, converse):
         self.loop, self.converse = loop, converse
@@ -4086,7 +4143,8 @@ class ClientConnection(asyncio.Protocol):
         self.waiter = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
         self.overdue = self.reading = False
-        self.write_deadline_s = math.inf    # until when the client must have read some of what it was sent
+        self.write_deadline_s = math.inf    # until when the client must have read LEAST_READ_BYTES
+        self.unread_bytes = 0       # of what was to be sent when that was asked for
         self.asking = False         # a request has begun and its answer has not ended
         self.serving = False        # that request is complete: nothing but its end is expected of the client
         self.eof = self.gone = False
@@ -4096,6 +4154,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport, self.write_deadline_s = transport, math.inf
         peer = transport.get_extra_info("peername")
         self.address = peer[0] if isinstance(peer, tuple) else "local"
+        transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
 
     def data_received(self, data):
@@ -4127,7 +4186,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self):
         self.write_paused = True
-        self.write_deadline_s = self.loop.time() + WRITE_PAUSE_S
+        self.ask_to_read()
         if self.source is not None:
             self.source.pause_reading()
 
@@ -4150,10 +4209,17 @@ class ClientConnection(asyncio.Protocol):
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
+    def ask_to_read(self):
+        """Note how much there is to be read now, and until when some of it must have been."""
+        self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
+
     def expire(self, now):
         """End what this connection has waited for too long. Called every SWEEP_S."""
         if now > self.write_deadline_s:
-            self.transport.abort()
+            if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
+                self.transport.abort()
+            else:
+                self.ask_to_read()
         elif now > self.deadline_s:
             self.overdue, self.deadline_s = True, math.inf
             if self.sink is not None:
@@ -4223,16 +4289,28 @@ class ClientConnection(asyncio.Protocol):
         if head.expects_continue and not self.buffer:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def read_body(self, head, limit):
-        """Return the whole body of a request. Raises Refusal(413) over `limit` bytes, ClientGone if it is cut short."""
+    async def more_body(self, due_s):
+        """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `more`."""
+        size = len(self.buffer)
+        await self.more(due_s - self.loop.time())
+        return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
+
+    async def read_body(self, head, limit, grace_s):
+        """Return the whole body of a request.
+
+        Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
+        ClientGone if it is cut short.
+        """
         if head.length == 0:
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
         self.invite(head)
+        now = self.loop.time()
+        due_s = body_due_s(now + grace_s, len(self.buffer), now)
         if head.length is not None:
             while len(self.buffer) < head.length:
-                await self.more(BODY_PAUSE_S)
+                due_s = await self.more_body(due_s)
             body = bytes(self.buffer[:head.length])
             del self.buffer[:head.length]
             return body
@@ -4246,7 +4324,7 @@ class ClientConnection(asyncio.Protocol):
                 raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             if decoder.done:
                 return b"".join(parts)
-            await self.more(BODY_PAUSE_S)
+            due_s = await self.more_body(due_s)
 
     async def close(self):
         """Close so that the client gets all that was written.
@@ -4265,7 +4343,8 @@ class ClientConnection(asyncio.Protocol):
                     await self.more(deadline_s - self.loop.time())
         self.transport.close()      # flushes what is left, as long as the client reads: see write_deadline_s
         while not self.gone and self.transport.get_write_buffer_size():
-            self.write_deadline_s = min(self.write_deadline_s, self.loop.time() + WRITE_PAUSE_S)
+            if self.write_deadline_s == math.inf:
+                self.ask_to_read()
             await self.wait()
 
 
@@ -4388,6 +4467,9 @@ class TlsTransport(asyncio.Protocol):
 
     def resume_reading(self):
         self.socket.resume_reading()
+
+    def set_write_buffer_limits(self, high):
+        self.socket.set_write_buffer_limits(high)
 
     def get_write_buffer_size(self):
         return self.socket.get_write_buffer_size()
@@ -4721,7 +4803,7 @@ async def serve_upload(gateway, client, head, wants, record):
         client.invite(head)
         connection.transport.write(render_request(head, lease.node.settings, head.length))
         upload = Upload(client, connection, head.length)
-        upload.start()
+        upload.start(gateway.header_timeout_s)
         answer = await connection.response(head.method)
         keep = head.keep_alive and upload.body.done
         keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
@@ -5124,7 +5206,7 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
 async def serve_locally(gateway, client, head, record):
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes)
+        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
     status, body, kind, *extra = gateway.local[head.path](gateway)
@@ -5170,7 +5252,7 @@ def admit(gateway, client, head, route, record):
 async def serve_events(gateway, client, head, record):
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes)
+        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     client.serving = True
     record.status = 200
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", b"Connection: close",
@@ -5186,7 +5268,7 @@ async def serve_events(gateway, client, head, record):
 async def serve_order(gateway, client, head, record):
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
-    await client.read_body(head, gateway.max_body_bytes)
+    await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     node = gateway.dispatcher.nodes.get(name)
     if node is None or verb not in ("drain", "resume"):
         names = ", ".join(gateway.dispatcher.nodes)
@@ -5247,7 +5329,7 @@ async def serve(gateway, client, head, record):
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
     raw = route.kind == "raw"
-    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes)
+    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     client.serving = True
     if key is None:
         wants = read_wants(head, route, body, client.address)

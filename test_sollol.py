@@ -1169,6 +1169,21 @@ def test_equal_newcomer_displaces_nobody_and_owes_nothing_for_it():
     assert set(dispatcher.fair.active) == {("a", 5), ("b", 5)} and not dispatcher.displaced
 
 
+def test_stream_that_has_begun_is_not_displaced_while_it_waits_for_its_rescue():
+    dispatcher = cluster(max_queue=2, n1=["m"], n2=["m"])
+    begun, _ = enter(dispatcher, want(priority=1), want(priority=5))
+    assert sorted(placed(dispatcher)) == ["n1", "n2"]
+    dispatcher.hold_to_version(begun, begun.lease.node)
+    assert fail(dispatcher, begun)
+    low, = enter(dispatcher, want(priority=3))
+    urgent, = enter(dispatcher, want(priority=8))
+    assert low.refusal and begun.waiting and urgent.waiting
+    enter(dispatcher, want(priority=9))
+    assert urgent.refusal and begun.waiting
+    with pytest.raises(Refusal):
+        enter(dispatcher, want(priority=8))
+
+
 def test_aged_batch_is_not_displaced_by_a_fresh_urgent_one():
     dispatcher = cluster(max_queue=1, n1=["m"])
     enter(dispatcher, want(priority=1))
@@ -3513,6 +3528,35 @@ async def test_bad_nodes_at_the_start_delay_nobody():
         assert (await call(gateway, "GET", "/api/tags")).status == 200
 
 
+EVERY_PATH = [route.path for route in bench.ROUTES]
+
+
+@pytest.mark.parametrize("paths", [None, EVERY_PATH], ids=["inference", "everything"])
+def test_of_five_nodes_a_failing_and_a_silent_one_cost_nothing_and_get_next_to_nothing(paths):
+    """A virtual minute; one node answers 503 at once, to inferences or to everything, one accepts and is silent."""
+    async def main():
+        nodes = [bench.SimNode("rtx4090", loaded=("llama3.2",), seed=seed, tokens_per_line=16) for seed in range(5)]
+        async with gateway_for(*nodes) as gateway:
+            nodes[0].fail(503, paths)
+            nodes[1].freeze()
+            statuses, asked = [], lambda: [len(bench.inferences(node)) for node in nodes]
+            settled = []
+
+            async def client(number):
+                await asyncio.sleep(number / 10)
+                while gateway.loop.time() < 60:
+                    if not settled and gateway.loop.time() > 5:
+                        settled.extend(asked())
+                    answer = await call(gateway, "POST", "/api/generate", generate(tokens=60, stream=number % 2 == 0))
+                    statuses.append(answer.status == 200 and b'"done":true' in answer.body)
+
+            await asyncio.gather(*(client(number) for number in range(8)))
+            later = [now - before for now, before in zip(asked(), settled, strict=True)]
+            assert len(statuses) > 500 and sum(statuses) >= 0.99 * len(statuses)
+            assert later[0] + later[1] < sum(later) / 50, later
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_all_down_is_said_at_once_and_a_node_that_comes_back_is_used():
     node = bench.SimNode(**FAST)
@@ -3705,6 +3749,28 @@ async def test_stream_is_rescued_from_one_node_after_the_other():
     answer, gateway = await rescued(path, *nodes)
     assert answer.body.startswith(DIALECTS[path][1]("a") + DIALECTS[path][1]("b") + b'{"error": "127.0.0.1:')
     assert gateway.dispatcher.rescues == {"broken": 1}
+
+
+@over_sockets
+async def test_rescued_stream_is_one_completion_with_one_count_of_tokens():
+    """Cut in the middle of the text, within it, behind it, and behind the count of tokens."""
+    def events(name, created, *texts):
+        common = {"id": name, "object": "chat.completion.chunk", "created": created, "model": "m"}
+        return [*(sse(**common, choices=[{"index": 0, "delta": {"content": text}}]) for text in texts),
+                sse(**common, choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
+                sse(**common, choices=[], usage={"prompt_tokens": 3, "completion_tokens": 4}), b"data: [DONE]\n\n"]
+
+    kind, first, second = b"text/event-stream", events("one", 1, "a", "b", "c"), events("two", 2, "ab", "c")
+    for cut in range(1, 6):
+        nodes = (ScriptedNode(lambda request, cut=cut: [chunked(*first[:cut], kind=kind, end=b""), 0.02]),
+                 ScriptedNode(lambda request: [chunked(*second, kind=kind), KEEP]))
+        answer, gateway = await rescued("/v1/chat/completions", *nodes)
+        *values, last = answer.body.split(b"\n\n")[:-1]
+        values = [json.loads(value.removeprefix(b"data: ")) for value in values]
+        assert last == b"data: [DONE]" and text_of(answer.body) == "abc"
+        assert {(value["id"], value["created"]) for value in values} == {("one", 1)}
+        assert [bool(value.get("usage")) for value in values] == [False] * (len(values) - 1) + [True]
+        assert gateway.dispatcher.rescues == {"whole": 1}
 
 
 @over_sockets
@@ -4042,6 +4108,34 @@ async def test_pipelining_without_reading_is_bounded_in_memory():
         caller.writer.transport.abort()
 
 
+def test_reader_of_a_kilobyte_a_second_is_never_cut_and_one_that_reads_nothing_is():
+    async def flood(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"10000\r\n" + b"x" * 65535 + b"\n\r\n")
+                await writer.drain()
+
+    async def main():
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+        async with gateway_for(ScriptedNode(lambda request: [head, flood])) as gateway:
+            clients = [socket.socket() for _ in range(2)]
+            for client in clients:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(gateway.address)
+                client.sendall(posted(generate(stream=True)))
+                client.setblocking(False)
+            await asyncio.sleep(5)
+            for _ in range(250):    # 1250 s
+                await asyncio.sleep(5)
+                with contextlib.suppress(BlockingIOError):
+                    assert len(clients[0].recv(5000))
+            assert health(gateway)["inflight"] == 1
+            for client in clients:
+                client.close()
+            await until(lambda: health(gateway)["inflight"] == 0, 700.0)
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_slow_reader_does_not_make_its_node_suspect():
     async def flood(reader, writer):
@@ -4185,6 +4279,71 @@ def test_upload_that_stops_coming_is_ended():
     bench.run_virtual(main())
 
 
+BLOB_PATH = b"/api/blobs/sha256:" + b"0" * 64
+
+
+async def drip(gateway, path, size, framing, piece, pause_s):
+    """Send a body piece by piece until it is whole or refused; return (status, seconds taken)."""
+    caller, start_s = await Caller.to(gateway), gateway.loop.time()
+    field = b"Transfer-Encoding: chunked" if framing == "chunked" else b"Content-Length: %d" % size
+    caller.writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (path, field))
+    answer, sent = asyncio.create_task(caller.answer()), 0
+    body = json.dumps({"model": "llama3.2", "prompt": "", "stream": False, "pad": ""})[:-2].encode()
+    body = body + b"x" * (size - len(body) - 2) + b'"}'
+    while sent < size and not answer.done():
+        data = body[sent:sent + piece]
+        caller.writer.write(sollol.chunk(data) if framing == "chunked" else data)
+        sent += len(data)
+        await asyncio.wait([answer], timeout=pause_s)
+    if framing == "chunked" and not answer.done():
+        caller.writer.write(b"0\r\n\r\n")
+    status = (await answer).status
+    if status == 408:
+        assert await caller.reader.read() == b""
+    caller.close()
+    return status, gateway.loop.time() - start_s
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("path, accepted", [(b"/api/generate", 200), (BLOB_PATH, 400)])
+def test_body_that_comes_too_slowly_gets_408_and_a_slow_but_steady_one_is_taken(path, accepted, framing):
+    """In vain: 100 bytes a second, a byte a second, silence. The blob's digest is wrong: 400 if it came whole."""
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST)) as gateway:
+            for piece, pause_s in ((100, 1.0), (1, 1.0), (1, 1000.0)):
+                status, took_s = await drip(gateway, path, 50_000, framing, piece, pause_s)
+                assert status == 408 and 9 < took_s < 15
+            status, took_s = await drip(gateway, path, 200_000, framing, 40_000, 50.0)
+            assert status == 408 and 45 < took_s < 52      # silence for longer than has been paid for
+            for piece, pause_s, least_s in ((1500, 1.0, 290), (60_000, 50.0, 290), (100_000, 1.0, 3)):
+                status, took_s = await drip(gateway, path, 480_000, framing, piece, pause_s)
+                assert status == accepted and took_s > least_s
+            assert health(gateway)["inflight"] == health(gateway)["queued"] == 0
+    bench.run_virtual(main())
+
+
+def test_body_that_its_node_does_not_read_is_not_called_slow():
+    async def main():
+        class Blobs(ScriptedNode):
+            async def converse(self, reader, writer):
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b" /api/blobs" not in head:
+                    writer.write(framed(json.dumps(self.own_answer(head)).encode()))
+                    writer.close()
+                    return
+                await asyncio.sleep(200)
+                await reader.readexactly(20_000_000)
+                writer.write(framed(b"", b"201 Created"))
+
+        async with gateway_for(Blobs()) as gateway:
+            caller = await Caller.to(gateway)
+            caller.writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n" % BLOB_PATH)
+            caller.writer.write(bytes(20_000_000))
+            assert (await caller.answer()).status == 201
+            caller.close()
+    bench.run_virtual(main())
+
+
 def test_signal_during_the_start_ends_it(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -4323,6 +4482,34 @@ async def test_order_to_a_node_that_is_none_tells_which_there_are():
         for path in ("/api/nodes/x/drain", f"/api/nodes/{name}/explode", f"/api/nodes/{name}", "/api/nodes/drain"):
             answer = await call(gateway, "POST", path)
             assert answer.status == 404 and name in answer.json()["error"]
+
+
+def test_what_waits_for_the_only_node_with_its_model_is_still_served_there_when_it_drains():
+    dispatcher = cluster(a=["m", "other"], b=["other"])
+    running, first, second, other = enter(dispatcher, want(), want(), want(), want("other"))
+    leases, _ = dispatcher.dispatch(0.0)
+    assert {lease.ticket for lease in leases} == {running, other} and other.lease.node.name == "b"
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    late, = enter(dispatcher, want())
+    assert dispatcher.dispatch(0.0) == ([], [late]) and late.refusal.status == 503
+    for ended, following in ((running, first), (first, second)):
+        finish(dispatcher, ended, 1.0)
+        assert placed(dispatcher, 1.0) == ["a"] and following.lease
+    another, = enter(dispatcher, want("other"))
+    finish(dispatcher, second, 2.0)
+    assert placed(dispatcher, 2.0) == [] and another.waiting
+    finish(dispatcher, other, 3.0)
+    assert placed(dispatcher, 3.0) == ["b"]
+
+
+def test_what_waits_for_a_draining_node_is_refused_when_it_goes_down():
+    dispatcher = cluster(a=["m"])
+    running, waiting = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["a"]
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    assert dispatcher.dispatch(0.0) == ([], [])
+    dispatcher.lost(dispatcher.nodes["a"], 1.0)
+    assert dispatcher.dispatch(1.0) == ([], [waiting])
 
 
 def test_drained_node_stays_drained_over_a_reload():
@@ -6395,6 +6582,81 @@ def test_terminated_program_keeps_what_it_has_learned(tmp_path):
             read_until(gateway, r"event=state .*nodes=1")
             stats = json.loads(curl(read_until(gateway, r"event=start .*url=(\S+)")[1] + "/api/stats"))
             assert stats["nodes"][0]["models"]["llama3.2:latest"]["decode_tok_s"] == round(1 / decode_s, 1)
+
+
+def test_restart_on_the_same_port_works_at_once_and_a_second_signal_stops_at_once():
+    """SIGTERM with a stream running and connections open; the next one listens while the first still drains."""
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 4) as node, socket.socket() as probe:
+        url = read_until(node, r"http://\S+")[0]
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+
+        def connected(data=b""):
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            client.sendall(data)
+            return client
+
+        argv = ["sollol.py", "--node", url, "--port", port]
+        with program(*argv) as first:
+            read_until(first, "event=start .*url=")
+            idle = [connected(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+            stream = connected(posted(generate(tokens=200, stream=True)))
+            assert stream.recv(12) == b"HTTP/1.1 200"
+            first.send_signal(signal.SIGTERM)
+            read_until(first, "event=drain")
+            with program(*argv) as next_one:
+                read_until(next_one, "event=start .*url=")
+                assert curl(f"http://127.0.0.1:{port}/") == b"Ollama is running"
+                whole = b""
+                while piece := stream.recv(65536):
+                    whole += piece
+                assert b'"done":true' in whole and first.wait(10) == 0
+                running = connected(posted(generate(tokens=2000, stream=True)))
+                assert running.recv(12) == b"HTTP/1.1 200"
+                next_one.send_signal(signal.SIGTERM)
+                read_until(next_one, "event=drain")
+                assert next_one.poll() is None
+                next_one.send_signal(signal.SIGTERM)
+                assert next_one.wait(5) == 0
+            with program(*argv) as last:
+                read_until(last, "event=start .*url=")
+            for client in (*idle, stream, running):
+                client.close()
+
+
+@over_sockets
+async def test_wall_clock_that_jumps_changes_nothing():
+    with bench.mad_wall_clock(1):
+        async with gateway_for(bench.SimNode(**FAST), bench.SimNode(**FAST)) as gateway:
+            for stream in (False, True) * 20:
+                answer = await call(gateway, "POST", "/api/generate", generate(stream=stream))
+                assert answer.status == 200 and b'"done":true' in answer.body
+            await asyncio.sleep(2)
+            assert health(gateway)["nodes"] == {"up": 2, "total": 2} and health(gateway)["uptime_s"] < 60
+    source = inspect.getsource(sollol)
+    assert not re.search(r"\btime\.time\(|\bnow\(\)|utcnow|\.today\(", source)
+
+
+@over_sockets
+async def test_reload_under_load_costs_no_request(tmp_path):
+    """Nodes leave and come back while requests run and wait."""
+    nodes = [await bench.SimNode(loaded=("llama3.2",), speed=10, seed=seed).start() for seed in range(3)]
+    lines = [f"{node.url} name=n{number}\n" for number, node in enumerate(nodes)]
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("".join(lines))
+    async with gateway_for(*nodes, hosts=hosts) as gateway:
+        values = [generate(tokens=40, stream=number % 2 == 0) for number in range(60)]
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", value)) for value in values]
+        for turn in range(20):
+            hosts.write_text("".join(lines[:turn % 3] + lines[turn % 3 + 1:]) if turn % 4 else "no URL at all\n")
+            gateway.reload()
+            await asyncio.sleep(0.05)
+        hosts.write_text("".join(lines))
+        gateway.reload()
+        answers = await asyncio.gather(*tasks)
+        assert all(answer.status == 200 and b'"done":true' in answer.body for answer in answers)
+        await until(lambda: health(gateway)["nodes"] == {"up": 3, "total": 3})
 
 
 def test_port_in_use_is_one_clear_line():
