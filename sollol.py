@@ -1079,8 +1079,9 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
 # changes, so the order of two waiting tickets never changes: a heap suffices, and ageing costs nothing. A batch
 # request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
 #
-# Fair share is start-time fair queueing (Goyal 1996): within one priority each request of a client starts, virtually,
-# when that client's previous one ends. A client with nothing waiting or running owes nothing.
+# Fair share is start-time fair queueing (Goyal 1996): each request of a client starts, virtually, when that client's
+# previous one ends that is as urgent or more. So one client's many requests stand in nobody else's way, nor its batch
+# work in the way of its own urgent work. A client with nothing waiting or running owes nothing.
 # -----------------------------------------------------------------------------
 
 @dataclass(slots=True, eq=False)
@@ -1177,18 +1178,21 @@ class FairShare:
     """Keep, per client and priority, the virtual time at which its next request starts."""
 
     def __init__(self):
-        self.next_s = {}            # (client, priority): virtual seconds
-        self.active = collections.Counter()
+        self.next_s = {}            # client: {priority: virtual seconds}
+        self.active = collections.Counter()     # (client, priority): requests that wait or run
 
     def start_s(self, wants, now):
-        """Return the virtual start of a new request."""
-        return max(now, self.next_s.get((wants.client, wants.priority), now))
+        """Return the virtual start of a new request: not before what the client has asked for with higher priority."""
+        levels = self.next_s.get(wants.client)
+        if not levels:
+            return now
+        return max([now, *(next_s for priority, next_s in levels.items() if priority >= wants.priority)])
 
     def charge(self, wants, now, cost_s):
         """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
-        account, start_s = (wants.client, wants.priority), self.start_s(wants, now)
-        self.next_s[account] = start_s + cost_s
-        self.active[account] += 1
+        start_s = self.start_s(wants, now)
+        self.next_s.setdefault(wants.client, {})[wants.priority] = start_s + cost_s
+        self.active[wants.client, wants.priority] += 1
         return start_s
 
     def settle(self, wants):
@@ -1196,7 +1200,10 @@ class FairShare:
         account = wants.client, wants.priority
         self.active[account] -= 1
         if not self.active[account]:
-            del self.active[account], self.next_s[account]
+            levels = self.next_s[wants.client]
+            del self.active[account], levels[wants.priority]
+            if not levels:
+                del self.next_s[wants.client]
 
 
 # -----------------------------------------------------------------------------

@@ -763,6 +763,17 @@ def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
     assert fair.charge(want(client="greedy", priority=8), 0.5, 1.0) == 0.5
 
 
+def test_batch_work_of_a_client_never_overtakes_its_own_urgent_backlog():
+    """However long that is: one address may be a server with many users behind it."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    dispatcher.estimates.lengths["m:latest"].mean = 2000.0
+    tickets = [dispatcher.enter(str(number), want(priority=priority), now)
+               for number, priority in enumerate([8] * 60 + [1] * 3 + [8] * 3)]
+    waiting = dispatcher.queue.in_order()
+    assert tickets[59].key_s - tickets[0].key_s > 5 * sollol.HEAD_START_S
+    assert [ticket.wants.priority for ticket in waiting] == [8] * 63 + [1] * 3
+
+
 def test_client_with_nothing_left_is_forgotten():
     fair, wants = sollol.FairShare(), want(client="c")
     fair.charge(wants, 0.0, 100.0)
@@ -996,7 +1007,7 @@ def test_urgent_overtakes_and_freed_slot_goes_to_the_first_in_line():
 
 def test_batch_that_waited_longer_than_the_head_start_goes_before_a_fresh_urgent_one():
     dispatcher = cluster(n1=["m"])
-    running, = enter(dispatcher, want())
+    running, = enter(dispatcher, want(client="another"))
     placed(dispatcher)
     batch, = enter(dispatcher, want(priority=1))
     enter(dispatcher, want(priority=10), now=9 * sollol.HEAD_START_S + 1)
