@@ -7537,6 +7537,13 @@ def new_loop(fast):
     return asyncio.new_event_loop()
 
 
+def trim_memory():
+    """Give the system back what compiling this file took: 15 MiB that would stay with the process, unused."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):     # glibc has this call, others need none
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def main(argv=None):
     """Run the command line; return the exit status."""
     options = parse_options(argv)
@@ -7546,6 +7553,7 @@ def main(argv=None):
     try:
         nodes = [] if options.demo else read_nodes(options)
         keys, tls = read_keys(options), read_certificate(options)
+        trim_memory()
         with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
