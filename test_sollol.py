@@ -4579,8 +4579,16 @@ def test_mistake_in_the_keys_file_is_told_by_its_line_without_the_key(line, comp
 
 
 def test_keys_in_the_readme_are_valid():
-    lines = re.findall(r"^    (\S+ +name=.*)$", (HERE / "README.md").read_text(), re.M)
+    lines = re.findall(r"^    ([^ /]+ +name=.*)$", (HERE / "README.md").read_text(), re.M)
     assert [key.name for key in sollol.parse_keys("\n".join(lines), "README.md")] == ["alice", "batch", "ops"]
+
+
+def test_lines_of_a_hosts_file_in_the_readme_are_valid():
+    text = "\n".join(re.findall(r"^    (https?://.*)$", (HERE / "README.md").read_text(), re.M))
+    with pytest.raises(sollol.ConfigError, match="README.md:3: .*far.pem: No such file"):
+        sollol.parse_hosts(text, "README.md")
+    nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "README.md")
+    assert [node.slots for node in nodes] == [0, 4, 0, 0] and [node.resolve for node in nodes] == [False] * 3 + [True]
 
 
 def test_empty_keys_file_lets_nobody_in_by_mistake():
@@ -6759,6 +6767,87 @@ def test_snippets_for_containers_are_what_they_should_be():
         probe = container[name]["httpGet"]
         assert probe["path"] in sollol.OPEN_PATHS and probe["port"] == container["ports"][0]["containerPort"] == 8000
     assert (HERE / "sollol.py").stat().st_size < 2**20      # the most that a ConfigMap holds
+
+
+# -----------------------------------------------------------------------------
+# The README's commands: each is run, here or by .ci/run, the long ones with smaller numbers
+# -----------------------------------------------------------------------------
+
+def readme_commands():
+    """Return every command in the README, without its comment."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?:    |\$ )((?:python3|curl|sudo|docker|journalctl) .*)", text, re.M)
+    spans = re.findall(r"`((?:python3 )?(?:bench|sollol)\.py(?: --.*?)?)`", text)
+    commands = {re.sub(r" +#.*", "", command) for command in (*lines, *spans)}
+    return sorted(command if not command.startswith(("bench", "sollol")) else f"python3 {command}"
+                  for command in commands if command not in ("bench.py", "sollol.py"))
+
+
+SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py --nodes 3"}
+ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
+        "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
+        "python3 bench.py --matrix": (0,)}
+SMALLER = {"python3 bench.py --matrix": ["seed/hom3"]}
+# What runs the others: a test, or a line of .ci/run with these words.
+ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
+             "sudo install": "test_service_is_installed_by_the_readmes_commands",
+             "python3 bench.py --sollol-url": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
+             "python3 -m venv": "'^    python3 -m venv '", "python3 bench.py --check": "bench.py --check",
+             "python3 bench.py --overhead": "bench.py --overhead", "python3 bench.py --streams": "bench.py --streams",
+             "python3 bench.py --kills": "bench.py --kills", "python3 bench.py --siege": "bench.py --siege",
+             "python3 bench.py --soak": "bench.py --soak"}
+NEEDS_SYSTEMD = ("sudo systemctl daemon-reload", "sudo systemctl enable --now sollol", "journalctl -u sollol -f")
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_command_of_the_readme_is_run(command):
+    if command in NEEDS_SYSTEMD:
+        pytest.skip("would change this machine")
+    words = shlex.split(command)[1:]
+    if command in SERVES:
+        with program(*words, "--port", 0) as process:
+            read_until(process, r"http://127.0.0.1:\d+")
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+    elif command in ENDS:
+        done = subprocess.run([sys.executable, *words, *SMALLER.get(command, ())], cwd=HERE, capture_output=True)
+        assert done.returncode in ENDS[command] and done.stdout
+    else:
+        runner, = (runner for beginning, runner in ELSEWHERE.items() if command.startswith(beginning))
+        assert runner in globals() or runner in (HERE / ".ci" / "run").read_text()
+
+
+def test_demo_of_the_readme_streams_to_its_curl():
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    command, = (command for command in readme_commands() if command.startswith("curl -N"))
+    with program("sollol.py", "--demo", "--port", 0) as demo:
+        url = read_until(demo, r"event=start .*url=(\S+)")[1]
+        words = shlex.split(command.replace("http://127.0.0.1:8000", url))
+        lines = subprocess.run([*words, "-sS"], capture_output=True, check=True).stdout.splitlines()
+    assert json.loads(lines[0])["done"] is False and json.loads(lines[-1])["done"] is True
+
+
+def test_service_is_installed_by_the_readmes_commands(tmp_path):
+    """Under another root, and without systemd: its command then runs, with the settings of its environment."""
+    for command in readme_commands():
+        if command.startswith("sudo install"):
+            words = shlex.split(re.sub(" (/opt|/etc)", rf" {tmp_path}\1", command.removeprefix("sudo ")))
+            subprocess.run(words, cwd=HERE, check=True)
+    unit = (tmp_path / "etc/systemd/system/sollol.service").read_text()
+    folder, words = (re.search(rf"(?m)^{name}=(.*)", unit)[1] for name in ("WorkingDirectory", "ExecStart"))
+    words = re.sub(" (/opt|/etc)", rf" {tmp_path}\1", words).split()
+    if shutil.which("systemctl"):
+        subprocess.run(["systemctl", f"--root={tmp_path}", "enable", "sollol"], check=True, capture_output=True)
+        assert (tmp_path / "etc/systemd/system/multi-user.target.wants/sollol.service").is_symlink()
+    with subprocess.Popen([sys.executable, *words[1:], "--port", "0"], cwd=f"{tmp_path}{folder}", text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, "SOLLOL_STATE": str(tmp_path / "state")}) as process:
+        try:
+            assert any("event=start" in line for line in process.stderr)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
 
 
 # -----------------------------------------------------------------------------
