@@ -1790,8 +1790,8 @@ def cached_tokens(runner, demand):
 
 def harm_s(node, now):
     """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * solo_left_s(lease, now) * slowdown(node, other) / len(node.busy)
-               for other in node.busy for lease in other.leases)
+    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
+               for other in node.busy)
 
 
 class Crowding(NamedTuple):
@@ -1851,15 +1851,15 @@ class Offer:
         if self.ends_at_s is None:
             slow = slowdown(self.runner.node, self.runner)
             self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
-                                    + list(self.claims_at_s))
+                                    + [*self.claims_at_s])
         return max(0.0, self.ends_at_s[-self.runner.slots] - now)
 
-    def claim(self, at_s):
-        """Let a ticket that waits for the runner have the first slot until then."""
-        self.claims_at_s.append(at_s)
-        self.free -= 1
+    def claimed(self, at_s, now):
+        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
+        offer = Offer(self.runner, self.around, now, (*self.claims_at_s, at_s))
         if self.ends_at_s is not None:
-            bisect.insort(self.ends_at_s, at_s)
+            offer.ends_at_s = sorted([*self.ends_at_s, at_s])
+        return offer
 
     def load(self, now):
         """Return (when the model would be loaded, what that costs others later), in seconds from now."""
@@ -2537,8 +2537,9 @@ class Dispatcher:
             turn.held.append(entry)
             room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
             if candidates:
-                self.claim(turn, candidates[0])
-                room.finish_s = min(room.finish_s, candidates[0].finish_s)
+                best = candidates[0]
+                turn.claimed[best.runner] = best.offer.claimed(turn.now + best.finish_s, turn.now)
+                room.finish_s = min(room.finish_s, best.finish_s)
         else:
             self.queue.settle(entry)
             turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
@@ -2558,27 +2559,14 @@ class Dispatcher:
         for order, runner in enumerate(runners):
             if ticket.tried and runner.node.name in ticket.tried:
                 continue
-            offer = self.offer(turn, runner)
+            around, offer = self.around(runner.node, now), turn.claimed.get(runner)
+            if offer is None:
+                offer = around.offer(runner, now)
+            elif offer.around is not around:    # a lease was given there
+                offer = turn.claimed[runner] = Offer(runner, around, now, offer.claims_at_s)
             found.append(Candidate(offer.finish_s(demand, now), order, offer))
         found.sort()
         return found
-
-    def offer(self, turn, runner):
-        """Return the Offer of a runner, with the claims of those that are held for it."""
-        around = self.around(runner.node, turn.now)
-        claimed = turn.claimed.get(runner) if turn.claimed else None
-        if claimed is None:
-            return around.offer(runner, turn.now)
-        if claimed.around is not around:        # a lease was given there
-            claimed = turn.claimed[runner] = Offer(runner, around, turn.now, claimed.claims_at_s)
-        return claimed
-
-    def claim(self, turn, candidate):
-        """Let a ticket that is held have the first slot of a runner, before those that are looked at after it."""
-        runner = candidate.runner
-        if runner not in turn.claimed:
-            turn.claimed[runner] = Offer(runner, candidate.offer.around, turn.now, [])
-        turn.claimed[runner].claim(turn.now + candidate.finish_s)
 
     def around(self, node, now):
         """Return the Surroundings on a node: kept from one dispatch to the next, as long as nothing happens there."""
