@@ -2765,6 +2765,7 @@ class Dispatcher:
         runner.top, runner.peak = max(runner.top, count), max(runner.peak, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
+            self.surroundings.pop(runner.node, None)
             self.unsettle(runner.model)
 
     def doubt_slots(self, runner, nth, now):
@@ -2779,6 +2780,7 @@ class Dispatcher:
         if runner.slots_known == "set":
             return
         runner.slots, runner.slots_known = runner.top, "learned"
+        self.surroundings.pop(runner.node, None)
         doubled = min(runner.disproofs, 6 if runner.top >= runner.peak else LAST_SHORT_PAUSE)
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
         runner.disproofs += 1

@@ -763,17 +763,6 @@ def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
     assert fair.charge(want(client="greedy", priority=8), 0.5, 1.0) == 0.5
 
 
-def test_batch_work_of_a_client_never_overtakes_its_own_urgent_backlog():
-    """However long that is: one address may be a server with many users behind it."""
-    dispatcher, now = cluster(n1=["m"]), 0.0
-    dispatcher.estimates.lengths["m:latest"].mean = 2000.0
-    tickets = [dispatcher.enter(str(number), want(priority=priority), now)
-               for number, priority in enumerate([8] * 60 + [1] * 3 + [8] * 3)]
-    waiting = dispatcher.queue.in_order()
-    assert tickets[59].key_s - tickets[0].key_s > 5 * sollol.HEAD_START_S
-    assert [ticket.wants.priority for ticket in waiting] == [8] * 63 + [1] * 3
-
-
 def test_client_with_nothing_left_is_forgotten():
     fair, wants = sollol.FairShare(), want(client="c")
     fair.charge(wants, 0.0, 100.0)
@@ -1003,6 +992,31 @@ def test_urgent_overtakes_and_freed_slot_goes_to_the_first_in_line():
     for now, (done, following) in enumerate([(urgent, usual), (usual, later), (later, batch)], 1):
         finish(dispatcher, done, now)
         assert placed(dispatcher, now) == ["n1"] and following.lease
+
+
+def test_batch_work_of_a_client_never_overtakes_its_own_urgent_backlog():
+    """However long that is: one address may be a server with many users behind it."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    dispatcher.estimates.lengths["m:latest"].mean = 2000.0
+    tickets = [dispatcher.enter(str(number), want(priority=priority), now)
+               for number, priority in enumerate([8] * 60 + [1] * 3 + [8] * 3)]
+    waiting = dispatcher.queue.in_order()
+    assert tickets[59].key_s - tickets[0].key_s > 5 * sollol.HEAD_START_S
+    assert [ticket.wants.priority for ticket in waiting] == [8] * 63 + [1] * 3
+
+
+def test_offers_are_made_anew_when_slots_are_proved():
+    """A kept one would look for the end of a slot that it does not know."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    enter(dispatcher, want())
+    assert placed(dispatcher) == ["n1"]
+    runner(dispatcher, "n1").probe_s = math.inf     # not one more on trial
+    waiting, = enter(dispatcher, want())
+    assert placed(dispatcher) == []
+    node = dispatcher.nodes["n1"]
+    assert dispatcher.around(node, 0.0).offer(runner(dispatcher, "n1"), 0.0).first_s(0.0) > 0
+    dispatcher.prove_slots(runner(dispatcher, "n1"), 3)
+    assert placed(dispatcher) == ["n1"] and waiting.lease
 
 
 def test_batch_that_waited_longer_than_the_head_start_goes_before_a_fresh_urgent_one():
