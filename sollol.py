@@ -125,7 +125,9 @@ HEAD_START_S = 6.0                  # one level of priority, in seconds of waiti
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
-LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32
+LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
+LOOK_AHEAD_PER_NODE = 0.6           # in larger clusters: with 8 on 40 nodes slots stay empty, the mean is 5 to 17 % longer
+MOST_LOOK_AHEAD = 24                # 2 ms of 100 nodes; 64 would win 2 % more
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
@@ -2233,6 +2235,11 @@ def untried(nodes, tried, now):
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
 
 
+def look_ahead(nodes):
+    """Return how many tickets of a model are judged in one decision, where so many nodes could have them."""
+    return int(min(max(LOOK_AHEAD, nodes * LOOK_AHEAD_PER_NODE), MOST_LOOK_AHEAD))
+
+
 def explain(candidates, chosen):
     """Return why a node was chosen, in a few words."""
     if len(candidates) == 1:
@@ -2438,21 +2445,21 @@ class Dispatcher:
             if settled and not freed and not again:
                 continue
             places = freed if freed and not again else math.inf
-            looks = LOOK_AHEAD if freed or not settled else 1       # nothing happened: the first speaks for the others
+            first_only = settled and not freed      # nothing happened: the first ticket speaks for the others
             holders = self.holders.get(model)
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
                 continue
             usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
             if usable or any(runner.node.is_alive(now) for runner in holders):
-                rooms.append(Room(model, usable, places, looks))
+                rooms.append(Room(model, usable, places, 1 if first_only else look_ahead(len(usable))))
             else:
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
                 self.refuse_all(turn, model, f"every node that has {model} is down or draining",
                                 last.node.drained_seq if last else 0)
                 if last and self.queue.first(model):
-                    rooms.append(Room(model, [last], places, looks))
+                    rooms.append(Room(model, [last], places, 1 if first_only else look_ahead(1)))
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn, model, text, since_seq=0):
