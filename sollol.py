@@ -6812,7 +6812,7 @@ class StateFile:
     """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
         self.text = ""              # as written last
         self.foreign = False        # there is a file that is not ours to overwrite
         self.failed = False         # the last write did
@@ -6860,6 +6860,8 @@ class StateFile:
         """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.exists(self.path) and not os.path.isfile(self.path):     # root would replace /dev/null
+            raise OSError(errno.EINVAL, "not a regular file")
         number, temporary = tempfile.mkstemp(dir=os.path.dirname(self.path) or ".", prefix=".sollol-")
         try:
             with open(number, "w", encoding="utf-8") as file:
@@ -7030,8 +7032,9 @@ class Gateway:
         for name in names - self.sources.keys():
             self.begin_source(name)
         for node, pool in self.pools.items():
-            if node.settings.ca:
-                pool.tls = trust_in(node.settings)      # the file may have been renewed
+            if node.settings.ca:            # the file may have been renewed, or have gone, like its line
+                with contextlib.suppress(OSError):
+                    pool.tls = trust_in(node.settings)
         return self.join()
 
     def join(self):
@@ -7308,6 +7311,23 @@ def parse_port(text):
     return int(text)
 
 
+def parse_bind(text):
+    """Return the name or address to listen on; empty, it would be all of them."""
+    try:
+        if text.encode("idna"):
+            return text
+    except UnicodeError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not an address or a host name")
+
+
+def parse_secret_file(text):
+    """Return the path of a file without which everybody could ask: an empty one is a variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named")
+    return text
+
+
 def parse_origins(text):
     """Return the origins in a list with commas; each may have one `*`."""
     origins = [word.strip() for word in text.split(",") if word.strip()]
@@ -7371,7 +7391,8 @@ def command_line(environ):
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
         "1 some down, 2 bad file (no)")
     group = parser.add_argument_group("listening")
-    add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
+        "(%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
@@ -7399,11 +7420,12 @@ def command_line(environ):
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
         "(%(default)s)")
     group = parser.add_argument_group("security")
-    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
-        "--hosts (none: everybody may ask)")
-    add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it "
-        "speaks TLS then; read again on SIGHUP (none: plain HTTP)")
-    add(group, "--tls-key", metavar="FILE", help="private key of --tls-cert, in PEM form (none)")
+    add(group, "--keys", metavar="FILE", type=parse_secret_file, help="one key per line, `KEY name=alice`; "
+        "requests need one; read again like --hosts (none: everybody may ask)")
+    add(group, "--tls-cert", metavar="FILE", type=parse_secret_file, help="certificate of this port in PEM form, "
+        "the chain behind it: it speaks TLS then; read again on SIGHUP (none: plain HTTP)")
+    add(group, "--tls-key", metavar="FILE", type=parse_secret_file, help="private key of --tls-cert, in PEM form "
+        "(none)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
     group = parser.add_argument_group("log")

@@ -2362,6 +2362,11 @@ def test_nodes_in_the_environment_are_a_list():
     ("log format in the environment", ["--demo"], {"SOLLOL_LOG_FORMAT": "xml"}, "xml"),
     ("log level in the environment", ["--demo"], {"SOLLOL_LOG_LEVEL": "loud"}, "loud"),
     ("switch in the environment", ["--demo"], {"SOLLOL_NO_UVLOOP": "perhaps"}, "perhaps"),
+    ("everybody's address", ["--demo", "--bind", ""], {}, "'' is not an address"),
+    ("no address", ["--demo", "--bind", "a..b"], {}, "'a..b' is not an address"),
+    ("keys unset", ["--demo", "--keys", ""], {}, "--keys: no file is named"),
+    ("keys unset in the environment", ["--demo"], {"SOLLOL_KEYS": ""}, "SOLLOL_KEYS: no file is named"),
+    ("certificate unset", ["--demo", "--tls-cert", "", "--tls-key", ""], {}, "--tls-cert: no file is named"),
 ])
 def test_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argv, environ, message):
     with pytest.raises(SystemExit) as caught:
@@ -6583,6 +6588,16 @@ def test_state_file_that_can_never_be_written_stops_the_start(tmp_path, path, wh
     assert done.stderr.startswith(f"sollol.py: --state: {path}: {why}") and done.stderr.count("\n") == 1
 
 
+def test_state_replaces_only_a_regular_file_also_behind_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(sollol.ConfigError, match="pipe: not a regular file"):
+        sollol.StateFile(str(tmp_path / "pipe"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to("disk/state")
+    sollol.StateFile(str(tmp_path / "state")).write({"nodes": [], "lengths": {}})
+    assert (tmp_path / "state").is_symlink() and os.listdir(tmp_path / "disk") == ["state"]
+
+
 def test_terminated_program_keeps_what_it_has_learned(tmp_path):
     path = tmp_path / "state.json"
     with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 20) as node:
@@ -7020,6 +7035,18 @@ async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_pa
         shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
         gateway.reload()
         await until(lambda: gateway.dispatcher.nodes["good"].up)
+
+
+@over_sockets
+async def test_authority_may_go_together_with_the_line_that_named_it(pems, tmp_path):
+    nodes = [await tls_node(pems).start(), await bench.SimNode(**FAST).start()]
+    shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
+    (tmp_path / "hosts.txt").write_text(f"{nodes[0].url} name=old ca=ca.pem\n")
+    async with gateway_for(*nodes, hosts=tmp_path / "hosts.txt") as gateway:
+        os.unlink(tmp_path / "ca.pem")
+        (tmp_path / "hosts.txt").write_text(f"{nodes[1].url} name=new\n")
+        gateway.reload()
+        assert list(gateway.dispatcher.nodes) == ["new"]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
