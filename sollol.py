@@ -1461,6 +1461,7 @@ class Lease:
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
+    passed_s: float = math.inf      # when the first of those sent before it left
     raced: bool = False             # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
@@ -1477,6 +1478,11 @@ class Lease:
 def is_held_up(lease):
     """Tell whether an answer waits for its client to read."""
     return lease.held_up is not None and lease.held_up()
+
+
+def telling_wait_s(took_s):
+    """Return the hidden wait from which on, of a request that took so long, it is more than noise."""
+    return HIDDEN_WAIT_S + 0.02 * took_s
 
 
 class Timings(NamedTuple):
@@ -1501,7 +1507,7 @@ class Timings(NamedTuple):
 
     def show_a_wait(self, took_s):
         """Tell whether the hidden wait of a request that took so long is more than noise."""
-        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s
+        return self.hidden_wait_s >= telling_wait_s(took_s)
 
 
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
@@ -2845,7 +2851,8 @@ class Dispatcher:
         if runner.slots_known == "set" or lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if not timings.show_a_wait(took_s):
-            if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
+            # Had it waited for the first of those sent before it to leave, so long a wait would show.
+            if lease.passed_s - lease.sent_s > telling_wait_s(took_s) + RACE_S + lease.node.rtt_s:
                 self.prove_slots(runner, lease.nth)
             if lease.nth > 1:       # alone it could not have waited anyway
                 runner.waits = 0
@@ -2971,6 +2978,7 @@ class Dispatcher:
             place = runner.leases.index(lease)
             del runner.leases[place]
             for later in runner.leases[place:]:
+                later.passed_s = min(later.passed_s, now)
                 if later.first_s is None and later.passed_progress_s is None:
                     later.passed_progress_s = runner.progress_s
             runner.used_s = now

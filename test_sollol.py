@@ -1259,6 +1259,15 @@ def test_overlap_without_hidden_wait_proves_slots():
     assert runner(dispatcher, "n1").slots == 2
 
 
+@pytest.mark.parametrize("left_s, slots", [(1.5, 2), (0.4, 2), (0.2, 1)])
+def test_answers_that_end_in_their_order_prove_slots_if_a_wait_would_have_shown(left_s, slots):
+    """As those of equal length do, that come whole: when one ends, those sent before it have left."""
+    dispatcher, (first, second) = two_on_one()
+    finish(dispatcher, first, left_s, Timings(left_s - 0.05, 0, 0.1, 100, left_s - 0.15, 50))
+    finish(dispatcher, second, 2.0, Timings(1.85, 0, 0.4, 100, 1.4, 50))
+    assert runner(dispatcher, "n1").slots == slots
+
+
 def test_requests_sent_at_the_same_instant_prove_slots_too():
     dispatcher = cluster(slots=0, n1=["m"])
     _, second = enter(dispatcher, want(), want())
