@@ -5730,13 +5730,20 @@ def node_stats(node, now):
 
 
 def queue_stats(dispatcher, now):
-    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id."""
-    queue, ahead_s = [], 0.0
+    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
+
+    What a ticket costs is reckoned by what is known now, not when it came; once for all that are much alike.
+    """
+    queue, ahead_s, costs_s = [], 0.0, {}
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
-        ahead_s += ticket.cost_s
+        demand = dispatcher.estimates.demand_of(ticket)
+        alike = ticket.wants.model, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        if alike not in costs_s:
+            costs_s[alike] = dispatcher.cost_s(demand)
+        ahead_s += costs_s[alike]
     return queue
 
 

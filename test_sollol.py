@@ -4451,6 +4451,16 @@ async def test_client_finds_itself_in_the_queue_by_its_own_name():
         await asyncio.gather(*tasks)
 
 
+def test_predicted_start_follows_what_is_learned_while_a_ticket_waits():
+    dispatcher = cluster(n1=["m"])
+    running, *_ = enter(dispatcher, *[want()] * 3)
+    assert placed(dispatcher) == ["n1"]
+    before_s = sollol.queue_stats(dispatcher, 0.0)[1]["predicted_start_s"]
+    finish(dispatcher, running, 0.1, Timings(0.1, 0, 0.01, 100, 0.09, 10))
+    after_s = sollol.queue_stats(dispatcher, 0.1)[1]["predicted_start_s"]
+    assert 0 < after_s < 0.3 * before_s
+
+
 # -----------------------------------------------------------------------------
 # Drain and resume
 # -----------------------------------------------------------------------------
