@@ -168,6 +168,7 @@ SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
+NOTIFY_S = 1.0                      # streams stand still meanwhile
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -5977,12 +5978,17 @@ def start_log(style, level):
 
 
 def tell_systemd(message):
-    """Send a state to the service manager that started this process, if one did; see sd_notify(3)."""
+    """Send a state to the service manager that started this process, if one did; see sd_notify(3).
+
+    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits NOTIFY_S, not for ever.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
-        channel.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        channel.settimeout(0.0 if message == "WATCHDOG=1" else NOTIFY_S)
+        channel.connect("\0" + address[1:] if address[0] == "@" else address)
+        channel.send(message.encode())
 
 
 # -----------------------------------------------------------------------------

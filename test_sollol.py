@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -6716,6 +6717,20 @@ def test_port_in_use_is_one_clear_line():
                               capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert f"sollol.py: 127.0.0.1:{port}: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_busy_service_manager_does_not_stop_the_gateway(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setattr(sollol, "NOTIFY_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(5)
+        stuck = threading.Timer(4.0, manager.close)     # a send that waits for ever ends then
+        stuck.start()
+        for number in range(2000):
+            sollol.tell_systemd("WATCHDOG=1" if number < 1990 else "READY=1")
+        assert stuck.is_alive() and manager.recv(99) == b"WATCHDOG=1"
+        stuck.cancel()
 
 
 def test_service_manager_is_told_ready_and_stopping(tmp_path):
