@@ -168,7 +168,7 @@ SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
-NOTIFY_S = 1.0                      # streams stand still meanwhile
+NOTIFY_S = 0.2                      # streams stand still meanwhile
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -5980,7 +5980,7 @@ def start_log(style, level):
 def tell_systemd(message):
     """Send a state to the service manager that started this process, if one did; see sd_notify(3).
 
-    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits NOTIFY_S, not for ever.
+    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits for NOTIFY_S.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
