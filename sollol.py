@@ -1481,11 +1481,6 @@ def is_held_up(lease):
     return lease.held_up is not None and lease.held_up()
 
 
-def telling_wait_s(took_s):
-    """Return the hidden wait from which on, of a request that took so long, it is more than noise."""
-    return HIDDEN_WAIT_S + 0.02 * took_s
-
-
 class Timings(NamedTuple):
     """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
 
@@ -1508,7 +1503,7 @@ class Timings(NamedTuple):
 
     def show_a_wait(self, took_s):
         """Tell whether the hidden wait of a request that took so long is more than noise."""
-        return self.hidden_wait_s >= telling_wait_s(took_s)
+        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s
 
 
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
@@ -2852,8 +2847,9 @@ class Dispatcher:
         if runner.slots_known == "set" or lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if not timings.show_a_wait(took_s):
-            # Had it waited for the first of those sent before it to leave, so long a wait would show.
-            if lease.passed_s - lease.sent_s > telling_wait_s(took_s) + RACE_S + lease.node.rtt_s:
+            # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
+            unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
+            if lease.passed_s - lease.sent_s > unexplained_s + RACE_S:
                 self.prove_slots(runner, lease.nth)
             if lease.nth > 1:       # alone it could not have waited anyway
                 runner.waits = 0
