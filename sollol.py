@@ -170,6 +170,7 @@ SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
+NOTIFY_S = 0.2                      # streams stand still meanwhile
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -1463,6 +1464,7 @@ class Lease:
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
+    passed_s: float = math.inf      # when the first of those sent before it left
     raced: bool = False             # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
@@ -2842,7 +2844,9 @@ class Dispatcher:
         if runner.slots_known == "set" or lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if not timings.show_a_wait(took_s):
-            if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
+            # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
+            unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
+            if lease.passed_s - lease.sent_s > unexplained_s + RACE_S:
                 self.prove_slots(runner, lease.nth)
             if lease.nth > 1:       # alone it could not have waited anyway
                 runner.waits = 0
@@ -2968,6 +2972,7 @@ class Dispatcher:
             place = runner.leases.index(lease)
             del runner.leases[place]
             for later in runner.leases[place:]:
+                later.passed_s = min(later.passed_s, now)
                 if later.first_s is None and later.passed_progress_s is None:
                     later.passed_progress_s = runner.progress_s
             runner.used_s = now
@@ -5719,13 +5724,20 @@ def node_stats(node, now):
 
 
 def queue_stats(dispatcher, now):
-    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id."""
-    queue, ahead_s = [], 0.0
+    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
+
+    What a ticket costs is reckoned by what is known now, not when it came; once for all that are much alike.
+    """
+    queue, ahead_s, costs_s = [], 0.0, {}
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
-        ahead_s += ticket.cost_s
+        demand = dispatcher.estimates.demand_of(ticket)
+        alike = ticket.wants.model, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        if alike not in costs_s:
+            costs_s[alike] = dispatcher.cost_s(demand)
+        ahead_s += costs_s[alike]
     return queue
 
 
@@ -5959,12 +5971,17 @@ def start_log(style, level):
 
 
 def tell_systemd(message):
-    """Send a state to the service manager that started this process, if one did; see sd_notify(3)."""
+    """Send a state to the service manager that started this process, if one did; see sd_notify(3).
+
+    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits for NOTIFY_S.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
-        channel.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        channel.settimeout(0.0 if message == "WATCHDOG=1" else NOTIFY_S)
+        channel.connect("\0" + address[1:] if address[0] == "@" else address)
+        channel.send(message.encode())
 
 
 # -----------------------------------------------------------------------------
@@ -6809,7 +6826,7 @@ class StateFile:
     """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
         self.text = ""              # as written last
         self.foreign = False        # there is a file that is not ours to overwrite
         self.failed = False         # the last write did
@@ -6857,6 +6874,8 @@ class StateFile:
         """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.exists(self.path) and not os.path.isfile(self.path):     # root would replace /dev/null
+            raise OSError(errno.EINVAL, "not a regular file")
         number, temporary = tempfile.mkstemp(dir=os.path.dirname(self.path) or ".", prefix=".sollol-")
         try:
             with open(number, "w", encoding="utf-8") as file:
@@ -7027,8 +7046,9 @@ class Gateway:
         for name in names - self.sources.keys():
             self.begin_source(name)
         for node, pool in self.pools.items():
-            if node.settings.ca:
-                pool.tls = trust_in(node.settings)      # the file may have been renewed
+            if node.settings.ca:            # the file may have been renewed, or have gone, like its line
+                with contextlib.suppress(OSError):
+                    pool.tls = trust_in(node.settings)
         return self.join()
 
     def join(self):
@@ -7305,6 +7325,23 @@ def parse_port(text):
     return int(text)
 
 
+def parse_bind(text):
+    """Return the name or address to listen on; empty, it would be all of them."""
+    try:
+        if text.encode("idna"):
+            return text
+    except UnicodeError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not an address or a host name")
+
+
+def parse_secret_file(text):
+    """Return the path of a file without which everybody could ask: an empty one is a variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named")
+    return text
+
+
 def parse_origins(text):
     """Return the origins in a list with commas; each may have one `*`."""
     origins = [word.strip() for word in text.split(",") if word.strip()]
@@ -7368,7 +7405,8 @@ def command_line(environ):
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
         "1 some down, 2 bad file (no)")
     group = parser.add_argument_group("listening")
-    add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
+        "(%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
@@ -7396,11 +7434,12 @@ def command_line(environ):
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
         "(%(default)s)")
     group = parser.add_argument_group("security")
-    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
-        "--hosts (none: everybody may ask)")
-    add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it "
-        "speaks TLS then; read again on SIGHUP (none: plain HTTP)")
-    add(group, "--tls-key", metavar="FILE", help="private key of --tls-cert, in PEM form (none)")
+    add(group, "--keys", metavar="FILE", type=parse_secret_file, help="one key per line, `KEY name=alice`; "
+        "requests need one; read again like --hosts (none: everybody may ask)")
+    add(group, "--tls-cert", metavar="FILE", type=parse_secret_file, help="certificate of this port in PEM form, "
+        "the chain behind it: it speaks TLS then; read again on SIGHUP (none: plain HTTP)")
+    add(group, "--tls-key", metavar="FILE", type=parse_secret_file, help="private key of --tls-cert, in PEM form "
+        "(none)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
     group = parser.add_argument_group("log")

@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -1297,6 +1298,15 @@ def test_overlap_without_hidden_wait_proves_slots():
     assert runner(dispatcher, "n1").slots == 2
 
 
+@pytest.mark.parametrize("left_s, slots", [(1.5, 2), (0.4, 2), (0.2, 1)])
+def test_answers_that_end_in_their_order_prove_slots_if_a_wait_would_have_shown(left_s, slots):
+    """As those of equal length do, that come whole: when one ends, those sent before it have left."""
+    dispatcher, (first, second) = two_on_one()
+    finish(dispatcher, first, left_s, Timings(left_s - 0.05, 0, 0.1, 100, left_s - 0.15, 50))
+    finish(dispatcher, second, 2.0, Timings(1.85, 0, 0.4, 100, 1.4, 50))
+    assert runner(dispatcher, "n1").slots == slots
+
+
 def test_requests_sent_at_the_same_instant_prove_slots_too():
     dispatcher = cluster(slots=0, n1=["m"])
     _, second = enter(dispatcher, want(), want())
@@ -2400,6 +2410,11 @@ def test_nodes_in_the_environment_are_a_list():
     ("log format in the environment", ["--demo"], {"SOLLOL_LOG_FORMAT": "xml"}, "xml"),
     ("log level in the environment", ["--demo"], {"SOLLOL_LOG_LEVEL": "loud"}, "loud"),
     ("switch in the environment", ["--demo"], {"SOLLOL_NO_UVLOOP": "perhaps"}, "perhaps"),
+    ("everybody's address", ["--demo", "--bind", ""], {}, "'' is not an address"),
+    ("no address", ["--demo", "--bind", "a..b"], {}, "'a..b' is not an address"),
+    ("keys unset", ["--demo", "--keys", ""], {}, "--keys: no file is named"),
+    ("keys unset in the environment", ["--demo"], {"SOLLOL_KEYS": ""}, "SOLLOL_KEYS: no file is named"),
+    ("certificate unset", ["--demo", "--tls-cert", "", "--tls-key", ""], {}, "--tls-cert: no file is named"),
 ])
 def test_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argv, environ, message):
     with pytest.raises(SystemExit) as caught:
@@ -4473,6 +4488,16 @@ async def test_client_finds_itself_in_the_queue_by_its_own_name():
         assert 0 <= queue[0]["predicted_start_s"] < queue[1]["predicted_start_s"]
         assert running[0]["slot"] and running[0]["predicted_left_s"] is not None
         await asyncio.gather(*tasks)
+
+
+def test_predicted_start_follows_what_is_learned_while_a_ticket_waits():
+    dispatcher = cluster(n1=["m"])
+    running, *_ = enter(dispatcher, *[want()] * 3)
+    assert placed(dispatcher) == ["n1"]
+    before_s = sollol.queue_stats(dispatcher, 0.0)[1]["predicted_start_s"]
+    finish(dispatcher, running, 0.1, Timings(0.1, 0, 0.01, 100, 0.09, 10))
+    after_s = sollol.queue_stats(dispatcher, 0.1)[1]["predicted_start_s"]
+    assert 0 < after_s < 0.3 * before_s
 
 
 # -----------------------------------------------------------------------------
@@ -6629,6 +6654,16 @@ def test_state_file_that_can_never_be_written_stops_the_start(tmp_path, path, wh
     assert done.stderr.startswith(f"sollol.py: --state: {path}: {why}") and done.stderr.count("\n") == 1
 
 
+def test_state_replaces_only_a_regular_file_also_behind_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(sollol.ConfigError, match="pipe: not a regular file"):
+        sollol.StateFile(str(tmp_path / "pipe"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to("disk/state")
+    sollol.StateFile(str(tmp_path / "state")).write({"nodes": [], "lengths": {}})
+    assert (tmp_path / "state").is_symlink() and os.listdir(tmp_path / "disk") == ["state"]
+
+
 def test_terminated_program_keeps_what_it_has_learned(tmp_path):
     path = tmp_path / "state.json"
     with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 20) as node:
@@ -6728,6 +6763,20 @@ def test_port_in_use_is_one_clear_line():
                               capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert f"sollol.py: 127.0.0.1:{port}: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_busy_service_manager_does_not_stop_the_gateway(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setattr(sollol, "NOTIFY_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(5)
+        stuck = threading.Timer(4.0, manager.close)     # a send that waits for ever ends then
+        stuck.start()
+        for number in range(2000):
+            sollol.tell_systemd("WATCHDOG=1" if number < 1990 else "READY=1")
+        assert stuck.is_alive() and manager.recv(99) == b"WATCHDOG=1"
+        stuck.cancel()
 
 
 def test_service_manager_is_told_ready_and_stopping(tmp_path):
@@ -7147,6 +7196,18 @@ async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_pa
         shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
         gateway.reload()
         await until(lambda: gateway.dispatcher.nodes["good"].up)
+
+
+@over_sockets
+async def test_authority_may_go_together_with_the_line_that_named_it(pems, tmp_path):
+    nodes = [await tls_node(pems).start(), await bench.SimNode(**FAST).start()]
+    shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
+    (tmp_path / "hosts.txt").write_text(f"{nodes[0].url} name=old ca=ca.pem\n")
+    async with gateway_for(*nodes, hosts=tmp_path / "hosts.txt") as gateway:
+        os.unlink(tmp_path / "ca.pem")
+        (tmp_path / "hosts.txt").write_text(f"{nodes[1].url} name=new\n")
+        gateway.reload()
+        assert list(gateway.dispatcher.nodes) == ["new"]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
