@@ -1063,11 +1063,6 @@ def test_tickets_that_wait_for_another_node_stand_in_nobodys_way():
     assert placed(dispatcher, 2.0) == ["n1"] and fresh.lease
 
 
-@pytest.mark.parametrize("nodes, looks", [(1, 8), (13, 8), (20, 12), (40, 24), (1000, 24)])
-def test_more_tickets_are_judged_in_larger_clusters(nodes, looks):
-    assert sollol.look_ahead(nodes) == looks
-
-
 def test_those_behind_who_wait_for_fast_nodes_take_the_slow_ones_if_that_is_sooner():
     """Ten fast nodes are busy, fifteen are 2.2 times slower and free: the first ten had better wait, the next not."""
     dispatcher = cluster(**{f"n{number}": ["m"] for number in range(25)})
@@ -1083,8 +1078,11 @@ def test_those_behind_who_wait_for_fast_nodes_take_the_slow_ones_if_that_is_soon
     for number in range(10, 25):
         dispatcher.drain(dispatcher.nodes[f"n{number}"], False)
     waiting = enter(dispatcher, *[want()] * 15)
-    assert placed(dispatcher) == [f"n{number}" for number in range(10, 15)]
-    assert all(it.waiting for it in waiting[:10])
+    assert placed(dispatcher) == []
+    leases, _ = dispatcher.dispatch(0.0, skim=True)
+    assert [lease.ticket for lease in leases] == waiting[10:]
+    assert {lease.node.name for lease in leases} == {f"n{number}" for number in range(10, 15)}
+    assert dispatcher.dispatch(0.0, skim=True) == ([], [])
 
 
 def test_at_most_three_nodes_are_tried():
@@ -7529,7 +7527,7 @@ def test_ablation_shows_what_a_term_is_worth(monkeypatch):
     scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=150)
     rows = {row[0]: row[1] for row in bench.ablation_table((scenario,), 1)}
     assert rows["mean / P95"] == "prio/mild5 urgent" and rows["whole"].endswith(" s") and rows["no harm"] == ""
-    assert int(rows["no head start"].split(" / ")[0]) > 50
+    assert int(rows["no head start"].split(" / ")[0]) > 25
 
 
 def test_failed_requests_stay_in_every_figure():
