@@ -208,7 +208,7 @@ class ClientGone(Exception):
 
 
 class NodeFailure(Exception):
-    """A node did not give an answer. `kind`: refused, died, garbage, stalled."""
+    """A node did not give an answer. `kind`: refused, died, garbage, stalled; model: its stream told an error."""
 
     def __init__(self, kind, text):
         super().__init__(text)
@@ -869,13 +869,12 @@ def host_name(host):
     return name.removeprefix("[").removesuffix("]")
 
 
-def is_address(name):
-    """Tell whether a name is an IP address."""
+def literal(host):
+    """Return an IP address in its usual spelling; None for a name."""
     try:
-        ipaddress.ip_address(name)
+        return str(ipaddress.ip_address(host))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def may_mean_us(host, machine, allowed):
@@ -889,7 +888,7 @@ def may_mean_us(host, machine, allowed):
     if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
         return True
     origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
-    return is_address(name) or any(is_listed(origin, allowed) for origin in origins)
+    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
 
 
 @remembered
@@ -2721,10 +2720,8 @@ class Dispatcher:
     def believe_loaded(self, runner, wants, ready_s):
         """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
         while must_evict(runner):
-            victims = [other for other in runner.node.runners.values()
-                       if other.ready_s is not None and other is not runner]
-            victim = min(victims, key=lambda other: (len(other.leases), other.used_s))
-            self.believe_unloaded(victim)
+            self.believe_unloaded(min(residents(runner.node, but=runner),
+                                      key=lambda other: (len(other.leases), other.used_s)))
         runner.prefixes.clear()
         runner.ready_s, runner.options = ready_s, wants.options
 
@@ -4614,7 +4611,7 @@ def answer_whole(client, head, record, answer, body):
 
 
 def pass_on_whole(gateway, client, head, connection, answer, lease, record):
-    """Pass on an answer that came in one piece with its head. Return (keep the client's, keep the node's connection)."""
+    """Pass on an answer that came in one piece with its head. Return what relay_answer does."""
     body, connection.buffer = connection.buffer, b""
     dispatcher, now = gateway.dispatcher, gateway.loop.time()
     if body:
@@ -4705,7 +4702,7 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
     request = render_request(head, lease.node.settings, len(body)) + body
     connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable)
     if lease.loads:
-        gateway.begin_chore(lease.node, look_after_load)
+        gateway.note_load(lease.node)
     clean = False
     try:
         if answer.status in BUSY_STATUSES or answer.status in (404, 500):
@@ -5280,10 +5277,7 @@ async def serve_order(gateway, client, head, record):
     if node is None or verb not in ("drain", "resume"):
         names = ", ".join(gateway.dispatcher.nodes)
         raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {names}")
-    gateway.dispatcher.drain(node, verb == "drain")
-    note_state(gateway, node, f"asked to {verb}")
-    gateway.pump()
-    return answer_locally(client, head, record, *json_answer(node_stats(node, gateway.loop.time()))[:2])
+    return answer_locally(client, head, record, *gateway.order(node, verb))
 
 
 def answer_origin(gateway, client, head, record):
@@ -6355,6 +6349,8 @@ def parse_secret(text):
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII")
     return text
+
+
 def parse_resolve(text):
     """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
     if text != "all":
@@ -6469,14 +6465,6 @@ def read_nodes(options):
 # tells for the names in them; the servers that a scan has found. `united` makes one list of settings of it, and
 # Gateway.join takes that over whenever a source has changed.
 # -----------------------------------------------------------------------------
-
-def literal(host):
-    """Return an IP address in its usual spelling; None for a name."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return None
-
 
 def names_in(lines, discovering):
     """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
@@ -6802,10 +6790,28 @@ def read_certificate(options):
         raise ConfigError(f"{key}: there is no usable private key in PEM form in it") from None
     warn_of_readers("tls", key, os.stat(key).st_mode)
     return context
+
+
+# -----------------------------------------------------------------------------
 # The state file: what was learned before?
 # -----------------------------------------------------------------------------
 
 STATE_FORMAT, STATE_VERSION = "sollol-state", 1
+
+
+def parse_state(text):
+    """Return what is in a state file. Raises ValueError."""
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("damaged: no JSON") from None
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
+    if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
+        raise ValueError("damaged: no nodes or no lengths")
+    return state
 
 
 class StateFile:
@@ -6873,21 +6879,6 @@ class StateFile:
             os.unlink(temporary)
             raise
         os.unlink(temporary)
-
-
-def parse_state(text):
-    """Return what is in a state file. Raises ValueError."""
-    try:
-        state = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("damaged: no JSON") from None
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
-    if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
-        raise ValueError("damaged: no nodes or no lengths")
-    return state
 
 
 # -----------------------------------------------------------------------------
@@ -7152,6 +7143,17 @@ class Gateway:
         if chore not in self.chores:
             task = self.chores[chore] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.chores.pop(chore, None))
+
+    def note_load(self, node):
+        """Note that a node has loaded a model, and soon what that has pushed out."""
+        self.begin_chore(node, look_after_load)
+
+    def order(self, node, verb):
+        """Drain or resume a node; return (status, body, content type) of the answer: its state."""
+        self.dispatcher.drain(node, verb == "drain")
+        note_state(self, node, f"asked to {verb}")
+        self.pump()
+        return json_answer(node_stats(node, self.loop.time()))
 
     def blame(self, lease, failure):
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
@@ -7453,8 +7455,7 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
         if gateway.draining:
             return
         host, port = gateway.address
-        scheme = "https" if tls else "http"
-        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
                   "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
