@@ -4613,6 +4613,7 @@ def answer_whole(client, head, record, answer, body):
 def pass_on_whole(gateway, client, head, connection, answer, lease, record):
     """Pass on an answer that came in one piece with its head. Return what relay_answer does."""
     body, connection.buffer = connection.buffer, b""
+    connection.transport.resume_reading()       # with its head it may have been more than is read ahead
     dispatcher, now = gateway.dispatcher, gateway.loop.time()
     if body:
         dispatcher.heard(lease, body.count(b"\n"), now)

@@ -3493,6 +3493,18 @@ async def test_pooled_connection_that_died_unseen_is_replaced():
 
 
 @over_sockets
+async def test_connection_is_used_again_after_an_answer_as_long_as_what_is_read_ahead(monkeypatch):
+    monkeypatch.setattr(sollol, "READ_AHEAD_BYTES", 1000)
+    answer = framed(b'{"response":"' + b"x" * 920 + b'","done":true}')
+    node = ScriptedNode(lambda request: [answer, KEEP])
+    assert len(answer) > 1000
+    async with gateway_for(node) as gateway:
+        for _ in range(3):
+            assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        assert len(node.connections) == 1
+
+
+@over_sockets
 async def test_bytes_behind_an_answer_never_reach_the_next_one():
     node = ScriptedNode(lambda request: [OK + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", KEEP])
     async with gateway_for(node) as gateway:
