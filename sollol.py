@@ -3431,10 +3431,15 @@ class NodeConnection(asyncio.Protocol):
 
 
 def trust_in(settings):
-    """Return the TLS context for connections to a node, None for plain HTTP. Raises OSError if its ca= is no good."""
+    """Return the TLS context for connections to a node, None for plain HTTP. Raises ValueError if its ca= is no good."""
     if not settings.tls:
         return None
-    context = ssl.create_default_context(cafile=settings.ca or None)
+    try:
+        context = ssl.create_default_context(cafile=settings.ca or None)
+    except ssl.SSLError:
+        raise ValueError(f"ca {settings.ca}: there is no certificate in PEM form in it") from None
+    except OSError as error:
+        raise ValueError(f"ca {settings.ca}: {error.strerror}") from None
     if settings.insecure:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -3456,8 +3461,17 @@ class Pool:
     def configure(self, settings):
         """Take over settings, for connections from now on."""
         self.settings = settings
-        self.tls = trust_in(settings)
+        self.tls = None             # the context of the connections, once there is one
         self.prune(math.inf)
+
+    def trust(self):
+        """Return the TLS context, None for plain HTTP. Raises NodeFailure if the file of ca= has become unusable."""
+        if self.tls is None:
+            try:
+                self.tls = trust_in(self.settings)
+            except ValueError as error:
+                raise NodeFailure("refused", str(error)) from None
+        return self.tls
 
     async def connect(self):
         """Return a fresh connection. Raises NodeFailure."""
@@ -3465,7 +3479,7 @@ class Pool:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.tls,
+                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.trust(),
                     server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
@@ -6415,12 +6429,7 @@ def with_authority(node, folder):
     if not node.ca:
         return node
     node = node._replace(ca=os.path.join(folder, node.ca))
-    try:
-        trust_in(node)
-    except ssl.SSLError:
-        raise ValueError(f"ca {node.ca}: there is no certificate in PEM form in it") from None
-    except OSError as error:
-        raise ValueError(f"ca {node.ca}: {error.strerror}") from None
+    trust_in(node)
     return node
 
 
@@ -7019,19 +7028,17 @@ class Gateway:
         for name in self.sources.keys() - names - {SCAN}:
             self.sources.pop(name).cancel()
             self.told.pop(name, None)
+            self.unresolved.discard(name)
         for name in names - self.sources.keys():
             self.begin_source(name)
-        for node, pool in self.pools.items():
-            if node.settings.ca:
-                pool.tls = trust_in(node.settings)      # the file may have been renewed
+        for pool in self.pools.values():
+            if pool.settings.ca:
+                pool.tls = None     # the file may have been renewed
         return self.join()
 
     def join(self):
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
         added, dropped = self.dispatcher.configure(united(self.lines, self.told, self.found))
-        insecure = " ".join(node.name for node in added if node.settings.insecure)
-        if insecure:
-            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         if self.server is None:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
@@ -7044,6 +7051,9 @@ class Gateway:
         changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
         for node in changed:
             self.pools[node].configure(node.settings)
+        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
+        if insecure:
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         return added, dropped, changed
 
     def begin_probes(self, node):

@@ -7034,6 +7034,30 @@ async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_pa
         await until(lambda: gateway.dispatcher.nodes["good"].up)
 
 
+@over_sockets
+async def test_authority_may_go_with_its_line_and_a_node_whose_authority_has_gone_is_down(pems, tmp_path, caplog):
+    nodes = [await tls_node(pems).start() for _ in range(2)]
+    hosts, authorities = tmp_path / "hosts.txt", [tmp_path / "1.pem", tmp_path / "2.pem"]
+    lines = [f"{node.url} name=n{number} ca={number}.pem\n" for number, node in enumerate(nodes, 1)]
+    for path in authorities:
+        shutil.copy(pems / "one.pem", path)
+    hosts.write_text("".join(lines))
+    async with gateway_for(*nodes, hosts=hosts, flags=["--probe-interval", "0.1"]) as gateway:
+        authorities[0].unlink()
+        hosts.write_text(lines[1])
+        await until(lambda: list(gateway.dispatcher.nodes) == ["n2"])
+        hosts.write_text(lines[1].replace("ca=2.pem", "insecure=yes"))
+        await until(lambda: "insecure=yes: anybody" in caplog.text)
+        hosts.write_text(lines[1])
+        await until(lambda: gateway.dispatcher.nodes["n2"].settings.ca)
+        gateway.pools[gateway.dispatcher.nodes["n2"]].configure(gateway.dispatcher.nodes["n2"].settings)
+        authorities[1].unlink()
+        await until(lambda: not gateway.dispatcher.nodes["n2"].up)
+        assert f"ca {authorities[1]}: No such file or directory" in caplog.text
+        shutil.copy(pems / "one.pem", authorities[1])
+        await until(lambda: gateway.dispatcher.nodes["n2"].up)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_slow_reader_slows_a_node_over_tls_too(loop, pems):
     LOOPS[loop](test_slow_reader_slows_the_node_and_not_the_gateways_memory.__wrapped__(shown(pems, "one")))
