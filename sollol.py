@@ -4830,7 +4830,7 @@ async def serve_upload(gateway, client, head, wants, record):
         return keep
     except NodeFailure as failure:
         gateway.blame(lease, failure)
-        raise Refusal(502, f"{lease.node.name}: {failure}", close=True) from None
+        raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         client.sink, client.deadline_s = None, math.inf
         dispatcher.release(lease, loop.time())
@@ -5314,7 +5314,11 @@ async def serve_by_nodes(gateway, client, head, route, body, wants, record):
     """Answer a request that nodes are needed for. Raises what `serve` raises."""
     record.model, record.priority = wants.model or "", wants.priority
     if route.kind == "raw" and head.length != 0:
-        return await serve_upload(gateway, client, head, wants, record)
+        try:
+            return await serve_upload(gateway, client, head, wants, record)
+        except Refusal as refusal:
+            refusal.close = True    # what is left of the body could be taken for the next request
+            raise
     if wants.batch and gateway.options.split_embed:
         sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
         if len(sizes) > 1:
@@ -7213,10 +7217,11 @@ class Gateway:
                 lease.abandon(NodeFailure("stalled", "stands still"))
         for node in dispatcher.nodes.values():
             note_state(self, node)
-            if node.up and (node.suspect or node.speed < 0.7 and not node.leases):
+            if not node.up or node.draining:
+                continue            # no new work, so no measuring either
+            if node.suspect or node.speed < 0.7 and not node.leases:
                 self.begin_chore(node, check)
-            elif (self.options.calibrate and node.up and not node.calibrated and not node.leases
-                  and loaded_runners(node)):
+            elif self.options.calibrate and not node.calibrated and not node.leases and loaded_runners(node):
                 self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
             pool.prune(now - IDLE_UPSTREAM_S)

@@ -3059,6 +3059,18 @@ async def test_blob_streams_up_with_either_framing():
 
 
 @over_sockets
+async def test_body_of_a_refused_upload_is_never_taken_for_a_request():
+    node = bench.SimNode(**FAST)
+    async with gateway_for(node) as gateway:
+        node.kill()
+        await until(lambda: health(gateway)["nodes"]["up"] == 0)
+        body = get(target=b"/api/version")
+        raw = await raw_call(gateway, head(b"POST /api/blobs/sha256:0 HTTP/1.1", b"Host: a",
+                                           b"Content-Length: %d" % len(body)) + body)
+        assert raw.startswith(b"HTTP/1.1 503 ") and b"Connection: close" in raw and raw.count(b"HTTP/1.1") == 1
+
+
+@over_sockets
 async def test_answer_before_the_end_of_an_upload_is_not_lost():
     node = bench.SimNode(**FAST)
     blob = b"x" * (8 * 2**20)
@@ -4478,6 +4490,19 @@ async def test_drained_node_finishes_its_work_and_gets_no_more_until_it_is_resum
         for name in "ab":
             assert (await call(gateway, "POST", f"/api/nodes/{name}/resume")).json()["state"] == "up"
         assert await used(4) == {"a", "b"}
+
+
+@over_sockets
+async def test_drained_node_is_not_measured_until_it_is_resumed():
+    node = bench.SimNode(loaded=("llama3.2",), **FAST)
+    async with gateway_for(node) as gateway:
+        name, = gateway.dispatcher.nodes
+        await call(gateway, "POST", f"/api/nodes/{name}/drain")
+        gateway.options.calibrate = True
+        await asyncio.sleep(3 * sollol.SWEEP_S)
+        assert "/api/generate" not in {request.path for request in node.requests}
+        await call(gateway, "POST", f"/api/nodes/{name}/resume")
+        await until(lambda: "/api/generate" in {request.path for request in node.requests})
 
 
 @pytest.mark.parametrize("fields", [{"X_Forwarded_For": "127.0.0.1"}, {"Forwarded": "for=127.0.0.1"}, {"Via": "1.1 x"},
