@@ -1098,6 +1098,7 @@ class Ticket:
     waiting: bool = False
     left: bool = False
     begun: bool = False             # its client has a part of the answer
+    version: str | None = ""        # digest of its model that it runs with; "" = any, None = one that nobody has
     barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
@@ -2276,8 +2277,8 @@ class Dispatcher:
 
     # Tickets ----------------------------------------------------------------
 
-    def enter(self, id, wants, now, barred=()):
-        """Return a waiting ticket for a request that `barred` nodes never get.
+    def enter(self, id, wants, now, version=""):
+        """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
         If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
         if that is the new one.
@@ -2288,9 +2289,8 @@ class Dispatcher:
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
         ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
-        if barred:
-            ticket.tried.update(barred)
-            ticket.barred = len(barred)
+        if version:
+            self.hold_to(ticket, version)
         self.push(ticket)
         return ticket
 
@@ -2331,6 +2331,7 @@ class Dispatcher:
 
     def retry(self, ticket, now):
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
+        self.bar(ticket)
         attempts = len(ticket.tried) - ticket.barred
         if attempts >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
             return False
@@ -2338,16 +2339,22 @@ class Dispatcher:
         self.push(ticket)
         return True
 
-    def hold_to_version(self, ticket, node):
+    def go_on(self, ticket, node):
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         ticket.begun = True
-        runner = node.runners.get(ticket.wants.model)
-        digest = runner and runner.row.get("digest")
-        same = {other.node.name for other in self.holders.get(ticket.wants.model, ())
-                if digest and other.row.get("digest") == digest}
-        others = self.nodes.keys() - same - ticket.tried
-        ticket.tried |= others
-        ticket.barred += len(others)
+        self.hold_to(ticket, has_on_disk(node, ticket.wants.model) and digest_of(node, ticket.wants.model) or None)
+
+    def hold_to(self, ticket, version):
+        """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
+        ticket.version = version
+        self.bar(ticket)
+
+    def bar(self, ticket):
+        """Keep a ticket from the nodes that do not have the version that it is held to, if it is."""
+        if ticket.version != "":
+            others = self.without(ticket.wants.model, ticket.version) - ticket.tried
+            ticket.tried |= others
+            ticket.barred += len(others)
 
     def rescued(self, whole):
         """Count a broken stream that another node was to go on with, and whether it came to its end."""
@@ -3112,6 +3119,8 @@ class Dispatcher:
             for runner in node.runners.values():
                 if runner.on_disk and not is_cloud(runner.model):
                     self.holders.setdefault(runner.model, []).append(runner)
+        for ticket in self.queue.tickets:
+            self.bar(ticket)
 
     def lost(self, node, now):
         """Note that a node cannot be reached: its models are gone from memory."""
@@ -4733,10 +4742,10 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
         pool.give_back(connection, clean)
 
 
-async def run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript):
+async def run_until_answered(gateway, client, head, body, wants, record, take, version, transcript):
     """Try one node after the other; see serve_inference."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    ticket = dispatcher.enter(record.id, wants, loop.time(), barred)
+    ticket = dispatcher.enter(record.id, wants, loop.time(), version)
     last = Refusal(502, "no node answered")
     try:
         while True:
@@ -4761,7 +4770,7 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
                 dispatcher.release(lease, loop.time())
             if transcript and transcript.relay:
                 transcript.rewind(lease.node.name)
-                dispatcher.hold_to_version(ticket, lease.node)
+                dispatcher.go_on(ticket, lease.node)
             if not dispatcher.retry(ticket, loop.time()):
                 break
         raise last
@@ -4770,7 +4779,7 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
         gateway.pump()
 
 
-async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
+async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, version=""):
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
 
     A deterministic stream is gone on with by another node even when a part of it is out.
@@ -4779,7 +4788,7 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
     if transcript:
         take = functools.partial(relay_answer, transcript=transcript)
     try:
-        return await run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript)
+        return await run_until_answered(gateway, client, head, body, wants, record, take, version, transcript)
     except (Refusal, NodeRefused) as ended:
         if not (transcript and transcript.relay):
             raise
@@ -5200,8 +5209,7 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
             body = json.dumps({**wants.batch, "input": share.texts}).encode()
-            barred = dispatcher.without(wants.model, digest)    # anew: a pull may have changed it
-            await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, barred)
+            await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, digest)
 
     nodes = len(dispatcher.nodes) - len(dispatcher.without(wants.model, digest))
     tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]

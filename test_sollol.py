@@ -1184,7 +1184,7 @@ def test_stream_that_has_begun_is_not_displaced_while_it_waits_for_its_rescue():
     dispatcher = cluster(max_queue=2, n1=["m"], n2=["m"])
     begun, _ = enter(dispatcher, want(priority=1), want(priority=5))
     assert sorted(placed(dispatcher)) == ["n1", "n2"]
-    dispatcher.hold_to_version(begun, begun.lease.node)
+    dispatcher.go_on(begun, begun.lease.node)
     assert fail(dispatcher, begun)
     low, = enter(dispatcher, want(priority=3))
     urgent, = enter(dispatcher, want(priority=8))
@@ -1193,6 +1193,32 @@ def test_stream_that_has_begun_is_not_displaced_while_it_waits_for_its_rescue():
     assert urgent.refusal and begun.waiting
     with pytest.raises(Refusal):
         enter(dispatcher, want(priority=8))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_is_held_to_a_version_goes_to_no_node_that_joins_or_changes_with_another(share):
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    settings = [node.settings for node in dispatcher.nodes.values()]
+    others = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    if share:                       # of a batch, and waiting
+        held = dispatcher.enter("held", want(), 0.0, rows("m")[0]["digest"])
+    else:                           # a stream that is to be gone on with
+        held = next(it for it in others if it.lease.node.name == "n2")
+        dispatcher.go_on(held, held.lease.node)
+        assert fail(dispatcher, held)
+    assert placed(dispatcher) == []
+    dispatcher.configure([*settings, NodeSettings("n3", "127.0.0.1", 9)])
+    for name in ("n3", "n2"):
+        dispatcher.answered(dispatcher.nodes[name], "0.33.0", 0.001, 0.0)
+        dispatcher.index(dispatcher.nodes[name], [{**rows("m")[0], "digest": "new"}])
+    assert placed(dispatcher) == [] and held.waiting
+    for ticket in others:
+        if ticket.lease and ticket.lease.node.name == "n2":
+            finish(dispatcher, ticket, 1.0)
+            assert placed(dispatcher, 1.0) == []
+    dispatcher.index(dispatcher.nodes["n1"], [{**rows("m")[0], "digest": "new"}])
+    assert dispatcher.dispatch(1.0) == ([], [held])
 
 
 def test_aged_batch_is_not_displaced_by_a_fresh_urgent_one():
