@@ -651,6 +651,7 @@ def render_response(head, added, framing):
 #
 # Read as Ollama's own server reads it: keys in any case, the last duplicate wins, bytes after the first JSON value
 # and the Content-Type do not matter. What cannot be read is no error here: some node answers it in its own words.
+# Whether a web page may ask at all, its Origin and the Host tell, by Ollama's rules.
 # -----------------------------------------------------------------------------
 
 class Route(NamedTuple):
@@ -1617,7 +1618,8 @@ class Ratios:
 #
 # Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
 # speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
-# All of these only read. They were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
+# All of these only read the nodes; an Offer and its Surroundings keep what was reckoned until something happens there.
+# The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
 # -----------------------------------------------------------------------------
 
 class Demand(NamedTuple):
@@ -2356,6 +2358,10 @@ class Dispatcher:
             ticket.tried |= others
             ticket.barred += len(others)
 
+    def in_flight(self):
+        """Return how many requests run, on dropped nodes, too."""
+        return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
+
     def rescued(self, whole):
         """Count a broken stream that another node was to go on with, and whether it came to its end."""
         self.rescues["whole" if whole else "broken"] += 1
@@ -2621,7 +2627,7 @@ class Dispatcher:
             return primary
         if holders and not in_cloud:
             return holders[0]
-        raise Refusal(503, f"{primary.name}, the primary node, is down", retry_after_s=1.0)
+        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
 
     def pin(self, id, wants, node, now, reason):
         """Return a lease without a slot on a given node."""
@@ -4131,7 +4137,8 @@ def consume_key(keys, head):
 # One task per connection takes one request after the other. It waits only for: the next head, a buffered body, a
 # lease, the head of an answer, the end of an answer. A client that closes its connection while it is being served
 # cancels the task: whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in
-# the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
+# the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server. With TLS, a
+# TlsTransport stands between the connection and its socket, and nothing else knows of it.
 # -----------------------------------------------------------------------------
 
 STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
@@ -5684,7 +5691,7 @@ def answer_health(gateway):
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
         "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
-        "inflight": sum(len(node.leases) for node in (*nodes, *gateway.dispatcher.leaving))}, 200 if up else 503)
+        "inflight": gateway.dispatcher.in_flight()}, 200 if up else 503)
 
 
 def percentile(ordered, share):
@@ -5898,7 +5905,8 @@ def metric_families(gateway):
     yield "sollol_inflight", "gauge", "Requests running on a node.", of_nodes(lambda node: len(node.leases))
     yield ("sollol_slots", "gauge", "Requests of one model that a node runs at once, as far as is known.",
            of_nodes(lambda node: node_slots(node)[0]))
-    yield "sollol_node_up", "gauge", "1 if a node answers.", of_nodes(lambda node: int(node.is_alive(now)))
+    yield ("sollol_node_up", "gauge", "1 if a node answers and is not draining.",
+           of_nodes(lambda node: int(node.is_alive(now))))
     yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind")
     yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
            counted(metrics.failovers, "node", "reason"))
@@ -7214,7 +7222,7 @@ class Gateway:
             LOG.info([request_fields(record, total_s) for record, total_s in finished])
 
     def sweep(self):
-        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
+        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now, dispatcher = self.loop.time(), self.dispatcher
         for client in list(self.clients):
@@ -7258,8 +7266,7 @@ class Gateway:
             return
         self.draining = True
         tell_systemd("STOPPING=1")
-        LOG.info({"event": "drain", "running": sum(len(node.leases) for node in self.dispatcher.nodes.values()),
-                  "queued": len(self.dispatcher.queue)})
+        LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
         if self.server:
             self.server.close()
         for client in list(self.clients):

@@ -4586,6 +4586,15 @@ def test_what_waits_for_a_draining_node_is_refused_when_it_goes_down():
     assert dispatcher.dispatch(1.0) == ([], [waiting])
 
 
+@over_sockets
+async def test_what_is_pinned_to_a_drained_primary_node_is_told_so():
+    async with gateway_for(fixed(1), fixed(1)) as gateway:
+        name = next(iter(gateway.dispatcher.nodes))
+        await call(gateway, "POST", f"/api/nodes/{name}/drain")
+        answer = await call(gateway, "POST", "/api/me")
+        assert answer.status == 503 and answer.json()["error"] == f"{name}, the primary node, is draining"
+
+
 def test_drained_node_stays_drained_over_a_reload():
     dispatcher = cluster(a=["m"], b=["m"])
     settings = [node.settings for node in dispatcher.nodes.values()]
