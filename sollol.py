@@ -2593,7 +2593,10 @@ class Dispatcher:
         turn.claimed[runner].claim(turn.now + candidate.finish_s)
 
     def around(self, node, now):
-        """Return the Surroundings on a node: kept from one dispatch to the next, as long as nothing happens there."""
+        """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
+
+        So old is what an Offer says of the work that still runs. All that changes a speed or the slots ends it at once.
+        """
         known = self.surroundings.get(node)
         if known is None or now - known.at_s > LOOK_AGAIN_S:
             known = self.surroundings[node] = Surroundings(node, now)
@@ -3293,6 +3296,7 @@ class Dispatcher:
         if seen > USUAL:
             seen = 1.0              # above 1 nothing counts, so noise below it must not either: speeds would drift
         node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
+        self.surroundings.pop(node, None)
         lease.watched_s, lease.watched_lines = now, lease.lines
 
     def trust(self, node, now):
@@ -3308,10 +3312,12 @@ class Dispatcher:
     def forget_speed(self, node):
         """Take a node for as fast as ever."""
         node.speed = 1.0
+        self.unsettle_all()
 
     def measured(self, runner, answers, now):
         """Learn from a calibration: Timings of requests sent to an idle runner at once."""
         node = runner.node
+        self.unsettle_all()
         runner.ready_s = runner.ready_s or now
         node.speed = 1.0
         timings = [it for it in answers if it.output_tokens >= 4 and it.output_s > 1e-4]

@@ -7363,6 +7363,23 @@ def test_everything_holds_under_random_faults(seed):
     assert sum(outcome.how == "whole" for outcome in outcomes) > 20
 
 
+@listed("seed", [1, 3])             # a calibration under load; streams that slow down
+def test_kept_offer_has_the_slots_and_speeds_of_a_new_one(seed, monkeypatch):
+    known, agree = sollol.Dispatcher.candidates, []
+
+    def compare(self, turn, ticket, runners):
+        found = known(self, turn, ticket, runners)
+        for it in (candidate.offer for candidate in found):
+            new = sollol.Offer(it.runner, sollol.Surroundings(it.runner.node, turn.now), turn.now, it.claims_at_s)
+            agree.append((it.free, it.slow, it.prefill_s, it.decode_s)
+                         == (new.free, new.slow, new.prefill_s, new.decode_s))
+        return found
+
+    monkeypatch.setattr(sollol.Dispatcher, "candidates", compare)
+    bench.soak_once(seed, minutes=2.0)
+    assert len(agree) > 500 and all(agree)
+
+
 def test_soak_replays_from_its_seed():
     one, two = (bench.soak_once(17, minutes=1.0) for _ in range(2))
     assert one == two and bench.soak_once(18, minutes=1.0)[0] != one[0]
