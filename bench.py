@@ -3242,7 +3242,7 @@ class Switch(NamedTuple):
 
 SWITCHES = (
     Switch("hold", {"HOLD": math.inf}),
-    Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
+    Switch("look-ahead", {"look_ahead": lambda nodes: 1}, "load|models5|prio"),
     Switch("harm", {"HARM": 0.0}, "models5"),
     Switch("swap", {"SWAP": 0.0}, "models5"),
     Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),
@@ -3635,7 +3635,6 @@ async def measure_overhead(options):
 STREAM_S = 5.0                      # how long one lasts
 RAMP_S = 1.0                        # over which streams are begun, so that their tokens do not come in step
 SLICE_S = 2.0
-ROUNDS = 5
 NODE_SLOTS = 64                     # the most that a line of hosts.txt may say
 FULL_LENGTH = re.compile(rb"content-length: *(\d+)", re.I)
 LIGHT_TAGS = json.dumps({"models": [{"name": "llama3.2:latest", "model": "llama3.2:latest", "size": 2 * 10**9}]})
@@ -3963,7 +3962,7 @@ def proxy_process(stack, name, argv, config, node):
 def sollol_process(stack, name, node, count, *flags, slots=NODE_SLOTS):
     """Start SOLLOL in front of `count` names of a node; return its Contender."""
     port = free_port()
-    argv = [sys.executable, "sollol.py", "--port", str(port), "--max-connections", "20000", *flags]
+    argv = [sys.executable, "-m", "sollol", "--port", str(port), "--max-connections", "20000", *flags]
     for number in range(count):
         argv += ["--node", f"http://127.0.0.1:{node.port} name=n{number} slots={slots}"]
     return Contender(name, port, begin_process(stack, argv, stdout=subprocess.DEVNULL))
@@ -4023,7 +4022,7 @@ def base_of(runs):
     return next(name for name in ("nginx", "HAProxy", "pump") if name in runs)
 
 
-async def measure_weight(rounds=ROUNDS, span_s=SLICE_S):
+async def measure_weight(rounds, span_s=SLICE_S):
     """Measure small calls through every contender, in turn; return rows of text."""
     many, one = collections.defaultdict(list), collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
@@ -4044,7 +4043,7 @@ async def measure_weight(rounds=ROUNDS, span_s=SLICE_S):
     return rows
 
 
-async def measure_streams(count, rate, rounds=3):
+async def measure_streams(count, rate, rounds):
     """Measure `count` concurrent streams of `rate` tokens/s through every contender, in turn; return rows of text."""
     seen = collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
@@ -4093,7 +4092,7 @@ async def crowd_cost(contender, customers, rate, span_s):
     return found
 
 
-async def measure_waiting(streams, rate, waiting, rounds=3):
+async def measure_waiting(streams, rate, waiting, rounds):
     """Measure what a long queue and many nodes cost the streams that run; return rows of text."""
     with contextlib.ExitStack() as stack:
         node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
@@ -5024,7 +5023,7 @@ class Front(Contender):
         """Return the JSON at a path of the gateway's own."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
         finally:
             writer.close()
@@ -5127,9 +5126,9 @@ def kills_held(span_s, seed):
 
 
 HALF_HEADS, SLOW_READERS = 300, 200
-HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: siege\r\nX-Filler: "
+HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nX-Filler: "
 BYTE_GAP_S, READ_GAP_S, READ_BYTES = 0.5, 1.0, 1024
-SIEGE_CLIENTS, SIEGE_SETTLE_S, SIEGE_ROUNDS = 8, 4.0, 3
+SIEGE_CLIENTS, SIEGE_SETTLE_S = 8, 4.0
 FILLED_S = 60.0                     # within which every buffer between node and slow reader is full
 MOST_GROWN_MIB = 64.0
 
@@ -5213,7 +5212,7 @@ async def filled(front):
     raise BadArgument("the gateway does not come to rest")
 
 
-async def run_siege(span_s, seed):
+async def run_siege(span_s, rounds, seed):
     """Measure ordinary clients without and with a siege, in turn; return (rows of text, MiB grown)."""
     rng = random.Random(f"siege {seed}")
     seen, peak_mib = {"without": [], "with": []}, 0.0
@@ -5226,7 +5225,7 @@ async def run_siege(span_s, seed):
         front = await Front.of(stack, lines, "--no-calibrate").ready(len(lines))
         await siege_slice(front, SIEGE_SETTLE_S)
         idle_mib = front.resident_mib()
-        for turn in range(SIEGE_ROUNDS):
+        for turn in range(rounds):
             seen["without"].append(await siege_slice(front, span_s))
             siege = Siege(front.port)
             laying = asyncio.create_task(siege.lay())
@@ -5242,16 +5241,16 @@ async def run_siege(span_s, seed):
             if health["inflight"] < SLOW_READERS or not siege.refused or not siege.read_bytes:
                 raise BadArgument(f"no siege: {health}, {siege.refused} refused, {siege.read_bytes} bytes read")
             await asyncio.sleep(1.0)
-            say(f"{turn + 1} of {SIEGE_ROUNDS} rounds")
+            say(f"{turn + 1} of {rounds} rounds")
     rows = [[f"{HALF_HEADS} half heads, {SLOW_READERS} slow readers", "P50 s", "P95 s", "requests/s", "MiB"]]
     for name, mib in (("without", idle_mib), ("with", peak_mib)):
         rows.append([name, *(f"{middle(one[column] for one in seen[name]):.3f}" for column in range(3)), f"{mib:.0f}"])
     return rows, peak_mib - idle_mib
 
 
-def siege_held(span_s, seed):
+def siege_held(span_s, rounds, seed):
     """Print what a siege costs others; return whether the gateway's memory grew by less than MOST_GROWN_MIB."""
-    rows, grown_mib = run_quick(run_siege(span_s, seed))
+    rows, grown_mib = run_quick(run_siege(span_s, rounds, seed))
     print(aligned(rows), f"memory grew by {grown_mib:.1f} MiB, {MOST_GROWN_MIB:g} are allowed", sep="\n", flush=True)
     return grown_mib < MOST_GROWN_MIB
 
@@ -5451,7 +5450,7 @@ async def blob(contender):
     return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
 
 
-async def measure_blobs(rounds=5):
+async def measure_blobs(rounds):
     """Measure blobs through every contender, in turn; return rows of text."""
     with contextlib.ExitStack() as stack:
         found, seen = await contenders(stack, 1, kind=BlobNode), collections.defaultdict(list)
@@ -5615,6 +5614,8 @@ def command_line():
         "URL small calls beside nginx and HAProxy, on this machine", nargs="?", const="here")
     add("--streams", type=sollol.parse_count, metavar="N", help="CPU, gaps and memory of N token streams, beside nginx "
         "and HAProxy")
+    add("--rounds", type=sollol.parse_count, default=3, metavar="N", help="turns of --overhead, --streams and --siege "
+        "(%(default)s)")
     add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each stream (%(default)s)")
     add("--waiting", type=sollol.parse_count, metavar="N", help="with --streams: what N waiting requests and 50 "
         "nodes cost them")
@@ -5651,12 +5652,13 @@ def run(options):
             raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
         print(aligned(asyncio.run(measure_baseline(options))))
     elif options.overhead == "here":
-        print(aligned(run_quick(measure_weight())), aligned(run_quick(measure_blobs())), sep="\n\n")
+        print(aligned(run_quick(measure_weight(options.rounds))), aligned(run_quick(measure_blobs(options.rounds))),
+              sep="\n\n")
     elif options.decisions:
         print(aligned(measure_decisions(options.seed)))
     elif options.streams:
-        measure = (measure_waiting(options.streams, options.rate, options.waiting) if options.waiting
-                   else measure_streams(options.streams, options.rate))
+        measure = (measure_waiting(options.streams, options.rate, options.waiting, options.rounds) if options.waiting
+                   else measure_streams(options.streams, options.rate, options.rounds))
         print(aligned(run_quick(measure)))
     elif options.overhead:
         print(aligned(asyncio.run(measure_overhead(options))))
@@ -5666,7 +5668,7 @@ def run(options):
     elif options.kills:
         return 0 if kills_held(options.kills, options.seed) else 1
     elif options.siege:
-        return 0 if siege_held(options.siege, options.seed) else 1
+        return 0 if siege_held(options.siege, options.rounds, options.seed) else 1
     elif options.check:
         held = [check_claims(options.seed), run_quick(check_weight())]
         return 0 if all(held) else 1

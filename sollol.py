@@ -125,7 +125,9 @@ HEAD_START_S = 6.0                  # one level of priority, in seconds of waiti
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
-LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32
+LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
+LOOK_AHEAD_PER_NODE = 0.6           # in larger clusters: with 8 on 40 nodes slots stay empty: 5 to 17 % more latency
+MOST_LOOK_AHEAD = 24                # 2 ms of 100 nodes; 64 would win 2 % more
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
@@ -168,6 +170,7 @@ SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
+NOTIFY_S = 0.2                      # streams stand still meanwhile
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -1462,6 +1465,7 @@ class Lease:
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
+    passed_s: float = math.inf      # when the first of those sent before it left
     raced: bool = False             # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
@@ -1792,8 +1796,8 @@ def cached_tokens(runner, demand):
 
 def harm_s(node, now):
     """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * solo_left_s(lease, now) * slowdown(node, other) / len(node.busy)
-               for other in node.busy for lease in other.leases)
+    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
+               for other in node.busy)
 
 
 class Crowding(NamedTuple):
@@ -1853,15 +1857,15 @@ class Offer:
         if self.ends_at_s is None:
             slow = slowdown(self.runner.node, self.runner)
             self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
-                                    + list(self.claims_at_s))
+                                    + [*self.claims_at_s])
         return max(0.0, self.ends_at_s[-self.runner.slots] - now)
 
-    def claim(self, at_s):
-        """Let a ticket that waits for the runner have the first slot until then."""
-        self.claims_at_s.append(at_s)
-        self.free -= 1
+    def claimed(self, at_s, now):
+        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
+        offer = Offer(self.runner, self.around, now, (*self.claims_at_s, at_s))
         if self.ends_at_s is not None:
-            bisect.insort(self.ends_at_s, at_s)
+            offer.ends_at_s = sorted([*self.ends_at_s, at_s])
+        return offer
 
     def load(self, now):
         """Return (when the model would be loaded, what that costs others later), in seconds from now."""
@@ -2235,6 +2239,11 @@ def untried(nodes, tried, now):
     return [node for node in nodes if node.name not in tried and node.is_alive(now)]
 
 
+def look_ahead(nodes):
+    """Return how many tickets of a model are judged in one decision, where so many nodes could have them."""
+    return int(min(max(LOOK_AHEAD, nodes * LOOK_AHEAD_PER_NODE), MOST_LOOK_AHEAD))
+
+
 def explain(candidates, chosen):
     """Return why a node was chosen, in a few words."""
     if len(candidates) == 1:
@@ -2450,21 +2459,21 @@ class Dispatcher:
             if settled and not freed and not again:
                 continue
             places = freed if freed and not again else math.inf
-            looks = LOOK_AHEAD if freed or not settled else 1       # nothing happened: the first speaks for the others
+            first_only = settled and not freed      # nothing happened: the first ticket speaks for the others
             holders = self.holders.get(model)
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
                 continue
             usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
             if usable or any(runner.node.is_alive(now) for runner in holders):
-                rooms.append(Room(model, usable, places, looks))
+                rooms.append(Room(model, usable, places, 1 if first_only else look_ahead(len(usable))))
             else:
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
                 self.refuse_all(turn, model, f"every node that has {model} is down or draining",
                                 last.node.drained_seq if last else 0)
                 if last and self.queue.first(model):
-                    rooms.append(Room(model, [last], places, looks))
+                    rooms.append(Room(model, [last], places, 1 if first_only else look_ahead(1)))
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn, model, text, since_seq=0):
@@ -2549,8 +2558,9 @@ class Dispatcher:
             turn.held.append(entry)
             room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
             if candidates:
-                self.claim(turn, candidates[0])
-                room.finish_s = min(room.finish_s, candidates[0].finish_s)
+                best = candidates[0]
+                turn.claimed[best.runner] = best.offer.claimed(turn.now + best.finish_s, turn.now)
+                room.finish_s = min(room.finish_s, best.finish_s)
         else:
             self.queue.settle(entry)
             turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
@@ -2570,27 +2580,14 @@ class Dispatcher:
         for order, runner in enumerate(runners):
             if ticket.tried and runner.node.name in ticket.tried:
                 continue
-            offer = self.offer(turn, runner)
+            around, offer = self.around(runner.node, now), turn.claimed.get(runner)
+            if offer is None:
+                offer = around.offer(runner, now)
+            elif offer.around is not around:    # a lease was given there
+                offer = turn.claimed[runner] = Offer(runner, around, now, offer.claims_at_s)
             found.append(Candidate(offer.finish_s(demand, now), order, offer))
         found.sort()
         return found
-
-    def offer(self, turn, runner):
-        """Return the Offer of a runner, with the claims of those that are held for it."""
-        around = self.around(runner.node, turn.now)
-        claimed = turn.claimed.get(runner) if turn.claimed else None
-        if claimed is None:
-            return around.offer(runner, turn.now)
-        if claimed.around is not around:        # a lease was given there
-            claimed = turn.claimed[runner] = Offer(runner, around, turn.now, claimed.claims_at_s)
-        return claimed
-
-    def claim(self, turn, candidate):
-        """Let a ticket that is held have the first slot of a runner, before those that are looked at after it."""
-        runner = candidate.runner
-        if runner not in turn.claimed:
-            turn.claimed[runner] = Offer(runner, candidate.offer.around, turn.now, [])
-        turn.claimed[runner].claim(turn.now + candidate.finish_s)
 
     def around(self, node, now):
         """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
@@ -2790,6 +2787,7 @@ class Dispatcher:
         runner.top, runner.peak = max(runner.top, count), max(runner.peak, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
+            self.surroundings.pop(runner.node, None)
             self.unsettle(runner.model)
 
     def doubt_slots(self, runner, nth, now):
@@ -2804,6 +2802,7 @@ class Dispatcher:
         if runner.slots_known == "set":
             return
         runner.slots, runner.slots_known = runner.top, "learned"
+        self.surroundings.pop(runner.node, None)
         doubled = min(runner.disproofs, 6 if runner.top >= runner.peak else LAST_SHORT_PAUSE)
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
         runner.disproofs += 1
@@ -2858,7 +2857,9 @@ class Dispatcher:
         if runner.slots_known == "set" or lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if not timings.show_a_wait(took_s):
-            if runner.leases.index(lease) + 1 >= lease.nth:     # all that ran before it still run: it waited for none
+            # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
+            unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
+            if lease.passed_s - lease.sent_s > unexplained_s + RACE_S:
                 self.prove_slots(runner, lease.nth)
             if lease.nth > 1:       # alone it could not have waited anyway
                 runner.waits = 0
@@ -2984,6 +2985,7 @@ class Dispatcher:
             place = runner.leases.index(lease)
             del runner.leases[place]
             for later in runner.leases[place:]:
+                later.passed_s = min(later.passed_s, now)
                 if later.first_s is None and later.passed_progress_s is None:
                     later.passed_progress_s = runner.progress_s
             runner.used_s = now
@@ -3452,7 +3454,7 @@ class NodeConnection(asyncio.Protocol):
 
 
 def trust_in(settings):
-    """Return the TLS context for connections to a node, None for plain HTTP. Raises ValueError if its ca= is no good."""
+    """Return the TLS context for connections to a node, None for plain HTTP. Raises ValueError for a bad ca= file."""
     if not settings.tls:
         return None
     try:
@@ -5756,13 +5758,20 @@ def node_stats(node, now):
 
 
 def queue_stats(dispatcher, now):
-    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id."""
-    queue, ahead_s = [], 0.0
+    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
+
+    What a ticket costs is reckoned by what is known now, not when it came; once for all that are much alike.
+    """
+    queue, ahead_s, costs_s = [], 0.0, {}
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
-        ahead_s += ticket.cost_s
+        demand = dispatcher.estimates.demand_of(ticket)
+        alike = ticket.wants.model, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        if alike not in costs_s:
+            costs_s[alike] = dispatcher.cost_s(demand)
+        ahead_s += costs_s[alike]
     return queue
 
 
@@ -5997,12 +6006,17 @@ def start_log(style, level):
 
 
 def tell_systemd(message):
-    """Send a state to the service manager that started this process, if one did; see sd_notify(3)."""
+    """Send a state to the service manager that started this process, if one did; see sd_notify(3).
+
+    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits for NOTIFY_S.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
-        channel.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        channel.settimeout(0.0 if message == "WATCHDOG=1" else NOTIFY_S)
+        channel.connect("\0" + address[1:] if address[0] == "@" else address)
+        channel.send(message.encode())
 
 
 # -----------------------------------------------------------------------------
@@ -6854,7 +6868,7 @@ class StateFile:
     """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
         self.text = ""              # as written last
         self.foreign = False        # there is a file that is not ours to overwrite
         self.failed = False         # the last write did
@@ -6902,6 +6916,8 @@ class StateFile:
         """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.exists(self.path) and not os.path.isfile(self.path):     # root would replace /dev/null
+            raise OSError(errno.EINVAL, "not a regular file")
         number, temporary = tempfile.mkstemp(dir=os.path.dirname(self.path) or ".", prefix=".sollol-")
         try:
             with open(number, "w", encoding="utf-8") as file:
@@ -7347,6 +7363,23 @@ def parse_port(text):
     return int(text)
 
 
+def parse_bind(text):
+    """Return the name or address to listen on; empty, it would be all of them."""
+    try:
+        if text.encode("idna"):
+            return text
+    except UnicodeError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not an address or a host name")
+
+
+def parse_secret_file(text):
+    """Return the path of a file without which everybody could ask: an empty one is a variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named")
+    return text
+
+
 def parse_origins(text):
     """Return the origins in a list with commas; each may have one `*`."""
     origins = [word.strip() for word in text.split(",") if word.strip()]
@@ -7410,7 +7443,8 @@ def command_line(environ):
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
         "1 some down, 2 bad file (no)")
     group = parser.add_argument_group("listening")
-    add(group, "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
+        "(%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
     add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
         "have to finish on SIGTERM (%(default)s)")
@@ -7438,11 +7472,12 @@ def command_line(environ):
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
         "(%(default)s)")
     group = parser.add_argument_group("security")
-    add(group, "--keys", metavar="FILE", help="one key per line, `KEY name=alice`; requests need one; read again like "
-        "--hosts (none: everybody may ask)")
-    add(group, "--tls-cert", metavar="FILE", help="certificate of this port in PEM form, the chain behind it: it "
-        "speaks TLS then; read again on SIGHUP (none: plain HTTP)")
-    add(group, "--tls-key", metavar="FILE", help="private key of --tls-cert, in PEM form (none)")
+    add(group, "--keys", metavar="FILE", type=parse_secret_file, help="one key per line, `KEY name=alice`; "
+        "requests need one; read again like --hosts (none: everybody may ask)")
+    add(group, "--tls-cert", metavar="FILE", type=parse_secret_file, help="certificate of this port in PEM form, "
+        "the chain behind it: it speaks TLS then; read again on SIGHUP (none: plain HTTP)")
+    add(group, "--tls-key", metavar="FILE", type=parse_secret_file, help="private key of --tls-cert, in PEM form "
+        "(none)")
     add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
         "those of this machine, with commas; * stands for anything (none)")
     group = parser.add_argument_group("log")

@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -763,17 +764,6 @@ def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
     assert fair.charge(want(client="greedy", priority=8), 0.5, 1.0) == 0.5
 
 
-def test_batch_work_of_a_client_never_overtakes_its_own_urgent_backlog():
-    """However long that is: one address may be a server with many users behind it."""
-    dispatcher, now = cluster(n1=["m"]), 0.0
-    dispatcher.estimates.lengths["m:latest"].mean = 2000.0
-    tickets = [dispatcher.enter(str(number), want(priority=priority), now)
-               for number, priority in enumerate([8] * 60 + [1] * 3 + [8] * 3)]
-    waiting = dispatcher.queue.in_order()
-    assert tickets[59].key_s - tickets[0].key_s > 5 * sollol.HEAD_START_S
-    assert [ticket.wants.priority for ticket in waiting] == [8] * 63 + [1] * 3
-
-
 def test_client_with_nothing_left_is_forgotten():
     fair, wants = sollol.FairShare(), want(client="c")
     fair.charge(wants, 0.0, 100.0)
@@ -1005,6 +995,31 @@ def test_urgent_overtakes_and_freed_slot_goes_to_the_first_in_line():
         assert placed(dispatcher, now) == ["n1"] and following.lease
 
 
+def test_batch_work_of_a_client_never_overtakes_its_own_urgent_backlog():
+    """However long that is: one address may be a server with many users behind it."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    dispatcher.estimates.lengths["m:latest"].mean = 2000.0
+    tickets = [dispatcher.enter(str(number), want(priority=priority), now)
+               for number, priority in enumerate([8] * 60 + [1] * 3 + [8] * 3)]
+    waiting = dispatcher.queue.in_order()
+    assert tickets[59].key_s - tickets[0].key_s > 5 * sollol.HEAD_START_S
+    assert [ticket.wants.priority for ticket in waiting] == [8] * 63 + [1] * 3
+
+
+def test_offers_are_made_anew_when_slots_are_proved():
+    """A kept one would look for the end of a slot that it does not know."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    enter(dispatcher, want())
+    assert placed(dispatcher) == ["n1"]
+    runner(dispatcher, "n1").probe_s = math.inf     # not one more on trial
+    waiting, = enter(dispatcher, want())
+    assert placed(dispatcher) == []
+    node = dispatcher.nodes["n1"]
+    assert dispatcher.around(node, 0.0).offer(runner(dispatcher, "n1"), 0.0).first_s(0.0) > 0
+    dispatcher.prove_slots(runner(dispatcher, "n1"), 3)
+    assert placed(dispatcher) == ["n1"] and waiting.lease
+
+
 def test_batch_that_waited_longer_than_the_head_start_goes_before_a_fresh_urgent_one():
     dispatcher = cluster(n1=["m"])
     running, = enter(dispatcher, want(client="another"))
@@ -1046,6 +1061,30 @@ def test_tickets_that_wait_for_another_node_stand_in_nobodys_way():
     assert sorted(placed(dispatcher, 1.0)) == ["n1", "n2"]
     finish(dispatcher, busy, 2.0)
     assert placed(dispatcher, 2.0) == ["n1"] and fresh.lease
+
+
+@pytest.mark.parametrize("nodes, looks", [(1, 8), (13, 8), (20, 12), (40, 24), (1000, 24)])
+def test_more_tickets_are_judged_in_larger_clusters(nodes, looks):
+    assert sollol.look_ahead(nodes) == looks
+
+
+def test_those_behind_who_wait_for_fast_nodes_take_the_slow_ones_if_that_is_sooner():
+    """Ten fast nodes are busy, fifteen are 2.2 times slower and free: the first ten had better wait, the next not."""
+    dispatcher = cluster(**{f"n{number}": ["m"] for number in range(25)})
+    for number in range(10, 25):
+        slow = runner(dispatcher, f"n{number}")
+        slow.decode_s, slow.samples = 2.2 * sollol.decode_s(slow), 9
+        slow.node.draining = True
+    running = enter(dispatcher, *[want()] * 10)
+    assert len(placed(dispatcher)) == 10
+    for it in running:
+        it.lease.lines = 145        # of 150
+        it.lease.first_s = 0.0
+    for number in range(10, 25):
+        dispatcher.drain(dispatcher.nodes[f"n{number}"], False)
+    waiting = enter(dispatcher, *[want()] * 15)
+    assert placed(dispatcher) == [f"n{number}" for number in range(10, 15)]
+    assert all(it.waiting for it in waiting[:10])
 
 
 def test_at_most_three_nodes_are_tried():
@@ -1283,6 +1322,15 @@ def test_overlap_without_hidden_wait_proves_slots():
     dispatcher, (_, second) = two_on_one()
     finish(dispatcher, second, 2.0, Timings(1.9, 0, 0.4, 100, 1.5, 50))
     assert runner(dispatcher, "n1").slots == 2
+
+
+@pytest.mark.parametrize("left_s, slots", [(1.5, 2), (0.4, 2), (0.2, 1)])
+def test_answers_that_end_in_their_order_prove_slots_if_a_wait_would_have_shown(left_s, slots):
+    """As those of equal length do, that come whole: when one ends, those sent before it have left."""
+    dispatcher, (first, second) = two_on_one()
+    finish(dispatcher, first, left_s, Timings(left_s - 0.05, 0, 0.1, 100, left_s - 0.15, 50))
+    finish(dispatcher, second, 2.0, Timings(1.85, 0, 0.4, 100, 1.4, 50))
+    assert runner(dispatcher, "n1").slots == slots
 
 
 def test_requests_sent_at_the_same_instant_prove_slots_too():
@@ -2388,6 +2436,11 @@ def test_nodes_in_the_environment_are_a_list():
     ("log format in the environment", ["--demo"], {"SOLLOL_LOG_FORMAT": "xml"}, "xml"),
     ("log level in the environment", ["--demo"], {"SOLLOL_LOG_LEVEL": "loud"}, "loud"),
     ("switch in the environment", ["--demo"], {"SOLLOL_NO_UVLOOP": "perhaps"}, "perhaps"),
+    ("everybody's address", ["--demo", "--bind", ""], {}, "'' is not an address"),
+    ("no address", ["--demo", "--bind", "a..b"], {}, "'a..b' is not an address"),
+    ("keys unset", ["--demo", "--keys", ""], {}, "--keys: no file is named"),
+    ("keys unset in the environment", ["--demo"], {"SOLLOL_KEYS": ""}, "SOLLOL_KEYS: no file is named"),
+    ("certificate unset", ["--demo", "--tls-cert", "", "--tls-key", ""], {}, "--tls-cert: no file is named"),
 ])
 def test_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argv, environ, message):
     with pytest.raises(SystemExit) as caught:
@@ -4487,6 +4540,16 @@ async def test_client_finds_itself_in_the_queue_by_its_own_name():
         await asyncio.gather(*tasks)
 
 
+def test_predicted_start_follows_what_is_learned_while_a_ticket_waits():
+    dispatcher = cluster(n1=["m"])
+    running, *_ = enter(dispatcher, *[want()] * 3)
+    assert placed(dispatcher) == ["n1"]
+    before_s = sollol.queue_stats(dispatcher, 0.0)[1]["predicted_start_s"]
+    finish(dispatcher, running, 0.1, Timings(0.1, 0, 0.01, 100, 0.09, 10))
+    after_s = sollol.queue_stats(dispatcher, 0.1)[1]["predicted_start_s"]
+    assert 0 < after_s < 0.3 * before_s
+
+
 # -----------------------------------------------------------------------------
 # Drain and resume
 # -----------------------------------------------------------------------------
@@ -4651,8 +4714,16 @@ def test_mistake_in_the_keys_file_is_told_by_its_line_without_the_key(line, comp
 
 
 def test_keys_in_the_readme_are_valid():
-    lines = re.findall(r"^    (\S+ +name=.*)$", (HERE / "README.md").read_text(), re.M)
+    lines = re.findall(r"^    ([^ /]+ +name=.*)$", (HERE / "README.md").read_text(), re.M)
     assert [key.name for key in sollol.parse_keys("\n".join(lines), "README.md")] == ["alice", "batch", "ops"]
+
+
+def test_lines_of_a_hosts_file_in_the_readme_are_valid():
+    text = "\n".join(re.findall(r"^    (https?://.*)$", (HERE / "README.md").read_text(), re.M))
+    with pytest.raises(sollol.ConfigError, match="README.md:3: .*far.pem: No such file"):
+        sollol.parse_hosts(text, "README.md")
+    nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "README.md")
+    assert [node.slots for node in nodes] == [0, 4, 0, 0] and [node.resolve for node in nodes] == [False] * 3 + [True]
 
 
 def test_empty_keys_file_lets_nobody_in_by_mistake():
@@ -6655,6 +6726,16 @@ def test_state_file_that_can_never_be_written_stops_the_start(tmp_path, path, wh
     assert done.stderr.startswith(f"sollol.py: --state: {path}: {why}") and done.stderr.count("\n") == 1
 
 
+def test_state_replaces_only_a_regular_file_also_behind_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(sollol.ConfigError, match="pipe: not a regular file"):
+        sollol.StateFile(str(tmp_path / "pipe"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to("disk/state")
+    sollol.StateFile(str(tmp_path / "state")).write({"nodes": [], "lengths": {}})
+    assert (tmp_path / "state").is_symlink() and os.listdir(tmp_path / "disk") == ["state"]
+
+
 def test_terminated_program_keeps_what_it_has_learned(tmp_path):
     path = tmp_path / "state.json"
     with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 20) as node:
@@ -6756,6 +6837,20 @@ def test_port_in_use_is_one_clear_line():
     assert f"sollol.py: 127.0.0.1:{port}: " in done.stderr and "Traceback" not in done.stderr
 
 
+def test_busy_service_manager_does_not_stop_the_gateway(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setattr(sollol, "NOTIFY_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(5)
+        stuck = threading.Timer(4.0, manager.close)     # a send that waits for ever ends then
+        stuck.start()
+        for number in range(2000):
+            sollol.tell_systemd("WATCHDOG=1" if number < 1990 else "READY=1")
+        assert stuck.is_alive() and manager.recv(99) == b"WATCHDOG=1"
+        stuck.cancel()
+
+
 def test_service_manager_is_told_ready_and_stopping(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(str(tmp_path / "notify"))
@@ -6831,6 +6926,88 @@ def test_snippets_for_containers_are_what_they_should_be():
         probe = container[name]["httpGet"]
         assert probe["path"] in sollol.OPEN_PATHS and probe["port"] == container["ports"][0]["containerPort"] == 8000
     assert (HERE / "sollol.py").stat().st_size < 2**20      # the most that a ConfigMap holds
+
+
+# -----------------------------------------------------------------------------
+# The README's commands: each is run, here or by .ci/run, the long ones with smaller numbers
+# -----------------------------------------------------------------------------
+
+def readme_commands():
+    """Return every command in the README, without its comment."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?:    |\$ )((?:python3|curl|sudo|docker|journalctl) .*)", text, re.M)
+    spans = re.findall(r"`((?:python3 )?(?:bench|sollol)\.py(?: --.*?)?)`", text)
+    commands = {re.sub(r" +#.*", "", command) for command in (*lines, *spans)}
+    return sorted(command if not command.startswith(("bench", "sollol")) else f"python3 {command}"
+                  for command in commands if command not in ("bench.py", "sollol.py"))
+
+
+SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py --nodes 3"}
+ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
+        "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
+        "python3 bench.py --matrix": (0,)}
+SMALLER = {"python3 bench.py --matrix": ["seed/hom3"]}
+# What runs the others: a test, or a line of .ci/run with these words.
+ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
+             "sudo install": "test_service_is_installed_by_the_readmes_commands",
+             "python3 bench.py --sollol-url": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
+             "python3 -m venv": "'^    python3 -m venv '", "python3 bench.py --check": "bench.py --check",
+             "python3 bench.py --overhead": "bench.py --overhead", "python3 bench.py --streams": "bench.py --streams",
+             "python3 bench.py --kills": "bench.py --kills", "python3 bench.py --siege": "bench.py --siege",
+             "python3 bench.py --soak": "bench.py --soak"}
+NEEDS_SYSTEMD = ("sudo systemctl daemon-reload", "sudo systemctl enable --now sollol", "journalctl -u sollol -f")
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_command_of_the_readme_is_run(command):
+    if command in NEEDS_SYSTEMD:
+        pytest.skip("would change this machine")
+    words = shlex.split(command)[1:]
+    if command in SERVES:
+        with program(*words, "--port", 0) as process:
+            read_until(process, r"http://127.0.0.1:\d+")
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+    elif command in ENDS:
+        done = subprocess.run([sys.executable, *words, *SMALLER.get(command, ())], cwd=HERE, capture_output=True)
+        assert done.returncode in ENDS[command] and done.stdout
+    else:
+        runner, = (runner for beginning, runner in ELSEWHERE.items() if command.startswith(beginning))
+        assert runner in globals() or runner in (HERE / ".ci" / "run").read_text()
+
+
+def test_demo_of_the_readme_streams_to_its_curl():
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    command, = (command for command in readme_commands() if command.startswith("curl -N"))
+    with program("sollol.py", "--demo", "--port", 0) as demo:
+        url = read_until(demo, r"event=start .*url=(\S+)")[1]
+        words = shlex.split(command.replace("http://127.0.0.1:8000", url))
+        lines = subprocess.run([*words, "-sS"], capture_output=True, check=True).stdout.splitlines()
+    assert json.loads(lines[0])["done"] is False and json.loads(lines[-1])["done"] is True
+
+
+def test_service_is_installed_by_the_readmes_commands(tmp_path):
+    """Under another root, and without systemd: its command then runs, with the settings of its environment."""
+    for command in readme_commands():
+        if command.startswith("sudo install"):
+            words = shlex.split(re.sub(" (/opt|/etc)", rf" {tmp_path}\1", command.removeprefix("sudo ")))
+            subprocess.run(words, cwd=HERE, check=True)
+    unit = (tmp_path / "etc/systemd/system/sollol.service").read_text()
+    folder, words = (re.search(rf"(?m)^{name}=(.*)", unit)[1] for name in ("WorkingDirectory", "ExecStart"))
+    words = re.sub(" (/opt|/etc)", rf" {tmp_path}\1", words).split()
+    if shutil.which("systemctl"):
+        subprocess.run(["systemctl", f"--root={tmp_path}", "enable", "sollol"], check=True, capture_output=True)
+        assert (tmp_path / "etc/systemd/system/multi-user.target.wants/sollol.service").is_symlink()
+    with subprocess.Popen([sys.executable, *words[1:], "--port", "0"], cwd=f"{tmp_path}{folder}", text=True,
+                          stderr=subprocess.PIPE,
+                          env={**os.environ, "SOLLOL_STATE": str(tmp_path / "state")}) as process:
+        try:
+            assert any("event=start" in line for line in process.stderr)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
 
 
 # -----------------------------------------------------------------------------
