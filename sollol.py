@@ -2270,6 +2270,7 @@ class Dispatcher:
         self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
+        self.drained = set()        # servers that are to get no new work, also when they come back
         self.kept = []              # what was learned of nodes, those no more there, too; the last seen last
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
         self.queue = Queue()
@@ -3034,7 +3035,7 @@ class Dispatcher:
         self.nodes = {}
         for line in settings:
             node = self.nodes[line.name] = known.get(line.name) or self.recall(Node(line))
-            node.draining = node.draining and node in old       # as ordered, not as dropped
+            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
             self.change_settings(node, line)
         dropped = [node for node in old if self.nodes.get(node.name) is not node]
         self.keep(dropped)
@@ -3120,6 +3121,7 @@ class Dispatcher:
         if draining and not node.draining:
             node.drained_seq = next(self.seq)
         node.draining = draining
+        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
         self.unsettle_all()
 
     def reindex(self):

@@ -4666,6 +4666,24 @@ def test_drained_node_stays_drained_over_a_reload():
     assert [node.draining for node in dispatcher.nodes.values()] == [True, False]
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_drained_node_that_was_away_for_a_moment_is_still_drained(running):
+    """A pod that is drained is often not ready for a while, and then DNS does not tell it."""
+    dispatcher = cluster(a=["m"], b=["m"])
+    settings = [node.settings for node in dispatcher.nodes.values()]
+    if running:
+        enter(dispatcher, want(), want())
+        placed(dispatcher)
+    dispatcher.drain(dispatcher.nodes["a"], True)
+    for lines in (settings[1:], settings[:1], settings):
+        dispatcher.configure(lines)
+    assert [node.draining for node in dispatcher.nodes.values()] == [True, False]
+    dispatcher.drain(dispatcher.nodes["a"], False)
+    for lines in (settings[1:], settings):
+        dispatcher.configure(lines)
+    assert [node.draining for node in dispatcher.nodes.values()] == [False, False]
+
+
 # -----------------------------------------------------------------------------
 # Keys
 # -----------------------------------------------------------------------------
