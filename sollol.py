@@ -3489,7 +3489,7 @@ class Pool:
         self.tls = None             # the context of the connections, once there is one
         self.prune(math.inf)
 
-    def trust(self):
+    def context(self):
         """Return the TLS context, None for plain HTTP. Raises NodeFailure if the file of ca= has become unusable."""
         if self.tls is None:
             try:
@@ -3504,7 +3504,7 @@ class Pool:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.trust(),
+                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.context(),
                     server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
