@@ -126,8 +126,8 @@ BATCH_GAIN = 0.7                    # b requests on one model together progress 
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
-SKIM_AHEAD = 48                     # tickets behind those that are skimmed every SKIM_S: else slower and cold nodes stay
-SKIM_S = 2.0                        # idle behind eight that had better wait. 40 nodes: mean 3 to 14 % shorter
+SKIM_AHEAD = 48                     # tickets behind those that are skimmed every SKIM_S: else slower, cold nodes stay idle
+SKIM_S = 2.0                        # behind eight that had better wait. 40 nodes: mean 2 to 12 % shorter
 SKIM_MODELS = 4                     # at once: 2 ms, with 50 nodes
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
@@ -212,7 +212,7 @@ class ClientGone(Exception):
 
 
 class NodeFailure(Exception):
-    """A node did not give an answer. `kind`: refused, died, garbage, stalled."""
+    """A node did not give an answer. `kind`: refused, died, garbage, stalled; model: its stream told an error."""
 
     def __init__(self, kind, text):
         super().__init__(text)
@@ -655,6 +655,7 @@ def render_response(head, added, framing):
 #
 # Read as Ollama's own server reads it: keys in any case, the last duplicate wins, bytes after the first JSON value
 # and the Content-Type do not matter. What cannot be read is no error here: some node answers it in its own words.
+# Whether a web page may ask at all, its Origin and the Host tell, by Ollama's rules.
 # -----------------------------------------------------------------------------
 
 class Route(NamedTuple):
@@ -873,13 +874,12 @@ def host_name(host):
     return name.removeprefix("[").removesuffix("]")
 
 
-def is_address(name):
-    """Tell whether a name is an IP address."""
+def literal(host):
+    """Return an IP address in its usual spelling; None for a name."""
     try:
-        ipaddress.ip_address(name)
+        return str(ipaddress.ip_address(host))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def may_mean_us(host, machine, allowed):
@@ -893,7 +893,7 @@ def may_mean_us(host, machine, allowed):
     if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
         return True
     origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
-    return is_address(name) or any(is_listed(origin, allowed) for origin in origins)
+    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
 
 
 @remembered
@@ -1103,6 +1103,7 @@ class Ticket:
     waiting: bool = False
     left: bool = False
     begun: bool = False             # its client has a part of the answer
+    version: str | None = ""        # digest of its model that it runs with; "" = any, None = one that nobody has
     barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
     tried: set = field(default_factory=set)     # nodes that failed it
@@ -1622,7 +1623,8 @@ class Ratios:
 #
 # Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
 # speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
-# All of these only read. They were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
+# All of these only read the nodes; an Offer and its Surroundings keep what was reckoned until something happens there.
+# The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
 # -----------------------------------------------------------------------------
 
 class Demand(NamedTuple):
@@ -2266,6 +2268,7 @@ class Dispatcher:
         self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
+        self.drained = set()        # servers that are to get no new work, also when they come back
         self.kept = []              # what was learned of nodes, those no more there, too; the last seen last
         self.holders = {}           # model: [Runner], same order; kept by `reindex`
         self.queue = Queue()
@@ -2285,8 +2288,8 @@ class Dispatcher:
 
     # Tickets ----------------------------------------------------------------
 
-    def enter(self, id, wants, now, barred=()):
-        """Return a waiting ticket for a request that `barred` nodes never get.
+    def enter(self, id, wants, now, version=""):
+        """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
         If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
         if that is the new one.
@@ -2297,9 +2300,8 @@ class Dispatcher:
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
         ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
-        if barred:
-            ticket.tried.update(barred)
-            ticket.barred = len(barred)
+        if version:
+            self.hold_to(ticket, version)
         self.push(ticket)
         return ticket
 
@@ -2340,6 +2342,7 @@ class Dispatcher:
 
     def retry(self, ticket, now):
         """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
+        self.bar(ticket)
         attempts = len(ticket.tried) - ticket.barred
         if attempts >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
             return False
@@ -2347,16 +2350,26 @@ class Dispatcher:
         self.push(ticket)
         return True
 
-    def hold_to_version(self, ticket, node):
+    def go_on(self, ticket, node):
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         ticket.begun = True
-        runner = node.runners.get(ticket.wants.model)
-        digest = runner and runner.row.get("digest")
-        same = {other.node.name for other in self.holders.get(ticket.wants.model, ())
-                if digest and other.row.get("digest") == digest}
-        others = self.nodes.keys() - same - ticket.tried
-        ticket.tried |= others
-        ticket.barred += len(others)
+        self.hold_to(ticket, has_on_disk(node, ticket.wants.model) and digest_of(node, ticket.wants.model) or None)
+
+    def hold_to(self, ticket, version):
+        """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
+        ticket.version = version
+        self.bar(ticket)
+
+    def bar(self, ticket):
+        """Keep a ticket from the nodes that do not have the version that it is held to, if it is."""
+        if ticket.version != "":
+            others = self.without(ticket.wants.model, ticket.version) - ticket.tried
+            ticket.tried |= others
+            ticket.barred += len(others)
+
+    def in_flight(self):
+        """Return how many requests run, on dropped nodes, too."""
+        return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
 
     def rescued(self, whole):
         """Count a broken stream that another node was to go on with, and whether it came to its end."""
@@ -2408,8 +2421,8 @@ class Dispatcher:
         """Match waiting tickets to nodes. Return (leases given, tickets refused).
 
         A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
-        leases ends, one ticket may go. A node that is idle even then is offered to every model. With `skim` more tickets
-        are judged: those far behind may be finished sooner on nodes that those before them had better not have.
+        leases ends, one ticket may go. A node that is idle even then is offered to every model. With `skim` more
+        tickets are judged: those far behind may be finished sooner on nodes that those before them had better not have.
         """
         if not self.queue.tickets and not self.displaced:
             self.idle.clear()       # mostly there is nothing to do when a request has ended
@@ -2608,7 +2621,10 @@ class Dispatcher:
         return found
 
     def around(self, node, now):
-        """Return the Surroundings on a node: kept from one dispatch to the next, as long as nothing happens there."""
+        """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
+
+        So old is what an Offer says of the work that still runs. All that changes a speed or the slots ends it at once.
+        """
         known = self.surroundings.get(node)
         if known is None or now - known.at_s > LOOK_AGAIN_S:
             known = self.surroundings[node] = Surroundings(node, now)
@@ -2642,7 +2658,7 @@ class Dispatcher:
             return primary
         if holders and not in_cloud:
             return holders[0]
-        raise Refusal(503, f"{primary.name}, the primary node, is down", retry_after_s=1.0)
+        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
 
     def pin(self, id, wants, node, now, reason):
         """Return a lease without a slot on a given node."""
@@ -2748,10 +2764,8 @@ class Dispatcher:
     def believe_loaded(self, runner, wants, ready_s):
         """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
         while must_evict(runner):
-            victims = [other for other in runner.node.runners.values()
-                       if other.ready_s is not None and other is not runner]
-            victim = min(victims, key=lambda other: (len(other.leases), other.used_s))
-            self.believe_unloaded(victim)
+            self.believe_unloaded(min(residents(runner.node, but=runner),
+                                      key=lambda other: (len(other.leases), other.used_s)))
         runner.prefixes.clear()
         runner.ready_s, runner.options = ready_s, wants.options
 
@@ -3051,7 +3065,7 @@ class Dispatcher:
         self.nodes = {}
         for line in settings:
             node = self.nodes[line.name] = known.get(line.name) or self.recall(Node(line))
-            node.draining = node.draining and node in old       # as ordered, not as dropped
+            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
             self.change_settings(node, line)
         dropped = [node for node in old if self.nodes.get(node.name) is not node]
         self.keep(dropped)
@@ -3137,6 +3151,7 @@ class Dispatcher:
         if draining and not node.draining:
             node.drained_seq = next(self.seq)
         node.draining = draining
+        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
         self.unsettle_all()
 
     def reindex(self):
@@ -3148,6 +3163,8 @@ class Dispatcher:
             for runner in node.runners.values():
                 if runner.on_disk and not is_cloud(runner.model):
                     self.holders.setdefault(runner.model, []).append(runner)
+        for ticket in self.queue.tickets:
+            self.bar(ticket)
 
     def lost(self, node, now):
         """Note that a node cannot be reached: its models are gone from memory."""
@@ -3314,6 +3331,7 @@ class Dispatcher:
         if seen > USUAL:
             seen = 1.0              # above 1 nothing counts, so noise below it must not either: speeds would drift
         node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
+        self.surroundings.pop(node, None)
         lease.watched_s, lease.watched_lines = now, lease.lines
 
     def trust(self, node, now):
@@ -3329,10 +3347,12 @@ class Dispatcher:
     def forget_speed(self, node):
         """Take a node for as fast as ever."""
         node.speed = 1.0
+        self.unsettle_all()
 
     def measured(self, runner, answers, now):
         """Learn from a calibration: Timings of requests sent to an idle runner at once."""
         node = runner.node
+        self.unsettle_all()
         runner.ready_s = runner.ready_s or now
         node.speed = 1.0
         timings = [it for it in answers if it.output_tokens >= 4 and it.output_s > 1e-4]
@@ -3467,10 +3487,15 @@ class NodeConnection(asyncio.Protocol):
 
 
 def trust_in(settings):
-    """Return the TLS context for connections to a node, None for plain HTTP. Raises OSError if its ca= is no good."""
+    """Return the TLS context for connections to a node, None for plain HTTP. Raises ValueError for a bad ca= file."""
     if not settings.tls:
         return None
-    context = ssl.create_default_context(cafile=settings.ca or None)
+    try:
+        context = ssl.create_default_context(cafile=settings.ca or None)
+    except ssl.SSLError:
+        raise ValueError(f"ca {settings.ca}: there is no certificate in PEM form in it") from None
+    except OSError as error:
+        raise ValueError(f"ca {settings.ca}: {error.strerror}") from None
     if settings.insecure:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -3492,8 +3517,17 @@ class Pool:
     def configure(self, settings):
         """Take over settings, for connections from now on."""
         self.settings = settings
-        self.tls = trust_in(settings)
+        self.tls = None             # the context of the connections, once there is one
         self.prune(math.inf)
+
+    def context(self):
+        """Return the TLS context, None for plain HTTP. Raises NodeFailure if the file of ca= has become unusable."""
+        if self.tls is None:
+            try:
+                self.tls = trust_in(self.settings)
+            except ValueError as error:
+                raise NodeFailure("refused", str(error)) from None
+        return self.tls
 
     async def connect(self):
         """Return a fresh connection. Raises NodeFailure."""
@@ -3501,7 +3535,7 @@ class Pool:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.tls,
+                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.context(),
                     server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
@@ -4144,7 +4178,8 @@ def consume_key(keys, head):
 # One task per connection takes one request after the other. It waits only for: the next head, a buffered body, a
 # lease, the head of an answer, the end of an answer. A client that closes its connection while it is being served
 # cancels the task: whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in
-# the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server.
+# the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server. With TLS, a
+# TlsTransport stands between the connection and its socket, and nothing else knows of it.
 # -----------------------------------------------------------------------------
 
 STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
@@ -4647,8 +4682,9 @@ def answer_whole(client, head, record, answer, body):
 
 
 def pass_on_whole(gateway, client, head, connection, answer, lease, record):
-    """Pass on an answer that came in one piece with its head. Return (keep the client's, keep the node's connection)."""
+    """Pass on an answer that came in one piece with its head. Return what relay_answer does."""
     body, connection.buffer = connection.buffer, b""
+    connection.transport.resume_reading()       # with its head it may have been more than is read ahead
     dispatcher, now = gateway.dispatcher, gateway.loop.time()
     if body:
         dispatcher.heard(lease, body.count(b"\n"), now)
@@ -4738,7 +4774,7 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
     request = render_request(head, lease.node.settings, len(body)) + body
     connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable)
     if lease.loads:
-        gateway.begin_chore(lease.node, look_after_load)
+        gateway.note_load(lease.node)
     clean = False
     try:
         if answer.status in BUSY_STATUSES or answer.status in (404, 500):
@@ -4754,10 +4790,10 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
         pool.give_back(connection, clean)
 
 
-async def run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript):
+async def run_until_answered(gateway, client, head, body, wants, record, take, version, transcript):
     """Try one node after the other; see serve_inference."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    ticket = dispatcher.enter(record.id, wants, loop.time(), barred)
+    ticket = dispatcher.enter(record.id, wants, loop.time(), version)
     last = Refusal(502, "no node answered")
     try:
         while True:
@@ -4782,7 +4818,7 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
                 dispatcher.release(lease, loop.time())
             if transcript and transcript.relay:
                 transcript.rewind(lease.node.name)
-                dispatcher.hold_to_version(ticket, lease.node)
+                dispatcher.go_on(ticket, lease.node)
             if not dispatcher.retry(ticket, loop.time()):
                 break
         raise last
@@ -4791,7 +4827,7 @@ async def run_until_answered(gateway, client, head, body, wants, record, take, b
         gateway.pump()
 
 
-async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, barred=()):
+async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, version=""):
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
 
     A deterministic stream is gone on with by another node even when a part of it is out.
@@ -4800,7 +4836,7 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
     if transcript:
         take = functools.partial(relay_answer, transcript=transcript)
     try:
-        return await run_until_answered(gateway, client, head, body, wants, record, take, barred, transcript)
+        return await run_until_answered(gateway, client, head, body, wants, record, take, version, transcript)
     except (Refusal, NodeRefused) as ended:
         if not (transcript and transcript.relay):
             raise
@@ -4851,7 +4887,7 @@ async def serve_upload(gateway, client, head, wants, record):
         return keep
     except NodeFailure as failure:
         gateway.blame(lease, failure)
-        raise Refusal(502, f"{lease.node.name}: {failure}", close=True) from None
+        raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         client.sink, client.deadline_s = None, math.inf
         dispatcher.release(lease, loop.time())
@@ -5221,8 +5257,7 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
             body = json.dumps({**wants.batch, "input": share.texts}).encode()
-            barred = dispatcher.without(wants.model, digest)    # anew: a pull may have changed it
-            await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, barred)
+            await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, digest)
 
     nodes = len(dispatcher.nodes) - len(dispatcher.without(wants.model, digest))
     tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
@@ -5313,10 +5348,7 @@ async def serve_order(gateway, client, head, record):
     if node is None or verb not in ("drain", "resume"):
         names = ", ".join(gateway.dispatcher.nodes)
         raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {names}")
-    gateway.dispatcher.drain(node, verb == "drain")
-    note_state(gateway, node, f"asked to {verb}")
-    gateway.pump()
-    return answer_locally(client, head, record, *json_answer(node_stats(node, gateway.loop.time()))[:2])
+    return answer_locally(client, head, record, *gateway.order(node, verb))
 
 
 def answer_origin(gateway, client, head, record):
@@ -5338,7 +5370,11 @@ async def serve_by_nodes(gateway, client, head, route, body, wants, record):
     """Answer a request that nodes are needed for. Raises what `serve` raises."""
     record.model, record.priority = wants.model or "", wants.priority
     if route.kind == "raw" and head.length != 0:
-        return await serve_upload(gateway, client, head, wants, record)
+        try:
+            return await serve_upload(gateway, client, head, wants, record)
+        except Refusal as refusal:
+            refusal.close = True    # what is left of the body could be taken for the next request
+            raise
     if wants.batch and gateway.options.split_embed:
         sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
         if len(sizes) > 1:
@@ -5696,7 +5732,7 @@ def answer_health(gateway):
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
         "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
-        "inflight": sum(len(node.leases) for node in (*nodes, *gateway.dispatcher.leaving))}, 200 if up else 503)
+        "inflight": gateway.dispatcher.in_flight()}, 200 if up else 503)
 
 
 def percentile(ordered, share):
@@ -5917,7 +5953,8 @@ def metric_families(gateway):
     yield "sollol_inflight", "gauge", "Requests running on a node.", of_nodes(lambda node: len(node.leases))
     yield ("sollol_slots", "gauge", "Requests of one model that a node runs at once, as far as is known.",
            of_nodes(lambda node: node_slots(node)[0]))
-    yield "sollol_node_up", "gauge", "1 if a node answers.", of_nodes(lambda node: int(node.is_alive(now)))
+    yield ("sollol_node_up", "gauge", "1 if a node answers and is not draining.",
+           of_nodes(lambda node: int(node.is_alive(now))))
     yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind")
     yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
            counted(metrics.failovers, "node", "reason"))
@@ -6400,6 +6437,8 @@ def parse_secret(text):
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII")
     return text
+
+
 def parse_resolve(text):
     """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
     if text != "all":
@@ -6463,12 +6502,7 @@ def with_authority(node, folder):
     if not node.ca:
         return node
     node = node._replace(ca=os.path.join(folder, node.ca))
-    try:
-        trust_in(node)
-    except ssl.SSLError:
-        raise ValueError(f"ca {node.ca}: there is no certificate in PEM form in it") from None
-    except OSError as error:
-        raise ValueError(f"ca {node.ca}: {error.strerror}") from None
+    trust_in(node)
     return node
 
 
@@ -6514,14 +6548,6 @@ def read_nodes(options):
 # tells for the names in them; the servers that a scan has found. `united` makes one list of settings of it, and
 # Gateway.join takes that over whenever a source has changed.
 # -----------------------------------------------------------------------------
-
-def literal(host):
-    """Return an IP address in its usual spelling; None for a name."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return None
-
 
 def names_in(lines, discovering):
     """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
@@ -6847,10 +6873,28 @@ def read_certificate(options):
         raise ConfigError(f"{key}: there is no usable private key in PEM form in it") from None
     warn_of_readers("tls", key, os.stat(key).st_mode)
     return context
+
+
+# -----------------------------------------------------------------------------
 # The state file: what was learned before?
 # -----------------------------------------------------------------------------
 
 STATE_FORMAT, STATE_VERSION = "sollol-state", 1
+
+
+def parse_state(text):
+    """Return what is in a state file. Raises ValueError."""
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("damaged: no JSON") from None
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
+    if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
+        raise ValueError("damaged: no nodes or no lengths")
+    return state
 
 
 class StateFile:
@@ -6920,21 +6964,6 @@ class StateFile:
             os.unlink(temporary)
             raise
         os.unlink(temporary)
-
-
-def parse_state(text):
-    """Return what is in a state file. Raises ValueError."""
-    try:
-        state = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("damaged: no JSON") from None
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
-    if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
-        raise ValueError("damaged: no nodes or no lengths")
-    return state
 
 
 # -----------------------------------------------------------------------------
@@ -7074,20 +7103,17 @@ class Gateway:
         for name in self.sources.keys() - names - {SCAN}:
             self.sources.pop(name).cancel()
             self.told.pop(name, None)
+            self.unresolved.discard(name)
         for name in names - self.sources.keys():
             self.begin_source(name)
-        for node, pool in self.pools.items():
-            if node.settings.ca:            # the file may have been renewed, or have gone, like its line
-                with contextlib.suppress(OSError):
-                    pool.tls = trust_in(node.settings)
+        for pool in self.pools.values():
+            if pool.settings.ca:
+                pool.tls = None     # the file may have been renewed
         return self.join()
 
     def join(self):
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
         added, dropped = self.dispatcher.configure(united(self.lines, self.told, self.found))
-        insecure = " ".join(node.name for node in added if node.settings.insecure)
-        if insecure:
-            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         if self.server is None:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
@@ -7100,6 +7126,9 @@ class Gateway:
         changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
         for node in changed:
             self.pools[node].configure(node.settings)
+        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
+        if insecure:
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         return added, dropped, changed
 
     def begin_probes(self, node):
@@ -7201,6 +7230,17 @@ class Gateway:
             task = self.chores[chore] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.chores.pop(chore, None))
 
+    def note_load(self, node):
+        """Note that a node has loaded a model, and soon what that has pushed out."""
+        self.begin_chore(node, look_after_load)
+
+    def order(self, node, verb):
+        """Drain or resume a node; return (status, body, content type) of the answer: its state."""
+        self.dispatcher.drain(node, verb == "drain")
+        note_state(self, node, f"asked to {verb}")
+        self.pump()
+        return json_answer(node_stats(node, self.loop.time()))
+
     def blame(self, lease, failure):
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
@@ -7237,7 +7277,7 @@ class Gateway:
             LOG.info([request_fields(record, total_s) for record, total_s in finished])
 
     def sweep(self):
-        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, a saved hosts.txt."""
+        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now, dispatcher = self.loop.time(), self.dispatcher
         for client in list(self.clients):
@@ -7248,10 +7288,11 @@ class Gateway:
                 lease.abandon(NodeFailure("stalled", "stands still"))
         for node in dispatcher.nodes.values():
             note_state(self, node)
-            if node.up and (node.suspect or node.speed < 0.7 and not node.leases):
+            if not node.up or node.draining:
+                continue            # no new work, so no measuring either
+            if node.suspect or node.speed < 0.7 and not node.leases:
                 self.begin_chore(node, check)
-            elif (self.options.calibrate and node.up and not node.calibrated and not node.leases
-                  and loaded_runners(node)):
+            elif self.options.calibrate and not node.calibrated and not node.leases and loaded_runners(node):
                 self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
             pool.prune(now - IDLE_UPSTREAM_S)
@@ -7280,8 +7321,7 @@ class Gateway:
             return
         self.draining = True
         tell_systemd("STOPPING=1")
-        LOG.info({"event": "drain", "running": sum(len(node.leases) for node in self.dispatcher.nodes.values()),
-                  "queued": len(self.dispatcher.queue)})
+        LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
         if self.server:
             self.server.close()
         for client in list(self.clients):
@@ -7520,8 +7560,7 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
         if gateway.draining:
             return
         host, port = gateway.address
-        scheme = "https" if tls else "http"
-        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
                   "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
