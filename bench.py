@@ -3470,16 +3470,22 @@ def read_address(text):
     return host, port
 
 
+async def get_json(host, port, path):
+    """Return the JSON at a path of a node or gateway. Raises OSError, or ValueError for what is none."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
+        return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    finally:
+        writer.close()
+
+
 async def hosts_model(address, model):
     """Return the model to ask a host for: the one named, or the first it has. Raises BadArgument."""
     host, port = address
     try:
         async with asyncio.timeout(5):
-            reader, writer = await asyncio.open_connection(host, port)
-            writer.write(f"GET /api/tags HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
-            raw = await reader.read()
-            writer.close()
-        names = [row["name"] for row in json.loads(raw.partition(b"\r\n\r\n")[2])["models"]]
+            names = [row["name"] for row in (await get_json(host, port, "/api/tags"))["models"]]
     except (OSError, TimeoutError):
         raise BadArgument(f"{host}:{port} cannot be reached") from None
     except (ValueError, KeyError, TypeError):
@@ -5021,12 +5027,7 @@ class Front(Contender):
 
     async def answers(self, path):
         """Return the JSON at a path of the gateway's own."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
-        finally:
-            writer.close()
+        return await get_json("127.0.0.1", self.port, path)
 
     async def ready(self, nodes, patience_s=15.0):
         """Wait until so many nodes are up. Raises BadArgument."""
