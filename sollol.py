@@ -19,6 +19,8 @@ Decisions are pure: they are told `now` (seconds of the running loop's clock), a
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import base64
@@ -56,6 +58,7 @@ import tempfile
 import termios
 import time
 import urllib.parse
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -97,9 +100,13 @@ WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. 
                                     # top: 200 clients that hardly read a fast stream hold 52 MiB
 LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
 
-# Upstream patience. There is no first-byte time-out here: an answer's head comes after queue, load and prefill.
-CONNECT_TIMEOUT_S = 3.0
+# Upstream. There is no first-byte time-out here: an answer's head comes after queue, load and prefill. What ends a
+# request is a connection that ends: the kernel finds a vanished machine within 10 + 3 * 5 s.
+CONNECT_TIMEOUT_S = 5.0             # SYNs after 0, 1 and 3 s
+KEEP_ALIVE_IDLE_S, KEEP_ALIVE_PAUSE_S, KEEP_ALIVE_TRIES = 10, 5, 3
 PROBE_TIMEOUT_S = 3.0
+DEAD_S = 15.0                       # without an answer to /api/version: a node gets nothing new
+RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # for so long a node that has gone is looked at so often
 SCAN_S = 180.0                      # between two scans of the networks in --discover
 SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
 SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
@@ -110,11 +117,7 @@ FRESH_S = 0.25                      # what a merged answer may wait for nodes; t
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
-CHANGE_PATIENCE_S = 30.0            # a node's answer to a delete, copy or unload: it only touches files
-PROGRESS_PATIENCE_S = 600.0         # between two lines of a pull or create; hashing 40 GB from a hard disk takes 270 s
-SILENT_CHANGE_PATIENCE_S = 4 * 3600.0       # a pull or create that does not stream: 40 GB over 25 Mbit/s
 MAX_LINE_BYTES = 1 * MIB            # of progress
-LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives up after this
 
 # Queue.
 DEFAULT_PRIORITY = 5
@@ -147,12 +150,14 @@ ERROR_GAIN = 0.05                   # of how wrong predictions were: about the l
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
-SILENT_S = 4.0                      # a node with open leases and no byte for this long gets no new work
+SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
+OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
+RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
+MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
+CONFIRMED_S = 600.0                 # how long an answer confirms
+YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
 USUAL = 0.75                        # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
-STALL_S = 2.0                       # no token for this long, and ten expected gaps: the node is suspect
-LONG_ANSWER_TOKENS = 4096           # what an answer that does not stream may be busy with, unseen
-MOST_PATIENCE_S = 900.0             # without a first byte, however long the answer may become
-STREAM_PATIENCE_S = 120.0           # a begun stream is given up after this long without a byte on a suspect node
+STALL_S = 2.0                       # a stream's speed is judged so often
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
 # 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
@@ -192,12 +197,42 @@ ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      #
 LOG = logging.getLogger("sollol")
 
 
+# What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
+
+class Failure(NamedTuple):
+    """Why a node gave no answer. `kind`: refused, died, garbage; model: its stream told an error; lost: see races."""
+
+    kind: str
+    text: str
+
+    def error(self) -> Exception:
+        """Return the exception that tells it."""
+        return NodeFailure(*self)
+
+
+class Answer(NamedTuple):
+    """An error that the gateway answers itself, and whether the connection ends with it."""
+
+    status: int
+    text: str
+    close: bool = False
+    retry_after_s: float | None = None
+
+    def error(self) -> Exception:
+        """Return the exception that tells it."""
+        return Refusal(self.status, self.text, close=self.close, retry_after_s=self.retry_after_s)
+
+
 class Refusal(Exception):
     """A request that the gateway answers itself. Carries that answer, and whether the connection ends."""
 
-    def __init__(self, status, text, *, close=False, retry_after_s=None):
+    def __init__(self, status: int, text: str, *, close: bool = False, retry_after_s: float | None = None):
         super().__init__(text)
         self.status, self.text, self.close, self.retry_after_s = status, text, close, retry_after_s
+
+    @property
+    def value(self) -> Answer:
+        return Answer(self.status, self.text, self.close, self.retry_after_s)
 
 
 class ProtocolError(Refusal):
@@ -212,11 +247,15 @@ class ClientGone(Exception):
 
 
 class NodeFailure(Exception):
-    """A node did not give an answer. `kind`: refused, died, garbage, stalled; model: its stream told an error."""
+    """A node did not give an answer."""
 
-    def __init__(self, kind, text):
+    def __init__(self, kind: str, text: str):
         super().__init__(text)
-        self.kind = kind
+        self.value = Failure(kind, text)
+
+    @property
+    def kind(self) -> str:
+        return self.value.kind
 
 
 class ConfigError(Exception):
@@ -293,6 +332,7 @@ class Wants:
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
     deterministic: bool = False     # a stream that says the same on every node with the same version of the model
+    silent: bool = False            # nothing may be seen of its answer before its end: it does not stream, or has tools
 
 
 def bracketed(host):
@@ -1058,6 +1098,7 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
         priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
+        silent=not stream or bool(tools),
         prompt_chars=sum(map(len, parts)),
         max_output=output_bound(route.family, fields, options),
         options=runner_options(fields, options),
@@ -1104,10 +1145,16 @@ class Ticket:
     left: bool = False
     begun: bool = False             # its client has a part of the answer
     version: str | None = ""        # digest of its model that it runs with; "" = any, None = one that nobody has
-    barred: int = 0                 # of `tried`: nodes that were never to be tried
     lease: object = None            # while it runs; see Lease
+    rival: object = None            # a second lease that races the first; see Lease
+    race: object = None             # how the I/O side is given one
+    attempts: int = 0               # leases whose node has got the request
     tried: set = field(default_factory=set)     # nodes that failed it
-    refusal: object = None          # why it will never run
+    gone: set = field(default_factory=set)      # of `tried`: those whose connection failed, and which may come back
+    blamed: list = field(default_factory=list)  # breakers that its failures were counted by
+    differed: bool = False          # a node with another window or version was tried in place of one that refused it
+    held_until_s: float | None = None           # until when it may be held back for a better node
+    refusal: Answer | None = None   # why it will never run
     waiter: object = None           # what the I/O side waits with
 
 
@@ -1228,7 +1275,7 @@ class FairShare:
 class Breaker:
     """Keep work away from what fails: closed, then open for growing pauses, then half-open for one trial."""
 
-    FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
+    FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 60.0
 
     def __init__(self, threshold=2):
         self.threshold = threshold  # failures in a row that open it
@@ -1267,6 +1314,10 @@ class Breaker:
         if self.failures >= self.threshold:
             pause_s = self.FIRST_PAUSE_S * 2 ** min(self.failures - self.threshold, 10)
             self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
+
+    def forgive(self):
+        """Take a failure back: it was the request's own, as every node failed it."""
+        self.failures = max(0, self.failures - 1)
 
     def succeed(self):
         """Close."""
@@ -1378,6 +1429,7 @@ class Runner:
     prefill_s: float = 0.0          # seconds a token
     decode_s: float = 0.0
     samples: int = 0                # behind those two
+    confirmed_s: float = -math.inf  # when an answer agreed with them last
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
     streams: int = 0                # behind that
@@ -1407,10 +1459,12 @@ class Node:
     drained_seq: int = 0            # tickets with a lower `seq` waited before that
     calibrated: bool = False        # measured, or being measured, since it came up
     misses: int = 0                 # probes in a row without an answer
+    answered_s: float = -math.inf   # when it answered one last
+    lost_s: float = -math.inf       # when it was found to be unreachable last
     breaker: Breaker = field(default_factory=Breaker)
-    suspect: bool = False
+    suspect: bool = False           # in doubt: far more silent than predicted. It comes last; any byte ends that
     heard_s: float = 0.0            # last byte of any inference answer
-    stalled_s: float = -math.inf    # last time it was found to stand still
+    stalled_s: float = -math.inf    # last time it was in doubt
     advanced_s: float = 0.0         # up to when the runners' progress is counted
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
@@ -1462,7 +1516,7 @@ class Lease:
     new_tokens: float = 0.0         # what the prefix cache does not hold
     predicted_first_s: float = 0.0  # when the first byte is due
     predicted_end_s: float = 0.0
-    patience_s: float = 0.0         # time without a first byte that is still no reason for alarm
+    quiet_s: float = 0.0            # silence that is no reason for doubt
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
@@ -1476,7 +1530,7 @@ class Lease:
     watched_lines: int = 0
     trials: tuple | list = ()       # half-open breakers that this lease is the trial of
     released: bool = False
-    abandon: object = None          # how the I/O side is told to give up
+    abandon: object = None          # how the I/O side is told, with a Failure, that another node does this
     held_up: object = None          # how it is asked whether the answer waits for its client to read
 
 
@@ -1950,8 +2004,9 @@ class Surroundings:
 
 
 class Candidate(NamedTuple):
-    """A node for a ticket; sorts by when it would be finished there, in seconds from now."""
+    """A node for a ticket; sorts by when it would be finished there, in seconds from now; those in doubt come last."""
 
+    in_doubt: bool
     finish_s: float
     order: int                      # ties go to the node listed first
     offer: Offer
@@ -1961,31 +2016,32 @@ class Candidate(NamedTuple):
         return self.offer.runner
 
 
-def patience_s(runner, prediction):
-    """Return how long a request may show no byte before its node is doubted; generous while speeds are unmeasured.
+def quiet_s(runner: Runner, prediction: Prediction) -> float:
+    """Return for how many seconds an answer may show nothing before its node is in doubt; more while little is known."""
+    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.wants.silent else 0.0)
+    unsure = 1 if runner.samples >= 3 else 4 if runner.samples else 10      # a CPU is 30 times slower than the prior
+    return max(SILENT_S, OVERDUE * unsure * (prediction.start_s + work_s * prediction.slow))
 
-    An answer that does not stream shows nothing before its end, so a long one is allowed for.
+
+def is_usable(node: Node, now: float) -> bool:
+    """Tell whether a node may get new work."""
+    return node.up and not node.draining and node.breaker.allows(now)
+
+
+def may_return(node: Node, now: float, patience_s: float) -> bool:
+    """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
+    return not node.draining and (not node.probed or now - node.lost_s < patience_s)
+
+
+def yields(node: Node, now: float) -> bool:
+    """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
     """
-    wants = prediction.demand.wants
-    tokens = max(8 * prediction.demand.output_tokens, LONG_ANSWER_TOKENS)
-    tokens = 0 if wants.stream else min(tokens, wants.max_output or tokens)
-    first_s = prediction.start_s + (prediction.prefill_s + tokens * decode_s(runner)) * prediction.slow
-    doubt = 1 if runner.samples >= 3 else 10 if runner.samples else 30      # a CPU is 30 times slower than the prior
-    return min(max(5.0, 2.0 + 3 * doubt * first_s), MOST_PATIENCE_S)
+    return bool(node.loading) and SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
-def is_usable(node, now):
-    """Tell whether a node may get new work now."""
-    if not node.up or node.draining or node.suspect or not node.breaker.allows(now):
-        return False
-    if node.loading and now > node.loading[0].ready_s + SILENT_S:
-        return False                # Ollama loads when another model is idle: what is fed may never be
-    if not node.busy or now - node.heard_s <= SILENT_S:
-        return True
-    # What does not stream is as long as its answer, and that is known far less exactly than the time to a first token.
-    expected_s = max((lease.predicted_first_s - lease.sent_s) * (2 if lease.ticket.wants.stream else 5)
-                     for runner in node.busy for lease in runner.leases)
-    return now - node.heard_s <= expected_s
+def doubt_s(node: Node, now: float) -> float:
+    """Return what is added to a finish on a node in doubt: as long as it has been silent, it may be silent still."""
+    return max(0.0, now - node.heard_s) if node.suspect else 0.0
 
 
 def slot_limit(node, runner, now, elsewhere_free):
@@ -2174,6 +2230,7 @@ class Room:
 
     model: str
     runners: list                   # on usable nodes, their own breakers not open
+    forced: bool                    # all fail it, and the only nodes that can serve always may
     places_left: float              # tickets that may still be sent
     looks_left: int                 # tickets that may still be held back
     skims_left: int                 # tickets behind those that may still be skimmed
@@ -2189,6 +2246,15 @@ class Settled(NamedTuple):
 
 
 ALL_FAILED = 502, "every node that could answer has failed"
+CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
+DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
+
+
+def window_of(node: Node, model: str | None) -> int | None:
+    """Return the tokens of context that a model is loaded with on a node, None if that is not known."""
+    rows = [row for row in node.running if row_name(row) == model]
+    window = rows[0].get("context_length") if rows else None
+    return window if type(window) is int else None
 
 
 def has_on_disk(node, model):
@@ -2237,9 +2303,14 @@ def matched(lines, nodes):
     return found
 
 
-def untried(nodes, tried, now):
-    """Return the nodes, alive but perhaps busy, that have not failed a request yet."""
-    return [node for node in nodes if node.name not in tried and node.is_alive(now)]
+def untried(nodes, tried: set[str]) -> list[Node]:
+    """Return the nodes that can be reached, busy or failing perhaps, and have not failed a request yet."""
+    return [node for node in nodes if node.up and not node.draining and node.name not in tried]
+
+
+def is_confirmed(runner: Runner, now: float) -> bool:
+    """Tell whether an answer has lately agreed with what is believed of a runner's speed."""
+    return now - runner.confirmed_s < CONFIRMED_S
 
 
 def explain(candidates, chosen):
@@ -2307,9 +2378,9 @@ class Dispatcher:
 
     def displace(self, key_s):
         """Refuse the last ticket of a full queue for one with this key. Raises Refusal if none is later."""
-        refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
+        refusal, last = Answer(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
         if last is None or last.key_s <= key_s:
-            raise refusal
+            raise refusal.error()
         self.displaced.append(self.refuse(last, refusal))
 
     def push(self, ticket):
@@ -2340,15 +2411,27 @@ class Dispatcher:
             self.release(ticket.lease, now)
         self.fair.settle(ticket.wants)
 
-    def retry(self, ticket, now):
-        """Put a failed ticket back at its old place, if a node is left for it to try; tell whether."""
+    def retry(self, ticket: Ticket, now: float) -> bool:
+        """Put a failed ticket back at its old place, if a node is left for it; tell whether.
+
+        Where no other is left, those whose connection failed are: what restarts comes back.
+        """
         self.bar(ticket)
-        attempts = len(ticket.tried) - ticket.barred
-        if attempts >= MAX_ATTEMPTS and not ticket.wants.opaque or self.is_hopeless(ticket, now):
+        if ticket.attempts >= MAX_ATTEMPTS and not ticket.wants.opaque:
             return False
-        ticket.since_s = now
+        if self.is_hopeless(ticket, now):
+            ticket.tried -= ticket.gone
+            ticket.gone.clear()
+            if self.is_hopeless(ticket, now):
+                return False
         self.push(ticket)
         return True
+
+    def forgive(self, ticket: Ticket) -> None:
+        """Take back what nodes were blamed for: all have failed this request, so that the fault is its own."""
+        for breaker in ticket.blamed:
+            breaker.forgive()
+        ticket.blamed.clear()
 
     def go_on(self, ticket, node):
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
@@ -2363,9 +2446,7 @@ class Dispatcher:
     def bar(self, ticket):
         """Keep a ticket from the nodes that do not have the version that it is held to, if it is."""
         if ticket.version != "":
-            others = self.without(ticket.wants.model, ticket.version) - ticket.tried
-            ticket.tried |= others
-            ticket.barred += len(others)
+            ticket.tried |= self.without(ticket.wants.model, ticket.version)
 
     def in_flight(self):
         """Return how many requests run, on dropped nodes, too."""
@@ -2379,9 +2460,15 @@ class Dispatcher:
         """Return the nodes that have a model; all of them if none is known to."""
         return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
 
-    def is_hopeless(self, ticket, now):
-        """Tell whether no node is left that could serve a ticket."""
-        return not untried(self.nodes_for(ticket.wants.model), ticket.tried, now)
+    def is_hopeless(self, ticket: Ticket, now: float) -> bool:
+        """Tell whether no node is left that could serve a ticket, now or when it has come back."""
+        nodes = self.nodes_for(ticket.wants.model)
+        return not untried(nodes, ticket.tried) and not any(
+            node.name not in ticket.tried and self.is_awaited(node, now) for node in nodes)
+
+    def is_awaited(self, node: Node, now: float) -> bool:
+        """Tell whether a node that cannot be reached may come back in time for what waits."""
+        return not node.up and may_return(node, now, self.queue_timeout_s)
 
     def refuse(self, ticket, refusal):
         """Take a waiting ticket out with the answer that its client gets."""
@@ -2395,8 +2482,7 @@ class Dispatcher:
                                         self.queue.tickets))
         if not late:
             return []
-        refusal = Refusal(503, f"no slot became free within {self.queue_timeout_s:g} s",
-                          retry_after_s=self.drain_s())
+        refusal = Answer(503, f"no slot became free within {self.queue_timeout_s:g} s", retry_after_s=self.drain_s())
         return [self.refuse(ticket, refusal) for ticket in late]
 
     def cost_s(self, demand):
@@ -2469,16 +2555,17 @@ class Dispatcher:
             if skim:
                 self.skimmed_s[model] = now
                 turn.models_to_skim -= 1
-            usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
-            if usable or any(runner.node.is_alive(now) for runner in holders):
-                rooms.append(Room(model, usable, places, looks, SKIM_AHEAD if skim else 0))
-            else:
+            alive = [runner for runner in holders if runner.node.up and not runner.node.draining]
+            usable = [runner for runner in alive if is_usable(runner.node, now) and runner.breaker.allows(now)]
+            if alive:
+                rooms.append(Room(model, usable or alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
+            elif not any(self.is_awaited(runner.node, now) for runner in holders):
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
                 self.refuse_all(turn, model, f"every node that has {model} is down or draining",
                                 last.node.drained_seq if last else 0)
                 if last and self.queue.first(model):
-                    rooms.append(Room(model, [last], places, looks, SKIM_AHEAD if skim else 0))
+                    rooms.append(Room(model, [last], True, places, looks, SKIM_AHEAD if skim else 0))
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn, model, text, since_seq=0):
@@ -2486,7 +2573,7 @@ class Dispatcher:
         if any(not node.probed for node in self.nodes.values()):
             return
         pauses_s = [node.breaker.until_s - turn.now for node in self.nodes_for(model) if node.up]
-        refusal = Refusal(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
+        refusal = Answer(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
         turn.refused += [self.refuse(ticket, refusal) for ticket in list(self.queue.tickets)
                          if ticket.wants.model == model and ticket.seq >= since_seq]
 
@@ -2502,12 +2589,12 @@ class Dispatcher:
             nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
         while entry := self.queue.first(model):
             ticket = entry[2]
-            alive = untried(nodes, ticket.tried, turn.now)
-            free = [node for node in alive if node.breaker.allows(turn.now)]
-            if alive and not free:
-                return              # all are half-open, their one trial running
+            alive = untried(nodes, ticket.tried)
+            free = [node for node in alive if node.breaker.allows(turn.now)] or alive
+            if not alive and not self.is_hopeless(ticket, turn.now):
+                return              # somebody may come back
             if not alive and ticket.tried:
-                turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
+                turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
             elif not alive:
                 self.refuse_all(turn, model, "no node is up")
                 return
@@ -2545,7 +2632,7 @@ class Dispatcher:
         """Tell whether another ticket is worth a look."""
         if room.looks_left > 0 and room.places_left > 0:
             for runner in room.runners:
-                if self.has_room(runner, room.runners, now):
+                if self.has_room(runner, room, now):
                     return True
         return False
 
@@ -2556,8 +2643,9 @@ class Dispatcher:
         """
         ticket = entry[2]
         candidates = self.candidates(turn, ticket, room.runners)
-        free = next((it for it in candidates if self.has_room(it.runner, room.runners, turn.now)), None)
-        if free and free.finish_s <= HOLD * candidates[0].finish_s:
+        free = next((it for it in candidates if self.has_room(it.runner, room, turn.now)), None)
+        if free and (free.finish_s <= HOLD * candidates[0].finish_s
+                     or self.has_waited_enough(ticket, free, candidates[0], turn.now)):
             room.places_left -= 1
             self.queue.settle(entry)
             prediction = free.offer.predict(self.estimates.demand_of(ticket), turn.now)
@@ -2573,8 +2661,18 @@ class Dispatcher:
                 room.finish_s = min(room.finish_s, best.finish_s)
         else:
             self.queue.settle(entry)
-            turn.refused.append(self.refuse(ticket, Refusal(*ALL_FAILED)))
+            turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
         return candidates
+
+    def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
+        """Tell whether a ticket has been held back as long as the better node was first predicted to need.
+
+        Beliefs that no answer has confirmed lately hold it for MOST_HELD_S at most: nothing stands idle for an error.
+        """
+        if ticket.held_until_s is None:
+            sure = is_confirmed(free.runner, now) and is_confirmed(best.runner, now)
+            ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
+        return now >= ticket.held_until_s
 
     def skim(self, turn, entry, room, candidates):
         """Hold back tickets behind one that is held, as if they were like it; tell whether the next had better go now.
@@ -2582,11 +2680,12 @@ class Dispatcher:
         Each claims what is then the best, and only that is reckoned anew: a fiftieth of a look on fifty nodes.
         """
         demand, now = self.estimates.demand_of(entry[2]), turn.now
-        free = next((it for it in candidates if self.has_room(it.runner, room.runners, now)), None)
+        free = next((it for it in candidates if self.has_room(it.runner, room, now)), None)
         while free and room.skims_left and self.queue.first(room.model):
             best = candidates[0]
             offer = turn.claimed[best.runner]
-            candidates[0] = Candidate(offer.finish_s(demand, now), best.order, offer)
+            candidates[0] = best._replace(finish_s=offer.finish_s(demand, now) + doubt_s(best.runner.node, now),
+                                          offer=offer)
             candidates.sort()       # all but the first are in order
             best = candidates[0]
             if free.finish_s <= HOLD * best.finish_s:
@@ -2596,14 +2695,16 @@ class Dispatcher:
             room.skims_left -= 1
         return False
 
-    def has_room(self, runner, others, now):
+    def has_room(self, runner: Runner, room: Room, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
         running = len(runner.leases)
         if running >= runner.slots:
-            elsewhere_free = any(len(other.leases) < other.slots for other in others)
+            elsewhere_free = any(len(other.leases) < other.slots for other in room.runners)
             if running >= slot_limit(runner.node, runner, now, elsewhere_free):
                 return False
-        return runner.breaker.allows(now) and runner.node.breaker.allows(now)
+        if yields(runner.node, now):
+            return False
+        return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
 
     def candidates(self, turn, ticket, runners):
         """Return a Candidate for each node that has not failed a ticket, best first."""
@@ -2616,9 +2717,44 @@ class Dispatcher:
                 offer = around.offer(runner, now)
             elif offer.around is not around:    # a lease was given there
                 offer = turn.claimed[runner] = Offer(runner, around, now, offer.claims_at_s)
-            found.append(Candidate(offer.finish_s(demand, now), order, offer))
+            node = runner.node
+            found.append(Candidate(node.suspect, offer.finish_s(demand, now) + doubt_s(node, now), order, offer))
         found.sort()
         return found
+
+    def race(self, ticket: Ticket, now: float) -> Lease | None:
+        """Return a second lease for a ticket whose answer is far overdue, where another node would end it well before.
+
+        Only on a slot that is free and that no waiting ticket could use; three nodes at most, a race at a time. A stream
+        that has begun is raced by a replay, so that it must be deterministic and its model the same there.
+        """
+        first, model, found = ticket.lease, ticket.wants.model, []
+        if first is None or ticket.race is None or ticket.rival is not None or not ticket.wants.repeatable:
+            return None
+        silent_s = now - first.heard_s
+        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= self.allowed_s(first):
+            return None
+        digest = "" if first.first_s is None else digest_of(first.node, model)
+        if first.first_s is not None and not (ticket.wants.deterministic and digest):
+            return None
+        demand = self.estimates.demand_of(ticket)
+        for order, runner in enumerate(self.holders.get(model, ())):
+            node = runner.node
+            if (node is first.node or node.name in ticket.tried or node.suspect or not is_usable(node, now)
+                    or not runner.breaker.allows(now) or len(runner.leases) >= runner.slots or self.is_wanted(node)
+                    or digest and digest_of(node, model) != digest):
+                continue
+            offer = self.around(node, now).offer(runner, now)
+            found.append(Candidate(False, offer.finish_s(demand, now), order, offer))
+        best = min(found, default=None)
+        if best is None or best.finish_s > RACE_GAIN * silent_s:
+            return None
+        reason = f"races {first.node.name}, silent for {silent_s:.1f} s"
+        return self.lease(ticket, best.runner.node, best.runner, now, reason, best.offer.predict(demand, now))
+
+    def is_wanted(self, node: Node) -> bool:
+        """Tell whether a waiting ticket could use a node."""
+        return any(runner.on_disk and self.queue.first(model) for model, runner in node.runners.items())
 
     def around(self, node, now):
         """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
@@ -2635,11 +2771,12 @@ class Dispatcher:
 
         Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
         """
-        up = untried(self.nodes.values(), tried, now)
+        up = untried(self.nodes.values(), tried)
         if not up:
             if tried:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
+        up = [node for node in up if node.breaker.allows(now)] or up
         holders = [node for node in up if has_on_disk(node, wants.model)]
         if wants.where is Where.PRIMARY:
             node = self.home(wants, holders, now)
@@ -2745,7 +2882,10 @@ class Dispatcher:
         node.requests += 1
         breakers = (node.breaker,) if runner is None else (node.breaker, runner.breaker)
         lease.trials = [breaker for breaker in breakers if breaker.failures and breaker.begin()]
-        ticket.lease = lease
+        if ticket.lease is None:
+            ticket.lease = lease
+        else:
+            ticket.rival = lease
         return lease
 
     def expect(self, lease, prediction, now):
@@ -2758,7 +2898,7 @@ class Dispatcher:
         unseen_s = it.prefill_s + (0.0 if wants.stream else it.decode_s)
         lease.predicted_first_s = now + it.start_s + unseen_s * it.slow
         lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
-        lease.patience_s = patience_s(runner, it)
+        lease.quiet_s = quiet_s(runner, it)
         lease.start_progress_s = runner.progress_s
 
     def believe_loaded(self, runner, wants, ready_s):
@@ -2786,6 +2926,8 @@ class Dispatcher:
     def heard(self, lease, lines, now):
         """Note bytes of an answer; `lines` streamed lines were among them."""
         lease.heard_s = lease.node.heard_s = now
+        if lease.node.suspect:
+            self.trust(lease.node, now)
         if lease.first_s is None:
             self.first_byte(lease, now)
         lease.lines += lines
@@ -3008,8 +3150,11 @@ class Dispatcher:
         """End a lease, exactly once."""
         if lease.released:
             raise AssertionError(f"lease of {lease.ticket.id} on {lease.node.name} released twice")
-        lease.released, lease.ticket.lease = True, None
-        node, runner = lease.node, lease.runner
+        lease.released = True
+        ticket, node, runner = lease.ticket, lease.node, lease.runner
+        if ticket.lease is lease:
+            ticket.lease = ticket.rival
+        ticket.rival = None
         self.advance(node, now)
         node.leases.remove(lease)
         if runner is not None:
@@ -3031,24 +3176,47 @@ class Dispatcher:
             breaker.end_trial()
         node.heard_s = now          # its silence, if any, ended with this lease
 
-    def fail(self, lease, kind, now):
-        """Note that a node failed a request. `kind`: refused, died, garbage, stalled; busy, model, missing."""
-        node, runner = lease.node, lease.runner
-        lease.ticket.tried.add(node.name)
+    def fail(self, lease: Lease, kind: str, now: float) -> None:
+        """Note that a node failed a request; see failover_kind and Failure for the kinds."""
+        node, runner, ticket = lease.node, lease.runner, lease.ticket
+        ticket.tried.add(node.name)
+        if kind in CONNECTION_FAILURES:
+            ticket.gone.add(node.name)
+        if kind != "refused":       # it has not got the request
+            ticket.attempts += 1
+            ticket.since_s = now
+        if kind in DIFFERENCES:
+            self.bar_alike(ticket, kind, node)
+            return
         node.errors += 1
         self.unsettle_all()
-        if kind == "missing":       # the index was wrong
-            if runner is not None:
-                runner.on_disk = False
-                self.believe_unloaded(runner)
-                self.reindex()
-        elif kind == "model" and runner is not None:
-            runner.breaker.fail(now)
+        if kind == "missing" and runner is not None:    # the index was wrong
+            runner.on_disk = False
             self.believe_unloaded(runner)
+            self.reindex()
         elif kind == "refused":
-            node.up = False         # no new work; whether what runs there is lost, the next probe tells
-        elif kind != "stalled":     # a stalled node is suspect; the check on it decides
-            node.breaker.fail(now)
+            node.up, node.lost_s = False, now   # no new work; whether what runs there is lost, the next probe tells
+        elif kind == "model" and runner is not None:
+            self.blame(ticket, runner.breaker, now)
+        elif kind in ("died", "garbage") or kind in ("busy", "proxy") and runner is not None:
+            self.blame(ticket, node.breaker, now)
+
+    def bar_alike(self, ticket: Ticket, kind: str, node: Node) -> None:
+        """Keep a ticket from the nodes that would refuse it as this one did; after a 400 it is tried once more at most."""
+        for other in self.nodes_for(ticket.wants.model):
+            if kind == "length":
+                here, there = window_of(node, ticket.wants.model), window_of(other, ticket.wants.model)
+                alike = here is not None and there is not None and there <= here
+            else:
+                alike = other.version == node.version
+            if alike or ticket.differed:
+                ticket.tried.add(other.name)
+        ticket.differed = ticket.differed or kind != "route"
+
+    def blame(self, ticket: Ticket, breaker: Breaker, now: float) -> None:
+        """Count a failure, until it turns out to be the request's own."""
+        breaker.fail(now)
+        ticket.blamed.append(breaker)
 
     # Nodes ------------------------------------------------------------------
 
@@ -3168,6 +3336,8 @@ class Dispatcher:
 
     def lost(self, node, now):
         """Note that a node cannot be reached: its models are gone from memory."""
+        if node.up:
+            node.lost_s = now
         node.probed, node.up, node.suspect, node.calibrated = True, False, False, False
         node.speed = 1.0
         self.unsettle_all()
@@ -3182,14 +3352,14 @@ class Dispatcher:
         if not node.up:
             node.breaker.succeed()
             self.unsettle_all()
-        node.probed, node.up, node.misses, node.version = True, True, 0, version
+        node.probed, node.up, node.misses, node.version, node.answered_s = True, True, 0, version, now
         node.rtt_s += (0.3 if node.rtt_s else 1.0) * (rtt_s - node.rtt_s)
 
     def missed(self, node, refused, now):
-        """Note a probe without an answer. One silence may be chance; two, or a refused connection, are not."""
+        """Note a probe without an answer: dead is what refuses a connection, or has not answered for DEAD_S."""
         node.misses += 1
         node.indexed = node.indexed and not refused
-        if refused or node.misses >= 2 or not node.probed:
+        if refused or not node.probed or now - node.answered_s >= DEAD_S:
             self.lost(node, now)
 
     def index(self, node, rows, asked_s=math.inf):
@@ -3272,51 +3442,58 @@ class Dispatcher:
         if gone and any(model not in before for model in after):
             node.vram_limit_bytes = min(node.vram_limit_bytes, held_bytes + max(gone))
 
-    def watch(self, now):
-        """Look for nodes that stand still. Return the leases to give up: their request can still run elsewhere.
+    def watch(self, now: float) -> tuple[list[Lease], list[Lease]]:
+        """Look at who is silent. Return (leases whose node is dead and whose request can go elsewhere, races begun).
 
-        No byte for long after a stream began, or no first byte for much longer than predicted although /api/ps says
-        that the model is loaded: a wedged card does that, while its /api/version still answers.
+        Silence ends nothing: a silent node is in doubt, and what is far overdue there may be raced. With a plain
+        proxy's policy requests queue in the node, and silence means nothing at all.
         """
         self.leaving = [node for node in self.leaving if node.leases]
-        return [lease for node in (*self.nodes.values(), *self.leaving) for lease in node.leases
-                if self.is_stuck(lease, now)]
+        nodes = (*self.nodes.values(), *self.leaving)
+        leases = [lease for node in nodes for lease in node.leases if lease.runner is not None and not self.pick]
+        for lease in leases:
+            if self.is_overdue(lease, now):
+                self.doubt(lease.node, now)
+            elif lease.first_s is not None and lease.ticket.wants.stream:
+                self.judge_speed(lease, now)
+        lost = [lease for node in nodes if node.misses and not node.up for lease in node.leases
+                if self.is_lost(lease, now)]
+        raced = [self.race(lease.ticket, now) for lease in leases if lease not in lost]
+        return lost, [lease for lease in raced if lease is not None]
 
-    def is_stuck(self, lease, now):
-        """Tell whether a lease is to be given up; note what its silence says of the node."""
-        node, runner = lease.node, lease.runner
+    def is_overdue(self, lease: Lease, now: float) -> bool:
+        """Tell whether a node has shown nothing of anything for much longer than predicted for one of its answers."""
+        node = lease.node
         if is_held_up(lease):       # nobody listens to the node
             lease.heard_s = lease.watched_s = node.heard_s = now
             lease.watched_lines = lease.lines
             return False
-        silent_s = now - lease.heard_s
-        if node.misses and not node.up:
-            return silent_s > SILENT_S
-        if runner is None or self.pick:         # a plain proxy's requests queue in the node: silence means nothing
-            return False
-        if lease.first_s is None or not lease.ticket.wants.stream:
-            stuck = stalled = self.is_overdue(lease, now)
-        else:
-            self.judge_speed(lease, now)
-            gap_s = max(decode_s(runner) * slowdown(node, runner) / runner.lines_per_token,
-                        (lease.heard_s - lease.first_s) / max(1, lease.lines))
-            stalled = silent_s > max(STALL_S, 10 * gap_s)
-            stuck = stalled and silent_s > STREAM_PATIENCE_S
-        if stalled:
-            node.suspect, node.stalled_s = True, now
-        return stuck
+        return now - max(lease.heard_s, node.heard_s) > self.allowed_s(lease)
 
-    def is_overdue(self, lease, now):
-        """Tell whether a first byte is so late that the node must be stuck.
-
-        A load is given all its time, whichever request caused it, and what comes after it its own.
-        """
+    def allowed_s(self, lease: Lease) -> float:
+        """Return for how long an answer may show nothing until it is overdue."""
+        if lease.first_s is None or lease.ticket.wants.silent:
+            return lease.quiet_s
         runner = lease.runner
-        loading = (lease.loads or runner.listed_s > now or (runner.options or ()) != lease.ticket.wants.options
-                   or any(other.loads and other.first_s is None for other in runner.leases))
-        waited_s = now - (lease.sent_s if loading else max(lease.sent_s, runner.listed_s))
-        patience_s = max(LOAD_PATIENCE_S, lease.patience_s) if loading else lease.patience_s
-        return waited_s > patience_s and now - lease.node.heard_s > SILENT_S
+        gap_s = decode_s(runner) * slowdown(lease.node, runner) / runner.lines_per_token
+        return max(SILENT_S, 10 * gap_s, 10 * (lease.heard_s - lease.first_s) / max(1, lease.lines))
+
+    def doubt(self, node: Node, now: float) -> None:
+        """Note that a node is in doubt."""
+        node.stalled_s = now
+        if not node.suspect:
+            node.suspect = True
+            self.unsettle_all()
+
+    def is_lost(self, lease: Lease, now: float) -> bool:
+        """Tell whether a request is to leave a dead node: nothing of its answer was seen, and another node can serve."""
+        if now - lease.heard_s <= SILENT_S:
+            return False
+        if lease.runner is None:
+            return True
+        ticket = lease.ticket
+        others = untried(self.nodes_for(ticket.wants.model), ticket.tried | {lease.node.name})
+        return lease.first_s is None and ticket.rival is None and bool(others)
 
     def judge_speed(self, lease, now):
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
@@ -3382,6 +3559,17 @@ class Dispatcher:
 # body on its way up. Never is a connection reused whose last exchange did not end exactly where its framing said.
 # -----------------------------------------------------------------------------
 
+def watch_for_death(sock: socket.socket) -> None:
+    """Let the kernel find out whether the other machine is still there, be it silent or not taking what is sent."""
+    with contextlib.suppress(OSError, AttributeError):      # a system that has not all of these
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_ALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEP_ALIVE_PAUSE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
+        whole_s = KEEP_ALIVE_IDLE_S + KEEP_ALIVE_PAUSE_S * KEEP_ALIVE_TRIES
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * whole_s)
+
+
 class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
@@ -3404,12 +3592,13 @@ class NodeConnection(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport = transport
+        watch_for_death(transport.get_extra_info("socket"))
 
     def data_received(self, data):
         if self.sink is not None:
             self.sink.data(data)
         elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
-            self.fail(NodeFailure("garbage", "bytes between two answers"))
+            self.fail(Failure("garbage", "bytes between two answers"))
         else:
             self.buffer += data
             if len(self.buffer) > READ_AHEAD_BYTES:
@@ -3418,7 +3607,7 @@ class NodeConnection(asyncio.Protocol):
 
     def connection_lost(self, exc):
         if self.failure is None:
-            self.failure = NodeFailure("died", "closed the connection" if exc is None else f"broke off: {exc}")
+            self.failure = Failure("died", "closed the connection" if exc is None else f"broke off: {exc}")
             self.ended = exc is None
         if self.sink is not None:
             self.sink.lost()
@@ -3470,10 +3659,27 @@ class NodeConnection(asyncio.Protocol):
             except ProtocolError as error:
                 raise NodeFailure("garbage", f"answered what is not HTTP: {error}") from None
             scanned = len(self.buffer)
-            if self.failure is not None:
-                raise self.failure
-            self.waiter = self.loop.create_future()
-            await self.waiter
+            await self.more()
+
+    async def more(self) -> None:
+        """Wait for more bytes. Raises what has ended the connection."""
+        if self.failure is not None:
+            raise self.failure.error()
+        self.waiter = self.loop.create_future()
+        await self.waiter
+
+    async def first_payload(self, head: ResponseHead) -> bytes:
+        """Wait for the first bytes of a body and return them, all left where they are; empty if the body is. Raises
+        NodeFailure."""
+        while True:
+            body = body_decoder(head.length)
+            try:
+                payload, _ = body.feed(self.buffer)
+            except ProtocolError as error:
+                raise NodeFailure("garbage", f"broke the framing of its answer: {error}") from None
+            if payload or body.done or self.ended and head.length == UNTIL_CLOSE:
+                return payload
+            await self.more()
 
     def attach(self, sink):
         """Give what has come after the head, and all that will come, to a sink."""
@@ -3634,7 +3840,7 @@ class Sink:
         try:
             payload, used = self.body.feed(data)
         except ProtocolError as error:
-            self.fail(NodeFailure("garbage", f"broke the framing of its answer: {error}"))
+            self.fail(Failure("garbage", f"broke the framing of its answer: {error}"))
             return
         self.take(payload, data if self.body.verbatim and used == len(data) else None)
         if self.body.done:
@@ -3670,7 +3876,7 @@ class Sink:
             self.waiter = self.connection.loop.create_future()
             await self.waiter
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.error()
 
 
 class Collector(Sink):
@@ -3686,7 +3892,7 @@ class Collector(Sink):
         self.parts.append(payload)
         self.room -= len(payload)
         if self.room < 0:
-            self.fail(NodeFailure("garbage", "answer too long"))
+            self.fail(Failure("garbage", "answer too long"))
 
     async def collect(self):
         """Return the whole body. Raises NodeFailure."""
@@ -3868,8 +4074,12 @@ class Transcript:
     def rewind(self, name):
         """Begin anew, on another node than `name`."""
         self.lost.append(name)
-        self.known += "".join(self.fresh)
+        self.known = self.all_known()
         self.fresh, self.at, self.key = [], 0, ""
+
+    def all_known(self) -> str:
+        """Return all the text that the client has."""
+        return self.known + "".join(self.fresh)
 
     @property
     def is_behind(self):
@@ -3971,7 +4181,7 @@ class LineRelay(Relay):
             parts = [self.transcript.missing(line + self.separator) for line in lines]
             data = b"".join(parts + ([self.transcript.missing(rest)] if rest else []))
         except (NodeFailure, Refusal) as failure:
-            self.fail(failure)
+            self.fail(failure.value)
             return
         if data:
             self.recent.append(data[-TAIL_BYTES:])
@@ -3986,9 +4196,9 @@ class LineRelay(Relay):
         if self.over:
             return
         if isinstance(self.body, UntilCloseBody) and not self.is_complete():
-            self.fail(NodeFailure("died", "closed the connection"))
+            self.fail(Failure("died", "closed the connection"))
         elif self.transcript.is_behind:
-            self.fail(Refusal(502, "the answer of another node is shorter"))
+            self.fail(Answer(502, "the answer of another node is shorter"))
         else:
             self.write(LAST_CHUNK if self.framing is Framing.CHUNKED else b"")
             Sink.end(self, clean)
@@ -4033,7 +4243,7 @@ class Upload:
         if self.connection.write_paused:
             self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
         elif self.connection.sink is None:
-            self.connection.fail(Refusal(408, "the request took too long to arrive", close=True))
+            self.connection.fail(Answer(408, "the request took too long to arrive", close=True))
         else:
             self.client.transport.abort()
 
@@ -4046,7 +4256,7 @@ class Upload:
             payload, used = self.body.feed(data)
         except ProtocolError as error:
             if self.connection.sink is None:
-                self.connection.fail(error)
+                self.connection.fail(error.value)
             else:                   # an answer is on its way already; there is no room for another
                 self.client.transport.abort()
             return
@@ -4624,20 +4834,31 @@ def answer_refusal(client, head, record, refusal):
                           extra=extra, close=refusal.close)
 
 
-# A node's error answers that another node may well do better; the rest are the client's own mistakes.
-BUSY_STATUSES = frozenset((429, 502, 503, 504))
-BROKEN_MODEL = re.compile(rb"load|runner|memory|cuda|metal|rocm|vulkan|gpu|terminated|unexpectedly", re.I)
+# What the status of a node's answer says, and never its text: no list of texts is complete. Before a client has seen a
+# byte, all of these move a request on.
+BUSY_STATUSES = frozenset((408, 425, 429, 503))
+PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))     # of what stands before a node
+TOO_LONG = re.compile(rb"context|too long|exceed", re.I)
+UNSUPPORTED = re.compile(rb"support", re.I)
+FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
 
 
-def failover_kind(status, body, model_known):
-    """Return why an error answer should be tried on another node (busy, model, missing), or None if it should not."""
-    if status in BUSY_STATUSES:
-        return "busy"
-    if status == 500 and BROKEN_MODEL.search(body):
-        return "model"
-    if status == 404 and model_known:
-        return "missing"
-    return None
+def failover_kind(status: int, body: bytes, has_model: bool) -> str | None:
+    """Return why an error answer is tried on another node, None if it is the client's own to have.
+
+    model: its runner is broken; busy, proxy: the node is, or what stands before it; missing: it has not the model
+    after all; route: it knows no such path, being older; length, feature: a larger window or another version may do.
+    Of a model that no node is known to have, such as those of the cloud, most answers are no fault of the node.
+    """
+    if status == 200 or status >= 500:
+        return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else "model"
+    if not has_model:
+        return None
+    if status == 404:
+        return "missing" if b"not found" in body and b"model" in body else "route"
+    if status == 400:
+        return "length" if TOO_LONG.search(body) else "feature" if UNSUPPORTED.search(body) else None
+    return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else None
 
 
 def added_lines(record):
@@ -4664,12 +4885,28 @@ def choose_framing(head, answer, keep):
     return framing, lines + connection_lines(head, keep), keep
 
 
-class NodeRefused(Exception):
+class NodeAnswer(NamedTuple):
     """A node's own error answer, kept while another node is tried. If all refuse, the client gets the last one."""
 
-    def __init__(self, kind, head, body):
-        super().__init__(f"answered {head.status}")
-        self.kind, self.head, self.body = kind, head, body
+    kind: str | None                # see failover_kind
+    head: ResponseHead
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return f"answered {self.head.status}: {self.body[:200].decode(errors='replace')}"
+
+    def error(self) -> Exception:
+        """Return the exception that tells it."""
+        return NodeRefused(self)
+
+
+class NodeRefused(Exception):
+    """A node has answered with an error of its own."""
+
+    def __init__(self, value: NodeAnswer):
+        super().__init__(value.text)
+        self.value = value
 
 
 def answer_whole(client, head, record, answer, body):
@@ -4758,73 +4995,236 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     return keep and relay.framing is not Framing.CLOSE, relay.clean
 
 
-async def attempt(gateway, client, head, body, lease, record, take=relay_answer):
-    """Run a request with a buffered body on the leased node. Return whether the client's connection stays open.
+# What is done with an answer that has begun: (gateway, client, head, connection, answer, lease, record, keep the client's
+# connection) -> (keep the client's, keep the node's). Raises NodeFailure or NodeRefused if another node may answer.
+Take = Callable[..., Awaitable[tuple[bool, bool]]]
 
-    `take` does with the answer what is to be done. Raises NodeFailure or NodeRefused while the client has seen nothing:
-    another node may still answer.
+
+class Begun(NamedTuple):
+    """A lease whose answer has begun, and the connection that it comes on."""
+
+    lease: Lease
+    connection: NodeConnection
+    answer: ResponseHead
+
+
+async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) -> Begun:
+    """Send a request to the leased node and wait until its answer has begun, however long that takes.
+
+    Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
+    with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
     """
-    pool = gateway.pools[lease.node]
-    record.node, record.reason = lease.node.name, lease.reason
-    record.attempts += 1
+    pool, wants = gateway.pools[lease.node], lease.ticket.wants
 
-    def on_connection(connection):
+    def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
 
     request = render_request(head, lease.node.settings, len(body)) + body
-    connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable)
-    if lease.loads:
-        gateway.note_load(lease.node)
-    clean = False
+    connection, answer = await pool.exchange(request, head.method, on_connection, wants.repeatable)
+    clean = begun = False
     try:
-        if answer.status in BUSY_STATUSES or answer.status in (404, 500):
+        if wants.inference and (answer.status >= 300 or answer.status == 200 and await shows_failure(connection, answer)):
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
-            kind = failover_kind(answer.status, text, lease.runner is not None or lease.ticket.wants.opaque)
-            raise NodeRefused(kind, answer, text)
-        keep, clean = await take(gateway, client, head, connection, answer, lease, record, head.keep_alive)
-        return keep
+            has_model = lease.runner is not None or wants.opaque
+            raise NodeRefused(NodeAnswer(failover_kind(answer.status, text, has_model), answer, text))
+        begun = True
+        return Begun(lease, connection, answer)
     finally:
         lease.abandon = None
-        pool.give_back(connection, clean)
+        if not begun:
+            pool.give_back(connection, clean)
 
 
-async def run_until_answered(gateway, client, head, body, wants, record, take, version, transcript):
-    """Try one node after the other; see serve_inference."""
-    dispatcher, loop = gateway.dispatcher, gateway.loop
-    ticket = dispatcher.enter(record.id, wants, loop.time(), version)
-    last = Refusal(502, "no node answered")
+async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
+    """Tell whether an answer with status 200 begins with an error, or is empty. Of one in one piece only its length."""
+    if answer.fields.get(b"content-type", b"").startswith(STREAM_KINDS):
+        payload = await connection.first_payload(answer)
+        return not payload or FIRST_ERROR.match(payload) is not None
+    return answer.length == 0
+
+
+async def attempt(gateway, client, head, body, lease, record):
+    """Run a request on the leased node. Return whether the client's connection stays open. Raises as `begin`."""
+    record.node, record.reason = lease.node.name, lease.reason
+    record.attempts += 1
+    begun, clean = await begin(gateway, head, body, lease), False
     try:
-        while True:
-            try:
-                lease = await gateway.turn(ticket)
-            except Refusal as refusal:
-                if ticket.tried and refusal.status == 502:
-                    break           # what the last node said is a better answer
-                raise
-            record.queue_s = lease.sent_s - ticket.arrived_s if not record.attempts else record.queue_s
-            try:
-                return await attempt(gateway, client, head, body, lease, record, take)
-            except NodeRefused as refused:
-                last = refused
-                if refused.kind is None:
-                    break
-                gateway.blame(lease, refused)
-            except NodeFailure as failure:
-                last = last if isinstance(last, NodeRefused) else Refusal(502, f"{lease.node.name}: {failure}")
-                gateway.blame(lease, failure)
-            finally:
-                dispatcher.release(lease, loop.time())
-            if transcript and transcript.relay:
-                transcript.rewind(lease.node.name)
-                dispatcher.go_on(ticket, lease.node)
-            if not dispatcher.retry(ticket, loop.time()):
-                break
-        raise last
+        keep, clean = await relay_answer(gateway, client, head, begun.connection, begun.answer, lease, record,
+                                         head.keep_alive)
+        return keep
     finally:
-        dispatcher.leave(ticket, loop.time())
-        gateway.pump()
+        gateway.pools[lease.node].give_back(begun.connection, clean)
+
+
+class Inference:
+    """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
+
+    def __init__(self, gateway: Gateway, head: RequestHead, body: bytes, record: Record, ticket: Ticket,
+                 transcript: Transcript | None):
+        self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
+        self.head, self.body, self.record, self.ticket = head, body, record, ticket
+        self.transcript = transcript
+        self.rival: asyncio.Task | None = None          # the attempt that races the first one
+        self.last: Answer | NodeAnswer = Answer(502, "no node answered")
+
+    async def begin(self) -> Begun | None:
+        """Wait for what begins to answer; None if that has failed, and the request may move on."""
+        if self.rival is None:
+            lease = await self.gateway.turn(self.ticket)
+            if not self.record.attempts:
+                self.record.queue_s = lease.sent_s - self.ticket.arrived_s
+            self.ticket.race = self.race
+            begun = await self.attempt(lease)
+            self.ticket.race = None
+            if begun is not None:
+                self.end_race()
+                return begun
+        begun = await self.rival if self.rival else None
+        self.rival = None
+        return begun
+
+    async def attempt(self, lease: Lease) -> Begun | None:
+        """Let the leased node begin to answer. The lease goes on only with what is returned."""
+        self.record.attempts += 1
+        begun = None
+        try:
+            begun = await begin(self.gateway, self.head, self.body, lease)
+        except (NodeRefused, NodeFailure) as failed:
+            self.note(lease, failed.value)
+        finally:
+            if begun is None:
+                self.end(lease)
+        return begun
+
+    def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
+        """Keep what a node said last, and hold it against the node if it is its fault."""
+        if failed.kind == "raced":
+            return
+        if isinstance(failed, NodeAnswer):
+            self.last = failed
+        elif not isinstance(self.last, NodeAnswer):
+            self.last = Answer(502, f"{lease.node.name}: {failed.text}")
+        if failed.kind is not None:
+            self.gateway.blame(lease, failed)
+
+    def end(self, lease: Lease) -> None:
+        """End a lease, and let others have its slot."""
+        self.dispatcher.release(lease, self.loop.time())
+        self.gateway.pump()
+
+    def close(self, begun: Begun, clean: bool) -> None:
+        """Give back what an answer was received with."""
+        self.gateway.pools[begun.lease.node].give_back(begun.connection, clean)
+        self.end(begun.lease)
+
+    def race(self, lease: Lease) -> None:
+        """Begin a second attempt, on another node. The first byte wins."""
+        self.rival = self.loop.create_task(self.run_against(self.ticket.lease, lease))
+
+    async def run_against(self, first: Lease, lease: Lease) -> Begun | None:
+        """Run the second attempt of a race; if it wins, the first is given up."""
+        begun = None
+        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
+            begun = await self.attempt(lease)
+        if begun is not None and self.transcript and self.transcript.relay:
+            begun = await self.rehearsed(begun)
+        if begun is not None and first.abandon is not None:
+            first.abandon(Failure("raced", f"{lease.node.name} was faster"))
+        self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
+        return begun
+
+    async def rehearsed(self, begun: Begun) -> Begun | None:
+        """Return an answer that has come to what the client has of a begun stream; None if it is another one."""
+        same = False
+        try:
+            same = await rehearse(begun, self.transcript.all_known())
+        except (NodeFailure, Refusal):
+            pass
+        finally:
+            if not same:
+                self.close(begun, clean=False)
+        return begun if same else None
+
+    def end_race(self) -> None:
+        """Close the second attempt, if there is one whose answer was not taken."""
+        rival, self.rival = self.rival, None
+        if rival is not None and not rival.cancel() and not rival.cancelled() and rival.result() is not None:
+            self.close(rival.result(), clean=False)
+
+    def may_move_on(self) -> bool:
+        """Tell whether another node may answer what has failed."""
+        if isinstance(self.last, NodeAnswer) and self.last.kind is None:
+            return False
+        return self.dispatcher.retry(self.ticket, self.loop.time())
+
+    async def run(self, client: ClientConnection, take: Take) -> bool:
+        """Try one node after the other; see serve_inference. Return whether the client's connection stays open."""
+        try:
+            while True:
+                try:
+                    begun = await self.begin()
+                except Refusal as refusal:
+                    if self.ticket.attempts and refusal.status == 502:
+                        break       # what the last node said is a better answer
+                    raise
+                if begun:
+                    try:
+                        return await self.pass_on(client, begun, take)
+                    except (NodeRefused, NodeFailure) as failed:
+                        self.note(begun.lease, failed.value)
+                    if self.transcript and self.transcript.relay:
+                        self.transcript.rewind(begun.lease.node.name)
+                        self.dispatcher.go_on(self.ticket, begun.lease.node)
+                if self.rival is None and not self.may_move_on():
+                    break
+            if isinstance(self.last, NodeAnswer):
+                self.dispatcher.forgive(self.ticket)
+            raise self.last.error()
+        finally:
+            self.ticket.race = None
+            self.end_race()
+
+    async def pass_on(self, client: ClientConnection, begun: Begun, take: Take) -> bool:
+        """Let the client have an answer that has begun. Return whether its connection stays open. Raises as `take`."""
+        lease, record, clean = begun.lease, self.record, False
+        record.node, record.reason = lease.node.name, lease.reason
+        if lease.loads:
+            self.gateway.note_load(lease.node)
+        if self.transcript:         # silent in its midst, it may be raced by a replay
+            self.ticket.race, lease.abandon = self.race, begun.connection.fail
+        try:
+            keep, clean = await take(self.gateway, client, self.head, begun.connection, begun.answer, lease, record,
+                                     self.head.keep_alive)
+            return keep
+        finally:
+            self.ticket.race = lease.abandon = None
+            self.close(begun, clean)
+
+
+async def rehearse(begun: Begun, known: str) -> bool:
+    """Read a replay until it has said all of `known`; what was read is left to be relayed. Tell whether it is the same.
+
+    Raises NodeFailure, or Refusal for one that says something else.
+    """
+    connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
+    events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
+    separator, raw, rest = b"\n\n" if events else b"\n", b"", b""
+    transcript.known = known
+    while transcript.is_behind and not body.done:
+        data, connection.buffer = connection.buffer, b""
+        if not data:
+            connection.transport.resume_reading()
+            await connection.more()
+            continue
+        raw += data
+        *lines, rest = (rest + body.feed(data)[0]).split(separator)
+        for line in lines:
+            if transcript.is_behind:
+                transcript.missing(line + separator)
+    connection.buffer = raw + connection.buffer
+    return not transcript.is_behind
 
 
 async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, version=""):
@@ -4832,17 +5232,22 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
 
     A deterministic stream is gone on with by another node even when a part of it is out.
     """
+    dispatcher, loop = gateway.dispatcher, gateway.loop
     transcript = Transcript() if wants.deterministic and gateway.options.rescue else None
     if transcript:
         take = functools.partial(relay_answer, transcript=transcript)
+    ticket = dispatcher.enter(record.id, wants, loop.time(), version)
     try:
-        return await run_until_answered(gateway, client, head, body, wants, record, take, version, transcript)
+        return await Inference(gateway, head, body, record, ticket, transcript).run(client, take)
     except (Refusal, NodeRefused) as ended:
         if not (transcript and transcript.relay):
             raise
-        gateway.dispatcher.rescued(whole=False)
+        dispatcher.rescued(whole=False)
         told = break_off(client, record, transcript.relay, str(ended), wants.family)
         return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
+    finally:
+        dispatcher.leave(ticket, loop.time())
+        gateway.pump()
 
 
 async def serve_control(gateway, client, head, body, wants, record):
@@ -4854,7 +5259,7 @@ async def serve_control(gateway, client, head, body, wants, record):
         try:
             return await attempt(gateway, client, head, body, lease, record)
         except NodeFailure as failure:
-            gateway.blame(lease, failure)
+            gateway.blame(lease, failure.value)
             tried.add(lease.node.name)
             if failure.kind != "refused" and not wants.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
@@ -4886,7 +5291,7 @@ async def serve_upload(gateway, client, head, wants, record):
         clean = clean and upload.body.done
         return keep
     except NodeFailure as failure:
-        gateway.blame(lease, failure)
+        gateway.blame(lease, failure.value)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         client.sink, client.deadline_s = None, math.inf
@@ -4956,7 +5361,7 @@ class Lines(Sink):
     def take(self, payload, verbatim):
         *lines, self.rest = (self.rest + payload).split(b"\n")
         if len(self.rest) > MAX_LINE_BYTES:
-            self.fail(NodeFailure("garbage", "a line without end"))
+            self.fail(Failure("garbage", "a line without end"))
         for line in lines:
             if line.strip() and not self.over:
                 self.hear(line)
@@ -5038,10 +5443,7 @@ async def change(gateway, lease, head, body, hear):
 
     Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
     """
-    dispatcher, loop, wants = gateway.dispatcher, gateway.loop, lease.ticket.wants
-    pool = gateway.pools[lease.node]
-    long = wants.change in ("pull", "create")
-    patience_s = CHANGE_PATIENCE_S if not long else PROGRESS_PATIENCE_S if wants.stream else SILENT_CHANGE_PATIENCE_S
+    dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.pools[lease.node]
     connection, clean, last = None, False, b""
 
     def on_connection(connection):
@@ -5050,32 +5452,27 @@ async def change(gateway, lease, head, body, hear):
     def on_line(line):
         nonlocal last
         last = line
-        if not limit.expired():
-            limit.reschedule(loop.time() + patience_s)
         dispatcher.heard(lease, 0, loop.time())
         try:
             hear(answer, line)
         except NodeFailure as failure:
-            sink.fail(failure)
+            sink.fail(failure.value)
 
     try:
-        async with asyncio.timeout(patience_s) as limit:
-            request = render_request(head, lease.node.settings, len(body)) + body
-            connection, answer = await pool.exchange(request, head.method, on_connection, reuse=False)
-            if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
-                sink = Lines(connection, answer, on_line)
-                sink.start()
-                await sink.finished()
-                last = sink.rest or last
-            else:
-                sink = Collector(connection, answer)
-                last = await sink.collect()
-            clean = sink.clean
-            if answer.status < 400:
-                dispatcher.observe(lease, Timings(), loop.time())
-            return answer, last
-    except TimeoutError:
-        raise NodeFailure("stalled", f"no answer within {patience_s:g} s") from None
+        request = render_request(head, lease.node.settings, len(body)) + body
+        connection, answer = await pool.exchange(request, head.method, on_connection, reuse=False)
+        if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
+            sink = Lines(connection, answer, on_line)
+            sink.start()
+            await sink.finished()
+            last = sink.rest or last
+        else:
+            sink = Collector(connection, answer)
+            last = await sink.collect()
+        clean = sink.clean
+        if answer.status < 400:
+            dispatcher.observe(lease, Timings(), loop.time())
+        return answer, last
     finally:
         lease.abandon = None
         if connection is not None:
@@ -5093,7 +5490,7 @@ async def change_on(gateway, node, head, body, wants, record, hear):
             dispatcher.unloaded(node, wants.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
-        gateway.blame(lease, failure)
+        gateway.blame(lease, failure.value)
         return Outcome(node, None, b"", str(failure))
     except Refusal as refusal:      # the gateway's own lack of sockets
         return Outcome(node, None, b"", refusal.text)
@@ -5240,7 +5637,7 @@ async def keep_share(gateway, share, head, connection, answer, lease, record, ke
     collector = Collector(connection, answer, SHARE_ANSWER_BYTES)
     body = await collector.collect()
     if answer.status != 200:
-        raise NodeRefused(None, answer, body)
+        raise NodeRefused(NodeAnswer(None, answer, body))
     share.answer, share.cut = answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
     return True, collector.clean
@@ -5441,7 +5838,7 @@ async def converse(gateway, client):
             except Refusal as refusal:
                 keep = answer_refusal(client, head, record, refusal)
             except NodeRefused as refused:
-                keep = answer_whole(client, head, record, refused.head, refused.body)
+                keep = answer_whole(client, head, record, refused.value.head, refused.value.body)
             gateway.finish(record)
             record = None
             if client.write_paused:
@@ -5645,7 +6042,7 @@ async def probe(gateway, node):
     dispatcher, loop = gateway.dispatcher, gateway.loop
     asked_s, why, answered = loop.time(), "", False
     try:
-        found = await ask(gateway, node, "GET", "/api/version")
+        found = await ask(gateway, node, "GET", "/api/version", timeout_s=DEAD_S if node.up else PROBE_TIMEOUT_S)
         answered = True
         dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
         await look_at_models(gateway, node)
@@ -5666,7 +6063,10 @@ async def probe_forever(gateway, node):
     while True:
         await probe(gateway, node)
         gateway.first_looks.discard(node)
-        await asyncio.sleep(gateway.options.probe_interval * gateway.rng.uniform(0.85, 1.15))
+        pause_s = gateway.options.probe_interval
+        if not node.up and gateway.loop.time() - node.lost_s < RETURN_S:
+            pause_s = min(pause_s, RETURN_PROBE_S)
+        await asyncio.sleep(pause_s * gateway.rng.uniform(0.85, 1.15))
 
 
 def loaded_runners(node):
@@ -5712,7 +6112,7 @@ async def check(gateway, node):
         gateway.dispatcher.trust(node, gateway.loop.time())
         gateway.dispatcher.forget_speed(node)
         return
-    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16, LOAD_PATIENCE_S)
+    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16, CALIBRATION_S)
     if answers:
         if not suspected:
             gateway.dispatcher.measured(loaded[0], answers, gateway.loop.time())
@@ -5879,6 +6279,7 @@ class Metrics:
         self.requests = collections.Counter()       # (node, model, route, status)
         self.tokens = collections.Counter()         # (node, model, prompt or output)
         self.failovers = collections.Counter()      # (node, reason)
+        self.races = collections.Counter()          # (node, yes or no: it won)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
         self.queue_s = {}                           # priority: Histogram
         self.steps = collections.deque(maxlen=STEPS_KEPT)       # those in which something has finished
@@ -5958,6 +6359,8 @@ def metric_families(gateway):
     yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind")
     yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
            counted(metrics.failovers, "node", "reason"))
+    yield ("sollol_races_total", "counter", "Second attempts beside one that was far overdue, by whether they won.",
+           counted(metrics.races, "node", "won"))
     yield ("sollol_predicted_error_ratio", "histogram", "Time that an answer took, over the time predicted for it.",
            dispatcher.ratios.histogram(ERROR_BOUNDS).samples())
     yield ("sollol_rescues_total", "counter", "Broken streams that another node was to go on with.",
@@ -7218,7 +7621,7 @@ class Gateway:
         self.pump()
         while ticket.lease is None:
             if ticket.refusal is not None:
-                raise ticket.refusal
+                raise ticket.refusal.error()
             ticket.waiter = self.loop.create_future()
             await ticket.waiter
         return ticket.lease
@@ -7241,11 +7644,15 @@ class Gateway:
         self.pump()
         return json_answer(node_stats(node, self.loop.time()))
 
-    def blame(self, lease, failure):
-        """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
+    def blame(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
+        """Note and log that a node failed a request, and look at once what has become of it."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.metrics.failovers[lease.node.name, failure.kind] += 1
-        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
+        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
+        if failure.kind in CONNECTION_FAILURES:
+            self.begin_chore(lease.node, probe)
+        elif failure.kind == "model":
+            self.note_load(lease.node)
 
     async def look_at_changes(self, nodes):
         """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
@@ -7283,14 +7690,17 @@ class Gateway:
         for client in list(self.clients):
             client.expire(now)
         self.wake(dispatcher.expire(now))
-        for lease in dispatcher.watch(now):
+        lost, races = dispatcher.watch(now)
+        for lease in lost:
             if lease.abandon is not None:
-                lease.abandon(NodeFailure("stalled", "stands still"))
+                lease.abandon(Failure("lost", f"has answered nothing for {DEAD_S:g} s"))
+        for lease in races:
+            lease.ticket.race(lease)
         for node in dispatcher.nodes.values():
             note_state(self, node)
             if not node.up or node.draining:
                 continue            # no new work, so no measuring either
-            if node.suspect or node.speed < 0.7 and not node.leases:
+            if (node.suspect or node.speed < 0.7) and not node.leases:
                 self.begin_chore(node, check)
             elif self.options.calibrate and not node.calibrated and not node.leases and loaded_runners(node):
                 self.begin_chore(node, calibrate)
