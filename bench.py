@@ -3222,11 +3222,6 @@ async def no_calibration(gateway, node):
     gateway.dispatcher.calibrates(node)
 
 
-def is_up(node, now):
-    """Tell whether a node answers probes: all that is left of `is_usable` without a watchdog."""
-    return node.up and not node.draining and node.breaker.allows(now)
-
-
 def charge_nothing(fair, wants, now, cost_s, charge=sollol.FairShare.charge):
     """Begin a request when it comes, whatever its client has had before."""
     return charge(fair, wants, now, 0.0)
@@ -3249,7 +3244,7 @@ SWITCHES = (
     Switch("prefix affinity", {"AFFINITY": 0.0}, "chat"),
     Switch("head start", {"HEAD_START_S": 0.0}, "prio"),
     Switch("fairness", {"FairShare.charge": charge_nothing}, "fair"),
-    Switch("watchdog", {"Dispatcher.watch": lambda dispatcher, now: [], "is_usable": is_up}, "models5|hang"),
+    Switch("watchdog", {"Dispatcher.watch": lambda dispatcher, now: ([], [])}, "models5|hang"),
     Switch("calibration", {"calibrate": no_calibration}, "seed|load"),
 )
 ABLATED = tuple(scenario._replace(duration_s=40.0) for scenario in (
@@ -3311,6 +3306,59 @@ def ablation_table(scenarios, seed):
     return [["mean / P95", *names],
             ["whole", *("{:.2f} / {:.2f} s".format(*found[scenario, None]) for scenario in scenarios)],
             *([f"no {it.term}", *(changed(scenario, it.term) for scenario in scenarios)] for it in SWITCHES)]
+
+
+# Wrong beliefs: what does it cost if all that the gateway believes at its start is nonsense?
+
+MISLED = tuple(scenario._replace(requests=200, duration_s=40.0) for scenario in (
+    seed_scenario("mild5"), seed_scenario("het3"), load_scenario("load0.6", "het5"), load_scenario("load0.6", "hom5"),
+    load_scenario("load0.6", "mild5")))
+MISLED_MOST = 1.15                  # times the mean of least-inflight
+
+
+def mislead(dispatcher, rng):
+    """Let a dispatcher believe speeds up to 100 times off, any number of slots, and lengths up to 50 times off."""
+    for node in dispatcher.nodes.values():
+        for runner in node.runners.values():
+            runner.decode_s = sollol.decode_s(runner) * 100 ** rng.uniform(-1, 1)
+            runner.prefill_s = sollol.prefill_s(runner) * 100 ** rng.uniform(-1, 1)
+            runner.samples, runner.slots_known = rng.choice((0, 3, 50)), "learned"
+            runner.slots = runner.top = runner.peak = rng.randint(1, 8)
+            lengths = dispatcher.estimates.lengths[runner.model]
+            lengths.mean, lengths.samples = sollol.PRIOR_OUTPUT_TOKENS * 50 ** rng.uniform(-1, 1), rng.choice((0, 50))
+
+
+async def run_misled(scenario, seed):
+    """Run a scenario through a gateway with wrong beliefs."""
+    async with running_nodes(scenario, seed) as nodes:
+        gateway = await start_gateway(SOLLOL, nodes, seed)
+        mislead(gateway.dispatcher, random.Random(seed))
+        try:
+            return await run_works(scenario, SOLLOL, seed, gateway.address, nodes)
+        finally:
+            await gateway.stop()
+
+
+def misled_ratio(seed):
+    """Return (scenario, mean latency over that of least-inflight, requests failed) with wrong beliefs of one seed."""
+    scenario = MISLED[seed % len(MISLED)]
+    rival, = simulate(scenario, seed, PLAIN[1:])
+    misled = run_virtual(run_misled(scenario, seed))
+    failed = sum(not sample.ok for sample in misled.samples)
+    return scenario.name, figures(misled).mean_s / figures(rival).mean_s, failed
+
+
+def misled_held(first, count):
+    """Run seeds of wrong beliefs; print what they cost and tell whether it was little every time."""
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        found = list(pool.map(misled_ratio, range(first, first + count)))
+    worst = sorted(found, key=lambda row: -row[1])
+    for name, ratio, failed in worst[:5]:
+        say(f"{name}: mean x{ratio:.2f} of least-inflight's, {failed} failed")
+    ratios = sorted(ratio for _, ratio, _ in found)
+    print(f"{count} seeds of wrong beliefs: mean of least-inflight's x{share_of(ratios, 0.5):.2f} in the median, "
+          f"x{ratios[-1]:.2f} at the most; {sum(failed for _, _, failed in found)} requests failed")
+    return ratios[-1] <= MISLED_MOST and not any(failed for _, _, failed in found)
 
 
 async def one_by_one(scenario, hardware, seed):
@@ -4841,7 +4889,7 @@ class Soak:
         for client, visitor in self.visitors.items():
             if unasked := await visitor.farewell():
                 self.wrong(f"{client} got what nobody asked for: {unasked[:200]!r}")
-        for text in await self.settled(self.left_behind, sollol.LOAD_PATIENCE_S):     # a check of a node may still run
+        for text in await self.settled(self.left_behind, sollol.CALIBRATION_S):     # a check of a node may still run
             self.wrong(text)
 
     def check_requests(self):
@@ -5602,6 +5650,8 @@ def command_line():
     add("--siege", type=positive, nargs="?", const=12.0, metavar="S", help="300 clients that never finish their head "
         "and 200 slow readers: what do others notice? slices of S seconds (12)")
     add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
+    add("--misled", type=sollol.parse_count, metavar="N", help="N seeds of wrong beliefs at the start, against "
+        "least-inflight: exit status 1 if they cost more than 15 %% or a request")
     add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
     add = parser.add_argument_group("real clusters").add_argument
     add("--sollol-url", metavar="URL", help="a running gateway, measured against round-robin over --hosts")
@@ -5638,7 +5688,7 @@ def run(options):
         raise BadArgument("which nodes? Give --hosts H,H")
     if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
                                              or options.ablate or options.baseline or options.overhead
-                                             or options.kills or options.siege
+                                             or options.kills or options.siege or options.misled
                                              or options.nodes):
         raise BadArgument("--output and --html go with a comparison only")
     for path in filter(None, (options.output, options.html)):
@@ -5673,6 +5723,8 @@ def run(options):
     elif options.check:
         held = [check_claims(options.seed), run_quick(check_weight())]
         return 0 if all(held) else 1
+    elif options.misled:
+        return 0 if misled_held(options.seed, options.misled) else 1
     elif options.ablate:
         print(aligned(ablation_table(ABLATED, options.seed)))
     elif options.matrix:

@@ -3560,14 +3560,15 @@ class Dispatcher:
 # -----------------------------------------------------------------------------
 
 def watch_for_death(sock: socket.socket) -> None:
-    """Let the kernel find out whether the other machine is still there, be it silent or not taking what is sent."""
+    """Let the kernel find out whether the other machine is still there.
+
+    Not by TCP_USER_TIMEOUT: that also ends a connection whose other side is alive and only does not read.
+    """
     with contextlib.suppress(OSError, AttributeError):      # a system that has not all of these
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_ALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEP_ALIVE_PAUSE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
-        whole_s = KEEP_ALIVE_IDLE_S + KEEP_ALIVE_PAUSE_S * KEEP_ALIVE_TRIES
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * whole_s)
 
 
 class NodeConnection(asyncio.Protocol):
@@ -4888,6 +4889,7 @@ def choose_framing(head, answer, keep):
 class NodeAnswer(NamedTuple):
     """A node's own error answer, kept while another node is tried. If all refuse, the client gets the last one."""
 
+    node: str                       # its name
     kind: str | None                # see failover_kind
     head: ResponseHead
     body: bytes
@@ -4905,7 +4907,7 @@ class NodeRefused(Exception):
     """A node has answered with an error of its own."""
 
     def __init__(self, value: NodeAnswer):
-        super().__init__(value.text)
+        super().__init__(f"{value.node}: {value.text}")
         self.value = value
 
 
@@ -5028,7 +5030,8 @@ async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) 
             text = await collector.collect()
             clean = collector.clean
             has_model = lease.runner is not None or wants.opaque
-            raise NodeRefused(NodeAnswer(failover_kind(answer.status, text, has_model), answer, text))
+            kind = failover_kind(answer.status, text, has_model)
+            raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         begun = True
         return Begun(lease, connection, answer)
     finally:
@@ -5110,9 +5113,10 @@ class Inference:
             self.gateway.blame(lease, failed)
 
     def end(self, lease: Lease) -> None:
-        """End a lease, and let others have its slot."""
-        self.dispatcher.release(lease, self.loop.time())
-        self.gateway.pump()
+        """End a lease, and let others have its slot. A client that left has ended what was its ticket's lease then."""
+        if not lease.released:
+            self.dispatcher.release(lease, self.loop.time())
+            self.gateway.pump()
 
     def close(self, begun: Begun, clean: bool) -> None:
         """Give back what an answer was received with."""
@@ -5637,7 +5641,7 @@ async def keep_share(gateway, share, head, connection, answer, lease, record, ke
     collector = Collector(connection, answer, SHARE_ANSWER_BYTES)
     body = await collector.collect()
     if answer.status != 200:
-        raise NodeRefused(NodeAnswer(None, answer, body))
+        raise NodeRefused(NodeAnswer(lease.node.name, None, answer, body))
     share.answer, share.cut = answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
     return True, collector.clean

@@ -782,17 +782,17 @@ def test_breaker_opens_for_growing_pauses_lets_one_trial_through_and_closes_on_s
     breaker.fail(0)
     assert breaker.state(0) == "closed" and breaker.allows(0)
     breaker.fail(0)
-    assert breaker.state(0.9) == "open" and not breaker.allows(0.9)
-    assert breaker.state(1) == "half-open" and breaker.allows(1)
+    assert breaker.state(4.9) == "open" and not breaker.allows(4.9)
+    assert breaker.state(5) == "half-open" and breaker.allows(5)
     assert breaker.begin()
-    assert not breaker.allows(1)
-    breaker.fail(1)
-    assert not breaker.allows(2.9) and breaker.allows(3)
+    assert not breaker.allows(5)
+    breaker.fail(5)
+    assert not breaker.allows(14.9) and breaker.allows(15)
     pauses = []
     for now in range(100, 800, 100):
         breaker.fail(now)
         pauses.append(breaker.until_s - now)
-    assert pauses == [4, 8, 16, 32, 60, 60, 60]
+    assert pauses == [20, 40, 60, 60, 60, 60, 60]
     breaker.succeed()
     assert breaker.state(700) == "closed" and breaker.allows(700)
     breaker.fail(700)
@@ -803,7 +803,7 @@ def test_everything_that_one_crash_takes_along_counts_as_one_failure():
     breaker = sollol.Breaker(2)
     for _ in range(8):
         breaker.fail(0)
-    assert breaker.until_s == 1.0
+    assert breaker.until_s == 5.0
 
 
 # -----------------------------------------------------------------------------
@@ -1044,12 +1044,12 @@ def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
     dispatcher = cluster(n1=["m"], n2=["m"])
     first, second, third = enter(dispatcher, want(), want(), want())
     assert placed(dispatcher) == ["n1", "n2"]
-    assert fail(dispatcher, first)
+    assert fail(dispatcher, first, "busy")
     assert [it.id for it in dispatcher.queue.in_order()] == [first.id, third.id]
     assert placed(dispatcher) == ["n1"] and third.lease and first.waiting
     finish(dispatcher, second, 1.0)
     assert placed(dispatcher, 1.0) == ["n2"] and first.lease.node.name == "n2"
-    assert not fail(dispatcher, first, now=1.0)
+    assert not fail(dispatcher, first, "busy", now=1.0)
 
 
 def test_tickets_that_wait_for_another_node_stand_in_nobodys_way():
@@ -1096,15 +1096,38 @@ def test_at_most_three_nodes_are_tried():
     assert tries == sollol.MAX_ATTEMPTS == len(it.tried)
 
 
-def test_all_down_is_refused_with_503_and_when_to_come_back():
-    for policy in sollol.POLICIES:
-        dispatcher = cluster(policy, n1=["m"], n2=["m"])
-        for node in dispatcher.nodes.values():
-            dispatcher.missed(node, True, 0.0)
-        tickets = enter(dispatcher, want(), want("unknown"))
-        leases, refused = dispatcher.dispatch(0.0)
-        assert not leases and set(refused) == set(tickets)
-        assert all(it.refusal.status == 503 and it.refusal.retry_after_s >= 1 for it in tickets)
+@listed("policy", sollol.POLICIES)
+def test_nodes_that_went_away_are_waited_for_as_long_as_a_ticket_may_wait(policy):
+    dispatcher = cluster(policy, n1=["m"], n2=["m"])
+    for node in dispatcher.nodes.values():
+        dispatcher.missed(node, True, 10.0)
+    waiting = enter(dispatcher, want(), want("unknown"), now=100.0)
+    assert dispatcher.dispatch(100.0) == ([], []) == dispatcher.dispatch(249.9)
+    leases, refused = dispatcher.dispatch(250.0)
+    assert not leases and set(refused) == set(waiting)
+    late = enter(dispatcher, want(), want("unknown"), now=250.0)
+    assert set(dispatcher.dispatch(250.0)[1]) == set(late)
+    assert all(it.refusal.status == 503 and it.refusal.retry_after_s >= 1 for it in (*waiting, *late))
+
+
+def test_request_of_the_only_holder_that_restarts_is_sent_again():
+    for kind in ("refused", "died", "lost"):
+        dispatcher = cluster(n1=["m"], n2=["x"])
+        node = dispatcher.nodes["n1"]
+        it, = enter(dispatcher, want())
+        assert placed(dispatcher) == ["n1"] and fail(dispatcher, it, kind, 1.0)
+        dispatcher.missed(node, True, 1.1)
+        assert placed(dispatcher, 1.2) == [] and it.waiting
+        dispatcher.answered(node, "0.33.0", 0.001, 3.0)
+        assert placed(dispatcher, 3.0) == ["n1"]
+
+
+def test_request_that_takes_its_node_down_does_so_three_times_at_most():
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want())
+    for now in (1.0, 2.0, 3.0):
+        assert placed(dispatcher, now) == ["n1"]
+        assert fail(dispatcher, it, "died", now) == (now < 3.0)
 
 
 def test_nobody_is_refused_before_every_node_was_looked_at():
@@ -1287,9 +1310,9 @@ def test_failed_ticket_that_waits_again_is_late_by_its_own_waiting():
     dispatcher = cluster(n1=["m"], n2=["m"])
     failed, _ = enter(dispatcher, want(), want())
     placed(dispatcher)
-    enter(dispatcher, want(), now=100.0)
-    assert fail(dispatcher, failed, "refused", now=200.0)
-    assert placed(dispatcher, 200.0) == [] and failed.waiting
+    enter(dispatcher, *[want()] * 2, now=100.0)
+    assert fail(dispatcher, failed, "busy", now=200.0)
+    assert placed(dispatcher, 200.0) == ["n1"] and failed.waiting
     younger, = dispatcher.expire(340.0)
     assert younger is not failed and dispatcher.expire(440.0) == [failed]
 
@@ -1585,7 +1608,7 @@ def test_load_time_is_learned():
 @pytest.mark.parametrize("kind, up, node_failures, runner_failures, on_disk, resident", [
     ("refused", False, 0, 0, True, True), ("died", True, 1, 0, True, True),
     ("garbage", True, 1, 0, True, True), ("busy", True, 1, 0, True, True),
-    ("stalled", True, 0, 0, True, True), ("model", True, 0, 1, True, False),
+    ("lost", True, 0, 0, True, True), ("model", True, 0, 1, True, True), ("proxy", True, 1, 0, True, True),
     ("missing", True, 0, 0, False, False),
 ])
 def test_failure_is_held_against_what_failed(kind, up, node_failures, runner_failures, on_disk, resident):
@@ -1599,21 +1622,44 @@ def test_failure_is_held_against_what_failed(kind, up, node_failures, runner_fai
     assert it.tried == {"n1"} and node.errors == 1 and placed(dispatcher) == ["n2"]
 
 
-def test_node_that_failed_twice_is_left_alone_for_a_second_then_gets_one_trial():
-    dispatcher = cluster(slots=4, n1=["m"], n2=["x"])
+def test_node_that_failed_twice_is_left_alone_for_five_seconds_then_gets_one_trial():
+    dispatcher = cluster(slots=4, n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
     for it in enter(dispatcher, want(), want()):
-        placed(dispatcher)
+        assert "n1" in placed(dispatcher) or it.lease
         fail(dispatcher, it)
         dispatcher.leave(it, 0.0)
-    waiting = enter(dispatcher, *[want()] * 4)
-    _, refused = dispatcher.dispatch(0.5)
-    assert refused == waiting and refused[0].refusal.retry_after_s == 1.0
-    for it in waiting:
-        dispatcher.leave(it, 0.5)
-    tickets = enter(dispatcher, *[want()] * 4, now=1.5)
-    assert placed(dispatcher, 1.5) == ["n1"]
-    finish(dispatcher, next(it for it in tickets if it.lease), 2.0)
-    assert placed(dispatcher, 2.0) == ["n1"] * 3
+    for it in enter(dispatcher, *[want()] * 4):
+        assert set(placed(dispatcher)) <= {"n2"}
+    for it in list(dispatcher.nodes["n2"].leases):
+        dispatcher.leave(it.ticket, 0.5)
+    tickets = enter(dispatcher, *[want()] * 4, now=5.5)
+    assert placed(dispatcher, 5.5) == ["n1"]
+    finish(dispatcher, next(it for it in tickets if it.lease), 6.0)
+    assert placed(dispatcher, 6.0) == ["n1"] * 3
+
+
+def test_only_node_that_can_serve_always_may():
+    """However often it has failed: what a plain Ollama would have answered is for the client to see."""
+    dispatcher = cluster(slots=4, n1=["m"], n2=["x"])
+    for _ in range(5):
+        it, = enter(dispatcher, want())
+        assert placed(dispatcher) == ["n1"]
+        assert not fail(dispatcher, it, "model")
+        dispatcher.leave(it, 0.0)
+    enter(dispatcher, *[want()] * 4)
+    assert placed(dispatcher) == ["n1"] * 4
+
+
+def test_request_that_every_node_fails_is_no_fault_of_theirs():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    for _ in range(5):
+        it, = enter(dispatcher, want())
+        placed(dispatcher)
+        assert fail(dispatcher, it, "model") and placed(dispatcher) and not fail(dispatcher, it, "model")
+        dispatcher.forgive(it)
+        dispatcher.leave(it, 0.0)
+    assert [runner(dispatcher, name).breaker.failures for name in ("n1", "n2")] == [0, 0]
 
 
 def test_nobody_waits_for_a_model_whose_breaker_is_open():
@@ -1628,16 +1674,18 @@ def test_nobody_waits_for_a_model_whose_breaker_is_open():
 
 
 def test_end_of_an_older_request_does_not_allow_a_second_trial():
-    dispatcher = cluster(slots=4, n1=["m"])
+    dispatcher = cluster(slots=4, n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
     old, bad, worse = enter(dispatcher, want(), want(), want())
-    placed(dispatcher)
+    assert placed(dispatcher) == ["n1"] * 3
     for it in (bad, worse):
         fail(dispatcher, it)
-    trial, = enter(dispatcher, want(), now=1.5)
-    assert placed(dispatcher, 1.5) == ["n1"] and trial.lease
-    dispatcher.leave(old, 1.6)
-    enter(dispatcher, want(), now=1.7)
-    assert placed(dispatcher, 1.7) == []
+        dispatcher.leave(it, 0.0)
+    trial, = enter(dispatcher, want(), now=5.5)
+    assert placed(dispatcher, 5.5) == ["n1"] and trial.lease
+    dispatcher.leave(old, 5.6)
+    enter(dispatcher, want(), now=5.7)
+    assert placed(dispatcher, 5.7) == ["n2"]
 
 
 def test_ticket_that_tried_every_node_takes_nobody_else_down():
@@ -1720,17 +1768,18 @@ def test_node_that_comes_back_while_its_requests_run_has_that_many_slots_less():
     assert placed(dispatcher, 2.0) == ["n1"]
 
 
-def test_one_silent_probe_is_chance_two_or_a_refusal_are_not():
+def test_node_is_dead_that_refuses_or_has_not_answered_for_fifteen_seconds():
     dispatcher = cluster(n1=["m"])
     node = dispatcher.nodes["n1"]
-    dispatcher.missed(node, False, 1.0)
-    assert node.state(1.0) == "up"
-    dispatcher.missed(node, False, 2.0)
-    assert node.state(2.0) == "down" and runner(dispatcher, "n1").ready_s is None
-    dispatcher.answered(node, "1", 0.001, 3.0)
-    assert node.state(3.0) == "up"
-    dispatcher.missed(node, True, 4.0)
-    assert node.state(4.0) == "down"
+    for now in (5.0, 14.9):
+        dispatcher.missed(node, False, now)
+        assert node.state(now) == "up"
+    dispatcher.missed(node, False, 15.0)
+    assert node.state(15.0) == "down" and runner(dispatcher, "n1").ready_s is None
+    dispatcher.answered(node, "1", 0.001, 16.0)
+    assert node.state(16.0) == "up"
+    dispatcher.missed(node, True, 17.0)
+    assert node.state(17.0) == "down"
 
 
 def test_residency_is_taken_over_except_for_what_was_placed_since():
@@ -1776,16 +1825,18 @@ def test_model_that_still_loads_has_its_room_when_memory_is_learned():
     assert node.vram_limit_bytes == 15e9 + loading_bytes
 
 
-def test_node_whose_load_is_overdue_is_not_fed_with_other_models():
+def test_node_whose_load_is_overdue_is_not_fed_with_other_models_for_half_a_minute():
     dispatcher = cluster(resident=False, slots=4, n1=["a", "b"])
     dispatcher.residency(dispatcher.nodes["n1"], ps_rows("a"), 0.0, 0.0)
     loads, = enter(dispatcher, want("b"), now=1.0)
     assert placed(dispatcher, 1.0) == ["n1"]
     late_s = loads.lease.ready_s + sollol.SILENT_S + 0.1
-    enter(dispatcher, want("a"), now=late_s)
-    assert placed(dispatcher, late_s) == []
-    dispatcher.heard(loads.lease, 1, late_s + 1)
-    assert placed(dispatcher, late_s + 1) == ["n1"]
+    enter(dispatcher, *[want("a")] * 2, now=late_s)
+    assert placed(dispatcher, late_s) == [] == placed(dispatcher, late_s + sollol.YIELD_S - 0.2)
+    assert placed(dispatcher, late_s + sollol.YIELD_S) == ["n1"] * 2
+    dispatcher.heard(loads.lease, 1, late_s + 60)
+    enter(dispatcher, want("a"), now=late_s + 60)
+    assert placed(dispatcher, late_s + 60) == ["n1"]
 
 
 def test_model_gone_from_disk_is_known_no_more():
@@ -1841,28 +1892,100 @@ def test_noise_of_streams_is_not_taken_for_a_slow_node():
     assert 0.1 <= node.speed < 0.15
 
 
-def test_stream_that_stands_still_makes_its_node_suspect_until_a_check_is_answered():
-    dispatcher = cluster(n1=["m"], n2=["m"])
-    it, = enter(dispatcher, want())
-    placed(dispatcher)
-    dispatcher.heard(it.lease, 1, 0.5)
+def test_silent_node_comes_last_and_any_byte_ends_that():
+    dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 5 * sollol.decode_s(runner(dispatcher, "n1"))
+    it, beside = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["n1", "n1"]
     node = it.lease.node
-    assert dispatcher.watch(1.0) == [] and node.state(1.0) == "up"
-    assert dispatcher.watch(9.0) == [] and node.state(9.0) == "suspect"
-    other, = enter(dispatcher, want(), now=9.0)
-    assert placed(dispatcher, 9.0) == ["n2"]
-    finish(dispatcher, other, 10.0)
-    assert dispatcher.watch(0.5 + sollol.STREAM_PATIENCE_S + 1) == [it.lease]
-    dispatcher.trust(node, 200.0)
-    assert node.state(200.0) == "up"
+    dispatcher.heard(it.lease, 1, 0.5)
+    assert dispatcher.watch(5.0) == ([], []) and node.state(5.0) == "up"
+    assert dispatcher.watch(100.0) == ([], []) and node.state(100.0) == "suspect"
+    dispatcher.leave(beside, 100.0)
+    others = enter(dispatcher, *[want()] * 2, now=100.0)
+    assert placed(dispatcher, 100.0) == ["n2", "n2"]
+    dispatcher.heard(it.lease, 1, 101.0)
+    assert node.state(101.0) == "up"
+    enter(dispatcher, want(), now=101.0)
+    assert placed(dispatcher, 101.0) == ["n1"] and all(other.lease for other in others)
 
 
-def test_model_that_loads_for_a_minute_is_not_given_up():
-    dispatcher = cluster(resident=False, n1=["m"])
-    it, = enter(dispatcher, want())
+def test_only_node_is_used_however_silent_it_is():
+    dispatcher = cluster(slots=2, n1=["m"])
+    enter(dispatcher, want())
     placed(dispatcher)
-    assert not any(dispatcher.watch(float(now)) for now in range(1, 240))
-    assert dispatcher.watch(1000.0) == [it.lease]
+    dispatcher.watch(500.0)
+    assert dispatcher.nodes["n1"].suspect
+    enter(dispatcher, want(), now=500.0)
+    assert placed(dispatcher, 500.0) == ["n1"]
+
+
+@table("given, model_is_there", [
+    ("a stream", dict(), True), ("a load", dict(), False), ("no stream", dict(stream=False, silent=True), True),
+    ("tools", dict(silent=True), True), ("a long prompt", dict(prompt_chars=100_000), True),
+])
+def test_silence_ends_nothing(given, model_is_there):
+    for begun in (False, True):
+        dispatcher = cluster(resident=model_is_there, n1=["m"], n2=["x"])
+        it, = enter(dispatcher, want(**given))
+        placed(dispatcher)
+        if begun:
+            dispatcher.heard(it.lease, 1, 0.5)
+        assert all(dispatcher.watch(now * 10.0) == ([], []) for now in range(1, 1000))
+
+
+def racing(dispatcher, it):
+    """Let a ticket be raced, as the I/O side does; return it."""
+    it.race = lambda lease: None
+    return it
+
+
+def raced(dispatcher, now):
+    """Return the names of the nodes where races begin."""
+    lost, races = dispatcher.watch(now)
+    assert not lost
+    return [lease.node.name for lease in races]
+
+
+def test_answer_far_overdue_is_raced_once_where_a_slot_is_free_and_nobody_waits_for_it():
+    dispatcher = cluster(slots=1, n1=["m", "x"], n2=["m", "x"], n3=["m"])
+    it, other = enter(dispatcher, want(), want("x"))
+    placed(dispatcher)
+    racing(dispatcher, it)
+    quiet_s = it.lease.quiet_s
+    assert raced(dispatcher, quiet_s - 0.1) == []
+    busy = enter(dispatcher, *[want()] * 3, now=499.0)
+    assert placed(dispatcher, 499.0) and raced(dispatcher, 500.0) == []
+    for one in busy:
+        dispatcher.leave(one, 500.0)
+    assert raced(dispatcher, 500.0) in (["n2"], ["n3"]) and raced(dispatcher, 600.0) == []
+    first, rival = it.lease, it.rival
+    dispatcher.release(first, 600.0)
+    assert it.lease is rival and it.rival is None
+    dispatcher.leave(it, 600.0)
+    assert rival.released
+
+
+@table("given", [("not repeatable", dict(repeatable=False)), ("begun", dict())])
+def test_what_may_not_be_done_twice_is_not_raced(given):
+    dispatcher = cluster(slots=1, n1=["m"], n2=["m"])
+    it, = enter(dispatcher, want(**given))
+    placed(dispatcher)
+    racing(dispatcher, it)
+    if not given:
+        dispatcher.heard(it.lease, 1, 0.5)
+    assert raced(dispatcher, 500.0) == []
+
+
+def test_begun_stream_is_raced_by_a_replay_only_where_the_model_is_the_same():
+    for digest, names in (("m", ["n2"]), ("other", [])):
+        dispatcher = cluster(slots=1, n1=["m"], n2=["m"])
+        runner(dispatcher, "n2").row["digest"] = digest
+        it, = enter(dispatcher, want(deterministic=True))
+        placed(dispatcher)
+        racing(dispatcher, it)
+        dispatcher.heard(it.lease, 1, 0.5)
+        assert raced(dispatcher, 500.0) == names
 
 
 def test_node_that_was_never_measured_may_be_as_slow_as_a_cpu():
@@ -1870,7 +1993,7 @@ def test_node_that_was_never_measured_may_be_as_slow_as_a_cpu():
     it, = enter(dispatcher, want(prompt_chars=6000))
     placed(dispatcher)
     cpu_s = bench.solo_s("cpu", "llama3.2", 1500, 1)       # of the size that `rows` says
-    assert 2 * cpu_s < it.lease.patience_s < 4 * cpu_s
+    assert cpu_s < it.lease.quiet_s + 5 * cpu_s             # in doubt it comes last; nothing is taken from it
 
 
 LARGE = (("num_ctx", 8192),)
@@ -1884,31 +2007,6 @@ def test_options_of_a_model_that_was_found_loaded_are_known_once_it_answers():
     other, = enter(dispatcher, want(options=LARGE), now=1.0)
     placed(dispatcher, 1.0)
     assert other.lease.loads
-
-
-def test_request_behind_anothers_load_is_given_the_time_of_a_load():
-    dispatcher = cluster(slots=3, n1=["m"])
-    runner(dispatcher, "n1").samples = 3
-    first, = enter(dispatcher, want())
-    placed(dispatcher)
-    dispatcher.heard(first.lease, 1, 0.5)
-    loading, behind = enter(dispatcher, want(options=LARGE), want(options=LARGE), now=1.0)
-    placed(dispatcher, 1.0)
-    finish(dispatcher, first, 2.0)
-    assert (loading.lease.loads, behind.lease.loads) == (True, False) and behind.lease.patience_s < 60
-    assert not any(dispatcher.watch(float(now)) for now in range(2, 240))
-
-
-def test_load_that_only_ps_shows_is_given_its_time():
-    dispatcher = cluster(n1=["m"])
-    it, = enter(dispatcher, want())
-    placed(dispatcher)
-    node, patience_s = it.lease.node, it.lease.patience_s
-    dispatcher.residency(node, [], 2.0, 2.0)
-    assert not it.lease.loads and not any(dispatcher.watch(float(now)) for now in range(3, 60))
-    dispatcher.residency(node, rows("m"), 60.0, 60.0)
-    assert dispatcher.watch(60.0 + 0.9 * patience_s) == []
-    assert dispatcher.watch(60.0 + 1.1 * patience_s) == [it.lease]
 
 
 def test_place_prefers_a_holder_and_takes_no_slot():
@@ -2151,7 +2249,8 @@ class Walk:
     def fail(self):
         if self.running():
             failed = self.rng.choice(self.running())
-            kind = self.rng.choice(["refused", "died", "garbage", "stalled", "busy", "model", "missing"])
+            kind = self.rng.choice(["refused", "died", "garbage", "lost", "busy", "proxy", "model", "missing", "length",
+                                    "feature", "route"])
             if not fail(self.dispatcher, failed, kind, self.now):
                 self.remove(failed)
 
@@ -3670,21 +3769,35 @@ def test_of_five_nodes_a_failing_and_a_silent_one_cost_nothing_and_get_next_to_n
 
 
 @over_sockets
-async def test_all_down_is_said_at_once_and_a_node_that_comes_back_is_used():
+async def test_all_down_is_said_at_once_but_an_inference_waits_for_a_node_that_comes_back():
     node = bench.SimNode(**FAST)
     async with gateway_for(node, flags=["--probe-interval", "0.5"]) as gateway:
         node.kill()
         await until(lambda: health(gateway)["nodes"]["up"] == 0)
         now = asyncio.get_running_loop().time
-        for method, path in (("POST", "/api/generate"), ("GET", "/api/tags"), ("POST", "/api/show")):
+        waiting = asyncio.create_task(call(gateway, "POST", "/api/generate", generate()))
+        for method, path in (("GET", "/api/tags"), ("POST", "/api/show")):
             started_s = now()
             answer = await call(gateway, method, path, generate())
             assert answer.status == 503 and int(answer.fields["retry-after"]) >= 1
             assert now() - started_s < 0.2
         assert (await call(gateway, "GET", "/api/health")).status == 503
         await node.restart()
-        await asyncio.sleep(1.0)
-        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        assert (await waiting).status == 200
+
+
+def test_restart_of_the_only_holder_costs_no_request_that_had_shown_no_byte():
+    """Two running, of one slot each, the others queued; the node is gone for two seconds."""
+    async def main():
+        node, other = bench.SimNode(loaded=("llama3.2",), slots=2), bench.SimNode(models=("mistral",))
+        async with gateway_for(node, other) as gateway:
+            tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50))) for _ in range(8)]
+            await asyncio.sleep(0.5)
+            node.kill()
+            await asyncio.sleep(2.0)
+            await node.restart()
+            assert {answer.status for answer in await asyncio.gather(*tasks)} == {200}
+    bench.run_virtual(main())
 
 
 @over_sockets
@@ -3982,7 +4095,7 @@ def test_under_kills_deterministic_streams_are_whole_and_nothing_else_is_lost():
     bench.run_virtual(main())
 
 
-def test_deterministic_stream_of_a_wedged_node_is_rescued_when_patience_ends():
+def test_deterministic_stream_of_a_wedged_node_is_raced_by_a_replay():
     async def main():
         nodes = [bench.SimNode(loaded=("llama3.2",)) for _ in range(2)]
         async with gateway_for(*nodes) as gateway:
@@ -4132,7 +4245,7 @@ async def test_failure_of_a_node_costs_its_client_no_more_than_it_must(sends, se
             assert health(gateway)["inflight"] == 0
 
 
-def test_node_that_is_silent_at_connect_costs_three_seconds_once():
+def test_node_that_is_silent_at_connect_costs_five_seconds_once():
     """Its host is off, or a firewall drops what is sent to it: here a listener whose backlog is full."""
     async def main():
         deaf, good = ScriptedNode(), ScriptedNode(lambda request: [OK, KEEP])
@@ -4149,7 +4262,7 @@ def test_node_that_is_silent_at_connect_costs_three_seconds_once():
                     filler.connect_ex(("127.0.0.1", port))
                 for pool in gateway.pools.values():
                     pool.prune(math.inf)
-                for most_s in (3.5, 0.5, 0.5):
+                for most_s in (5.5, 0.5, 0.5):
                     started_s = gateway.loop.time()
                     answer = await call(gateway, "POST", "/api/generate", generate())
                     assert answer.status == 200 and gateway.loop.time() - started_s < most_s
@@ -5551,7 +5664,7 @@ def test_node_that_freezes_in_a_change_is_named(method, path, body):
     async def run():
         async with surface() as gateway:
             gateway.nodes[2].freeze()
-            answer = await asyncio.wait_for(call(gateway, method, path, body), sollol.CHANGE_PATIENCE_S + 1)
+            answer = await asyncio.wait_for(call(gateway, method, path, body), 4 * sollol.DEAD_S)
             told = lines_of(answer)[-1]["error"]
             assert "c: " in told and "done on b" in told
             assert (await call(gateway, "GET", "/api/tags")).status == 200
@@ -5671,16 +5784,12 @@ CHANGED = [("DELETE", "/api/delete", {"model": "mistral"}),
     [framed(b'{"error":"disk full"}', b"500 Internal Server Error"), KEEP],
     [chunked(b'{"status":"pulling manifest"}\n', end=b"")],
     [chunked(b'{"status":"pulling manifest"}\n', b"no json\n"), KEEP],
-    [100_000.0]], ids=["dies", "dies in the head", "garbage", "error", "dies in the stream", "garbage lines", "hangs"])
+    ], ids=["dies", "dies in the head", "garbage", "error", "dies in the stream", "garbage lines"])
 def test_node_that_fails_a_change_is_named_and_nothing_half_done_is_a_success(method, path, body, script):
-    patience_s = 5.0 if script != [100_000.0] else 5 + (
-        sollol.CHANGE_PATIENCE_S if path != "/api/pull" else
-        sollol.SILENT_CHANGE_PATIENCE_S if "stream" in body else sollol.PROGRESS_PATIENCE_S)
-
     async def run():
         flags = ("--probe-interval", "600")     # fewer turns of the virtual clock
         async with surface([*three(), failing(lambda request: script)], flags) as gateway:
-            answer = await asyncio.wait_for(call(gateway, method, path, body), patience_s)
+            answer = await asyncio.wait_for(call(gateway, method, path, body), 5.0)
             told = lines_of(answer)[-1] if answer.status == 200 else answer.json()
             assert told.keys() == {"error"} and "bad: " in told["error"] and "done on b, c" in told["error"]
             assert b"success" not in answer.body
