@@ -654,8 +654,11 @@ def chunk(data):
 
 
 # Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
-NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"x-priority"}
-NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length"}
+# Answers are, too, at least their statistics: a tunnel before a node would compress them if it were allowed to.
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority"}
+# What the gateway says itself it says alone: a browser that finds two allowed origins, say, believes neither.
+NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
 def end_to_end(lines, fields, dropped):
@@ -686,7 +689,8 @@ def render_request(head, settings, length):
 def render_response(head, added, framing):
     """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    lines += end_to_end(head.lines, head.fields, NOT_FOR_CLIENTS)
+    kept = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
+    lines += end_to_end(kept, head.fields, NOT_FOR_CLIENTS)
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
 
 
@@ -2980,18 +2984,23 @@ class Dispatcher:
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
         runner.disproofs += 1
 
+    def worked(self, lease: Lease, now: float) -> None:
+        """Note that a node has answered. Before the lease's release."""
+        if lease.trials:
+            self.unsettle_all()
+        lease.node.breaker.succeed()
+        lease.node.heard_s = now
+        lease.node.misses = 0
+        if lease.runner is not None:
+            lease.runner.breaker.succeed()
+
     def observe(self, lease, timings, now):
         """Learn from a complete answer. Before its release."""
         node, runner = lease.node, lease.runner
         took_s = now - lease.sent_s
-        if lease.trials:
-            self.unsettle_all()
-        node.breaker.succeed()
-        node.heard_s = now
-        node.misses = 0
+        self.worked(lease, now)
         if runner is None:
             return
-        runner.breaker.succeed()
         node.latencies_s.append(took_s)
         self.judge_prediction(lease, took_s)
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
@@ -3930,8 +3939,32 @@ def error_body(family, status, text):
 
 
 # How a stream ends that says all it has to say: Ollama's statistics, OpenAI's and Anthropic's last events.
-LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\n\Z|(?:^|\n)data: \[DONE\]\n\n\Z|'
-                       rb'(?:^|\n)data: \{"type":\s*"message_stop"\s*\}\n\n\Z')
+LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\r?\n\Z|'
+                       rb'(?:(?:^|\n)data: ?(?:\[DONE\]|\{"type":\s*"message_stop"\s*\})|'
+                       rb'"input_tokens":\s*[0-9][^\n]*"total_tokens":\s*[0-9][^\n]*\})\r?\n\r?\n\Z')
+EVENT_END = re.compile(rb"(\r?\n\r?\n)")     # an event's lines may end in CRLF
+LINE_END = re.compile(rb"(\n)")
+
+
+def error_text(value: object) -> str:
+    """Return what the `error` of a line, event or body says, shortened: a text, or an object with a message."""
+    text = value.get("message") if isinstance(value, dict) else value
+    return (text if isinstance(text, str) else json.dumps(value))[:200]
+
+
+def error_in_stream(ending: bytes) -> str:
+    """Return the error that the last line or event of a stream tells, or ""."""
+    if b"error" not in ending:
+        return ""
+    lines = [b"", *(line for line in ending.splitlines() if line.strip() and line != b"data: [DONE]")]
+    text = lines[-1].removeprefix(b"data:").strip()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) and value.get("error"):
+        return error_text(value["error"])
+    return error_text(value or text.decode(errors="replace")) if lines[-2:-1] == [b"event: error"] else ""
 
 
 class Relay(Sink):
@@ -3941,8 +3974,8 @@ class Relay(Sink):
     client has seen nothing. `heard` is told of every piece: how many streamed lines are in it, and when it came.
     """
 
-    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "mark", "boundary",
-                 "recent", "bytes", "between", "passing")
+    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "ends", "mark", "boundary",
+                 "recent", "latest", "bytes", "between", "passing", "withheld")
 
     def __init__(self, connection, head, client, framing, prelude, heard, hold=0):
         super().__init__(connection, head)
@@ -3951,27 +3984,31 @@ class Relay(Sink):
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
         self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
-        self.boundary = self.separator + b"\r\n"
+        self.ends = (b"\n\n", b"\n\r\n") if events else (b"\n",)
+        self.boundary = tuple(end + b"\r\n" for end in self.ends)
         self.recent = collections.deque(maxlen=8)       # the last pieces of the body, but for mere tokens
+        self.latest = b""           # the last of those, in its chunks, if nothing came behind it
         self.bytes = 0              # written, without the head
         self.between = True         # two lines or events
         self.passing = False        # the client gets chunks as the node sent them, and its head is out
+        self.withheld = b""         # an error that the node told, kept from the client while another may do better
 
     def start(self):
         self.client.source = self.connection.transport
         super().start()
 
     def data(self, data):
-        """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and is not kept.
+        """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and only the last
+        is kept.
 
         A stream's objects have left the processor's caches when its next token comes: whatever is touched here costs
         several times what it does in a loop. Statistics take the long way.
         """
-        if (self.passing and not self.over and data.rfind(self.mark) < 0
-                and (chunks := self.body.plain_chunks(data))):
+        if (self.passing and self.between and not self.over and data.rfind(self.mark) < 0
+                and data.endswith(self.boundary) and (chunks := self.body.plain_chunks(data))):
             self.heard(data.count(b"\n") - 2 * chunks, self.time())
             self.bytes += len(data)
-            self.between = data.endswith(self.boundary)
+            self.latest = data
             if not self.client.gone:
                 self.client.transport.write(data)
         else:
@@ -3990,8 +4027,7 @@ class Relay(Sink):
     def take(self, payload, verbatim):
         if payload:
             self.heard(payload.count(b"\n"), self.time())
-            self.recent.append(payload[-TAIL_BYTES:])
-            self.between = payload.endswith(self.separator)
+            self.keep(payload)
         elif not self.body.done:
             return                  # part of the framing only
         if self.framing is not Framing.CHUNKED:
@@ -4009,9 +4045,19 @@ class Relay(Sink):
             self.write(b"")
         super().end(clean)
 
+    def keep(self, payload: bytes) -> None:
+        """Keep the end of what went to the client."""
+        self.recent.append(payload[-TAIL_BYTES:])
+        self.latest = b""
+        self.between = payload.endswith(self.ends) or len(payload) < 4 and self.tail().endswith(self.ends)
+
+    def ending(self) -> bytes:
+        """Return the last pieces of the body: its statistics, and its last line."""
+        return b"".join(self.recent) + ChunkedBody().feed(self.latest)[0]
+
     def tail(self):
         """Return the last bytes of the body, or at least those that hold its statistics."""
-        return b"".join(self.recent)[-TAIL_BYTES:]
+        return self.ending()[-TAIL_BYTES:]
 
     def is_complete(self):
         """Tell whether the client has a stream's own last line, so that nothing but the framing is missing."""
@@ -4020,13 +4066,16 @@ class Relay(Sink):
     def close_with(self, text, family):
         """End a broken answer as its format lets clients understand; tell whether that could be done.
 
-        Never with a made-up last line, nor with an error behind a real one. A body of announced length can only be cut.
+        Never with a made-up last line, nor with an error behind a real one; an error of the node itself in its own
+        words. A body of announced length can only be cut.
         """
         kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.separator
         if self.framing is Framing.LENGTH or self.client.gone:
             return False
         if self.is_complete():
             data = b""
+        elif self.withheld:
+            data = self.withheld
         elif b"ndjson" in kind:
             data = lead + json.dumps({"error": text}).encode() + b"\n"
         elif b"event-stream" in kind:
@@ -4071,6 +4120,10 @@ class Transcript:
         self.used = False           # the client has OpenAI's count of tokens
         self.name = {}              # fields that name one completion in all its events, as the client had them first
         self.lost = []              # names of nodes that did not come to the end
+
+    def begin_again(self) -> None:
+        """Forget the running answer: the client has got nothing of it."""
+        self.fresh, self.at, self.key, self.used, self.name = [], 0, "", False, {}
 
     def rewind(self, name):
         """Begin anew, on another node than `name`."""
@@ -4117,9 +4170,10 @@ class Transcript:
     def missing(self, line):
         """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
 
-        Raises NodeFailure for a line that tells an error, Refusal for a replay that says something else.
+        As long as no node was lost that is the line as it came. Raises NodeFailure for a line that tells an error,
+        Refusal for a replay that says something else.
         """
-        lead, text = (b"data: ", line[6:].strip()) if line.startswith(b"data: ") else (b"", line.strip())
+        lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
         try:
             value = {"done": True} if text == b"[DONE]" else json.loads(text)
         except (ValueError, RecursionError):
@@ -4127,15 +4181,16 @@ class Transcript:
         if not isinstance(value, dict):
             value = {}
         if value.get("error"):
-            raise NodeFailure("model", f"broke off: {json.dumps(value['error'])[:200]}")
+            raise NodeFailure("model", f"broke off: {error_text(value['error'])}")
         was_behind, said = self.is_behind, said_in(value)
         rests = [self.hear(key, text) for _, key, text in said]
         if value.get("done") is True and self.is_behind:
             raise Refusal(502, "the answer of another node is shorter")
         self.done = value.get("done") is True
-        if self.used and value.get("usage") and not said:
+        counts = bool(lead and value.get("usage") and not value.get("choices"))    # others may have it, all zeros
+        if self.lost and self.used and counts:
             return b""
-        self.used = self.used or bool(lead and value.get("usage"))
+        self.used = self.used or counts
         if lead and self.renamed(value) and not was_behind:
             return lead + json.dumps(value).encode() + b"\n\n"
         if not was_behind:
@@ -4167,25 +4222,34 @@ class LineRelay(Relay):
             return
         self.heard(payload.count(b"\n"), self.time())
         data = self.partial + payload
-        end = data.rfind(self.separator) + len(self.separator)
-        if end < len(self.separator):
-            end = 0
-            if len(data) > MAX_LINE_BYTES:      # a picture, say: it passes, and that ends the transcript
-                end, self.transcript.at = len(data), math.inf
+        end = max((at + len(it) for it in self.ends if (at := data.rfind(it)) >= 0), default=0)
+        if not end and len(data) > MAX_LINE_BYTES:      # a picture, say: it passes, and that ends the transcript
+            end, self.transcript.at = len(data), math.inf
         whole, self.partial = data[:end], data[end:]
         self.pass_on(whole, verbatim if len(whole) == len(payload) == len(data) and not self.body.done else None)
 
     def pass_on(self, whole, verbatim=None):
         """Give the client what it lacks of whole lines; `verbatim` is the same as chunks, or None."""
-        *lines, rest = whole.split(self.separator)
+        *lines, rest = (EVENT_END if len(self.ends) > 1 else LINE_END).split(whole)
+        lines = [line + end for line, end in zip(lines[::2], lines[1::2], strict=True)] + ([rest] if rest else [])
+        parts, failure = [], None
         try:
-            parts = [self.transcript.missing(line + self.separator) for line in lines]
-            data = b"".join(parts + ([self.transcript.missing(rest)] if rest else []))
-        except (NodeFailure, Refusal) as failure:
-            self.fail(failure.value)
-            return
+            for line in lines:
+                parts.append(self.transcript.missing(line))
+        except (NodeFailure, Refusal) as ended:
+            failure = ended.value
+            self.withheld = b"".join(lines[len(parts):]) if isinstance(ended, NodeFailure) else b""
+        if failure and self.prelude:    # nothing is out, and nothing has to be: any node may begin anew
+            self.transcript.begin_again()
+        else:
+            self.give(b"".join(parts), whole, verbatim)
+        if failure:
+            self.fail(failure)
+
+    def give(self, data: bytes, whole: bytes, verbatim: bytes | None) -> None:
+        """Write what the client lacks of whole lines."""
         if data:
-            self.recent.append(data[-TAIL_BYTES:])
+            self.keep(data)
             self.transcript.relay = self
             framed = chunk(data) if verbatim is None or data != whole else verbatim
             self.write(framed if self.framing is Framing.CHUNKED else data)
@@ -4784,6 +4848,7 @@ class Record:
     bytes: int = 0
     timings: Timings = Timings()
     reason: str = ""
+    outcome: str = ""               # ok, cut, error, client_left, refused; until the end "" where the status tells it
     cors: list | tuple = ()         # raw lines of the answer that let a web page read it
 
 
@@ -4831,6 +4896,7 @@ def answer_refusal(client, head, record, refusal):
         extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
     if record:
         record.reason = record.reason or refusal.text
+        record.outcome = record.outcome or ("error" if refusal.status in (500, 502) else "refused")
     return answer_locally(client, head, record, refusal.status, error_body(family, refusal.status, refusal.text),
                           extra=extra, close=refusal.close)
 
@@ -4862,9 +4928,19 @@ def failover_kind(status: int, body: bytes, has_model: bool) -> str | None:
     return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else None
 
 
-def added_lines(record):
+UNBUFFERED = b"X-Accel-Buffering: no"       # nginx would hold a stream back
+
+
+def is_stream(answer: ResponseHead) -> bool:
+    """Tell whether an answer is lines or events that come one after the other."""
+    return answer.fields.get(b"content-type", b"").lower().startswith(STREAM_KINDS)
+
+
+def added_lines(record: Record, answer: ResponseHead) -> list[bytes]:
     """Return the response headers that the gateway adds to a node's answer."""
-    return [b"X-SOLLOL-Node: " + record.node.encode(),
+    unbuffered = [UNBUFFERED] if is_stream(answer) and b"x-accel-buffering" not in answer.fields else []
+    return [*unbuffered,
+            b"X-SOLLOL-Node: " + record.node.encode(),
             b"X-SOLLOL-Queue-Ms: %d" % (record.queue_s * 1000),
             b"X-SOLLOL-Attempts: %d" % record.attempts,
             b"X-SOLLOL-Priority: " + str(record.priority).encode(),
@@ -4916,7 +4992,7 @@ def answer_whole(client, head, record, answer, body):
     answer.length = len(body)
     _, lines, keep = choose_framing(head, answer, head.keep_alive)
     record.status, record.bytes = answer.status, len(body)
-    client.write(render_response(answer, added_lines(record), lines) + (b"" if head.method == "HEAD" else body))
+    client.write(render_response(answer, added_lines(record, answer), lines) + (b"" if head.method == "HEAD" else body))
     return keep
 
 
@@ -4929,15 +5005,34 @@ def pass_on_whole(gateway, client, head, connection, answer, lease, record):
         dispatcher.heard(lease, body.count(b"\n"), now)
     keep = answer_whole(client, head, record, answer, body)
     record.first_s = lease.first_s
-    if answer.status < 400:
-        record.timings = read_timings(body[-TAIL_BYTES:])
-        dispatcher.observe(lease, record.timings, now)
+    judge_end(gateway, lease, record, answer, body[-TAIL_BYTES:])
     return keep, answer.keep_alive
+
+
+def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHead, ending: bytes) -> None:
+    """Learn from an answer that ended as its framing said.
+
+    An error in the last line of a stream is a failure of the node; a stream without its last line says no more than
+    that the node works.
+    """
+    if answer.status >= 400:
+        return
+    dispatcher, now, streams = gateway.dispatcher, gateway.loop.time(), is_stream(answer)
+    record.timings = read_timings(ending[-TAIL_BYTES:])
+    error = error_in_stream(ending) if streams else ""
+    if error:
+        record.outcome, record.reason = "error", error
+        if lease.runner is not None:    # of a push, say, it is its client's own
+            gateway.blame(lease, Failure("model", f"broke off: {error}"))
+    elif streams and not LAST_LINE.search(ending[-TAIL_BYTES:]):
+        dispatcher.worked(lease, now)
+    else:
+        dispatcher.observe(lease, record.timings, now)
 
 
 def begin_relay(client, connection, answer, record, lease, framing, lines, heard, transcript):
     """Return the Relay for an answer. Raises NodeFailure if it cannot go on where the transcript's last one ended."""
-    prelude = render_response(answer, added_lines(record), lines)
+    prelude = render_response(answer, added_lines(record, answer), lines)
     kind = answer.fields.get(b"content-type", b"")
     before = transcript and transcript.relay
     if before:
@@ -4957,6 +5052,7 @@ def break_off(client, record, relay, text, family):
     told = relay.close_with(text, family)
     if not told:
         client.transport.abort()
+    record.outcome = "error" if relay.withheld else "ok" if told and relay.is_complete() else "cut"
     return told
 
 
@@ -4970,21 +5066,19 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     if answer.length == len(connection.buffer) <= READ_AHEAD_BYTES and keep and not before:
         return pass_on_whole(gateway, client, head, connection, answer, lease, record)
     framing, lines, keep = choose_framing(head, answer, keep)
-    dispatcher, loop = gateway.dispatcher, gateway.loop
+    dispatcher = gateway.dispatcher
     relay = begin_relay(client, connection, answer, record, lease, framing, lines,
                         functools.partial(dispatcher.heard, lease), transcript)
     lease.held_up = lambda: client.write_paused
     try:
         relay.start()
         await relay.finished()
-        if answer.status < 400:
-            record.timings = read_timings(relay.tail())
-            dispatcher.observe(lease, record.timings, loop.time())
+        judge_end(gateway, lease, record, answer, relay.ending())
     except NodeFailure as failure:
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
         record.timings = read_timings(relay.tail())
-        dispatcher.fail(lease, failure.kind, loop.time())
+        gateway.blame(lease, failure.value)
         keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.wants.family) and keep
     finally:
         client.source = None
@@ -5389,7 +5483,7 @@ class LineAnswer:
             answer.length, self.record.status = None, answer.status
             self.framing, lines, self.keep = choose_framing(self.head, answer, self.head.keep_alive)
             data = chunk(data) if self.framing is Framing.CHUNKED else data
-            data = render_response(answer, added_lines(self.record), lines) + data
+            data = render_response(answer, added_lines(self.record, answer), lines) + data
         self.client.write(data)
 
     def end(self):
@@ -5502,22 +5596,24 @@ async def change_on(gateway, node, head, body, wants, record, hear):
         dispatcher.release(lease, loop.time())
 
 
-def absent_everywhere(outcomes):
-    """Tell whether all nodes have refused a change because they do not have the model."""
-    return all(it.answer and it.answer.status == 404 for it in outcomes)
+def refused_alike(outcomes: list[Outcome]) -> bool:
+    """Tell whether all nodes have refused a change with the same status, so that one speaks for all."""
+    statuses = {it.answer.status if it.answer else 0 for it in outcomes}
+    return len(statuses) == 1 and min(statuses) >= 400
 
 
 def answer_change(client, head, record, told, outcomes):
     """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
     failed = [it for it in outcomes if it.error]
-    own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or absent_everywhere(outcomes) else None
+    if failed:
+        record.outcome, record.reason = "error", explain_failure(outcomes)[1]
+    own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or refused_alike(outcomes) else None
     if own and own.answer:          # one node speaks for all, byte for byte
         if told.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
             return answer_whole(client, head, record, own.answer, own.body)
         told.write(own.answer, own.body)
         return told.end()
     status, text = explain_failure(outcomes)
-    record.reason = text
     if told.framing is None:
         raise Refusal(status, text)
     told.write(None, json.dumps({"error": text}).encode())
@@ -5731,8 +5827,8 @@ async def serve_events(gateway, client, head, record):
         await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     client.serving = True
     record.status = 200
-    lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", b"Connection: close",
-             *record.cors]
+    lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
+             b"Connection: close", *record.cors]
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
     while not gateway.draining:
         if not client.write_paused:     # one that does not read misses some
@@ -5853,13 +5949,15 @@ async def converse(gateway, client):
         answer_refusal(client, None, None, refusal)
     except (ClientGone, asyncio.CancelledError):
         if record:
-            record.status, record.reason = 499, "the client left"
+            record.status, record.reason, record.outcome = 499, "the client left", "client_left"
     except Exception:
         LOG.exception({"event": "error", "id": record.id if record else ""})
         if record and not record.status:
             answer_refusal(client, head, record, Refusal(500, "internal error", close=True))
         else:
             client.transport.abort()
+            if record:
+                record.outcome = "error"
     finally:
         if record:
             gateway.finish(record)
@@ -5937,8 +6035,9 @@ def openai_model(row):
 
 
 def answer_openai_models(gateway):
-    """Answer /v1/models; `data` is null when there is no model, as Ollama has it."""
-    return json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
+    """Answer /v1/models; `data` is null when there is no model, as Ollama has it, and so are type and newline."""
+    status, body, _ = json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
+    return status, body + b"\n", b"application/json"
 
 
 # -----------------------------------------------------------------------------
@@ -6226,11 +6325,12 @@ def decision_stats(decisions, now):
 
 def answer_stats(gateway):
     """Answer /api/stats: nodes, queue and the last decisions."""
-    dispatcher, now = gateway.dispatcher, gateway.loop.time()
+    gateway.tally()
+    dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.metrics.outcomes()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
-        "nodes": [node_stats(node, now) for node in dispatcher.nodes.values()],
+        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]} for node in dispatcher.nodes.values()],
         "queue": queue_stats(dispatcher, now),
         "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
         "decisions": decision_stats(dispatcher.decisions, now)})
@@ -6280,7 +6380,7 @@ class Metrics:
 
     def __init__(self, dispatcher):
         self.dispatcher = dispatcher
-        self.requests = collections.Counter()       # (node, model, route, status)
+        self.requests = collections.Counter()       # (node, model, route, status, outcome)
         self.tokens = collections.Counter()         # (node, model, prompt or output)
         self.failovers = collections.Counter()      # (node, reason)
         self.races = collections.Counter()          # (node, yes or no: it won)
@@ -6310,14 +6410,21 @@ class Metrics:
             self.steps.append(Step(number))
         return self.steps[-1]
 
+    def outcomes(self) -> dict[str, collections.Counter]:
+        """Return how the requests that each node answered ended: {node: {outcome: count}}."""
+        found = collections.defaultdict(collections.Counter)
+        for (node, *_, outcome), count in self.requests.items():
+            found[node][outcome] += count
+        return found
+
     def count_request(self, record, total_s):
         """Take in a finished request."""
         node, model = self.node_label(record.node), self.model_label(record.model)
-        self.count(self.requests, 1, node, model, route_label(record.path), record.status)
+        self.count(self.requests, 1, node, model, route_label(record.path), record.status, record.outcome)
         if record.path not in INFERENCE_PATHS or not record.attempts:
             return
         first_s = None if record.first_s is None else record.first_s - record.started_s
-        if record.status < 400:
+        if record.outcome == "ok":
             self.step(record.started_s + total_s).add(node, total_s, first_s, record.timings.output_tokens)
         self.request_s.add(total_s)
         if first_s is not None:
@@ -6345,7 +6452,7 @@ def metric_families(gateway):
         return [("", labelled(node=node.name), value(node)) for node in nodes]
 
     yield ("sollol_requests_total", "counter", "Finished requests.",
-           counted(metrics.requests, "node", "model", "route", "code"))
+           counted(metrics.requests, "node", "model", "route", "code", "outcome"))
     yield ("sollol_request_seconds", "histogram", "Inference requests, from their head to the end of the answer.",
            metrics.request_s.samples())
     yield ("sollol_ttft_seconds", "histogram", "Inference requests, from their head to the first byte of the answer.",
@@ -6388,6 +6495,11 @@ def milliseconds(seconds):
     return "" if seconds is None else round(seconds * 1000)
 
 
+def log_level(record: Record) -> int:
+    """Return how loud the log line of a request is: what nodes fail after all is a warning."""
+    return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
+
+
 def request_fields(record, total_s):
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
@@ -6396,7 +6508,7 @@ def request_fields(record, total_s):
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
             "prompt_tokens": record.timings.prompt_tokens, "output_tokens": record.timings.output_tokens,
-            "bytes": record.bytes, "reason": record.reason}
+            "bytes": record.bytes, "reason": record.reason, "outcome": record.outcome}
 
 
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
@@ -7675,6 +7787,7 @@ class Gateway:
 
     def finish(self, record):
         """Let a finished request be counted and logged a moment later, together with others: that is much cheaper."""
+        record.outcome = record.outcome or ("ok" if 0 < record.status < 400 else "error")
         if not self.finished:
             self.loop.call_later(TALLY_DELAY_S, self.tally)
         self.finished.append((record, self.loop.time() - record.started_s))
@@ -7684,8 +7797,9 @@ class Gateway:
         finished, self.finished = self.finished, []
         for record, total_s in finished:
             self.metrics.count_request(record, total_s)
-        if finished and LOG.isEnabledFor(logging.INFO):
-            LOG.info([request_fields(record, total_s) for record, total_s in finished])
+        for level, some in itertools.groupby(finished, lambda it: log_level(it[0])):
+            if LOG.isEnabledFor(level):
+                LOG.log(level, [request_fields(record, total_s) for record, total_s in some])
 
     def sweep(self):
         """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, saved files."""

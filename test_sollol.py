@@ -8,6 +8,7 @@ The nodes are bench.py's simulated ones, or scripted ones where exact bytes matt
 
 import ast
 import asyncio
+import collections
 import contextlib
 import fcntl
 import functools
@@ -379,9 +380,10 @@ def test_only_end_to_end_fields_are_handed_on_as_they_were_sent():
     raw = get(b"Connection: close, X-Mine , keep-alive", b"Keep-Alive: 5", b"TE: trailers", b"Trailer: X",
               b"Upgrade: h2c", b"HTTP2-Settings: AA", b"Proxy-Authorization: x", b"Proxy-Authenticate: y",
               b"Proxy-Connection: z", b"x-mine: secret", b"ACCEPT:\t*/*  ", b"Accept: two",
-              b"User-Agent: \xe4", b"Expect: 100-continue", b"X-Priority: high", b"Authorization: Bearer k")
+              b"User-Agent: \xe4", b"Expect: 100-continue", b"X-Priority: high", b"Authorization: Bearer k",
+              b"Accept-Encoding: gzip, br", b"Content-Encoding: zstd", b"Origin: http://localhost")
     assert sent(raw) == [b"GET / HTTP/1.1", HOST, b"ACCEPT:\t*/*  ", b"Accept: two", b"User-Agent: \xe4",
-                         b"Authorization: Bearer k"]
+                         b"Authorization: Bearer k", b"Content-Encoding: zstd"]
 
 
 @table("raw, settings, length, first, last", [
@@ -411,9 +413,12 @@ def test_request_is_framed_anew_for_the_node(raw, settings, length, first, last)
 def test_response_is_framed_anew_for_the_client():
     found = sollol.parse_response(head(
         b"HTTP/1.0 200 Fine", b"Content-Length: 5", b"Connection: X-Hop", b"X-Hop: 1", b"Keep-Alive: 9",
+        b"Access-Control-Allow-Origin: *", b"access-control-expose-headers: x", b"X-SOLLOL-Node: behind",
+        b"X-Request-Id: its", b"Trailer: X", b"Date: then", b"Server: it", b"Content-Encoding: gzip",
         b"Content-Type:  a/b", b"Set-Cookie: x", b"Set-Cookie: y", b"Upgrade: h2c"), "GET")
     assert sollol.render_response(found, [b"X-Added: 1"], [b"Transfer-Encoding: chunked"]) == head(
-        b"HTTP/1.1 200 Fine", b"Content-Type:  a/b", b"Set-Cookie: x", b"Set-Cookie: y", b"X-Added: 1",
+        b"HTTP/1.1 200 Fine", b"Date: then", b"Server: it", b"Content-Encoding: gzip", b"Content-Type:  a/b",
+        b"Set-Cookie: x", b"Set-Cookie: y", b"X-Added: 1",
         b"Transfer-Encoding: chunked")
 
 
@@ -2888,6 +2893,86 @@ async def test_stream_reaches_the_client_byte_for_byte_and_piece_by_piece(path, 
         caller.close()
 
 
+CRLF = tuple(piece.replace(b"\n", b"\r\n") for piece in SSE)
+ZEROED = tuple(b'data: {"choices":[%b],"usage":{"prompt_tokens":%d,"completion_tokens":%d}}\n\n' % it for it in (
+    (b'{"text":"He"}', 0, 0), (b'{"text":"","finish_reason":"stop"}', 0, 0), (b"", 3, 0), (b"", 3, 1)))
+
+
+@table("path, kind, pieces", [
+    ("lines", "/api/chat", b"application/x-ndjson", NDJSON),
+    ("events", "/v1/chat/completions", b"text/event-stream", SSE),
+    ("events with CRLF", "/v1/chat/completions", b"text/event-stream; charset=utf-8", CRLF),
+    ("usage on every event", "/v1/completions", b"text/event-stream", (*ZEROED, SSE[1])),
+    ("odd spacing", "/v1/completions", b"text/event-stream",
+     (b": hello\n\n", b'data:{"choices": [ {"text":"x"}]}\n\n', b"id: 7\ndata: \xe4\n\r\n", b"data:[DONE]\n\n"))])
+@pytest.mark.parametrize("seed", [{}, {"seed": 7}], ids=["drawn", "deterministic"])
+@over_sockets
+async def test_first_run_of_a_stream_passes_as_it_comes_whoever_could_rescue_it(seed, path, kind, pieces):
+    head = chunked(kind=kind, end=b"")
+    node = ScriptedNode(lambda request: [head, *(it for piece in pieces for it in (
+        b"%x\r\n%b\r\n" % (len(piece), piece), 0.03)), b"0\r\n\r\n", KEEP])
+    value = {"model": "llama3.2", "prompt": "x", "messages": [], "stream": True, "options": seed, **seed}
+    async with gateway_for(node) as gateway:
+        caller = await Caller.to(gateway)
+        caller.writer.write(posted(value, path.encode()))
+        fields = Answer(await caller.head(), b"").fields
+        assert fields["content-type"].encode() == kind and fields["x-accel-buffering"] == "no"
+        assert [piece async for piece in caller.chunks()] == list(pieces)
+        caller.close()
+
+
+ABOUT = b"Date: then\r\nServer: it\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n"
+PACKED, STREAMED = b"\x1f\x8b\x08 not really", b"Content-Type: application/x-ndjson\r\n"
+
+
+@table("method, raw, fields, body", [
+    ("fields of its own", "POST", b"HTTP/1.1 200 OK\r\n%bContent-Length: 2\r\n\r\n{}" % ABOUT,
+     b"Content-Length: 2\r\n", b"{}"),
+    ("compressed all the same", "POST",
+     b"HTTP/1.1 200 OK\r\n%bContent-Encoding: gzip\r\nContent-Length: 16\r\n\r\n%b" % (ABOUT, PACKED),
+     b"Content-Encoding: gzip\r\nContent-Length: 16\r\n", PACKED),
+    ("origins of its own", "POST", b"HTTP/1.1 200 OK\r\n%bAccess-Control-Allow-Origin: *\r\n"
+     b"access-control-allow-credentials: true\r\nContent-Length: 2\r\n\r\n{}" % ABOUT, b"Content-Length: 2\r\n", b"{}"),
+    ("HEAD", "HEAD", b"HTTP/1.1 200 OK\r\n%bContent-Length: 17\r\n\r\n" % ABOUT, b"Content-Length: 17\r\n", b""),
+    ("HEAD of what would be chunked", "HEAD", b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n\r\n" % ABOUT,
+     b"", b""),
+    ("204", "POST", b"HTTP/1.1 204 No Content\r\n%b\r\n" % ABOUT, b"", b""),
+    ("304 with the length of the other", "GET", b"HTTP/1.1 304 Not Modified\r\n%bContent-Length: 9\r\n\r\n" % ABOUT,
+     b"Content-Length: 9\r\n", b""),
+    ("extensions and trailers", "POST", b"HTTP/1.1 200 OK\r\n%bTrailer: X\r\nTransfer-Encoding: chunked\r\n\r\n"
+     b"2;a=b\r\n{}\r\n0\r\nX: y\r\n\r\n" % ABOUT, b"Transfer-Encoding: chunked\r\n", b"2\r\n{}\r\n0\r\n\r\n"),
+    ("HTTP/1.0 until it closes", "POST", b"HTTP/1.0 200 OK\r\n%b\r\n{}" % ABOUT, b"Transfer-Encoding: chunked\r\n",
+     b"2\r\n{}\r\n0\r\n\r\n"),
+    ("its own word on buffering", "POST", b"HTTP/1.1 200 OK\r\n%b%bx-accel-buffering: yes\r\n"
+     b"Content-Length: 3\r\n\r\n{}\n" % (ABOUT, STREAMED),
+     STREAMED + b"x-accel-buffering: yes\r\nContent-Length: 3\r\n", b"{}\n"),
+])
+@over_sockets
+async def test_answer_keeps_all_but_what_is_of_one_connection_or_the_gateways_to_say(method, raw, fields, body):
+    async with gateway_for(ScriptedNode(lambda request: [raw, 0.02])) as gateway:
+        got = await raw_call(gateway, b"%b /v1/models/llama3.2 HTTP/1.1\r\nHost: localhost\r\n"
+                             b"Connection: close\r\n\r\n" % method.encode())
+        head, _, rest = got.partition(b"\r\n\r\n")
+        head = re.sub(rb"\r\n(X-SOLLOL|X-Request|Connection)[^\r]*", b"", head)
+        first = raw.partition(b"\r\n")[0].replace(b"HTTP/1.0", b"HTTP/1.1")
+        assert head + b"\r\n" == first + b"\r\n" + ABOUT + fields and rest == body
+
+
+@over_sockets
+async def test_every_stream_tells_a_proxy_not_to_hold_it_back():
+    async with surface() as gateway:
+        brief = {"model": "llama3.2", "messages": MESSAGES, "max_tokens": 3, "stream": True}
+        for path, value in (("/api/chat", {"model": "llama3.2", "messages": MESSAGES}), ("/v1/messages", brief),
+                            ("/api/generate", {"model": "llama3.2", "prompt": "x", "options": {"seed": 1}}),
+                            ("/api/pull", {"model": "mistral"}), ("/api/push", {"model": "mistral"})):
+            assert (await call(gateway, "POST", path, value)).head.count(b"X-Accel-Buffering: no\r\n") == 1
+            assert b"X-Accel" not in (await call(gateway, "POST", path, {**value, "stream": False})).head
+        caller = await Caller.to(gateway)
+        caller.writer.write(b"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"X-Accel-Buffering: no\r\n" in await caller.head()
+        caller.close()
+
+
 @pytest.mark.parametrize("split", [1, 3, 7, 50])
 @over_sockets
 async def test_answer_is_whole_however_the_node_cuts_it(split):
@@ -3658,6 +3743,33 @@ async def test_stream_whose_node_dies_ends_with_an_error_line_and_a_clean_end(pa
             caller.close()
 
 
+def named_event(name, **fields):
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), json.dumps({"type": name, **fields}).encode())
+
+
+@table("path, pieces", [
+    ("chat", "/v1/chat/completions", SSE), ("chat with CRLF", "/v1/chat/completions", CRLF),
+    ("last event in two parts", "/v1/chat/completions", (SSE[0], SSE[1][:-1], SSE[1][-1:])),
+    ("messages", "/v1/messages",
+     (named_event("content_block_delta", delta={"text": "He"}), named_event("message_stop"))),
+    ("responses", "/v1/responses", (
+        named_event("response.output_text.delta", delta="He"),
+        named_event("response.completed", response={"output": "x" * 3000, "error": None, "usage": {
+            "input_tokens": 3, "output_tokens": 1, "total_tokens": 4}, "tools": []}))),
+])
+@over_sockets
+async def test_no_error_stands_behind_the_last_event_of_a_stream(path, pieces):
+    script = [chunked(pieces[0], kind=b"text/event-stream", end=b""), 0.03,
+              *(it for piece in pieces[1:] for it in (b"%x\r\n%b\r\n" % (len(piece), piece), 0.03))]
+    async with gateway_for(ScriptedNode(lambda request: script)) as gateway:
+        answer = await call(gateway, "POST", path, {"model": "llama3.2", "messages": [], "stream": True})
+        assert answer.body == b"".join(pieces)
+    async with gateway_for(ScriptedNode(lambda request: script[:-2])) as gateway:
+        answer = await call(gateway, "POST", path, {"model": "llama3.2", "messages": [], "stream": True})
+        begun = b"".join(pieces[:-1])
+        assert answer.body.startswith(begun) and b'"error": {' in answer.body[len(begun):]
+
+
 @over_sockets
 async def test_fixed_length_answer_whose_node_dies_is_cut_and_never_padded():
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 2_000_000       # more than is held
@@ -4006,6 +4118,36 @@ async def test_error_line_of_the_node_itself_is_rescued_too():
     assert text_of(answer.body) == "ab" and b"error" not in answer.body
 
 
+@over_sockets
+async def test_text_before_an_error_in_one_piece_is_not_lost():
+    path = "/api/generate"
+    said = DIALECTS[path][1]
+    later = b"".join((said("b"), line(error="unexpected EOF")))
+    script = [chunked(said("a"), end=b""), 0.02, b"%x\r\n%b\r\n0\r\n\r\n" % (len(later), later), KEEP]
+    nodes = ScriptedNode(lambda request: script), lasting(path, "ab", "c")
+    answer, gateway = await rescued(path, *nodes)
+    assert text_of(answer.body) == "abc" and gateway.dispatcher.rescues == {"whole": 1}
+    for one in (said("a") + later, later):      # at once: nothing is out, so that any node may begin anew
+        nodes = ScriptedNode(lambda request, one=one: [chunked(one), KEEP]), lasting(path, "ab", "c")
+        answer, gateway = await rescued(path, *nodes)
+        assert text_of(answer.body) == "abc" and not gateway.dispatcher.rescues
+    nodes = ScriptedNode(lambda request: [chunked(later), KEEP]), lasting(path, "abc"), dying(path, "a", "b")
+    answer, gateway = await rescued(path, *nodes)
+    assert answer.fields["x-sollol-node"].endswith(f":{nodes[2].port}")     # that one was the second
+    assert text_of(answer.body) == "abc" and gateway.dispatcher.rescues == {"whole": 1}
+
+
+@over_sockets
+async def test_error_that_nobody_can_better_is_told_in_the_nodes_own_words():
+    for path, told in (("/api/generate", b'{"error" :"unexpected EOF"}\n'),
+                       ("/v1/completions", b'data: {"error":{"message":"EOF" ,"code":7}}\n\ndata: [DONE]\n\n')):
+        kind, said, _ = DIALECTS[path]
+        script = [chunked(said("a"), kind=kind, end=b""), 0.02, b"%x\r\n%b\r\n0\r\n\r\n" % (len(told), told), KEEP]
+        for value in (repeatable(path), {**repeatable(path), "options": {}, "temperature": 0.5}):
+            answer, _ = await rescued(path, ScriptedNode(lambda request, script=script: script), value=value)
+            assert answer.body == said("a") + told
+
+
 @table("path, value, flags, replay, digest", [
     ("replay differs", "/api/generate", {}, [], ["a", "x"], None),
     ("replay is shorter", "/api/generate", {}, [], ["a"], None),
@@ -4302,6 +4444,113 @@ async def test_many_pooled_connections_that_died_in_a_restart_cost_one_fresh_one
             port = node.port
             await node.stop()
             await node.start(port)
+
+
+# -----------------------------------------------------------------------------
+# How a request ended
+# -----------------------------------------------------------------------------
+
+def lines_then(*after, path="/api/generate"):
+    """Return a script: some tokens, then these bytes of the body, each a chunk of its own, and the last chunk."""
+    kind, said, _ = DIALECTS[path]
+    return [chunked(said("He"), said("llo"), kind=kind, end=b""), 0.02,
+            *(b"%x\r\n%b\r\n" % (len(it), it) for it in after), b"0\r\n\r\n", KEEP]
+
+
+ERRORS = line(error="unexpected EOF"), sse(error={"message": "unexpected EOF"}), b"event: error\n" + sse(message="EOF")
+FINISHED = DIALECTS["/api/generate"][2][0]
+
+# What: (path, request, what the node sends, outcome, status; the kind that is held against the node, does it teach).
+ENDINGS = [
+    ("a whole stream", "/api/generate", {}, lines_then(FINISHED), "ok", 200, None, True),
+    ("a whole answer", "/api/generate", {"stream": False}, [0.02, framed(WHOLE), KEEP], "ok", 200, None, True),
+    ("a stream that is cut", "/api/generate", {}, lines_then()[:2], "cut", 200, "died", False),
+    ("a stream of events that is cut", OPENAI, {}, lines_then(path=OPENAI)[:2], "cut", 200, "died", False),
+    ("a deterministic stream that is cut", "/api/generate", {"options": {"seed": 7}}, lines_then()[:2], "cut", 200,
+     "died", False),
+    ("a stream that breaks its framing", "/api/generate", {}, [*lines_then()[:2], b"zz\r\n", KEEP], "cut", 200,
+     "garbage", False),
+    ("a stream of known length that is cut", "/api/generate", {}, [
+        framed(TOKENS[0] * 9, kind=b"application/x-ndjson")[:-9], 0.02], "cut", 200, "died", False),
+    ("a stream that lost its framing only", "/api/generate", {}, lines_then(FINISHED)[:3], "ok", 200, "died", False),
+    ("an error line", "/api/generate", {}, lines_then(ERRORS[0]), "error", 200, "model", False),
+    ("an error line of a deterministic stream", "/api/generate", {"options": {"seed": 7}}, lines_then(ERRORS[0]),
+     "error", 200, "model", False),
+    ("an error line of known length", "/api/generate", {}, [
+        framed(TOKENS[0] + ERRORS[0], kind=b"application/x-ndjson"), KEEP], "error", 200, "model", False),
+    ("an error event", OPENAI, {}, lines_then(ERRORS[1], path=OPENAI), "error", 200, "model", False),
+    ("an error event with CRLF", OPENAI, {}, lines_then(ERRORS[1].replace(b"\n", b"\r\n"), path=OPENAI), "error", 200,
+     "model", False),
+    ("an error event before the last one", OPENAI, {}, lines_then(ERRORS[1], SSE[1], path=OPENAI), "error", 200,
+     "model", False),
+    ("an event that is called error", OPENAI, {}, lines_then(ERRORS[2], path=OPENAI), "error", 200, "model", False),
+    ("a stream without its last line", "/api/generate", {}, lines_then(), "ok", 200, None, False),
+    ("a deterministic stream without its last line", "/api/generate", {"options": {"seed": 7}}, lines_then(), "ok",
+     200, None, False),
+    ("events without the last one", OPENAI, {}, lines_then(path=OPENAI), "ok", 200, None, False),
+    ("an error in a text", "/api/generate", {}, lines_then(line(response='{"error":"x"}', done=False), FINISHED), "ok",
+     200, None, True),
+    ("a node's own 400", "/api/generate", {}, [framed(b'{"error":"no"}', b"400 Bad Request"), KEEP], "error", 400,
+     None, False),
+    ("no node that answers", "/api/generate", {}, [], "error", 502, "died", False),
+]
+
+
+@table("path, asked, script, outcome, status, kind, teaches", ENDINGS)
+@over_sockets
+async def test_what_fails_after_the_first_byte_counts_as_failed(
+        path, asked, script, outcome, status, kind, teaches, caplog):
+    caplog.set_level("INFO", sollol.LOG.name)
+    value = {"model": "llama3.2", "messages": [], "prompt": "x", "stream": True, **asked}
+    async with gateway_for(ScriptedNode(lambda request: script)) as gateway:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            assert (await call(gateway, "POST", path, value)).status == status
+        await until(lambda: gateway.metrics.requests or gateway.finished)
+        node, = (await call(gateway, "GET", "/api/stats")).json()["nodes"]
+        assert node["errors"] == (kind is not None) and node["outcomes"] == {outcome: 1}
+        model, = node["models"].values()
+        assert model["predicted_samples"] == teaches and (node["latency_s"]["p50"] is not None) == teaches
+        (name, _, route, code, ended), = (it for it in gateway.metrics.requests if it[2] == path)
+        assert (name, route, code, ended) == (node["name"], path, status, outcome)
+        assert dict(gateway.metrics.failovers) == ({(node["name"], kind): 1} if kind else {})
+        broken = gateway.dispatcher.nodes[name].runners["llama3.2:latest"].breaker.failures
+        assert broken == (kind == "model")
+        assert sum(step.requests for step in gateway.metrics.steps) == (outcome == "ok")
+        (level, fields), = ((it.levelname, one) for it in caplog.records if isinstance(it.msg, list)
+                            for one in it.msg if one["path"] == path)
+        assert (level, fields["outcome"]) == ("INFO" if outcome == "ok" else "WARNING", outcome)
+
+
+@over_sockets
+async def test_request_that_reached_no_node_or_whose_client_left_is_no_error(tmp_path, caplog):
+    caplog.set_level("INFO", sollol.LOG.name)
+    (tmp_path / "keys").write_text("secret name=alice rate=1/h\n")
+    node = ScriptedNode(lambda request: [100.0])
+    async with gateway_for(node, flags=("--keys", str(tmp_path / "keys"))) as gateway:
+        fields = {"Authorization": "Bearer secret"}
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 401
+        assert (await call(gateway, "POST", "/api/generate", generate(), X_Priority="huge", **fields)).status == 400
+        caller = await Caller.to(gateway)
+        caller.writer.write(posted(generate()).replace(b"Host", b"X-API-Key: secret\r\nHost"))
+        await until(lambda: health(gateway)["inflight"])
+        caller.close()
+        await until(lambda: not health(gateway)["inflight"])
+        assert (await call(gateway, "POST", "/api/generate", generate(), **fields)).status == 429
+        gateway.tally()
+        ended = collections.Counter((code, outcome) for *_, code, outcome in gateway.metrics.requests)
+        assert ended == {(401, "refused"): 1, (400, "refused"): 1, (499, "client_left"): 1, (429, "refused"): 1}
+        assert all(it.levelname == "INFO" for it in caplog.records if isinstance(it.msg, list))
+
+
+@over_sockets
+async def test_error_in_a_push_is_its_clients_own():
+    script = [chunked(line(status="pushing"), line(error="you need to sign in")), KEEP]
+    node = ScriptedNode(lambda request: script)
+    async with gateway_for(node) as gateway:
+        for _ in range(3):
+            await call(gateway, "POST", "/api/push", {"model": "llama3.2"})
+        found, = (await call(gateway, "GET", "/api/stats")).json()["nodes"]
+        assert (found["state"], found["errors"], found["outcomes"]) == ("up", 0, {"error": 3})
 
 
 # -----------------------------------------------------------------------------
@@ -5091,10 +5340,11 @@ def test_number_of_series_is_bounded_whatever_clients_make_up(monkeypatch):
     monkeypatch.setattr(sollol, "MOST_SERIES", 20)
     dispatcher = cluster(a=["m"])
     metrics = sollol.Metrics(dispatcher)
-    record = sollol.Record("id", "::1", "POST", "/api/chat", 0.0, node="a", attempts=1, status=200, priority=5)
+    record = sollol.Record("id", "::1", "POST", "/api/chat", 0.0, node="a", attempts=1, status=200, priority=5,
+                           outcome="ok")
     for number in range(100):
         metrics.count_request(sollol.replace(record, model=f"made-up-{number}:latest", path=f"/made/up/{number}"), 1.0)
-    assert list(metrics.requests) == [("a", "other", "other", 200)]
+    assert list(metrics.requests) == [("a", "other", "other", 200, "ok")]
     dispatcher.holders = {f"real-{number}:latest": [] for number in range(100)}
     for model in dispatcher.holders:
         metrics.count_request(sollol.replace(record, model=model), 1.0)
@@ -5133,7 +5383,9 @@ async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
 
         name = 'a"\\'
         assert value("sollol_requests_total", node=name, model="llama3.2:latest", route="/api/generate",
-                     code="200") == 6
+                     code="200", outcome="ok") == 6
+        assert value("sollol_requests_total", node=name, model="other", route="/api/generate", code="404",
+                     outcome="error") == 1
         assert value("sollol_request_seconds_count") == 8 and value("sollol_ttft_seconds_count") >= 6
         assert value("sollol_queue_seconds_count", priority="8") == 2
         assert value("sollol_queue_depth", found, priority="5") >= 1
@@ -5648,6 +5900,20 @@ async def test_delete_and_copy_reach_every_holder_and_are_seen_at_once():
                                    ("POST", "/api/copy", {"source": "mine", "destination": "x"})):
             answer = await call(gateway, method, path, body)
             assert answer.status == 404 and "not found" in answer.json()["error"]
+
+
+@table("statuses, expected", [
+    ("all alike", [b"400 Bad Request", b"400 Bad Request"], 400),
+    ("in two ways", [b"400 Bad Request", b"500 Internal Server Error"], 500),
+    ("by one of them", [b"200 OK", b"400 Bad Request"], 502)])
+@over_sockets
+async def test_change_that_all_nodes_refuse_alike_gets_the_answer_of_one(statuses, expected):
+    body, kind = b'{"error" : "destination is odd"}', b"application/json; charset=utf-8"
+    nodes = [ScriptedNode(lambda request, status=status: [framed(body, status, kind), KEEP]) for status in statuses]
+    async with gateway_for(*nodes) as gateway:
+        answer = await call(gateway, "POST", "/api/copy", {"source": "llama3.2", "destination": "?"})
+        assert answer.status == expected
+        assert (answer.body == body and answer.fields["content-type"] == kind.decode()) == (expected == 400)
 
 
 @over_sockets
@@ -6182,6 +6448,83 @@ SURFACE = {
 }
 
 
+# Directly and through the gateway, byte for byte: every route of a node, in all its forms.
+TEXT_PATHS = "/api/generate", "/api/chat", "/v1/completions", OPENAI, "/v1/responses", "/v1/messages"
+CHATTY = {"model": "llama3.2", "prompt": "hi <out=4>", "messages": MESSAGES, "input": "hi <out=3>", "max_tokens": 9}
+USAGE = {"stream_options": {"include_usage": True}}
+FORMS = [
+    *(("POST", path, {**CHATTY, "stream": stream, **more}) for path in TEXT_PATHS for stream in (True, False)
+      for more in ({}, {"seed": 7, "options": {"seed": 7}}, {**USAGE, "seed": 7}, USAGE)),
+    *(("POST", path, body) for path in TEXT_PATHS for body in (
+        {**CHATTY, "model": "no-such"}, {"messages": 7, "model": "llama3.2"}, b"no json", {})),
+    ("POST", "/api/generate", {"model": "llama3.2"}), ("POST", "/api/generate", {"model": "llama3.2", "keep_alive": 0}),
+    ("POST", "/api/chat", {"model": "llama3.2", "keep_alive": 0}),
+    ("POST", "/api/embed", {"model": "nomic-embed-text", "input": ["a", "b"]}),
+    ("POST", "/api/embeddings", {"model": "nomic-embed-text", "prompt": "a"}),
+    ("POST", "/v1/embeddings", {"model": "nomic-embed-text", "input": "a", "encoding_format": "base64"}),
+    ("POST", "/v1/audio/transcriptions", form(model="llama3.2", file="RIFF")[0]),
+    *((method, path, None) for method in ("GET", "HEAD", "PUT", "OPTIONS") for path in (
+        "/", "/api/version", "/api/tags", "/api/ps", "/api/status", "/api/chat", "/no/such/path", "/v1/no-such",
+        "/v1/models/llama3.2", "/v1/models/no-such", BLOB)),
+    ("POST", "/api/show", {"model": "llama3.2"}), ("POST", "/api/show", {"model": "no-such"}),
+    *(("POST", path, {"model": model, "stream": stream}) for path in ("/api/pull", "/api/push")
+      for model in ("gemma3:4b", "no-such", "llama3.2") for stream in (True, False)),
+    ("POST", "/api/create", {"model": "x", "from": "llama3.2"}),
+    ("POST", "/api/create", {"model": "x", "stream": False}),
+    ("POST", "/api/copy", {"source": "llama3.2", "destination": "y"}), ("POST", "/api/copy", {"source": "no-such"}),
+    ("DELETE", "/api/delete", {"model": "llama3.2"}), ("DELETE", "/api/delete", {"model": "no-such"}),
+    ("POST", BLOB, b"weights"), ("POST", BLOB, b"others"),
+    ("POST", "/api/me", {}), ("POST", "/api/signout", {}), ("DELETE", "/api/user/keys/abc", None),
+    ("POST", "/api/experimental/web_search", {"query": "x"}),
+    ("GET", "/api/experimental/model-recommendations", None),
+]
+# What differs between two runs of the same thing: times, and numbers that a node gives its requests.
+DRAWN = re.compile(rb'("(?:created_at|expires_at|modified_at)":)"[^"]*"|("[a-z_]*(?:_duration|created(?:_at)?)":)\d+|'
+                   rb'((?:chatcmpl|cmpl|resp|msg|req)_?-?)\d+')
+
+
+def alike(answer):
+    """Return what two answers of equal nodes must have in common: status line, fields, body."""
+    first, *lines = answer.head[:-4].split(b"\r\n")
+    added = b"x-sollol-", b"x-request-id:", b"x-accel-buffering:", b"date:"
+    lines = sorted(line for line in lines if not line.lower().startswith(added))
+    return first, lines, DRAWN.sub(rb"\1\2\3", answer.body)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("asked", FORMS, ids=lambda asked: f"{asked[0]} {asked[1]} {str(asked[2])[:60]}")
+def test_answer_of_one_node_is_what_the_node_says_byte_for_byte(asked, version):
+    async def main():
+        def node():
+            return bench.SimNode(models=("llama3.2", "nomic-embed-text"), loaded=("llama3.2",), **FAST)
+
+        method, path, value = asked
+        body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
+        kind = form()[1] if path.endswith("transcriptions") else "application/x-www-form-urlencoded"     # curl's
+        raw = (f"{method} {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: {kind}\r\n".encode()
+               + b"Content-Length: %d\r\n" % len(body) * bool(body) + b"\r\n" + body)
+        found = []
+        direct = await node().start()
+        async with gateway_for(node()) as gateway:
+            for address in ((direct.host, direct.port), gateway.address):
+                caller = Caller()
+                caller.reader, caller.writer = await asyncio.open_connection(*address)
+                caller.writer.write(raw)
+                found.append(alike(await caller.answer(method)))
+                caller.close()
+        await direct.stop()
+        assert found[1] == found[0]
+
+    bench.run_virtual(main())
+
+
+@over_sockets
+async def test_list_of_models_for_openai_has_ollamas_type_and_newline():
+    async with gateway_for(bench.SimNode()) as gateway:
+        answer = await call(gateway, "GET", "/v1/models")
+        assert answer.fields["content-type"] == "application/json" and answer.body.endswith(b"}]}\n")
+
+
 ENDLESS = ("GET", "/dashboard/events")
 
 
@@ -6359,7 +6702,7 @@ async def test_programs_find_one_ollama(program):
 # -----------------------------------------------------------------------------
 
 LOG_KEYS = ("ts level event id client key method path model priority node attempts status queue_ms ttft_ms total_ms "
-            "prompt_tokens output_tokens bytes reason").split()
+            "prompt_tokens output_tokens bytes reason outcome").split()
 
 
 @over_sockets
