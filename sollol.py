@@ -157,6 +157,8 @@ STREAM_PATIENCE_S = 120.0           # a begun stream is given up after this long
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
 # 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
 PRIOR_DECODE_S_PER_GB, PRIOR_PREFILL_S_PER_GB = 0.004, 0.00014
+PRIOR_INPUT_S = 0.0025              # per text to embed, beside its tokens: one call to the engine
+CPU_SLOWDOWN = 20.0                 # of a model that lies wholly in main memory; 10 to 50 times were seen
 PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
 PRIOR_MODEL_BYTES = 4.9e9
 PRIOR_OUTPUT_TOKENS = 150.0
@@ -1304,6 +1306,14 @@ def embeds_only(row):
     return "completion" not in capabilities if isinstance(capabilities, list) else "embed" in row_name(row)
 
 
+def cpu_share(row):
+    """Return the share 0..1 of a model in a row of /api/ps that is not on a card; 0 where the row does not tell."""
+    size, vram = row_bytes(row, "size"), row.get("size_vram")
+    if not size or not isinstance(vram, (int, float)) or vram < 0:
+        return 0.0
+    return 1.0 - min(1.0, row_bytes(row, "size_vram") / size)
+
+
 def row_vram_bytes(row):
     """Return what a model in a row of /api/ps takes on the card; all of it where the row does not tell."""
     return row_bytes(row, "size_vram") or row_bytes(row, "size")
@@ -1355,6 +1365,7 @@ class Runner:
     row: dict = field(default_factory=dict)     # its entry in the node's /api/tags
     disk_bytes: float = PRIOR_MODEL_BYTES
     vram_bytes: float = 0.0         # when resident; 0 = never seen
+    cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
     on_disk: bool = False
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
     options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
@@ -1377,6 +1388,7 @@ class Runner:
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     prefill_s: float = 0.0          # seconds a token
     decode_s: float = 0.0
+    input_s: float = 0.0            # seconds a text to embed, beside its tokens
     samples: int = 0                # behind those two
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
@@ -1414,6 +1426,7 @@ class Node:
     advanced_s: float = 0.0         # up to when the runners' progress is counted
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
+    on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
     rtt_s: float = 0.0
     answer_s: float = 0.0           # EWMA of its answer times
     vram_seen_bytes: float = 0.0    # most that was resident at once
@@ -1634,6 +1647,7 @@ class Demand(NamedTuple):
     prompt_tokens: float
     output_tokens: float
     samples: int                    # answers that the model's lengths were learned from
+    inputs: int = 0                 # texts to embed
 
 
 class Estimates:
@@ -1654,7 +1668,7 @@ class Estimates:
             output_tokens = 0.0
         elif wants.max_output is not None:
             output_tokens = min(output_tokens, wants.max_output)
-        return Demand(wants, prompt_tokens, output_tokens, samples)
+        return Demand(wants, prompt_tokens, output_tokens, samples, wants.inputs if wants.embeds else 0)
 
     def learn_chars(self, wants, prompt_tokens):
         """Take in how many tokens a prompt was, if its answer told."""
@@ -1683,14 +1697,32 @@ def slowdown(node, runner, extra=0, full=False):
     return CROWD[min(together, 256)] * (models or 1) / node.speed
 
 
+def cpu_factor(runner: Runner) -> float:
+    """Return how many times slower than on a card a model must be expected to run, by where its memory is."""
+    share = float(runner.node.on_cpu) if runner.cpu_share is None else runner.cpu_share
+    return 1.0 + (CPU_SLOWDOWN - 1.0) * share
+
+
 def decode_s(runner):
     """Return seconds per output token, alone; the prior scaled by the node's other models while unmeasured."""
-    return runner.decode_s or runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
+    return runner.decode_s or (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
+                               * cpu_factor(runner))
 
 
 def prefill_s(runner):
     """Return seconds per prompt token, alone."""
-    return runner.prefill_s or runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
+    return runner.prefill_s or (runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
+                                * cpu_factor(runner))
+
+
+def input_s(runner: Runner) -> float:
+    """Return seconds per text to embed, alone, beside what its tokens take."""
+    return runner.input_s or PRIOR_INPUT_S * runner.node.size_factor * cpu_factor(runner)
+
+
+def inputs_s(runner: Runner, wants: Wants) -> float:
+    """Return the seconds that the texts of a request to embed take beside their tokens; 0 for any other request."""
+    return wants.inputs * input_s(runner) if wants.embeds else 0.0
 
 
 def load_s(runner):
@@ -1706,7 +1738,8 @@ def solo_left_s(lease, now):
     if lease.first_s is not None:
         return decode_left_s
     advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner) - advanced_s)
+    prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner)
+                         + inputs_s(runner, lease.ticket.wants) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
@@ -1725,11 +1758,12 @@ def is_answer(lease, timings):
 
 def first_work_s(lease, timings):
     """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
-    runner, prompt_tokens = lease.runner, lease.new_tokens
+    runner, wants, prompt_tokens = lease.runner, lease.ticket.wants, lease.new_tokens
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
-    unseen = 0 if lease.ticket.wants.stream else timings.output_tokens
-    return OVERHEAD_S + prompt_tokens * prefill_s(runner) + unseen * decode_s(runner)
+    unseen = 0 if wants.stream else timings.output_tokens
+    return (OVERHEAD_S + prompt_tokens * prefill_s(runner) + inputs_s(runner, wants)
+            + unseen * decode_s(runner))
 
 
 def served_beside_s(lease):
@@ -1837,7 +1871,7 @@ class Offer:
     """
 
     __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "prefill_s", "decode_s",
-                 "loading")
+                 "input_s", "loading")
 
     def __init__(self, runner, around, now, claims_at_s=()):
         node = runner.node
@@ -1845,7 +1879,7 @@ class Offer:
         self.free = runner.slots - len(runner.leases) - len(claims_at_s)
         self.ends_at_s = None       # when what runs in the slots ends, ascending, with the claims; once needed
         self.slow = slowdown(node, runner, 1)
-        self.prefill_s, self.decode_s = prefill_s(runner), decode_s(runner)
+        self.prefill_s, self.decode_s, self.input_s = prefill_s(runner), decode_s(runner), input_s(runner)
         self.fixed_s = node.rtt_s
         if node.busy and not runner.leases:
             self.fixed_s += around.harm_s(now)
@@ -1904,16 +1938,17 @@ class Offer:
     def finish_s(self, demand, now):
         """Return when a request would be finished, with what it costs others: what nodes are compared by."""
         start_s, _, swap_s = self.start(demand, now)
-        work_s = OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.output_tokens * self.decode_s
+        work_s = (OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
+                  + demand.output_tokens * self.decode_s)
         return start_s + self.fixed_s + work_s * self.slowed() + swap_s
 
     def predict(self, demand, now):
         """Return the Prediction for a request that is to go here."""
         start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
-        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, OVERHEAD_S + new_tokens * self.prefill_s,
-                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
-                          not is_loaded_for(self.runner, demand.wants))
+        prefill_s = OVERHEAD_S + new_tokens * self.prefill_s + demand.inputs * self.input_s
+        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s, demand.output_tokens * self.decode_s,
+                          self.slowed(), new_tokens, not is_loaded_for(self.runner, demand.wants))
 
 
 class Surroundings:
@@ -2019,8 +2054,9 @@ POLICIES = {
 
 
 def size_factor(runner, decode_s):
-    """Return seconds per token over what the model's size lets expect: how slow its node is, whatever it runs."""
-    return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
+    """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
+    expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * cpu_factor(runner)
+    return min(max(decode_s / expected_s, 0.01), 100.0)
 
 
 def share_sizes(count, rates):
@@ -2058,9 +2094,9 @@ def scaled(estimate, ratio, gain):
 # name: (kind of number, least, most)
 KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "vram_seen_bytes": (float, 0.0, 1e15),
                 "vram_limit_bytes": (float, 1.0, 1e15)}
-KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "load_s": (float, 1e-3, 1e4),
-                  "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12),
-                  "streams": (int, 1, 10**12)}
+KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
+                  "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15),
+                  "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
 KEPT_OF_SLOTS = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
 KEPT_OF_LENGTHS = {"mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
 LONE = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
@@ -2406,7 +2442,7 @@ class Dispatcher:
         """
         per_s = 0.0
         for runner in self.holders.get(demand.wants.model, ()):
-            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner)
+            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
                          + demand.output_tokens * decode_s(runner))
             per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
         return 1 / per_s if per_s else 0.0
@@ -2702,7 +2738,8 @@ class Dispatcher:
             return [], ""
         count = len(wants.batch["input"])
         tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
-        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner)) for runner in chosen])
+        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner) + input_s(runner))
+                                    for runner in chosen])
         return sizes, digest_of(chosen[0].node, wants.model)
 
     def without(self, model, digest):
@@ -2990,6 +3027,8 @@ class Dispatcher:
                 self.learn_decode(runner, later_s / (tokens - 1), gain)
             return
         ratio = max(first_s - OVERHEAD_S, 0.1 * first_s) / max(work_s - OVERHEAD_S, 1e-6)
+        if lease.ticket.wants.embeds:
+            runner.input_s = scaled(input_s(runner), ratio, gain)
         if lease.new_tokens > 0.9 * lease.prompt_tokens:
             runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
         if tokens >= 8:
@@ -3243,12 +3282,15 @@ class Dispatcher:
         self.learn_memory(node, {row_name(row): row for row in node.running}, names)
         node.running = rows
         digests = {str(row["digest"]): row for row in rows if row.get("digest")}
-        changed = False
+        on_cpu = all(cpu_share(row) == 1.0 for row in rows) if rows else node.on_cpu
+        changed, node.on_cpu = on_cpu != node.on_cpu, on_cpu
         for runner in node.runners.values():
             row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
             runner.listed_s = min(runner.listed_s, now) if row else math.inf
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
+                changed = changed or runner.cpu_share != cpu_share(row)
+                runner.cpu_share = cpu_share(row)
                 if runner.ready_s is None:
                     runner.ready_s, runner.options = now, None
                     changed = True

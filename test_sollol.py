@@ -1582,6 +1582,60 @@ def test_load_time_is_learned():
     assert sollol.load_s(runner(dispatcher, "n1")) == 20
 
 
+@table("vram, slower", [("on a card", 5e9, 1), ("on the CPU", 0, 20), ("half and half", 2.5e9, 10.5), ("untold", None, 1)])
+def test_model_on_the_cpu_is_not_taken_for_one_on_a_card(vram, slower):
+    dispatcher = cluster(resident=False, n1=["m", "x"])
+    known = runner(dispatcher, "n1")
+    card_s = sollol.decode_s(known), sollol.prefill_s(known), sollol.input_s(known)
+    row = {"name": "m", "size": 5e9, "size_vram": vram}
+    dispatcher.residency(dispatcher.nodes["n1"], [{key: it for key, it in row.items() if it is not None}], 1.0, 1.0)
+    found_s = sollol.decode_s(known), sollol.prefill_s(known), sollol.input_s(known)
+    assert found_s == pytest.approx([slower * it for it in card_s])
+    assert sollol.size_factor(known, found_s[0]) == pytest.approx(1)       # the node is as slow as expected
+    other = runner(dispatcher, "n1", "x:latest")        # not resident: it will run where the others do
+    assert sollol.decode_s(other) == pytest.approx(card_s[0] * (20 if vram == 0 else 1))
+    known.decode_s = 0.5
+    assert sollol.decode_s(known) == 0.5
+
+
+def test_node_with_one_model_on_its_card_has_a_card():
+    dispatcher = cluster(resident=False, n1=["m", "x", "y"])
+    rows_seen = [{"name": "m", "size": 5e9, "size_vram": 0}, {"name": "x", "size": 5e9, "size_vram": 5e9}]
+    dispatcher.residency(dispatcher.nodes["n1"], rows_seen, 1.0, 1.0)
+    assert sollol.cpu_factor(runner(dispatcher, "n1", "y:latest")) == 1
+    assert sollol.cpu_factor(runner(dispatcher, "n1")) == 20
+
+
+def embedding(texts, chars=20, **more):
+    return want("nomic-embed", embeds=True, stream=False, inputs=texts, prompt_chars=texts * chars, **more)
+
+
+def test_texts_to_embed_cost_each_and_not_only_by_their_tokens():
+    """Measured on a real node: 12,000 short texts take 31 s."""
+    dispatcher = cluster(slots=0, n1=["nomic-embed"])
+    known = runner(dispatcher, "n1", "nomic-embed:latest")
+    known.disk_bytes = 0.27e9
+    long = dispatcher.estimates.demand(embedding(12_000))
+    offer = dispatcher.around(known.node, 0.0).offer(known, 0.0)
+    assert 25 < offer.finish_s(long, 0.0) < 40 and 25 < offer.predict(long, 0.0).prefill_s < 40
+    assert dispatcher.cost_s(long) > 25
+    it, = enter(dispatcher, embedding(12_000))
+    placed(dispatcher)
+    assert it.lease.predicted_first_s > 25 and sollol.solo_left_s(it.lease, 1.0) > 25
+
+
+@pytest.mark.parametrize("texts, took_s", [(1000, 10.0), (1000, 0.5), (1, 0.08)])
+def test_cost_of_a_text_is_learned_from_answers(texts, took_s):
+    dispatcher = cluster(slots=0, n1=["nomic-embed"])
+    for now in range(0, 1500, 50):
+        it, = enter(dispatcher, embedding(texts), now=now)
+        placed(dispatcher, now)
+        answered(dispatcher, it, now + took_s, Timings(total_s=took_s, prompt_tokens=5 * texts))
+    it, = enter(dispatcher, embedding(texts), now=2000.0)
+    placed(dispatcher, 2000.0)
+    assert it.lease.predicted_end_s - 2000 == pytest.approx(took_s, rel=0.15)
+
+
 @pytest.mark.parametrize("kind, up, node_failures, runner_failures, on_disk, resident", [
     ("refused", False, 0, 0, True, True), ("died", True, 1, 0, True, True),
     ("garbage", True, 1, 0, True, True), ("busy", True, 1, 0, True, True),
@@ -1958,6 +2012,7 @@ def taught():
     dispatcher = cluster(slots=0, n1=["m", "nomic-embed"], n2=["m"])
     it = runner(dispatcher, "n1")
     it.decode_s, it.prefill_s, it.load_s, it.samples, it.lone = 0.005, 0.0002, 4.0, 40, {True: 1.5}
+    it.input_s = 0.007
     dispatcher.prove_slots(it, 4)
     runner(dispatcher, "n2").load_s = 9.0
     dispatcher.disprove_slots(runner(dispatcher, "n2"), 0.0)
@@ -1988,6 +2043,7 @@ def test_what_was_learned_is_known_again_as_an_estimate():
     one, two = again.nodes.values()
     it, other = runner(again, "n1"), runner(again, "n2")
     assert (it.decode_s, it.prefill_s, it.load_s, it.lone) == (0.005, 0.0002, 4.0, {True: 1.5})
+    assert it.input_s == 0.007
     assert (it.slots, it.top, it.slots_known, it.samples) == (4, 4, "learned", sollol.KEPT_SAMPLES)
     assert (one.size_factor, one.vram_limit_bytes, two.vram_limit_bytes) == (0.3, 8e9, math.inf)
     assert (one.calibrated, two.calibrated, other.load_s) == (True, False, 9.0)
