@@ -107,6 +107,7 @@ MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 o
 SCANS_KEPT = 10                     # for which a found node may be away: half an hour
 FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
+KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
@@ -163,6 +164,8 @@ PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an
 PRIOR_MODEL_BYTES = 4.9e9
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
+
+LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded for each card, and three on a CPU
 
 # Batches of texts to embed. A share costs a node OVERHEAD_S, and others wait for its end.
 SHARE_S = 1.0                       # work in a share: 3 % overhead
@@ -284,6 +287,7 @@ class Wants:
     prompt_chars: int = 0
     max_output: int | None = None   # tokens, if the client bounds them
     options: tuple = ()             # runner options given: another value means unload and load again
+    keep_alive_s: float | None = None   # how long the model stays loaded from now on; None = as before
     prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
     embeds: bool = False            # no decode phase
     inputs: int = 1                 # texts to embed: each takes a slot of its own
@@ -727,6 +731,8 @@ NOT_REPEATABLE = CHANGES | {"push"}
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
+# With the value that an option has by itself, it is as good as absent.
+USUAL_OPTIONS = {"main_gpu": 0, "use_mmap": False, "num_thread": 0, "shift": True}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
 MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
 OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -1003,17 +1009,27 @@ def runner_options(fields, options):
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
-ZERO_DURATION = re.compile(r"[+-]?0+(\.0*)?(ns|us|µs|ms|s|m|h)?")
+# A duration as Go writes it: "1h30m", "-1m"; "0" alone needs no unit.
+DURATION = re.compile(r"([+-]?)((?:\d{1,15}(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+|0+)")
+DURATION_PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)")
+UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_keep_alive(value: object) -> float | None:
+    """Return seconds for a `keep_alive`, infinite for a negative one; None for what Ollama does not understand."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return math.inf if value < 0 else float(min(value, 1e9)) if value >= 0 else None    # JSON may hold a NaN
+    read = DURATION.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
+    if read is None:
+        return None
+    seconds = sum(float(number) * UNIT_S[unit] for number, unit in DURATION_PART.findall(read[2]))
+    return math.inf if read[1] == "-" and seconds else seconds
 
 
 def unloads(kind, fields):
     """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
-    keep_alive = fields.get("keep_alive")
-    if keep_alive is None or fields.get("messages" if kind == "chat" else "prompt"):
-        return False
-    if isinstance(keep_alive, str):
-        return ZERO_DURATION.fullmatch(keep_alive) is not None
-    return keep_alive == 0 and keep_alive is not False
+    return not fields.get("messages" if kind == "chat" else "prompt") and parse_keep_alive(
+        fields.get("keep_alive")) == 0
 
 
 def is_deterministic(fields, options):
@@ -1063,6 +1079,7 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
         prompt_chars=sum(map(len, parts)),
         max_output=output_bound(route.family, fields, options),
         options=runner_options(fields, options),
+        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
         inputs=len(inputs) if isinstance(inputs, list) and inputs else 1,
@@ -1369,6 +1386,9 @@ class Runner:
     on_disk: bool = False
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
     options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
+    context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
+    own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
+    keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
     listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
@@ -1431,6 +1451,8 @@ class Node:
     answer_s: float = 0.0           # EWMA of its answer times
     vram_seen_bytes: float = 0.0    # most that was resident at once
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
+    loaded_seen: int = 0            # most models that were resident at once
+    most_loaded: float = math.inf   # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
 
     kept: dict = field(default_factory=dict)    # what was kept of its models, see "Memory": {model: learned}
 
@@ -1787,11 +1809,43 @@ def sign_of_wait(lease, work_s):
     return beside_s * waited_s > work_s * work_s if beside_s > TELLING * waited_s else None
 
 
+def context_of(row: dict) -> int:
+    """Return `context_length` of a row of /api/ps, or of the details in one of /api/tags; 0 if it does not tell."""
+    value = row.get("context_length") if isinstance(row, dict) else None
+    return value if type(value) is int and 0 < value < 2**40 else 0
+
+
+def clamped_context(runner: Runner, num_ctx: float) -> float:
+    """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
+    most = context_of(runner.row.get("details"))
+    return min(num_ctx, most) if most else num_ctx
+
+
+def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
+    """Tell whether a loaded context suits `num_ctx`, as far as is known; `loaded`: what it was loaded with. 0 = absent.
+    """
+    if not wanted and not loaded and runner.options is not None:
+        return True                 # the server's default, whatever that is
+    there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
+    needed = clamped_context(runner, wanted) if wanted else runner.own_context
+    if there and needed:
+        return there == needed
+    return runner.options is None or wanted == loaded
+
+
 def is_loaded_for(runner, wants):
-    """Tell whether the model is resident, or loading, with runner options that suit."""
+    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
+
+    What is unknown is taken to suit.
+    """
     if runner.ready_s is None:
         return False
-    return runner.options is None or runner.options == wants.options
+    if runner.options == wants.options or runner.options is None and not runner.context:
+        return True
+    wanted, loaded = {**USUAL_OPTIONS, **dict(wants.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
+    if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
+        return False
+    return runner.options is None or wanted == loaded
 
 
 def resident_bytes(runner):
@@ -1799,10 +1853,11 @@ def resident_bytes(runner):
     return runner.vram_bytes or runner.disk_bytes * 1.2
 
 
-def overfills(runner, held_bytes):
-    """Tell whether loading the model beside others that take `held_bytes` would push one of them out."""
+def overfills(runner, held_bytes, count=0):
+    """Tell whether loading the model beside `count` others that take `held_bytes` would push one of them out."""
     wanted = held_bytes + resident_bytes(runner)
-    return held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+    return (held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+            or count >= runner.node.most_loaded)
 
 
 def residents(node, but=None):
@@ -1812,7 +1867,17 @@ def residents(node, but=None):
 
 def must_evict(runner):
     """Tell whether loading the model would push another one out."""
-    return overfills(runner, sum(map(resident_bytes, residents(runner.node, but=runner))))
+    others = residents(runner.node, but=runner)
+    return overfills(runner, sum(map(resident_bytes, others)), len(others))
+
+
+def victim(runner: Runner) -> Runner:
+    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
+
+    When it was last used plays no part.
+    """
+    return min(residents(runner.node, but=runner),
+               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
 
 def last_end_s(runner, now):
@@ -1839,6 +1904,7 @@ class Crowding(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
     held_bytes: float
+    count: int                      # of other models there
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
 
@@ -1846,8 +1912,7 @@ class Crowding(NamedTuple):
 def crowding(node, now):
     """Return the Crowding of a node."""
     there = residents(node)
-    return Crowding(sum(map(resident_bytes, there)), max((runner.ready_s for runner in there), default=now),
-                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
+    return Crowding(sum(map(resident_bytes, there)), len(there), max((runner.ready_s for runner in there), default=now), now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
 class Prediction(NamedTuple):
@@ -1909,7 +1974,7 @@ class Offer:
             first_s, swaps = there.loaded_at_s - now, True
             if runner.ready_s is not None:      # loaded with other options
                 first_s = max(first_s, 1.5 * last_end_s(runner, now))
-            elif overfills(runner, there.held_bytes):
+            elif overfills(runner, there.held_bytes, there.count):
                 first_s = max(first_s, 1.5 * (there.drained_at_s - now))
             else:
                 swaps = False
@@ -2093,7 +2158,7 @@ def scaled(estimate, ratio, gain):
 
 # name: (kind of number, least, most)
 KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "vram_seen_bytes": (float, 0.0, 1e15),
-                "vram_limit_bytes": (float, 1.0, 1e15)}
+                "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
 KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
                   "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15),
                   "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
@@ -2763,6 +2828,8 @@ class Dispatcher:
             self.expect(lease, prediction, now)
             if lease.loads:
                 self.believe_loaded(runner, ticket.wants, lease.ready_s)
+            if ticket.wants.keep_alive_s is not None:
+                runner.keep_alive_s = ticket.wants.keep_alive_s
             if ticket.wants.prefix and not ticket.wants.embeds:
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
             if not runner.leases:
@@ -2799,16 +2866,16 @@ class Dispatcher:
         lease.start_progress_s = runner.progress_s
 
     def believe_loaded(self, runner, wants, ready_s):
-        """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
+        """Note that a request makes a node load a model, and what Ollama will evict for it."""
         while must_evict(runner):
-            self.believe_unloaded(min(residents(runner.node, but=runner),
-                                      key=lambda other: (len(other.leases), other.used_s)))
-        runner.prefixes.clear()
+            self.believe_unloaded(victim(runner))
+        self.believe_unloaded(runner)
         runner.ready_s, runner.options = ready_s, wants.options
 
     def believe_unloaded(self, runner):
         """Note that a model is no longer resident; its prefix cache went with it."""
         runner.ready_s, runner.options, runner.listed_s = None, None, math.inf
+        runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
         runner.prefixes.clear()
 
     def advance(self, node, now):
@@ -3062,6 +3129,8 @@ class Dispatcher:
             self.loaded(lease)
             if not runner.leases:
                 node.busy.remove(runner)
+                if not runner.keep_alive_s:     # the node unloads it at once
+                    self.believe_unloaded(runner)
             if runner.model in self.settled:
                 self.freed[runner.model] += 1
         if not node.leases:
@@ -3291,6 +3360,10 @@ class Dispatcher:
                 runner.vram_bytes = row_vram_bytes(row)
                 changed = changed or runner.cpu_share != cpu_share(row)
                 runner.cpu_share = cpu_share(row)
+                if runner.ready_s is None or runner.ready_s <= asked_s:     # else it may be of what ran before
+                    runner.context = context_of(row)
+                    if runner.options is not None and not dict(runner.options).get("num_ctx"):
+                        runner.own_context = runner.context
                 if runner.ready_s is None:
                     runner.ready_s, runner.options = now, None
                     changed = True
@@ -3304,14 +3377,21 @@ class Dispatcher:
         """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
 
         What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
-        A model that still loads is not listed, but has its room.
+        A model that still loads is not listed, but has its room. Where three are left, and never were more, the node
+        may have reached its count of models: that says nothing of its memory.
         """
-        held_bytes = sum(map(row_vram_bytes, after.values()))
-        node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
+        held_bytes, count = sum(map(row_vram_bytes, after.values())), len(after)
+        node.vram_seen_bytes, node.loaded_seen = max(node.vram_seen_bytes, held_bytes), max(node.loaded_seen, count)
+        if node.most_loaded < node.loaded_seen:
+            node.most_loaded = math.inf
         loading = {lease.runner for lease in node.loading if lease.runner.model not in after}
         held_bytes += sum(map(resident_bytes, loading))
         gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
-        if gone and any(model not in before for model in after):
+        if not gone or not any(model not in before for model in after):
+            return
+        if count >= max(LEAST_COUNT_LIMIT, node.loaded_seen):
+            node.most_loaded = float(count)
+        else:
             node.vram_limit_bytes = min(node.vram_limit_bytes, held_bytes + max(gone))
 
     def watch(self, now):

@@ -1830,6 +1830,122 @@ def test_model_that_still_loads_has_its_room_when_memory_is_learned():
     assert node.vram_limit_bytes == 15e9 + loading_bytes
 
 
+def test_eviction_by_count_is_no_sign_of_a_memory_limit():
+    """Ollama keeps at most three models loaded for each card, whatever its memory."""
+    dispatcher = cluster(resident=False, n1=["a", "b", "c", "d", "e"])
+    node = dispatcher.nodes["n1"]
+    dispatcher.residency(node, ps_rows("a", "b", "c"), 0.0, 0.0)
+    dispatcher.residency(node, ps_rows("b", "c", "d"), 5.0, 5.0)
+    assert (node.most_loaded, node.vram_limit_bytes) == (3, math.inf)
+    assert sollol.must_evict(runner(dispatcher, "n1", "e:latest"))
+    dispatcher.residency(node, ps_rows("b"), 10.0, 10.0)        # the others have expired
+    assert not sollol.must_evict(runner(dispatcher, "n1", "e:latest"))
+    dispatcher.residency(node, ps_rows("a", "b", "c", "d"), 15.0, 15.0)
+    assert node.most_loaded == math.inf                         # somebody has raised it
+    dispatcher.residency(node, ps_rows("a", "b", "e"), 20.0, 20.0)
+    assert (node.most_loaded, node.vram_limit_bytes) == (math.inf, 20e9)   # three are fewer than there were: memory
+
+
+def test_model_with_the_shortest_keep_alive_is_evicted_however_lately_it_was_used():
+    dispatcher = cluster(slots=2, n1=["a", "b", "c", "d"], resident=False)
+    node, now = dispatcher.nodes["n1"], 0.0
+    node.most_loaded = 3.0
+    for model, keep_alive_s in (("a", 60.0), ("b", math.inf), ("c", None)):
+        it, = enter(dispatcher, want(model, keep_alive_s=keep_alive_s), now=now)
+        placed(dispatcher, now)
+        finish(dispatcher, it, now + 5)
+        now += 10.0
+    for model in ("b", "c", "a"):       # `a` was used last; what a request does not say stays
+        it, = enter(dispatcher, want(model), now=now)
+        placed(dispatcher, now)
+        finish(dispatcher, it, now + 5)
+        now += 10.0
+    there = {model: runner(dispatcher, "n1", f"{model}:latest") for model in "abcd"}
+    assert [there[model].keep_alive_s for model in "abc"] == [60.0, math.inf, 300.0]
+    enter(dispatcher, want("d"), now=now)
+    placed(dispatcher, now)
+    assert [model for model, it in there.items() if it.ready_s is None] == ["a"]
+
+
+def test_keep_alive_of_zero_stays_with_the_runner_and_unloads_it_after_its_last_answer():
+    dispatcher = cluster(slots=2, n1=["m"])
+    known = runner(dispatcher, "n1")
+    first, second = enter(dispatcher, want(keep_alive_s=0.0), want())
+    placed(dispatcher)
+    finish(dispatcher, first, 1.0)
+    assert known.ready_s is not None
+    finish(dispatcher, second, 2.0)
+    assert known.ready_s is None
+    again, = enter(dispatcher, want(), now=3.0)
+    placed(dispatcher, 3.0)
+    assert again.lease.loads
+    finish(dispatcher, again, 9.0)
+    assert known.ready_s is not None        # loaded anew, by a request that says nothing of it
+
+
+@table("loaded, asked, same", [
+    ("the value that is there", (4096, ()), (("num_ctx", 4096),), True),
+    ("another one", (4096, ()), (("num_ctx", 8192),), False),
+    ("more than the model can, clamped", (32768, ()), (("num_ctx", 99999),), True),
+    ("what it was loaded with", (8192, (("num_ctx", 8192),)), (("num_ctx", 8192),), True),
+    ("none: the server's default", (8192, (("num_ctx", 8192),)), (), False),
+    ("no mapping of files", (4096, ()), (("use_mmap", False),), True),
+    ("mapping of files", (4096, ()), (("use_mmap", True),), False),
+    ("shift", (4096, ()), (("shift", True),), True), ("no shift", (4096, ()), (("shift", False),), False),
+    ("main_gpu", (4096, ()), (("main_gpu", 0), ("num_thread", 0)), True),
+    ("batch", (4096, ()), (("num_batch", 128),), False),
+    ("loaded by others, the same value", (4096, None), (("num_ctx", 4096),), True),
+    ("loaded by others, another value", (4096, None), (("num_ctx", 8192),), False),
+    ("loaded by others, nobody knows how", (4096, None), (("num_batch", 128),), True),
+    ("loaded by others, untold", (4096, None), (), True), ("nothing is known", (0, None), (("num_ctx", 8192),), True),
+    ("an old node that does not tell", (0, ()), (("num_ctx", 4096),), False),
+])
+def test_model_is_loaded_anew_only_for_another_value_of_an_option(loaded, asked, same):
+    dispatcher = cluster(resident=False, n1=["m"])
+    node, (context, options) = dispatcher.nodes["n1"], loaded
+    row = {"name": "m", "size": 2e9, "details": {"context_length": 32768}}
+    dispatcher.index(node, [row])
+    dispatcher.residency(node, [{**row, **({"context_length": context} if context else {})}], 1.0, 1.0)
+    runner(dispatcher, "n1").options = options
+    it, = enter(dispatcher, want(options=asked), now=2.0)
+    placed(dispatcher, 2.0)
+    assert it.lease.loads is not same
+
+
+def test_model_that_somebody_loaded_with_another_context_than_the_default_is_loaded_anew():
+    """Once a request without num_ctx has shown what the server's default is."""
+    dispatcher = cluster(resident=False, n1=["m"])
+    node, known = dispatcher.nodes["n1"], runner(dispatcher, "n1")
+    it, = enter(dispatcher, want())
+    placed(dispatcher)
+    finish(dispatcher, it, 5.0)
+    shown = [{"name": "m", "size": 2e9, "context_length": 4096}]
+    dispatcher.residency(node, shown, 10.0, 10.0)
+    dispatcher.residency(node, [], 20.0, 20.0)
+    dispatcher.residency(node, [{**shown[0], "context_length": 16384}], 30.0, 30.0)
+    assert not sollol.is_loaded_for(known, want()) and sollol.is_loaded_for(known, want(options=(("num_ctx", 16384),)))
+    dispatcher.residency(node, [], 40.0, 40.0)
+    dispatcher.residency(node, shown, 50.0, 50.0)
+    assert sollol.is_loaded_for(known, want())
+
+
+def test_look_at_ps_never_unbelieves_a_load_under_way():
+    """It may block for seconds meanwhile, and does not list what still loads."""
+    dispatcher = cluster(resident=False, n1=["m", "x"])
+    node = dispatcher.nodes["n1"]
+    it, = enter(dispatcher, want(options=(("num_ctx", 8192),)))
+    placed(dispatcher)
+    ready_s = runner(dispatcher, "n1").ready_s
+    for now in (1.0, 20.0, 100.0):
+        dispatcher.residency(node, ps_rows("x"), now - 0.9, now)
+        dispatcher.index_failed(node)
+        assert runner(dispatcher, "n1").ready_s == ready_s and node.loading == [it.lease]
+    old = [{"name": "m", "size": 2e9, "context_length": 4096}]
+    runner(dispatcher, "n1").ready_s = 130.0
+    dispatcher.residency(node, old, 120.0, 120.0)       # what is unloaded to be loaded with other options
+    assert sollol.is_loaded_for(runner(dispatcher, "n1"), it.wants)
+
+
 def test_node_whose_load_is_overdue_is_not_fed_with_other_models():
     dispatcher = cluster(resident=False, slots=4, n1=["a", "b"])
     dispatcher.residency(dispatcher.nodes["n1"], ps_rows("a"), 0.0, 0.0)
@@ -5546,6 +5662,16 @@ def test_older_answer_never_overwrites_a_newer_index():
     assert list(dispatcher.holders) == ["y:latest"]
     dispatcher.index(node, rows("x"), 11.0)
     assert list(dispatcher.holders) == ["x:latest"]
+
+
+@pytest.mark.parametrize("value, seconds", [
+    (0, 0), (300, 300), (2.5, 2.5), (-1, math.inf), (10**400, 1e9), (float("nan"), None), ("5m", 300), ("0", 0),
+    ("1h30m", 5400), ("1.5h", 5400), ("-1m", math.inf), ("-0s", 0), ("250ms", 0.25), ("300", None), ("-1", None),
+    ("", None), ("m", None), (True, None), (None, None), ([], None), ({}, None), ("9" * 10_000 + "s", None)])
+def test_keep_alive_is_read_as_ollama_reads_it(value, seconds):
+    wants = asked("/api/generate", json.dumps({"model": "m", "prompt": "hi", "keep_alive": value}).encode())
+    assert wants.keep_alive_s == pytest.approx(seconds) if seconds is not None else wants.keep_alive_s is None
+    assert asked("/v1/completions", {"model": "m", "prompt": "hi", "keep_alive": 5}).keep_alive_s is None
 
 
 @pytest.mark.parametrize("keep_alive, prompt, expected", [
