@@ -138,11 +138,20 @@ RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most after mere signs, or if the slot was proved:
-                                    # somebody else has it now, and will not for ever
+LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
+ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
+MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, the last one confirmed so lately, outweigh two samples that are grossly off
+PREFILLS_KEPT = 20                  # samples of prefill speed
+SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
+FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
+BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones its cache may have held
+FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
+STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
+STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
@@ -1407,7 +1416,11 @@ class Runner:
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     prefill_s: float = 0.0          # seconds a token
+    prefills: collections.deque = field(default_factory=lambda: collections.deque(maxlen=PREFILLS_KEPT))    # samples
     decode_s: float = 0.0
+    slow_prefill_s: float = 0.0     # the last samples, if they were grossly off: one more that agrees with them, and
+    off_decode_s: float = 0.0       # they count more than the estimate
+    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
     input_s: float = 0.0            # seconds a text to embed, beside its tokens
     samples: int = 0                # behind those two
     load_s: float = 0.0
@@ -1417,6 +1430,7 @@ class Runner:
     error: float = 0.0              # EWMA of the absolute value of that
     judged: int = 0                 # answers behind those two
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
+    beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
 
@@ -1444,6 +1458,8 @@ class Node:
     heard_s: float = 0.0            # last byte of any inference answer
     stalled_s: float = -math.inf    # last time it was found to stand still
     advanced_s: float = 0.0         # up to when the runners' progress is counted
+    loaded_s: float = -math.inf     # when a load ended last
+    strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
     on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
@@ -1495,6 +1511,9 @@ class Lease:
     output_tokens: float = 0.0      # expected
     prompt_tokens: float = 0.0
     new_tokens: float = 0.0         # what the prefix cache does not hold
+    fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
+    stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
+    crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
     predicted_first_s: float = 0.0  # when the first byte is due
     predicted_end_s: float = 0.0
     patience_s: float = 0.0         # time without a first byte that is still no reason for alarm
@@ -1574,6 +1593,21 @@ def counted(lease, timings):
 def blend(estimate, sample, gain):
     """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
+
+
+def usual_prefill_s(samples: collections.abc.Iterable[float]) -> float:
+    """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
+
+    A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
+    one agrees with. Of twenty samples the slowest may be an outlier, too.
+    """
+    ordered = sorted(samples, reverse=True)
+    ordered = ordered[(len(ordered) - 1) // 10:]
+    mean = next((slow for slow, next_s in itertools.pairwise(ordered) if slow <= SPREAD * next_s), ordered[0])
+    for _ in range(2):
+        near = [sample for sample in ordered if mean / SPREAD <= sample <= mean * SPREAD]
+        mean = sum(near) / len(near)
+    return mean
 
 
 class OutputLengths:
@@ -1763,6 +1797,52 @@ def solo_left_s(lease, now):
     prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner)
                          + inputs_s(runner, lease.ticket.wants) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
+
+
+def is_in_prefill(lease: Lease) -> bool:
+    """Tell whether a request may still be in prefill; of one that does not stream nobody sees the end of it."""
+    runner = lease.runner
+    if lease.first_s is not None:
+        return False
+    work_s = OVERHEAD_S + lease.new_tokens * prefill_s(runner)
+    return lease.ticket.wants.stream or runner.progress_s - lease.start_progress_s < work_s
+
+
+def meet(lease: Lease) -> None:
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
+    runner = lease.runner
+    for other in runner.leases:
+        if is_in_prefill(other):
+            lease.crowd_tokens += other.new_tokens
+            other.crowd_tokens += lease.new_tokens
+    if len(runner.leases) < runner.slots:
+        stall(lease)                # else it waits in the node
+
+
+def stall(lease: Lease) -> None:
+    """Note that a lease's prefill has fallen into the answers of the others on its runner."""
+    for other in lease.runner.leases:
+        if other is not lease:
+            other.stall_tokens += lease.new_tokens
+
+
+def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
+    """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
+    loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
+    return timings.tell_durations and timings.show_a_wait(took_s) and not loading and lease.nth <= lease.runner.top
+
+
+def is_disturbed(lease: Lease) -> bool:
+    """Tell whether an answer's time says nothing of its runner's speed: a stall, a load or somebody else fell into it.
+
+    A node that others use for ever is measured in spite of them, a few times.
+    """
+    node = lease.node
+    if lease.sent_s <= node.stalled_s or node.speed < 0.6 or lease.sent_s <= node.strangers_s:
+        return True
+    if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
+        return True
+    return lease.sent_s - node.strangers_s < STRANGERS_S and lease.runner.samples >= KEPT_SAMPLES
 
 
 def certainly_beside(lease):
@@ -2831,13 +2911,17 @@ class Dispatcher:
             if ticket.wants.keep_alive_s is not None:
                 runner.keep_alive_s = ticket.wants.keep_alive_s
             if ticket.wants.prefix and not ticket.wants.embeds:
+                shared_chars = runner.beginnings.common_chars(ticket.wants.prefix)
+                lease.fresh = shared_chars <= FRESH_SHARE * ticket.wants.prompt_chars
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
+                runner.beginnings.remember(ticket.wants.prefix, BEGINNINGS_KEPT)
             if not runner.leases:
                 node.busy.append(runner)
             elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:
                 lease.raced = runner.leases[-1].raced = True
             if ticket.wants.embeds:
                 lease.crowded = any(other.ticket.wants.inputs > 1 for other in (lease, *runner.leases))
+            meet(lease)
             runner.leases.append(lease)
             lease.nth = len(runner.leases)
             runner.used_s = now
@@ -2877,6 +2961,7 @@ class Dispatcher:
         runner.ready_s, runner.options, runner.listed_s = None, None, math.inf
         runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
         runner.prefixes.clear()
+        runner.beginnings.clear()
 
     def advance(self, node, now):
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
@@ -2900,8 +2985,10 @@ class Dispatcher:
         runner = lease.runner
         if runner is None:
             return
-        self.loaded(lease)
+        self.loaded(lease, now)
         self.advance(lease.node, now)
+        if lease.nth > runner.slots:
+            stall(lease)
         lease.first_progress_s, lease.beside = runner.progress_s, certainly_beside(lease)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
@@ -2912,10 +2999,11 @@ class Dispatcher:
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
                                      and other.ticket.wants.stream and not is_held_up(other)))
 
-    def loaded(self, lease):
+    def loaded(self, lease, now):
         """Note that a lease does not wait for its model any more, if it did."""
         if lease in lease.node.loading:
             lease.node.loading.remove(lease)
+            lease.node.loaded_s = now
 
     def prove_slots(self, runner, count):
         """Raise what is known of a runner's slots: `count` requests ran at once."""
@@ -2933,14 +3021,18 @@ class Dispatcher:
             self.disprove_slots(runner, now)
 
     def disprove_slots(self, runner, now):
-        """Note that a request had to wait inside the node: no more than what was proved; try again after a pause."""
+        """Note that a request had to wait inside the node: no more than what was proved; try again after a pause.
+
+        The pause grows only where the node is ours alone: somebody else who has its slots now will give them back.
+        """
         if runner.slots_known == "set":
             return
         runner.slots, runner.slots_known = runner.top, "learned"
         self.surroundings.pop(runner.node, None)
-        doubled = min(runner.disproofs, 6 if runner.top >= runner.peak else LAST_SHORT_PAUSE)
+        ours = runner.top >= runner.peak and now - runner.node.strangers_s > LATELY_S
+        doubled = min(runner.disproofs, 6) if ours else 0
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
-        runner.disproofs += 1
+        runner.disproofs += ours
 
     def observe(self, lease, timings, now):
         """Learn from a complete answer. Before its release."""
@@ -2958,9 +3050,11 @@ class Dispatcher:
         self.judge_prediction(lease, took_s)
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
         self.advance(node, now)
+        if waited_for_strangers(lease, timings, took_s):
+            node.strangers_s = now
         if timings.tell_durations:
             self.learn_slots(lease, timings, took_s, now)
-            self.learn_speed(lease, timings, took_s)
+            self.learn_speed(lease, timings, took_s, now)
         elif is_answer(lease, timings):
             timings = counted(lease, timings)
             self.learn_by_latency(lease, timings, now)
@@ -3005,22 +3099,20 @@ class Dispatcher:
         else:
             self.doubt_slots(runner, lease.nth, now)
 
-    def learn_speed(self, lease, timings, took_s):
+    def learn_speed(self, lease, timings, took_s, now):
         """Take an answer's durations as samples of the speeds that a lone request would see."""
-        node, runner = lease.node, lease.runner
+        runner, tokens = lease.runner, timings.output_tokens
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
-        if lease.sent_s <= node.stalled_s or node.speed < 0.6 or not timings.prompt_tokens:
-            return                  # it lived through a stall: its durations say nothing of speed
-        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
+        if not timings.prompt_tokens or is_disturbed(lease):
+            return
+        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
-        if timings.prompt_tokens > 64 and lease.new_tokens > 0.9 * lease.prompt_tokens:
-            sample = (timings.prompt_s * share - OVERHEAD_S) / timings.prompt_tokens
-            if sample > 0.1 * prefill_s(runner):        # else the cache held it after all
-                runner.prefill_s = blend(prefill_s(runner), sample, gain)
-        if timings.output_tokens >= 8 and timings.output_s > 1e-4:
-            self.learn_decode(runner, timings.output_s * share / timings.output_tokens, gain)
+        self.learn_prefill(lease, timings.prompt_s * share, timings.prompt_tokens, gain)
+        if tokens >= 8 and timings.output_s > 1e-4:
+            stalled_s = lease.stall_tokens * prefill_s(runner)
+            self.learn_decode(runner, timings.output_s * share / tokens, gain, now, stalled_s / tokens)
 
     def learn_by_latency(self, lease, timings, now):
         """Learn slots and speeds from an answer that tells no durations."""
@@ -3031,8 +3123,8 @@ class Dispatcher:
         if loading or lease.sent_s <= node.stalled_s or node.speed < 0.6:
             return                  # it may have waited for other things than a slot
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
-        if lease.passed_progress_s is None and not lease.raced:     # it waited for nobody
-            self.learn_speed_by_latency(lease, timings)
+        if lease.passed_progress_s is None and not lease.raced and not is_disturbed(lease):     # it waited for nobody
+            self.learn_speed_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
     def weigh_signs(self, lease, timings, now):
@@ -3080,34 +3172,85 @@ class Dispatcher:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
 
-    def learn_speed_by_latency(self, lease, timings):
+    def learn_speed_by_latency(self, lease, timings, now):
         """Take the latency of a request that waited for nobody as a sample of speed."""
-        runner = lease.runner
+        runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
         if lease.ticket.wants.stream:
             later_s = runner.progress_s - lease.first_progress_s
-            if lease.new_tokens > 64 and first_s - OVERHEAD_S > 0.1 * (work_s - OVERHEAD_S):    # else it was cached
-                runner.prefill_s = scaled(prefill_s(runner), (first_s - OVERHEAD_S) / (work_s - OVERHEAD_S), gain)
+            self.learn_prefill(lease, first_s, timings.prompt_tokens or lease.prompt_tokens, gain)
             if tokens >= 8 and later_s > 1e-4:
-                self.learn_decode(runner, later_s / (tokens - 1), gain)
+                self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
             return
         ratio = max(first_s - OVERHEAD_S, 0.1 * first_s) / max(work_s - OVERHEAD_S, 1e-6)
         if lease.ticket.wants.embeds:
             runner.input_s = scaled(input_s(runner), ratio, gain)
-        if lease.new_tokens > 0.9 * lease.prompt_tokens:
+        known_s, expected_s = decode_s(runner), max(work_s - OVERHEAD_S, 1e-6)
+        if lease.new_tokens > 0.9 * lease.prompt_tokens and lease.fresh and not runner.prefills:
             runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
         if tokens >= 8:
-            self.learn_decode(runner, decode_s(runner) * ratio, gain)
+            self.learn_decode(runner, known_s * ratio, gain, now, known_s * stalled_s / expected_s)
         elif lease.ticket.wants.embeds:
             runner.samples += 1
 
-    def learn_decode(self, runner, sample, gain):
-        """Take in the seconds per output token that a lone request would have seen."""
-        node = runner.node
-        node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
-        runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
+    def learn_prefill(self, lease: Lease, seconds: float, tokens: float, gain: float) -> None:
+        """Take in what a lone request would have waited for its first token, and for how many prompt tokens.
+
+        What the node's cache held makes it faster than true, and neighbours in prefill slower.
+        """
+        runner = lease.runner
+        if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
+            return
+        known, work_s = prefill_s(runner), max(seconds - OVERHEAD_S, 0.1 * seconds)
+        sample = work_s / tokens
+        if sample < known and not lease.fresh:
+            return
+        if sample > known and lease.crowd_tokens > STALL_SHARE * tokens:
+            sample = work_s / (tokens + lease.crowd_tokens)     # at least
+            if sample < known:
+                return
+        if tokens <= FULL_PROMPT_TOKENS:
+            if not runner.prefills:
+                runner.prefill_s = blend(known, sample, gain * tokens / FULL_PROMPT_TOKENS)
+            return
+        before, runner.slow_prefill_s = runner.slow_prefill_s, sample if sample > GROSS * known else 0.0
+        if before and runner.slow_prefill_s and 1 / ALIKE <= sample / before <= ALIKE:
+            runner.prefills.clear()
+            runner.prefills.append(before)
+        runner.prefills.append(sample)
+        runner.prefill_s = usual_prefill_s(runner.prefills)
+
+    def learn_decode(self, runner, sample, gain, now=0.0, stalled_s=0.0):
+        """Take in the seconds per output token that a lone request would have seen.
+
+        `stalled_s` of them, at most, it stood still for the prefills of others: where the truth may lie so far from the
+        sample, it moves the estimate only as far as it must. Two that agree and are grossly off replace an estimate,
+        unless that has been confirmed often and lately.
+        """
+        node, known = runner.node, decode_s(runner)
+        least = max(sample - stalled_s, 0.1 * sample)
+        if stalled_s:
+            if sample > ALIKE * least and least <= known <= sample:
+                return              # it says nothing
+            sample = min(max(known, least), sample)
+        others = any(other.decode_s for other in node.runners.values() if other is not runner)
+        before, runner.off_decode_s = runner.off_decode_s, 0.0
+        if not runner.samples:
+            runner.decode_s = sample
+        elif 1 / GROSS <= sample / known <= GROSS:
+            runner.decode_s = blend(known, sample, gain)
+            if 1 / ALIKE <= sample / known <= ALIKE:
+                runner.confirmed_s = now
+        elif (before and 1 / ALIKE <= sample / before <= ALIKE
+              and (runner.samples < MANY_SAMPLES or now - runner.confirmed_s > LATELY_S)):
+            sample = runner.decode_s = math.sqrt(before * sample)
+            runner.samples, runner.confirmed_s, gain = 1, now, 1.0
+        else:
+            runner.decode_s, runner.off_decode_s = blend(known, sample, gain), sample
+        factor = size_factor(runner, sample)
+        node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
         runner.samples += 1
 
     def release(self, lease, now):
@@ -3126,7 +3269,7 @@ class Dispatcher:
                 if later.first_s is None and later.passed_progress_s is None:
                     later.passed_progress_s = runner.progress_s
             runner.used_s = now
-            self.loaded(lease)
+            self.loaded(lease, now)
             if not runner.leases:
                 node.busy.remove(runner)
                 if not runner.keep_alive_s:     # the node unloads it at once
@@ -3226,6 +3369,8 @@ class Dispatcher:
         for name in KEPT_OF_RUNNER.keys() & kept.keys():
             setattr(runner, name, kept[name])
         runner.samples, runner.streams = min(runner.samples, KEPT_SAMPLES), min(runner.streams, KEPT_SAMPLES)
+        if runner.prefill_s:
+            runner.prefills.extend([runner.prefill_s] * KEPT_SAMPLES)
         runner.lone = {name == "true": ratio for name, ratio in kept.get("lone", {}).items()}
         if "slots" in kept and runner.slots_known == "guessed":
             runner.slots = runner.top = kept["slots"]
