@@ -1384,15 +1384,17 @@ class Prefixes:
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """One model on one node: its residency, its slots and its speed, as far as they are known."""
+    """One model on one node: its residency, its slots and its speed, as far as they are known.
+
+    Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
+    """
 
     node: object
-    model: str
-    row: dict = field(default_factory=dict)     # its entry in the node's /api/tags
+    model: str                      # one of its names
+    models: list = field(default_factory=list)  # all of them
     disk_bytes: float = PRIOR_MODEL_BYTES
     vram_bytes: float = 0.0         # when resident; 0 = never seen
     cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
-    on_disk: bool = False
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
     options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
     context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
@@ -1433,6 +1435,16 @@ class Runner:
     beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
+    @property
+    def row(self) -> dict:
+        """Its entry in the node's /api/tags; {} if it has none."""
+        return self.node.rows.get(self.model, {})
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the node has it, under any name."""
+        return any(model in self.node.rows for model in self.models)
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -1440,6 +1452,8 @@ class Node:
 
     settings: NodeSettings
     name: str = field(init=False)
+    rows: dict = field(default_factory=dict)        # models on its disk: {model: row of its /api/tags}
+    weights: dict = field(default_factory=dict)     # (model, digest): the blob with its weights; "" = untold
     runners: dict = field(default_factory=dict)     # model: Runner
     leases: list = field(default_factory=list)      # of all models, also those without a slot
     busy: list = field(default_factory=list)        # runners with leases
@@ -1940,9 +1954,14 @@ def overfills(runner, held_bytes, count=0):
             or count >= runner.node.most_loaded)
 
 
+def each_runner(node: Node) -> list[Runner]:
+    """Return the runners of a node, each once however many names it has."""
+    return list(dict.fromkeys(node.runners.values()))
+
+
 def residents(node, but=None):
     """Return the runners of a node whose models are loaded or loading, `but` one."""
-    return [runner for runner in node.runners.values() if runner.ready_s is not None and runner is not but]
+    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not but]
 
 
 def must_evict(runner):
@@ -2264,7 +2283,7 @@ def attributes(thing, ranges):
     return within({name: getattr(thing, name) for name in ranges}, ranges)
 
 
-def learned_of_runner(runner):
+def learned_of_runner(runner, digest):
     """Return what is to be kept of a model on a node; nothing if nothing was learned."""
     kept = attributes(runner, KEPT_OF_RUNNER)
     if not runner.samples:
@@ -2273,12 +2292,13 @@ def learned_of_runner(runner):
         kept.update(attributes(runner, KEPT_OF_SLOTS))
     if runner.lone:
         kept["lone"] = within({str(streams).lower(): ratio for streams, ratio in runner.lone.items()}, LONE)
-    return {**kept, "digest": str(runner.row.get("digest") or "")} if kept else {}
+    return {**kept, "digest": digest} if kept else {}
 
 
 def learned_of_node(node):
     """Return what is to be kept of a node, with what was kept of models that it does not show now."""
-    models = {model: learned for model, runner in node.runners.items() if (learned := learned_of_runner(runner))}
+    models = {model: learned for model, runner in node.runners.items()
+              if (learned := learned_of_runner(runner, digest_of(node, model)))}
     kept = {model: learned for model, learned in node.kept.items() if model not in models}
     models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
     if not models:
@@ -2374,24 +2394,59 @@ ALL_FAILED = 502, "every node that could answer has failed"
 
 def has_on_disk(node, model):
     """Tell whether a node is known to have a model."""
-    runner = node.runners.get(model)
-    return runner is not None and runner.on_disk
+    return model in node.rows
 
 
 def version_of(node, model):
     """Return when the model that a node has was last changed, in seconds since 1970."""
-    return instant_s(node.runners[model].row.get("modified_at"))
+    return instant_s(node.rows[model].get("modified_at"))
 
 
 def digest_of(node, model):
     """Return the digest of a model that a node has; "" if the node did not tell."""
-    return str(node.runners[model].row.get("digest") or "")
+    return str(node.rows.get(model, {}).get("digest") or "")
+
+
+def weights_of(node: Node, model: str) -> str:
+    """Return what is equal for models of one node that are known to be made from the same weights."""
+    digest = digest_of(node, model)
+    return node.weights.get((model, digest)) or digest or model
+
+
+def make_of(row: dict) -> tuple:
+    """Return what is equal in the rows of models made from the same weights, beside their sizes; () if it is untold."""
+    details = row.get("details")
+    if not isinstance(details, dict) or not details.get("parameter_size"):
+        return ()
+    return tuple(str(details.get(key)) for key in ("family", "parameter_size", "quantization_level", "format"))
+
+
+def possible_twins(node: Node) -> list[str]:
+    """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
+    alike, found = collections.defaultdict(list), {}
+    for model, row in node.rows.items():
+        if kind := make_of(row):
+            alike[kind].append((row_bytes(row, "size"), model))
+    for sized in alike.values():
+        for (size, one), (larger, two) in itertools.pairwise(sorted(sized)):
+            if larger - size <= MIB and digest_of(node, one) != digest_of(node, two):
+                found.update({one: None, two: None})
+    return [model for model in found if (model, digest_of(node, model)) not in node.weights]
+
+
+BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
+
+
+def blob_in(modelfile: object) -> str:
+    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
+    found = BLOB.search(modelfile) if isinstance(modelfile, str) else None
+    return found[1] if found else ""
 
 
 def emptiest(nodes, count):
     """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
     def fullness(node):
-        held_bytes = sum(row_bytes(runner.row, "size") for runner in node.runners.values() if runner.on_disk)
+        held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
 
     chosen = sorted(nodes, key=fullness)[:count]
@@ -2623,7 +2678,7 @@ class Dispatcher:
         for node in idle:
             for model, runner in node.runners.items():
                 settled, entry = self.settled.get(model), self.queue.first(model)
-                if not (settled and entry and runner.on_disk):
+                if not (settled and entry and has_on_disk(node, model)):
                     continue
                 offer = self.around(node, now).offer(runner, now)
                 finish_s = offer.finish_s(self.estimates.demand_of(entry[2]), now)
@@ -3011,7 +3066,8 @@ class Dispatcher:
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
             self.surroundings.pop(runner.node, None)
-            self.unsettle(runner.model)
+            for model in runner.models:
+                self.unsettle(model)
 
     def doubt_slots(self, runner, nth, now):
         """Note that a request waited although so many were proved to run: someone else uses the node, or it changed."""
@@ -3059,7 +3115,7 @@ class Dispatcher:
             timings = counted(lease, timings)
             self.learn_by_latency(lease, timings, now)
         if timings.output_tokens and not lease.ticket.wants.embeds:
-            self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
+            self.estimates.lengths[lease.ticket.wants.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
             runner.streams += 1
             gain = max(SPEED_GAIN, 1 / runner.streams)
@@ -3274,8 +3330,9 @@ class Dispatcher:
                 node.busy.remove(runner)
                 if not runner.keep_alive_s:     # the node unloads it at once
                     self.believe_unloaded(runner)
-            if runner.model in self.settled:
-                self.freed[runner.model] += 1
+            for model in runner.models:
+                if model in self.settled:
+                    self.freed[model] += 1
         if not node.leases:
             self.idle.add(node)
         for breaker in lease.trials:
@@ -3290,8 +3347,9 @@ class Dispatcher:
         self.unsettle_all()
         if kind == "missing":       # the index was wrong
             if runner is not None:
-                runner.on_disk = False
-                self.believe_unloaded(runner)
+                node.rows.pop(lease.ticket.wants.model, None)
+                if not runner.on_disk:
+                    self.believe_unloaded(runner)
                 self.reindex()
         elif kind == "model" and runner is not None:
             runner.breaker.fail(now)
@@ -3363,7 +3421,7 @@ class Dispatcher:
 
     def recall_runner(self, runner):
         """Take over what was kept of a model on a node, if it is the same version."""
-        kept, digest = runner.node.kept.get(runner.model, {}), str(runner.row.get("digest") or "")
+        kept, digest = runner.node.kept.get(runner.model, {}), digest_of(runner.node, runner.model)
         if kept.get("digest") and digest and kept["digest"] != digest:
             return
         for name in KEPT_OF_RUNNER.keys() & kept.keys():
@@ -3413,9 +3471,9 @@ class Dispatcher:
         self.skimmed_s.clear()
         self.holders = {}
         for node in self.nodes.values():
-            for runner in node.runners.values():
-                if runner.on_disk and not is_cloud(runner.model):
-                    self.holders.setdefault(runner.model, []).append(runner)
+            for model in node.rows:
+                if not is_cloud(model):
+                    self.holders.setdefault(model, []).append(node.runners[model])
         for ticket in self.queue.tickets:
             self.bar(ticket)
 
@@ -3450,25 +3508,58 @@ class Dispatcher:
         if asked_s < node.indexed_s:
             return
         node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
-        names = set()
-        for row in rows:
-            name = row_name(row)
-            names.add(name)
-            is_new = name not in node.runners
-            runner = self.runner(node, name)
-            runner.on_disk, runner.row = True, row
+        rows = {row_name(row): row for row in rows}
+        gone = [model for model in node.runners if model not in rows]
+        if gone:
+            node.kept = learned_of_node(node).get("models", {})
+        node.rows = rows
+        for model, row in rows.items():
+            is_new = model not in node.runners
+            runner = self.runner(node, model)
             if is_new:
                 self.recall_runner(runner)
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
             if embeds_only(row) and runner.slots_known == "guessed":
                 runner.slots_known = "set"      # to one, by Ollama itself
-        for runner in list(node.runners.values()):
-            if runner.model not in names:
-                runner.on_disk = False
-                if not runner.leases:
-                    node.kept = learned_of_node(node).get("models", {})
-                    del node.runners[runner.model]
+        for model in gone:
+            if not any(lease.ticket.wants.model == model for lease in node.runners[model].leases):
+                del node.runners[model]
+        self.share_runners(node)
         node.indexed = True
+        self.reindex()
+
+    def share_runners(self, node: Node) -> None:
+        """Give the models of a node that are made from the same weights one runner, and only those.
+
+        One that works stays as it is until it is idle, when the models are looked at next.
+        """
+        sharing, taken = {}, set()
+        for model in node.rows:
+            sharing.setdefault(weights_of(node, model), []).append(model)
+        for models in sharing.values():
+            free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
+            kept = max(free, key=lambda runner: (len(runner.leases), runner.samples, runner.used_s), default=None)
+            for model in models:
+                known = node.runners[model]
+                if kept is None:
+                    del node.runners[model]
+                    kept = self.runner(node, model)
+                    kept.disk_bytes = known.disk_bytes
+                elif known in taken or not known.leases:
+                    if kept.ready_s is None and known not in taken:
+                        kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
+                    node.runners[model] = kept
+            taken.update([kept], free)
+        for runner in each_runner(node):
+            runner.models = [model for model, it in node.runners.items() if it is runner]
+            runner.model = runner.model if runner.model in runner.models else runner.models[0]
+
+    def know_weights(self, node: Node, found: dict) -> None:
+        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
+        node.weights = {**node.weights, **found}
+        known = {(model, digest_of(node, model)) for model in node.rows}
+        node.weights = {key: blob for key, blob in node.weights.items() if key in known}
+        self.share_runners(node)
         self.reindex()
 
     def index_failed(self, node):
@@ -3483,14 +3574,14 @@ class Dispatcher:
         """Return what is known of a model on a node, from now on."""
         runner = node.runners.get(model)
         if runner is None:
-            runner = node.runners[model] = Runner(node, model)
+            runner = node.runners[model] = Runner(node, model, [model])
             self.set_slots(runner)
         return runner
 
     def residency(self, node, rows, asked_s, now):
         """Take over a node's /api/ps, asked for at `asked_s`. What was placed since then is trusted without it.
 
-        Two names of the same weights share one runner, and ps shows only one of them: so the digest counts too.
+        Of the names of one runner it shows the first that was asked for.
         """
         names = {row_name(row): row for row in rows}
         self.learn_memory(node, {row_name(row): row for row in node.running}, names)
@@ -3498,8 +3589,9 @@ class Dispatcher:
         digests = {str(row["digest"]): row for row in rows if row.get("digest")}
         on_cpu = all(cpu_share(row) == 1.0 for row in rows) if rows else node.on_cpu
         changed, node.on_cpu = on_cpu != node.on_cpu, on_cpu
-        for runner in node.runners.values():
-            row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
+        for runner in each_runner(node):
+            row = (next((names[model] for model in runner.models if model in names), None)
+                   or digests.get(digest_of(node, runner.model)))
             runner.listed_s = min(runner.listed_s, now) if row else math.inf
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
@@ -3529,7 +3621,8 @@ class Dispatcher:
         node.vram_seen_bytes, node.loaded_seen = max(node.vram_seen_bytes, held_bytes), max(node.loaded_seen, count)
         if node.most_loaded < node.loaded_seen:
             node.most_loaded = math.inf
-        loading = {lease.runner for lease in node.loading if lease.runner.model not in after}
+        loading = {lease.runner for lease in node.loading
+                   if not any(model in after for model in lease.runner.models)}
         held_bytes += sum(map(resident_bytes, loading))
         gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
         if not gone or not any(model not in before for model in after):
@@ -5765,8 +5858,7 @@ def merge_rows(rows, newest):
 
 def all_tags(gateway):
     """Return the rows of /api/tags, merged."""
-    return merge_rows((runner.row for node in live_nodes(gateway) for runner in node.runners.values()
-                       if runner.on_disk), "modified_at")
+    return merge_rows((row for node in live_nodes(gateway) for row in node.rows.values()), "modified_at")
 
 
 def answer_root(gateway):
@@ -5871,6 +5963,20 @@ async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
     gateway.dispatcher.residency(node, rows_of(found), asked_s, gateway.loop.time())
 
 
+async def look_at_weights(gateway: "Gateway", node: Node) -> None:
+    """Find out which models of a node that look alike are made from the same weights; each is asked once.
+
+    Raises ProbeFailure or NodeFailure.
+    """
+    found = {}
+    for model in possible_twins(node):
+        key = model, digest_of(node, model)
+        status, answer, _ = await fetch(gateway.pools[node], "POST", "/api/show", {"model": node.rows[model]["name"]})
+        found[key] = blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+    if found:
+        gateway.dispatcher.know_weights(node, found)
+
+
 async def look_after_load(gateway, node):
     """See at once what a load has pushed out: the next one should know what fits together."""
     with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
@@ -5901,7 +6007,7 @@ def note_state(gateway, node, why=""):
     if not node.probed or state == was or node.up and not node.indexed:
         return                      # its models are part of the line
     gateway.states[node] = state
-    models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
+    models = " ".join(sorted(node.rows))
     LOG.log(logging.INFO if node.up else logging.WARNING,
             {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
              "version": node.version, "models": models, "why": why})
@@ -5917,6 +6023,7 @@ async def probe(gateway, node):
         dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
         await look_at_models(gateway, node)
         await look_at_residency(gateway, node)
+        await look_at_weights(gateway, node)
     except (NodeFailure, ProbeFailure, Refusal) as failure:
         why = str(failure)
         if answered:
@@ -5938,7 +6045,7 @@ async def probe_forever(gateway, node):
 
 def loaded_runners(node):
     """Return the models of a node that are loaded and answer with text."""
-    return [runner for runner in node.runners.values()
+    return [runner for runner in each_runner(node)
             if runner.ready_s is not None and not (runner.row and embeds_only(runner.row))]
 
 
@@ -6007,12 +6114,14 @@ def percentile(ordered, share):
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
-def runner_stats(runner, now):
+def runner_stats(node, model, now):
     """Return what /api/stats says of one model on one node."""
+    runner = node.runners[model]
     resident = runner.ready_s is not None
-    return {"on_disk": runner.on_disk, "resident": resident, "loading": resident and runner.ready_s > now,
+    return {"on_disk": has_on_disk(node, model), "resident": resident, "loading": resident and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
-            "slots_known": runner.slots_known, "inflight": len(runner.leases),
+            "slots_known": runner.slots_known,
+            "inflight": sum(lease.ticket.wants.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
             "load_s": round(runner.load_s, 2) or None, "samples": runner.samples,
@@ -6054,7 +6163,7 @@ def node_stats(node, now):
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
                       else None for share in (50, 95, 99)},
-        "models": {model: runner_stats(runner, now) for model, runner in sorted(node.runners.items())}}
+        "models": {model: runner_stats(node, model, now) for model in sorted(node.runners)}}
 
 
 def queue_stats(dispatcher, now):
@@ -7889,8 +7998,8 @@ async def run_check(options, settings):
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
-        models = sorted(runner.model for runner in node.runners.values() if runner.on_disk)
-        loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
+        models = sorted(node.rows)
+        loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
         table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
                       " ".join(models) or "-", " ".join(loaded) or "-", why))
     table += [(line.name, line.url, "no address", "-", "-", "-", "") for line in missing]

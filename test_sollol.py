@@ -2268,6 +2268,113 @@ def test_load_that_only_ps_shows_is_given_its_time():
     assert dispatcher.watch(60.0 + 1.1 * patience_s) == [it.lease]
 
 
+DETAILS = {"family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M", "format": "gguf"}
+BLOB_A, BLOB_B = "sha256-" + "a" * 64, "sha256-" + "b" * 64
+
+
+def twin_rows(*models, size=2e9):
+    return [{"name": model, "size": size + 1000 * number, "digest": f"d-{model}", "details": DETAILS}
+            for number, model in enumerate(models)]
+
+
+def of_blobs(dispatcher, node, **blobs):
+    """Tell a dispatcher the weights of models, by their names."""
+    dispatcher.know_weights(node, {(f"{model}:latest", f"d-{model}"): blob for model, blob in blobs.items()})
+
+
+def twins(slots=2, *more):
+    """Return a dispatcher whose one node has two names of the same weights, and its node."""
+    dispatcher = cluster(slots=slots, resident=False, n1=["a", "b", *more])
+    node = dispatcher.nodes["n1"]
+    dispatcher.index(node, twin_rows("a", "b", *more))
+    of_blobs(dispatcher, node, a=BLOB_A, b=BLOB_A, **{model: BLOB_B for model in more})
+    return dispatcher, node
+
+
+def test_only_models_that_look_alike_are_asked_for_their_weights():
+    dispatcher = cluster(n1=["a"])
+    node = dispatcher.nodes["n1"]
+    alike = twin_rows("a", "b", "c")
+    alike[2]["digest"] = "d-b"          # a copy of b: the same in any case
+    other = [{**row, "name": row["name"] + name} for name, row in zip("12", twin_rows("x", "y"), strict=True)]
+    other[1]["details"] = {**DETAILS, "quantization_level": "Q8_0"}
+    bare = [{"name": "p", "size": 2e9, "digest": "p"}, {"name": "q", "size": 2e9, "digest": "q", "details": {}},
+            {"name": "r", "size": 2e9, "digest": "r", "details": 5}]
+    larger = twin_rows("z", size=2e9 + 3 * sollol.MIB)
+    dispatcher.index(node, [*alike, *bare, *larger])
+    assert sorted(sollol.possible_twins(node)) == ["a:latest", "b:latest"]
+    dispatcher.index(node, [other[0], {**other[1], "digest": "d2"}])
+    assert sollol.possible_twins(node) == []
+    dispatcher.index(node, twin_rows("a", "b"))
+    of_blobs(dispatcher, node, a=BLOB_A, b="")
+    assert sollol.possible_twins(node) == []
+
+
+@pytest.mark.parametrize("modelfile, blob", [
+    (f"# Modelfile\n# FROM llama3.2:latest\n\nFROM /usr/share/ollama/blobs/{BLOB_A}\nTEMPLATE x", BLOB_A),
+    (f"FROM C:\\Users\\x\\blobs\\{BLOB_B}\r\nFROM /blobs/{BLOB_A}", BLOB_B), ("FROM llama3.2", ""), ("", ""),
+    (f"# FROM /blobs/{BLOB_A}", ""), (None, ""), (5, "")])
+def test_weights_of_a_model_are_named_in_its_modelfile(modelfile, blob):
+    assert sollol.blob_in(modelfile) == blob
+
+
+def test_names_of_the_same_weights_share_runner_slots_residency_and_speeds():
+    dispatcher, node = twins(2, "c")
+    a, b, c = (runner(dispatcher, "n1", f"{model}:latest") for model in "abc")
+    assert a is b is not c and a.models == ["a:latest", "b:latest"] and len(sollol.each_runner(node)) == 2
+    dispatcher.residency(node, ps_rows("a"), 1.0, 1.0)
+    tickets = enter(dispatcher, want("b"), want("a"), want("b"), want("a"), now=2.0)
+    assert placed(dispatcher, 2.0) == ["n1", "n1"]
+    assert not any(it.lease.loads for it in tickets[:2])
+    stats = sollol.node_stats(node, 2.0)["models"]
+    assert [(stats[f"{model}:latest"]["resident"], stats[f"{model}:latest"]["inflight"]) for model in "abc"] == [
+        (True, 1), (True, 1), (False, 0)]
+    finish(dispatcher, tickets[0], 3.0, prompted(100, 0.001, 1.0, 80))
+    assert placed(dispatcher, 3.0) == ["n1"] and a.leases[1].ticket is tickets[2]
+    assert list(dispatcher.estimates.lengths) == ["b:latest"]
+    finish(dispatcher, tickets[1], 4.0)
+    assert placed(dispatcher, 4.0) == ["n1"]
+    for it in tickets[2:]:
+        finish(dispatcher, it, 5.0)
+    dispatcher.unloaded(node, "a:latest")
+    assert b.ready_s is None and empty(dispatcher)
+
+
+def test_names_are_shared_and_parted_as_what_is_known_of_their_weights_changes():
+    dispatcher = cluster(slots=0, resident=False, n1=["a", "b"])
+    node = dispatcher.nodes["n1"]
+    dispatcher.index(node, twin_rows("a", "b"))
+    a, b = runner(dispatcher, "n1", "a:latest"), runner(dispatcher, "n1", "b:latest")
+    b.samples, b.decode_s = 5, 0.01
+    dispatcher.residency(node, ps_rows("a"), 1.0, 1.0)
+    first, = enter(dispatcher, want("a"), now=1.0)
+    placed(dispatcher, 1.0)
+    b.leases.append(first.lease)        # both work: they stay as they are
+    of_blobs(dispatcher, node, a=BLOB_A, b=BLOB_A)
+    assert (node.runners["a:latest"], node.runners["b:latest"]) == (a, b)
+    b.leases.clear()
+    dispatcher.index(node, twin_rows("a", "b"))
+    assert node.runners["b:latest"] is node.runners["a:latest"] is a
+    finish(dispatcher, first, 2.0)
+    dispatcher.index(node, [*twin_rows("a"), {**twin_rows("b")[0], "digest": "newer"}])
+    new = node.runners["b:latest"]
+    assert new is not node.runners["a:latest"] is a and (a.models, new.models) == (["a:latest"], ["b:latest"])
+    dispatcher.index(node, twin_rows("a", "b"))
+    of_blobs(dispatcher, node, b=BLOB_A)
+    dispatcher.index(node, twin_rows("b"))      # the name that it had first is gone
+    assert list(node.runners) == ["b:latest"] == node.runners["b:latest"].models
+    assert node.runners["b:latest"].model == "b:latest" and list(dispatcher.holders) == ["b:latest"]
+
+
+def test_name_that_a_node_does_not_know_leaves_the_other_name_loaded():
+    dispatcher, node = twins()
+    dispatcher.residency(node, ps_rows("a"), 1.0, 1.0)
+    it, = enter(dispatcher, want("b"), now=1.0)
+    placed(dispatcher, 1.0)
+    assert not fail(dispatcher, it, "missing", 2.0)
+    assert list(dispatcher.holders) == ["a:latest"] and runner(dispatcher, "n1", "a:latest").ready_s is not None
+
+
 def test_place_prefers_a_holder_and_takes_no_slot():
     dispatcher = cluster(n1=["x"], n2=["m"])
     wants = want(inference=False)
@@ -2903,6 +3010,8 @@ class ScriptedNode:
         self.script, self.models = script, models
         self.requests, self.connections = [], set()
         self.digests = {}           # of models, if not their names
+        self.told = {}              # more fields of the row of a model in /api/tags
+        self.loaded = []            # rows of /api/ps
         self.reads_chunks = False   # else a chunked body is left to the script
         self.tls = None             # the ssl.SSLContext that it speaks TLS with
 
@@ -2924,8 +3033,9 @@ class ScriptedNode:
             return {"version": "0.33.0"}
         if path == b"/api/tags":
             return {"models": [{"name": name, "size": 2 * 10**9, "digest": self.digests.get(name, name),
-                                "modified_at": "2026-01-01T00:00:00Z"} for name in self.models]}
-        return {"models": []} if path == b"/api/ps" else None
+                                "modified_at": "2026-01-01T00:00:00Z",
+                                **self.told.get(name, {})} for name in self.models]}
+        return {"models": self.loaded} if path == b"/api/ps" else None
 
     async def converse(self, reader, writer):
         self.connections.add(writer)
@@ -3830,6 +3940,27 @@ async def test_plain_policies_send_at_once_and_share_evenly(policy, expected):
         await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate()) for _ in range(8)))
         assert [node.requests for node in gateway.dispatcher.nodes.values()] == expected
         assert nodes[0].max_in_flight == nodes[1].max_in_flight == 4
+
+
+@over_sockets
+async def test_weights_are_asked_for_once():
+    def shown(raw):
+        if b"broken" in raw:
+            return [framed(b'{"error":"x"}', b"500 Internal Server Error"), KEEP]
+        blob = BLOB_A if b'"one"' in raw or b'"two"' in raw else BLOB_B
+        return [framed(json.dumps({"modelfile": f"FROM /x/blobs/{blob}\n"}).encode()), KEEP]
+
+    node = ScriptedNode(shown, ("one", "two", "three", "broken", "alone"))
+    node.told = {name: {"size": 5000, "details": DETAILS} for name in ("one", "two", "three", "broken")}
+    async with gateway_for(node, flags=["--probe-interval", "0.1"]) as gateway:
+        known, = gateway.dispatcher.nodes.values()
+        await until(lambda: len(known.weights) == 4)
+        await asyncio.sleep(0.5)
+        assert len(node.requests) == 4 and all(b"POST /api/show" in it for it in node.requests)
+        runners = [known.runners[f"{name}:latest"] for name in ("one", "two", "three", "broken", "alone")]
+        assert runners[0] is runners[1] and len(set(runners)) == 4
+        found = (await call(gateway, "GET", "/api/tags")).json()["models"]
+        assert {row["name"] for row in found} == set(node.models)
 
 
 @over_sockets
