@@ -111,6 +111,9 @@ KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model s
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
+CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
+SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
+CHECK_PAUSE_S, LAST_CHECK_PAUSE_S = 5.0, 300.0  # between two measurements of a node, doubled until it answers somebody
 CHANGE_PATIENCE_S = 30.0            # a node's answer to a delete, copy or unload: it only touches files
 PROGRESS_PATIENCE_S = 600.0         # between two lines of a pull or create; hashing 40 GB from a hard disk takes 270 s
 SILENT_CHANGE_PATIENCE_S = 4 * 3600.0       # a pull or create that does not stream: 40 GB over 25 Mbit/s
@@ -1401,6 +1404,7 @@ class Runner:
     own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
     keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
     listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
+    listed: dict = field(default_factory=dict)  # its row in the last /api/ps
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
 
@@ -1466,6 +1470,9 @@ class Node:
     draining: bool = False
     drained_seq: int = 0            # tickets with a lower `seq` waited before that
     calibrated: bool = False        # measured, or being measured, since it came up
+    measuring: "Lease | None" = None    # among its leases: the gateway's own, which gives way to any other
+    check_s: float = -math.inf      # from then on it may be measured
+    check_pause_s: float = CHECK_PAUSE_S    # after the next measurement
     misses: int = 0                 # probes in a row without an answer
     breaker: Breaker = field(default_factory=Breaker)
     suspect: bool = False
@@ -1544,6 +1551,7 @@ class Lease:
     watched_lines: int = 0
     trials: tuple | list = ()       # half-open breakers that this lease is the trial of
     released: bool = False
+    measures: bool = False          # the gateway's own request: it takes no slot from others
     abandon: object = None          # how the I/O side is told to give up
     held_up: object = None          # how it is asked whether the answer waits for its client to read
 
@@ -2958,6 +2966,7 @@ class Dispatcher:
     def lease(self, ticket, node, runner, now, reason, prediction=None):
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+        self.give_way(node, now)
         self.advance(node, now)
         if runner is not None:
             self.expect(lease, prediction, now)
@@ -2991,6 +3000,37 @@ class Dispatcher:
         ticket.lease = lease
         return lease
 
+    def may_measure(self, node: Node, now: float) -> bool:
+        """Tell whether a node may be measured: it does nothing for us, and its pause is over."""
+        return node.up and not node.draining and not node.leases and now >= node.check_s
+
+    def lease_for_measuring(self, runner: Runner, wants: Wants, now: float) -> Lease:
+        """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
+
+        After it the node has a pause, which is doubled until it answers somebody.
+        """
+        node = runner.node
+        lease = Lease(Ticket(f"measure-{node.name}", wants, now, now, next(self.seq)), node, runner, now,
+                      "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
+        self.advance(node, now)
+        node.heard_s, node.measuring = now, lease
+        node.leases.append(lease)
+        self.pause_measuring(node, now)
+        return lease
+
+    def pause_measuring(self, node: Node, now: float) -> None:
+        """Let a node be measured again only after a pause, twice as long as the last one."""
+        node.check_s = now + node.check_pause_s
+        node.check_pause_s = min(2 * node.check_pause_s, LAST_CHECK_PAUSE_S)
+
+    def give_way(self, node: Node, now: float) -> None:
+        """End the measurement of a node, if there is one: somebody's request goes there."""
+        lease = node.measuring
+        if lease is not None:
+            self.release(lease, now)
+            if lease.abandon is not None:
+                lease.abandon(NodeFailure("stalled", "gives way"))
+
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
         runner, wants = lease.runner, lease.ticket.wants
@@ -3013,7 +3053,7 @@ class Dispatcher:
 
     def believe_unloaded(self, runner):
         """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s, runner.options, runner.listed_s = None, None, math.inf
+        runner.ready_s, runner.options, runner.listed_s, runner.listed = None, None, math.inf, {}
         runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
         runner.prefixes.clear()
         runner.beginnings.clear()
@@ -3099,6 +3139,7 @@ class Dispatcher:
         node.breaker.succeed()
         node.heard_s = now
         node.misses = 0
+        node.check_pause_s = CHECK_PAUSE_S
         if runner is None:
             return
         runner.breaker.succeed()
@@ -3317,7 +3358,9 @@ class Dispatcher:
         node, runner = lease.node, lease.runner
         self.advance(node, now)
         node.leases.remove(lease)
-        if runner is not None:
+        if lease.measures:
+            node.measuring = None
+        elif runner is not None:
             place = runner.leases.index(lease)
             del runner.leases[place]
             for later in runner.leases[place:]:
@@ -3380,6 +3423,8 @@ class Dispatcher:
         self.keep(dropped)
         for node in dropped:
             node.draining = True
+            if node.measuring:
+                self.give_way(node, node.measuring.sent_s)
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if node not in old], dropped
@@ -3481,6 +3526,7 @@ class Dispatcher:
         """Note that a node cannot be reached: its models are gone from memory."""
         node.probed, node.up, node.suspect, node.calibrated = True, False, False, False
         node.speed = 1.0
+        node.check_s, node.check_pause_s = -math.inf, CHECK_PAUSE_S
         self.unsettle_all()
         for runner in node.runners.values():
             self.believe_unloaded(runner)
@@ -3592,7 +3638,7 @@ class Dispatcher:
         for runner in each_runner(node):
             row = (next((names[model] for model in runner.models if model in names), None)
                    or digests.get(digest_of(node, runner.model)))
-            runner.listed_s = min(runner.listed_s, now) if row else math.inf
+            runner.listed, runner.listed_s = row or {}, min(runner.listed_s, now) if row else math.inf
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
                 changed = changed or runner.cpu_share != cpu_share(row)
@@ -3652,7 +3698,7 @@ class Dispatcher:
         silent_s = now - lease.heard_s
         if node.misses and not node.up:
             return silent_s > SILENT_S
-        if runner is None or self.pick:         # a plain proxy's requests queue in the node: silence means nothing
+        if runner is None or lease.measures or self.pick:         # a plain proxy's requests queue in the node: silence means nothing
             return False
         if lease.first_s is None or not lease.ticket.wants.stream:
             stuck = stalled = self.is_overdue(lease, now)
@@ -3700,36 +3746,32 @@ class Dispatcher:
         node.heard_s = now
         self.unsettle_all()
 
-    def calibrates(self, node):
-        """Note that a node is being measured; that is done once each time it comes up."""
-        node.calibrated = True
+    def calibrates(self, node, done=True):
+        """Note that a node is being measured; that is done once each time it comes up. Or that it was in vain."""
+        node.calibrated = done
 
     def forget_speed(self, node):
         """Take a node for as fast as ever."""
         node.speed = 1.0
         self.unsettle_all()
 
-    def measured(self, runner, answers, now):
-        """Learn from a calibration: Timings of requests sent to an idle runner at once."""
-        node = runner.node
+    def measured(self, lease: Lease, timings: Timings, now: float) -> bool:
+        """Learn from the answer to a measuring request; tell whether it says anything. Before its release.
+
+        It does not if somebody else used the node, or the model was loaded for it.
+        """
+        node, runner = lease.node, lease.runner
+        node.heard_s = now
+        if timings.show_a_wait(now - lease.sent_s):
+            node.strangers_s = now
+            return False
+        if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
+            return False
+        self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, max(SPEED_GAIN, 1 / (runner.samples + 1)))
+        if not runner.samples:
+            self.learn_decode(runner, timings.output_s / timings.output_tokens, 1.0, now)
         self.unsettle_all()
-        runner.ready_s = runner.ready_s or now
-        node.speed = 1.0
-        timings = [it for it in answers if it.output_tokens >= 4 and it.output_s > 1e-4]
-        if not timings:
-            return
-        together = sum(1 for it in timings if not it.show_a_wait(it.total_s))
-        if len(timings) > 1:
-            self.prove_slots(runner, together)
-            if together < len(timings):
-                self.disprove_slots(runner, now)
-        crowd = min(len(timings), runner.slots) ** (1 - BATCH_GAIN)
-        first = min(timings, key=lambda it: it.total_s)
-        runner.decode_s = first.output_s / first.output_tokens / crowd
-        if first.prompt_tokens > 64 and first.prompt_s > 0:
-            runner.prefill_s = max(1e-6, (first.prompt_s / crowd - OVERHEAD_S) / first.prompt_tokens)
-        node.size_factor = size_factor(runner, runner.decode_s)
-        runner.samples = max(runner.samples, 1)
+        return True
 
 
 # -----------------------------------------------------------------------------
@@ -6043,55 +6085,97 @@ async def probe_forever(gateway, node):
         await asyncio.sleep(gateway.options.probe_interval * gateway.rng.uniform(0.85, 1.15))
 
 
+def loaded_options(runner: Runner) -> dict | None:
+    """Return the options with which a request loads nothing anew; None if they are not known."""
+    if not runner.context and runner.options is None:
+        return None
+    return {**dict(runner.options or ()), **({"num_ctx": runner.context} if runner.context else {})}
+
+
 def loaded_runners(node):
-    """Return the models of a node that are loaded and answer with text."""
-    return [runner for runner in each_runner(node)
-            if runner.ready_s is not None and not (runner.row and embeds_only(runner.row))]
+    """Return the models of a node that /api/ps shows, that answer with text, and whose options are known."""
+    return [runner for runner in each_runner(node) if runner.listed and loaded_options(runner) is not None
+            and not embeds_only(runner.row or runner.listed)]
 
 
-async def measure(gateway, runner, count, tokens, timeout_s):
-    """Run `count` short requests at once on a runner; return the Timings of those that were answered."""
-    options = dict(runner.options or ())
-    words = " ".join(f"{gateway.rng.getrandbits(16):x}" for _ in range(100))
-    value = {"model": runner.model, "prompt": words, "raw": True, "stream": False,
-             "options": {**options, "num_predict": tokens}}
-    results = await asyncio.gather(*(
-        ask(gateway, runner.node, "POST", "/api/generate", {**value, "prompt": f"{number} {words}"}, timeout_s)
-        for number in range(count)), return_exceptions=True)
-    return [read_timings(json.dumps(result).encode()) for result in results if isinstance(result, dict)]
+async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, timeout_s: float) -> bool | None:
+    """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
+
+    It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
+    """
+    dispatcher, loop, node = gateway.dispatcher, gateway.loop, runner.node
+    options = loaded_options(runner)
+    shift = options.pop("shift", None)
+    value = {"model": runner.listed["name"], "raw": True, "stream": False, "options": {**options, "num_predict": tokens},
+             "prompt": " ".join(f"{gateway.rng.getrandbits(16):04x}" for _ in range(words)),
+             **({} if shift is None else {"shift": bool(shift)})}
+    wants = Wants(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
+    lease = dispatcher.lease_for_measuring(runner, wants, loop.time())
+    asking = loop.create_task(ask(gateway, node, "POST", "/api/generate", value, timeout_s))
+    lease.abandon = lambda failure: asking.cancel()
+    try:
+        await asyncio.wait([asking])
+        if asking.cancelled() or asking.exception() or lease.released:
+            return None
+        return dispatcher.measured(lease, read_timings(json.dumps(asking.result()).encode()), loop.time())
+    finally:
+        asking.cancel()
+        if not lease.released:
+            dispatcher.release(lease, loop.time())
+
+
+async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
+    """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
+
+    Meanwhile somebody may have come, or the node may not answer: then there is a pause, too.
+    """
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    try:
+        await look_at_residency(gateway, node)
+    except (ProbeFailure, NodeFailure, Refusal):
+        dispatcher.pause_measuring(node, loop.time())
+    if not dispatcher.may_measure(node, loop.time()):
+        return None
+    return min(loaded_runners(node), key=lambda runner: runner.samples, default=None)
 
 
 async def calibrate(gateway, node):
-    """Measure speed and slots of an idle node on a model that is loaded anyway, once after it came up.
+    """Measure the speed of an idle node on a model that is loaded anyway, once after it came up.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
-    with a CPU node. Never loads a model.
+    with a CPU node. One short request at a time: slots are learned from those of others.
     """
-    runner = loaded_runners(node)[0]
-    gateway.dispatcher.calibrates(node)
-    answers = await measure(gateway, runner, 1 if runner.slots_known == "set" else 4, 8, CALIBRATION_S)
-    if node.leases or not answers:
-        return                      # requests came in between: the figures would be theirs, too
-    gateway.dispatcher.measured(runner, answers, gateway.loop.time())
+    dispatcher = gateway.dispatcher
+    if not dispatcher.may_measure(node, gateway.loop.time()):
+        return
+    dispatcher.calibrates(node)
+    runner = await loaded_runner(gateway, node)
+    if runner is None or not runner.samples and not await measure(
+            gateway, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS, CALIBRATION_S):
+        dispatcher.calibrates(node, False)          # it is tried again, after a pause
+        return
     LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots,
               "decode_tok_s": round(1 / decode_s(runner), 1)})
     gateway.pump()
 
 
 async def check(gateway, node):
-    """Settle a suspicion: one token from a loaded model shows that the node works, and how fast."""
-    suspected = node.suspect
-    loaded = loaded_runners(node)
-    if not loaded:                  # nothing to ask; its next request will show
-        gateway.dispatcher.trust(node, gateway.loop.time())
-        gateway.dispatcher.forget_speed(node)
+    """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    if not dispatcher.may_measure(node, loop.time()):
         return
-    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16, LOAD_PATIENCE_S)
-    if answers:
-        if not suspected:
-            gateway.dispatcher.measured(loaded[0], answers, gateway.loop.time())
-        gateway.dispatcher.trust(node, gateway.loop.time())
-        gateway.pump()
+    runner = await loaded_runner(gateway, node)
+    if not dispatcher.may_measure(node, loop.time()):
+        return
+    due_s = math.inf
+    if runner is not None:          # else there is nothing to ask: its next request will show
+        due_s = loop.time() + 2 * (OVERHEAD_S + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s) + SLOW_CHECK_S
+        if await measure(gateway, runner, 1, 1, LOAD_PATIENCE_S) is None:
+            return
+    dispatcher.trust(node, loop.time())
+    if loop.time() < due_s:
+        dispatcher.forget_speed(node)
+    gateway.pump()
 
 
 # -----------------------------------------------------------------------------

@@ -1737,6 +1737,44 @@ def test_prompts_that_are_prefilled_side_by_side_are_not_taken_for_a_slow_prefil
         assert known.prefill_s == pytest.approx(expected, rel=0.35)
 
 
+def measuring(dispatcher, now=0.0):
+    """Return the lease of a measurement of the first node, and whether it was told to give up."""
+    known, told = runner(dispatcher, "n1"), []
+    lease = dispatcher.lease_for_measuring(known, want(prompt_chars=50), now)
+    lease.abandon = told.append
+    return lease, told
+
+
+@table("come", [
+    ("a request that is queued", lambda dispatcher: (enter(dispatcher, want(), now=1.0), placed(dispatcher, 1.0))),
+    ("one of another model", lambda dispatcher: (enter(dispatcher, want("x"), now=1.0), placed(dispatcher, 1.0))),
+    ("one without a slot", lambda dispatcher: dispatcher.place("c", want(inference=False), set(), 1.0)),
+    ("a reload without the node", lambda dispatcher: dispatcher.configure([NodeSettings("n2", "b", 2)]))])
+def test_measurement_takes_no_slot_and_ends_when_somebody_comes(come):
+    dispatcher = cluster(slots=1, n1=["m", "x"])
+    node = dispatcher.nodes["n1"]
+    lease, told = measuring(dispatcher)
+    assert node.leases == [lease] and dispatcher.in_flight() == 1 and not dispatcher.may_measure(node, 100.0)
+    come(dispatcher)
+    assert lease.released and len(told) == 1 and lease not in node.leases and node.measuring is None
+    assert len(node.leases) == (0 if node.draining else 1)
+
+
+@table("timings, taught", [
+    ("alone", prompted(50, 0.002, 0.8, 8), True), ("somebody else was there", prompted(50, 0.002, 0.8, 8, 1.0), False),
+    ("the model was loaded", prompted(50, 0.002, 0.8, 8, load_s=5.0), False), ("nothing came", Timings(), False)])
+def test_disturbed_measurement_teaches_nothing(timings, taught):
+    dispatcher = cluster(slots=0, n1=["m"])
+    known = runner(dispatcher, "n1")
+    before = sollol.prefill_s(known), known.node.size_factor
+    lease, _ = measuring(dispatcher)
+    assert dispatcher.measured(lease, timings, timings.total_s) is taught
+    dispatcher.release(lease, timings.total_s)
+    assert (known.decode_s == pytest.approx(0.1), known.samples) == (taught, int(taught))
+    assert ((sollol.prefill_s(known), known.node.size_factor) != before) is taught
+    assert empty(dispatcher) and dispatcher.in_flight() == 0
+
+
 def test_predictions_are_judged_by_what_became_of_them():
     """Half and twice as long as predicted are equally wrong; shares of all ratios are known within 2.5 %."""
     dispatcher, now = cluster(n1=["m"]), 0.0
@@ -3963,16 +4001,116 @@ async def test_weights_are_asked_for_once():
         assert {row["name"] for row in found} == set(node.models)
 
 
+def measurable(*given, **more):
+    """Return a simulated node with its model loaded, for which an option of the value that is there loads nothing."""
+    node = bench.SimNode(*given, loaded=("llama3.2",), **more)
+    node.engine._hot = lambda model, options: node.engine.resident.get(model.name)
+    return node
+
+
+def measurements(node):
+    return [json.loads(record.body) for record in node.requests if b'"raw": true' in record.body]
+
+
 @over_sockets
-async def test_calibration_learns_an_idle_nodes_slots_and_speed():
-    node = bench.SimNode("rtx4090", slots=4, models=("llama3.1:8b",), loaded=("llama3.1:8b",))
+async def test_calibration_learns_an_idle_nodes_speed_from_one_short_request():
+    node = measurable("rtx4090", slots=4)
     async with gateway_for(node) as gateway:
         known = next(iter(gateway.dispatcher.nodes.values()))
         await sollol.calibrate(gateway, known)
-        runner = known.runners["llama3.1:8b"]
-        assert runner.slots == 4
-        assert 1 / runner.decode_s == pytest.approx(130, rel=0.3)
-        assert 1 / runner.prefill_s == pytest.approx(4500, rel=0.5)
+        runner = known.runners["llama3.2:latest"]
+        assert 1 / runner.decode_s == pytest.approx(265, rel=0.3)
+        assert (runner.slots, runner.slots_known, known.calibrated, known.leases) == (1, "guessed", True, [])
+        asked, = measurements(node)
+        words = asked["prompt"].split()
+        assert len(words) * 5 <= 64 and max(map(len, words)) <= 4 and node.max_in_flight == 1 and not node.loads
+        assert asked["options"] == {"num_predict": 8, "num_ctx": runner.context} and runner.context
+        await sollol.calibrate(gateway, known)
+        assert len(measurements(node)) == 1         # its speed is known
+
+
+@over_sockets
+async def test_measurement_gives_way_to_any_request_and_teaches_nothing():
+    node = measurable("cpu", slots=1, speed=0.3)
+    async with gateway_for(node) as gateway:
+        known = next(iter(gateway.dispatcher.nodes.values()))
+        gateway.begin_chore(known, sollol.calibrate)
+        await until(lambda: node.in_flight)
+        stats = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
+        assert [(row["id"], row["slot"]) for row in stats["running"]] == [(f"measure-{known.name}", True)]
+        assert health(gateway)["inflight"] == 1
+        answer = await call(gateway, "POST", "/api/generate", generate(tokens=1, stream=True))
+        assert answer.status == 200 and b'"done":true' in answer.body
+        assert node.aborted == 1 and not gateway.chores and not known.measuring
+        assert known.runners["llama3.2:latest"].samples == 0 and not known.calibrated
+        assert known.check_s > gateway.loop.time()
+
+
+@over_sockets
+async def test_only_what_ps_lists_is_measured_and_only_as_it_is_loaded():
+    """Nothing that loads a model, and nothing that loads one anew because its options are unknown."""
+    node = ScriptedNode(lambda request: [framed(
+        b'{"done":true,"total_duration":500000000,"prompt_eval_count":40,"prompt_eval_duration":100000000,'
+        b'"eval_count":8,"eval_duration":400000000}'), KEEP])
+    async with gateway_for(node) as gateway:
+        known = next(iter(gateway.dispatcher.nodes.values()))
+        runner = known.runners["llama3.2:latest"]
+        for loaded, options in (([], ()), ([{"name": "llama3.2:latest", "size": 5e9}], None)):
+            node.loaded = loaded
+            await sollol.look_at_residency(gateway, known)
+            runner.options = options
+            await sollol.calibrate(gateway, known)
+            await sollol.check(gateway, known)
+            assert node.requests == [] and not known.calibrated
+        node.loaded[0]["context_length"] = 8192
+        await sollol.calibrate(gateway, known)
+        asked = json.loads(node.requests[0].partition(b"\r\n\r\n")[2])
+        assert asked["options"] == {"num_ctx": 8192, "num_predict": 8} and "keep_alive" not in asked
+        assert runner.decode_s == pytest.approx(0.05) and runner.samples == 1
+        runner.options = (("use_mmap", True), ("shift", False))
+        known.check_s = 0.0
+        await sollol.check(gateway, known)
+        asked = json.loads(node.requests[1].partition(b"\r\n\r\n")[2])
+        assert (asked["options"], asked["shift"]) == ({"num_ctx": 8192, "use_mmap": True, "num_predict": 1}, False)
+        assert len(asked["prompt"].split()) == 1
+
+
+@over_sockets
+async def test_checks_are_rare_and_never_made_while_the_node_works():
+    node = measurable("rtx3060", slots=2)
+    async with gateway_for(node) as gateway:
+        dispatcher, known = gateway.dispatcher, next(iter(gateway.dispatcher.nodes.values()))
+        running = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=20, stream=True)))
+        await until(lambda: node.in_flight)
+        known.suspect = True
+        await sollol.check(gateway, known)
+        assert known.suspect and not measurements(node)
+        await running
+        for pause_s in (5, 10, 20, 40, 80, 160, 300, 300):
+            known.suspect, known.check_s = True, 0.0
+            await sollol.check(gateway, known)
+            assert not known.suspect and known.check_s - gateway.loop.time() == pytest.approx(pause_s, abs=1)
+            known.suspect = True
+            await sollol.check(gateway, known)
+            assert known.suspect
+        assert len(measurements(node)) == 8
+        known.suspect = False
+        await call(gateway, "POST", "/api/generate", generate(tokens=2))
+        assert known.check_pause_s == sollol.CHECK_PAUSE_S and dispatcher.in_flight() == 0
+
+
+@over_sockets
+async def test_check_of_a_slow_node_tells_whether_it_still_is():
+    node = measurable("rtx3060", slots=1)
+    async with gateway_for(node) as gateway:
+        known = next(iter(gateway.dispatcher.nodes.values()))
+        await call(gateway, "POST", "/api/generate", generate(tokens=50))
+        for factor, speed in ((100.0, 0.5), (1.0, 1.0)):
+            node.slow(factor)
+            known.speed, known.check_s = 0.5, 0.0
+            await sollol.check(gateway, known)
+            assert known.speed == speed
+        node.recover()
 
 
 # -----------------------------------------------------------------------------
@@ -4846,8 +4984,7 @@ async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp
         hosts.write_text(f"{two.url} name=two\n")
         gateway.reload()
         await until(lambda: node not in gateway.pools)
-        assert gateway.chores
-        await until(lambda: not gateway.chores and not one.connections)
+        await until(lambda: not gateway.chores and not one.connections and not node.leases)
 
 
 @over_sockets
