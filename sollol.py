@@ -147,13 +147,14 @@ LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
-MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, the last one confirmed so lately, outweigh two samples that are grossly off
+MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
 BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones its cache may have held
 FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
 STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
+LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
@@ -1254,6 +1255,10 @@ class FairShare:
 # beside it. That is proof. If one of them left before, it may have waited for that one: then its latency is nearer to
 # its work counted from its sending (it ran beside them) or from that one's end (it waited). Work is by its tokens, as
 # long as a request sent alone takes for so many. Such an answer is only a sign; a few that agree decide.
+#
+# Speeds are what a lone request would see. An answer is no sample of them if a stall, a load or somebody else's request
+# fell into it; a neighbour's prefill bounds what it says; and of prefill only the slow samples count, as the node's own
+# cache makes others faster than true.
 # -----------------------------------------------------------------------------
 
 class Breaker:
@@ -1632,6 +1637,11 @@ def usual_prefill_s(samples: collections.abc.Iterable[float]) -> float:
     return mean
 
 
+def beyond(estimate: float, least: float, most: float) -> float:
+    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
+    return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
+
+
 class OutputLengths:
     """Learn how many tokens a model answers with, by size of the prompt."""
 
@@ -1859,12 +1869,14 @@ def is_disturbed(lease: Lease) -> bool:
 
     A node that others use for ever is measured in spite of them, a few times.
     """
-    node = lease.node
-    if lease.sent_s <= node.stalled_s or node.speed < 0.6 or lease.sent_s <= node.strangers_s:
+    node, runner = lease.node, lease.runner
+    if lease.sent_s <= node.stalled_s or node.speed < 0.6:
         return True
     if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
         return True
-    return lease.sent_s - node.strangers_s < STRANGERS_S and lease.runner.samples >= KEPT_SAMPLES
+    if lease.sent_s <= node.strangers_s and runner.top > 1:
+        return True                 # with one slot somebody else's request ran before it, not beside it
+    return lease.sent_s - node.strangers_s < STRANGERS_S and runner.samples >= KEPT_SAMPLES
 
 
 def certainly_beside(lease):
@@ -2019,7 +2031,8 @@ class Crowding(NamedTuple):
 def crowding(node, now):
     """Return the Crowding of a node."""
     there = residents(node)
-    return Crowding(sum(map(resident_bytes, there)), len(there), max((runner.ready_s for runner in there), default=now), now + min((last_end_s(runner, now) for runner in there), default=0.0))
+    return Crowding(sum(map(resident_bytes, there)), len(there), max((runner.ready_s for runner in there), default=now),
+                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
 class Prediction(NamedTuple):
@@ -2119,8 +2132,8 @@ class Offer:
         start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
         prefill_s = OVERHEAD_S + new_tokens * self.prefill_s + demand.inputs * self.input_s
-        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s, demand.output_tokens * self.decode_s,
-                          self.slowed(), new_tokens, not is_loaded_for(self.runner, demand.wants))
+        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
+                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens, not is_loaded_for(self.runner, demand.wants))
 
 
 class Surroundings:
@@ -3087,8 +3100,8 @@ class Dispatcher:
         lease.first_progress_s, lease.beside = runner.progress_s, certainly_beside(lease)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
-            if runner.options is None:
-                runner.options = lease.ticket.wants.options
+            if runner.options is None and not (runner.context and dict(lease.ticket.wants.options).get("num_ctx")):
+                runner.options = lease.ticket.wants.options     # else it may have been loaded so by default
         if not lease.ticket.wants.stream:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
@@ -3302,11 +3315,11 @@ class Dispatcher:
             return
         known, work_s = prefill_s(runner), max(seconds - OVERHEAD_S, 0.1 * seconds)
         sample = work_s / tokens
-        if sample < known and not lease.fresh:
+        if not lease.fresh and sample < LEEWAY * known:
             return
-        if sample > known and lease.crowd_tokens > STALL_SHARE * tokens:
-            sample = work_s / (tokens + lease.crowd_tokens)     # at least
-            if sample < known:
+        if lease.crowd_tokens > STALL_SHARE * tokens:
+            sample = beyond(known, work_s / (tokens + lease.crowd_tokens), sample)
+            if not sample:
                 return
         if tokens <= FULL_PROMPT_TOKENS:
             if not runner.prefills:
@@ -3322,16 +3335,16 @@ class Dispatcher:
     def learn_decode(self, runner, sample, gain, now=0.0, stalled_s=0.0):
         """Take in the seconds per output token that a lone request would have seen.
 
-        `stalled_s` of them, at most, it stood still for the prefills of others: where the truth may lie so far from the
-        sample, it moves the estimate only as far as it must. Two that agree and are grossly off replace an estimate,
-        unless that has been confirmed often and lately.
+        `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only
+        a bound. Two that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
         """
         node, known = runner.node, decode_s(runner)
-        least = max(sample - stalled_s, 0.1 * sample)
-        if stalled_s:
-            if sample > ALIKE * least and least <= known <= sample:
-                return              # it says nothing
-            sample = min(max(known, least), sample)
+        if stalled_s <= STALL_SHARE * sample:
+            sample -= stalled_s / 2
+        else:
+            sample = beyond(known, max(sample - stalled_s, 0.1 * sample), sample)
+            if not sample:
+                return
         others = any(other.decode_s for other in node.runners.values() if other is not runner)
         before, runner.off_decode_s = runner.off_decode_s, 0.0
         if not runner.samples:
@@ -3644,6 +3657,8 @@ class Dispatcher:
                 changed = changed or runner.cpu_share != cpu_share(row)
                 runner.cpu_share = cpu_share(row)
                 if runner.ready_s is None or runner.ready_s <= asked_s:     # else it may be of what ran before
+                    if runner.context and runner.context != context_of(row):
+                        runner.options = None       # somebody else has had it loaded anew
                     runner.context = context_of(row)
                     if runner.options is not None and not dict(runner.options).get("num_ctx"):
                         runner.own_context = runner.context
@@ -3698,7 +3713,7 @@ class Dispatcher:
         silent_s = now - lease.heard_s
         if node.misses and not node.up:
             return silent_s > SILENT_S
-        if runner is None or lease.measures or self.pick:         # a plain proxy's requests queue in the node: silence means nothing
+        if runner is None or lease.measures or self.pick:       # a plain proxy's requests queue in the node
             return False
         if lease.first_s is None or not lease.ticket.wants.stream:
             stuck = stalled = self.is_overdue(lease, now)
@@ -6106,7 +6121,8 @@ async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, t
     dispatcher, loop, node = gateway.dispatcher, gateway.loop, runner.node
     options = loaded_options(runner)
     shift = options.pop("shift", None)
-    value = {"model": runner.listed["name"], "raw": True, "stream": False, "options": {**options, "num_predict": tokens},
+    value = {"model": runner.listed["name"], "raw": True, "stream": False,
+             "options": {**options, "num_predict": tokens},
              "prompt": " ".join(f"{gateway.rng.getrandbits(16):04x}" for _ in range(words)),
              **({} if shift is None else {"shift": bool(shift)})}
     wants = Wants(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
@@ -7930,7 +7946,7 @@ def command_line(environ):
         "(%(default)s)")
     add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
     add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
-        "(they are)")
+        "(they are, with one short request to a model that is loaded)")
     add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it) "
         "(no)")
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "

@@ -1707,7 +1707,7 @@ def test_nothing_is_learned_of_speed_during_a_load():
 
 
 @table("chars, output_s, decode_s", [
-    ("no neighbour", 0, 1.6, 0.0218), ("a short prompt", 200, 1.6, 0.0216), ("a long one explains it", 4000, 1.6, 0.02),
+    ("no neighbour", 0, 1.6, 0.0218), ("a short prompt", 200, 1.6, 0.0217), ("a long one explains it", 4000, 1.6, 0.02),
     ("a long one does not explain it all", 4000, 3.0, 0.023),
     ("faster than believed, in spite of it", 4000, 0.5, 0.0185)])
 def test_prefill_of_a_neighbour_is_not_taken_for_slow_decoding(chars, output_s, decode_s):
@@ -1807,7 +1807,8 @@ def test_load_time_is_learned():
     assert sollol.load_s(runner(dispatcher, "n1")) == 20
 
 
-@table("vram, slower", [("on a card", 5e9, 1), ("on the CPU", 0, 20), ("half and half", 2.5e9, 10.5), ("untold", None, 1)])
+@table("vram, slower", [("on a card", 5e9, 1), ("on the CPU", 0, 20), ("half and half", 2.5e9, 10.5),
+                        ("untold", None, 1)])
 def test_model_on_the_cpu_is_not_taken_for_one_on_a_card(vram, slower):
     dispatcher = cluster(resident=False, n1=["m", "x"])
     known = runner(dispatcher, "n1")
@@ -2149,8 +2150,23 @@ def test_model_that_somebody_loaded_with_another_context_than_the_default_is_loa
     dispatcher.residency(node, [], 20.0, 20.0)
     dispatcher.residency(node, [{**shown[0], "context_length": 16384}], 30.0, 30.0)
     assert not sollol.is_loaded_for(known, want()) and sollol.is_loaded_for(known, want(options=(("num_ctx", 16384),)))
-    dispatcher.residency(node, [], 40.0, 40.0)
     dispatcher.residency(node, shown, 50.0, 50.0)
+    assert sollol.is_loaded_for(known, want())
+    it, = enter(dispatcher, want(), now=51.0)
+    placed(dispatcher, 51.0)
+    finish(dispatcher, it, 55.0)
+    dispatcher.residency(node, [{**shown[0], "context_length": 16384}], 60.0, 60.0)      # by a user of the node
+    assert not sollol.is_loaded_for(known, want()) and known.own_context == 4096
+
+
+def test_request_with_the_context_that_was_found_loaded_does_not_make_it_an_explicit_one():
+    dispatcher = cluster(resident=False, n1=["m"])
+    node, known = dispatcher.nodes["n1"], runner(dispatcher, "n1")
+    dispatcher.residency(node, [{"name": "m", "size": 2e9, "context_length": 4096}], 1.0, 1.0)
+    it, = enter(dispatcher, want(options=(("num_ctx", 4096),)), now=2.0)
+    placed(dispatcher, 2.0)
+    dispatcher.heard(it.lease, 1, 3.0)
+    finish(dispatcher, it, 4.0)
     assert sollol.is_loaded_for(known, want())
 
 
@@ -3550,11 +3566,12 @@ def test_mutated_answers_become_whole_answers_errors_or_cuts_and_spoil_no_later_
         bad = ScriptedNode(lambda request: [bad.now, KEEP] if rng.random() < 0.5 else [bad.now])
         good = ScriptedNode(lambda request: [framed(WHOLE), KEEP])
         async with gateway_for(bad, good, flags=["--policy", "round-robin", "--probe-interval", "3600"]) as gateway:
+            row = gateway.dispatcher.nodes[f"127.0.0.1:{bad.port}"].rows["llama3.2:latest"]
             for number in range(1500 * FUZZ):
                 bad.now = mutated(rng, rng.choice(seeds))
                 await try_it(gateway, bad, generate(stream=number % 3 == 0, options={"seed": number % 2 - 1}))
-                runner = gateway.dispatcher.nodes[f"127.0.0.1:{bad.port}"].runners["llama3.2:latest"]
-                runner.on_disk = True       # a 404 has cost it its place in the index
+                known = gateway.dispatcher.nodes[f"127.0.0.1:{bad.port}"]
+                known.rows.setdefault("llama3.2:latest", row)       # a 404 has cost it its place in the index
                 gateway.dispatcher.reindex()
                 if number % 50 == 0:
                     bad.now = framed(WHOLE)
