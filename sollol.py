@@ -2991,7 +2991,8 @@ class Dispatcher:
                 shared_chars = runner.beginnings.common_chars(ticket.wants.prefix)
                 lease.fresh = shared_chars <= FRESH_SHARE * ticket.wants.prompt_chars
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
-                runner.beginnings.remember(ticket.wants.prefix, BEGINNINGS_KEPT)
+                ends = dict.fromkeys((*ticket.wants.prefix[:PREFIX_FIRST], ticket.wants.prefix[-1]))
+                runner.beginnings.remember(tuple(ends), BEGINNINGS_KEPT)    # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
             elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:

@@ -8301,7 +8301,7 @@ def test_ablation_shows_what_a_term_is_worth(monkeypatch):
     scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=150)
     rows = {row[0]: row[1] for row in bench.ablation_table((scenario,), 1)}
     assert rows["mean / P95"] == "prio/mild5 urgent" and rows["whole"].endswith(" s") and rows["no harm"] == ""
-    assert int(rows["no head start"].split(" / ")[0]) > 25
+    assert int(rows["no hold"].split(" / ")[0]) > 5
 
 
 def test_failed_requests_stay_in_every_figure():
