@@ -1039,7 +1039,7 @@ def parse_keep_alive(value: object) -> float | None:
     return math.inf if read[1] == "-" and seconds else seconds
 
 
-def unloads(kind, fields):
+def unloads(kind: str, fields: dict) -> bool:
     """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
     return not fields.get("messages" if kind == "chat" else "prompt") and parse_keep_alive(
         fields.get("keep_alive")) == 0
@@ -1340,7 +1340,7 @@ def embeds_only(row):
     return "completion" not in capabilities if isinstance(capabilities, list) else "embed" in row_name(row)
 
 
-def cpu_share(row):
+def cpu_share(row: dict) -> float:
     """Return the share 0..1 of a model in a row of /api/ps that is not on a card; 0 where the row does not tell."""
     size, vram = row_bytes(row, "size"), row.get("size_vram")
     if not size or not isinstance(vram, (int, float)) or vram < 0:
@@ -1622,7 +1622,7 @@ def blend(estimate, sample, gain):
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
 
 
-def usual_prefill_s(samples: collections.abc.Iterable[float]) -> float:
+def usual_prefill_s(samples: collections.deque) -> float:
     """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
 
     A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
@@ -1936,7 +1936,7 @@ def clamped_context(runner: Runner, num_ctx: float) -> float:
 
 
 def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
-    """Tell whether a loaded context suits `num_ctx`, as far as is known; `loaded`: what it was loaded with. 0 = absent.
+    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
     """
     if not wanted and not loaded and runner.options is not None:
         return True                 # the server's default, whatever that is
@@ -1947,7 +1947,7 @@ def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
     return runner.options is None or wanted == loaded
 
 
-def is_loaded_for(runner, wants):
+def is_loaded_for(runner: Runner, wants: Wants) -> bool:
     """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
 
     What is unknown is taken to suit.
@@ -1967,7 +1967,7 @@ def resident_bytes(runner):
     return runner.vram_bytes or runner.disk_bytes * 1.2
 
 
-def overfills(runner, held_bytes, count=0):
+def overfills(runner: Runner, held_bytes: float, count: int) -> bool:
     """Tell whether loading the model beside `count` others that take `held_bytes` would push one of them out."""
     wanted = held_bytes + resident_bytes(runner)
     return (held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
@@ -2133,7 +2133,8 @@ class Offer:
         new_tokens = self.new_tokens(demand)
         prefill_s = OVERHEAD_S + new_tokens * self.prefill_s + demand.inputs * self.input_s
         return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
-                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens, not is_loaded_for(self.runner, demand.wants))
+                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
+                          not is_loaded_for(self.runner, demand.wants))
 
 
 class Surroundings:
@@ -2238,7 +2239,7 @@ POLICIES = {
 }
 
 
-def size_factor(runner, decode_s):
+def size_factor(runner: Runner, decode_s: float) -> float:
     """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
     expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * cpu_factor(runner)
     return min(max(decode_s / expected_s, 0.01), 100.0)
@@ -2304,7 +2305,7 @@ def attributes(thing, ranges):
     return within({name: getattr(thing, name) for name in ranges}, ranges)
 
 
-def learned_of_runner(runner, digest):
+def learned_of_runner(runner: Runner, digest: str) -> dict:
     """Return what is to be kept of a model on a node; nothing if nothing was learned."""
     kept = attributes(runner, KEPT_OF_RUNNER)
     if not runner.samples:
@@ -2413,17 +2414,17 @@ class Settled(NamedTuple):
 ALL_FAILED = 502, "every node that could answer has failed"
 
 
-def has_on_disk(node, model):
+def has_on_disk(node: Node, model: str | None) -> bool:
     """Tell whether a node is known to have a model."""
     return model in node.rows
 
 
-def version_of(node, model):
+def version_of(node: Node, model: str) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
     return instant_s(node.rows[model].get("modified_at"))
 
 
-def digest_of(node, model):
+def digest_of(node: Node, model: str) -> str:
     """Return the digest of a model that a node has; "" if the node did not tell."""
     return str(node.rows.get(model, {}).get("digest") or "")
 
@@ -3058,14 +3059,14 @@ class Dispatcher:
         lease.patience_s = patience_s(runner, it)
         lease.start_progress_s = runner.progress_s
 
-    def believe_loaded(self, runner, wants, ready_s):
+    def believe_loaded(self, runner: Runner, wants: Wants, ready_s: float) -> None:
         """Note that a request makes a node load a model, and what Ollama will evict for it."""
         while must_evict(runner):
             self.believe_unloaded(victim(runner))
         self.believe_unloaded(runner)
         runner.ready_s, runner.options = ready_s, wants.options
 
-    def believe_unloaded(self, runner):
+    def believe_unloaded(self, runner: Runner) -> None:
         """Note that a model is no longer resident; its prefix cache went with it."""
         runner.ready_s, runner.options, runner.listed_s, runner.listed = None, None, math.inf, {}
         runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
@@ -3108,7 +3109,7 @@ class Dispatcher:
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
                                      and other.ticket.wants.stream and not is_held_up(other)))
 
-    def loaded(self, lease, now):
+    def loaded(self, lease: Lease, now: float) -> None:
         """Note that a lease does not wait for its model any more, if it did."""
         if lease in lease.node.loading:
             lease.node.loading.remove(lease)
@@ -3130,7 +3131,7 @@ class Dispatcher:
             runner.top, runner.waits = nth - 1, 0
             self.disprove_slots(runner, now)
 
-    def disprove_slots(self, runner, now):
+    def disprove_slots(self, runner: Runner, now: float) -> None:
         """Note that a request had to wait inside the node: no more than what was proved; try again after a pause.
 
         The pause grows only where the node is ours alone: somebody else who has its slots now will give them back.
@@ -3144,7 +3145,7 @@ class Dispatcher:
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
         runner.disproofs += ours
 
-    def observe(self, lease, timings, now):
+    def observe(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn from a complete answer. Before its release."""
         node, runner = lease.node, lease.runner
         took_s = now - lease.sent_s
@@ -3210,7 +3211,7 @@ class Dispatcher:
         else:
             self.doubt_slots(runner, lease.nth, now)
 
-    def learn_speed(self, lease, timings, took_s, now):
+    def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer's durations as samples of the speeds that a lone request would see."""
         runner, tokens = lease.runner, timings.output_tokens
         if timings.load_s > 1.0:
@@ -3225,7 +3226,7 @@ class Dispatcher:
             stalled_s = lease.stall_tokens * prefill_s(runner)
             self.learn_decode(runner, timings.output_s * share / tokens, gain, now, stalled_s / tokens)
 
-    def learn_by_latency(self, lease, timings, now):
+    def learn_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn slots and speeds from an answer that tells no durations."""
         node, runner = lease.node, lease.runner
         if timings.load_s > 1.0:
@@ -3283,7 +3284,7 @@ class Dispatcher:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
 
-    def learn_speed_by_latency(self, lease, timings, now):
+    def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the latency of a request that waited for nobody as a sample of speed."""
         runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
@@ -3333,7 +3334,8 @@ class Dispatcher:
         runner.prefills.append(sample)
         runner.prefill_s = usual_prefill_s(runner.prefills)
 
-    def learn_decode(self, runner, sample, gain, now=0.0, stalled_s=0.0):
+    def learn_decode(self, runner: Runner, sample: float, gain: float, now: float = 0.0,
+                     stalled_s: float = 0.0) -> None:
         """Take in the seconds per output token that a lone request would have seen.
 
         `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only
@@ -3563,7 +3565,7 @@ class Dispatcher:
         if refused or node.misses >= 2 or not node.probed:
             self.lost(node, now)
 
-    def index(self, node, rows, asked_s=math.inf):
+    def index(self, node: Node, rows: list[dict], asked_s: float = math.inf) -> None:
         """Take over a node's /api/tags, unless what was asked for later has come before it."""
         if asked_s < node.indexed_s:
             return
@@ -3638,7 +3640,7 @@ class Dispatcher:
             self.set_slots(runner)
         return runner
 
-    def residency(self, node, rows, asked_s, now):
+    def residency(self, node: Node, rows: list[dict], asked_s: float, now: float) -> None:
         """Take over a node's /api/ps, asked for at `asked_s`. What was placed since then is trusted without it.
 
         Of the names of one runner it shows the first that was asked for.
@@ -3672,7 +3674,7 @@ class Dispatcher:
         if changed:
             self.unsettle_all()
 
-    def learn_memory(self, node, before, after):
+    def learn_memory(self, node: Node, before: dict, after: dict) -> None:
         """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
 
         What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
@@ -3762,7 +3764,7 @@ class Dispatcher:
         node.heard_s = now
         self.unsettle_all()
 
-    def calibrates(self, node, done=True):
+    def calibrates(self, node: Node, done: bool = True) -> None:
         """Note that a node is being measured; that is done once each time it comes up. Or that it was in vain."""
         node.calibrated = done
 
@@ -6108,7 +6110,7 @@ def loaded_options(runner: Runner) -> dict | None:
     return {**dict(runner.options or ()), **({"num_ctx": runner.context} if runner.context else {})}
 
 
-def loaded_runners(node):
+def loaded_runners(node: Node) -> list[Runner]:
     """Return the models of a node that /api/ps shows, that answer with text, and whose options are known."""
     return [runner for runner in each_runner(node) if runner.listed and loaded_options(runner) is not None
             and not embeds_only(runner.row or runner.listed)]
@@ -6156,7 +6158,7 @@ async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
     return min(loaded_runners(node), key=lambda runner: runner.samples, default=None)
 
 
-async def calibrate(gateway, node):
+async def calibrate(gateway: "Gateway", node: Node) -> None:
     """Measure the speed of an idle node on a model that is loaded anyway, once after it came up.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
@@ -6176,7 +6178,7 @@ async def calibrate(gateway, node):
     gateway.pump()
 
 
-async def check(gateway, node):
+async def check(gateway: "Gateway", node: Node) -> None:
     """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     if not dispatcher.may_measure(node, loop.time()):
@@ -6215,7 +6217,7 @@ def percentile(ordered, share):
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
-def runner_stats(node, model, now):
+def runner_stats(node: Node, model: str, now: float) -> dict:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
     resident = runner.ready_s is not None
