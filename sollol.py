@@ -6028,13 +6028,11 @@ async def look_at_weights(gateway: "Gateway", node: Node) -> None:
 
     Raises ProbeFailure or NodeFailure.
     """
-    found = {}
     for model in possible_twins(node):
         key = model, digest_of(node, model)
-        status, answer, _ = await fetch(gateway.pools[node], "POST", "/api/show", {"model": node.rows[model]["name"]})
-        found[key] = blob_in(answer.get("modelfile")) if status == 200 and answer else ""
-    if found:
-        gateway.dispatcher.know_weights(node, found)
+        status, answer, _ = await fetch(gateway.pools[node], "POST", "/api/show", {"model": model})
+        blob = blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+        gateway.dispatcher.know_weights(node, {key: blob})
 
 
 async def look_after_load(gateway, node):
