@@ -114,9 +114,13 @@ MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 o
 SCANS_KEPT = 10                     # for which a found node may be away: half an hour
 FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
+KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
+CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
+SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
+CHECK_PAUSE_S, LAST_CHECK_PAUSE_S = 5.0, 300.0  # between two measurements of a node, doubled until it answers somebody
 MAX_LINE_BYTES = 1 * MIB            # of progress
 
 # Queue.
@@ -140,11 +144,21 @@ RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 2                # the pause is doubled so often at most after mere signs, or if the slot was proved:
-                                    # somebody else has it now, and will not for ever
+LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
+ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
+MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
+PREFILLS_KEPT = 20                  # samples of prefill speed
+SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
+FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
+BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones its cache may have held
+FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
+STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
+LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
+STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
@@ -162,10 +176,14 @@ STALL_S = 2.0                       # a stream's speed is judged so often
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
 # 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
 PRIOR_DECODE_S_PER_GB, PRIOR_PREFILL_S_PER_GB = 0.004, 0.00014
+PRIOR_INPUT_S = 0.0025              # per text to embed, beside its tokens: one call to the engine
+CPU_SLOWDOWN = 20.0                 # of a model that lies wholly in main memory; 10 to 50 times were seen
 PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
 PRIOR_MODEL_BYTES = 4.9e9
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
+
+LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded for each card, and three on a CPU
 
 # Batches of texts to embed. A share costs a node OVERHEAD_S, and others wait for its end.
 SHARE_S = 1.0                       # work in a share: 3 % overhead
@@ -321,6 +339,7 @@ class Wants:
     prompt_chars: int = 0
     max_output: int | None = None   # tokens, if the client bounds them
     options: tuple = ()             # runner options given: another value means unload and load again
+    keep_alive_s: float | None = None   # how long the model stays loaded from now on; None = as before
     prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
     embeds: bool = False            # no decode phase
     inputs: int = 1                 # texts to embed: each takes a slot of its own
@@ -769,6 +788,8 @@ NOT_REPEATABLE = CHANGES | {"push"}
 
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
+# With the value that an option has by itself, it is as good as absent.
+USUAL_OPTIONS = {"main_gpu": 0, "use_mmap": False, "num_thread": 0, "shift": True}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
 MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
 OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -1045,17 +1066,27 @@ def runner_options(fields, options):
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
-ZERO_DURATION = re.compile(r"[+-]?0+(\.0*)?(ns|us|µs|ms|s|m|h)?")
+# A duration as Go writes it: "1h30m", "-1m"; "0" alone needs no unit.
+DURATION = re.compile(r"([+-]?)((?:\d{1,15}(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+|0+)")
+DURATION_PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)")
+UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def unloads(kind, fields):
+def parse_keep_alive(value: object) -> float | None:
+    """Return seconds for a `keep_alive`, infinite for a negative one; None for what Ollama does not understand."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return math.inf if value < 0 else float(min(value, 1e9)) if value >= 0 else None    # JSON may hold a NaN
+    read = DURATION.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
+    if read is None:
+        return None
+    seconds = sum(float(number) * UNIT_S[unit] for number, unit in DURATION_PART.findall(read[2]))
+    return math.inf if read[1] == "-" and seconds else seconds
+
+
+def unloads(kind: str, fields: dict) -> bool:
     """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
-    keep_alive = fields.get("keep_alive")
-    if keep_alive is None or fields.get("messages" if kind == "chat" else "prompt"):
-        return False
-    if isinstance(keep_alive, str):
-        return ZERO_DURATION.fullmatch(keep_alive) is not None
-    return keep_alive == 0 and keep_alive is not False
+    return not fields.get("messages" if kind == "chat" else "prompt") and parse_keep_alive(
+        fields.get("keep_alive")) == 0
 
 
 def is_deterministic(fields, options):
@@ -1106,6 +1137,7 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
         prompt_chars=sum(map(len, parts)),
         max_output=output_bound(route.family, fields, options),
         options=runner_options(fields, options),
+        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
         inputs=len(inputs) if isinstance(inputs, list) and inputs else 1,
@@ -1274,6 +1306,10 @@ class FairShare:
 # beside it. That is proof. If one of them left before, it may have waited for that one: then its latency is nearer to
 # its work counted from its sending (it ran beside them) or from that one's end (it waited). Work is by its tokens, as
 # long as a request sent alone takes for so many. Such an answer is only a sign; a few that agree decide.
+#
+# Speeds are what a lone request would see. An answer is no sample of them if a stall, a load or somebody else's request
+# fell into it; a neighbour's prefill bounds what it says; and of prefill only the slow samples count, as the node's own
+# cache makes others faster than true.
 # -----------------------------------------------------------------------------
 
 class Breaker:
@@ -1359,6 +1395,14 @@ def embeds_only(row):
     return "completion" not in capabilities if isinstance(capabilities, list) else "embed" in row_name(row)
 
 
+def cpu_share(row: dict) -> float:
+    """Return the share 0..1 of a model in a row of /api/ps that is not on a card; 0 where the row does not tell."""
+    size, vram = row_bytes(row, "size"), row.get("size_vram")
+    if not size or not isinstance(vram, (int, float)) or vram < 0:
+        return 0.0
+    return 1.0 - min(1.0, row_bytes(row, "size_vram") / size)
+
+
 def row_vram_bytes(row):
     """Return what a model in a row of /api/ps takes on the card; all of it where the row does not tell."""
     return row_bytes(row, "size_vram") or row_bytes(row, "size")
@@ -1403,17 +1447,24 @@ class Prefixes:
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """One model on one node: its residency, its slots and its speed, as far as they are known."""
+    """One model on one node: its residency, its slots and its speed, as far as they are known.
+
+    Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
+    """
 
     node: object
-    model: str
-    row: dict = field(default_factory=dict)     # its entry in the node's /api/tags
+    model: str                      # one of its names
+    models: list = field(default_factory=list)  # all of them
     disk_bytes: float = PRIOR_MODEL_BYTES
     vram_bytes: float = 0.0         # when resident; 0 = never seen
-    on_disk: bool = False
+    cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
     options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
+    context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
+    own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
+    keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
     listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
+    listed: dict = field(default_factory=dict)  # its row in the last /api/ps
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
 
@@ -1431,7 +1482,12 @@ class Runner:
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     prefill_s: float = 0.0          # seconds a token
+    prefills: collections.deque = field(default_factory=lambda: collections.deque(maxlen=PREFILLS_KEPT))    # samples
     decode_s: float = 0.0
+    slow_prefill_s: float = 0.0     # the last samples, if they were grossly off: one more that agrees with them, and
+    off_decode_s: float = 0.0       # they count more than the estimate
+    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
+    input_s: float = 0.0            # seconds a text to embed, beside its tokens
     samples: int = 0                # behind those two
     confirmed_s: float = -math.inf  # when an answer agreed with them last
     load_s: float = 0.0
@@ -1441,7 +1497,18 @@ class Runner:
     error: float = 0.0              # EWMA of the absolute value of that
     judged: int = 0                 # answers behind those two
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
+    beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
+
+    @property
+    def row(self) -> dict:
+        """Its entry in the node's /api/tags; {} if it has none."""
+        return self.node.rows.get(self.model, {})
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the node has it, under any name."""
+        return any(model in self.node.rows for model in self.models)
 
 
 @dataclass(slots=True, eq=False)
@@ -1450,6 +1517,8 @@ class Node:
 
     settings: NodeSettings
     name: str = field(init=False)
+    rows: dict = field(default_factory=dict)        # models on its disk: {model: row of its /api/tags}
+    weights: dict = field(default_factory=dict)     # (model, digest): the blob with its weights; "" = untold
     runners: dict = field(default_factory=dict)     # model: Runner
     leases: list = field(default_factory=list)      # of all models, also those without a slot
     busy: list = field(default_factory=list)        # runners with leases
@@ -1462,6 +1531,9 @@ class Node:
     draining: bool = False
     drained_seq: int = 0            # tickets with a lower `seq` waited before that
     calibrated: bool = False        # measured, or being measured, since it came up
+    measuring: "Lease | None" = None    # among its leases: the gateway's own, which gives way to any other
+    check_s: float = -math.inf      # from then on it may be measured
+    check_pause_s: float = CHECK_PAUSE_S    # after the next measurement
     misses: int = 0                 # probes in a row without an answer
     answered_s: float = -math.inf   # when it answered one last
     lost_s: float = -math.inf       # when it was found to be unreachable last
@@ -1470,12 +1542,17 @@ class Node:
     heard_s: float = 0.0            # last byte of any inference answer
     stalled_s: float = -math.inf    # last time it was in doubt
     advanced_s: float = 0.0         # up to when the runners' progress is counted
+    loaded_s: float = -math.inf     # when a load ended last
+    strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
+    on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
     rtt_s: float = 0.0
     answer_s: float = 0.0           # EWMA of its answer times
     vram_seen_bytes: float = 0.0    # most that was resident at once
     vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
+    loaded_seen: int = 0            # most models that were resident at once
+    most_loaded: float = math.inf   # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
 
     kept: dict = field(default_factory=dict)    # what was kept of its models, see "Memory": {model: learned}
 
@@ -1518,6 +1595,9 @@ class Lease:
     output_tokens: float = 0.0      # expected
     prompt_tokens: float = 0.0
     new_tokens: float = 0.0         # what the prefix cache does not hold
+    fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
+    stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
+    crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
     predicted_first_s: float = 0.0  # when the first byte is due
     predicted_end_s: float = 0.0
     quiet_s: float = 0.0            # silence that is no reason for doubt
@@ -1534,6 +1614,7 @@ class Lease:
     watched_lines: int = 0
     trials: tuple | list = ()       # half-open breakers that this lease is the trial of
     released: bool = False
+    measures: bool = False          # the gateway's own request: it takes no slot from others
     abandon: object = None          # how the I/O side is told, with a Failure, that another node does this
     held_up: object = None          # how it is asked whether the answer waits for its client to read
 
@@ -1597,6 +1678,26 @@ def counted(lease, timings):
 def blend(estimate, sample, gain):
     """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
+
+
+def usual_prefill_s(samples: collections.deque) -> float:
+    """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
+
+    A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
+    one agrees with. Of twenty samples the slowest may be an outlier, too.
+    """
+    ordered = sorted(samples, reverse=True)
+    ordered = ordered[(len(ordered) - 1) // 10:]
+    mean = next((slow for slow, next_s in itertools.pairwise(ordered) if slow <= SPREAD * next_s), ordered[0])
+    for _ in range(2):
+        near = [sample for sample in ordered if mean / SPREAD <= sample <= mean * SPREAD]
+        mean = sum(near) / len(near)
+    return mean
+
+
+def beyond(estimate: float, least: float, most: float) -> float:
+    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
+    return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
 
 
 class OutputLengths:
@@ -1692,6 +1793,7 @@ class Demand(NamedTuple):
     prompt_tokens: float
     output_tokens: float
     samples: int                    # answers that the model's lengths were learned from
+    inputs: int = 0                 # texts to embed
 
 
 class Estimates:
@@ -1712,7 +1814,7 @@ class Estimates:
             output_tokens = 0.0
         elif wants.max_output is not None:
             output_tokens = min(output_tokens, wants.max_output)
-        return Demand(wants, prompt_tokens, output_tokens, samples)
+        return Demand(wants, prompt_tokens, output_tokens, samples, wants.inputs if wants.embeds else 0)
 
     def learn_chars(self, wants, prompt_tokens):
         """Take in how many tokens a prompt was, if its answer told."""
@@ -1741,14 +1843,32 @@ def slowdown(node, runner, extra=0, full=False):
     return CROWD[min(together, 256)] * (models or 1) / node.speed
 
 
+def cpu_factor(runner: Runner) -> float:
+    """Return how many times slower than on a card a model must be expected to run, by where its memory is."""
+    share = float(runner.node.on_cpu) if runner.cpu_share is None else runner.cpu_share
+    return 1.0 + (CPU_SLOWDOWN - 1.0) * share
+
+
 def decode_s(runner):
     """Return seconds per output token, alone; the prior scaled by the node's other models while unmeasured."""
-    return runner.decode_s or runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
+    return runner.decode_s or (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
+                               * cpu_factor(runner))
 
 
 def prefill_s(runner):
     """Return seconds per prompt token, alone."""
-    return runner.prefill_s or runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
+    return runner.prefill_s or (runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
+                                * cpu_factor(runner))
+
+
+def input_s(runner: Runner) -> float:
+    """Return seconds per text to embed, alone, beside what its tokens take."""
+    return runner.input_s or PRIOR_INPUT_S * runner.node.size_factor * cpu_factor(runner)
+
+
+def inputs_s(runner: Runner, wants: Wants) -> float:
+    """Return the seconds that the texts of a request to embed take beside their tokens; 0 for any other request."""
+    return wants.inputs * input_s(runner) if wants.embeds else 0.0
 
 
 def load_s(runner):
@@ -1764,8 +1884,57 @@ def solo_left_s(lease, now):
     if lease.first_s is not None:
         return decode_left_s
     advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner) - advanced_s)
+    prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner)
+                         + inputs_s(runner, lease.ticket.wants) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
+
+
+def is_in_prefill(lease: Lease) -> bool:
+    """Tell whether a request may still be in prefill; of one that does not stream nobody sees the end of it."""
+    runner = lease.runner
+    if lease.first_s is not None:
+        return False
+    work_s = OVERHEAD_S + lease.new_tokens * prefill_s(runner)
+    return lease.ticket.wants.stream or runner.progress_s - lease.start_progress_s < work_s
+
+
+def meet(lease: Lease) -> None:
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
+    runner = lease.runner
+    for other in runner.leases:
+        if is_in_prefill(other):
+            lease.crowd_tokens += other.new_tokens
+            other.crowd_tokens += lease.new_tokens
+    if len(runner.leases) < runner.slots:
+        stall(lease)                # else it waits in the node
+
+
+def stall(lease: Lease) -> None:
+    """Note that a lease's prefill has fallen into the answers of the others on its runner."""
+    for other in lease.runner.leases:
+        if other is not lease:
+            other.stall_tokens += lease.new_tokens
+
+
+def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
+    """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
+    loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
+    return timings.tell_durations and timings.show_a_wait(took_s) and not loading and lease.nth <= lease.runner.top
+
+
+def is_disturbed(lease: Lease) -> bool:
+    """Tell whether an answer's time says nothing of its runner's speed: a stall, a load or somebody else fell into it.
+
+    A node that others use for ever is measured in spite of them, a few times.
+    """
+    node, runner = lease.node, lease.runner
+    if lease.sent_s <= node.stalled_s or node.speed < 0.6:
+        return True
+    if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
+        return True
+    if lease.sent_s <= node.strangers_s and runner.top > 1:
+        return True                 # with one slot somebody else's request ran before it, not beside it
+    return lease.sent_s - node.strangers_s < STRANGERS_S and runner.samples >= KEPT_SAMPLES
 
 
 def certainly_beside(lease):
@@ -1783,11 +1952,12 @@ def is_answer(lease, timings):
 
 def first_work_s(lease, timings):
     """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
-    runner, prompt_tokens = lease.runner, lease.new_tokens
+    runner, wants, prompt_tokens = lease.runner, lease.ticket.wants, lease.new_tokens
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
-    unseen = 0 if lease.ticket.wants.stream else timings.output_tokens
-    return OVERHEAD_S + prompt_tokens * prefill_s(runner) + unseen * decode_s(runner)
+    unseen = 0 if wants.stream else timings.output_tokens
+    return (OVERHEAD_S + prompt_tokens * prefill_s(runner) + inputs_s(runner, wants)
+            + unseen * decode_s(runner))
 
 
 def served_beside_s(lease):
@@ -1811,11 +1981,43 @@ def sign_of_wait(lease, work_s):
     return beside_s * waited_s > work_s * work_s if beside_s > TELLING * waited_s else None
 
 
-def is_loaded_for(runner, wants):
-    """Tell whether the model is resident, or loading, with runner options that suit."""
+def context_of(row: dict) -> int:
+    """Return `context_length` of a row of /api/ps, or of the details in one of /api/tags; 0 if it does not tell."""
+    value = row.get("context_length") if isinstance(row, dict) else None
+    return value if type(value) is int and 0 < value < 2**40 else 0
+
+
+def clamped_context(runner: Runner, num_ctx: float) -> float:
+    """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
+    most = context_of(runner.row.get("details"))
+    return min(num_ctx, most) if most else num_ctx
+
+
+def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
+    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
+    """
+    if not wanted and not loaded and runner.options is not None:
+        return True                 # the server's default, whatever that is
+    there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
+    needed = clamped_context(runner, wanted) if wanted else runner.own_context
+    if there and needed:
+        return there == needed
+    return runner.options is None or wanted == loaded
+
+
+def is_loaded_for(runner: Runner, wants: Wants) -> bool:
+    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
+
+    What is unknown is taken to suit.
+    """
     if runner.ready_s is None:
         return False
-    return runner.options is None or runner.options == wants.options
+    if runner.options == wants.options or runner.options is None and not runner.context:
+        return True
+    wanted, loaded = {**USUAL_OPTIONS, **dict(wants.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
+    if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
+        return False
+    return runner.options is None or wanted == loaded
 
 
 def resident_bytes(runner):
@@ -1823,20 +2025,36 @@ def resident_bytes(runner):
     return runner.vram_bytes or runner.disk_bytes * 1.2
 
 
-def overfills(runner, held_bytes):
-    """Tell whether loading the model beside others that take `held_bytes` would push one of them out."""
+def overfills(runner: Runner, held_bytes: float, count: int) -> bool:
+    """Tell whether loading the model beside `count` others that take `held_bytes` would push one of them out."""
     wanted = held_bytes + resident_bytes(runner)
-    return held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+    return (held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
+            or count >= runner.node.most_loaded)
+
+
+def each_runner(node: Node) -> list[Runner]:
+    """Return the runners of a node, each once however many names it has."""
+    return list(dict.fromkeys(node.runners.values()))
 
 
 def residents(node, but=None):
     """Return the runners of a node whose models are loaded or loading, `but` one."""
-    return [runner for runner in node.runners.values() if runner.ready_s is not None and runner is not but]
+    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not but]
 
 
 def must_evict(runner):
     """Tell whether loading the model would push another one out."""
-    return overfills(runner, sum(map(resident_bytes, residents(runner.node, but=runner))))
+    others = residents(runner.node, but=runner)
+    return overfills(runner, sum(map(resident_bytes, others)), len(others))
+
+
+def victim(runner: Runner) -> Runner:
+    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
+
+    When it was last used plays no part.
+    """
+    return min(residents(runner.node, but=runner),
+               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
 
 def last_end_s(runner, now):
@@ -1863,6 +2081,7 @@ class Crowding(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
     held_bytes: float
+    count: int                      # of other models there
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
 
@@ -1870,7 +2089,7 @@ class Crowding(NamedTuple):
 def crowding(node, now):
     """Return the Crowding of a node."""
     there = residents(node)
-    return Crowding(sum(map(resident_bytes, there)), max((runner.ready_s for runner in there), default=now),
+    return Crowding(sum(map(resident_bytes, there)), len(there), max((runner.ready_s for runner in there), default=now),
                     now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
@@ -1895,7 +2114,7 @@ class Offer:
     """
 
     __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "prefill_s", "decode_s",
-                 "loading")
+                 "input_s", "loading")
 
     def __init__(self, runner, around, now, claims_at_s=()):
         node = runner.node
@@ -1903,7 +2122,7 @@ class Offer:
         self.free = runner.slots - len(runner.leases) - len(claims_at_s)
         self.ends_at_s = None       # when what runs in the slots ends, ascending, with the claims; once needed
         self.slow = slowdown(node, runner, 1)
-        self.prefill_s, self.decode_s = prefill_s(runner), decode_s(runner)
+        self.prefill_s, self.decode_s, self.input_s = prefill_s(runner), decode_s(runner), input_s(runner)
         self.fixed_s = node.rtt_s
         if node.busy and not runner.leases:
             self.fixed_s += around.harm_s(now)
@@ -1933,7 +2152,7 @@ class Offer:
             first_s, swaps = there.loaded_at_s - now, True
             if runner.ready_s is not None:      # loaded with other options
                 first_s = max(first_s, 1.5 * last_end_s(runner, now))
-            elif overfills(runner, there.held_bytes):
+            elif overfills(runner, there.held_bytes, there.count):
                 first_s = max(first_s, 1.5 * (there.drained_at_s - now))
             else:
                 swaps = False
@@ -1962,14 +2181,16 @@ class Offer:
     def finish_s(self, demand, now):
         """Return when a request would be finished, with what it costs others: what nodes are compared by."""
         start_s, _, swap_s = self.start(demand, now)
-        work_s = OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.output_tokens * self.decode_s
+        work_s = (OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
+                  + demand.output_tokens * self.decode_s)
         return start_s + self.fixed_s + work_s * self.slowed() + swap_s
 
     def predict(self, demand, now):
         """Return the Prediction for a request that is to go here."""
         start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
-        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, OVERHEAD_S + new_tokens * self.prefill_s,
+        prefill_s = OVERHEAD_S + new_tokens * self.prefill_s + demand.inputs * self.input_s
+        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
                           demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
                           not is_loaded_for(self.runner, demand.wants))
 
@@ -2078,9 +2299,10 @@ POLICIES = {
 }
 
 
-def size_factor(runner, decode_s):
-    """Return seconds per token over what the model's size lets expect: how slow its node is, whatever it runs."""
-    return min(max(decode_s / (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB), 0.01), 100.0)
+def size_factor(runner: Runner, decode_s: float) -> float:
+    """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
+    expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * cpu_factor(runner)
+    return min(max(decode_s / expected_s, 0.01), 100.0)
 
 
 def share_sizes(count, rates):
@@ -2117,10 +2339,10 @@ def scaled(estimate, ratio, gain):
 
 # name: (kind of number, least, most)
 KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "vram_seen_bytes": (float, 0.0, 1e15),
-                "vram_limit_bytes": (float, 1.0, 1e15)}
-KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "load_s": (float, 1e-3, 1e4),
-                  "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12),
-                  "streams": (int, 1, 10**12)}
+                "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
+KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
+                  "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15),
+                  "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
 KEPT_OF_SLOTS = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
 KEPT_OF_LENGTHS = {"mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
 LONE = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
@@ -2143,7 +2365,7 @@ def attributes(thing, ranges):
     return within({name: getattr(thing, name) for name in ranges}, ranges)
 
 
-def learned_of_runner(runner):
+def learned_of_runner(runner: Runner, digest: str) -> dict:
     """Return what is to be kept of a model on a node; nothing if nothing was learned."""
     kept = attributes(runner, KEPT_OF_RUNNER)
     if not runner.samples:
@@ -2152,12 +2374,13 @@ def learned_of_runner(runner):
         kept.update(attributes(runner, KEPT_OF_SLOTS))
     if runner.lone:
         kept["lone"] = within({str(streams).lower(): ratio for streams, ratio in runner.lone.items()}, LONE)
-    return {**kept, "digest": str(runner.row.get("digest") or "")} if kept else {}
+    return {**kept, "digest": digest} if kept else {}
 
 
 def learned_of_node(node):
     """Return what is to be kept of a node, with what was kept of models that it does not show now."""
-    models = {model: learned for model, runner in node.runners.items() if (learned := learned_of_runner(runner))}
+    models = {model: learned for model, runner in node.runners.items()
+              if (learned := learned_of_runner(runner, digest_of(node, model)))}
     kept = {model: learned for model, learned in node.kept.items() if model not in models}
     models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
     if not models:
@@ -2261,26 +2484,61 @@ def window_of(node: Node, model: str | None) -> int | None:
     return window if type(window) is int else None
 
 
-def has_on_disk(node, model):
+def has_on_disk(node: Node, model: str | None) -> bool:
     """Tell whether a node is known to have a model."""
-    runner = node.runners.get(model)
-    return runner is not None and runner.on_disk
+    return model in node.rows
 
 
-def version_of(node, model):
+def version_of(node: Node, model: str) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
-    return instant_s(node.runners[model].row.get("modified_at"))
+    return instant_s(node.rows[model].get("modified_at"))
 
 
-def digest_of(node, model):
+def digest_of(node: Node, model: str) -> str:
     """Return the digest of a model that a node has; "" if the node did not tell."""
-    return str(node.runners[model].row.get("digest") or "")
+    return str(node.rows.get(model, {}).get("digest") or "")
+
+
+def weights_of(node: Node, model: str) -> str:
+    """Return what is equal for models of one node that are known to be made from the same weights."""
+    digest = digest_of(node, model)
+    return node.weights.get((model, digest)) or digest or model
+
+
+def make_of(row: dict) -> tuple:
+    """Return what is equal in the rows of models made from the same weights, beside their sizes; () if it is untold."""
+    details = row.get("details")
+    if not isinstance(details, dict) or not details.get("parameter_size"):
+        return ()
+    return tuple(str(details.get(key)) for key in ("family", "parameter_size", "quantization_level", "format"))
+
+
+def possible_twins(node: Node) -> list[str]:
+    """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
+    alike, found = collections.defaultdict(list), {}
+    for model, row in node.rows.items():
+        if kind := make_of(row):
+            alike[kind].append((row_bytes(row, "size"), model))
+    for sized in alike.values():
+        for (size, one), (larger, two) in itertools.pairwise(sorted(sized)):
+            if larger - size <= MIB and digest_of(node, one) != digest_of(node, two):
+                found.update({one: None, two: None})
+    return [model for model in found if (model, digest_of(node, model)) not in node.weights]
+
+
+BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
+
+
+def blob_in(modelfile: object) -> str:
+    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
+    found = BLOB.search(modelfile) if isinstance(modelfile, str) else None
+    return found[1] if found else ""
 
 
 def emptiest(nodes, count):
     """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
     def fullness(node):
-        held_bytes = sum(row_bytes(runner.row, "size") for runner in node.runners.values() if runner.on_disk)
+        held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
 
     chosen = sorted(nodes, key=fullness)[:count]
@@ -2496,7 +2754,7 @@ class Dispatcher:
         """
         per_s = 0.0
         for runner in self.holders.get(demand.wants.model, ()):
-            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner)
+            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
                          + demand.output_tokens * decode_s(runner))
             per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
         return 1 / per_s if per_s else 0.0
@@ -2532,7 +2790,7 @@ class Dispatcher:
         for node in idle:
             for model, runner in node.runners.items():
                 settled, entry = self.settled.get(model), self.queue.first(model)
-                if not (settled and entry and runner.on_disk):
+                if not (settled and entry and has_on_disk(node, model)):
                     continue
                 offer = self.around(node, now).offer(runner, now)
                 finish_s = offer.finish_s(self.estimates.demand_of(entry[2]), now)
@@ -2758,7 +3016,7 @@ class Dispatcher:
 
     def is_wanted(self, node: Node) -> bool:
         """Tell whether a waiting ticket could use a node."""
-        return any(runner.on_disk and self.queue.first(model) for model, runner in node.runners.items())
+        return any(self.queue.first(model) for model in node.rows)
 
     def around(self, node, now):
         """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
@@ -2843,7 +3101,8 @@ class Dispatcher:
             return [], ""
         count = len(wants.batch["input"])
         tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
-        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner)) for runner in chosen])
+        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner) + input_s(runner))
+                                    for runner in chosen])
         return sizes, digest_of(chosen[0].node, wants.model)
 
     def without(self, model, digest):
@@ -2862,19 +3121,27 @@ class Dispatcher:
     def lease(self, ticket, node, runner, now, reason, prediction=None):
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+        self.give_way(node, now)
         self.advance(node, now)
         if runner is not None:
             self.expect(lease, prediction, now)
             if lease.loads:
                 self.believe_loaded(runner, ticket.wants, lease.ready_s)
+            if ticket.wants.keep_alive_s is not None:
+                runner.keep_alive_s = ticket.wants.keep_alive_s
             if ticket.wants.prefix and not ticket.wants.embeds:
+                shared_chars = runner.beginnings.common_chars(ticket.wants.prefix)
+                lease.fresh = shared_chars <= FRESH_SHARE * ticket.wants.prompt_chars
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
+                ends = dict.fromkeys((*ticket.wants.prefix[:PREFIX_FIRST], ticket.wants.prefix[-1]))
+                runner.beginnings.remember(tuple(ends), BEGINNINGS_KEPT)    # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
             elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:
                 lease.raced = runner.leases[-1].raced = True
             if ticket.wants.embeds:
                 lease.crowded = any(other.ticket.wants.inputs > 1 for other in (lease, *runner.leases))
+            meet(lease)
             runner.leases.append(lease)
             lease.nth = len(runner.leases)
             runner.used_s = now
@@ -2892,6 +3159,37 @@ class Dispatcher:
             ticket.rival = lease
         return lease
 
+    def may_measure(self, node: Node, now: float) -> bool:
+        """Tell whether a node may be measured: it does nothing for us, and its pause is over."""
+        return node.up and not node.draining and not node.leases and now >= node.check_s
+
+    def lease_for_measuring(self, runner: Runner, wants: Wants, now: float) -> Lease:
+        """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
+
+        After it the node has a pause, which is doubled until it answers somebody.
+        """
+        node = runner.node
+        lease = Lease(Ticket(f"measure-{node.name}", wants, now, now, next(self.seq)), node, runner, now,
+                      "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
+        self.advance(node, now)
+        node.heard_s, node.measuring = now, lease
+        node.leases.append(lease)
+        self.pause_measuring(node, now)
+        return lease
+
+    def pause_measuring(self, node: Node, now: float) -> None:
+        """Let a node be measured again only after a pause, twice as long as the last one."""
+        node.check_s = now + node.check_pause_s
+        node.check_pause_s = min(2 * node.check_pause_s, LAST_CHECK_PAUSE_S)
+
+    def give_way(self, node: Node, now: float) -> None:
+        """End the measurement of a node, if there is one: somebody's request goes there."""
+        lease = node.measuring
+        if lease is not None:
+            self.release(lease, now)
+            if lease.abandon is not None:
+                lease.abandon(Failure("lost", "gives way"))
+
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
         runner, wants = lease.runner, lease.ticket.wants
@@ -2905,18 +3203,19 @@ class Dispatcher:
         lease.quiet_s = quiet_s(runner, it)
         lease.start_progress_s = runner.progress_s
 
-    def believe_loaded(self, runner, wants, ready_s):
-        """Note that a request makes a node load a model, and what Ollama will evict for it: the longest idle."""
+    def believe_loaded(self, runner: Runner, wants: Wants, ready_s: float) -> None:
+        """Note that a request makes a node load a model, and what Ollama will evict for it."""
         while must_evict(runner):
-            self.believe_unloaded(min(residents(runner.node, but=runner),
-                                      key=lambda other: (len(other.leases), other.used_s)))
-        runner.prefixes.clear()
+            self.believe_unloaded(victim(runner))
+        self.believe_unloaded(runner)
         runner.ready_s, runner.options = ready_s, wants.options
 
-    def believe_unloaded(self, runner):
+    def believe_unloaded(self, runner: Runner) -> None:
         """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s, runner.options, runner.listed_s = None, None, math.inf
+        runner.ready_s, runner.options, runner.listed_s, runner.listed = None, None, math.inf, {}
+        runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
         runner.prefixes.clear()
+        runner.beginnings.clear()
 
     def advance(self, node, now):
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
@@ -2942,22 +3241,25 @@ class Dispatcher:
         runner = lease.runner
         if runner is None:
             return
-        self.loaded(lease)
+        self.loaded(lease, now)
         self.advance(lease.node, now)
+        if lease.nth > runner.slots:
+            stall(lease)
         lease.first_progress_s, lease.beside = runner.progress_s, certainly_beside(lease)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
-            if runner.options is None:
-                runner.options = lease.ticket.wants.options
+            if runner.options is None and not (runner.context and dict(lease.ticket.wants.options).get("num_ctx")):
+                runner.options = lease.ticket.wants.options     # else it may have been loaded so by default
         if not lease.ticket.wants.stream:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
                                      and other.ticket.wants.stream and not is_held_up(other)))
 
-    def loaded(self, lease):
+    def loaded(self, lease: Lease, now: float) -> None:
         """Note that a lease does not wait for its model any more, if it did."""
         if lease in lease.node.loading:
             lease.node.loading.remove(lease)
+            lease.node.loaded_s = now
 
     def prove_slots(self, runner, count):
         """Raise what is known of a runner's slots: `count` requests ran at once."""
@@ -2965,7 +3267,8 @@ class Dispatcher:
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
             self.surroundings.pop(runner.node, None)
-            self.unsettle(runner.model)
+            for model in runner.models:
+                self.unsettle(model)
 
     def doubt_slots(self, runner, nth, now):
         """Note that a request waited although so many were proved to run: someone else uses the node, or it changed."""
@@ -2974,15 +3277,19 @@ class Dispatcher:
             runner.top, runner.waits = nth - 1, 0
             self.disprove_slots(runner, now)
 
-    def disprove_slots(self, runner, now):
-        """Note that a request had to wait inside the node: no more than what was proved; try again after a pause."""
+    def disprove_slots(self, runner: Runner, now: float) -> None:
+        """Note that a request had to wait inside the node: no more than what was proved; try again after a pause.
+
+        The pause grows only where the node is ours alone: somebody else who has its slots now will give them back.
+        """
         if runner.slots_known == "set":
             return
         runner.slots, runner.slots_known = runner.top, "learned"
         self.surroundings.pop(runner.node, None)
-        doubled = min(runner.disproofs, 6 if runner.top >= runner.peak else LAST_SHORT_PAUSE)
+        ours = runner.top >= runner.peak and now - runner.node.strangers_s > LATELY_S
+        doubled = min(runner.disproofs, 6) if ours else 0
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
-        runner.disproofs += 1
+        runner.disproofs += ours
 
     def worked(self, lease: Lease, now: float) -> None:
         """Note that a node has answered. Before the lease's release."""
@@ -2990,11 +3297,11 @@ class Dispatcher:
             self.unsettle_all()
         lease.node.breaker.succeed()
         lease.node.heard_s = now
-        lease.node.misses = 0
+        lease.node.misses, lease.node.check_pause_s = 0, CHECK_PAUSE_S
         if lease.runner is not None:
             lease.runner.breaker.succeed()
 
-    def observe(self, lease, timings, now):
+    def observe(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn from a complete answer. Before its release."""
         node, runner = lease.node, lease.runner
         took_s = now - lease.sent_s
@@ -3005,14 +3312,16 @@ class Dispatcher:
         self.judge_prediction(lease, took_s)
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
         self.advance(node, now)
+        if waited_for_strangers(lease, timings, took_s):
+            node.strangers_s = now
         if timings.tell_durations:
             self.learn_slots(lease, timings, took_s, now)
-            self.learn_speed(lease, timings, took_s)
+            self.learn_speed(lease, timings, took_s, now)
         elif is_answer(lease, timings):
             timings = counted(lease, timings)
             self.learn_by_latency(lease, timings, now)
         if timings.output_tokens and not lease.ticket.wants.embeds:
-            self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
+            self.estimates.lengths[lease.ticket.wants.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
             runner.streams += 1
             gain = max(SPEED_GAIN, 1 / runner.streams)
@@ -3052,24 +3361,22 @@ class Dispatcher:
         else:
             self.doubt_slots(runner, lease.nth, now)
 
-    def learn_speed(self, lease, timings, took_s):
+    def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer's durations as samples of the speeds that a lone request would see."""
-        node, runner = lease.node, lease.runner
+        runner, tokens = lease.runner, timings.output_tokens
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
-        if lease.sent_s <= node.stalled_s or node.speed < 0.6 or not timings.prompt_tokens:
-            return                  # it lived through a stall: its durations say nothing of speed
-        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
+        if not timings.prompt_tokens or is_disturbed(lease):
+            return
+        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
-        if timings.prompt_tokens > 64 and lease.new_tokens > 0.9 * lease.prompt_tokens:
-            sample = (timings.prompt_s * share - OVERHEAD_S) / timings.prompt_tokens
-            if sample > 0.1 * prefill_s(runner):        # else the cache held it after all
-                runner.prefill_s = blend(prefill_s(runner), sample, gain)
-        if timings.output_tokens >= 8 and timings.output_s > 1e-4:
-            self.learn_decode(runner, timings.output_s * share / timings.output_tokens, gain)
+        self.learn_prefill(lease, timings.prompt_s * share, timings.prompt_tokens, gain)
+        if tokens >= 8 and timings.output_s > 1e-4:
+            stalled_s = lease.stall_tokens * prefill_s(runner)
+            self.learn_decode(runner, timings.output_s * share / tokens, gain, now, stalled_s / tokens)
 
-    def learn_by_latency(self, lease, timings, now):
+    def learn_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn slots and speeds from an answer that tells no durations."""
         node, runner = lease.node, lease.runner
         if timings.load_s > 1.0:
@@ -3078,8 +3385,8 @@ class Dispatcher:
         if loading or lease.sent_s <= node.stalled_s or node.speed < 0.6:
             return                  # it may have waited for other things than a slot
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
-        if lease.passed_progress_s is None and not lease.raced:     # it waited for nobody
-            self.learn_speed_by_latency(lease, timings)
+        if lease.passed_progress_s is None and not lease.raced and not is_disturbed(lease):     # it waited for nobody
+            self.learn_speed_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
     def weigh_signs(self, lease, timings, now):
@@ -3127,32 +3434,86 @@ class Dispatcher:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
 
-    def learn_speed_by_latency(self, lease, timings):
+    def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the latency of a request that waited for nobody as a sample of speed."""
-        runner = lease.runner
+        runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
         if lease.ticket.wants.stream:
             later_s = runner.progress_s - lease.first_progress_s
-            if lease.new_tokens > 64 and first_s - OVERHEAD_S > 0.1 * (work_s - OVERHEAD_S):    # else it was cached
-                runner.prefill_s = scaled(prefill_s(runner), (first_s - OVERHEAD_S) / (work_s - OVERHEAD_S), gain)
+            self.learn_prefill(lease, first_s, timings.prompt_tokens or lease.prompt_tokens, gain)
             if tokens >= 8 and later_s > 1e-4:
-                self.learn_decode(runner, later_s / (tokens - 1), gain)
+                self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
             return
         ratio = max(first_s - OVERHEAD_S, 0.1 * first_s) / max(work_s - OVERHEAD_S, 1e-6)
-        if lease.new_tokens > 0.9 * lease.prompt_tokens:
+        if lease.ticket.wants.embeds:
+            runner.input_s = scaled(input_s(runner), ratio, gain)
+        known_s, expected_s = decode_s(runner), max(work_s - OVERHEAD_S, 1e-6)
+        if lease.new_tokens > 0.9 * lease.prompt_tokens and lease.fresh and not runner.prefills:
             runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
         if tokens >= 8:
-            self.learn_decode(runner, decode_s(runner) * ratio, gain)
+            self.learn_decode(runner, known_s * ratio, gain, now, known_s * stalled_s / expected_s)
         elif lease.ticket.wants.embeds:
             runner.samples += 1
 
-    def learn_decode(self, runner, sample, gain):
-        """Take in the seconds per output token that a lone request would have seen."""
-        node = runner.node
-        node.size_factor = blend(node.size_factor, size_factor(runner, sample), gain)
-        runner.decode_s = blend(decode_s(runner), sample, gain) if runner.samples else sample
+    def learn_prefill(self, lease: Lease, seconds: float, tokens: float, gain: float) -> None:
+        """Take in what a lone request would have waited for its first token, and for how many prompt tokens.
+
+        What the node's cache held makes it faster than true, and neighbours in prefill slower.
+        """
+        runner = lease.runner
+        if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
+            return
+        known, work_s = prefill_s(runner), max(seconds - OVERHEAD_S, 0.1 * seconds)
+        sample = work_s / tokens
+        if not lease.fresh and sample < LEEWAY * known:
+            return
+        if lease.crowd_tokens > STALL_SHARE * tokens:
+            sample = beyond(known, work_s / (tokens + lease.crowd_tokens), sample)
+            if not sample:
+                return
+        if tokens <= FULL_PROMPT_TOKENS:
+            if not runner.prefills:
+                runner.prefill_s = blend(known, sample, gain * tokens / FULL_PROMPT_TOKENS)
+            return
+        before, runner.slow_prefill_s = runner.slow_prefill_s, sample if sample > GROSS * known else 0.0
+        if before and runner.slow_prefill_s and 1 / ALIKE <= sample / before <= ALIKE:
+            runner.prefills.clear()
+            runner.prefills.append(before)
+        runner.prefills.append(sample)
+        runner.prefill_s = usual_prefill_s(runner.prefills)
+
+    def learn_decode(self, runner: Runner, sample: float, gain: float, now: float = 0.0,
+                     stalled_s: float = 0.0) -> None:
+        """Take in the seconds per output token that a lone request would have seen.
+
+        `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only
+        a bound. Two that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
+        """
+        node, known = runner.node, decode_s(runner)
+        if stalled_s <= STALL_SHARE * sample:
+            sample -= stalled_s / 2
+        else:
+            sample = beyond(known, max(sample - stalled_s, 0.1 * sample), sample)
+            if not sample:
+                return
+        others = any(other.decode_s for other in node.runners.values() if other is not runner)
+        before, runner.off_decode_s = runner.off_decode_s, 0.0
+        if not runner.samples:
+            runner.decode_s = sample
+        elif 1 / GROSS <= sample / known <= GROSS:
+            runner.decode_s = blend(known, sample, gain)
+            if 1 / ALIKE <= sample / known <= ALIKE:
+                runner.confirmed_s = now
+        elif (before and 1 / ALIKE <= sample / before <= ALIKE
+              and (runner.samples < MANY_SAMPLES or now - runner.confirmed_s > LATELY_S)):
+            sample = runner.decode_s = math.sqrt(before * sample)
+            runner.samples, runner.confirmed_s, gain = 1, now, 1.0
+        else:
+            runner.decode_s, runner.off_decode_s = blend(known, sample, gain), sample
+        factor = size_factor(runner, sample)
+        node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
         runner.samples += 1
 
     def release(self, lease, now):
@@ -3166,7 +3527,9 @@ class Dispatcher:
         ticket.rival = None
         self.advance(node, now)
         node.leases.remove(lease)
-        if runner is not None:
+        if lease.measures:
+            node.measuring = None
+        elif runner is not None:
             place = runner.leases.index(lease)
             del runner.leases[place]
             for later in runner.leases[place:]:
@@ -3174,11 +3537,14 @@ class Dispatcher:
                 if later.first_s is None and later.passed_progress_s is None:
                     later.passed_progress_s = runner.progress_s
             runner.used_s = now
-            self.loaded(lease)
+            self.loaded(lease, now)
             if not runner.leases:
                 node.busy.remove(runner)
-            if runner.model in self.settled:
-                self.freed[runner.model] += 1
+                if not runner.keep_alive_s:     # the node unloads it at once
+                    self.believe_unloaded(runner)
+            for model in runner.models:
+                if model in self.settled:
+                    self.freed[model] += 1
         if not node.leases:
             self.idle.add(node)
         for breaker in lease.trials:
@@ -3200,8 +3566,9 @@ class Dispatcher:
         node.errors += 1
         self.unsettle_all()
         if kind == "missing" and runner is not None:    # the index was wrong
-            runner.on_disk = False
-            self.believe_unloaded(runner)
+            node.rows.pop(ticket.wants.model, None)
+            if not runner.on_disk:
+                self.believe_unloaded(runner)
             self.reindex()
         elif kind == "refused":
             node.up, node.lost_s = False, now   # no new work; whether what runs there is lost, the next probe tells
@@ -3248,6 +3615,8 @@ class Dispatcher:
         self.keep(dropped)
         for node in dropped:
             node.draining = True
+            if node.measuring:
+                self.give_way(node, node.measuring.sent_s)
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if node not in old], dropped
@@ -3289,12 +3658,14 @@ class Dispatcher:
 
     def recall_runner(self, runner):
         """Take over what was kept of a model on a node, if it is the same version."""
-        kept, digest = runner.node.kept.get(runner.model, {}), str(runner.row.get("digest") or "")
+        kept, digest = runner.node.kept.get(runner.model, {}), digest_of(runner.node, runner.model)
         if kept.get("digest") and digest and kept["digest"] != digest:
             return
         for name in KEPT_OF_RUNNER.keys() & kept.keys():
             setattr(runner, name, kept[name])
         runner.samples, runner.streams = min(runner.samples, KEPT_SAMPLES), min(runner.streams, KEPT_SAMPLES)
+        if runner.prefill_s:
+            runner.prefills.extend([runner.prefill_s] * KEPT_SAMPLES)
         runner.lone = {name == "true": ratio for name, ratio in kept.get("lone", {}).items()}
         if "slots" in kept and runner.slots_known == "guessed":
             runner.slots = runner.top = kept["slots"]
@@ -3337,9 +3708,9 @@ class Dispatcher:
         self.skimmed_s.clear()
         self.holders = {}
         for node in self.nodes.values():
-            for runner in node.runners.values():
-                if runner.on_disk and not is_cloud(runner.model):
-                    self.holders.setdefault(runner.model, []).append(runner)
+            for model in node.rows:
+                if not is_cloud(model):
+                    self.holders.setdefault(model, []).append(node.runners[model])
         for ticket in self.queue.tickets:
             self.bar(ticket)
 
@@ -3349,6 +3720,7 @@ class Dispatcher:
             node.lost_s = now
         node.probed, node.up, node.suspect, node.calibrated = True, False, False, False
         node.speed = 1.0
+        node.check_s, node.check_pause_s = -math.inf, CHECK_PAUSE_S
         self.unsettle_all()
         for runner in node.runners.values():
             self.believe_unloaded(runner)
@@ -3371,30 +3743,63 @@ class Dispatcher:
         if refused or not node.probed or now - node.answered_s >= DEAD_S:
             self.lost(node, now)
 
-    def index(self, node, rows, asked_s=math.inf):
+    def index(self, node: Node, rows: list[dict], asked_s: float = math.inf) -> None:
         """Take over a node's /api/tags, unless what was asked for later has come before it."""
         if asked_s < node.indexed_s:
             return
         node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
-        names = set()
-        for row in rows:
-            name = row_name(row)
-            names.add(name)
-            is_new = name not in node.runners
-            runner = self.runner(node, name)
-            runner.on_disk, runner.row = True, row
+        rows = {row_name(row): row for row in rows}
+        gone = [model for model in node.runners if model not in rows]
+        if gone:
+            node.kept = learned_of_node(node).get("models", {})
+        node.rows = rows
+        for model, row in rows.items():
+            is_new = model not in node.runners
+            runner = self.runner(node, model)
             if is_new:
                 self.recall_runner(runner)
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
             if embeds_only(row) and runner.slots_known == "guessed":
                 runner.slots_known = "set"      # to one, by Ollama itself
-        for runner in list(node.runners.values()):
-            if runner.model not in names:
-                runner.on_disk = False
-                if not runner.leases:
-                    node.kept = learned_of_node(node).get("models", {})
-                    del node.runners[runner.model]
+        for model in gone:
+            if not any(lease.ticket.wants.model == model for lease in node.runners[model].leases):
+                del node.runners[model]
+        self.share_runners(node)
         node.indexed = True
+        self.reindex()
+
+    def share_runners(self, node: Node) -> None:
+        """Give the models of a node that are made from the same weights one runner, and only those.
+
+        One that works stays as it is until it is idle, when the models are looked at next.
+        """
+        sharing, taken = {}, set()
+        for model in node.rows:
+            sharing.setdefault(weights_of(node, model), []).append(model)
+        for models in sharing.values():
+            free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
+            kept = max(free, key=lambda runner: (len(runner.leases), runner.samples, runner.used_s), default=None)
+            for model in models:
+                known = node.runners[model]
+                if kept is None:
+                    del node.runners[model]
+                    kept = self.runner(node, model)
+                    kept.disk_bytes = known.disk_bytes
+                elif known in taken or not known.leases:
+                    if kept.ready_s is None and known not in taken:
+                        kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
+                    node.runners[model] = kept
+            taken.update([kept], free)
+        for runner in each_runner(node):
+            runner.models = [model for model, it in node.runners.items() if it is runner]
+            runner.model = runner.model if runner.model in runner.models else runner.models[0]
+
+    def know_weights(self, node: Node, found: dict) -> None:
+        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
+        node.weights = {**node.weights, **found}
+        known = {(model, digest_of(node, model)) for model in node.rows}
+        node.weights = {key: blob for key, blob in node.weights.items() if key in known}
+        self.share_runners(node)
         self.reindex()
 
     def index_failed(self, node):
@@ -3409,25 +3814,35 @@ class Dispatcher:
         """Return what is known of a model on a node, from now on."""
         runner = node.runners.get(model)
         if runner is None:
-            runner = node.runners[model] = Runner(node, model)
+            runner = node.runners[model] = Runner(node, model, [model])
             self.set_slots(runner)
         return runner
 
-    def residency(self, node, rows, asked_s, now):
+    def residency(self, node: Node, rows: list[dict], asked_s: float, now: float) -> None:
         """Take over a node's /api/ps, asked for at `asked_s`. What was placed since then is trusted without it.
 
-        Two names of the same weights share one runner, and ps shows only one of them: so the digest counts too.
+        Of the names of one runner it shows the first that was asked for.
         """
         names = {row_name(row): row for row in rows}
         self.learn_memory(node, {row_name(row): row for row in node.running}, names)
         node.running = rows
         digests = {str(row["digest"]): row for row in rows if row.get("digest")}
-        changed = False
-        for runner in node.runners.values():
-            row = names.get(runner.model) or digests.get(str(runner.row.get("digest")))
-            runner.listed_s = min(runner.listed_s, now) if row else math.inf
+        on_cpu = all(cpu_share(row) == 1.0 for row in rows) if rows else node.on_cpu
+        changed, node.on_cpu = on_cpu != node.on_cpu, on_cpu
+        for runner in each_runner(node):
+            row = (next((names[model] for model in runner.models if model in names), None)
+                   or digests.get(digest_of(node, runner.model)))
+            runner.listed, runner.listed_s = row or {}, min(runner.listed_s, now) if row else math.inf
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
+                changed = changed or runner.cpu_share != cpu_share(row)
+                runner.cpu_share = cpu_share(row)
+                if runner.ready_s is None or runner.ready_s <= asked_s:     # else it may be of what ran before
+                    if runner.context and runner.context != context_of(row):
+                        runner.options = None       # somebody else has had it loaded anew
+                    runner.context = context_of(row)
+                    if runner.options is not None and not dict(runner.options).get("num_ctx"):
+                        runner.own_context = runner.context
                 if runner.ready_s is None:
                     runner.ready_s, runner.options = now, None
                     changed = True
@@ -3437,18 +3852,26 @@ class Dispatcher:
         if changed:
             self.unsettle_all()
 
-    def learn_memory(self, node, before, after):
+    def learn_memory(self, node: Node, before: dict, after: dict) -> None:
         """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
 
         What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
-        A model that still loads is not listed, but has its room.
+        A model that still loads is not listed, but has its room. Where three are left, and never were more, the node
+        may have reached its count of models: that says nothing of its memory.
         """
-        held_bytes = sum(map(row_vram_bytes, after.values()))
-        node.vram_seen_bytes = max(node.vram_seen_bytes, held_bytes)
-        loading = {lease.runner for lease in node.loading if lease.runner.model not in after}
+        held_bytes, count = sum(map(row_vram_bytes, after.values())), len(after)
+        node.vram_seen_bytes, node.loaded_seen = max(node.vram_seen_bytes, held_bytes), max(node.loaded_seen, count)
+        if node.most_loaded < node.loaded_seen:
+            node.most_loaded = math.inf
+        loading = {lease.runner for lease in node.loading
+                   if not any(model in after for model in lease.runner.models)}
         held_bytes += sum(map(resident_bytes, loading))
         gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
-        if gone and any(model not in before for model in after):
+        if not gone or not any(model not in before for model in after):
+            return
+        if count >= max(LEAST_COUNT_LIMIT, node.loaded_seen):
+            node.most_loaded = float(count)
+        else:
             node.vram_limit_bytes = min(node.vram_limit_bytes, held_bytes + max(gone))
 
     def watch(self, now: float) -> tuple[list[Lease], list[Lease]]:
@@ -3459,7 +3882,7 @@ class Dispatcher:
         """
         self.leaving = [node for node in self.leaving if node.leases]
         nodes = (*self.nodes.values(), *self.leaving)
-        leases = [lease for node in nodes for lease in node.leases if lease.runner is not None and not self.pick]
+        leases = [lease for node in nodes for lease in node.leases if lease.runner and not (lease.measures or self.pick)]
         for lease in leases:
             if self.is_overdue(lease, now):
                 self.doubt(lease.node, now)
@@ -3526,36 +3949,32 @@ class Dispatcher:
         node.heard_s = now
         self.unsettle_all()
 
-    def calibrates(self, node):
-        """Note that a node is being measured; that is done once each time it comes up."""
-        node.calibrated = True
+    def calibrates(self, node: Node, done: bool = True) -> None:
+        """Note that a node is being measured; that is done once each time it comes up. Or that it was in vain."""
+        node.calibrated = done
 
     def forget_speed(self, node):
         """Take a node for as fast as ever."""
         node.speed = 1.0
         self.unsettle_all()
 
-    def measured(self, runner, answers, now):
-        """Learn from a calibration: Timings of requests sent to an idle runner at once."""
-        node = runner.node
+    def measured(self, lease: Lease, timings: Timings, now: float) -> bool:
+        """Learn from the answer to a measuring request; tell whether it says anything. Before its release.
+
+        It does not if somebody else used the node, or the model was loaded for it.
+        """
+        node, runner = lease.node, lease.runner
+        node.heard_s = now
+        if timings.show_a_wait(now - lease.sent_s):
+            node.strangers_s = now
+            return False
+        if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
+            return False
+        self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, max(SPEED_GAIN, 1 / (runner.samples + 1)))
+        if not runner.samples:
+            self.learn_decode(runner, timings.output_s / timings.output_tokens, 1.0, now)
         self.unsettle_all()
-        runner.ready_s = runner.ready_s or now
-        node.speed = 1.0
-        timings = [it for it in answers if it.output_tokens >= 4 and it.output_s > 1e-4]
-        if not timings:
-            return
-        together = sum(1 for it in timings if not it.show_a_wait(it.total_s))
-        if len(timings) > 1:
-            self.prove_slots(runner, together)
-            if together < len(timings):
-                self.disprove_slots(runner, now)
-        crowd = min(len(timings), runner.slots) ** (1 - BATCH_GAIN)
-        first = min(timings, key=lambda it: it.total_s)
-        runner.decode_s = first.output_s / first.output_tokens / crowd
-        if first.prompt_tokens > 64 and first.prompt_s > 0:
-            runner.prefill_s = max(1e-6, (first.prompt_s / crowd - OVERHEAD_S) / first.prompt_tokens)
-        node.size_factor = size_factor(runner, runner.decode_s)
-        runner.samples = max(runner.samples, 1)
+        return True
 
 
 # -----------------------------------------------------------------------------
@@ -5997,8 +6416,7 @@ def merge_rows(rows, newest):
 
 def all_tags(gateway):
     """Return the rows of /api/tags, merged."""
-    return merge_rows((runner.row for node in live_nodes(gateway) for runner in node.runners.values()
-                       if runner.on_disk), "modified_at")
+    return merge_rows((row for node in live_nodes(gateway) for row in node.rows.values()), "modified_at")
 
 
 def answer_root(gateway):
@@ -6104,6 +6522,18 @@ async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
     gateway.dispatcher.residency(node, rows_of(found), asked_s, gateway.loop.time())
 
 
+async def look_at_weights(gateway: "Gateway", node: Node) -> None:
+    """Find out which models of a node that look alike are made from the same weights; each is asked once.
+
+    Raises ProbeFailure or NodeFailure.
+    """
+    for model in possible_twins(node):
+        key = model, digest_of(node, model)
+        status, answer, _ = await fetch(gateway.pools[node], "POST", "/api/show", {"model": model})
+        blob = blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+        gateway.dispatcher.know_weights(node, {key: blob})
+
+
 async def look_after_load(gateway, node):
     """See at once what a load has pushed out: the next one should know what fits together."""
     with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
@@ -6134,7 +6564,7 @@ def note_state(gateway, node, why=""):
     if not node.probed or state == was or node.up and not node.indexed:
         return                      # its models are part of the line
     gateway.states[node] = state
-    models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
+    models = " ".join(sorted(node.rows))
     LOG.log(logging.INFO if node.up else logging.WARNING,
             {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
              "version": node.version, "models": models, "why": why})
@@ -6150,6 +6580,7 @@ async def probe(gateway, node):
         dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
         await look_at_models(gateway, node)
         await look_at_residency(gateway, node)
+        await look_at_weights(gateway, node)
     except (NodeFailure, ProbeFailure, Refusal) as failure:
         why = str(failure)
         if answered:
@@ -6172,55 +6603,98 @@ async def probe_forever(gateway, node):
         await asyncio.sleep(pause_s * gateway.rng.uniform(0.85, 1.15))
 
 
-def loaded_runners(node):
-    """Return the models of a node that are loaded and answer with text."""
-    return [runner for runner in node.runners.values()
-            if runner.ready_s is not None and not (runner.row and embeds_only(runner.row))]
+def loaded_options(runner: Runner) -> dict | None:
+    """Return the options with which a request loads nothing anew; None if they are not known."""
+    if not runner.context and runner.options is None:
+        return None
+    return {**dict(runner.options or ()), **({"num_ctx": runner.context} if runner.context else {})}
 
 
-async def measure(gateway, runner, count, tokens, timeout_s):
-    """Run `count` short requests at once on a runner; return the Timings of those that were answered."""
-    options = dict(runner.options or ())
-    words = " ".join(f"{gateway.rng.getrandbits(16):x}" for _ in range(100))
-    value = {"model": runner.model, "prompt": words, "raw": True, "stream": False,
-             "options": {**options, "num_predict": tokens}}
-    results = await asyncio.gather(*(
-        ask(gateway, runner.node, "POST", "/api/generate", {**value, "prompt": f"{number} {words}"}, timeout_s)
-        for number in range(count)), return_exceptions=True)
-    return [read_timings(json.dumps(result).encode()) for result in results if isinstance(result, dict)]
+def loaded_runners(node: Node) -> list[Runner]:
+    """Return the models of a node that /api/ps shows, that answer with text, and whose options are known."""
+    return [runner for runner in each_runner(node) if runner.listed and loaded_options(runner) is not None
+            and not embeds_only(runner.row or runner.listed)]
 
 
-async def calibrate(gateway, node):
-    """Measure speed and slots of an idle node on a model that is loaded anyway, once after it came up.
+async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, timeout_s: float) -> bool | None:
+    """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
+
+    It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
+    """
+    dispatcher, loop, node = gateway.dispatcher, gateway.loop, runner.node
+    options = loaded_options(runner)
+    shift = options.pop("shift", None)
+    value = {"model": runner.listed["name"], "raw": True, "stream": False,
+             "options": {**options, "num_predict": tokens},
+             "prompt": " ".join(f"{gateway.rng.getrandbits(16):04x}" for _ in range(words)),
+             **({} if shift is None else {"shift": bool(shift)})}
+    wants = Wants(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
+    lease = dispatcher.lease_for_measuring(runner, wants, loop.time())
+    asking = loop.create_task(ask(gateway, node, "POST", "/api/generate", value, timeout_s))
+    lease.abandon = lambda failure: asking.cancel()
+    try:
+        await asyncio.wait([asking])
+        if asking.cancelled() or asking.exception() or lease.released:
+            return None
+        return dispatcher.measured(lease, read_timings(json.dumps(asking.result()).encode()), loop.time())
+    finally:
+        asking.cancel()
+        if not lease.released:
+            dispatcher.release(lease, loop.time())
+
+
+async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
+    """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
+
+    Meanwhile somebody may have come, or the node may not answer: then there is a pause, too.
+    """
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    try:
+        await look_at_residency(gateway, node)
+    except (ProbeFailure, NodeFailure, Refusal):
+        dispatcher.pause_measuring(node, loop.time())
+    if not dispatcher.may_measure(node, loop.time()):
+        return None
+    return min(loaded_runners(node), key=lambda runner: runner.samples, default=None)
+
+
+async def calibrate(gateway: "Gateway", node: Node) -> None:
+    """Measure the speed of an idle node on a model that is loaded anyway, once after it came up.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
-    with a CPU node. Never loads a model.
+    with a CPU node. One short request at a time: slots are learned from those of others.
     """
-    runner = loaded_runners(node)[0]
-    gateway.dispatcher.calibrates(node)
-    answers = await measure(gateway, runner, 1 if runner.slots_known == "set" else 4, 8, CALIBRATION_S)
-    if node.leases or not answers:
-        return                      # requests came in between: the figures would be theirs, too
-    gateway.dispatcher.measured(runner, answers, gateway.loop.time())
+    dispatcher = gateway.dispatcher
+    if not dispatcher.may_measure(node, gateway.loop.time()):
+        return
+    dispatcher.calibrates(node)
+    runner = await loaded_runner(gateway, node)
+    if runner is None or not runner.samples and not await measure(
+            gateway, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS, CALIBRATION_S):
+        dispatcher.calibrates(node, False)          # it is tried again, after a pause
+        return
     LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots,
               "decode_tok_s": round(1 / decode_s(runner), 1)})
     gateway.pump()
 
 
-async def check(gateway, node):
-    """Settle a suspicion: one token from a loaded model shows that the node works, and how fast."""
-    suspected = node.suspect
-    loaded = loaded_runners(node)
-    if not loaded:                  # nothing to ask; its next request will show
-        gateway.dispatcher.trust(node, gateway.loop.time())
-        gateway.dispatcher.forget_speed(node)
+async def check(gateway: "Gateway", node: Node) -> None:
+    """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    if not dispatcher.may_measure(node, loop.time()):
         return
-    answers = await measure(gateway, loaded[0], 1, 1 if suspected else 16, CALIBRATION_S)
-    if answers:
-        if not suspected:
-            gateway.dispatcher.measured(loaded[0], answers, gateway.loop.time())
-        gateway.dispatcher.trust(node, gateway.loop.time())
-        gateway.pump()
+    runner = await loaded_runner(gateway, node)
+    if not dispatcher.may_measure(node, loop.time()):
+        return
+    due_s = math.inf
+    if runner is not None:          # else there is nothing to ask: its next request will show
+        due_s = loop.time() + 2 * (OVERHEAD_S + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s) + SLOW_CHECK_S
+        if await measure(gateway, runner, 1, 1, CALIBRATION_S) is None:
+            return
+    dispatcher.trust(node, loop.time())
+    if loop.time() < due_s:
+        dispatcher.forget_speed(node)
+    gateway.pump()
 
 
 # -----------------------------------------------------------------------------
@@ -6243,12 +6717,14 @@ def percentile(ordered, share):
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
-def runner_stats(runner, now):
+def runner_stats(node: Node, model: str, now: float) -> dict:
     """Return what /api/stats says of one model on one node."""
+    runner = node.runners[model]
     resident = runner.ready_s is not None
-    return {"on_disk": runner.on_disk, "resident": resident, "loading": resident and runner.ready_s > now,
+    return {"on_disk": has_on_disk(node, model), "resident": resident, "loading": resident and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
-            "slots_known": runner.slots_known, "inflight": len(runner.leases),
+            "slots_known": runner.slots_known,
+            "inflight": sum(lease.ticket.wants.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
             "load_s": round(runner.load_s, 2) or None, "samples": runner.samples,
@@ -6290,7 +6766,7 @@ def node_stats(node, now):
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
                       else None for share in (50, 95, 99)},
-        "models": {model: runner_stats(runner, now) for model, runner in sorted(node.runners.items())}}
+        "models": {model: runner_stats(node, model, now) for model in sorted(node.runners)}}
 
 
 def queue_stats(dispatcher, now):
@@ -7998,7 +8474,7 @@ def command_line(environ):
         "(%(default)s)")
     add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
     add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
-        "(they are)")
+        "(they are, with one short request to a model that is loaded)")
     add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it) "
         "(no)")
     add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
@@ -8150,8 +8626,8 @@ async def run_check(options, settings):
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
-        models = sorted(runner.model for runner in node.runners.values() if runner.on_disk)
-        loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
+        models = sorted(node.rows)
+        loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
         table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
                       " ".join(models) or "-", " ".join(loaded) or "-", why))
     table += [(line.name, line.url, "no address", "-", "-", "-", "") for line in missing]
