@@ -647,7 +647,8 @@ MOST_EQUAL_TOKENS = 30
 def composed(ask, most):
     """Return (tokens, done_reason). Deterministic: all nodes give one model and prompt the same answer.
 
-    The reason is None for an answer that is given up for its repetitions. The prompt may choose the length, `<out=123>` (the last mark counts); else it is 20 to 80 tokens.
+    The reason is None for an answer that is given up for its repetitions. The prompt may choose the length,
+    `<out=123>` (the last mark counts); else it is 20 to 80 tokens.
     """
     rng = random.Random(hashlib.sha256((ask.model.blob + ask.prompt).encode("utf-8", "replace")).digest())
     marks = OUTPUT_MARK.findall(ask.prompt)
@@ -809,7 +810,7 @@ class Engine:
         return {runner.model.name: runner for runner in self.runners.values()}
 
     def context_length(self, model, explicit=None):
-        """Return the tokens of a window: what was asked for, or Ollama's default for so much VRAM; at most the model's."""
+        """Return the tokens of a window: those asked for or Ollama's default for so much VRAM, at most the model's."""
         vram_gb = 0 if self.hardware.on_cpu else self.vram_gb
         default = self._context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
         return min(model.max_context, max(4, int(explicit)) if isinstance(explicit, (int, float)) else default)
@@ -2399,13 +2400,17 @@ DEMO = (
 )
 
 
+BENCH_CONTEXT = 65_536     # tokens: the longest chat of a benchmark fits; windows by memory would refuse it
+
+
 def demo_nodes(count=3, first_port=0, speed=1.0):
     """Return unequal nodes with overlapping models, not started; port 0 means any."""
     nodes = []
     for index, (hardware, models) in enumerate(itertools.islice(itertools.cycle(DEMO), count)):
         name = hardware if count <= len(DEMO) else f"{hardware}-{index + 1}"
         port = first_port + index if first_port else 0
-        nodes.append(SimNode(hardware, models, name=name, port=port, seed=index, speed=speed, drawn=True))
+        nodes.append(SimNode(hardware, models, name=name, port=port, seed=index, speed=speed, drawn=True,
+                             context=BENCH_CONTEXT))
     return nodes
 
 
@@ -2828,9 +2833,6 @@ class Run(NamedTuple):
     samples: list
     elapsed_s: float
     ratios: sollol.Ratios | None = None     # actual over predicted times, where the gateway runs in this process
-
-
-BENCH_CONTEXT = 65_536     # tokens: the longest chat of six turns fits; the windows by memory would refuse it
 
 
 def cluster_nodes(scenario, seed):
