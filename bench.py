@@ -32,6 +32,7 @@ import email.utils
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import heapq
 import html
@@ -55,6 +56,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+import zlib
 from typing import Callable, NamedTuple
 
 import sollol
@@ -144,6 +146,7 @@ class Hardware(NamedTuple):
     slots: int              # OLLAMA_NUM_PARALLEL
     vram_gb: float
     load_gb_s: float        # disk to memory
+    on_cpu: bool = False    # no card: vram_gb is its RAM
 
 
 HARDWARE = {hardware.name: hardware for hardware in (
@@ -151,7 +154,8 @@ HARDWARE = {hardware.name: hardware for hardware in (
     Hardware("rtx3090", 105, 3200, 4, 24, 3.0),     # NVMe, cold
     Hardware("rtx3060", 50, 1500, 2, 12, 2.0),      # slow NVMe, cold
     Hardware("m2", 40, 350, 2, 16, 5.0),            # Apple, warm
-    Hardware("cpu", 9, 45, 1, 32, 0.5),             # SATA SSD
+    Hardware("cpu", 9, 45, 1, 32, 0.5, True),       # SATA SSD
+    Hardware("cpu-small", 4, 20, 1, 16, 0.5, True),     # four cores; 100 tok/s of a prompt for a model of 1B
 )}
 
 
@@ -161,24 +165,32 @@ class Model(NamedTuple):
     size_gb: float
     speed: float            # relative to an 8B model
     embedding: bool = False
-    weights: str = ""       # what the digest is of; the name if empty: a copy has that of its source
+    weights: str = ""       # what the blob is of; the name if empty: a copy has that of its source
+    max_context: int = 131_072      # tokens that it was trained for: a larger num_ctx is cut to it
+    manifest: str = ""      # what the digest is of; name and weights if empty
+    format: str = "gguf"    # or "safetensors"
+
+    @property
+    def blob(self):
+        """Return 64 hex digits of the weights: tags that share them share a runner."""
+        return hashlib.sha256((self.weights or self.name).encode()).hexdigest()
 
     @property
     def digest(self):
-        """Return 64 hex digits, the same on every node for the same weights."""
-        return hashlib.sha256((self.weights or self.name).encode()).hexdigest()
+        """Return 64 hex digits of the manifest, the same on every node: two tags of the same weights differ in it."""
+        return hashlib.sha256(f"manifest {self.manifest or f'{self.name} {self.weights}'}".encode()).hexdigest()
 
 
 MODELS = {model.name: model for model in (
     Model("llama3.2:latest", 3.2, 2.0, 2.3),
     Model("llama3.2:1b", 1.2, 1.3, 5.0),
     Model("llama3.1:8b", 8.0, 4.9, 1.0),
-    Model("qwen3:14b", 14.8, 9.3, 0.55),
+    Model("qwen3:14b", 14.8, 9.3, 0.55, max_context=40_960),
     Model("llama3.3:70b", 70.6, 42.5, 0.12),
-    Model("mistral:latest", 7.2, 4.4, 1.0),
+    Model("mistral:latest", 7.2, 4.4, 1.0, max_context=32_768),
     Model("gemma3:4b", 4.3, 3.3, 1.8),
-    Model("phi4:14b", 14.7, 9.1, 0.55),
-    Model("nomic-embed-text:latest", 0.14, 0.27, 20.0, embedding=True),
+    Model("phi4:14b", 14.7, 9.1, 0.55, max_context=16_384),
+    Model("nomic-embed-text:latest", 0.14, 0.27, 100.0, embedding=True, max_context=2048),
 )}
 
 
@@ -199,30 +211,52 @@ def model_named(name):
 # ------------------------------------------------------------------------------------------------------------
 # Device: how do requests share one processor?
 #
-# Work is counted in solo-seconds: what takes 1 s alone is 1 solo-second. b requests of one model are
-# batched and progress at b^-0.3 each (b^0.7 together); k models at work take turns,
-# 1/k each; a fault multiplies all. All turns of one model progress equally, so one clock per model says how
-# far: a turn is done when the clock of its model reaches the turn's target, a heap knows who is next, and
-# one timer waits for it. A change of membership only changes rates, never targets: O(log n), and exact.
+# Work is counted in solo-seconds: what takes 1 s alone is 1 solo-second. b requests of one model that decode are
+# batched and do b^exponent together; k models at work take turns, 1/k each; a fault multiplies all. Prompts of one
+# model are evaluated one after the other, in batches of 1,024 tokens, and in between each stream of that model gets
+# one token: as a flow here, at the same rates. All turns of one model that decode progress equally, so one clock
+# says how far: a turn is done when the clock reaches the turn's target, a heap knows who is next, and one timer
+# waits for it. A change of membership only changes rates, never targets: O(log n), and exact.
 # ------------------------------------------------------------------------------------------------------------
 
-BATCHING_LOSS = 0.3
+BATCHING_EXPONENT = 0.7     # what nodes have around
+PROMPT_BATCH = 1024         # tokens of a prompt between which other streams get a token each
+SHORT_BATCH_S = 0.25        # a stop of this length is not worth a line for each token: fewer events
 DUE_WITHIN_S = 1e-9     # solo-seconds; below this a rest of work is floating-point dust
 
 
-def batch_gain(count):
+def batch_gain(count, exponent=BATCHING_EXPONENT):
     """Return how many times the work of one request `count` requests of one model do together."""
-    return count ** (1 - BATCHING_LOSS)
+    return count ** exponent
+
+
+class Progress:
+    """Solo-seconds that somebody has progressed, at a rate that changes, and who waits for how many."""
+
+    def __init__(self):
+        self.clock_s = 0.0
+        self.rate = 0.0         # solo-seconds per second
+        self.waiting = []       # heap of (target_s, sequence, future)
+
+    def wake(self, until_s=math.inf):
+        """Wake those whose target is not beyond `until_s`."""
+        while self.waiting and self.waiting[0][0] <= until_s:
+            _, _, future = heapq.heappop(self.waiting)
+            if not future.done():       # a cancelled caller is still in the heap
+                future.set_result(None)
 
 
 class Share:
     """The part of the device that one model gets."""
 
-    def __init__(self):
-        self.clock_s = 0.0      # solo-seconds that each turn has progressed
-        self.rate = 0.0         # solo-seconds per second
+    def __init__(self, token_s, batch_s):
+        self.token_s = token_s          # solo-seconds of a token, and of a batch of a prompt
+        self.batch_s = batch_s
         self.turns = 0
-        self.waiting = []       # heap of (target_s, sequence, future)
+        self.decoders = 0               # turns that decode
+        self.decode = Progress()        # of each of them
+        self.prompts = asyncio.Lock()   # FIFO; its holder's prompt is evaluated
+        self.prompt = Progress()        # of that one
 
 
 class Turn:
@@ -231,26 +265,63 @@ class Turn:
     def __init__(self, device, share):
         self._device = device
         self._share = share
-        self._target_s = share.clock_s
+        self._decodes = False
+        self._begun_s = self._target_s = 0.0
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._device.leave(self._share)
+        self._device.leave(self._share, self._decodes)
+
+    @property
+    def stalled(self):
+        """Return whether the prompt of another turn is being evaluated, in batches that take long."""
+        return self._share.prompts.locked() and self._share.batch_s > SHORT_BATCH_S
+
+    @property
+    def done_s(self):
+        """Return how many solo-seconds this turn has decoded."""
+        self._device.advance()
+        return self._share.decode.clock_s - self._begun_s + DUE_WITHIN_S
+
+    async def prefill(self, solo_s):
+        """Return when `solo_s` of a prompt are done, after those of the prompts before it."""
+        try:
+            async with self._share.prompts:
+                self._device.change()
+                if self.stalled:
+                    self._share.decode.wake()       # streams tell what they have so far
+                await self._device.reached(self._share.prompt, self._share.prompt.clock_s + solo_s)
+        finally:
+            self._device.change()
+
+    def decode(self):
+        """Count as one that decodes from now on."""
+        self._device.advance()
+        self._decodes = True
+        self._share.decoders += 1
+        self._begun_s = self._target_s = self._share.decode.clock_s
+        self._device.change()
 
     async def work(self, solo_s):
         """Return when `solo_s` more solo-seconds are done. A late wake-up loses nothing."""
         self._target_s += solo_s
         self._device.advance()
-        if self._target_s > self._share.clock_s + DUE_WITHIN_S:
-            await self._device.reached(self._share, self._target_s)
+        while self._target_s > self._share.decode.clock_s + DUE_WITHIN_S:
+            await self._device.reached(self._share.decode, self._target_s)
+
+    async def progress(self, solo_s):
+        """Return when this turn has decoded `solo_s` in all, or earlier if somebody's prompt begins."""
+        if solo_s > self.done_s:
+            await self._device.reached(self._share.decode, self._begun_s + solo_s)
 
 
 class Device:
     """A processor shared by turns of several models."""
 
-    def __init__(self):
+    def __init__(self, exponent=BATCHING_EXPONENT):
+        self._exponent = exponent
         self._pace = 1.0
         self._shares = {}
         self._at_s = 0.0
@@ -261,18 +332,19 @@ class Device:
     async def work(self, model, solo_s):
         """Do `solo_s` solo-seconds of work for `model`. May be cancelled at any time."""
         with self.enter(model) as turn:
+            turn.decode()
             await turn.work(solo_s)
 
-    def enter(self, model):
+    def enter(self, model, token_s=0.0, batch_s=1.0):
         self.advance()
-        share = self._shares.setdefault(model, Share())
+        share = self._shares.setdefault(model, Share(token_s, batch_s))
         share.turns += 1
-        self._set_rates()
         return Turn(self, share)
 
-    def leave(self, share):
+    def leave(self, share, decodes):
         self.advance()
         share.turns -= 1
+        share.decoders -= decodes
         self._shares = {model: share for model, share in self._shares.items() if share.turns}
         self._set_rates()
 
@@ -282,29 +354,43 @@ class Device:
         self._pace = pace
         self._set_rates()
 
+    def change(self):
+        """Bring clocks and rates up to date: a turn begins or ends something."""
+        self.advance()
+        self._set_rates()
+
     def advance(self):
         """Bring the clocks of all shares up to now."""
         now_s = asyncio.get_running_loop().time()
         if now_s != self._at_s:
-            for share in self._shares.values():
-                share.clock_s += (now_s - self._at_s) * share.rate
+            for progress in self._all_progress():
+                progress.clock_s += (now_s - self._at_s) * progress.rate
             self._at_s = now_s
 
-    async def reached(self, share, target_s):
+    async def reached(self, progress, target_s):
         future = asyncio.get_running_loop().create_future()
-        heapq.heappush(share.waiting, (target_s, next(self._sequence), future))
+        heapq.heappush(progress.waiting, (target_s, next(self._sequence), future))
         self._arm()
         await future
 
+    def _all_progress(self):
+        return [progress for share in self._shares.values() for progress in (share.decode, share.prompt)]
+
     def _set_rates(self):
         for share in self._shares.values():
-            share.rate = self._pace * share.turns ** -BATCHING_LOSS / len(self._shares)
+            pace = self._pace / len(self._shares)
+            each = share.decoders ** (self._exponent - 1) if share.decoders else 1.0
+            share.decode.rate, share.prompt.rate = pace * each, 0.0
+            if share.prompts.locked():
+                tokens_s = share.token_s / each if share.decoders else 0.0      # a token for each stream
+                share.decode.rate = pace * share.token_s / (share.batch_s + tokens_s)
+                share.prompt.rate = pace * share.batch_s / (share.batch_s + tokens_s)
         self._arm()
 
     def _arm(self):
         """Set the timer for the next target, unless it already goes off by then: too early does no harm."""
-        due_s = min((self._at_s + (share.waiting[0][0] - share.clock_s) / share.rate
-                     for share in self._shares.values() if share.waiting and share.rate), default=math.inf)
+        due_s = min((self._at_s + (progress.waiting[0][0] - progress.clock_s) / progress.rate
+                     for progress in self._all_progress() if progress.waiting and progress.rate), default=math.inf)
         if due_s < self._timer_s:
             if self._timer:
                 self._timer.cancel()
@@ -314,11 +400,8 @@ class Device:
     def _ring(self):
         self._timer, self._timer_s = None, math.inf
         self.advance()
-        for share in self._shares.values():
-            while share.waiting and share.waiting[0][0] <= share.clock_s + DUE_WITHIN_S:
-                _, _, future = heapq.heappop(share.waiting)
-                if not future.done():       # a cancelled caller is still in the heap
-                    future.set_result(None)
+        for progress in self._all_progress():
+            progress.wake(progress.clock_s + DUE_WITHIN_S)
         self._arm()
 
 
@@ -330,17 +413,31 @@ class Device:
 # ------------------------------------------------------------------------------------------------------------
 
 class Refused(Exception):
-    """An answer other than success: an HTTP status and Ollama's text for it."""
+    """An answer other than success: an HTTP status, Ollama's text for it, and a type of error if not the usual one."""
 
-    def __init__(self, status, text):
+    def __init__(self, status, text, kind=None):
         super().__init__(text)
         self.status = status
         self.text = text
+        self.kind = kind
 
 
 BUSY = "server busy, please try again.  maximum pending requests exceeded"     # two spaces, as in Ollama
 STOPPED = ("model runner has unexpectedly stopped, this may be due to resource limitations or an internal "
            "error, check ollama server logs for details")
+TOO_LONG = "input length exceeds the context length"
+RUNNER_ERRORS = (           # of status 500: this runner is broken, another node may do it. Never all that there are
+    STOPPED, "an error was encountered while running the model: unexpected EOF",
+    "an error was encountered while running the model: read tcp 127.0.0.1:50001->127.0.0.1:50002: wsarecv: An existing "
+    "connection was forcibly closed by the remote host.",
+    "an error was encountered while running the model: GGML_ASSERT(n_tokens > 0) failed",
+    'do embedding request: Post "http://127.0.0.1:50001/embedding": EOF',
+    'POST predict: Post "http://127.0.0.1:50001/completion": EOF', "llama runner process has terminated: exit status 2",
+    "timed out waiting for llama-server to start", "llama-server process no longer running: -1",
+    "error starting llama-server: fork/exec /usr/lib/ollama/llama-server: input/output error",
+    "llama-server binary not found", "error reading llama-server response: unexpected EOF",
+    'health resp: Get "http://127.0.0.1:50001/health": EOF', "read /root/.ollama/models/blobs: input/output error",
+    "CUDA error: an illegal memory access was encountered", "ggml_metal_graph_compute: command buffer 0 failed", "")
 
 
 def any_case(pairs):
@@ -423,33 +520,104 @@ def keep_alive_s(value):
     return math.inf if value < 0 else float(value)
 
 
-RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread",
-                  "draft_num_predict")
+RUNNER_DEFAULTS = {"num_ctx": 0, "num_batch": PROMPT_BATCH, "num_gpu": -1, "main_gpu": 0, "use_mmap": False,
+                   "num_thread": 0, "draft_num_predict": 0, "shift": True}
 
 
-def runner_key(options):
-    """Return the explicit options a runner must have been started with, else it is reloaded.
-
-    Raises Refused(400).
-    """
+def runner_key(options, shift=None):
+    """Return the explicit options that a runner is started with: see Engine.settings. Raises Refused(400)."""
     field(options, "num_ctx", (int, float), None)
-    return tuple((name, options[name]) for name in RUNNER_OPTIONS
-                 if options.get(name) is not None and not (name == "num_gpu" and options[name] == -1))
+    explicit = options if shift is None else options | {"shift": shift}
+    return tuple((name, explicit[name]) for name in RUNNER_DEFAULTS if explicit.get(name) is not None)
+
+
+PICTURE = "\ufffc"       # stands in a prompt for a picture, before what tells it from others
+PICTURE_TOKENS = 768
+
+
+def picture(data):
+    return f"{PICTURE}{hashlib.sha1(str(data).encode()).hexdigest()[:6]} "
+
+
+def rendered_part(part):
+    """Return what one part of a message adds to the prompt: text, a picture, a tool's call or its result."""
+    if not isinstance(part, dict):
+        return ""
+    source = part.get("image_url") or part.get("source")
+    if source and part.get("type") in ("image_url", "input_image", "image"):
+        return picture(source)
+    inner = part.get("content")
+    return "".join((part.get("text") or "", rendered_parts(inner) if isinstance(inner, list) else inner or "",
+                    json.dumps(part["input"]) if "input" in part else ""))
 
 
 def rendered_parts(parts):
-    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
+    return "".join(map(rendered_part, parts))
 
 
-def rendered(messages):
-    """Return the prompt for a list of messages: their contents, one after the other."""
-    contents = (message.get("content") or "" for message in messages if isinstance(message, dict))
-    return "\n".join(content if isinstance(content, str) else rendered_parts(content) for content in contents)
+def rendered_message(message):
+    """Return a message's part of the prompt: its pictures, its content, and the calls of tools that it tells."""
+    content = message.get("content") or ""
+    calls = [message[name] for name in ("tool_calls", "arguments", "output") if message.get(name)]
+    return "".join((*map(picture, message.get("images") or ()),
+                    content if isinstance(content, str) else rendered_parts(content),
+                    *(call if isinstance(call, str) else json.dumps(call) for call in calls)))
+
+
+def rendered(messages, tools=None):
+    """Return the prompt for a list of messages: the tools, then their contents, one after the other."""
+    lead = [json.dumps(tools)] if tools else []
+    return "\n".join([*lead, *(rendered_message(message) for message in messages if isinstance(message, dict))])
+
+
+def tool_name(body):
+    """Return the name of the first tool in a body, in any dialect's form, or "" if there is none."""
+    tool = next(iter(field(body, "tools", list, [])), {})
+    return (tool.get("function") or tool).get("name") or "tool" if tool else ""
+
+
+WORDS = """a about again all and any are around at back be because been before but by call can change come
+could day do down each end even every far few find first for from get give go good great had hand
+has have here high home how if in into is it just keep kind know large last left light like line
+little long look made make many may mean more most move much must name near need never new next no
+not now number of off old on once only open or other our out over own part place point right same
+say see set show side small so some still such take tell than that the then there thing think this
+time to turn two under until up use very want water way we well what when where which while who
+why will with word work world would write year you""".split()
+COMMON = frozenset(WORDS) | {"lorem"}
+PIECE = re.compile(f"{PICTURE}|[A-Za-z0-9]+|[^\\sA-Za-z0-9{PICTURE}]{{1,2}}")
+ODD_LETTERS = re.compile("[^aeiouy]{4}|[aeiou]{4}|q[^u]|^[^aeiouy]+$|[jkqvxz][b-df-hj-np-tv-xz]|[a-z][A-Z]")
+LONG_RUN = 32               # characters: what is longer is hardly a word, and four of it are a token
+
+
+@functools.lru_cache(1 << 16)
+def piece_tokens(piece):
+    """Return the tokens of one word, number or sign; letters at random cost more than English, hex digits most."""
+    if piece == PICTURE:
+        return PICTURE_TOKENS
+    if piece.lower() in COMMON or not piece.isalnum():
+        return 1
+    if len(piece) > LONG_RUN:
+        return math.ceil(len(piece) / 4)
+    if piece.isdigit():
+        return math.ceil(len(piece) / 3)
+    has_digits = any(map(str.isdigit, piece))
+    return math.ceil(len(piece) / (1.25 if has_digits else 2 if ODD_LETTERS.search(piece) else 6))
+
+
+FILLER = "lorem is "        # two tokens in nine characters, about as in English
 
 
 def token_count(text):
-    """Return the number of tokens of a prompt: a token is four characters."""
-    return max(1, math.ceil(len(text) / 4))
+    """Return the number of tokens of a prompt. Filler is counted apart: most prompts of benchmarks are nothing else."""
+    counts = collections.Counter(PIECE.findall(text.replace(FILLER, " ")))
+    return max(1, 2 * text.count(FILLER) + sum(piece_tokens(piece) * count for piece, count in counts.items()))
+
+
+def worded(lead, tokens):
+    """Return a text that begins with `lead` and has so many tokens, if `lead` has not more."""
+    pairs, single = divmod(max(0, tokens - token_count(lead)), 2)
+    return lead + FILLER * pairs + "lorem" * single
 
 
 class Ask(NamedTuple):
@@ -463,36 +631,40 @@ class Ask(NamedTuple):
     options: tuple          # see runner_key
     keep_alive_s: float | None
     include_usage: bool = False
+    tool: str = ""          # what the answer calls, if it is a call
+
+    @property
+    def silent(self):
+        """Return whether nothing is shown before the answer is whole."""
+        return bool(self.tool) or not self.stream
 
 
-WORDS = """a about again all and any are around at back be because been before but by call can change come
-could day do down each end even every far few find first for from get give go good great had hand
-has have here high home how if in into is it just keep kind know large last left light like line
-little long look made make many may mean more most move much must name near need never new next no
-not now number of off old on once only open or other our out over own part place point right same
-say see set show side small so some still such take tell than that the then there thing think this
-time to turn two under until up use very want water way we well what when where which while who
-why will with word work world would write year you""".split()
 OUTPUT_MARK = re.compile(r"<out=(\d{1,7})>")
+CALL_MARK = "<call>"            # with tools in the body: the model answers with a call of the first one
+REPEAT_MARK = "<repeat>"        # the model says one token again and again, until the node gives it up
+MOST_EQUAL_TOKENS = 30
 
 
 def composed(ask, most):
     """Return (tokens, done_reason). Deterministic: all nodes give one model and prompt the same answer.
 
-    The prompt may choose the length, `<out=123>` (the last mark counts); else it is 20 to 80 tokens.
+    The reason is None for an answer that is given up for its repetitions. The prompt may choose the length,
+    `<out=123>` (the last mark counts); else it is 20 to 80 tokens.
     """
-    rng = random.Random(hashlib.sha256((ask.model.digest + ask.prompt).encode("utf-8", "replace")).digest())
+    rng = random.Random(hashlib.sha256((ask.model.blob + ask.prompt).encode("utf-8", "replace")).digest())
     marks = OUTPUT_MARK.findall(ask.prompt)
     wanted = int(marks[-1]) if marks else rng.randint(20, 80)
     count = min(wanted, most, ask.num_predict if ask.num_predict > 0 else most)
     tokens = [" " + word for word in rng.choices(WORDS, k=count)]
     tokens[:1] = [token.strip().capitalize() for token in tokens[:1]]
+    if REPEAT_MARK in ask.prompt:
+        return tokens + [" and"] * MOST_EQUAL_TOKENS, None
     return tokens, "stop" if count == wanted else "length"
 
 
 def embedded(model, text):
     """Return eight numbers of unit length, the same on every node."""
-    hashed = hashlib.sha256((model.digest + text).encode("utf-8", "replace")).digest()
+    hashed = hashlib.sha256((model.blob + text).encode("utf-8", "replace")).digest()
     numbers = [value / 2**31 - 1 for value in struct.unpack("<8I", hashed)]
     length = math.hypot(*numbers)
     return [value / length for value in numbers]
@@ -501,11 +673,12 @@ def embedded(model, text):
 # ------------------------------------------------------------------------------------------------------------
 # Engine: which models are in memory, and who waits for what?
 #
-# Ollama's scheduler. A request for a resident model with the same options goes straight to its
-# runner and waits there in an unbounded FIFO for one of the slots. All others form one line: its head
-# loads, alone; to make room it evicts idle models, and waits, with everybody behind it, while there is
-# none. Requests for the busy model still pass by on the fast path, so a load can starve. Whoever triggered
-# a load and leaves, aborts it; the next in line begins from zero.
+# Ollama's scheduler. A runner is one file of weights in memory, whatever tags name it. A request for a resident
+# model whose settings have the same values goes straight to its runner and waits there in an unbounded FIFO for one
+# of the slots. All others form one line: its head loads, alone; to make room it evicts the model with the shortest
+# keep-alive, an idle one first, and waits, with everybody behind it, until that one is idle. Requests for the busy
+# model still pass by on the fast path, so a load can starve. Whoever triggered a load and leaves, aborts it; the
+# next in line begins from zero.
 # ------------------------------------------------------------------------------------------------------------
 
 OVERHEAD_S = 0.03           # per request: template, tokeniser, sampling set-up
@@ -514,6 +687,10 @@ EVICTION_S = 0.7            # until VRAM is really free: 0.5 to 1.5 s were seen
 SPILL = 0.15                # a model that does not fit runs partly on the CPU, 5-10x slower
 CACHE_MATCH = 0.1           # a slot is reused when more than this part of the prompt matches
 KV_GB_PER_TOKEN = 128 / 2**20       # 8B model, f16; grows slowly with size: 70B has 2.5 times as much
+MAX_LOADED = 3              # OLLAMA_MAX_LOADED_MODELS: runners, whatever the memory
+COUNTED_CONTEXT = 4096      # a server's own window counts as this much memory: Ollama chooses one that fits
+EMBED_CALL_S = 0.0025       # per input on a CPU: Ollama calls its engine once for each
+PICTURE_S = 15.0            # to encode a picture on a CPU: 15 to 82 s were seen
 
 
 def shared_length(one, other):
@@ -528,14 +705,34 @@ def shared_length(one, other):
     return low
 
 
-class Runner:
-    """A model in memory."""
+def kv_gb_per_token(model):
+    return 0.0 if model.embedding else KV_GB_PER_TOKEN * (model.params_b / 8) ** 0.4
 
-    def __init__(self, model, options, slots, keep_alive_s, need_gb, vram_gb):
-        self.model = model
-        self.options = options
+
+class Machine(NamedTuple):
+    """What differs between two nodes of the same hardware. Those of a benchmark draw it from their seeds."""
+
+    exponent: float = BATCHING_EXPONENT     # b requests at once are b^exponent times as fast together
+    overhead_s: float = OVERHEAD_S
+    load_factor: float = 1.0                # loads take so many times as long
+
+
+def drawn_machine(seed):
+    """Return a node's own figures, the same for the same seed."""
+    rng = random.Random(f"machine {seed}")
+    return Machine(rng.triangular(0.5, 0.9, BATCHING_EXPONENT), 0.01 * 20 ** rng.random(), 0.5 * 4 ** rng.random())
+
+
+class Runner:
+    """A file of weights in memory."""
+
+    def __init__(self, model, settings, slots, keep_alive_s, need_gb, vram_gb, cache_tokens):
+        self.model = model              # the first tag that was asked for: the one that /api/ps lists
+        self.settings = settings        # the values it was started with
         self.slots = asyncio.Semaphore(slots)
         self.texts = [""] * slots       # what each free slot has in its KV cache, least recently used first
+        self.kept = []                  # (text, tokens) of the prompt cache in RAM, least recently used first
+        self.cache_tokens = cache_tokens
         self.keep_alive_s = keep_alive_s
         self.need_gb = need_gb
         self.vram_gb = min(need_gb, vram_gb)
@@ -544,51 +741,104 @@ class Runner:
         self.used_s = 0.0               # loop time of the last use
         self.expiry = None              # timer, only while idle
 
+    @property
+    def context_length(self):
+        return self.settings["num_ctx"]
+
+    def serves(self, settings):
+        """Return whether a request with these settings needs no reload: layers on the GPU may be left open."""
+        left_open = {"num_gpu": self.settings["num_gpu"]} if settings["num_gpu"] < 0 else {}
+        return self.settings == settings | left_open
+
     def take_text(self, prompt):
-        """Choose a free slot for a prompt and return how many tokens of the prompt it has cached."""
+        """Choose a free slot for a prompt and return how many characters of the prompt it has cached."""
         best = max(self.texts, key=lambda text: shared_length(text, prompt))
         shared = shared_length(best, prompt)
         if shared <= CACHE_MATCH * len(prompt):
             best, shared = self.texts[0], 0
         self.texts.remove(best)
-        return shared // 4
+        return shared if not self.cache_tokens else self._swap(best, shared, prompt)
+
+    def _swap(self, text, shared, prompt):
+        """Bring back from RAM what fits a prompt better, keep there what its slot loses; return what is cached."""
+        again = max(self.kept, key=lambda entry: shared_length(entry[0], prompt), default=("", 0))
+        if shared_length(again[0], prompt) > max(shared, CACHE_MATCH * len(prompt)):
+            self.kept.remove(again)
+            shared = shared_length(again[0], prompt)
+            self._keep(text)
+        elif shared < len(text) / 2:
+            self._keep(text)
+        return shared
+
+    def _keep(self, text):
+        self.kept.append((text, token_count(text)))
+        while sum(tokens for _, tokens in self.kept) > self.cache_tokens:
+            del self.kept[0]
 
 
 class Engine:
     """The part of a node behind its HTTP server. Needs a running loop once it is used."""
 
-    def __init__(self, hardware, slots, vram_gb, keep_alive_s, speed, noise, max_queue, seed):
+    def __init__(self, hardware, slots, vram_gb, keep_alive_s, speed, noise, max_queue, seed, machine=Machine(),
+                 context=None, max_loaded=MAX_LOADED, prompt_cache_gb=0.0, picture_s=PICTURE_S):
         self.hardware = hardware
+        self.machine = machine
         self.slots = slots
         self.vram_gb = vram_gb
         self.keep_alive_s = keep_alive_s
         self.speed = speed
         self.max_queue = max_queue
-        self.device = Device()
+        self.max_loaded = max_loaded
+        self.prompt_cache_gb = prompt_cache_gb      # in RAM, for each runner; older engines have none
+        self.device = Device(machine.exponent)
+        self.host = Device(1.0)         # what is done beside the engine, for all requests at once
         self.disk = Device()            # loads run beside inference, but a fault stops them too
-        self.resident = {}              # canonical name -> Runner
+        self.runners = {}               # blob -> Runner
+        self.moving = asyncio.Lock()    # held while a model is loaded: some versions' /api/ps waits for it
         self.pending = 0                # requests in the line, its head included
         self.loads = 0
         self.evictions = 0
+        self._context = context
+        self._picture_s = picture_s
         self._noise = noise
         self._rng = random.Random(seed)
         self._line = asyncio.Lock()     # FIFO; whoever holds it is the head
         self._idle = asyncio.Event()    # some runner became idle or left
 
-    def context_length(self, options):
-        """Return num_ctx: what the client said, or Ollama's default for this much VRAM."""
-        default = 4096 if self.vram_gb < 23 else 32768 if self.vram_gb < 47 else 262144
-        explicit = dict(options).get("num_ctx")
-        return max(4, int(explicit)) if isinstance(explicit, (int, float)) else default
+    @property
+    def resident(self):
+        """Return the runners by the name of the tag that was loaded."""
+        return {runner.model.name: runner for runner in self.runners.values()}
+
+    def context_length(self, model, explicit=None):
+        """Return the tokens of a window: those asked for or Ollama's default for so much VRAM, at most the model's."""
+        vram_gb = 0 if self.hardware.on_cpu else self.vram_gb
+        default = self._context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
+        return min(model.max_context, max(4, int(explicit)) if isinstance(explicit, (int, float)) else default)
+
+    def settings(self, model, options):
+        """Return the values that explicit options (see runner_key) come to for a model."""
+        explicit = dict(options)
+        return RUNNER_DEFAULTS | explicit | {"num_ctx": self.context_length(model, explicit.get("num_ctx"))}
 
     def overhead_s(self):
-        return OVERHEAD_S / self.speed
+        return self.machine.overhead_s / self.speed
 
     def prefill_s(self, runner):
         return 1 / (self.hardware.prefill_tok_s * runner.speed * self.speed)
 
     def decode_s(self, runner):
         return 1 / (self.hardware.decode_tok_s * runner.speed * self.speed)
+
+    def embed_call_s(self):
+        return EMBED_CALL_S * math.sqrt(HARDWARE["cpu"].decode_tok_s / self.hardware.decode_tok_s) / self.speed
+
+    def picture_s(self):
+        return self._picture_s * HARDWARE["cpu"].prefill_tok_s / self.hardware.prefill_tok_s / self.speed
+
+    def gain(self):
+        """Return how many times the decoding of one request full slots do together."""
+        return batch_gain(self.slots, self.machine.exponent)
 
     def jitter(self):
         """Return a factor around 1 by which this request takes longer than computed."""
@@ -597,7 +847,7 @@ class Engine:
     @contextlib.asynccontextmanager
     async def runner(self, model, options, keep_alive_s):
         """Lend the runner for a model, loaded if need be. Raises Refused(503) if the line is full."""
-        runner = await self._obtain(model, options)
+        runner = await self._obtain(model, self.settings(model, options))
         runner.users += 1
         self._stop_expiry(runner)
         if keep_alive_s is not None:        # absent keeps what an earlier request has said
@@ -609,8 +859,8 @@ class Engine:
             runner.used_s = asyncio.get_running_loop().time()
             self._settle(runner)
 
-    async def _obtain(self, model, options):
-        runner = self._hot(model, options)
+    async def _obtain(self, model, settings):
+        runner = self._hot(model, settings)
         if runner:
             return runner
         if self.pending > self.max_queue:
@@ -618,54 +868,63 @@ class Engine:
         self.pending += 1
         try:
             async with self._line:
-                return self._hot(model, options) or await self._load(model, options)
+                return self._hot(model, settings) or await self._load(model, settings)
         finally:
             self.pending -= 1
 
-    def _hot(self, model, options):
-        runner = self.resident.get(model.name)
-        return runner if runner and runner.options == options else None
+    def _hot(self, model, settings):
+        runner = self.runners.get(model.blob)
+        return runner if runner and runner.serves(settings) else None
 
-    async def _load(self, model, options):
-        runner = self._runner(model, options)
+    async def _load(self, model, settings):
+        runner = self._runner(model, settings)
         evicted = await self._make_room(runner)
         load_s = LOAD_START_S + model.size_gb / self.hardware.load_gb_s + (EVICTION_S if evicted else 0.0)
-        await self.disk.work(model.name, load_s / self.speed)
+        async with self.moving:
+            await self.disk.work(model.name, load_s * self.machine.load_factor / self.speed)
         self.loads += 1
-        self.resident[model.name] = runner
+        self.runners[model.blob] = runner
         return runner
 
-    def _runner(self, model, options):
-        slots = 1 if model.embedding else self.slots        # Ollama gives an embedding model one
-        tokens = slots * int(dict(options).get("num_ctx") or 4096)     # AUTO counts as 4096 everywhere
-        kv_gb = 0.0 if model.embedding else tokens * KV_GB_PER_TOKEN * (model.params_b / 8) ** 0.4
-        return Runner(model, options, slots, self.keep_alive_s, model.size_gb * 1.2 + kv_gb, self.vram_gb)
+    def _runner(self, model, settings):
+        one_by_one = model.embedding or model.format == "safetensors"       # Ollama gives these one slot
+        slots = 1 if one_by_one else self.slots
+        own_window = settings["num_ctx"] == self.context_length(model)
+        window = min(settings["num_ctx"], COUNTED_CONTEXT) if own_window else settings["num_ctx"]
+        kv_gb = kv_gb_per_token(model)
+        cache_tokens = 0 if model.embedding else int(self.prompt_cache_gb / kv_gb)
+        return Runner(model, settings, slots, self.keep_alive_s, model.size_gb * 1.2 + slots * window * kv_gb,
+                      self.vram_gb, cache_tokens)
 
     async def _make_room(self, newcomer):
         """Unload until the newcomer fits; return whether anything was unloaded."""
         evicted = False
         while True:
-            stale = self.resident.get(newcomer.model.name)      # same model, other options
-            used_gb = sum(runner.need_gb for runner in self.resident.values())
-            crowded = used_gb + newcomer.need_gb > self.vram_gb
-            if not stale and not (crowded and self.resident):
+            stale = self.runners.get(newcomer.model.blob)       # same weights, other settings
+            used_gb = sum(runner.need_gb for runner in self.runners.values())
+            crowded = used_gb + newcomer.need_gb > self.vram_gb or len(self.runners) >= self.max_loaded
+            if not stale and not (crowded and self.runners):
                 return evicted
-            victim = self._victim([stale] if stale else self.resident.values())
-            if victim:
-                self.unload(victim)
-                self.evictions += not stale
-                evicted = True
-            else:
-                self._idle.clear()
-                await self._idle.wait()
+            await self._evict(stale or self._victim())
+            self.evictions += not stale
+            evicted = True
 
-    def _victim(self, runners):
-        idle = [runner for runner in runners if not runner.users]
-        return min(idle, key=lambda runner: runner.used_s, default=None)
+    def _victim(self):
+        return min(self.runners.values(), key=lambda it: (it.users > 0, it.keep_alive_s, it.model.blob))
+
+    async def _evict(self, runner):
+        """Unload a runner as soon as it is idle, whatever requests say of it meanwhile."""
+        runner.keep_alive_s = 0.0
+        while self.runners.get(runner.model.blob) is runner:
+            if not runner.users:
+                self.unload(runner)
+                return
+            self._idle.clear()
+            await self._idle.wait()
 
     def _settle(self, runner):
         """Start the keep-alive of a runner that has become idle."""
-        if runner.users or self.resident.get(runner.model.name) is not runner:
+        if runner.users or self.runners.get(runner.model.blob) is not runner:
             return
         self._idle.set()
         if runner.keep_alive_s <= 0:
@@ -681,13 +940,13 @@ class Engine:
 
     def unload(self, runner):
         self._stop_expiry(runner)
-        if self.resident.get(runner.model.name) is runner:
-            del self.resident[runner.model.name]
+        if self.runners.get(runner.model.blob) is runner:
+            del self.runners[runner.model.blob]
         self._idle.set()
 
     def expire(self, model):
-        """Unload a model as soon as it is idle; nothing happens if it is not resident."""
-        runner = self.resident.get(model.name)
+        """Unload a model, under whatever tag, as soon as it is idle; nothing happens if it is not resident."""
+        runner = self.runners.get(model.blob)
         if runner:
             runner.keep_alive_s = 0.0
             self._stop_expiry(runner)
@@ -695,13 +954,13 @@ class Engine:
 
     def preload(self, model):
         """Put a model into memory at once, as if it had been loaded long ago."""
-        runner = self.resident[model.name] = self._runner(model, ())
+        runner = self.runners[model.blob] = self._runner(model, self.settings(model, ()))
         runner.used_s = asyncio.get_running_loop().time()
         self._settle(runner)
 
     def lose_everything(self):
         """Forget all resident models, as a killed process does."""
-        for runner in list(self.resident.values()):
+        for runner in list(self.runners.values()):
             self.unload(runner)
         self._line = asyncio.Lock()     # cancelled holders release the lock that they took
 
@@ -818,6 +1077,9 @@ class Exchange:
         self._chunked = head.http_1_1
         self._begun = False
         self.torn = False       # a fault: an answer in one piece ends in its middle
+        self.extra = {}         # further fields of every answer
+        self.compresses = False     # as a tunnel does, if the request allows it
+        self._gzip = None
 
     def _wants_close(self):
         connection = self.head.fields.get("connection", "").lower()
@@ -900,7 +1162,7 @@ class Exchange:
         origin = self.head.fields.get("origin")
         if origin and status != 403:
             lines += [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin"]
-        lines += [f"{name}: {value}" for name, value in extra.items()]
+        lines += [f"{name}: {value}" for name, value in (self.extra | extra).items()]
         if self.close:
             lines.append("Connection: close")
         elif not self.head.http_1_1:
@@ -911,6 +1173,8 @@ class Exchange:
     def send(self, status, body=b"", media_type="", **extra):
         """Answer in one piece. `extra` fields are spelt with underscores."""
         extra = {name.replace("_", "-"): value for name, value in extra.items()}
+        if body and self._may_compress():
+            body, extra = gzip.compress(body), extra | {"Content-Encoding": "gzip"}
         if len(body) < LENGTH_LIMIT_BYTES or not self._chunked or self.head.method == "HEAD":
             head = self._answer_head(status, media_type, len(body), extra)
             answer = head if self.head.method == "HEAD" else head + body
@@ -921,7 +1185,13 @@ class Exchange:
         self.close = self.close or self.torn
 
     def send_json(self, value, status=200):
-        self.send(status, compact(value), JSON_TYPE)
+        if status == 200 and self.head.path.startswith("/v1/"):     # written by an encoder of its own
+            self.send(status, compact(value) + b"\n", "application/json")
+        else:
+            self.send(status, compact(value), JSON_TYPE)
+
+    def _may_compress(self):
+        return self.compresses and "gzip" in self.head.fields.get("accept-encoding", "").lower()
 
     def send_garbage(self, data):
         """Send bytes that are no HTTP, and close."""
@@ -933,7 +1203,7 @@ class Exchange:
         if not self.head.path.startswith("/v1/"):
             self.send_json({"error": refusal.text}, refusal.status)
             return
-        kind = {400: "invalid_request_error", 404: "not_found_error"}.get(refusal.status, "api_error")
+        kind = refusal.kind or {400: "invalid_request_error", 404: "not_found_error"}.get(refusal.status, "api_error")
         if self.head.path.startswith("/v1/messages"):
             self.send_json({"type": "error", "error": {"type": kind, "message": refusal.text},
                             "request_id": f"req_{self.record.number}"}, refusal.status)
@@ -943,11 +1213,22 @@ class Exchange:
 
     def stream(self, pieces, media_type, last=False):
         """Send pieces of a stream, each as a chunk of its own; the first call sends the head too."""
-        out = b"" if self._begun else self._answer_head(200, media_type, None, {})
+        out = b"" if self._begun else self._begin_stream(media_type)
         self._begun = True
+        pieces = [piece for piece in map(self._packed, pieces) if piece] if self._gzip else pieces
+        if self._gzip and last:
+            pieces.append(self._gzip.flush())
         for piece in pieces:
             out += b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece
         self._write(out + b"0\r\n\r\n" if last and self._chunked else out)
+
+    def _begin_stream(self, media_type):
+        if self._may_compress():
+            self._gzip = zlib.compressobj(wbits=31)
+        return self._answer_head(200, media_type, None, {"Content-Encoding": "gzip"} if self._gzip else {})
+
+    def _packed(self, piece):
+        return self._gzip.compress(piece) + self._gzip.flush(zlib.Z_SYNC_FLUSH)
 
     async def drain(self):
         """Wait while the client reads too slowly."""
@@ -968,7 +1249,7 @@ CONTEXT_LIMIT = 4096        # the final /api/generate line lists all token ids; 
 class Stats(NamedTuple):
     """The figures of the last line; durations in seconds of loop time."""
 
-    reason: str
+    reason: str | None      # None: given up without an end
     total_s: float
     load_s: float
     prompt_tokens: int      # cached ones included
@@ -986,6 +1267,9 @@ class Stats(NamedTuple):
     def usage(self):
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.output_tokens,
                 "total_tokens": self.prompt_tokens + self.output_tokens}
+
+
+GIVEN_UP = Stats(None, 0.0, 0.0, 0, 0.0, 0, 0.0)
 
 
 class GenerateLines:
@@ -1007,12 +1291,12 @@ class GenerateLines:
 
     def whole(self, text, stats, now_s):
         context = list(range(min(CONTEXT_LIMIT, stats.prompt_tokens + stats.output_tokens)))
-        return self.note(text, stats.reason, now_s) | {"context": context} | stats.fields()
+        return self.note(text, stats.reason, now_s) | ({"context": context} if context else {}) | stats.fields()
 
     def note(self, text, reason, now_s):
         """Return the object that also answers a mere load or unload."""
         return ({"model": self.ask.name, "created_at": stamp(now_s)} | self.content(text)
-                | {"done": True, "done_reason": reason})
+                | ({"done": True, "done_reason": reason} if reason else {"done": False}))
 
     def content(self, text):
         return {"response": text}
@@ -1026,8 +1310,15 @@ class ChatLines(GenerateLines):
     def whole(self, text, stats, now_s):
         return self.note(text, stats.reason, now_s) | stats.fields()
 
+    def call(self, text, now_s):
+        """Return the piece of a stream that tells the call of a tool."""
+        return compact(self.note(text, None, now_s)) + b"\n"
+
     def content(self, text):
-        return {"message": {"role": "assistant", "content": text}}
+        if not self.ask.tool or not text:
+            return {"message": {"role": "assistant", "content": text}}
+        function = {"index": 0, "name": self.ask.tool, "arguments": {"text": text}}
+        return {"message": {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", "function": function}]}}
 
 
 class ChatEvents:
@@ -1056,19 +1347,30 @@ class ChatEvents:
         choice, self._choice = self._choice, self.later
         return b"".join((self._start, choice % json.dumps(text).encode(), self._end))
 
+    def call(self, text, _now_s):
+        choice = {"index": 0, "delta": self.content(text)["message"], "finish_reason": None}
+        return self._start + compact(choice) + self._end
+
     def last(self, stats, _now_s):
-        choice = {"index": 0} | self.finish | {"finish_reason": stats.reason}
+        choice = {"index": 0} | self.finish | {"finish_reason": self.reason(stats)}
         events = [self._start + compact(choice) + self._end]
         if self.ask.include_usage:
             events.append(b"data: %b\n\n" % compact(self._about | {"choices": [], "usage": stats.usage()}))
         return events + [b"data: [DONE]\n\n"]
 
     def whole(self, text, stats, _now_s):
-        choice = {"index": 0} | self.content(text) | {"finish_reason": stats.reason}
+        choice = {"index": 0} | self.content(text) | {"finish_reason": self.reason(stats)}
         return self._about | {"object": self.kind, "choices": [choice], "usage": stats.usage()}
 
+    def reason(self, stats):
+        return "tool_calls" if self.ask.tool and stats.reason else stats.reason
+
     def content(self, text):
-        return {"message": {"role": "assistant", "content": text}}
+        if not self.ask.tool:
+            return {"message": {"role": "assistant", "content": text}}
+        call = {"id": "call_1", "index": 0, "type": "function",
+                "function": {"name": self.ask.tool, "arguments": json.dumps({"text": text})}}
+        return {"message": {"role": "assistant", "content": "", "tool_calls": [call]}}
 
 
 class CompletionEvents(ChatEvents):
@@ -1109,6 +1411,10 @@ class ResponseEvents:
     def _item(self, status, content):
         return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
+    def _call(self, status, arguments):
+        return {"id": f"fc_{self._id}", "type": "function_call", "status": status, "call_id": "call_1",
+                "name": self.ask.tool, "arguments": arguments}
+
     def _event(self, name, **fields):
         return event(f"response.{name}", sequence_number=next(self._numbers), **fields)
 
@@ -1126,8 +1432,21 @@ class ResponseEvents:
         return begin + self._event("output_text.delta", item_id=self._item_id, output_index=0, content_index=0,
                                    delta=text, logprobs=[])
 
+    def call(self, text, _now_s):
+        running, arguments = self._response("in_progress", []), json.dumps({"text": text})
+        place = {"item_id": f"fc_{self._id}", "output_index": 0}
+        self._text.append(text)
+        return b"".join((
+            self._event("created", response=running), self._event("in_progress", response=running),
+            self._event("output_item.added", output_index=0, item=self._call("in_progress", "")),
+            self._event("function_call_arguments.delta", delta=arguments, **place),
+            self._event("function_call_arguments.done", arguments=arguments, **place),
+            self._event("output_item.done", output_index=0, item=self._call("completed", arguments))))
+
     def last(self, stats, now_s):
         text = "".join(self._text)
+        if self.ask.tool:
+            return [self._event("completed", response=self.whole(text, stats, now_s))]
         place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         return [self._event("output_text.done", text=text, logprobs=[], **place),
                 self._event("content_part.done", part=self._content(text), **place),
@@ -1138,7 +1457,9 @@ class ResponseEvents:
         usage = {"input_tokens": stats.prompt_tokens, "input_tokens_details": {"cached_tokens": 0},
                  "output_tokens": stats.output_tokens, "output_tokens_details": {"reasoning_tokens": 0},
                  "total_tokens": stats.prompt_tokens + stats.output_tokens}
-        return self._response("completed", [self._item("completed", [self._content(text)])], usage)
+        item = (self._call("completed", json.dumps({"text": text})) if self.ask.tool else
+                self._item("completed", [self._content(text)]))
+        return self._response("completed", [item], usage)
 
     def _content(self, text):
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
@@ -1157,13 +1478,21 @@ class MessageEvents:
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.ask.name, "content": content,
                 "stop_reason": reason, "stop_sequence": None, "usage": usage}
 
+    def _begin(self, block):
+        self._begun = True
+        return (event("message_start", message=self._message([], None, {"input_tokens": 0, "output_tokens": 0}))
+                + event("content_block_start", index=0, content_block=block))
+
+    def _tool_use(self, given):
+        return {"type": "tool_use", "id": "call_1", "name": self.ask.tool, "input": given}
+
     def part(self, text, _now_s):
-        begin = b""
-        if not self._begun:
-            self._begun = True
-            begin = event("message_start", message=self._message([], None, {"input_tokens": 0, "output_tokens": 0}))
-            begin += event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        begin = b"" if self._begun else self._begin({"type": "text", "text": ""})
         return begin + event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+
+    def call(self, text, _now_s):
+        delta = {"type": "input_json_delta", "partial_json": json.dumps({"text": text})}
+        return self._begin(self._tool_use({})) + event("content_block_delta", index=0, delta=delta)
 
     def last(self, stats, _now_s):
         usage = {"input_tokens": stats.prompt_tokens, "output_tokens": stats.output_tokens}
@@ -1172,11 +1501,13 @@ class MessageEvents:
                 event("message_stop")]
 
     def whole(self, text, stats, _now_s):
-        return self._message([{"type": "text", "text": text}], self._reason(stats),
+        block = self._tool_use({"text": text}) if self.ask.tool else {"type": "text", "text": text}
+        return self._message([block], self._reason(stats),
                              {"input_tokens": stats.prompt_tokens, "output_tokens": stats.output_tokens})
 
     def _reason(self, stats):
-        return "max_tokens" if stats.reason == "length" else "end_turn"
+        reasons = {"length": "max_tokens", "stop": "tool_use" if self.ask.tool else "end_turn"}
+        return reasons.get(stats.reason)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1213,44 +1544,72 @@ def read_ask(node, body, ability, prompt, empty):
         raise Refused(400, f'"{name}" does not support {ability}')
     if body.get("think"):
         raise Refused(400, f'"{name}" does not support thinking')
-    options = field(body, "options", dict, {})
+    options, tool = field(body, "options", dict, {}), tool_name(body) if ability == "chat" else ""
+    calls = node.silent_tools or CALL_MARK in prompt
     return Ask(name, model, prompt, field(body, "stream", bool, True),
-               int(field(options, "num_predict", (int, float), -1)), runner_key(options),
-               keep_alive_s(body.get("keep_alive")))
+               int(field(options, "num_predict", (int, float), -1)), runner_key(options, body.get("shift")),
+               keep_alive_s(body.get("keep_alive")), tool=tool if calls else "")
 
 
 def read_openai_ask(node, body, ability, prompt, empty):
     """Return the Ask in a /v1 body: no runner options, no keep_alive, not streamed unless it says so."""
     options = {"num_predict": field(body, "max_tokens", int, -1)}
-    ask = read_ask(node, {"model": body.get("model"), "options": options}, ability, prompt, empty)
+    ask = read_ask(node, {name: body.get(name) for name in ("model", "tools")} | {"options": options}, ability, prompt,
+                   empty)
     usage = field(field(body, "stream_options", dict, {}), "include_usage", bool, False)
     return ask._replace(stream=field(body, "stream", bool, False), include_usage=usage)
 
 
-async def produce(engine, runner, exchange, dialect, tokens_per_line):
+def fitting_tokens(node, runner, prompt):
+    """Return the tokens of a prompt that its window takes. Raises Refused(400)."""
+    tokens, window = token_count(prompt), runner.context_length
+    if tokens <= window or node.too_long == "cut":
+        return min(tokens, window)
+    error = {"code": 400, "message": f"request ({tokens} tokens) exceeds the available context size ({window} tokens), "
+             "try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": tokens, "n_ctx": window}
+    raise Refused(400, TOO_LONG if node.too_long == "refuse" else json.dumps({"error": error}))
+
+
+async def decode(turn, token_s, tokens, exchange, dialect, tokens_per_line):
+    """Stream tokens as they come: one a line while a neighbour's prompt stops all but one in a while."""
+    now_s, told = asyncio.get_running_loop().time, 0
+    while told < len(tokens):
+        wanted = min(len(tokens), told + (1 if turn.stalled else tokens_per_line))
+        await turn.progress(wanted * token_s)
+        done = min(wanted, int(turn.done_s / token_s + 1e-6))
+        if done > told:
+            exchange.stream((dialect.part("".join(tokens[told:done]), now_s()),), dialect.media_type)
+            told = done
+            await exchange.drain()
+
+
+async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_line):
     """Prefill and decode on the device, streaming as tokens come; return (stats, text)."""
     ask, now_s = dialect.ask, asyncio.get_running_loop().time
-    tokens, reason = composed(ask, 10 * engine.context_length(ask.options))      # Ollama ends there
-    prompt_tokens = token_count(ask.prompt)
-    jitter, cached, kept = engine.jitter(), runner.take_text(ask.prompt), ask.prompt
-    exchange.record.started_s = begun_s = now_s()
+    tokens, reason = composed(ask, 10 * runner.context_length)      # Ollama ends there
+    jitter, shared, kept = engine.jitter(), runner.take_text(ask.prompt), ask.prompt
+    cached = min(token_count(ask.prompt[:shared]), prompt_tokens - 1) if shared else 0      # the last one is evaluated
+    pictures = ask.prompt.count(PICTURE, shared)
+    prompt_rate_s, token_s = engine.prefill_s(runner), jitter * engine.decode_s(runner)
+    exchange.record.started_s = now_s()
     try:
-        with engine.device.enter(ask.model.name) as turn:
-            fresh = max(1, prompt_tokens - cached)      # the last token is always evaluated, for its logits
-            await turn.work(jitter * (engine.overhead_s() + fresh * engine.prefill_s(runner)))
-            prefilled_s, token_s = now_s(), jitter * engine.decode_s(runner)
-            for start in range(0, len(tokens), tokens_per_line):
-                line = tokens[start:start + tokens_per_line]
-                await turn.work(token_s * len(line))
-                if ask.stream:
-                    exchange.stream((dialect.part("".join(line), now_s()),), dialect.media_type)
-                    await exchange.drain()
+        await engine.host.work("", jitter * engine.overhead_s())
+        begun_s = now_s()
+        with engine.device.enter(runner.model.blob, token_s, PROMPT_BATCH * prompt_rate_s) as turn:
+            fresh = max(1, prompt_tokens - cached)
+            await turn.prefill(jitter * (fresh * prompt_rate_s + pictures * engine.picture_s()))
+            turn.decode()
+            prefilled_s = now_s()
+            if ask.silent:
+                await turn.work(token_s * len(tokens))
+            else:
+                await decode(turn, token_s, tokens, exchange, dialect, tokens_per_line)
         text = "".join(tokens)
         kept = f"{ask.prompt}\n{text}"      # so that the next turn of a chat finds its history
     finally:
         runner.texts.append(kept)
     prompt_s, output_s = prefilled_s - begun_s, now_s() - prefilled_s
-    return Stats(reason, 0.0, 0.0, prompt_tokens, prompt_s, len(tokens), output_s), text
+    return (Stats(reason, 0.0, 0.0, prompt_tokens, prompt_s, len(tokens), output_s) if reason else GIVEN_UP), text
 
 
 async def infer(node, exchange, dialect):
@@ -1259,11 +1618,15 @@ async def infer(node, exchange, dialect):
     engine = node.engine
     async with engine.runner(ask.model, ask.options, ask.keep_alive_s) as runner:
         load_s = now_s() - arrived_s
+        prompt_tokens = fitting_tokens(node, runner, ask.prompt)
         async with runner.slots:
-            stats, text = await produce(engine, runner, exchange, dialect, node.tokens_per_line)
-            stats = stats._replace(total_s=now_s() - arrived_s, load_s=load_s)
+            stats, text = await produce(engine, runner, exchange, dialect, prompt_tokens, node.tokens_per_line)
+            if stats.reason:
+                stats = stats._replace(total_s=now_s() - arrived_s, load_s=load_s)
             if ask.stream:
-                exchange.stream(dialect.last(stats, now_s()), dialect.media_type, last=True)
+                called = [dialect.call(text, now_s())] if ask.tool else []
+                end = dialect.last(stats, now_s()) if stats.reason else []
+                exchange.stream(called + end, dialect.media_type, last=True)
             else:
                 exchange.send_json(dialect.whole(text, stats, now_s()))
 
@@ -1282,14 +1645,15 @@ async def load_or_unload(node, exchange, dialect):
 
 async def generate(node, exchange, body):
     prompt = field(body, "prompt", str, "")
-    whole_prompt = "\n".join(filter(None, (field(body, "system", str, ""), prompt)))
+    pictures = "".join(map(picture, field(body, "images", list, [])))
+    whole_prompt = "\n".join(filter(None, (field(body, "system", str, ""), pictures + prompt)))
     ask = read_ask(node, body, "generate", whole_prompt, EMPTY_NAME)
     await (infer if prompt else load_or_unload)(node, exchange, GenerateLines(ask, exchange.record))
 
 
 async def chat(node, exchange, body):
     messages = field(body, "messages", list, [])
-    ask = read_ask(node, body, "chat", rendered(messages), NO_NAME)
+    ask = read_ask(node, body, "chat", rendered(messages, body.get("tools")), NO_NAME)
     await (infer if messages else load_or_unload)(node, exchange, ChatLines(ask, exchange.record))
 
 
@@ -1297,7 +1661,7 @@ async def openai_chat(node, exchange, body):
     messages = field(body, "messages", list, [])
     if not messages:
         raise Refused(400, "[] is too short - 'messages'")
-    ask = read_openai_ask(node, body, "chat", rendered(messages), NO_NAME)
+    ask = read_openai_ask(node, body, "chat", rendered(messages, body.get("tools")), NO_NAME)
     await infer(node, exchange, ChatEvents(ask, exchange.record))
 
 
@@ -1308,7 +1672,7 @@ async def openai_completion(node, exchange, body):
 
 async def openai_response(node, exchange, body):
     given = body.get("input") or ""
-    prompt = given if isinstance(given, str) else rendered(given)
+    prompt = given if isinstance(given, str) else rendered(given, body.get("tools"))
     limit = {"max_tokens": body.get("max_output_tokens")}
     ask = read_openai_ask(node, body | limit, "chat", field(body, "instructions", str, "") + prompt, NO_NAME)
     await infer(node, exchange, ResponseEvents(ask, exchange.record))
@@ -1319,7 +1683,7 @@ async def anthropic_message(node, exchange, body):
         raise Refused(400, "max_tokens is required and must be positive")
     system = body.get("system") or ""
     lead = system if isinstance(system, str) else rendered_parts(system)
-    prompt = lead + rendered(field(body, "messages", list, []))
+    prompt = lead + rendered(field(body, "messages", list, []), body.get("tools"))
     ask = read_openai_ask(node, body, "chat", prompt, NO_NAME)
     await infer(node, exchange, MessageEvents(ask, exchange.record))
 
@@ -1327,7 +1691,7 @@ async def anthropic_message(node, exchange, body):
 async def transcribe(node, exchange, body):
     _, model = find_model(node, body, NOT_FOUND, NO_NAME)
     async with node.engine.runner(model, (), None) as runner, runner.slots:
-        await node.engine.device.work(model.name, node.engine.overhead_s())
+        await node.engine.device.work(model.blob, node.engine.overhead_s())
     exchange.send_json({"text": f"{len(body.get('file') or '')} bytes of speech"})
 
 
@@ -1343,19 +1707,24 @@ async def embed_all(node, exchange, body, model, texts):
     engine, now_s, arrived_s = node.engine, asyncio.get_running_loop().time, exchange.record.time_s
     options = runner_key(field(body, "options", dict, {}))
 
-    async def one(text, overhead_s):
+    async def one(count):
         async with runner.slots:
             exchange.record.started_s = exchange.record.started_s or now_s()
-            solo_s = overhead_s + token_count(text) * engine.prefill_s(runner)
-            await engine.device.work(model.name, solo_s * engine.jitter())
+            solo_s = engine.embed_call_s() + count * engine.prefill_s(runner)
+            await engine.device.work(model.blob, solo_s * engine.jitter())
 
     async with engine.runner(model, options, keep_alive_s(body.get("keep_alive"))) as runner:
         load_s = now_s() - arrived_s
+        counts = [token_count(text) for text in texts]
+        if body.get("truncate") is False and max(counts, default=0) > runner.context_length:
+            raise Refused(400, f"the {TOO_LONG}")
+        counts = [min(count, runner.context_length) for count in counts]
+        await engine.host.work("", engine.overhead_s() * engine.jitter())
         async with asyncio.TaskGroup() as group:
-            for index, text in enumerate(texts):
-                group.create_task(one(text, 0.0 if index else engine.overhead_s()))
+            for count in counts:
+                group.create_task(one(count))
     vectors = [embedded(model, text)[:field(body, "dimensions", int, 0) or None] for text in texts]
-    return Embeddings(vectors, sum(map(token_count, texts)), now_s() - arrived_s, load_s)
+    return Embeddings(vectors, sum(counts), now_s() - arrived_s, load_s)
 
 
 def embed_texts(body):
@@ -1413,15 +1782,24 @@ async def status(_node, exchange):
 
 def details(model):
     family = "nomic-bert" if model.embedding else model.name.split(":")[0]
-    return {"parent_model": "", "format": "gguf", "family": family, "families": [family],
-            "parameter_size": f"{model.params_b:g}B", "quantization_level": "Q4_K_M"}
+    return {"parent_model": "", "format": model.format, "family": family, "families": [family],
+            "parameter_size": f"{model.params_b:g}B", "quantization_level": "Q4_K_M",
+            "context_length": model.max_context}
 
 
 def capabilities(model):
-    return ["embedding"] if model.embedding else ["completion"]
+    return ["embedding"] if model.embedding else ["completion", "tools"]
+
+
+async def when_it_answers(node):
+    """Return when the scheduler's lock is free, for a version that takes it to answer."""
+    if node.ps_blocks:
+        async with node.engine.moving:
+            pass
 
 
 async def tags(node, exchange):
+    await when_it_answers(node)
     exchange.send_json({"models": [
         {"name": model.name, "model": model.name, "modified_at": stamp(node.modified_s.get(model.name, 0.0)),
          "size": int(model.size_gb * 1e9), "digest": model.digest, "details": details(model),
@@ -1434,11 +1812,13 @@ def resident_row(engine, runner):
     expires_at = "2318-01-01T00:00:00Z" if forever else stamp(runner.used_s + runner.keep_alive_s)
     return {"name": runner.model.name, "model": runner.model.name, "size": int(runner.need_gb * 1e9),
             "digest": runner.model.digest, "details": details(runner.model), "expires_at": expires_at,
-            "size_vram": int(runner.vram_gb * 1e9), "context_length": engine.context_length(runner.options)}
+            "size_vram": 0 if engine.hardware.on_cpu else int(runner.vram_gb * 1e9),
+            "context_length": runner.context_length}
 
 
 async def resident(node, exchange):
-    rows = [resident_row(node.engine, runner) for runner in node.engine.resident.values()]
+    await when_it_answers(node)
+    rows = [resident_row(node.engine, runner) for runner in node.engine.runners.values()]
     exchange.send_json({"models": sorted(rows, key=lambda row: row["expires_at"], reverse=True)})
 
 
@@ -1446,7 +1826,8 @@ async def show(node, exchange):
     _, model = find_model(node, read_json(exchange.body), NOT_FOUND, NO_NAME)
     info = {"general.architecture": details(model)["family"],
             "general.parameter_count": int(model.params_b * 1e9), "general.basename": model.name}
-    exchange.send_json({"modelfile": f"FROM {model.name}\n", "template": "{{ .Prompt }}",
+    modelfile = f"FROM /root/.ollama/models/blobs/sha256-{model.blob}\nTEMPLATE {{{{ .Prompt }}}}\n"
+    exchange.send_json({"modelfile": modelfile, "template": "{{ .Prompt }}",
                         "details": details(model), "model_info": info, "capabilities": capabilities(model),
                         "modified_at": stamp(node.modified_s.get(model.name, 0.0))})
 
@@ -1527,9 +1908,9 @@ async def pulled(node, name):
     if not model:
         raise Refused(500, "pull model manifest: file does not exist")
     total, have = int(model.size_gb * 1e9), node.models.get(model.name)
-    layer = {"status": f"pulling {model.digest[:12]}", "digest": f"sha256:{model.digest}", "total": total}
+    layer = {"status": f"pulling {model.blob[:12]}", "digest": f"sha256:{model.blob}", "total": total}
     for step in range(1, PULL_STEPS + 1):
-        if have is None or have.digest != model.digest:
+        if have is None or have.blob != model.blob:
             await node.engine.disk.work(f"pull {name}", model.size_gb / PULL_GB_S / PULL_STEPS / node.engine.speed)
             yield layer | {"completed": total * step // PULL_STEPS}
     yield layer | {"completed": total}
@@ -1590,15 +1971,19 @@ async def create(node, exchange):
 
 async def copy(node, exchange):
     body = read_json(exchange.body)
-    _, model = find_model(node, {"model": body.get("source")}, NOT_FOUND_QUOTED, (400, "invalid source"))
-    node.keep(model._replace(name=canonical(field(body, "destination", str, "")), weights=model.weights or model.name))
+    _, model = find_model(node, {"model": body.get("source")}, NOT_FOUND_QUOTED, (400, 'source "" is invalid'))
+    name = canonical(field(body, "destination", str, ""))
+    if not name:
+        raise Refused(400, 'destination "" is invalid')
+    node.keep(model._replace(name=name, weights=model.weights or model.name))
     exchange.send(200)
 
 
 async def delete(node, exchange):
     _, model = find_model(node, read_json(exchange.body), NOT_FOUND, NO_NAME)
     del node.models[model.name]
-    node.engine.expire(model)
+    if all(other.blob != model.blob for other in node.models.values()):
+        node.engine.expire(model)
     exchange.send(200)
 
 
@@ -1689,23 +2074,57 @@ def reset_on_close(transport):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+class Failing(NamedTuple):
+    """What a node answers in place of its own answer."""
+
+    status: int
+    paths: tuple | None             # None: all inference
+    models: tuple                   # canonical; empty: all
+    text: str
+    kind: str | None                # type of the error in /v1
+    body: bytes | None              # in place of JSON, as a proxy's
+    media_type: str
+    fields: dict
+
+    def hits(self, path, model):
+        return (self.paths is None or path in self.paths) and (not self.models or model in self.models)
+
+
 class SimNode:
-    """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs."""
+    """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs.
+
+    `drawn`: batching exponent, overhead and time of loads come from the seed, else they are the same for all nodes;
+    `machine` sets them. `context`: tokens of the window, else by memory. `too_long`: what becomes of a prompt that
+    does not fit: "refuse", "exceed" (the engine's own error), or "cut". `prompt_cache_gb`: of a runner in RAM, 8 in
+    newer versions. `ps_blocks`: /api/ps and /api/tags wait while a model loads. `silent_tools`: every answer to a body
+    with tools is a call, shown only when it is whole. `picture_s`: a picture on a CPU. `mlx`: one slot whatever
+    `slots` says. `lacks`: paths that this version does not know. `gzips`, `fields`: what a tunnel adds to answers.
+    """
 
     def __init__(self, hardware="rtx3060", models=("llama3.2",), *, name=None, slots=None, port=0, seed=0,
                  loaded=(), vram_gb=None, latency_s=0.0, noise=0.0, keep_alive_s=300.0, speed=1.0,
-                 tokens_per_line=1, version="0.33.0", max_queue=512, host="127.0.0.1"):
-        machine = HARDWARE[hardware]
+                 tokens_per_line=1, version="0.33.0", max_queue=512, host="127.0.0.1", drawn=False, machine=None,
+                 context=None, too_long="refuse", max_loaded=MAX_LOADED, prompt_cache_gb=0.0, ps_blocks=False,
+                 silent_tools=False, picture_s=PICTURE_S, mlx=False, lacks=(), gzips=False, fields=None):
+        kind = HARDWARE[hardware]
+        machine = machine or (drawn_machine(seed) if drawn else Machine())
         self.name = name or hardware
         self.host = host
         self.port = port                        # 0: any; the real one after start()
-        self.models = {model.name: model for model in map(model_named, models)}
+        self.format = "safetensors" if mlx else "gguf"
+        self.models = {model.name: model for model in map(self._model_named, models)}
         self.version = version
+        self.too_long = too_long
+        self.ps_blocks = ps_blocks
+        self.silent_tools = silent_tools
+        self.lacks = lacks
+        self.gzips = gzips
+        self.fields = fields or {}
         self.tls = None                         # the ssl.SSLContext that it speaks TLS with
         self.latency_s = latency_s              # one way
         self.tokens_per_line = tokens_per_line
-        self.engine = Engine(machine, slots or machine.slots, vram_gb or machine.vram_gb, keep_alive_s, speed,
-                             noise, max_queue, seed)
+        self.engine = Engine(kind, slots or kind.slots, vram_gb or kind.vram_gb, keep_alive_s, speed, noise, max_queue,
+                             seed, machine, context, max_loaded, prompt_cache_gb, picture_s)
         self.registry = MODELS                  # what it can pull
         self.modified_s = {}                    # model -> loop time of the pull, copy or create that brought it
         self.account = ""                       # at ollama.com; "" = signed out
@@ -1720,7 +2139,7 @@ class SimNode:
         self._server = None
         self._arrivals = itertools.count()
         self._numbers = itertools.count()
-        self._failing = None                    # (status, paths or None)
+        self._failing = None                    # a Failing
         self._garbage = b""                     # sent in place of answers
         self._tearing = False
         self._awake = asyncio.Event()
@@ -1738,6 +2157,9 @@ class SimNode:
     def evictions(self):
         return self.engine.evictions
 
+    def _model_named(self, name):
+        return model_named(name)._replace(format=self.format)
+
     def keep(self, model):
         """Have a model on disk from now on, in place of one of that name."""
         self.models[model.name] = model
@@ -1751,7 +2173,7 @@ class SimNode:
         self._server = await loop.create_server(self._protocol, self.host, self.port, backlog=1024, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         for name in self._loaded:
-            self.engine.preload(model_named(name))
+            self.engine.preload(self._model_named(name))
         self._loaded = ()       # a killed node comes back empty
         return self
 
@@ -1768,9 +2190,21 @@ class SimNode:
         self._cut()
         self.engine.lose_everything()
 
-    async def restart(self):
-        """Come back on the same port after stop() or kill(). Faults stay until recover()."""
+    async def restart(self, after_s=0.0):
+        """Come back on the same port after stop() or kill(), and so many seconds. Faults stay until recover()."""
+        await asyncio.sleep(after_s)
         return await self.start()
+
+    async def direct_user(self, output_tokens=200, prompt_tokens=100, model=None, requests=1):
+        """Make requests one after the other past any gateway; cancel the task to end them at once."""
+        caller = Caller(self.host, self.port)
+        try:
+            for number in range(requests):
+                prompt = worded(f"<out={output_tokens}> direct {number} ", prompt_tokens)
+                value = {"model": model or next(iter(self.models)), "prompt": prompt}
+                await caller.call(json.dumps(value).encode(), path="/api/generate")
+        finally:
+            caller.close()
 
     def _prepare_reset(self):
         """Let connections that are cut end with RST, not FIN."""
@@ -1797,7 +2231,7 @@ class SimNode:
     # Faults.
 
     def hang(self):
-        """Stop all computing, as a wedged GPU does: /api/version still answers."""
+        """Stop all computing, as a wedged GPU does: inference is accepted, /api/version, tags and ps still answer."""
         self._set_pace(0.0)
 
     def slow(self, factor):
@@ -1809,9 +2243,16 @@ class SimNode:
         self._set_pace(0.0)
         self._awake.clear()
 
-    def fail(self, status=503, paths=None):
-        """Answer inference at once with an error, on some paths or on all; other paths if they are named."""
-        self._failing = (status, paths)
+    def fail(self, status=503, paths=None, text=None, *, models=(), kind=None, body=None, media_type="text/html",
+             fields=None):
+        """Answer inference at once with an error, on some paths or on all; other paths if they are named.
+
+        `text` and `kind` (of /v1) are Ollama's, `body`, `media_type` and `fields` those of a proxy. With status 200
+        the text is the first line of a stream, and an empty body is a stream without any.
+        """
+        usual = {503: BUSY, 500: STOPPED}.get(status) or http.client.responses.get(status, "")
+        self._failing = Failing(status, paths, tuple(map(canonical, models)), usual if text is None else text, kind,
+                                body, media_type, fields or {})
 
     def reset(self):
         """Reset every connection, as a broken network does; the process lives on."""
@@ -1870,6 +2311,7 @@ class SimNode:
         record = Record(next(self._numbers), now_s(), head.method, head.path, raw)
         self.requests.append(record)
         exchange = Exchange(reader, writer, head, record, self.latency_s)
+        exchange.extra, exchange.compresses = self.fields, self.gzips
         reader.worker = asyncio.current_task()
         try:
             await self._answer(exchange)
@@ -1901,12 +2343,13 @@ class SimNode:
             await exchange.read_body()
         if refused_origin(head):
             exchange.send(403)
+        elif head.path in self.lacks:
+            exchange.send(404, b"404 page not found", "text/plain")
         elif route and route.kind == "inference":
             await self._infer(route, exchange)
         elif route:
-            if self._failing and self._failing[1]:
-                self._refuse_if_failing(route.path)
-            await route.answer(self, exchange)
+            if not (self._failing and self._failing.paths and self._fails(route.path, "", exchange)):
+                await route.answer(self, exchange)
         elif routes:
             allowed = ", ".join(method for route in routes for method in route.methods.split())
             exchange.send(405, b"405 method not allowed", "text/plain", Allow=allowed)
@@ -1920,9 +2363,10 @@ class SimNode:
         self.in_flight_by_model[model] += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
-            self._refuse_if_failing(route.path)
             exchange.torn = self._tearing
-            if self._garbage:
+            if self._fails(route.path, model, exchange):
+                pass
+            elif self._garbage:
                 exchange.send_garbage(self._garbage)
             else:
                 await route.answer(self, exchange, body)
@@ -1930,11 +2374,20 @@ class SimNode:
             self.in_flight -= 1
             self.in_flight_by_model[model] -= 1
 
-    def _refuse_if_failing(self, path):
-        status, paths = self._failing or (0, ())
-        if status and (paths is None or path in paths):
-            text = {503: BUSY, 500: STOPPED}.get(status) or http.client.responses.get(status, "")
-            raise Refused(status, text)
+    def _fails(self, path, model, exchange):
+        """Answer as fail() says, if it does of this request; return whether it does. Raises Refused."""
+        failing = self._failing
+        if not failing or not failing.hits(path, model):
+            return False
+        if failing.status != 200 and failing.body is None:
+            raise Refused(failing.status, failing.text, failing.kind)
+        if failing.status != 200:
+            exchange.send(failing.status, failing.body, failing.media_type, **failing.fields)
+        elif failing.body is not None:
+            exchange.stream((failing.body,) if failing.body else (), "application/x-ndjson", last=True)
+        else:
+            exchange.stream((compact({"error": failing.text}) + b"\n",), "application/x-ndjson", last=True)
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1948,13 +2401,17 @@ DEMO = (
 )
 
 
+BENCH_CONTEXT = 65_536     # tokens: the longest chat of a benchmark fits; windows by memory would refuse it
+
+
 def demo_nodes(count=3, first_port=0, speed=1.0):
     """Return unequal nodes with overlapping models, not started; port 0 means any."""
     nodes = []
     for index, (hardware, models) in enumerate(itertools.islice(itertools.cycle(DEMO), count)):
         name = hardware if count <= len(DEMO) else f"{hardware}-{index + 1}"
         port = first_port + index if first_port else 0
-        nodes.append(SimNode(hardware, models, name=name, port=port, seed=index, speed=speed))
+        nodes.append(SimNode(hardware, models, name=name, port=port, seed=index, speed=speed, drawn=True,
+                             context=BENCH_CONTEXT))
     return nodes
 
 
@@ -2124,23 +2581,38 @@ def pick_lengths(rng, lengths):
     return rng.choice(LENGTHS[lengths])
 
 
+def prompt_s(hardware, model, tokens):
+    """Return how long a prompt takes on hardware whose model is loaded."""
+    return tokens / (HARDWARE[hardware].prefill_tok_s * model_named(model).speed)
+
+
+def output_s(hardware, model, tokens):
+    """Return how long an answer takes a lone request."""
+    return tokens / (HARDWARE[hardware].decode_tok_s * model_named(model).speed)
+
+
 def solo_s(hardware, model, prompt_tokens, output_tokens):
     """Return how long a lone request takes on idle hardware whose model is loaded."""
-    machine, factor = HARDWARE[hardware], model_named(model).speed
-    return (OVERHEAD_S + prompt_tokens / (machine.prefill_tok_s * factor)
-            + output_tokens / (machine.decode_tok_s * factor))
+    return OVERHEAD_S + prompt_s(hardware, model, prompt_tokens) + output_s(hardware, model, output_tokens)
 
 
-def mean_solo_s(scenario, hardware):
-    """Return the mean of `solo_s` over what a scenario asks for."""
+def mean_s(scenario, hardware):
+    """Return the mean times of prompt and output over what a scenario asks for."""
     rng = random.Random(0)
     drawn = [(rng.choice(scenario.models), *pick_lengths(rng, scenario.lengths)) for _ in range(2000)]
-    return sum(solo_s(hardware, *one) for one in drawn) / len(drawn)
+    return (sum(prompt_s(hardware, model, prompt) for model, prompt, _ in drawn) / len(drawn),
+            sum(output_s(hardware, model, output) for model, _, output in drawn) / len(drawn))
+
+
+def rate_of(slots, mean_prompt_s, mean_output_s, machine=Machine()):
+    """Return requests per second with so many slots busy: prompts are evaluated one after the other."""
+    device_s = mean_prompt_s + mean_output_s / batch_gain(slots, machine.exponent)
+    return slots / (machine.overhead_s + slots * device_s)
 
 
 def capacity(scenario):
-    """Return requests per second with every slot of the cluster busy."""
-    return sum(batch_gain(HARDWARE[hardware].slots) / mean_solo_s(scenario, hardware)
+    """Return requests per second with every slot of the cluster busy, at nominal speed."""
+    return sum(rate_of(HARDWARE[hardware].slots, *mean_s(scenario, hardware))
                for hardware in CLUSTERS[scenario.cluster])
 
 
@@ -2266,8 +2738,7 @@ def chat_body(work, history=(), bounded=False):
     told (`bounded`).
     """
     words = f"<out={work.output_tokens}> request {work.number} of many: "
-    filler = "lorem " * (work.prompt_tokens * 4 // 6 + 1)
-    prompt = (words + filler)[:max(len(words), work.prompt_tokens * 4)]
+    prompt = worded(words, work.prompt_tokens)
     messages = [*history, {"role": "user", "content": prompt}]
     value = {"model": work.model, "messages": messages, "stream": True}
     if bounded:
@@ -2338,7 +2809,7 @@ async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
             body = chat_body(work, history)
             samples.append(await make_request(caller, work, loop.time(), timeout_s, body))
             sent = json.loads(body)["messages"]
-            history = [*sent, {"role": "assistant", "content": "lorem " * (work.output_tokens * 4 // 6)}]
+            history = [*sent, {"role": "assistant", "content": worded("", work.output_tokens)}]
         return samples
 
     sessions = [session(number, works[number]) for number in range(len(works) // turns)]
@@ -2369,7 +2840,8 @@ def cluster_nodes(scenario, seed):
     """Return a scenario's simulated nodes, not started. One model: it is loaded everywhere; more: none is."""
     loaded = scenario.models if len(scenario.models) == 1 else ()
     return [SimNode(hardware, scenario.models, name=f"{number + 1}-{hardware}", seed=seed * 100 + number, loaded=loaded,
-                    noise=0.08, latency_s=scenario.latency_s, vram_gb=scenario.vram_gb or None, tokens_per_line=16)
+                    noise=0.08, latency_s=scenario.latency_s, vram_gb=scenario.vram_gb or None, tokens_per_line=16,
+                    drawn=True, context=BENCH_CONTEXT)
             for number, hardware in enumerate(CLUSTERS[scenario.cluster])]
 
 
@@ -2459,41 +2931,55 @@ def simulate(scenario, seed, policies=(*PLAIN, SOLLOL)):
 # Bounds: what could nobody beat?
 # ------------------------------------------------------------------------------------------------------------
 
-def closed_loop_bound_s(scenario):
+def at_most_per_s(node, count, prompt_time_s, output_time_s):
+    """Return the most requests per second of a node with so many in it: each alone, or the device always busy.
+
+    Its increments shrink as the count grows: it is the least of two concave functions.
+    """
+    engine = node.engine
+    alone_s = engine.overhead_s() + prompt_time_s + output_time_s
+    return min(count / alone_s, 1 / (prompt_time_s + output_time_s / batch_gain(count, engine.machine.exponent)))
+
+
+def closed_loop_bound_s(scenario, nodes):
     """Return the least mean latency of a closed loop: Little's law with the clients on the best slots.
 
-    The n-th request on a node adds n**0.7 - (n - 1)**0.7 of its solo rate; the greatest gains are taken. Within the
-    duration at most rate x duration requests end and one per client later, and each client always waits for one.
+    The greatest of what one more request adds to a node's rate are taken. Within the duration at most rate x duration
+    requests end and one per client later, and each client always waits for one.
     """
-    gains = sorted(((batch_gain(n + 1) - batch_gain(n)) / mean_solo_s(scenario, hardware)
-                    for hardware in CLUSTERS[scenario.cluster] for n in range(HARDWARE[hardware].slots)), reverse=True)
-    ended = sum(gains[:scenario.clients]) * scenario.duration_s + scenario.clients
+    gains = []
+    for node in nodes:
+        times_s = mean_s(scenario, node.engine.hardware.name)
+        rates = [at_most_per_s(node, count, *times_s) if count else 0.0 for count in range(node.engine.slots + 1)]
+        gains += [more - less for less, more in itertools.pairwise(rates)]
+    ended = sum(sorted(gains, reverse=True)[:scenario.clients]) * scenario.duration_s + scenario.clients
     return scenario.clients * scenario.duration_s / ended
 
 
-def work_solo_s(hardware, work):
-    """Return how long a request takes alone on some hardware."""
-    return solo_s(hardware, work.model, work.prompt_tokens, work.output_tokens)
+def work_times_s(node, work):
+    """Return how long prompt and output of a request take on a node."""
+    name = node.engine.hardware.name
+    return prompt_s(name, work.model, work.prompt_tokens), output_s(name, work.model, work.output_tokens)
 
 
-def fastest_solo_s(names, work):
-    """Return how long a request takes alone on the best of some hardware."""
-    return min(work_solo_s(name, work) for name in set(names))
+def fastest_solo_s(nodes, work):
+    """Return how long a request takes alone on the best of some nodes."""
+    return min(node.engine.overhead_s() + sum(work_times_s(node, work)) for node in nodes)
 
 
-def pooled_s(names, work):
-    """Return how long a request would take if all slots of all nodes could work on it together."""
-    return 1 / sum(batch_gain(HARDWARE[name].slots) / work_solo_s(name, work) for name in names)
+def pooled_s(nodes, work):
+    """Return how long the devices of all nodes together would need for a request, their slots full of others."""
+    times_s = [(*work_times_s(node, work), node.engine.gain()) for node in nodes]
+    return 1 / sum(1 / (first_s + rest_s / gain) for first_s, rest_s, gain in times_s)
 
 
-def pooled_bound_s(scenario, works):
+def pooled_bound_s(nodes, works):
     """Return a lower bound of the mean latency of an open loop.
 
     All nodes pooled into one server that always works on the request with the least left (SRPT, optimal for the
     mean on one server); and no request is faster than alone on the fastest node. Loose under load: no request
     can really use the whole pool.
     """
-    names = CLUSTERS[scenario.cluster]
     left, now_s, total_s = [], 0.0, 0.0
     for work in [*works, None]:
         until_s = work.at_s if work else math.inf
@@ -2506,15 +2992,16 @@ def pooled_bound_s(scenario, works):
                 need, arrived_s = heapq.heappop(left)
                 heapq.heappush(left, (need - (until_s - now_s), arrived_s))
             now_s = until_s
-            heapq.heappush(left, (pooled_s(names, work), until_s))
-    return max(total_s, sum(fastest_solo_s(names, work) for work in works)) / len(works)
+            heapq.heappush(left, (pooled_s(nodes, work), until_s))
+    return max(total_s, sum(fastest_solo_s(nodes, work) for work in works)) / len(works)
 
 
 def bound_s(scenario, seed):
-    """Return a lower bound of a scenario's mean latency, or None where none is known."""
+    """Return a lower bound of a scenario's mean latency on its nodes, or None where none is known."""
+    nodes = cluster_nodes(scenario, seed)
     if scenario.clients:
-        return closed_loop_bound_s(scenario)
-    return None if scenario.chat else pooled_bound_s(scenario, make_work(scenario, seed))
+        return closed_loop_bound_s(scenario, nodes)
+    return None if scenario.chat else pooled_bound_s(nodes, make_work(scenario, seed))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3364,7 +3851,7 @@ def misled_held(first, count):
 async def one_by_one(scenario, hardware, seed):
     """Return how long the requests of a scenario take one after the other on one node of some hardware."""
     node = await SimNode(hardware, scenario.models, loaded=scenario.models, noise=0.08, seed=seed,
-                         latency_s=scenario.latency_s, tokens_per_line=16).start()
+                         latency_s=scenario.latency_s, tokens_per_line=16, context=BENCH_CONTEXT).start()
     caller, loop = Caller("127.0.0.1", node.port), asyncio.get_running_loop()
     start_s = loop.time()
     for work in make_work(scenario, seed):
@@ -3377,11 +3864,11 @@ async def one_by_one(scenario, hardware, seed):
 def makespan_bound_s(scenario, seed):
     """Return a lower bound of the time to the last answer: all work pooled, or the longest request alone.
 
-    At nominal speed: the nodes' noise of 8 % can undercut it a little.
+    At mean speed: the nodes' noise of 8 % can undercut it a little.
     """
-    names, works = CLUSTERS[scenario.cluster], make_work(scenario, seed)
-    longest_s = max(fastest_solo_s(names, work) for work in works)
-    return max(sum(pooled_s(names, work) for work in works), longest_s)
+    nodes, works = cluster_nodes(scenario, seed), make_work(scenario, seed)
+    longest_s = max(fastest_solo_s(nodes, work) for work in works)
+    return max(sum(pooled_s(nodes, work) for work in works), longest_s)
 
 
 def agents_table(counts, clusters, seed):
@@ -4258,8 +4745,7 @@ class Errand(NamedTuple):
     @property
     def prompt(self):
         """Return a text that no other errand has, and that asks for the output tokens."""
-        text = f"<out={self.output_tokens}> errand {self.number} says "
-        return (text + "lorem " * self.prompt_tokens)[:max(len(text), 4 * self.prompt_tokens)]
+        return worded(f"<out={self.output_tokens}> errand {self.number} says ", self.prompt_tokens)
 
     @property
     def messages(self):
@@ -4317,6 +4803,9 @@ class Outcome(NamedTuple):
 
 # Drawing a plan.
 
+SOAK_HARDWARE = ("rtx4090", "rtx3090", "rtx3060", "m2", "cpu")
+
+
 def draw_nodes(rng, seed, models):
     """Return the settings of three to six nodes; every model is on two of them at least."""
     count = rng.randint(3, 6)
@@ -4325,10 +4814,11 @@ def draw_nodes(rng, seed, models):
     for number in range(count):
         had = [model for model in models if number in holders[model]] or [models[0]]
         loaded = [model for model in had if rng.random() < 0.3][:1]
-        nodes.append({"hardware": rng.choices(list(HARDWARE), (2, 2, 4, 2, 1))[0], "models": had, "loaded": loaded,
+        nodes.append({"hardware": rng.choices(SOAK_HARDWARE, (2, 2, 4, 2, 1))[0], "models": had, "loaded": loaded,
                       "name": f"n{number + 1}", "seed": seed * 10 + number, "slots": rng.choice((1, 2, 2, 4)),
                       "latency_s": rng.choice((0.0, 0.0005, 0.0005, 0.04)), "noise": 0.08, "tokens_per_line": 16,
-                      "vram_gb": rng.choice((None, 8, 16)), "keep_alive_s": rng.choice((300.0, 20.0))})
+                      "vram_gb": rng.choice((None, 8, 16)), "keep_alive_s": rng.choice((300.0, 20.0)),
+                      "drawn": True, "context": BENCH_CONTEXT})
     return nodes
 
 
@@ -5523,7 +6013,7 @@ def remarks(scenario, runs, bound):
     notes = ["Latency counts from the intended send time. A failed request counts as the time after which its client "
              f"gives up ({scenario.timeout_s:g} s), in every figure."]
     if bound:
-        notes.append(f"At the nodes' nominal speed no scheduler can bring the mean below {bound:.2f} s here; "
+        notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
                      f"SOLLOL is {change(mine.mean_s, bound)} from that.")
     if runs[-1].policy == SOLLOL and runs[-1].ratios and runs[-1].ratios.steps:
         middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))

@@ -12,8 +12,10 @@ import collections
 import contextlib
 import fcntl
 import functools
+import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -7026,7 +7029,7 @@ async def test_client_that_leaves_ends_its_shares():
 
 def test_long_batch_lets_others_pass():
     async def run():
-        async with surface(embedders(2)) as gateway:
+        async with surface(embedders(2, speed=0.4)) as gateway:
             await embed_timed(gateway, TEXTS[:200])
             batch = asyncio.create_task(embed_timed(gateway))
             await until(lambda: health(gateway)["inflight"] == 2)
@@ -7307,7 +7310,7 @@ PROGRAMS = {
         (GO_HEAD, "HEAD /", "", ""),
         (GO_HEAD, "GET /api/status", "", '"cloud":'),
         (GO_HEAD, "POST /api/show?ts=1767225600", '{"model":"llama3.2","system":"","template":"","verbose":false,'
-         '"options":null,"name":"llama3.2"}', '"capabilities":["completion"]'),
+         '"options":null,"name":"llama3.2"}', '"capabilities":["completion","tools"]'),
         (GO_STREAM_HEAD, "POST /api/generate", '{"model":"llama3.2","prompt":"","suffix":"","system":"","template":"",'
          '"keep_alive":null,"options":null,"think":null}', '"done_reason":"load"'),
         (GO_STREAM_HEAD, "POST /api/chat", '{"model":"llama3.2","messages":%s,"format":"","options":{}}' % SAID,
@@ -8613,6 +8616,434 @@ def test_official_javascript_client(cluster_url):
     assert found["same"] and found["done"] and found["vectors"] == 2
     assert found["pulled"][-1] == "success" and found["pulled"].count("success") == 1
     assert "js:latest" in found["names"] and "not found" in found["error"]
+
+
+# -----------------------------------------------------------------------------
+# Simulated nodes: what real Ollama nodes do
+# -----------------------------------------------------------------------------
+
+def directly(node):
+    """Return what stands for a gateway in `call`: the node itself."""
+    return types.SimpleNamespace(address=("127.0.0.1", node.port), options=types.SimpleNamespace(tls_cert=None))
+
+
+def alone(hardware="rtx3060", **settings):
+    """Let an async test(node) run on a simulated node without a gateway, in virtual time."""
+    def decorate(test):
+        async def serve():
+            node = await bench.SimNode(hardware, **{"loaded": ("llama3.2",), **settings}).start()
+            try:
+                await test(node)
+            finally:
+                await node.stop()
+
+        def run():
+            bench.run_virtual(serve())
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+    return decorate
+
+
+async def ask(node, path="/api/generate", value=None, method="POST", **fields):
+    return await call(directly(node), method, path, generate() if value is None else value, **fields)
+
+
+async def times_of_pieces(node, path, value):
+    """Return (time, piece) of each chunk of a stream."""
+    caller, now_s = await Caller.to(directly(node)), asyncio.get_running_loop().time
+    caller.writer.write(posted(value, path.encode()))
+    await caller.head()
+    found = [(now_s(), piece) async for piece in caller.chunks()]
+    caller.close()
+    return found
+
+
+async def loaded_names(node):
+    return [row["name"] for row in (await call(directly(node), "GET", "/api/ps")).json()["models"]]
+
+
+FUNCTION = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALLING = {"messages": [{"role": "user", "content": "<call> <out=100>"}], "tools": [FUNCTION], "model": "llama3.2",
+           "stream": True}
+
+
+@table("path, value, told", [
+    ("chat", "/api/chat", CALLING, b'"tool_calls":'), ("openai", "/v1/chat/completions", CALLING, b'"tool_calls"'),
+    ("messages", "/v1/messages", CALLING | {"tools": [{"name": "look"}], "max_tokens": 500}, b'"tool_use"'),
+    ("responses", "/v1/responses", {"model": "llama3.2", "input": "<call> <out=100>", "stream": True, "tools": [
+        {"type": "function", "name": "look"}]}, b"function_call_arguments.done")])
+def test_simulated_stream_shows_nothing_of_a_tool_call_before_it_is_whole(path, value, told):
+    @alone()
+    async def run(node):
+        pieces = await times_of_pieces(node, path, value)
+        assert len({at_s for at_s, _ in pieces}) == 1 and pieces[0][0] > 100 / 115
+        text = b"".join(piece for _, piece in pieces)
+        assert told in text and b'"look"' in text
+        assert b"call" in (await ask(node, path, value | {"stream": False})).body
+        spoken = await times_of_pieces(node, path, json.loads(json.dumps(value).replace("<call>", "")))
+        assert len({at_s for at_s, _ in spoken}) > 50
+    run()
+
+
+@alone(slots=2)
+async def test_simulated_prompt_stops_the_other_streams_of_its_runner_but_for_a_token_per_batch(node):
+    stream = asyncio.create_task(times_of_pieces(node, "/api/generate", generate(tokens=60, stream=True)))
+    await asyncio.sleep(0.2)
+    prompt = bench.worded("<out=1> ", 4000)         # 3,450 tok/s
+    await ask(node, value={"model": "llama3.2", "prompt": prompt, "stream": False})
+    times = [at_s for at_s, _ in await stream]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert sum(gap > 0.1 for gap in gaps) in (4, 5) and 1.1 < sum(gap for gap in gaps if gap > 0.1) < 1.4
+
+
+@alone(slots=4)
+async def test_simulated_prompts_are_evaluated_one_after_the_other(node):
+    bodies = [{"model": "llama3.2", "prompt": bench.worded(f"<out=1> {number} ", 3450), "stream": False}
+              for number in range(3)]
+    answers = await asyncio.gather(*(ask(node, value=body) for body in bodies))
+    took = sorted(answer.json()["prompt_eval_duration"] / 1e9 for answer in answers)
+    assert took == pytest.approx([1.0, 2.0, 3.0], rel=0.05)
+
+
+def chat_turn(name):
+    return {"model": "llama3.2", "stream": False, "prompt": bench.worded(f"<out=5> {name} {name * 300} ", 3000)}
+
+
+@pytest.mark.parametrize("cache_gb, again_s", [(0.0, 0.8), (8.0, 0.0)])
+def test_simulated_slot_holds_one_prompt_and_current_engines_keep_others_in_memory(cache_gb, again_s):
+    @alone(slots=1, prompt_cache_gb=cache_gb)
+    async def run(node):
+        turns = [(await ask(node, value=chat_turn(name))).json() for name in "ABAA"]
+        took = [turn["prompt_eval_duration"] / 1e9 for turn in turns]
+        assert took == pytest.approx([0.87, 0.87, again_s or 0.0, 0.0], abs=0.1)
+        assert {turn["prompt_eval_count"] for turn in turns} == {3000}      # cached tokens count
+    run()
+
+
+def test_simulated_prompt_cache_is_bounded():
+    @alone(slots=1, prompt_cache_gb=0.5)            # 5,900 tokens of a 3B model
+    async def run(node):
+        for name in "ABCD":
+            await ask(node, value=chat_turn(name))
+        assert len(node.engine.resident["llama3.2:latest"].kept) == 1
+    run()
+
+
+@table("text, least, most", [
+    ("English", "You may look at the house that was made for you, and then go home.", 15, 20),
+    ("words at random", " ".join(f"{random.Random(n).getrandbits(16):x}" for n in range(100)), 315, 494),
+    ("letters at random", " ".join("".join(random.Random(n).choices("bcdfghklmnpqrstvwxz", k=9)) for n in range(9)),
+     27, 45), ("JSON", '{"type":"object","properties":{}}', 8, 20),
+    ("filler", bench.worded("a ", 1234), 1234, 1234), ("picture", bench.picture("x"), 769, 775)])
+def test_simulated_tokens_are_counted_as_real_ones(text, least, most):
+    assert least <= bench.token_count(text) <= most
+
+
+def test_tokens_of_a_long_prompt_are_counted_in_a_few_milliseconds():
+    text = "".join(json.dumps({"name": f"tool{n}", "description": bench.worded("x ", 20)}) for n in range(1000))
+    started_s = time.perf_counter()
+    assert len(text) > 100_000 and bench.token_count(text) > 20_000
+    assert time.perf_counter() - started_s < 0.1
+
+
+@alone()
+async def test_simulated_prompt_counts_tools_their_results_and_calls(node):
+    def counted(answer):
+        found = answer.json()
+        return found.get("prompt_eval_count") or found["usage"]["input_tokens"]
+
+    tools = [{**FUNCTION, "description": "some words of a schema " * 100}]
+    messages = [{"role": "user", "content": "hello"}]
+    plain, more = [counted(await ask(node, "/api/chat", {"model": "llama3.2", "stream": False, "messages": messages,
+                                                         **extra})) for extra in ({}, {"tools": tools})]
+    assert more > plain + 400
+    given = [{"type": "text", "text": "word " * 500}]
+    result = [{"role": "user", "content": [{"type": "tool_result", "content": given}]}]
+    assert counted(await ask(node, "/v1/messages", {"model": "llama3.2", "max_tokens": 1, "messages": result})) >= 500
+    output = [{"type": "function_call_output", "output": "word " * 500}]
+    assert counted(await ask(node, "/v1/responses", {"model": "llama3.2", "input": output})) >= 500
+
+
+@alone("cpu", models=("nomic-embed-text",), loaded=("nomic-embed-text",))
+async def test_simulated_embeddings_cost_per_input(node):
+    async def took_s(texts):
+        started_s = asyncio.get_running_loop().time()
+        assert (await ask(node, "/api/embed", {"model": "nomic-embed-text", "input": texts})).status == 200
+        return asyncio.get_running_loop().time() - started_s
+
+    assert 2.5 < await took_s(["short text"] * 1000) < 4.0
+    assert await took_s(["short text " * 1000]) < 0.6
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_simulated_ps_and_tags_may_block_while_a_model_loads(blocks):
+    @alone(loaded=(), ps_blocks=blocks)
+    async def run(node):
+        load = asyncio.create_task(ask(node))
+        await asyncio.sleep(0.5)
+        await call(directly(node), "GET", "/api/version")
+        assert not load.done()
+        for path in ("/api/ps", "/api/tags"):
+            await call(directly(node), "GET", path)
+            assert bool(node.loads) is blocks
+        await load
+    run()
+
+
+@alone(slots=2)
+async def test_simulated_keep_alive_of_zero_stays_with_a_busy_runner(node):
+    long = asyncio.create_task(ask(node, value=generate(tokens=300, keep_alive=0)))
+    await asyncio.sleep(0.1)
+    await ask(node)
+    assert await loaded_names(node) == ["llama3.2:latest"]
+    await asyncio.gather(long, ask(node, value=generate(tokens=400)))
+    assert await loaded_names(node) == []
+    assert (await ask(node)).json()["load_duration"] > 2e9 and await loaded_names(node) == ["llama3.2:latest"]
+
+
+@alone(loaded=(), slots=1)
+async def test_simulated_tags_of_the_same_weights_share_a_runner(node):
+    await ask(node, "/api/copy", {"source": "llama3.2", "destination": "twin"})
+    await ask(node, "/api/create", {"model": "child", "from": "llama3.2", "stream": False})
+    assert (await ask(node)).json()["load_duration"] > 2e9
+    rows = (await call(directly(node), "GET", "/api/tags")).json()["models"]
+    assert len({row["digest"] for row in rows}) == 3
+    shows = [(await ask(node, "/api/show", {"model": name})).json()["modelfile"].splitlines()[0]
+             for name in ("llama3.2", "twin", "child")]
+    assert len(set(shows)) == 1 and re.fullmatch("FROM /root/.ollama/models/blobs/sha256-[0-9a-f]{64}", shows[0])
+    one, two = await asyncio.gather(*(ask(node, value=generate(name, 115)) for name in ("twin", "child")))
+    durations = [answer.json()["total_duration"] / 1e9 for answer in (one, two)]
+    assert max(durations) > 1.8 * min(durations)        # one slot for both
+    assert one.json().get("load_duration", 0) < 2e6 and await loaded_names(node) == ["llama3.2:latest"]
+    await ask(node, value={"model": "twin", "keep_alive": 0})
+    assert await loaded_names(node) == [] and node.loads == 1
+
+
+FOUR = ("llama3.2:1b", "gemma3:4b", "mistral", "llama3.2")
+
+
+@alone("rtx4090", models=FOUR, loaded=(), vram_gb=1000)
+async def test_simulated_victim_has_the_shortest_keep_alive_whatever_was_used_last(node):
+    for name, keep_alive in zip(FOUR[:3], ("9m", "3m", "5m"), strict=True):
+        await ask(node, value=generate(name, keep_alive=keep_alive))
+    await ask(node, value=generate("gemma3:4b"))        # the last used
+    await ask(node, value=generate("llama3.2"))         # at most three, whatever the memory
+    assert sorted(await loaded_names(node)) == ["llama3.2:1b", "llama3.2:latest", "mistral:latest"]
+    assert node.evictions == 1
+
+
+@alone("rtx4090", models=FOUR, loaded=(), max_loaded=2)
+async def test_simulated_victim_is_waited_for_if_none_is_idle(node):
+    await ask(node, value=generate(FOUR[0], keep_alive="1m"))
+    await ask(node, value=generate(FOUR[1], keep_alive="9m"))
+    busy = [asyncio.create_task(ask(node, value=generate(name, tokens))) for name, tokens in zip(FOUR, (2000, 20))]
+    await asyncio.sleep(0.1)
+    await ask(node, value=generate(FOUR[2]))
+    assert all(task.done() for task in busy) and sorted(await loaded_names(node)) == ["gemma3:4b", "mistral:latest"]
+
+
+@table("options, fields, loads", [
+    ("the same window", {"num_ctx": 4096}, {}, 0), ("what runs anyway", {"use_mmap": False, "num_gpu": -1}, {}, 0),
+    ("shift as it is", {}, {"shift": True}, 0), ("another shift", {}, {"shift": False}, 1),
+    ("another window", {"num_ctx": 8192}, {}, 1), ("layers", {"num_gpu": 3}, {}, 1), ("nothing", {}, {}, 0)])
+def test_simulated_model_is_loaded_again_only_for_another_value(options, fields, loads):
+    @alone()
+    async def run(node):
+        await ask(node, value=generate(options=options, **fields))
+        assert node.loads == loads
+    run()
+
+
+@alone(models=("phi4:14b",), loaded=(), vram_gb=24, context=16_384)
+async def test_simulated_window_is_cut_to_the_models_own_and_none_means_the_servers(node):
+    for num_ctx, loads in ((None, 1), (99_999, 1), (16_384, 1), (2048, 2), (2048, 2), (None, 3)):
+        await ask(node, value=generate("phi4:14b", options={"num_ctx": num_ctx}))
+        assert node.loads == loads
+    for path in ("/api/ps", "/api/tags"):
+        row, = (await call(directly(node), "GET", path)).json()["models"]
+        assert row.get("context_length", row["details"]["context_length"]) == 16_384
+
+
+@table("hardware, settings, window", [("small", "rtx3060", {}, 4096), ("24 GB", "rtx4090", {}, 32_768),
+                                      ("80 GB", "rtx4090", {"vram_gb": 80}, 131_072), ("no card", "cpu", {}, 4096)])
+def test_simulated_window_is_by_memory(hardware, settings, window):
+    @alone(hardware, **settings)
+    async def run(node):
+        row, = (await call(directly(node), "GET", "/api/ps")).json()["models"]
+        assert row["context_length"] == window
+    run()
+
+
+@table("too_long, status, text", [("refused", "refuse", 400, "input length exceeds the context length"),
+                                  ("the engine's words", "exceed", 400, "exceed_context_size_error"),
+                                  ("cut", "cut", 200, "")])
+def test_simulated_prompt_that_does_not_fit_is_refused_at_once_or_cut(too_long, status, text):
+    @alone(too_long=too_long)
+    async def run(node):
+        value = {"model": "llama3.2", "prompt": bench.worded("<out=1> ", 5000), "stream": False}
+        answer = await ask(node, value=value)
+        assert answer.status == status and text in answer.json().get("error", "")
+        if status == 200:
+            assert answer.json()["prompt_eval_count"] == 4096
+        else:
+            assert asyncio.get_running_loop().time() < 0.01
+            answer = await ask(node, "/v1/completions", value)
+            assert (answer.status, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    run()
+
+
+@table("path, value", [
+    ("generate", "/api/generate", {"prompt": "what is it? <out=1>", "images": ["AAAA"]}),
+    ("chat", "/api/chat", {"messages": [{"role": "user", "content": "what? <out=1>", "images": ["AAAA"]}]}),
+    ("openai", "/v1/chat/completions", {"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "<out=1>"}, {"type": "image_url", "image_url": {"url": "data:,A"}}]}]}),
+    ("messages", "/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "<out=1>"}, {"type": "image", "source": {"type": "base64", "data": "A"}}]}]})])
+def test_simulated_picture_takes_768_tokens_and_its_time(path, value):
+    @alone("cpu", picture_s=40.0)
+    async def run(node):
+        answer = (await ask(node, path, {"model": "llama3.2", "stream": False, **value})).json()
+        usage = answer.get("usage", {})
+        tokens = answer.get("prompt_eval_count") or usage.get("prompt_tokens") or usage.get("input_tokens")
+        assert 768 < tokens < 800 and 45 < asyncio.get_running_loop().time() < 55
+    run()
+
+
+@alone(slots=1)
+async def test_simulated_direct_user_takes_a_slot_unseen(node):
+    user = asyncio.create_task(node.direct_user(output_tokens=575, requests=2))     # 5 s each
+    await asyncio.sleep(0.1)
+    started_s = asyncio.get_running_loop().time()
+    assert (await ask(node)).status == 200
+    assert 4.5 < asyncio.get_running_loop().time() - started_s < 5.5
+    await user
+
+
+@alone()
+async def test_simulated_completions_carry_a_zeroed_usage_on_every_chunk_and_the_real_one_at_the_end(node):
+    value = {"model": "llama3.2", "prompt": "<out=5>", "stream": True, "stream_options": {"include_usage": True}}
+    lines = (await ask(node, "/v1/completions", value)).body.split(b"\n\n")
+    *chunks, last = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+    assert all(chunk["usage"]["total_tokens"] == 0 for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 5
+
+
+@table("path, stream", [("stream", "/api/generate", True), ("whole", "/api/generate", False),
+                        ("chat", "/api/chat", False), ("events", "/v1/completions", True)])
+def test_simulated_answer_that_repeats_itself_ends_without_done(path, stream):
+    @alone()
+    async def run(node):
+        prompt = "<out=5> <repeat>"
+        value = {"model": "llama3.2", "prompt": prompt, "messages": [{"role": "user", "content": prompt}]}
+        answer = await ask(node, path, {**value, "stream": stream})
+        assert answer.status == 200 and b'"done":true' not in answer.body and b"[DONE]" not in answer.body
+        assert b"eval_count" not in answer.body and answer.body.count(b" and") >= 30
+        assert stream or answer.json()["done"] is False
+    run()
+
+
+@table("hardware, settings, in_vram", [("card", "rtx3060", {}, 1.0), ("spilled", "rtx3060", {"vram_gb": 2}, 0.6),
+                                       ("no card", "cpu", {}, 0.0), ("slow", "cpu-small", {}, 0.0)])
+def test_simulated_ps_tells_what_is_on_the_card(hardware, settings, in_vram):
+    @alone(hardware, **settings)
+    async def run(node):
+        row, = (await call(directly(node), "GET", "/api/ps")).json()["models"]
+        assert row["size_vram"] / row["size"] == pytest.approx(in_vram, abs=0.1)
+    run()
+
+
+@alone("cpu-small", models=("llama3.2:1b",), loaded=("llama3.2:1b",))
+async def test_simulated_small_cpu_evaluates_100_tokens_a_second(node):
+    value = {"model": "llama3.2:1b", "prompt": bench.worded("<out=1> ", 3500), "stream": False}
+    assert (await ask(node, value=value)).json()["prompt_eval_duration"] / 1e9 == pytest.approx(35.0, rel=0.05)
+
+
+def test_machines_of_a_benchmark_differ_and_those_of_tests_do_not():
+    drawn = [bench.SimNode(seed=seed, drawn=True).engine.machine for seed in range(300)]
+    for values, low, high in zip(zip(*drawn), (0.5, 0.01, 0.5), (0.9, 0.2, 2.0), strict=True):
+        assert low <= min(values) < 1.2 * low and 0.8 * high < max(values) <= high
+    assert bench.SimNode(seed=1, drawn=True).engine.machine == drawn[1] != drawn[2]
+    assert bench.SimNode(seed=1).engine.machine == bench.Machine()
+    assert len({node.engine.machine for node in bench.cluster_nodes(bench.DEFAULT, 1)}) == 3
+
+
+@listed("text", bench.RUNNER_ERRORS)
+def test_simulated_node_fails_with_any_of_ollamas_words(text):
+    @alone()
+    async def run(node):
+        node.fail(500, text=text, kind="api_error")
+        assert (await ask(node)).json() == {"error": text}
+        assert (await ask(node, "/v1/completions")).json()["error"]["type"] == "api_error"
+    run()
+
+
+@alone(models=("llama3.2", "mistral"))
+async def test_simulated_node_fails_as_proxies_and_broken_streams_do(node):
+    for status in (302, 403, 502, 504, 520, 524, 530):
+        node.fail(status, body=b"<html>no</html>", fields={"Location": "/login"})
+        answer = await ask(node)
+        assert (answer.status, answer.body, answer.fields["content-type"]) == (status, b"<html>no</html>", "text/html")
+        assert answer.fields["location"] == "/login"
+    node.fail(500, body=b"")
+    assert ((await ask(node)).status, (await ask(node)).body) == (500, b"")
+    node.fail(200, text="unexpected EOF")
+    assert (await ask(node, value=generate(stream=True))).body == b'{"error":"unexpected EOF"}\n'
+    node.fail(200, body=b"")
+    answer = await ask(node, value=generate(stream=True))
+    assert (answer.status, answer.body) == (200, b"")
+    node.fail(429, text="too many", models=("mistral",))
+    assert [(await ask(node, value=generate(name))).status for name in ("mistral", "llama3.2")] == [429, 200]
+
+
+@alone(gzips=True, fields={"Access-Control-Allow-Origin": "*"})
+async def test_simulated_tunnel_compresses_if_it_may_and_adds_fields(node):
+    for stream in (True, False):
+        plain = await ask(node, value=generate(stream=stream))
+        packed = await ask(node, value=generate(stream=stream), Accept_Encoding="br, gzip")
+        assert "content-encoding" not in plain.fields and plain.fields["access-control-allow-origin"] == "*"
+        assert packed.fields["content-encoding"] == "gzip"
+        assert len(gzip.decompress(packed.body).splitlines()) == len(plain.body.splitlines())
+
+
+@alone(slots=2)
+async def test_simulated_card_that_hangs_accepts_requests_and_answers_all_else(node):
+    node.hang()
+    stuck = asyncio.create_task(ask(node))
+    for path in ("/api/version", "/api/tags", "/api/ps"):
+        assert (await call(directly(node), "GET", path)).status == 200
+    await asyncio.sleep(1000)
+    assert not stuck.done() and node.in_flight == 1
+    stuck.cancel()
+
+
+@alone()
+async def test_simulated_machine_vanishes_and_comes_back(node):
+    node.kill()
+    with pytest.raises(OSError):
+        await ask(node)
+    await node.restart(after_s=60.0)
+    assert asyncio.get_running_loop().time() >= 60 and (await ask(node)).status == 200
+
+
+@alone(lacks=("/v1/responses",))
+async def test_simulated_v1_models_is_plain_json_and_unknown_routes_are_text(node):
+    answer = await call(directly(node), "GET", "/v1/models")
+    assert answer.fields["content-type"] == "application/json" and answer.body.endswith(b"}\n")
+    for path in ("/v1/messages/count_tokens", "/v1/responses"):
+        answer = await ask(node, path)
+        assert (answer.status, answer.body) == (404, b"404 page not found")
+        assert answer.fields["content-type"] == "text/plain"
+    answer = await ask(node, "/api/copy", {"source": "llama3.2", "destination": ""})
+    assert answer.status == 400 and answer.json() == {"error": 'destination "" is invalid'}
+
+
+@alone(slots=4, mlx=True)
+async def test_simulated_mlx_engine_serves_one_at_a_time(node):
+    answers = await asyncio.gather(*(ask(node, value=generate(tokens=115)) for _ in range(2)))
+    assert sum(answer.json()["total_duration"] for answer in answers) / 1e9 > 2.9
+    row, = (await call(directly(node), "GET", "/api/tags")).json()["models"]
+    assert row["details"]["format"] == "safetensors"
 
 
 # -----------------------------------------------------------------------------
