@@ -137,7 +137,9 @@ SKIM_AHEAD = 48                     # tickets behind those, skimmed every SKIM_S
 SKIM_S = 2.0                        # behind eight that had better wait. 40 nodes: mean 2 to 12 % shorter
 SKIM_MODELS = 4                     # at once: 2 ms, with 50 nodes
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
-OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode
+OVERHEAD_S, MOST_OVERHEAD_S = 0.03, 0.4     # per request in the node, outside prefill and decode: before it is known; and
+                                    # what is longer is a wait
+OVERHEADS_KEPT = 16                 # samples of it; the lower quarter is what a request takes that need not wait
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
@@ -1546,6 +1548,8 @@ class Node:
     strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
+    overheads_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=OVERHEADS_KEPT))   # samples
+    overhead_s: float = OVERHEAD_S  # what a lone request takes outside prefill and decode
     on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
     rtt_s: float = 0.0
     answer_s: float = 0.0           # EWMA of its answer times
@@ -1577,6 +1581,17 @@ class Node:
     def is_alive(self, now):
         """Tell whether it can be expected to answer: up, or no worse than suspect."""
         return self.state(now) in ("up", "suspect")
+
+    def learn_overhead(self, hidden_s: float, alone: bool) -> None:
+        """Take in what an answer spent outside load, prefill and decode; if others ran beside it, it may have waited."""
+        if 0.0 <= hidden_s <= MOST_OVERHEAD_S and (alone or hidden_s < self.overhead_s):
+            self.overheads_s.append(hidden_s)
+            self.overhead_s = sorted(self.overheads_s)[len(self.overheads_s) // 4]
+
+    @property
+    def most_overhead_s(self) -> float:
+        """Return what may still be overhead: twice as much as a lone request's beside others."""
+        return 2 * self.overhead_s if self.overheads_s else MOST_OVERHEAD_S
 
 
 @dataclass(slots=True, eq=False)
@@ -1644,9 +1659,9 @@ class Timings(NamedTuple):
         """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
         return self.prompt_s > 0 or self.output_s > 0
 
-    def show_a_wait(self, took_s):
-        """Tell whether the hidden wait of a request that took so long is more than noise."""
-        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s
+    def show_a_wait(self, took_s: float, overhead_s: float = 0.0) -> bool:
+        """Tell whether the hidden wait of a request that took so long is more than overhead and noise."""
+        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + overhead_s
 
 
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
@@ -1884,7 +1899,7 @@ def solo_left_s(lease, now):
     if lease.first_s is not None:
         return decode_left_s
     advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, OVERHEAD_S + lease.new_tokens * prefill_s(runner)
+    prefill_left_s = max(0.0, lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
                          + inputs_s(runner, lease.ticket.wants) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
@@ -1894,7 +1909,7 @@ def is_in_prefill(lease: Lease) -> bool:
     runner = lease.runner
     if lease.first_s is not None:
         return False
-    work_s = OVERHEAD_S + lease.new_tokens * prefill_s(runner)
+    work_s = lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
     return lease.ticket.wants.stream or runner.progress_s - lease.start_progress_s < work_s
 
 
@@ -1919,7 +1934,8 @@ def stall(lease: Lease) -> None:
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return timings.tell_durations and timings.show_a_wait(took_s) and not loading and lease.nth <= lease.runner.top
+    return (timings.tell_durations and timings.show_a_wait(took_s, lease.node.most_overhead_s) and not loading
+            and lease.nth <= lease.runner.top)
 
 
 def is_disturbed(lease: Lease) -> bool:
@@ -1956,7 +1972,7 @@ def first_work_s(lease, timings):
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
     unseen = 0 if wants.stream else timings.output_tokens
-    return (OVERHEAD_S + prompt_tokens * prefill_s(runner) + inputs_s(runner, wants)
+    return (lease.node.overhead_s + prompt_tokens * prefill_s(runner) + inputs_s(runner, wants)
             + unseen * decode_s(runner))
 
 
@@ -2113,8 +2129,8 @@ class Offer:
     at only if no slot is free: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "prefill_s", "decode_s",
-                 "input_s", "loading")
+    __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
+                 "decode_s", "input_s", "loading")
 
     def __init__(self, runner, around, now, claims_at_s=()):
         node = runner.node
@@ -2123,7 +2139,7 @@ class Offer:
         self.ends_at_s = None       # when what runs in the slots ends, ascending, with the claims; once needed
         self.slow = slowdown(node, runner, 1)
         self.prefill_s, self.decode_s, self.input_s = prefill_s(runner), decode_s(runner), input_s(runner)
-        self.fixed_s = node.rtt_s
+        self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
         if node.busy and not runner.leases:
             self.fixed_s += around.harm_s(now)
         self.loading = None         # see `load`
@@ -2181,7 +2197,7 @@ class Offer:
     def finish_s(self, demand, now):
         """Return when a request would be finished, with what it costs others: what nodes are compared by."""
         start_s, _, swap_s = self.start(demand, now)
-        work_s = (OVERHEAD_S + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
+        work_s = (self.overhead_s + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
                   + demand.output_tokens * self.decode_s)
         return start_s + self.fixed_s + work_s * self.slowed() + swap_s
 
@@ -2189,7 +2205,7 @@ class Offer:
         """Return the Prediction for a request that is to go here."""
         start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
-        prefill_s = OVERHEAD_S + new_tokens * self.prefill_s + demand.inputs * self.input_s
+        prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
         return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
                           demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
                           not is_loaded_for(self.runner, demand.wants))
@@ -2338,7 +2354,7 @@ def scaled(estimate, ratio, gain):
 # -----------------------------------------------------------------------------
 
 # name: (kind of number, least, most)
-KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "vram_seen_bytes": (float, 0.0, 1e15),
+KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S), "vram_seen_bytes": (float, 0.0, 1e15),
                 "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
 KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
                   "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15),
@@ -2754,7 +2770,7 @@ class Dispatcher:
         """
         per_s = 0.0
         for runner in self.holders.get(demand.wants.model, ()):
-            service_s = (OVERHEAD_S + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
+            service_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
                          + demand.output_tokens * decode_s(runner))
             per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
         return 1 / per_s if per_s else 0.0
@@ -3347,15 +3363,21 @@ class Dispatcher:
         runner = lease.runner
         if runner.slots_known == "set" or lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
-        if not timings.show_a_wait(took_s):
+        alone = lease.nth == 1
+        if timings.prompt_tokens:
+            share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
+            lease.node.learn_overhead(timings.hidden_wait_s * share, alone)
+        if not timings.show_a_wait(took_s, lease.node.overhead_s):
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
             if lease.passed_s - lease.sent_s > unexplained_s + RACE_S:
                 self.prove_slots(runner, lease.nth)
-            if lease.nth > 1:       # alone it could not have waited anyway
+            if not alone:           # it could not have waited anyway
                 runner.waits = 0
         elif lease.sent_s <= runner.disproved_s:
             return                  # sent while more were believed to fit: what it says is known by now
+        elif not timings.show_a_wait(took_s, lease.node.most_overhead_s):
+            return                  # neither overhead nor a wait beyond doubt
         elif lease.nth > runner.top:
             self.disprove_slots(runner, now)
         else:
@@ -3442,14 +3464,16 @@ class Dispatcher:
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
         if lease.ticket.wants.stream:
             later_s = runner.progress_s - lease.first_progress_s
-            self.learn_prefill(lease, first_s, timings.prompt_tokens or lease.prompt_tokens, gain)
+            self.learn_prefill(lease, max(first_s - lease.node.overhead_s, 0.1 * first_s),
+                               timings.prompt_tokens or lease.prompt_tokens, gain)
             if tokens >= 8 and later_s > 1e-4:
                 self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
             return
-        ratio = max(first_s - OVERHEAD_S, 0.1 * first_s) / max(work_s - OVERHEAD_S, 1e-6)
+        overhead_s = lease.node.overhead_s
+        ratio = max(first_s - overhead_s, 0.1 * first_s) / max(work_s - overhead_s, 1e-6)
         if lease.ticket.wants.embeds:
             runner.input_s = scaled(input_s(runner), ratio, gain)
-        known_s, expected_s = decode_s(runner), max(work_s - OVERHEAD_S, 1e-6)
+        known_s, expected_s = decode_s(runner), max(work_s - overhead_s, 1e-6)
         if lease.new_tokens > 0.9 * lease.prompt_tokens and lease.fresh and not runner.prefills:
             runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
         if tokens >= 8:
@@ -3458,19 +3482,18 @@ class Dispatcher:
             runner.samples += 1
 
     def learn_prefill(self, lease: Lease, seconds: float, tokens: float, gain: float) -> None:
-        """Take in what a lone request would have waited for its first token, and for how many prompt tokens.
+        """Take in what a lone request would have spent in prefill, and for how many prompt tokens.
 
         What the node's cache held makes it faster than true, and neighbours in prefill slower.
         """
         runner = lease.runner
         if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
             return
-        known, work_s = prefill_s(runner), max(seconds - OVERHEAD_S, 0.1 * seconds)
-        sample = work_s / tokens
+        known, sample = prefill_s(runner), seconds / tokens
         if not lease.fresh and sample < LEEWAY * known:
             return
         if lease.crowd_tokens > STALL_SHARE * tokens:
-            sample = beyond(known, work_s / (tokens + lease.crowd_tokens), sample)
+            sample = beyond(known, seconds / (tokens + lease.crowd_tokens), sample)
             if not sample:
                 return
         if tokens <= FULL_PROMPT_TOKENS:
@@ -3965,11 +3988,12 @@ class Dispatcher:
         """
         node, runner = lease.node, lease.runner
         node.heard_s = now
-        if timings.show_a_wait(now - lease.sent_s):
+        if timings.show_a_wait(now - lease.sent_s, node.most_overhead_s):
             node.strangers_s = now
             return False
         if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
             return False
+        node.learn_overhead(timings.hidden_wait_s, True)
         self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, max(SPEED_GAIN, 1 / (runner.samples + 1)))
         if not runner.samples:
             self.learn_decode(runner, timings.output_s / timings.output_tokens, 1.0, now)
@@ -6688,7 +6712,7 @@ async def check(gateway: "Gateway", node: Node) -> None:
         return
     due_s = math.inf
     if runner is not None:          # else there is nothing to ask: its next request will show
-        due_s = loop.time() + 2 * (OVERHEAD_S + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s) + SLOW_CHECK_S
+        due_s = loop.time() + 2 * (node.overhead_s + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s) + SLOW_CHECK_S
         if await measure(gateway, runner, 1, 1, CALIBRATION_S) is None:
             return
     dispatcher.trust(node, loop.time())
