@@ -342,6 +342,17 @@ ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
 HOST = re.compile(rb"[^\s/\\@?#,]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
 
+# A path's segment `.` or `..`, in any spelling that some server between here and the model reads as one: encoded once
+# or more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). A node's `prefix=` is no
+# fence against them: /ollama/../admin is /admin for whoever resolves it.
+DOT, SLASH = rb"(?:\.|%(?:25)*2e)", rb"(?:[/\\]|%(?:25)*(?:2f|5c))"
+DOT_SEGMENT = re.compile(SLASH + DOT + rb"{1,2}(?:" + SLASH + rb"|[;#]|%(?:25)*(?:3b|23|3f)|\Z)", re.I)
+# A control character, encoded: it cuts the path or ends the line for a proxy that decodes what it hands on.
+ENCODED_CONTROL = re.compile(rb"%(?:[01][0-9a-f]|7f)", re.I)
+# TRACE shows the fields that proxies have added, a node's token among them; CONNECT is not for gateways.
+REFUSED_METHODS = frozenset(("TRACE", "CONNECT"))
+ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
 # RFC 9110 7.6.1: these speak of one connection only, and are not handed on.
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
                         b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
@@ -439,13 +450,18 @@ def parse_request_line(line):
     if not match:
         raise ProtocolError("malformed request line")
     method, target, version = match[1].decode(), match[2], int(match[3])
+    if method in REFUSED_METHODS:
+        raise ProtocolError(f"{method} is not allowed", 405)
     if len(target) > MAX_TARGET_BYTES:
         raise ProtocolError("request target too long", 414)
     if absolute := ABSOLUTE.fullmatch(target):      # RFC 9112 3.2.2: "a server MUST accept the absolute-form"
         target = absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
     elif target[:1] != b"/" and (method, target) != ("OPTIONS", b"*"):
         raise ProtocolError("malformed request target")
-    return method, target, urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1")), version
+    path = target.partition(b"?")[0]
+    if DOT_SEGMENT.search(path) or ENCODED_CONTROL.search(path):
+        raise ProtocolError("dot segment or control character in the path")
+    return method, target, urllib.parse.unquote(path.decode("latin-1")), version
 
 
 def parse_request(head):
@@ -4618,6 +4634,8 @@ def answer_refusal(client, head, record, refusal):
     if refusal.status == 401:       # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
         page = head.path.startswith("/dashboard")
         extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
+    if refusal.status == 405:       # RFC 9110 15.5.6: "MUST generate an Allow header field"
+        extra.append(b"Allow: " + ALLOWED_METHODS)
     if record:
         record.reason = record.reason or refusal.text
     return answer_locally(client, head, record, refusal.status, error_body(family, refusal.status, refusal.text),

@@ -121,7 +121,9 @@ def post(*fields):
     ("body on DELETE", head(b"DELETE /x HTTP/1.0", b"Content-Length: 3"), dict(method="DELETE", length=3)),
     ("escapes stay", get(target=b"/a%2Fb%20c?q=%41"), dict(target=b"/a%2Fb%20c?q=%41", path="/a/b c")),
     ("question mark in query", get(target=b"/a?b?c"), dict(target=b"/a?b?c", path="/a")),
-    ("two slashes", get(target=b"//x/../y"), dict(target=b"//x/../y", path="//x/../y")),
+    ("two slashes", get(target=b"//x//y"), dict(target=b"//x//y", path="//x//y")),
+    ("dots in names", get(target=b"/v1/models/a..b/.c/d../...;x"), dict(path="/v1/models/a..b/.c/d../...;x")),
+    ("dots in the query", get(target=b"/a?x=/../&y=%00"), dict(target=b"/a?x=/../&y=%00", path="/a")),
     ("raw utf-8", get(target=b"/\xc3\xa4"), dict(target=b"/\xc3\xa4")),
     ("absolute", get(target=b"http://gw:8000/api/tags?x=1"), dict(target=b"/api/tags?x=1", path="/api/tags")),
     ("absolute, upper case", get(target=b"HTTPS://GW/a"), dict(target=b"/a")),
@@ -161,14 +163,23 @@ REFUSED_FIELDS = [
     b"Content-Length: 55\x08", b"Content-\x00Length: 5", b"Content-Length 5", b": 5", b":", b"(x): 5",
     b"Content-L\xc3\xa4ngth: 5", b'"Host": b', b"Host: a", b"host:",
 ]
+# Targets with a segment `.` or `..` for some server or other.
+DOTTED = [
+    b"/..", b"/.", b"/../admin/secret", b"/a/../b", b"/a/..", b"/a/./b", b"/a/.?x", b"/..?x=1", b"//../a", b"/%2e%2e/a",
+    b"/%2E%2e", b"/.%2e/a", b"/%2e./a", b"/%2e", b"/..%2fa", b"/a%2f..%2Fb", b"/a%2f%2e%2e", b"/a\\..\\b", b"/..\\a",
+    b"/a%5c..%5cb", b"/..%5Ca", b"/..;/a", b"/..;x=1/a", b"/..%3b/a", b"/..#a", b"/..%23", b"/..%3fa", b"/%252e%252e/a",
+    b"/..%252fa", b"/%25252e./a", b"http://gw/../a", b"http://gw/a/%2e%2e", b"HTTP://gw/..", b"http://gw#/../a",
+]
 REFUSED_LINES = [
     b"GET / HTTP/2.0", b"GET / HTTP/1.2", b"GET / HTTP/0.9", b"GET /", b"GET / http/1.1", b"GET / HTTP/1.1x",
     b"GET / HTTP/1.10", b"GET / HTTP/1", b"GET / HTTP/01.1", b"GET / HTTP/1.1 ", b" GET / HTTP/1.1",
     b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET /\tHTTP/1.1", b"GET\x0c/ HTTP/1.1",
     b"GET HTTP/1.1", b"GET  HTTP/1.1", b"GET /a b HTTP/1.1", b"GET /a\tb HTTP/1.1", b"GET /a\x00b HTTP/1.1",
     b"GET /a\x7f HTTP/1.1", b"GET /a\rb HTTP/1.1", b"GET /a\nb HTTP/1.1", b"GET api/tags HTTP/1.1",
-    b"CONNECT a:443 HTTP/1.1", b"GET a:443 HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http:// HTTP/1.1",
+    b"GET a:443 HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http:// HTTP/1.1",
     b"GET http:/a HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"GET * HTTP/1.1", b"options * HTTP/1.1",
+    *(b"GET %b HTTP/1.1" % target for target in DOTTED), *(b"GET /a%b HTTP/1.1" % code for code in (
+        b"%00", b"/%0d%0aHost:%20evil", b"%1F/", b"%7f")),
     b"GE(T) / HTTP/1.1", b"G\xc3\x89T / HTTP/1.1", b"\x00GET / HTTP/1.1", b"\nGET / HTTP/1.1",
     b"\rGET / HTTP/1.1",
 ]
@@ -190,6 +201,12 @@ REFUSED = [post(*lines.split(b"|")) for lines in REFUSED_FIELDS] + [
 @listed("raw", REFUSED)
 def test_head_that_can_be_misread_is_refused_and_ends_the_connection(raw):
     assert [(found.status, found.close) for found in every_way(raw)] == [(400, True)] * 4
+
+
+@pytest.mark.parametrize("line", [b"TRACE / HTTP/1.1", b"TRACE /api/health HTTP/1.1", b"CONNECT a:443 HTTP/1.1",
+                                  b"CONNECT / HTTP/1.0", b"TRACE http://gw/ HTTP/1.1"])
+def test_method_that_no_gateway_serves_is_refused(line):
+    assert [(found.status, found.close) for found in every_way(head(line, b"Host: a"))] == [(405, True)] * 4
 
 
 TOO_LONG = [
@@ -2919,8 +2936,8 @@ ODD = [
     ("chunk extensions", CHUNKED_POST % b"/api/chat" + b"2;a=\"b\"\r\n{}\r\n0;x\r\n\r\n", [200], b"\r\n\r\n{}"),
     ("chunk size with zeros", CHUNKED_POST % b"/api/chat" + b"0002\r\n{}\r\n000\r\n\r\n", [200], b"\r\n\r\n{}"),
     ("another authority", get(target=b"http://evil/x"), [200], b"GET /x "),
-    ("line ends in the target", get(target=b"/x%0d%0aHost:%20evil"), [200], b"GET /x%0d%0aHost:%20evil "),
-    ("way up", get(target=b"/x/../../etc"), [200], b"GET /x/../../etc "),
+    ("line ends in the query", get(target=b"/x?%0d%0aHost:%20evil"), [200], b"GET /x?%0d%0aHost:%20evil "),
+    ("dots in a name", get(target=b"/x/...../..y"), [200], b"GET /x/...../..y "),
     ("websocket", get(b"Connection: Upgrade", b"Upgrade: websocket", target=b"/x"), [200], b"GET /x "),
     ("proxy's own fields", get(b"Proxy-Connection: close", b"Proxy-Authorization: x", target=b"/x"), [200], b"GET /x "),
     ("pipelined", get(target=b"/x") * 3, [200] * 3, b"GET /x "),
