@@ -5326,6 +5326,11 @@ def is_local(client, head):
             and not any(field in head.fields for field in FORWARDING))
 
 
+def is_open(method, path):
+    """Tell whether a request needs no key: what a monitor asks, and the gateway answers from what it knows."""
+    return method in ("GET", "HEAD") and path in OPEN_PATHS
+
+
 def admit(gateway, client, head, route, record):
     """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
@@ -5335,7 +5340,7 @@ def admit(gateway, client, head, route, record):
             return key
     elif route.kind == "order" and is_local(client, head):
         return None
-    elif gateway.options.keys and head.path not in OPEN_PATHS:
+    elif gateway.options.keys and not is_open(head.method, head.path):
         raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=head.length != 0)
     if route.kind == "order":
         raise Refusal(403, "only this machine or a key with admin=yes may order that", close=head.length != 0)

@@ -4795,10 +4795,17 @@ async def test_without_a_right_key_there_is_only_what_stays_open(fields, tmp_pat
             assert len(shape) == 1 or found == "authentication_error"
         for path in ("/api/tags", "/api/ps", "/api/stats", "/api/queue", "/metrics", "/no/such"):
             assert (await call(gateway, "GET", path, **fields)).status == 401
-        assert len(node.requests) == before or {it.path for it in node.requests[before:]} <= {
-            "/api/version", "/api/tags", "/api/ps"}
         for path in ("/", "/api/version", "/api/health"):
             assert (await call(gateway, "GET", path, **fields)).status == 200
+            assert (await call(gateway, "HEAD", path, **fields)).status == 200
+            for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "get", "BREW"):
+                assert (await call(gateway, method, path, **fields)).status == 401
+            for method in ("TRACE", "CONNECT"):
+                answer = await call(gateway, method, path, **fields)
+                assert answer.status == 405 and "GET" in answer.fields["allow"]
+            assert (await call(gateway, "GET", path + "/", **fields)).status == 401 or path == "/"
+        assert len(node.requests) == before or {(it.method, it.path) for it in list(node.requests)[before:]} <= {
+            ("GET", path) for path in ("/api/version", "/api/tags", "/api/ps")}
 
 
 @pytest.mark.parametrize("fields", [bearer("alice"), {"Authorization": "bearer  alice-secret"},
