@@ -255,6 +255,7 @@ class RequestHead:
     length: int | None              # of the body; None = chunked
     keep_alive: bool
     expects_continue: bool
+    via: bytes = b""                # of the request to a node: those of the client and this gateway
 
 
 @dataclass(slots=True)
@@ -630,7 +631,7 @@ def chunk(data):
 
 
 # Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
-NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"x-priority"}
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"x-priority", b"via"}
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length"}
 
 
@@ -649,6 +650,8 @@ def render_request(head, settings, length):
     lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), prefix, head.target),
              b"Host: " + settings.host_header.encode()]
     lines += end_to_end(head.lines, head.fields, dropped)
+    if head.via:
+        lines.append(b"Via: " + head.via)
     if settings.token:
         lines.append(b"Authorization: Bearer " + settings.token.encode())
     if length is None:
@@ -664,6 +667,25 @@ def render_response(head, added, framing):
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
     lines += end_to_end(head.lines, head.fields, NOT_FOR_CLIENTS)
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
+
+
+# Via tells where a request has been (RFC 9110 7.6.3). The comment is of this process: two gateways that list each other,
+# on purpose or behind a name, would else hand one request to and fro until no socket is left (8,188 were seen).
+MOST_HOPS = 8                       # over gateways of this kind; also where a proxy between them takes comments away
+
+
+def via_of(id: str) -> bytes:
+    """Return what a gateway adds to Via."""
+    return b"1.1 sollol (%b)" % id.encode()
+
+
+def via_after(given: bytes, own: bytes) -> bytes:
+    """Return the Via of a request that came with `given`, once `own` is added. Raises Refusal if it goes in a circle."""
+    if own in given:
+        raise Refusal(508, "this request has been here before: a node of this gateway leads back to it", close=True)
+    if given.count(b"1.1 sollol") >= MOST_HOPS:
+        raise Refusal(508, f"this request has come over {MOST_HOPS} gateways", close=True)
+    return b"%b, %b" % (given, own) if given else own
 
 
 # -----------------------------------------------------------------------------
@@ -3524,8 +3546,9 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 class Pool:
     """Keep the connections to one node."""
 
-    def __init__(self, settings, loop):
+    def __init__(self, settings, loop, via):
         self.loop = loop
+        self.via = via              # of the gateway's own questions
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
         self.configure(settings)
@@ -4202,7 +4225,7 @@ STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
 REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
            404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
            414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
-           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable"}
+           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable", 508: b"Loop Detected"}
 
 
 def unread_bytes(transport):
@@ -4643,7 +4666,7 @@ def answer_refusal(client, head, record, refusal):
 
 
 # A node's error answers that another node may well do better; the rest are the client's own mistakes.
-BUSY_STATUSES = frozenset((429, 502, 503, 504))
+BUSY_STATUSES = frozenset((429, 502, 503, 504, 508))     # 508: a gateway as a node, and its way leads back here
 BROKEN_MODEL = re.compile(rb"load|runner|memory|cuda|metal|rocm|vulkan|gpu|terminated|unexpectedly", re.I)
 
 
@@ -5417,6 +5440,7 @@ async def serve(gateway, client, head, record):
             return keep
     if gateway.is_rebound(head.fields.get(b"host", b"")):
         raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
+    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
     route = find_route(head.method, head.path)
     key = admit(gateway, client, head, route, record)
     if route.kind == "order":
@@ -5578,7 +5602,7 @@ async def fetch(pool, method, path, value=None, timeout_s=PROBE_TIMEOUT_S, most_
     """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
     body = b"" if value is None else json.dumps(value).encode()
     head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
-                       len(body), True, False)
+                       len(body), True, False, pool.via)
     connection, clean = None, False
     try:
         async with asyncio.timeout(timeout_s):
@@ -6684,7 +6708,7 @@ async def is_ollama(pool):
 
 async def is_found(gateway, address):
     """Tell whether an Ollama server listens at an address."""
-    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop)
+    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop, gateway.via)
     try:
         async with asyncio.timeout(SCAN_CONNECT_S):
             pool.give_back(await pool.connect(), clean=True)
@@ -7018,6 +7042,7 @@ class Gateway:
         self.options, self.tls = options, tls
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
+        self.via = via_of(secrets.token_hex(4))
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout)
         self.origins = LOCAL_ORIGINS + options.origins
@@ -7141,7 +7166,7 @@ class Gateway:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
         for node in added:
-            self.pools[node] = Pool(node.settings, self.loop)
+            self.pools[node] = Pool(node.settings, self.loop, self.via)
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
@@ -7640,7 +7665,7 @@ async def run_check(options, settings):
     gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
-        gateway.pools[node] = Pool(node.settings, gateway.loop)
+        gateway.pools[node] = Pool(node.settings, gateway.loop, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]

@@ -425,6 +425,29 @@ def test_request_is_framed_anew_for_the_node(raw, settings, length, first, last)
     assert sent(raw, settings, length) == [first, *last]
 
 
+OURS = sollol.via_of("abc")
+
+
+@table("given, via", [
+    ("first", b"", b"1.1 sollol (abc)"), ("behind a proxy", b"1.1 nginx", b"1.1 nginx, 1.1 sollol (abc)"),
+    ("behind others", b"1.1 sollol (abd), 1.0 x", b"1.1 sollol (abd), 1.0 x, 1.1 sollol (abc)"),
+    ("own id as another's name", b"1.1 abc", b"1.1 abc, 1.1 sollol (abc)"),
+    ("many proxies", b"1.1 p, " * 30 + b"1.1 q", b"1.1 p, " * 30 + b"1.1 q, 1.1 sollol (abc)"),
+    ("eighth gateway", b", ".join([b"1.1 sollol (x)"] * 7), b", ".join([b"1.1 sollol (x)"] * 7 + [OURS])),
+    ("ninth gateway", b", ".join([b"1.1 sollol (x)"] * 8), None), ("without comments", b"1.1 sollol," * 8, None),
+    ("seen before", OURS, None), ("seen before others", b"1.1 a, " + OURS + b", 1.1 sollol (x)", None),
+])
+def test_request_carries_where_it_has_been_and_no_further_than_once_around(given, via):
+    if via is None:
+        with pytest.raises(Refusal) as caught:
+            sollol.via_after(given, OURS)
+        assert caught.value.status == 508 and caught.value.close
+        return
+    found = sollol.parse_request(get(b"Connection: via", b"Via: " + given))
+    found.via = sollol.via_after(given, OURS)
+    assert sollol.render_request(found, PLAIN, 0).split(b"\r\n")[1:] == [HOST, b"Via: " + via, b"", b""]
+
+
 def test_response_is_framed_anew_for_the_client():
     found = sollol.parse_response(head(
         b"HTTP/1.0 200 Fine", b"Content-Length: 5", b"Connection: X-Hop", b"X-Hop: 1", b"Keep-Alive: 9",
@@ -5834,6 +5857,56 @@ async def test_gateway_that_is_bound_to_more_than_loopback_is_called_what_others
         path = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain"
         assert (await call(gateway, "POST", path, Host="gateway.example")).status == 403
         assert (await call(gateway, "POST", path)).status == 200
+
+
+# -----------------------------------------------------------------------------
+# Gateways before gateways
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_every_request_to_a_node_carries_via():
+    node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
+    node.own_answer, own_answer = lambda raw: seen.append(raw) or own_answer(raw), node.own_answer
+    seen = []
+    async with gateway_for(node) as gateway:
+        for method, path in (("POST", "/api/chat"), ("POST", "/api/show"), ("DELETE", "/api/delete"), ("GET", "/x"),
+                             ("POST", "/api/blobs/a"), ("POST", "/v1/embeddings")):
+            await call(gateway, method, path, {"model": "llama3.2"}, Via="1.1 theirs", Connection="Via")
+        assert len(node.requests) == 6 and len(seen) > 8
+        for raw in seen:
+            asked = raw in node.requests or raw.split(b" ")[1] in {it.split(b" ")[1] for it in node.requests}
+            assert re.findall(rb"\r\nvia: (.*?)\r\n", raw, re.I) == [
+                b"1.1 theirs, " * asked + gateway.via], raw
+
+
+@over_sockets
+async def test_request_over_gateways_that_list_each_other_ends_at_its_second_pass():
+    """What is pinned to a primary node, and that is the other gateway, cannot be done; the rest a node of one does."""
+    nodes = [bench.SimNode(models=("mistral",), **FAST), fixed(1)]
+    async with gateway_for(nodes[0]) as first, gateway_for(nodes[1]) as second:
+        urls = [f"http://127.0.0.1:{gateway.address[1]}" for gateway in (first, second)]
+        first.configure(sollol.parse_hosts(f"{urls[1]} name=second\n{nodes[0].url} name=own", "test"))
+        second.configure(sollol.parse_hosts(f"{urls[0]} name=first\n{nodes[1].url} name=own", "test"))
+        for gateway in (first, second):
+            await until(lambda gateway=gateway: health(gateway)["nodes"]["up"] == 2)
+        for path, value in (("/api/generate", generate()), ("/api/show", {"model": "llama3.2"}),
+                            ("/api/generate", generate("nobody-has-this")), ("/api/me", {}), ("/api/nowhere", {})):
+            answer = await call(first, "POST", path, value)
+            assert answer.status in (200, 404, 405, 508), (path, answer.head)
+            assert answer.status != 508 or path in ("/api/me", "/api/nowhere"), path
+        assert len(first.clients) < 20 and len(second.clients) < 20
+        own = await call(first, "GET", "/", Via=first.via.decode())
+        assert own.status == 508 and "leads back" in own.json()["error"]
+
+
+@over_sockets
+async def test_gateway_that_lists_itself_says_why_that_node_is_down(caplog):
+    async with gateway_for(bench.SimNode(**FAST), flags=["--probe-interval", "0.1"]) as gateway:
+        itself = f"http://127.0.0.1:{gateway.address[1]} name=itself"
+        gateway.configure(sollol.parse_hosts(f"{next(iter(gateway.lines)).url}\n{itself}", "test"))
+        await until(lambda: "answered 508" in caplog.text)
+        assert not gateway.dispatcher.nodes["itself"].up
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
 
 
 # -----------------------------------------------------------------------------
