@@ -46,6 +46,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
 import ssl
@@ -3539,6 +3540,16 @@ def trust_in(settings):
     return context
 
 
+def has_unread(transport: asyncio.BaseTransport) -> bool:
+    """Tell whether a socket holds bytes, or an end, that the event loop has not come to read yet. Takes 1 us."""
+    socket = transport.get_extra_info("socket")
+    if socket is None or socket.fileno() < 0:
+        return True                 # closed; asyncio's TLS transport tells its protocol only in the next turn of the loop
+    poll = select.poll()            # uvloop's socket object cannot peek, and select() takes no descriptor over 1023
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 # The gateway's own lack of sockets: no fault of the node.
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
@@ -3592,12 +3603,19 @@ class Pool:
             raise NodeFailure("refused", f"no connection: {self.settings.host!r} is not a host name") from None
 
     def take(self):
-        """Return a connection that was used before, or None."""
+        """Return a connection that was used before, or None.
+
+        Never one with something to read: nobody asked for that, so it would be taken for the next answer. The loop
+        sees to it as soon as it reads, but a busy one has not yet. Over TLS it can only be an alert, an end or a
+        record too many: a server sends its session tickets with the handshake, before the first answer; one that
+        comes later costs a new connection and no more.
+        """
         while self.idle:
             connection = self.idle.pop()
-            if connection.is_open():
+            if connection.is_open() and not has_unread(connection.transport):
                 connection.busy = connection.reused = True
                 return connection
+            connection.transport.abort()
         return None
 
     def give_back(self, connection, clean):

@@ -2873,6 +2873,46 @@ async def test_keep_alive_pipelining_and_http_1_0():
         assert raw.count(b"Ollama is running") == 2
 
 
+STOLEN = framed(b'{"response":"stolen","done":true}')
+
+
+@pytest.mark.parametrize("certificate", ["", "one"], ids=["plain", "tls"])
+@pytest.mark.parametrize("sent", [STOLEN, STOLEN[:1], None], ids=["an answer", "a byte", "the end"])
+@over_sockets
+async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, certificate, request):
+    """They come at the last moment, before the loop could read them; over TLS what counts is that some have come."""
+    tries, taken = 1000 if sent == STOLEN else 50, []
+    node = ScriptedNode(lambda request: [framed(b'{"response":"own","done":true}'), KEEP])
+    if certificate:
+        pems = request.getfixturevalue("pems")
+        node.tls, node.line = shown(pems, certificate), f"ca={pems / certificate}.pem"
+    async with gateway_for(node) as gateway:
+        pool, = gateway.pools.values()
+        take = pool.take
+
+        def take_late():
+            """Take a connection whose node has said something that no turn of the loop has passed since."""
+            for writer in node.connections:
+                with contextlib.suppress(OSError, AttributeError):      # of an earlier try, and closed
+                    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as it:
+                        it.send(sent) if sent else it.shutdown(socket.SHUT_WR)
+            taken.append(take())
+            return taken[-1]
+
+        caller, pool.take = await Caller.to(gateway), take_late
+        for number in range(tries):
+            answer = await caller.ask("POST", "/api/generate", generate(stream=number % 2 > 0))
+            assert (answer.status, answer.json()["response"]) == (200, "own")
+        assert len(taken) >= tries and not any(taken)
+        caller.close()
+        pool.take = take
+        assert (await call(gateway, "POST", "/api/generate", generate())).json()["response"] == "own"
+        await asyncio.sleep(0.05)
+        before = list(pool.idle)
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        await until(lambda: pool.idle == before and before)       # an untouched connection is used again, over TLS too
+
+
 @over_sockets
 async def test_h2c_upgrade_offer_is_served_as_1_1_and_not_forwarded():
     node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
