@@ -670,8 +670,8 @@ def render_response(head, added, framing):
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
 
 
-# Via tells where a request has been (RFC 9110 7.6.3). The comment is of this process: two gateways that list each other,
-# on purpose or behind a name, would else hand one request to and fro until no socket is left (8,188 were seen).
+# Via tells where a request has been (RFC 9110 7.6.3). The comment is of this process: two gateways that list each
+# other, on purpose or behind a name, would else hand one request to and fro until no socket is left (8,192 were seen).
 MOST_HOPS = 8                       # over gateways of this kind; also where a proxy between them takes comments away
 
 
@@ -681,7 +681,7 @@ def via_of(id: str) -> bytes:
 
 
 def via_after(given: bytes, own: bytes) -> bytes:
-    """Return the Via of a request that came with `given`, once `own` is added. Raises Refusal if it goes in a circle."""
+    """Return the Via of a request that came with `given`, with `own` added. Raises Refusal if it goes in a circle."""
     if own in given:
         raise Refusal(508, "this request has been here before: a node of this gateway leads back to it", close=True)
     if given.count(b"1.1 sollol") >= MOST_HOPS:
@@ -3544,7 +3544,7 @@ def has_unread(transport: asyncio.BaseTransport) -> bool:
     """Tell whether a socket holds bytes, or an end, that the event loop has not come to read yet. Takes 1 us."""
     socket = transport.get_extra_info("socket")
     if socket is None or socket.fileno() < 0:
-        return True                 # closed; asyncio's TLS transport tells its protocol only in the next turn of the loop
+        return True                 # closed; asyncio's TLS transport tells its protocol one turn of the loop later
     poll = select.poll()            # uvloop's socket object cannot peek, and select() takes no descriptor over 1023
     poll.register(socket.fileno(), select.POLLIN)
     return bool(poll.poll(0))
