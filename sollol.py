@@ -3624,6 +3624,8 @@ class Pool:
         if clean and connection.is_open() and not connection.buffer and not self.closed:
             connection.busy = False
             connection.idle_s = self.loop.time()
+            connection.transport.resume_reading()       # the last client may have been slow: nobody would see its end,
+                                                        # nor read the next answer
             self.idle.append(connection)
         else:
             connection.transport.abort()

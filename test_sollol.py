@@ -2914,6 +2914,24 @@ async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, 
 
 
 @over_sockets
+async def test_connection_that_stood_still_for_a_slow_reader_at_the_end_serves_the_next_client():
+    node = ScriptedNode(lambda request: [chunked(b"x" * 60_000) if b"/x" in request else OK, KEEP])
+    async with gateway_for(node) as gateway:
+        pool, = gateway.pools.values()
+        caller = await Caller.to(gateway)
+        await until(lambda: gateway.clients)
+        caller.writer.transport.pause_reading()
+        for transport, option in ((caller.writer.transport, socket.SO_RCVBUF),
+                                  (next(iter(gateway.clients)).transport, socket.SO_SNDBUF)):
+            with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as it:
+                it.setsockopt(socket.SOL_SOCKET, option, 4096)
+        caller.writer.write(get(target=b"/x"))
+        await until(lambda: node.requests and pool.idle)
+        assert (await asyncio.wait_for(call(gateway, "POST", "/api/generate", generate()), 10)).status == 200
+        caller.close()
+
+
+@over_sockets
 async def test_h2c_upgrade_offer_is_served_as_1_1_and_not_forwarded():
     node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
     async with gateway_for(node) as gateway:
