@@ -4536,13 +4536,11 @@ class TlsTransport(asyncio.Protocol):
         """End a connection that breaks the protocol, or speaks another one."""
         LOG.debug({"event": "tls", "why": error.reason})
         self.ended = True
-        if self.shaken:
-            self.socket.abort()
-            return
-        if data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
+        if not self.shaken and data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
             self.socket.write(NOT_TLS)
-        self.send()                 # an alert
+        self.send()                 # an alert: RFC 8446 6.2 wants it before the end, so that the peer knows why
         self.socket.close()
+        self.eof_received()         # what runs for the client ends now, and not when it has read the alert
 
     def eof_received(self):
         if self.shaken and not self.client.eof:

@@ -7279,6 +7279,45 @@ async def test_mutated_handshakes_and_records_harm_nobody(pems, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.parametrize("serving", [False, True], ids=["idle", "serving"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@over_sockets
+async def test_broken_record_is_answered_by_an_alert_and_ends_what_runs(version, serving, pems):
+    context = trusting(pems / "one.pem")
+    context.maximum_version = version
+    async with gateway_for(fixed(1, speed=1), flags=pair(pems)) as gateway:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        reader, writer = await asyncio.open_connection(*gateway.address)
+
+        async def do(step):
+            while True:
+                try:
+                    done = step()
+                    writer.write(outgoing.read())
+                    return done
+                except ssl.SSLWantReadError:
+                    writer.write(outgoing.read())
+                    data = await asyncio.wait_for(reader.read(65536), 30)
+                    assert data, "no alert before the end"
+                    incoming.write(data)
+
+        await do(tls.do_handshake)
+        if serving:
+            tls.write(posted(generate(tokens=4000, stream=True)))
+            await do(lambda: tls.read(65536))
+            assert health(gateway)["inflight"] == 1
+        tls.write(b"GET / HTTP/1.1\r\n")
+        record = bytearray(outgoing.read())
+        record[-1] ^= 1
+        writer.write(record)
+        with pytest.raises(ssl.SSLError, match="alert bad record mac"):
+            while True:
+                await do(lambda: tls.read(65536))
+        await until(lambda: not gateway.clients and not health(gateway)["inflight"])
+        writer.close()
+
+
 def tls_connection(port, context):
     """Return a TLS connection that raises an error at an end that is not clean."""
     raw = socket.create_connection(("127.0.0.1", port), timeout=20)
