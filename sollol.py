@@ -1208,10 +1208,20 @@ class Queue:
         entry[2].waiting = False
         del self.tickets[entry[2]]
 
-    def last(self):
-        """Return the least urgent waiting ticket that has not begun, or None. O(n), so for a full queue only."""
-        return max((ticket for ticket in self.tickets if not ticket.begun),
+    def to_displace(self, client: str, key_s: float) -> Ticket | None:
+        """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
+
+        It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
+        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
+        has begun stays. O(n), so for a full queue only.
+        """
+        waiting = [ticket for ticket in self.tickets if not ticket.begun]
+        counts = collections.Counter(ticket.wants.client for ticket in waiting)
+        counts[client] += 1
+        most = max(counts.values())
+        last = max((ticket for ticket in waiting if counts[ticket.wants.client] == most),
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+        return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
 
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
@@ -2330,11 +2340,11 @@ class Dispatcher:
     def enter(self, id, wants, now, version=""):
         """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
-        If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
-        if that is the new one.
+        If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
+        Refusal if it is the new one.
         """
         if len(self.queue) >= self.max_queue:
-            self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
+            self.displace(wants.client, self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
@@ -2344,10 +2354,11 @@ class Dispatcher:
         self.push(ticket)
         return ticket
 
-    def displace(self, key_s):
-        """Refuse the last ticket of a full queue for one with this key. Raises Refusal if none is later."""
-        refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
-        if last is None or last.key_s <= key_s:
+    def displace(self, client, key_s):
+        """Refuse a ticket of a full queue for one of `client` with this key. Raises Refusal if that has to go."""
+        refusal = Refusal(503, "the queue is full", retry_after_s=self.drain_s())
+        last = self.queue.to_displace(client, key_s)
+        if last is None:
             raise refusal
         self.displaced.append(self.refuse(last, refusal))
 

@@ -796,6 +796,34 @@ def test_models_do_not_stand_in_each_others_way():
     assert queue.first("c:latest") is None
 
 
+@table("waiting, newcomer, goes", [
+    ("least urgent of equals", "a5 b3 c8", "d5", 1), ("newcomer is the least urgent of equals", "a5 b3 c8", "d1", "new"),
+    ("equals in all", "a5 b5", "c5", "new"), ("of whoever has most", "a1 b9 b8 c2", "d1", 2),
+    ("however urgent", "a10 a10 b1", "c1", 1), ("of two with most the least urgent", "a5 a5 b4 b9", "c1", 2),
+    ("newcomer makes its client the greatest", "a5 a3 b1 b2", "a9", 1),
+    ("and is the least urgent", "a5 a3 b1 b2", "a2", "new"), ("only one client", "a5 a3", "a4", 1),
+    ("nobody waits", "", "a5", "new"), ("what has begun stays", "a1* a2* a5", "b1", "new"),
+    ("and does not count", "a1* a2* a5 b3 b4", "c1", 3), ("all have begun", "a1* b1*", "c9", "new"),
+])
+def test_full_queue_makes_room_at_the_cost_of_whoever_has_most_waiting(waiting, newcomer, goes):
+    queue, tickets = sollol.Queue(), []
+    for seq, (client, priority, begun) in enumerate(re.findall(r"(\w)(\d+)(\*?)", waiting)):
+        tickets.append(Ticket(str(seq), want(client=client), 0.0, -6.0 * int(priority), seq, begun=bool(begun)))
+        queue.push(tickets[-1])
+    found = queue.to_displace(newcomer[0], -6.0 * int(newcomer[1:]))
+    assert (tickets.index(found) if found else "new") == goes
+
+
+def test_many_addresses_with_urgent_requests_displace_each_others_and_nobodys_only_one():
+    dispatcher = cluster(max_queue=1000, n1=["m"])
+    modest = enter(dispatcher, *(want(client=f"modest {number}") for number in range(50)))
+    for number in range(5000):
+        with contextlib.suppress(Refusal):
+            dispatcher.enter("flood", want(client=f"flood {number % 250}", priority=10), number / 1000)
+    late, = enter(dispatcher, want(client="late"), now=5.0)
+    assert all(it.waiting for it in (late, *modest)) and len(dispatcher.queue) == 1000
+
+
 def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
     fair = sollol.FairShare()
     greedy = [fair.charge(want(client="greedy"), 0.0, 1.0) for _ in range(500)]
@@ -2162,8 +2190,10 @@ class Walk:
         except Refusal:
             assert full and [it for it in waiting if not it.waiting] == []
             return
-        displaced = [it for it in waiting if not it.waiting]
-        assert len(displaced) == full and all(it.key_s > self.tickets[-1].key_s for it in displaced)
+        displaced = [it.wants.client for it in waiting if not it.waiting]
+        clients = [wants.client, *(it.wants.client for it in waiting)]
+        assert len(displaced) == full and all(
+            clients.count(client) == max(map(clients.count, "xyz")) for client in displaced)
 
     def dispatch(self):
         leases, refused = self.dispatcher.dispatch(self.now)
