@@ -766,7 +766,12 @@ SERVICE_TIERS = {"priority": 8, "flex": 3}
 TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
 MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
-OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+OUTPUT_BOUNDS = {                   # the field that Ollama reads, by path; what it ignores makes no request cheaper
+    "/v1/completions": "max_tokens",
+    "/v1/chat/completions": "max_tokens",
+    "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
 PREFIX_BLOCK_CHARS = 512            # a prompt without messages is compared in blocks of this size
 PREFIX_FIRST, PREFIX_LAST = 4, 12   # parts remembered from the front (system prompt) and the back (the last turns)
 
@@ -1021,14 +1026,10 @@ def prefix_of(parts, seed):
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
-def output_bound(family, fields, options):
-    """Return how many tokens the client wants at most, or None."""
-    if family is Family.OLLAMA:
-        bounds = [options.get("num_predict")]
-    else:
-        bounds = [fields.get(name) for name in OUTPUT_BOUNDS]
-    bounds = [min(bound, MAX_OUTPUT_TOKENS) for bound in bounds if type(bound) is int and bound > 0]
-    return min(bounds, default=None)
+def output_bound(path: str, fields: dict, options: dict) -> int | None:
+    """Return how many tokens a node answers with at most, or None."""
+    bound = fields.get(OUTPUT_BOUNDS[path]) if path in OUTPUT_BOUNDS else options.get("num_predict")
+    return min(bound, MAX_OUTPUT_TOKENS) if type(bound) is int and bound > 0 else None
 
 
 def runner_options(fields, options):
@@ -1098,7 +1099,7 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
         client=client,
         stream=stream,
         prompt_chars=sum(map(len, parts)),
-        max_output=output_bound(route.family, fields, options),
+        max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
         embeds=route.kind == "embed",
@@ -1233,6 +1234,7 @@ class FairShare:
 
     def __init__(self):
         self.next_s = {}            # client: {priority: virtual seconds}
+        self.begun_s = {}           # (client, priority): virtual start of the last request
         self.active = collections.Counter()     # (client, priority): requests that wait or run
 
     def start_s(self, wants, now):
@@ -1246,8 +1248,18 @@ class FairShare:
         """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
         start_s = self.start_s(wants, now)
         self.next_s.setdefault(wants.client, {})[wants.priority] = start_s + cost_s
+        self.begun_s[wants.client, wants.priority] = start_s
         self.active[wants.client, wants.priority] += 1
         return start_s
+
+    def correct(self, wants: Wants, more_s: float) -> None:
+        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
+
+        The next one starts no earlier than the last one did: a client's requests keep their order.
+        """
+        account, levels = (wants.client, wants.priority), self.next_s.get(wants.client, {})
+        if account in self.active:
+            levels[wants.priority] = max(self.begun_s[account], levels[wants.priority] + more_s)
 
     def settle(self, wants):
         """Count a request as gone; forget a client with none left."""
@@ -1255,7 +1267,7 @@ class FairShare:
         self.active[account] -= 1
         if not self.active[account]:
             levels = self.next_s[wants.client]
-            del self.active[account], levels[wants.priority]
+            del self.active[account], self.begun_s[account], levels[wants.priority]
             if not levels:
                 del self.next_s[wants.client]
 
@@ -1524,6 +1536,7 @@ class Lease:
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
     trials: tuple | list = ()       # half-open breakers that this lease is the trial of
+    settled: bool = False           # its client was charged for what it has really cost
     released: bool = False
     abandon: object = None          # how the I/O side is told to give up
     held_up: object = None          # how it is asked whether the answer waits for its client to read
@@ -2461,6 +2474,14 @@ class Dispatcher:
             per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
         return 1 / per_s if per_s else 0.0
 
+    def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
+        """Charge the client of a lease for what its request has really cost, in place of what was expected."""
+        ticket = lease.ticket
+        cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
+                                                    output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)))
+        self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
+        ticket.cost_s, lease.settled = cost_s, True
+
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
         return max(1.0, sum(ticket.cost_s for ticket in self.queue.tickets))
@@ -2910,6 +2931,8 @@ class Dispatcher:
         elif is_answer(lease, timings):
             timings = counted(lease, timings)
             self.learn_by_latency(lease, timings, now)
+        if timings.output_tokens or timings.prompt_tokens:
+            self.settle_cost(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens)
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[runner.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
@@ -3060,6 +3083,10 @@ class Dispatcher:
             raise AssertionError(f"lease of {lease.ticket.id} on {lease.node.name} released twice")
         lease.released, lease.ticket.lease = True, None
         node, runner = lease.node, lease.runner
+        if runner is not None and not lease.settled:        # broken off, or its answer told nothing
+            tokens = lease.lines / runner.lines_per_token
+            if tokens > lease.output_tokens:
+                self.settle_cost(lease, lease.prompt_tokens, tokens)
         self.advance(node, now)
         node.leases.remove(lease)
         if runner is not None:

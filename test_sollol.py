@@ -622,7 +622,12 @@ def test_size_of_the_prompt(path, body, chars):
     ("/api/chat", {"options": {"num_predict": 7}}, 7), ("/api/chat", {"options": {"num_predict": -1}}, None),
     ("/api/chat", {"options": [["num_predict", 7]]}, None), ("/api/chat", {"max_tokens": 9}, None),
     ("/v1/messages", {"max_tokens": 9}, 9), ("/v1/messages", {"options": {"num_predict": 7}}, None),
-    ("/v1/chat/completions", {"max_tokens": 9, "max_completion_tokens": 8}, 8),
+    ("/v1/chat/completions", {"max_tokens": 9, "max_completion_tokens": 8, "max_output_tokens": 7}, 9),
+    ("/v1/chat/completions", {"max_completion_tokens": 8, "num_predict": 7}, None),
+    ("/v1/chat/completions", {"max_output_tokens": 8, "options": {"num_predict": 7}}, None),
+    ("/v1/completions", {"max_tokens": 9, "max_completion_tokens": 8}, 9),
+    ("/v1/messages", {"max_output_tokens": 1, "max_tokens": 9}, 9), ("/v1/messages", {"max_output_tokens": 1}, None),
+    ("/v1/responses", {"max_output_tokens": 3, "max_tokens": 1}, 3), ("/v1/responses", {"max_tokens": 1}, None),
     ("/v1/responses", {"max_output_tokens": 3}, 3), ("/v1/messages", {"max_tokens": 0}, None),
     ("/v1/messages", {"max_tokens": True}, None), ("/v1/messages", {"max_tokens": "9"}, None),
     ("/v1/messages", {"max_tokens": 9.5}, None),
@@ -797,7 +802,8 @@ def test_models_do_not_stand_in_each_others_way():
 
 
 @table("waiting, newcomer, goes", [
-    ("least urgent of equals", "a5 b3 c8", "d5", 1), ("newcomer is the least urgent of equals", "a5 b3 c8", "d1", "new"),
+    ("least urgent of equals", "a5 b3 c8", "d5", 1),
+    ("newcomer is the least urgent of equals", "a5 b3 c8", "d1", "new"),
     ("equals in all", "a5 b5", "c5", "new"), ("of whoever has most", "a1 b9 b8 c2", "d1", 2),
     ("however urgent", "a10 a10 b1", "c1", 1), ("of two with most the least urgent", "a5 a5 b4 b9", "c1", 2),
     ("newcomer makes its client the greatest", "a5 a3 b1 b2", "a9", 1),
@@ -840,8 +846,25 @@ def test_client_with_nothing_left_is_forgotten():
     assert fair.charge(wants, 1.0, 1.0) == 200.0
     fair.settle(wants)
     fair.settle(wants)
-    assert not fair.active and not fair.next_s
+    assert not fair.active and not fair.next_s and not fair.begun_s
+    fair.correct(wants, 100.0)
     assert fair.charge(wants, 2.0, 1.0) == 2.0
+
+
+@table("charged, more_s, now, start_s", [
+    ("right", [10.0], 0.0, 0.0, 10.0), ("too little", [10.0], 5.0, 0.0, 15.0), ("too much", [10.0], -4.0, 0.0, 6.0),
+    ("the first of two", [10.0, 10.0], 5.0, 0.0, 25.0), ("of two, too much", [10.0, 10.0], -4.0, 0.0, 16.0),
+    ("no credit before the last one", [10.0, 1.0], -9.0, 0.0, 10.0), ("no credit at all", [10.0], -20.0, 0.0, 0.0),
+    ("no credit over time", [10.0], -9.0, 3.0, 3.0),
+])
+def test_client_is_charged_for_what_its_requests_have_really_cost(charged, more_s, now, start_s):
+    fair, wants = sollol.FairShare(), want(client="c")
+    for cost_s in charged:
+        fair.charge(wants, 0.0, cost_s)
+    fair.correct(wants, more_s)
+    assert fair.start_s(wants, now) == start_s
+    assert fair.start_s(want(client="other"), now) == now
+    assert fair.start_s(want(client="c", priority=9), now) == now
 
 
 def test_breaker_opens_for_growing_pauses_lets_one_trial_through_and_closes_on_success():
@@ -1106,6 +1129,41 @@ def test_one_clients_flood_does_not_delay_another_client():
     finish(dispatcher, flood[0], 1.0)
     placed(dispatcher, 1.0)
     assert modest.lease
+
+
+@pytest.mark.parametrize("end", ["whole", "untold", "left", "failed"])
+def test_answers_longer_than_claimed_or_expected_are_charged_in_full(end):
+    """Nine in ten tokens were not foreseen; if the client leaves before the end, nothing tells their number."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    dispatcher.estimates.lengths["m:latest"].mean = 100.0
+    enter(dispatcher, *[want(client="long")] * 9)
+    expected_s = dispatcher.fair.start_s(want(client="long"), now)
+    for _ in range(3):
+        placed(dispatcher, now)
+        done = dispatcher.nodes["n1"].leases[0].ticket
+        dispatcher.heard(done.lease, 2000 if end == "untold" else 1000, now)    # events of OpenAI: two lines each
+        if end == "left":
+            dispatcher.leave(done, now)
+        elif end == "failed":
+            assert not fail(dispatcher, done, now=now)
+            dispatcher.leave(done, now)
+            dispatcher.answered(dispatcher.nodes["n1"], "0.33.0", 0.001, now)
+            dispatcher.nodes["n1"].breaker.succeed()
+        else:
+            finish(dispatcher, done, now, Timings(output_tokens=1000 * (end == "whole"), prompt_tokens=100))
+        dispatcher.estimates.lengths["m:latest"].mean = 100.0
+    more_s = dispatcher.fair.start_s(want(client="long"), now) - expected_s
+    assert more_s == pytest.approx(3 * 900 * sollol.decode_s(runner(dispatcher, "n1")), rel=0.2)
+    assert dispatcher.fair.start_s(want(client="other"), now) == now
+
+
+def test_answers_shorter_than_expected_are_given_back():
+    dispatcher = cluster(n1=["m"])
+    first, *_ = enter(dispatcher, *[want(client="c", prompt_chars=0)] * 3)
+    before_s = dispatcher.fair.start_s(want(client="c"), 0.0)
+    placed(dispatcher)
+    finish(dispatcher, first, 0.0, Timings(output_tokens=1, prompt_tokens=1))
+    assert before_s / 3 * 2 < dispatcher.fair.start_s(want(client="c"), 0.0) < before_s / 3 * 2.1
 
 
 def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
@@ -2275,7 +2333,9 @@ class Walk:
         assert sorted(map(id, leases)) == sorted(id(it.lease) for it in running)
         assert set(queue.tickets) == {it for it in self.tickets if it.waiting}
         assert all(bool(it.waiting) + bool(it.lease) + bool(it.refusal) == 1 for it in self.tickets)
-        assert sum(self.dispatcher.fair.active.values()) == len(self.tickets)
+        fair = self.dispatcher.fair
+        assert sum(fair.active.values()) == len(self.tickets) and fair.begun_s.keys() == fair.active.keys()
+        assert all(fair.next_s[client][priority] >= begun_s for (client, priority), begun_s in fair.begun_s.items())
 
 
 @pytest.mark.parametrize("policy, seed", [("latency-weighted", seed) for seed in range(8)] + [
