@@ -709,6 +709,7 @@ class Route(NamedTuple):
     kind: str = "raw"
     family: Family = Family.OLLAMA
     streams: bool = False           # when the body does not say
+    guarded: bool = False           # changes models, an account or what a node does: see `guard`
 
     @property
     def is_inference(self):
@@ -722,7 +723,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/queue", Route(Where.GATEWAY)),
     ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
-    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order")),
+    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order", guarded=True)),
     ("GET HEAD", "/dashboard", Route(Where.GATEWAY)),
     ("GET", "/dashboard/events", Route(Where.GATEWAY, "events")),
     ("GET HEAD", "/api/version", Route(Where.MERGED)),
@@ -742,15 +743,17 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("POST", "/v1/audio/transcriptions", Route(Where.QUEUED, "transcribe", Family.OPENAI)),
     ("POST", "/api/show", Route(Where.ANY, "show")),
     ("GET", "/v1/models/", Route(Where.ANY, family=Family.OPENAI)),
-    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True)),
-    ("POST", "/api/copy", Route(Where.EVERY, "copy")),
-    ("DELETE", "/api/delete", Route(Where.EVERY, "delete")),
-    ("HEAD POST", "/api/blobs/", Route(Where.PRIMARY)),
-    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True)),
-    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True)),
-    ("POST", "/api/me", Route(Where.PRIMARY, "account")),
-    ("POST", "/api/signout", Route(Where.PRIMARY, "account")),
-    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True, guarded=True)),
+    ("POST", "/api/copy", Route(Where.EVERY, "copy", guarded=True)),
+    ("DELETE", "/api/delete", Route(Where.EVERY, "delete", guarded=True)),
+    ("HEAD", "/api/blobs/", Route(Where.PRIMARY)),
+    ("POST", "/api/blobs/", Route(Where.PRIMARY, guarded=True)),
+    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True, guarded=True)),
+    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True, guarded=True)),
+    ("POST", "/api/me", Route(Where.PRIMARY, "account", guarded=True)),
+    ("POST", "/api/signout", Route(Where.PRIMARY, "account", guarded=True)),
+    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account", guarded=True)),
+    # These use the primary node's account and change nothing: agents such as OpenClaw search the web with them.
     ("POST", "/api/experimental/web_search", Route(Where.PRIMARY, "account")),
     ("POST", "/api/experimental/web_fetch", Route(Where.PRIMARY, "account")),
     ("GET", "/api/experimental/model-recommendations", Route(Where.PRIMARY, "account")),
@@ -759,6 +762,10 @@ ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for metho
 ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
 ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
+# Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
+# new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
+GUARDED_ELSEWHERE = Route(Where.ANY, guarded=True)
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
 
@@ -791,6 +798,8 @@ def find_route(method, path):
     for its_method, above, route in ROUTES_BELOW:
         if method == its_method and path.startswith(above) and path != above:
             return route
+    if method not in SAFE_METHODS and not (method == "POST" and path.startswith("/v1/")):
+        return GUARDED_ELSEWHERE._replace(family=family_of(path))
     return ELSEWHERE[family_of(path)]
 
 
@@ -909,6 +918,18 @@ def origin_lines(origin, host, allowed):
     if is_listed(origin.decode("latin-1"), allowed):
         return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
     return None
+
+
+def page_may_change(fields: dict[bytes, bytes], allowed: list[str] | tuple[()]) -> bool:
+    """Tell whether the web page that sends a request, if one does, may change something: ours, or of an origin listed.
+
+    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
+    """
+    origin, host = fields.get(b"origin", b""), fields.get(b"host", b"")
+    if origin and is_listed(origin.decode("latin-1"), allowed):
+        return True
+    return (origin in (b"", b"http://" + host, b"https://" + host)
+            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
 
 
 def host_name(host):
@@ -5410,19 +5431,31 @@ def is_open(method, path):
     return method in ("GET", "HEAD") and path in OPEN_PATHS
 
 
+def guard(gateway: "Gateway", head: RequestHead, kind: str, key: Key | None, close: bool) -> None:
+    """Raise Refusal unless who asks may change models, an account or nodes: a key that may, and no page of strangers.
+
+    An order to a node is for the gateway's own pages only. A change of models is, as with Ollama, for those of the
+    origins that are listed, too, but not for those that only `*` lets read.
+    """
+    if key is not None and not key.settings.admin:
+        raise Refusal(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close=close)
+    listed = () if kind == "order" else [origin for origin in gateway.origins if origin != "*"]
+    if not page_may_change(head.fields, listed):
+        raise Refusal(403, "a web page of this origin may not do that", close=close)
+
+
 def admit(gateway, client, head, route, record):
     """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
+    has_body = head.length != 0
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
     if key:
         record.key = key.settings.name
-        if route.kind != "order" or key.settings.admin or is_local(client, head):
-            return key
-    elif route.kind == "order" and is_local(client, head):
-        return None
     elif gateway.options.keys and not is_open(head.method, head.path):
-        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=head.length != 0)
-    if route.kind == "order":
-        raise Refusal(403, "only this machine or a key with admin=yes may order that", close=head.length != 0)
+        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=has_body)
+    elif route.kind == "order" and not is_local(client, head):
+        raise Refusal(403, "only this machine, or with --keys a key with admin=yes, may order that", close=has_body)
+    if route.guarded:
+        guard(gateway, head, route.kind, key, close=has_body)
     return key
 
 
@@ -5512,10 +5545,14 @@ async def serve(gateway, client, head, record):
     client.serving = True
     if key is None:
         wants = read_wants(head, route, body, client.address)
+        if wants.change == "unload":        # which only the body tells
+            guard(gateway, head, route.kind, key, close=False)
         return await serve_by_nodes(gateway, client, head, route, body, wants, record)
     allowed = key.settings
     wants = read_wants(head, route, body, allowed.name, allowed.priority)
     wants.priority = min(wants.priority, allowed.max_priority)
+    if wants.change == "unload":
+        guard(gateway, head, route.kind, key, close=False)
     try:
         key.take(gateway.loop.time())
     except Refusal as refusal:

@@ -5096,14 +5096,126 @@ async def test_no_key_and_no_token_is_in_a_log_a_page_or_an_error(tmp_path, capl
 
 
 @over_sockets
-async def test_only_this_machine_and_an_administrators_key_order_nodes(tmp_path):
+async def test_where_keys_are_used_only_an_administrators_key_orders_nodes(tmp_path):
     async with guarded(tmp_path, fixed(1)) as gateway:
-        path, far = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain", {"X_Forwarded_For": "10.0.0.1"}
-        assert (await call(gateway, "POST", path, **far)).status == 401
-        assert (await call(gateway, "POST", path, **far, **bearer("alice"))).status == 403
-        assert (await call(gateway, "POST", path, **far, **bearer("root"))).json()["state"] == "draining"
-        assert (await call(gateway, "POST", path.replace("drain", "resume"))).json()["state"] == "up"
-        assert (await call(gateway, "POST", path, **bearer("alice"))).status == 200
+        path = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain"
+        for fields in ({"X_Forwarded_For": "10.0.0.1"}, {}):        # also on this machine
+            assert (await call(gateway, "POST", path, **fields)).status == 401
+            assert (await call(gateway, "POST", path, **fields, **bearer("alice"))).status == 403
+            assert health(gateway)["nodes"]["up"] == 1
+            assert (await call(gateway, "POST", path, **fields, **bearer("root"))).json()["state"] == "draining"
+            again = await call(gateway, "POST", path.replace("drain", "resume"), **bearer("root"))
+            assert again.json()["state"] == "up"
+
+
+UNLOAD = {"model": "llama3.2", "keep_alive": 0}
+# What needs a key with admin=yes: (method, path, body).
+CHANGING = [
+    ("POST", "/api/nodes/a/drain", None), ("POST", "/api/nodes/a/resume", None), ("POST", "/api/nodes/a/load", {}),
+    ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/push", {"model": "llama3.2"}),
+    ("POST", "/api/create", {"model": "x", "from": "llama3.2"}), ("POST", "/api/blobs/sha256:1", b"weights"),
+    ("POST", "/api/copy", {"source": "llama3.2", "destination": "x"}), ("DELETE", "/api/delete", {"model": "llama3.2"}),
+    ("POST", "/api/me", {}), ("POST", "/api/signout", {}), ("DELETE", "/api/user/keys/abc", None),
+    ("POST", "/api/generate", UNLOAD), ("POST", "/api/generate", {**UNLOAD, "keep_alive": "0s", "prompt": ""}),
+    ("POST", "/api/chat", {**UNLOAD, "messages": []}), ("POST", "/api/chat", b'{"MODEL":"llama3.2","Keep_Alive":0}'),
+    ("POST", "/api/experimental/aliases", {}), ("DELETE", "/api/experimental/aliases", {}), ("PUT", "/api/tags", {}),
+    ("DELETE", "//api/delete", {"model": "x"}), ("POST", "/api//pull", {"model": "x"}), ("POST", "//api/pull", {}),
+    ("DELETE", "/api/%64elete", {"model": "llama3.2"}), ("POST", "/api%2fpull", {"model": "x"}),
+    ("DELETE", "/api/delete/", {"model": "x"}), ("DELETE", "/v1/models/llama3.2", None), ("BREW", "/api/chat", {}),
+    ("POST", "http://gw/api/pull", {"model": "x"}),
+]
+# What any key may: (method, path, body).
+USING = [
+    ("GET", "/api/tags", None), ("GET", "/api/ps", None), ("POST", "/api/show", {"model": "llama3.2"}),
+    ("POST", "/api/generate", generate()), ("POST", "/api/chat", {"model": "llama3.2", "messages": []}),
+    ("POST", "/api/generate", generate(keep_alive=0)), ("GET", "/v1/models/llama3.2", None),
+    ("POST", "/v1/messages/count_tokens", {"model": "llama3.2"}), ("POST", "/v1/images/generations", {}),
+    ("HEAD", "/api/blobs/sha256:1", None), ("POST", "/api/experimental/web_search", {"query": "x"}),
+    ("POST", "/api/experimental/web_fetch", {"url": "x"}), ("GET", "/api/experimental/model-recommendations", None),
+    ("GET", "/api/stats", None), ("GET", "/dashboard", None), ("GET", "/nowhere", None),
+]
+
+
+@over_sockets
+async def test_only_an_administrators_key_changes_models_accounts_and_nodes(tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true,"done_reason":"unload","status":"success"}'), KEEP])
+    node.line, node.reads_chunks = "name=a", True
+    async with guarded(tmp_path, node) as gateway:
+        for method, path, body in CHANGING:
+            for fields in (bearer("alice"), {**bearer("carol"), "Host": "127.0.0.1"}):
+                answer = await call(gateway, method, path, body, **fields)
+                assert answer.status == 403 and "admin=yes" in str(answer.json()["error"]), (method, path)
+        assert not node.requests and not gateway.dispatcher.nodes["a"].draining
+        for method, path, body in CHANGING:
+            assert (await call(gateway, method, path, body, **bearer("root"))).status in (200, 404), (method, path)
+        for method, path, body in USING:
+            assert (await call(gateway, method, path, body, **bearer("alice"))).status in (200, 404), (method, path)
+
+
+@over_sockets
+async def test_without_keys_everybody_changes_models_as_with_plain_ollama():
+    node = ScriptedNode(lambda request: [framed(b'{"done":true,"done_reason":"unload","status":"success"}'), KEEP])
+    node.line, node.reads_chunks = "name=a", True
+    async with gateway_for(node) as gateway:
+        for method, path, body in CHANGING:
+            status = (await call(gateway, method, path, body, X_Forwarded_For="10.0.0.1")).status
+            assert (status == 403) == ("/nodes/" in path), (method, path)
+
+
+def test_every_route_that_changes_something_is_guarded():
+    free = {"/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/api/show", "/v1/completions",
+            "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/messages", "/v1/audio/transcriptions",
+            "/api/experimental/web_search", "/api/experimental/web_fetch"}
+    assert {path for (method, path), route in sollol.ROUTES.items()
+            if method not in ("GET", "HEAD") and not route.guarded} == free
+    assert not any(route.guarded for (method, _), route in sollol.ROUTES.items() if method in ("GET", "HEAD"))
+
+
+OWN_PAGE = {"Origin": "http://gw:8000", "Host": "gw:8000"}
+
+
+@table("fields, order, change", [
+    ("a program", {}, True, True), ("own page", OWN_PAGE, True, True),
+    ("own page in a new browser", {**OWN_PAGE, "Sec-Fetch-Site": "same-origin"}, True, True),
+    ("own page over TLS", {"Origin": "https://gw:8000", "Host": "gw:8000"}, True, True),
+    ("typed by hand", {"Sec-Fetch-Site": "none"}, True, True),
+    ("own page without Origin", {"Sec-Fetch-Site": "same-origin"}, True, True),
+    ("a link elsewhere", {"Sec-Fetch-Site": "cross-site"}, False, False),
+    ("a sister host", {"Sec-Fetch-Site": "same-site"}, False, False),
+    ("the same host without TLS", {**OWN_PAGE, "Sec-Fetch-Site": "cross-site"}, False, False),
+    ("local page", {"Origin": "http://localhost:3000", "Host": "gw:8000"}, False, True),
+    ("local page in a new browser", {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"}, False, True),
+    ("app", {"Origin": "app://obsidian.md"}, False, True), ("listed", {"Origin": "https://chat.example"}, False, True),
+    ("any", {"Origin": "https://evil.example"}, False, False), ("sandbox", {"Origin": "null"}, False, False),
+    ("own name as another port", {"Origin": "http://gw", "Host": "gw:8000"}, False, False)])
+def test_web_pages_that_may_change_something(fields, order, change):
+    given = {name.lower().encode(): value.encode() for name, value in fields.items()}
+    listed = sollol.LOCAL_ORIGINS + ["https://chat.example"]
+    assert (sollol.page_may_change(given, ()), sollol.page_may_change(given, listed)) == (order, change)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@over_sockets
+async def test_pages_that_cors_lets_read_order_nothing_and_only_listed_ones_change_models(keys, tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true,"done_reason":"unload","status":"success"}'), KEEP])
+    node.line, node.reads_chunks = "name=a", True
+    (tmp_path / "keys").write_text(KEYS)
+    flags = ["--origins", "*,https://chat.example", *(["--keys", str(tmp_path / "keys")] if keys else [])]
+    key = bearer("root") if keys else {}
+    async with gateway_for(node, flags=flags) as gateway:
+        for origin, may_change in (("https://evil.example", False), ("null", False), ("https://chat.example", True),
+                                   ("http://localhost:3000", True)):
+            assert (await call(gateway, "OPTIONS", "/api/pull", Origin=origin)).status == 204
+            assert (await call(gateway, "GET", "/api/tags", Origin=origin, **key)).status == 200
+            for method, path, body in CHANGING:
+                answer = await call(gateway, method, path, body, Origin=origin, **key)
+                refused = "/nodes/" in path or not may_change
+                assert (answer.status == 403) == refused, (origin, method, path)
+                assert not refused or "access-control-allow-origin" in answer.fields
+            for method, path, body in USING:
+                assert (await call(gateway, method, path, body, Origin=origin, **key)).status in (200, 404)
+        own = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Sec_Fetch_Site": "same-origin", **key}
+        assert (await call(gateway, "POST", "/api/nodes/a/drain", **own)).status == 200
 
 
 @over_sockets
