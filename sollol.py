@@ -120,6 +120,7 @@ LOAD_PATIENCE_S = 300.0             # OLLAMA_LOAD_TIMEOUT: the node itself gives
 # Queue.
 DEFAULT_PRIORITY = 5
 PRIORITY_NAMES = {"critical": 10, "high": 8, "normal": 5, "low": 3, "batch": 1}
+MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
 HEAD_START_S = 6.0                  # one level of priority, in seconds of waiting; high is 18 s before normal
 
 # Routing: parameters, plateaus and what each is worth were measured on a simulator with real token traces.
@@ -5545,6 +5546,8 @@ async def serve(gateway, client, head, record):
     client.serving = True
     if key is None:
         wants = read_wants(head, route, body, client.address)
+        if wants.priority > MOST_FROM_AFAR and not is_local(client, head):
+            wants.priority = MOST_FROM_AFAR
         if wants.change == "unload":        # which only the body tells
             guard(gateway, head, route.kind, key, close=False)
         return await serve_by_nodes(gateway, client, head, route, body, wants, record)

@@ -5219,6 +5219,23 @@ async def test_pages_that_cors_lets_read_order_nothing_and_only_listed_ones_chan
 
 
 @over_sockets
+async def test_without_a_key_only_this_machine_is_more_urgent_than_high(tmp_path):
+    async with gateway_for(fixed(4)) as gateway:
+        for asked, far, here in ((10, "8", "10"), (9, "8", "9"), (8, "8", "8"), (1, "1", "1")):
+            for fields, given in (({"X_Forwarded_For": "10.0.0.1"}, far), ({}, here)):
+                answer = await call(gateway, "POST", "/api/generate", generate(), **fields, X_Priority=asked)
+                assert (answer.status, answer.fields["x-sollol-priority"]) == (200, given)
+                answer = await call(gateway, "POST", "/api/generate", generate(priority=asked), **fields)
+                assert (answer.status, answer.fields["x-sollol-priority"]) == (200, given)
+        answer = await call(gateway, "POST", "/api/generate", generate(), X_Priority="11", X_Real_IP="10.0.0.1")
+        assert answer.status == 400
+    async with guarded(tmp_path, fixed(4)) as gateway:
+        answer = await call(gateway, "POST", "/api/generate", generate(), X_Priority="critical", **bearer("alice"),
+                            X_Forwarded_For="10.0.0.1")
+        assert answer.fields["x-sollol-priority"] == "10"
+
+
+@over_sockets
 async def test_keys_are_read_again_when_saved_and_a_bad_file_is_refused(tmp_path, caplog):
     caplog.set_level("INFO", "sollol")
     async with guarded(tmp_path, fixed(1)) as gateway:
