@@ -48,6 +48,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
 import ssl
@@ -126,6 +127,7 @@ MAX_LINE_BYTES = 1 * MIB            # of progress
 # Queue.
 DEFAULT_PRIORITY = 5
 PRIORITY_NAMES = {"critical": 10, "high": 8, "normal": 5, "low": 3, "batch": 1}
+MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
 HEAD_START_S = 6.0                  # one level of priority, in seconds of waiting; high is 18 s before normal
 
 # Routing: parameters, plateaus and what each is worth were measured on a simulator with real token traces.
@@ -137,8 +139,8 @@ SKIM_AHEAD = 48                     # tickets behind those, skimmed every SKIM_S
 SKIM_S = 2.0                        # behind eight that had better wait. 40 nodes: mean 2 to 12 % shorter
 SKIM_MODELS = 4                     # at once: 2 ms, with 50 nodes
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
-OVERHEAD_S, MOST_OVERHEAD_S = 0.03, 0.4     # per request in the node, outside prefill and decode: before it is known; and
-                                    # what is longer is a wait
+OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode, before it is known
+MOST_OVERHEAD_S = 0.4               # what is longer is a wait
 OVERHEADS_KEPT = 16                 # samples of it; the lower quarter is what a request takes that need not wait
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
@@ -314,6 +316,7 @@ class RequestHead:
     length: int | None              # of the body; None = chunked
     keep_alive: bool
     expects_continue: bool
+    via: bytes = b""                # of the request to a node: those of the client and this gateway
 
 
 @dataclass(slots=True)
@@ -402,6 +405,17 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a
 ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
 HOST = re.compile(rb"[^\s/\\@?#,]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
+
+# A path's segment `.` or `..`, in any spelling that some server between here and the model reads as one: encoded once
+# or more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). A node's `prefix=` is no
+# fence against them: /ollama/../admin is /admin for whoever resolves it.
+DOT, SLASH = rb"(?:\.|%(?:25)*2e)", rb"(?:[/\\]|%(?:25)*(?:2f|5c))"
+DOT_SEGMENT = re.compile(SLASH + DOT + rb"{1,2}(?:" + SLASH + rb"|[;#]|%(?:25)*(?:3b|23|3f)|\Z)", re.I)
+# A control character, encoded: it cuts the path or ends the line for a proxy that decodes what it hands on.
+ENCODED_CONTROL = re.compile(rb"%(?:[01][0-9a-f]|7f)", re.I)
+# TRACE shows the fields that proxies have added, a node's token among them; CONNECT is not for gateways.
+REFUSED_METHODS = frozenset(("TRACE", "CONNECT"))
+ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 # RFC 9110 7.6.1: these speak of one connection only, and are not handed on.
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
@@ -500,13 +514,18 @@ def parse_request_line(line):
     if not match:
         raise ProtocolError("malformed request line")
     method, target, version = match[1].decode(), match[2], int(match[3])
+    if method in REFUSED_METHODS:
+        raise ProtocolError(f"{method} is not allowed", 405)
     if len(target) > MAX_TARGET_BYTES:
         raise ProtocolError("request target too long", 414)
     if absolute := ABSOLUTE.fullmatch(target):      # RFC 9112 3.2.2: "a server MUST accept the absolute-form"
         target = absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
     elif target[:1] != b"/" and (method, target) != ("OPTIONS", b"*"):
         raise ProtocolError("malformed request target")
-    return method, target, urllib.parse.unquote(target.partition(b"?")[0].decode("latin-1")), version
+    path = target.partition(b"?")[0]
+    if DOT_SEGMENT.search(path) or ENCODED_CONTROL.search(path):
+        raise ProtocolError("dot segment or control character in the path")
+    return method, target, urllib.parse.unquote(path.decode("latin-1")), version
 
 
 def parse_request(head):
@@ -676,7 +695,8 @@ def chunk(data):
 
 # Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
 # Answers are, too, at least their statistics: a tunnel before a node would compress them if it were allowed to.
-NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority"}
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
+                             b"via"}
 # What the gateway says itself it says alone: a browser that finds two allowed origins, say, believes neither.
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 OURS_TO_SAY = b"access-control-", b"x-sollol-"
@@ -697,6 +717,8 @@ def render_request(head, settings, length):
     lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), prefix, head.target),
              b"Host: " + settings.host_header.encode()]
     lines += end_to_end(head.lines, head.fields, dropped)
+    if head.via:
+        lines.append(b"Via: " + head.via)
     if settings.token:
         lines.append(b"Authorization: Bearer " + settings.token.encode())
     if length is None:
@@ -713,6 +735,25 @@ def render_response(head, added, framing):
     kept = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
     lines += end_to_end(kept, head.fields, NOT_FOR_CLIENTS)
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
+
+
+# Via tells where a request has been (RFC 9110 7.6.3). The comment is of this process: two gateways that list each
+# other, on purpose or behind a name, would else hand one request to and fro until no socket is left (8,192 were seen).
+MOST_HOPS = 8                       # over gateways of this kind; also where a proxy between them takes comments away
+
+
+def via_of(id: str) -> bytes:
+    """Return what a gateway adds to Via."""
+    return b"1.1 sollol (%b)" % id.encode()
+
+
+def via_after(given: bytes, own: bytes) -> bytes:
+    """Return the Via of a request that came with `given`, with `own` added. Raises Refusal if it goes in a circle."""
+    if own in given:
+        raise Refusal(508, "this request has been here before: a node of this gateway leads back to it", close=True)
+    if given.count(b"1.1 sollol") >= MOST_HOPS:
+        raise Refusal(508, f"this request has come over {MOST_HOPS} gateways", close=True)
+    return b"%b, %b" % (given, own) if given else own
 
 
 # -----------------------------------------------------------------------------
@@ -735,6 +776,7 @@ class Route(NamedTuple):
     kind: str = "raw"
     family: Family = Family.OLLAMA
     streams: bool = False           # when the body does not say
+    guarded: bool = False           # changes models, an account or what a node does: see `guard`
 
     @property
     def is_inference(self):
@@ -748,7 +790,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
     ("GET HEAD", "/api/queue", Route(Where.GATEWAY)),
     ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
-    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order")),
+    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order", guarded=True)),
     ("GET HEAD", "/dashboard", Route(Where.GATEWAY)),
     ("GET", "/dashboard/events", Route(Where.GATEWAY, "events")),
     ("GET HEAD", "/api/version", Route(Where.MERGED)),
@@ -768,15 +810,17 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("POST", "/v1/audio/transcriptions", Route(Where.QUEUED, "transcribe", Family.OPENAI)),
     ("POST", "/api/show", Route(Where.ANY, "show")),
     ("GET", "/v1/models/", Route(Where.ANY, family=Family.OPENAI)),
-    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True)),
-    ("POST", "/api/copy", Route(Where.EVERY, "copy")),
-    ("DELETE", "/api/delete", Route(Where.EVERY, "delete")),
-    ("HEAD POST", "/api/blobs/", Route(Where.PRIMARY)),
-    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True)),
-    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True)),
-    ("POST", "/api/me", Route(Where.PRIMARY, "account")),
-    ("POST", "/api/signout", Route(Where.PRIMARY, "account")),
-    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account")),
+    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True, guarded=True)),
+    ("POST", "/api/copy", Route(Where.EVERY, "copy", guarded=True)),
+    ("DELETE", "/api/delete", Route(Where.EVERY, "delete", guarded=True)),
+    ("HEAD", "/api/blobs/", Route(Where.PRIMARY)),
+    ("POST", "/api/blobs/", Route(Where.PRIMARY, guarded=True)),
+    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True, guarded=True)),
+    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True, guarded=True)),
+    ("POST", "/api/me", Route(Where.PRIMARY, "account", guarded=True)),
+    ("POST", "/api/signout", Route(Where.PRIMARY, "account", guarded=True)),
+    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account", guarded=True)),
+    # These use the primary node's account and change nothing: agents such as OpenClaw search the web with them.
     ("POST", "/api/experimental/web_search", Route(Where.PRIMARY, "account")),
     ("POST", "/api/experimental/web_fetch", Route(Where.PRIMARY, "account")),
     ("GET", "/api/experimental/model-recommendations", Route(Where.PRIMARY, "account")),
@@ -785,6 +829,10 @@ ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for metho
 ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
 ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
+# Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
+# new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
+GUARDED_ELSEWHERE = Route(Where.ANY, guarded=True)
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
 
@@ -794,7 +842,12 @@ TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/
 USUAL_OPTIONS = {"main_gpu": 0, "use_mmap": False, "num_thread": 0, "shift": True}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
 MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
-OUTPUT_BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+OUTPUT_BOUNDS = {                   # the field that Ollama reads, by path; what it ignores makes no request cheaper
+    "/v1/completions": "max_tokens",
+    "/v1/chat/completions": "max_tokens",
+    "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
 PREFIX_BLOCK_CHARS = 512            # a prompt without messages is compared in blocks of this size
 PREFIX_FIRST, PREFIX_LAST = 4, 12   # parts remembered from the front (system prompt) and the back (the last turns)
 
@@ -814,6 +867,8 @@ def find_route(method, path):
     for its_method, above, route in ROUTES_BELOW:
         if method == its_method and path.startswith(above) and path != above:
             return route
+    if method not in SAFE_METHODS and not (method == "POST" and path.startswith("/v1/")):
+        return GUARDED_ELSEWHERE._replace(family=family_of(path))
     return ELSEWHERE[family_of(path)]
 
 
@@ -934,6 +989,18 @@ def origin_lines(origin, host, allowed):
     return None
 
 
+def page_may_change(fields: dict[bytes, bytes], allowed: list[str] | tuple[()]) -> bool:
+    """Tell whether the web page that sends a request, if one does, may change something: ours, or of an origin listed.
+
+    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
+    """
+    origin, host = fields.get(b"origin", b""), fields.get(b"host", b"")
+    if origin and is_listed(origin.decode("latin-1"), allowed):
+        return True
+    return (origin in (b"", b"http://" + host, b"https://" + host)
+            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
+
+
 def host_name(host):
     """Return the name or address in a Host field's bytes, in lower case, without port and brackets."""
     text = host.decode("latin-1").lower()
@@ -1049,14 +1116,10 @@ def prefix_of(parts, seed):
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
-def output_bound(family, fields, options):
-    """Return how many tokens the client wants at most, or None."""
-    if family is Family.OLLAMA:
-        bounds = [options.get("num_predict")]
-    else:
-        bounds = [fields.get(name) for name in OUTPUT_BOUNDS]
-    bounds = [min(bound, MAX_OUTPUT_TOKENS) for bound in bounds if type(bound) is int and bound > 0]
-    return min(bounds, default=None)
+def output_bound(path: str, fields: dict, options: dict) -> int | None:
+    """Return how many tokens a node answers with at most, or None."""
+    bound = fields.get(OUTPUT_BOUNDS[path]) if path in OUTPUT_BOUNDS else options.get("num_predict")
+    return min(bound, MAX_OUTPUT_TOKENS) if type(bound) is int and bound > 0 else None
 
 
 def runner_options(fields, options):
@@ -1137,7 +1200,7 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
         stream=stream,
         silent=not stream or bool(tools),
         prompt_chars=sum(map(len, parts)),
-        max_output=output_bound(route.family, fields, options),
+        max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
         prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
@@ -1254,10 +1317,20 @@ class Queue:
         entry[2].waiting = False
         del self.tickets[entry[2]]
 
-    def last(self):
-        """Return the least urgent waiting ticket that has not begun, or None. O(n), so for a full queue only."""
-        return max((ticket for ticket in self.tickets if not ticket.begun),
+    def to_displace(self, client: str, key_s: float) -> Ticket | None:
+        """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
+
+        It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
+        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
+        has begun stays. O(n), so for a full queue only.
+        """
+        waiting = [ticket for ticket in self.tickets if not ticket.begun]
+        counts = collections.Counter(ticket.wants.client for ticket in waiting)
+        counts[client] += 1
+        most = max(counts.values())
+        last = max((ticket for ticket in waiting if counts[ticket.wants.client] == most),
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+        return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
 
     def in_order(self):
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
@@ -1269,6 +1342,7 @@ class FairShare:
 
     def __init__(self):
         self.next_s = {}            # client: {priority: virtual seconds}
+        self.begun_s = {}           # (client, priority): virtual start of the last request
         self.active = collections.Counter()     # (client, priority): requests that wait or run
 
     def start_s(self, wants, now):
@@ -1282,8 +1356,18 @@ class FairShare:
         """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
         start_s = self.start_s(wants, now)
         self.next_s.setdefault(wants.client, {})[wants.priority] = start_s + cost_s
+        self.begun_s[wants.client, wants.priority] = start_s
         self.active[wants.client, wants.priority] += 1
         return start_s
+
+    def correct(self, wants: Wants, more_s: float) -> None:
+        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
+
+        The next one starts no earlier than the last one did: a client's requests keep their order.
+        """
+        account, levels = (wants.client, wants.priority), self.next_s.get(wants.client, {})
+        if account in self.active:
+            levels[wants.priority] = max(self.begun_s[account], levels[wants.priority] + more_s)
 
     def settle(self, wants):
         """Count a request as gone; forget a client with none left."""
@@ -1291,7 +1375,7 @@ class FairShare:
         self.active[account] -= 1
         if not self.active[account]:
             levels = self.next_s[wants.client]
-            del self.active[account], levels[wants.priority]
+            del self.active[account], self.begun_s[account], levels[wants.priority]
             if not levels:
                 del self.next_s[wants.client]
 
@@ -1583,7 +1667,7 @@ class Node:
         return self.state(now) in ("up", "suspect")
 
     def learn_overhead(self, hidden_s: float, alone: bool) -> None:
-        """Take in what an answer spent outside load, prefill and decode; if others ran beside it, it may have waited."""
+        """Take in what an answer spent outside load, prefill and decode. Beside others it may have waited."""
         if 0.0 <= hidden_s <= MOST_OVERHEAD_S and (alone or hidden_s < self.overhead_s):
             self.overheads_s.append(hidden_s)
             self.overhead_s = sorted(self.overheads_s)[len(self.overheads_s) // 4]
@@ -1628,6 +1712,7 @@ class Lease:
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
     trials: tuple | list = ()       # half-open breakers that this lease is the trial of
+    settled: bool = False           # its client was charged for what it has really cost
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
     abandon: object = None          # how the I/O side is told, with a Failure, that another node does this
@@ -2258,7 +2343,7 @@ class Candidate(NamedTuple):
 
 
 def quiet_s(runner: Runner, prediction: Prediction) -> float:
-    """Return for how many seconds an answer may show nothing before its node is in doubt; more while little is known."""
+    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known."""
     work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.wants.silent else 0.0)
     unsure = 1 if runner.samples >= 3 else 4 if runner.samples else 10      # a CPU is 30 times slower than the prior
     return max(SILENT_S, OVERDUE * unsure * (prediction.start_s + work_s * prediction.slow))
@@ -2354,7 +2439,8 @@ def scaled(estimate, ratio, gain):
 # -----------------------------------------------------------------------------
 
 # name: (kind of number, least, most)
-KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S), "vram_seen_bytes": (float, 0.0, 1e15),
+KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S),
+                "vram_seen_bytes": (float, 0.0, 1e15),
                 "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
 KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
                   "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15),
@@ -2640,11 +2726,11 @@ class Dispatcher:
     def enter(self, id, wants, now, version=""):
         """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
-        If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
-        if that is the new one.
+        If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
+        Refusal if it is the new one.
         """
         if len(self.queue) >= self.max_queue:
-            self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
+            self.displace(wants.client, self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
@@ -2654,10 +2740,11 @@ class Dispatcher:
         self.push(ticket)
         return ticket
 
-    def displace(self, key_s):
-        """Refuse the last ticket of a full queue for one with this key. Raises Refusal if none is later."""
-        refusal, last = Answer(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
-        if last is None or last.key_s <= key_s:
+    def displace(self, client, key_s):
+        """Refuse a ticket of a full queue for one of `client` with this key. Raises Refusal if that has to go."""
+        refusal = Answer(503, "the queue is full", retry_after_s=self.drain_s())
+        last = self.queue.to_displace(client, key_s)
+        if last is None:
             raise refusal.error()
         self.displaced.append(self.refuse(last, refusal))
 
@@ -2770,10 +2857,19 @@ class Dispatcher:
         """
         per_s = 0.0
         for runner in self.holders.get(demand.wants.model, ()):
-            service_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
+            service_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner)
+                         + demand.inputs * input_s(runner)
                          + demand.output_tokens * decode_s(runner))
             per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
         return 1 / per_s if per_s else 0.0
+
+    def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
+        """Charge the client of a lease for what its request has really cost, in place of what was expected."""
+        ticket = lease.ticket
+        cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
+                                                    output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)))
+        self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
+        ticket.cost_s, lease.settled = cost_s, True
 
     def drain_s(self):
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
@@ -3003,8 +3099,8 @@ class Dispatcher:
     def race(self, ticket: Ticket, now: float) -> Lease | None:
         """Return a second lease for a ticket whose answer is far overdue, where another node would end it well before.
 
-        Only on a slot that is free and that no waiting ticket could use; three nodes at most, a race at a time. A stream
-        that has begun is raced by a replay, so that it must be deterministic and its model the same there.
+        Only on a slot that is free and that no waiting ticket could use; three nodes at most, a race at a time. A
+        stream that has begun is raced by a replay, so that it must be deterministic and its model the same there.
         """
         first, model, found = ticket.lease, ticket.wants.model, []
         if first is None or ticket.race is None or ticket.rival is not None or not ticket.wants.repeatable:
@@ -3336,6 +3432,8 @@ class Dispatcher:
         elif is_answer(lease, timings):
             timings = counted(lease, timings)
             self.learn_by_latency(lease, timings, now)
+        if timings.output_tokens or timings.prompt_tokens:
+            self.settle_cost(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens)
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[lease.ticket.wants.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
@@ -3548,6 +3646,10 @@ class Dispatcher:
         if ticket.lease is lease:
             ticket.lease = ticket.rival
         ticket.rival = None
+        if runner is not None and not lease.settled:        # broken off, or its answer told nothing
+            tokens = lease.lines / runner.lines_per_token
+            if tokens > lease.output_tokens:
+                self.settle_cost(lease, lease.prompt_tokens, tokens)
         self.advance(node, now)
         node.leases.remove(lease)
         if lease.measures:
@@ -3601,7 +3703,7 @@ class Dispatcher:
             self.blame(ticket, node.breaker, now)
 
     def bar_alike(self, ticket: Ticket, kind: str, node: Node) -> None:
-        """Keep a ticket from the nodes that would refuse it as this one did; after a 400 it is tried once more at most."""
+        """Keep a ticket from the nodes that would refuse it as this one did. After a 400 one more is tried at most."""
         for other in self.nodes_for(ticket.wants.model):
             if kind == "length":
                 here, there = window_of(node, ticket.wants.model), window_of(other, ticket.wants.model)
@@ -3905,7 +4007,8 @@ class Dispatcher:
         """
         self.leaving = [node for node in self.leaving if node.leases]
         nodes = (*self.nodes.values(), *self.leaving)
-        leases = [lease for node in nodes for lease in node.leases if lease.runner and not (lease.measures or self.pick)]
+        leases = [lease for node in nodes for lease in node.leases
+                  if lease.runner and not (lease.measures or self.pick)]
         for lease in leases:
             if self.is_overdue(lease, now):
                 self.doubt(lease.node, now)
@@ -3941,7 +4044,7 @@ class Dispatcher:
             self.unsettle_all()
 
     def is_lost(self, lease: Lease, now: float) -> bool:
-        """Tell whether a request is to leave a dead node: nothing of its answer was seen, and another node can serve."""
+        """Tell whether a request leaves a dead node: nothing of its answer was seen, and another node can serve."""
         if now - lease.heard_s <= SILENT_S:
             return False
         if lease.runner is None:
@@ -4160,6 +4263,16 @@ def trust_in(settings):
     return context
 
 
+def has_unread(transport: asyncio.BaseTransport) -> bool:
+    """Tell whether a socket holds bytes, or an end, that the event loop has not come to read yet. Takes 1 us."""
+    socket = transport.get_extra_info("socket")
+    if socket is None or socket.fileno() < 0:
+        return True                 # closed; asyncio's TLS transport tells its protocol one turn of the loop later
+    poll = select.poll()            # uvloop's socket object cannot peek, and select() takes no descriptor over 1023
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 # The gateway's own lack of sockets: no fault of the node.
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
@@ -4167,8 +4280,9 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 class Pool:
     """Keep the connections to one node."""
 
-    def __init__(self, settings, loop):
+    def __init__(self, settings, loop, via):
         self.loop = loop
+        self.via = via              # of the gateway's own questions
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
         self.configure(settings)
@@ -4212,12 +4326,19 @@ class Pool:
             raise NodeFailure("refused", f"no connection: {self.settings.host!r} is not a host name") from None
 
     def take(self):
-        """Return a connection that was used before, or None."""
+        """Return a connection that was used before, or None.
+
+        Never one with something to read: nobody asked for that, so it would be taken for the next answer. The loop
+        sees to it as soon as it reads, but a busy one has not yet. Over TLS it can only be an alert, an end or a
+        record too many: a server sends its session tickets with the handshake, before the first answer; one that
+        comes later costs a new connection and no more.
+        """
         while self.idle:
             connection = self.idle.pop()
-            if connection.is_open():
+            if connection.is_open() and not has_unread(connection.transport):
                 connection.busy = connection.reused = True
                 return connection
+            connection.transport.abort()
         return None
 
     def give_back(self, connection, clean):
@@ -4226,6 +4347,8 @@ class Pool:
         if clean and connection.is_open() and not connection.buffer and not self.closed:
             connection.busy = False
             connection.idle_s = self.loop.time()
+            connection.transport.resume_reading()       # the last client may have been slow: nobody would see its end,
+                                                        # nor read the next answer
             self.idle.append(connection)
         else:
             connection.transport.abort()
@@ -4904,7 +5027,7 @@ STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
 REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
            404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
            414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
-           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable"}
+           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable", 508: b"Loop Detected"}
 
 
 def unread_bytes(transport):
@@ -5195,13 +5318,11 @@ class TlsTransport(asyncio.Protocol):
         """End a connection that breaks the protocol, or speaks another one."""
         LOG.debug({"event": "tls", "why": error.reason})
         self.ended = True
-        if self.shaken:
-            self.socket.abort()
-            return
-        if data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
+        if not self.shaken and data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
             self.socket.write(NOT_TLS)
-        self.send()                 # an alert
+        self.send()                 # an alert: RFC 8446 6.2 wants it before the end, so that the peer knows why
         self.socket.close()
+        self.eof_received()         # what runs for the client ends now, and not when it has read the alert
 
     def eof_received(self):
         if self.shaken and not self.client.eof:
@@ -5337,6 +5458,8 @@ def answer_refusal(client, head, record, refusal):
     if refusal.status == 401:       # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
         page = head.path.startswith("/dashboard")
         extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
+    if refusal.status == 405:       # RFC 9110 15.5.6: "MUST generate an Allow header field"
+        extra.append(b"Allow: " + ALLOWED_METHODS)
     if record:
         record.reason = record.reason or refusal.text
         record.outcome = record.outcome or ("error" if refusal.status in (500, 502) else "refused")
@@ -5346,7 +5469,7 @@ def answer_refusal(client, head, record, refusal):
 
 # What the status of a node's answer says, and never its text: no list of texts is complete. Before a client has seen a
 # byte, all of these move a request on.
-BUSY_STATUSES = frozenset((408, 425, 429, 503))
+BUSY_STATUSES = frozenset((408, 425, 429, 503, 508))     # 508: a gateway as a node, and its way leads back here
 PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))     # of what stands before a node
 TOO_LONG = re.compile(rb"context|too long|exceed", re.I)
 UNSUPPORTED = re.compile(rb"support", re.I)
@@ -5534,8 +5657,8 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     return keep and relay.framing is not Framing.CLOSE, relay.clean
 
 
-# What is done with an answer that has begun: (gateway, client, head, connection, answer, lease, record, keep the client's
-# connection) -> (keep the client's, keep the node's). Raises NodeFailure or NodeRefused if another node may answer.
+# What is done with an answer that has begun: (gateway, client, head, connection, answer, lease, record, keep the
+# client's connection) -> (keep the client's, keep the node's). Raises NodeFailure or NodeRefused if another may answer.
 Take = Callable[..., Awaitable[tuple[bool, bool]]]
 
 
@@ -6248,19 +6371,36 @@ def is_local(client, head):
             and not any(field in head.fields for field in FORWARDING))
 
 
+def is_open(method, path):
+    """Tell whether a request needs no key: what a monitor asks, and the gateway answers from what it knows."""
+    return method in ("GET", "HEAD") and path in OPEN_PATHS
+
+
+def guard(gateway: "Gateway", head: RequestHead, kind: str, key: Key | None, close: bool) -> None:
+    """Raise Refusal unless who asks may change models, an account or nodes: a key that may, and no page of strangers.
+
+    An order to a node is for the gateway's own pages only. A change of models is, as with Ollama, for those of the
+    origins that are listed, too, but not for those that only `*` lets read.
+    """
+    if key is not None and not key.settings.admin:
+        raise Refusal(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close=close)
+    listed = () if kind == "order" else [origin for origin in gateway.origins if origin != "*"]
+    if not page_may_change(head.fields, listed):
+        raise Refusal(403, "a web page of this origin may not do that", close=close)
+
+
 def admit(gateway, client, head, route, record):
     """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
+    has_body = head.length != 0
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
     if key:
         record.key = key.settings.name
-        if route.kind != "order" or key.settings.admin or is_local(client, head):
-            return key
-    elif route.kind == "order" and is_local(client, head):
-        return None
-    elif gateway.options.keys and head.path not in OPEN_PATHS:
-        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=head.length != 0)
-    if route.kind == "order":
-        raise Refusal(403, "only this machine or a key with admin=yes may order that", close=head.length != 0)
+    elif gateway.options.keys and not is_open(head.method, head.path):
+        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=has_body)
+    elif route.kind == "order" and not is_local(client, head):
+        raise Refusal(403, "only this machine, or with --keys a key with admin=yes, may order that", close=has_body)
+    if route.guarded:
+        guard(gateway, head, route.kind, key, close=has_body)
     return key
 
 
@@ -6334,6 +6474,7 @@ async def serve(gateway, client, head, record):
             return keep
     if gateway.is_rebound(head.fields.get(b"host", b"")):
         raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
+    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
     route = find_route(head.method, head.path)
     key = admit(gateway, client, head, route, record)
     if route.kind == "order":
@@ -6349,10 +6490,16 @@ async def serve(gateway, client, head, record):
     client.serving = True
     if key is None:
         wants = read_wants(head, route, body, client.address)
+        if wants.priority > MOST_FROM_AFAR and not is_local(client, head):
+            wants.priority = MOST_FROM_AFAR
+        if wants.change == "unload":        # which only the body tells
+            guard(gateway, head, route.kind, key, close=False)
         return await serve_by_nodes(gateway, client, head, route, body, wants, record)
     allowed = key.settings
     wants = read_wants(head, route, body, allowed.name, allowed.priority)
     wants.priority = min(wants.priority, allowed.max_priority)
+    if wants.change == "unload":
+        guard(gateway, head, route.kind, key, close=False)
     try:
         key.take(gateway.loop.time())
     except Refusal as refusal:
@@ -6497,7 +6644,7 @@ async def fetch(pool, method, path, value=None, timeout_s=PROBE_TIMEOUT_S, most_
     """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
     body = b"" if value is None else json.dumps(value).encode()
     head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
-                       len(body), True, False)
+                       len(body), True, False, pool.via)
     connection, clean = None, False
     try:
         async with asyncio.timeout(timeout_s):
@@ -7680,7 +7827,7 @@ async def is_ollama(pool):
 
 async def is_found(gateway, address):
     """Tell whether an Ollama server listens at an address."""
-    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop)
+    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop, gateway.via)
     try:
         async with asyncio.timeout(SCAN_CONNECT_S):
             pool.give_back(await pool.connect(), clean=True)
@@ -8014,6 +8161,7 @@ class Gateway:
         self.options, self.tls = options, tls
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
+        self.via = via_of(secrets.token_hex(4))
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout)
         self.origins = LOCAL_ORIGINS + options.origins
@@ -8137,7 +8285,7 @@ class Gateway:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
         for node in added:
-            self.pools[node] = Pool(node.settings, self.loop)
+            self.pools[node] = Pool(node.settings, self.loop, self.via)
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
@@ -8645,7 +8793,7 @@ async def run_check(options, settings):
     gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
-        gateway.pools[node] = Pool(node.settings, gateway.loop)
+        gateway.pools[node] = Pool(node.settings, gateway.loop, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]

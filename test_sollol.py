@@ -125,7 +125,9 @@ def post(*fields):
     ("body on DELETE", head(b"DELETE /x HTTP/1.0", b"Content-Length: 3"), dict(method="DELETE", length=3)),
     ("escapes stay", get(target=b"/a%2Fb%20c?q=%41"), dict(target=b"/a%2Fb%20c?q=%41", path="/a/b c")),
     ("question mark in query", get(target=b"/a?b?c"), dict(target=b"/a?b?c", path="/a")),
-    ("two slashes", get(target=b"//x/../y"), dict(target=b"//x/../y", path="//x/../y")),
+    ("two slashes", get(target=b"//x//y"), dict(target=b"//x//y", path="//x//y")),
+    ("dots in names", get(target=b"/v1/models/a..b/.c/d../...;x"), dict(path="/v1/models/a..b/.c/d../...;x")),
+    ("dots in the query", get(target=b"/a?x=/../&y=%00"), dict(target=b"/a?x=/../&y=%00", path="/a")),
     ("raw utf-8", get(target=b"/\xc3\xa4"), dict(target=b"/\xc3\xa4")),
     ("absolute", get(target=b"http://gw:8000/api/tags?x=1"), dict(target=b"/api/tags?x=1", path="/api/tags")),
     ("absolute, upper case", get(target=b"HTTPS://GW/a"), dict(target=b"/a")),
@@ -165,14 +167,23 @@ REFUSED_FIELDS = [
     b"Content-Length: 55\x08", b"Content-\x00Length: 5", b"Content-Length 5", b": 5", b":", b"(x): 5",
     b"Content-L\xc3\xa4ngth: 5", b'"Host": b', b"Host: a", b"host:",
 ]
+# Targets with a segment `.` or `..` for some server or other.
+DOTTED = [
+    b"/..", b"/.", b"/../admin/secret", b"/a/../b", b"/a/..", b"/a/./b", b"/a/.?x", b"/..?x=1", b"//../a", b"/%2e%2e/a",
+    b"/%2E%2e", b"/.%2e/a", b"/%2e./a", b"/%2e", b"/..%2fa", b"/a%2f..%2Fb", b"/a%2f%2e%2e", b"/a\\..\\b", b"/..\\a",
+    b"/a%5c..%5cb", b"/..%5Ca", b"/..;/a", b"/..;x=1/a", b"/..%3b/a", b"/..#a", b"/..%23", b"/..%3fa", b"/%252e%252e/a",
+    b"/..%252fa", b"/%25252e./a", b"http://gw/../a", b"http://gw/a/%2e%2e", b"HTTP://gw/..", b"http://gw#/../a",
+]
 REFUSED_LINES = [
     b"GET / HTTP/2.0", b"GET / HTTP/1.2", b"GET / HTTP/0.9", b"GET /", b"GET / http/1.1", b"GET / HTTP/1.1x",
     b"GET / HTTP/1.10", b"GET / HTTP/1", b"GET / HTTP/01.1", b"GET / HTTP/1.1 ", b" GET / HTTP/1.1",
     b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET /\tHTTP/1.1", b"GET\x0c/ HTTP/1.1",
     b"GET HTTP/1.1", b"GET  HTTP/1.1", b"GET /a b HTTP/1.1", b"GET /a\tb HTTP/1.1", b"GET /a\x00b HTTP/1.1",
     b"GET /a\x7f HTTP/1.1", b"GET /a\rb HTTP/1.1", b"GET /a\nb HTTP/1.1", b"GET api/tags HTTP/1.1",
-    b"CONNECT a:443 HTTP/1.1", b"GET a:443 HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http:// HTTP/1.1",
+    b"GET a:443 HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http:// HTTP/1.1",
     b"GET http:/a HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"GET * HTTP/1.1", b"options * HTTP/1.1",
+    *(b"GET %b HTTP/1.1" % target for target in DOTTED), *(b"GET /a%b HTTP/1.1" % code for code in (
+        b"%00", b"/%0d%0aHost:%20evil", b"%1F/", b"%7f")),
     b"GE(T) / HTTP/1.1", b"G\xc3\x89T / HTTP/1.1", b"\x00GET / HTTP/1.1", b"\nGET / HTTP/1.1",
     b"\rGET / HTTP/1.1",
 ]
@@ -194,6 +205,12 @@ REFUSED = [post(*lines.split(b"|")) for lines in REFUSED_FIELDS] + [
 @listed("raw", REFUSED)
 def test_head_that_can_be_misread_is_refused_and_ends_the_connection(raw):
     assert [(found.status, found.close) for found in every_way(raw)] == [(400, True)] * 4
+
+
+@pytest.mark.parametrize("line", [b"TRACE / HTTP/1.1", b"TRACE /api/health HTTP/1.1", b"CONNECT a:443 HTTP/1.1",
+                                  b"CONNECT / HTTP/1.0", b"TRACE http://gw/ HTTP/1.1"])
+def test_method_that_no_gateway_serves_is_refused(line):
+    assert [(found.status, found.close) for found in every_way(head(line, b"Host: a"))] == [(405, True)] * 4
 
 
 TOO_LONG = [
@@ -413,6 +430,29 @@ def test_request_is_framed_anew_for_the_node(raw, settings, length, first, last)
     assert sent(raw, settings, length) == [first, *last]
 
 
+OURS = sollol.via_of("abc")
+
+
+@table("given, via", [
+    ("first", b"", b"1.1 sollol (abc)"), ("behind a proxy", b"1.1 nginx", b"1.1 nginx, 1.1 sollol (abc)"),
+    ("behind others", b"1.1 sollol (abd), 1.0 x", b"1.1 sollol (abd), 1.0 x, 1.1 sollol (abc)"),
+    ("own id as another's name", b"1.1 abc", b"1.1 abc, 1.1 sollol (abc)"),
+    ("many proxies", b"1.1 p, " * 30 + b"1.1 q", b"1.1 p, " * 30 + b"1.1 q, 1.1 sollol (abc)"),
+    ("eighth gateway", b", ".join([b"1.1 sollol (x)"] * 7), b", ".join([b"1.1 sollol (x)"] * 7 + [OURS])),
+    ("ninth gateway", b", ".join([b"1.1 sollol (x)"] * 8), None), ("without comments", b"1.1 sollol," * 8, None),
+    ("seen before", OURS, None), ("seen before others", b"1.1 a, " + OURS + b", 1.1 sollol (x)", None),
+])
+def test_request_carries_where_it_has_been_and_no_further_than_once_around(given, via):
+    if via is None:
+        with pytest.raises(Refusal) as caught:
+            sollol.via_after(given, OURS)
+        assert caught.value.status == 508 and caught.value.close
+        return
+    found = sollol.parse_request(get(b"Connection: via", b"Via: " + given))
+    found.via = sollol.via_after(given, OURS)
+    assert sollol.render_request(found, PLAIN, 0).split(b"\r\n")[1:] == [HOST, b"Via: " + via, b"", b""]
+
+
 def test_response_is_framed_anew_for_the_client():
     found = sollol.parse_response(head(
         b"HTTP/1.0 200 Fine", b"Content-Length: 5", b"Connection: X-Hop", b"X-Hop: 1", b"Keep-Alive: 9",
@@ -590,7 +630,12 @@ def test_size_of_the_prompt(path, body, chars):
     ("/api/chat", {"options": {"num_predict": 7}}, 7), ("/api/chat", {"options": {"num_predict": -1}}, None),
     ("/api/chat", {"options": [["num_predict", 7]]}, None), ("/api/chat", {"max_tokens": 9}, None),
     ("/v1/messages", {"max_tokens": 9}, 9), ("/v1/messages", {"options": {"num_predict": 7}}, None),
-    ("/v1/chat/completions", {"max_tokens": 9, "max_completion_tokens": 8}, 8),
+    ("/v1/chat/completions", {"max_tokens": 9, "max_completion_tokens": 8, "max_output_tokens": 7}, 9),
+    ("/v1/chat/completions", {"max_completion_tokens": 8, "num_predict": 7}, None),
+    ("/v1/chat/completions", {"max_output_tokens": 8, "options": {"num_predict": 7}}, None),
+    ("/v1/completions", {"max_tokens": 9, "max_completion_tokens": 8}, 9),
+    ("/v1/messages", {"max_output_tokens": 1, "max_tokens": 9}, 9), ("/v1/messages", {"max_output_tokens": 1}, None),
+    ("/v1/responses", {"max_output_tokens": 3, "max_tokens": 1}, 3), ("/v1/responses", {"max_tokens": 1}, None),
     ("/v1/responses", {"max_output_tokens": 3}, 3), ("/v1/messages", {"max_tokens": 0}, None),
     ("/v1/messages", {"max_tokens": True}, None), ("/v1/messages", {"max_tokens": "9"}, None),
     ("/v1/messages", {"max_tokens": 9.5}, None),
@@ -764,6 +809,35 @@ def test_models_do_not_stand_in_each_others_way():
     assert queue.first("c:latest") is None
 
 
+@table("waiting, newcomer, goes", [
+    ("least urgent of equals", "a5 b3 c8", "d5", 1),
+    ("newcomer is the least urgent of equals", "a5 b3 c8", "d1", "new"),
+    ("equals in all", "a5 b5", "c5", "new"), ("of whoever has most", "a1 b9 b8 c2", "d1", 2),
+    ("however urgent", "a10 a10 b1", "c1", 1), ("of two with most the least urgent", "a5 a5 b4 b9", "c1", 2),
+    ("newcomer makes its client the greatest", "a5 a3 b1 b2", "a9", 1),
+    ("and is the least urgent", "a5 a3 b1 b2", "a2", "new"), ("only one client", "a5 a3", "a4", 1),
+    ("nobody waits", "", "a5", "new"), ("what has begun stays", "a1* a2* a5", "b1", "new"),
+    ("and does not count", "a1* a2* a5 b3 b4", "c1", 3), ("all have begun", "a1* b1*", "c9", "new"),
+])
+def test_full_queue_makes_room_at_the_cost_of_whoever_has_most_waiting(waiting, newcomer, goes):
+    queue, tickets = sollol.Queue(), []
+    for seq, (client, priority, begun) in enumerate(re.findall(r"(\w)(\d+)(\*?)", waiting)):
+        tickets.append(Ticket(str(seq), want(client=client), 0.0, -6.0 * int(priority), seq, begun=bool(begun)))
+        queue.push(tickets[-1])
+    found = queue.to_displace(newcomer[0], -6.0 * int(newcomer[1:]))
+    assert (tickets.index(found) if found else "new") == goes
+
+
+def test_many_addresses_with_urgent_requests_displace_each_others_and_nobodys_only_one():
+    dispatcher = cluster(max_queue=1000, n1=["m"])
+    modest = enter(dispatcher, *(want(client=f"modest {number}") for number in range(50)))
+    for number in range(5000):
+        with contextlib.suppress(Refusal):
+            dispatcher.enter("flood", want(client=f"flood {number % 250}", priority=10), number / 1000)
+    late, = enter(dispatcher, want(client="late"), now=5.0)
+    assert all(it.waiting for it in (late, *modest)) and len(dispatcher.queue) == 1000
+
+
 def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
     fair = sollol.FairShare()
     greedy = [fair.charge(want(client="greedy"), 0.0, 1.0) for _ in range(500)]
@@ -780,8 +854,25 @@ def test_client_with_nothing_left_is_forgotten():
     assert fair.charge(wants, 1.0, 1.0) == 200.0
     fair.settle(wants)
     fair.settle(wants)
-    assert not fair.active and not fair.next_s
+    assert not fair.active and not fair.next_s and not fair.begun_s
+    fair.correct(wants, 100.0)
     assert fair.charge(wants, 2.0, 1.0) == 2.0
+
+
+@table("charged, more_s, now, start_s", [
+    ("right", [10.0], 0.0, 0.0, 10.0), ("too little", [10.0], 5.0, 0.0, 15.0), ("too much", [10.0], -4.0, 0.0, 6.0),
+    ("the first of two", [10.0, 10.0], 5.0, 0.0, 25.0), ("of two, too much", [10.0, 10.0], -4.0, 0.0, 16.0),
+    ("no credit before the last one", [10.0, 1.0], -9.0, 0.0, 10.0), ("no credit at all", [10.0], -20.0, 0.0, 0.0),
+    ("no credit over time", [10.0], -9.0, 3.0, 3.0),
+])
+def test_client_is_charged_for_what_its_requests_have_really_cost(charged, more_s, now, start_s):
+    fair, wants = sollol.FairShare(), want(client="c")
+    for cost_s in charged:
+        fair.charge(wants, 0.0, cost_s)
+    fair.correct(wants, more_s)
+    assert fair.start_s(wants, now) == start_s
+    assert fair.start_s(want(client="other"), now) == now
+    assert fair.start_s(want(client="c", priority=9), now) == now
 
 
 def test_breaker_opens_for_growing_pauses_lets_one_trial_through_and_closes_on_success():
@@ -1046,6 +1137,41 @@ def test_one_clients_flood_does_not_delay_another_client():
     finish(dispatcher, flood[0], 1.0)
     placed(dispatcher, 1.0)
     assert modest.lease
+
+
+@pytest.mark.parametrize("end", ["whole", "untold", "left", "failed"])
+def test_answers_longer_than_claimed_or_expected_are_charged_in_full(end):
+    """Nine in ten tokens were not foreseen; if the client leaves before the end, nothing tells their number."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    dispatcher.estimates.lengths["m:latest"].mean = 100.0
+    enter(dispatcher, *[want(client="long")] * 9)
+    expected_s = dispatcher.fair.start_s(want(client="long"), now)
+    for _ in range(3):
+        placed(dispatcher, now)
+        done = dispatcher.nodes["n1"].leases[0].ticket
+        dispatcher.heard(done.lease, 2000 if end == "untold" else 1000, now)    # events of OpenAI: two lines each
+        if end == "left":
+            dispatcher.leave(done, now)
+        elif end == "failed":
+            assert not fail(dispatcher, done, now=now)
+            dispatcher.leave(done, now)
+            dispatcher.answered(dispatcher.nodes["n1"], "0.33.0", 0.001, now)
+            dispatcher.nodes["n1"].breaker.succeed()
+        else:
+            finish(dispatcher, done, now, Timings(output_tokens=1000 * (end == "whole"), prompt_tokens=100))
+        dispatcher.estimates.lengths["m:latest"].mean = 100.0
+    more_s = dispatcher.fair.start_s(want(client="long"), now) - expected_s
+    assert more_s == pytest.approx(3 * 900 * sollol.decode_s(runner(dispatcher, "n1")), rel=0.2)
+    assert dispatcher.fair.start_s(want(client="other"), now) == now
+
+
+def test_answers_shorter_than_expected_are_given_back():
+    dispatcher = cluster(n1=["m"])
+    first, *_ = enter(dispatcher, *[want(client="c", prompt_chars=0)] * 3)
+    before_s = dispatcher.fair.start_s(want(client="c"), 0.0)
+    placed(dispatcher)
+    finish(dispatcher, first, 0.0, Timings(output_tokens=1, prompt_tokens=1))
+    assert before_s / 3 * 2 < dispatcher.fair.start_s(want(client="c"), 0.0) < before_s / 3 * 2.1
 
 
 def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
@@ -2748,8 +2874,10 @@ class Walk:
         except Refusal:
             assert full and [it for it in waiting if not it.waiting] == []
             return
-        displaced = [it for it in waiting if not it.waiting]
-        assert len(displaced) == full and all(it.key_s > self.tickets[-1].key_s for it in displaced)
+        displaced = [it.wants.client for it in waiting if not it.waiting]
+        clients = [wants.client, *(it.wants.client for it in waiting)]
+        assert len(displaced) == full and all(
+            clients.count(client) == max(map(clients.count, "xyz")) for client in displaced)
 
     def dispatch(self):
         leases, refused = self.dispatcher.dispatch(self.now)
@@ -2832,7 +2960,9 @@ class Walk:
         assert sorted(map(id, leases)) == sorted(id(it.lease) for it in running)
         assert set(queue.tickets) == {it for it in self.tickets if it.waiting}
         assert all(bool(it.waiting) + bool(it.lease) + bool(it.refusal) == 1 for it in self.tickets)
-        assert sum(self.dispatcher.fair.active.values()) == len(self.tickets)
+        fair = self.dispatcher.fair
+        assert sum(fair.active.values()) == len(self.tickets) and fair.begun_s.keys() == fair.active.keys()
+        assert all(fair.next_s[client][priority] >= begun_s for (client, priority), begun_s in fair.begun_s.items())
 
 
 @pytest.mark.parametrize("policy, seed", [("latency-weighted", seed) for seed in range(8)] + [
@@ -3543,6 +3673,64 @@ async def test_keep_alive_pipelining_and_http_1_0():
         assert raw.count(b"Ollama is running") == 2
 
 
+STOLEN = framed(b'{"response":"stolen","done":true}')
+
+
+@pytest.mark.parametrize("certificate", ["", "one"], ids=["plain", "tls"])
+@pytest.mark.parametrize("sent", [STOLEN, STOLEN[:1], None], ids=["an answer", "a byte", "the end"])
+@over_sockets
+async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, certificate, request):
+    """They come at the last moment, before the loop could read them; over TLS what counts is that some have come."""
+    tries, taken = 1000 if sent == STOLEN else 50, []
+    node = ScriptedNode(lambda request: [framed(b'{"response":"own","done":true}'), KEEP])
+    if certificate:
+        pems = request.getfixturevalue("pems")
+        node.tls, node.line = shown(pems, certificate), f"ca={pems / certificate}.pem"
+    async with gateway_for(node) as gateway:
+        pool, = gateway.pools.values()
+        take = pool.take
+
+        def take_late():
+            """Take a connection whose node has said something that no turn of the loop has passed since."""
+            for writer in node.connections:
+                with contextlib.suppress(OSError, AttributeError):      # of an earlier try, and closed
+                    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as it:
+                        it.send(sent) if sent else it.shutdown(socket.SHUT_WR)
+            taken.append(take())
+            return taken[-1]
+
+        caller, pool.take = await Caller.to(gateway), take_late
+        for number in range(tries):
+            answer = await caller.ask("POST", "/api/generate", generate(stream=number % 2 > 0))
+            assert (answer.status, answer.json()["response"]) == (200, "own")
+        assert len(taken) >= tries and not any(taken)
+        caller.close()
+        pool.take = take
+        assert (await call(gateway, "POST", "/api/generate", generate())).json()["response"] == "own"
+        await asyncio.sleep(0.05)
+        before = list(pool.idle)
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        await until(lambda: pool.idle == before and before)       # an untouched connection is used again, over TLS too
+
+
+@over_sockets
+async def test_connection_that_stood_still_for_a_slow_reader_at_the_end_serves_the_next_client():
+    node = ScriptedNode(lambda request: [chunked(b"x" * 60_000) if b"/x" in request else OK, KEEP])
+    async with gateway_for(node) as gateway:
+        pool, = gateway.pools.values()
+        caller = await Caller.to(gateway)
+        await until(lambda: gateway.clients)
+        caller.writer.transport.pause_reading()
+        for transport, option in ((caller.writer.transport, socket.SO_RCVBUF),
+                                  (next(iter(gateway.clients)).transport, socket.SO_SNDBUF)):
+            with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as it:
+                it.setsockopt(socket.SOL_SOCKET, option, 4096)
+        caller.writer.write(get(target=b"/x"))
+        await until(lambda: node.requests and pool.idle)
+        assert (await asyncio.wait_for(call(gateway, "POST", "/api/generate", generate()), 10)).status == 200
+        caller.close()
+
+
 @over_sockets
 async def test_h2c_upgrade_offer_is_served_as_1_1_and_not_forwarded():
     node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
@@ -3629,8 +3817,8 @@ ODD = [
     ("chunk extensions", CHUNKED_POST % b"/api/chat" + b"2;a=\"b\"\r\n{}\r\n0;x\r\n\r\n", [200], b"\r\n\r\n{}"),
     ("chunk size with zeros", CHUNKED_POST % b"/api/chat" + b"0002\r\n{}\r\n000\r\n\r\n", [200], b"\r\n\r\n{}"),
     ("another authority", get(target=b"http://evil/x"), [200], b"GET /x "),
-    ("line ends in the target", get(target=b"/x%0d%0aHost:%20evil"), [200], b"GET /x%0d%0aHost:%20evil "),
-    ("way up", get(target=b"/x/../../etc"), [200], b"GET /x/../../etc "),
+    ("line ends in the query", get(target=b"/x?%0d%0aHost:%20evil"), [200], b"GET /x?%0d%0aHost:%20evil "),
+    ("dots in a name", get(target=b"/x/...../..y"), [200], b"GET /x/...../..y "),
     ("websocket", get(b"Connection: Upgrade", b"Upgrade: websocket", target=b"/x"), [200], b"GET /x "),
     ("proxy's own fields", get(b"Proxy-Connection: close", b"Proxy-Authorization: x", target=b"/x"), [200], b"GET /x "),
     ("pipelined", get(target=b"/x") * 3, [200] * 3, b"GET /x "),
@@ -5787,10 +5975,17 @@ async def test_without_a_right_key_there_is_only_what_stays_open(fields, tmp_pat
             assert len(shape) == 1 or found == "authentication_error"
         for path in ("/api/tags", "/api/ps", "/api/stats", "/api/queue", "/metrics", "/no/such"):
             assert (await call(gateway, "GET", path, **fields)).status == 401
-        assert len(node.requests) == before or {it.path for it in node.requests[before:]} <= {
-            "/api/version", "/api/tags", "/api/ps"}
         for path in ("/", "/api/version", "/api/health"):
             assert (await call(gateway, "GET", path, **fields)).status == 200
+            assert (await call(gateway, "HEAD", path, **fields)).status == 200
+            for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "get", "BREW"):
+                assert (await call(gateway, method, path, **fields)).status == 401
+            for method in ("TRACE", "CONNECT"):
+                answer = await call(gateway, method, path, **fields)
+                assert answer.status == 405 and "GET" in answer.fields["allow"]
+            assert (await call(gateway, "GET", path + "/", **fields)).status == 401 or path == "/"
+        assert len(node.requests) == before or {(it.method, it.path) for it in list(node.requests)[before:]} <= {
+            ("GET", path) for path in ("/api/version", "/api/tags", "/api/ps")}
 
 
 @pytest.mark.parametrize("fields", [bearer("alice"), {"Authorization": "bearer  alice-secret"},
@@ -5910,14 +6105,143 @@ async def test_no_key_and_no_token_is_in_a_log_a_page_or_an_error(tmp_path, capl
 
 
 @over_sockets
-async def test_only_this_machine_and_an_administrators_key_order_nodes(tmp_path):
+async def test_where_keys_are_used_only_an_administrators_key_orders_nodes(tmp_path):
     async with guarded(tmp_path, fixed(1)) as gateway:
-        path, far = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain", {"X_Forwarded_For": "10.0.0.1"}
-        assert (await call(gateway, "POST", path, **far)).status == 401
-        assert (await call(gateway, "POST", path, **far, **bearer("alice"))).status == 403
-        assert (await call(gateway, "POST", path, **far, **bearer("root"))).json()["state"] == "draining"
-        assert (await call(gateway, "POST", path.replace("drain", "resume"))).json()["state"] == "up"
-        assert (await call(gateway, "POST", path, **bearer("alice"))).status == 200
+        path = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain"
+        for fields in ({"X_Forwarded_For": "10.0.0.1"}, {}):        # also on this machine
+            assert (await call(gateway, "POST", path, **fields)).status == 401
+            assert (await call(gateway, "POST", path, **fields, **bearer("alice"))).status == 403
+            assert health(gateway)["nodes"]["up"] == 1
+            assert (await call(gateway, "POST", path, **fields, **bearer("root"))).json()["state"] == "draining"
+            again = await call(gateway, "POST", path.replace("drain", "resume"), **bearer("root"))
+            assert again.json()["state"] == "up"
+
+
+UNLOAD = {"model": "llama3.2", "keep_alive": 0}
+# What needs a key with admin=yes: (method, path, body).
+CHANGING = [
+    ("POST", "/api/nodes/a/drain", None), ("POST", "/api/nodes/a/resume", None), ("POST", "/api/nodes/a/load", {}),
+    ("POST", "/api/pull", {"model": "mistral"}), ("POST", "/api/push", {"model": "llama3.2"}),
+    ("POST", "/api/create", {"model": "x", "from": "llama3.2"}), ("POST", "/api/blobs/sha256:1", b"weights"),
+    ("POST", "/api/copy", {"source": "llama3.2", "destination": "x"}), ("DELETE", "/api/delete", {"model": "llama3.2"}),
+    ("POST", "/api/me", {}), ("POST", "/api/signout", {}), ("DELETE", "/api/user/keys/abc", None),
+    ("POST", "/api/generate", UNLOAD), ("POST", "/api/generate", {**UNLOAD, "keep_alive": "0s", "prompt": ""}),
+    ("POST", "/api/chat", {**UNLOAD, "messages": []}), ("POST", "/api/chat", b'{"MODEL":"llama3.2","Keep_Alive":0}'),
+    ("POST", "/api/experimental/aliases", {}), ("DELETE", "/api/experimental/aliases", {}), ("PUT", "/api/tags", {}),
+    ("DELETE", "//api/delete", {"model": "x"}), ("POST", "/api//pull", {"model": "x"}), ("POST", "//api/pull", {}),
+    ("DELETE", "/api/%64elete", {"model": "llama3.2"}), ("POST", "/api%2fpull", {"model": "x"}),
+    ("DELETE", "/api/delete/", {"model": "x"}), ("DELETE", "/v1/models/llama3.2", None), ("BREW", "/api/chat", {}),
+    ("POST", "http://gw/api/pull", {"model": "x"}),
+]
+# What any key may: (method, path, body).
+USING = [
+    ("GET", "/api/tags", None), ("GET", "/api/ps", None), ("POST", "/api/show", {"model": "llama3.2"}),
+    ("POST", "/api/generate", generate()), ("POST", "/api/chat", {"model": "llama3.2", "messages": []}),
+    ("POST", "/api/generate", generate(keep_alive=0)), ("GET", "/v1/models/llama3.2", None),
+    ("POST", "/v1/messages/count_tokens", {"model": "llama3.2"}), ("POST", "/v1/images/generations", {}),
+    ("HEAD", "/api/blobs/sha256:1", None), ("POST", "/api/experimental/web_search", {"query": "x"}),
+    ("POST", "/api/experimental/web_fetch", {"url": "x"}), ("GET", "/api/experimental/model-recommendations", None),
+    ("GET", "/api/stats", None), ("GET", "/dashboard", None), ("GET", "/nowhere", None),
+]
+
+
+@over_sockets
+async def test_only_an_administrators_key_changes_models_accounts_and_nodes(tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true,"done_reason":"unload","status":"success"}'), KEEP])
+    node.line, node.reads_chunks = "name=a", True
+    async with guarded(tmp_path, node) as gateway:
+        for method, path, body in CHANGING:
+            for fields in (bearer("alice"), {**bearer("carol"), "Host": "127.0.0.1"}):
+                answer = await call(gateway, method, path, body, **fields)
+                assert answer.status == 403 and "admin=yes" in str(answer.json()["error"]), (method, path)
+        assert not node.requests and not gateway.dispatcher.nodes["a"].draining
+        for method, path, body in CHANGING:
+            assert (await call(gateway, method, path, body, **bearer("root"))).status in (200, 404), (method, path)
+        for method, path, body in USING:
+            assert (await call(gateway, method, path, body, **bearer("alice"))).status in (200, 404), (method, path)
+
+
+@over_sockets
+async def test_without_keys_everybody_changes_models_as_with_plain_ollama():
+    node = ScriptedNode(lambda request: [framed(b'{"done":true,"done_reason":"unload","status":"success"}'), KEEP])
+    node.line, node.reads_chunks = "name=a", True
+    async with gateway_for(node) as gateway:
+        for method, path, body in CHANGING:
+            status = (await call(gateway, method, path, body, X_Forwarded_For="10.0.0.1")).status
+            assert (status == 403) == ("/nodes/" in path), (method, path)
+
+
+def test_every_route_that_changes_something_is_guarded():
+    free = {"/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/api/show", "/v1/completions",
+            "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/messages", "/v1/audio/transcriptions",
+            "/api/experimental/web_search", "/api/experimental/web_fetch"}
+    assert {path for (method, path), route in sollol.ROUTES.items()
+            if method not in ("GET", "HEAD") and not route.guarded} == free
+    assert not any(route.guarded for (method, _), route in sollol.ROUTES.items() if method in ("GET", "HEAD"))
+
+
+OWN_PAGE = {"Origin": "http://gw:8000", "Host": "gw:8000"}
+
+
+@table("fields, order, change", [
+    ("a program", {}, True, True), ("own page", OWN_PAGE, True, True),
+    ("own page in a new browser", {**OWN_PAGE, "Sec-Fetch-Site": "same-origin"}, True, True),
+    ("own page over TLS", {"Origin": "https://gw:8000", "Host": "gw:8000"}, True, True),
+    ("typed by hand", {"Sec-Fetch-Site": "none"}, True, True),
+    ("own page without Origin", {"Sec-Fetch-Site": "same-origin"}, True, True),
+    ("a link elsewhere", {"Sec-Fetch-Site": "cross-site"}, False, False),
+    ("a sister host", {"Sec-Fetch-Site": "same-site"}, False, False),
+    ("the same host without TLS", {**OWN_PAGE, "Sec-Fetch-Site": "cross-site"}, False, False),
+    ("local page", {"Origin": "http://localhost:3000", "Host": "gw:8000"}, False, True),
+    ("local page in a new browser", {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"}, False, True),
+    ("app", {"Origin": "app://obsidian.md"}, False, True), ("listed", {"Origin": "https://chat.example"}, False, True),
+    ("any", {"Origin": "https://evil.example"}, False, False), ("sandbox", {"Origin": "null"}, False, False),
+    ("own name as another port", {"Origin": "http://gw", "Host": "gw:8000"}, False, False)])
+def test_web_pages_that_may_change_something(fields, order, change):
+    given = {name.lower().encode(): value.encode() for name, value in fields.items()}
+    listed = sollol.LOCAL_ORIGINS + ["https://chat.example"]
+    assert (sollol.page_may_change(given, ()), sollol.page_may_change(given, listed)) == (order, change)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@over_sockets
+async def test_pages_that_cors_lets_read_order_nothing_and_only_listed_ones_change_models(keys, tmp_path):
+    node = ScriptedNode(lambda request: [framed(b'{"done":true,"done_reason":"unload","status":"success"}'), KEEP])
+    node.line, node.reads_chunks = "name=a", True
+    (tmp_path / "keys").write_text(KEYS)
+    flags = ["--origins", "*,https://chat.example", *(["--keys", str(tmp_path / "keys")] if keys else [])]
+    key = bearer("root") if keys else {}
+    async with gateway_for(node, flags=flags) as gateway:
+        for origin, may_change in (("https://evil.example", False), ("null", False), ("https://chat.example", True),
+                                   ("http://localhost:3000", True)):
+            assert (await call(gateway, "OPTIONS", "/api/pull", Origin=origin)).status == 204
+            assert (await call(gateway, "GET", "/api/tags", Origin=origin, **key)).status == 200
+            for method, path, body in CHANGING:
+                answer = await call(gateway, method, path, body, Origin=origin, **key)
+                refused = "/nodes/" in path or not may_change
+                assert (answer.status == 403) == refused, (origin, method, path)
+                assert not refused or "access-control-allow-origin" in answer.fields
+            for method, path, body in USING:
+                assert (await call(gateway, method, path, body, Origin=origin, **key)).status in (200, 404)
+        own = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Sec_Fetch_Site": "same-origin", **key}
+        assert (await call(gateway, "POST", "/api/nodes/a/drain", **own)).status == 200
+
+
+@over_sockets
+async def test_without_a_key_only_this_machine_is_more_urgent_than_high(tmp_path):
+    async with gateway_for(fixed(4)) as gateway:
+        for asked, far, here in ((10, "8", "10"), (9, "8", "9"), (8, "8", "8"), (1, "1", "1")):
+            for fields, given in (({"X_Forwarded_For": "10.0.0.1"}, far), ({}, here)):
+                answer = await call(gateway, "POST", "/api/generate", generate(), **fields, X_Priority=asked)
+                assert (answer.status, answer.fields["x-sollol-priority"]) == (200, given)
+                answer = await call(gateway, "POST", "/api/generate", generate(priority=asked), **fields)
+                assert (answer.status, answer.fields["x-sollol-priority"]) == (200, given)
+        answer = await call(gateway, "POST", "/api/generate", generate(), X_Priority="11", X_Real_IP="10.0.0.1")
+        assert answer.status == 400
+    async with guarded(tmp_path, fixed(4)) as gateway:
+        answer = await call(gateway, "POST", "/api/generate", generate(), X_Priority="critical", **bearer("alice"),
+                            X_Forwarded_For="10.0.0.1")
+        assert answer.fields["x-sollol-priority"] == "10"
 
 
 @over_sockets
@@ -6842,6 +7166,56 @@ async def test_gateway_that_is_bound_to_more_than_loopback_is_called_what_others
         path = f"/api/nodes/{next(iter(gateway.dispatcher.nodes))}/drain"
         assert (await call(gateway, "POST", path, Host="gateway.example")).status == 403
         assert (await call(gateway, "POST", path)).status == 200
+
+
+# -----------------------------------------------------------------------------
+# Gateways before gateways
+# -----------------------------------------------------------------------------
+
+@over_sockets
+async def test_every_request_to_a_node_carries_via():
+    node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
+    node.own_answer, own_answer = lambda raw: seen.append(raw) or own_answer(raw), node.own_answer
+    seen = []
+    async with gateway_for(node) as gateway:
+        for method, path in (("POST", "/api/chat"), ("POST", "/api/show"), ("DELETE", "/api/delete"), ("GET", "/x"),
+                             ("POST", "/api/blobs/a"), ("POST", "/v1/embeddings")):
+            await call(gateway, method, path, {"model": "llama3.2"}, Via="1.1 theirs", Connection="Via")
+        assert len(node.requests) == 6 and len(seen) > 8
+        for raw in seen:
+            asked = raw in node.requests or raw.split(b" ")[1] in {it.split(b" ")[1] for it in node.requests}
+            assert re.findall(rb"\r\nvia: (.*?)\r\n", raw, re.I) == [
+                b"1.1 theirs, " * asked + gateway.via], raw
+
+
+@over_sockets
+async def test_request_over_gateways_that_list_each_other_ends_at_its_second_pass():
+    """What is pinned to a primary node, and that is the other gateway, cannot be done; the rest a node of one does."""
+    nodes = [bench.SimNode(models=("mistral",), **FAST), fixed(1)]
+    async with gateway_for(nodes[0]) as first, gateway_for(nodes[1]) as second:
+        urls = [f"http://127.0.0.1:{gateway.address[1]}" for gateway in (first, second)]
+        first.configure(sollol.parse_hosts(f"{urls[1]} name=second\n{nodes[0].url} name=own", "test"))
+        second.configure(sollol.parse_hosts(f"{urls[0]} name=first\n{nodes[1].url} name=own", "test"))
+        for gateway in (first, second):
+            await until(lambda gateway=gateway: health(gateway)["nodes"]["up"] == 2)
+        for path, value in (("/api/generate", generate()), ("/api/show", {"model": "llama3.2"}),
+                            ("/api/generate", generate("nobody-has-this")), ("/api/me", {}), ("/api/nowhere", {})):
+            answer = await call(first, "POST", path, value)
+            assert answer.status in (200, 404, 405, 508), (path, answer.head)
+            assert answer.status != 508 or path in ("/api/me", "/api/nowhere"), path
+        assert len(first.clients) < 20 and len(second.clients) < 20
+        own = await call(first, "GET", "/", Via=first.via.decode())
+        assert own.status == 508 and "leads back" in own.json()["error"]
+
+
+@over_sockets
+async def test_gateway_that_lists_itself_says_why_that_node_is_down(caplog):
+    async with gateway_for(bench.SimNode(**FAST), flags=["--probe-interval", "0.1"]) as gateway:
+        itself = f"http://127.0.0.1:{gateway.address[1]} name=itself"
+        gateway.configure(sollol.parse_hosts(f"{next(iter(gateway.lines)).url}\n{itself}", "test"))
+        await until(lambda: "answered 508" in caplog.text)
+        assert not gateway.dispatcher.nodes["itself"].up
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
 
 
 # -----------------------------------------------------------------------------
@@ -8231,6 +8605,45 @@ async def test_mutated_handshakes_and_records_harm_nobody(pems, caplog):
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
         assert health(gateway)["inflight"] == 0
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("serving", [False, True], ids=["idle", "serving"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@over_sockets
+async def test_broken_record_is_answered_by_an_alert_and_ends_what_runs(version, serving, pems):
+    context = trusting(pems / "one.pem")
+    context.maximum_version = version
+    async with gateway_for(fixed(1, speed=1), flags=pair(pems)) as gateway:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        reader, writer = await asyncio.open_connection(*gateway.address)
+
+        async def do(step):
+            while True:
+                try:
+                    done = step()
+                    writer.write(outgoing.read())
+                    return done
+                except ssl.SSLWantReadError:
+                    writer.write(outgoing.read())
+                    data = await asyncio.wait_for(reader.read(65536), 30)
+                    assert data, "no alert before the end"
+                    incoming.write(data)
+
+        await do(tls.do_handshake)
+        if serving:
+            tls.write(posted(generate(tokens=4000, stream=True)))
+            await do(lambda: tls.read(65536))
+            assert health(gateway)["inflight"] == 1
+        tls.write(b"GET / HTTP/1.1\r\n")
+        record = bytearray(outgoing.read())
+        record[-1] ^= 1
+        writer.write(record)
+        with pytest.raises(ssl.SSLError, match="alert bad record mac"):
+            while True:
+                await do(lambda: tls.read(65536))
+        await until(lambda: not gateway.clients and not health(gateway)["inflight"])
+        writer.close()
 
 
 def tls_connection(port, context):
