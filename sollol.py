@@ -5685,7 +5685,9 @@ async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) 
     connection, answer = await pool.exchange(request, head.method, on_connection, wants.repeatable)
     clean = begun = False
     try:
-        if wants.inference and (answer.status >= 300 or answer.status == 200 and await shows_failure(connection, answer)):
+        failed = answer.status >= 300 or answer.status == 200 and wants.inference and await shows_failure(
+            connection, answer)
+        if failed and wants.inference:
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
@@ -5750,6 +5752,7 @@ class Inference:
 
     async def attempt(self, lease: Lease) -> Begun | None:
         """Let the leased node begin to answer. The lease goes on only with what is returned."""
+        self.record.node, self.record.reason = lease.node.name, lease.reason
         self.record.attempts += 1
         begun = None
         try:
@@ -6859,7 +6862,8 @@ async def check(gateway: "Gateway", node: Node) -> None:
         return
     due_s = math.inf
     if runner is not None:          # else there is nothing to ask: its next request will show
-        due_s = loop.time() + 2 * (node.overhead_s + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s) + SLOW_CHECK_S
+        work_s = node.overhead_s + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s
+        due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
         if await measure(gateway, runner, 1, 1, CALIBRATION_S) is None:
             return
     dispatcher.trust(node, loop.time())

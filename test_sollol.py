@@ -5343,12 +5343,13 @@ async def test_what_fails_after_the_first_byte_counts_as_failed(
             assert (await call(gateway, "POST", path, value)).status == status
         await until(lambda: gateway.metrics.requests or gateway.finished)
         node, = (await call(gateway, "GET", "/api/stats")).json()["nodes"]
-        assert node["errors"] == (kind is not None) and node["outcomes"] == {outcome: 1}
+        tries = node["errors"]          # the only node gets what it broke off, and may be repeated, three times
+        assert tries in ((1, 3) if kind == "died" else (1,) if kind else (0,)) and node["outcomes"] == {outcome: 1}
         model, = node["models"].values()
         assert model["predicted_samples"] == teaches and (node["latency_s"]["p50"] is not None) == teaches
         (name, _, route, code, ended), = (it for it in gateway.metrics.requests if it[2] == path)
         assert (name, route, code, ended) == (node["name"], path, status, outcome)
-        assert dict(gateway.metrics.failovers) == ({(node["name"], kind): 1} if kind else {})
+        assert dict(gateway.metrics.failovers) == ({(node["name"], kind): tries} if kind else {})
         broken = gateway.dispatcher.nodes[name].runners["llama3.2:latest"].breaker.failures
         assert broken == (kind == "model")
         assert sum(step.requests for step in gateway.metrics.steps) == (outcome == "ok")
