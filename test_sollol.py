@@ -4002,7 +4002,7 @@ async def test_weights_are_asked_for_once():
     def shown(raw):
         if b"broken" in raw:
             return [framed(b'{"error":"x"}', b"500 Internal Server Error"), KEEP]
-        blob = BLOB_A if b'"one"' in raw or b'"two"' in raw else BLOB_B
+        blob = BLOB_A if b'"one:' in raw or b'"two:' in raw else BLOB_B
         return [framed(json.dumps({"modelfile": f"FROM /x/blobs/{blob}\n"}).encode()), KEEP]
 
     node = ScriptedNode(shown, ("one", "two", "three", "broken", "alone"))
