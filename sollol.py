@@ -162,6 +162,7 @@ BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones it
 FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
 STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
 LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
+STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
 ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
@@ -1567,6 +1568,7 @@ class Runner:
                                     # what its tokens let expect
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
+    shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefill_s: float = 0.0          # seconds a token
     prefills: collections.deque = field(default_factory=lambda: collections.deque(maxlen=PREFILLS_KEPT))    # samples
     decode_s: float = 0.0
@@ -1689,6 +1691,7 @@ class Lease:
     reason: str = ""
     nth: int = 0                    # how many of its model ran there, itself included
     start_progress_s: float = 0.0   # the runner's progress when it was sent
+    start_shared_s: float = 0.0
     ready_s: float = 0.0            # when its model is there
     loads: bool = False             # its model was not
     output_tokens: float = 0.0      # expected
@@ -2016,11 +2019,15 @@ def stall(lease: Lease) -> None:
             other.stall_tokens += lease.new_tokens
 
 
+def waits_long(timings: Timings, took_s: float) -> bool:
+    """Tell whether an answer waited in its node for longer than the overhead of several requests."""
+    return timings.tell_durations and timings.hidden_wait_s > max(STRANGER_WAIT_S, 0.05 * took_s)
+
+
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return (timings.tell_durations and timings.show_a_wait(took_s, lease.node.most_overhead_s) and not loading
-            and lease.nth <= lease.runner.top)
+    return waits_long(timings, took_s) and not loading and lease.nth <= lease.runner.top
 
 
 def is_disturbed(lease: Lease) -> bool:
@@ -3313,7 +3320,7 @@ class Dispatcher:
         lease.predicted_first_s = now + it.start_s + unseen_s * it.slow
         lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
         lease.quiet_s = quiet_s(runner, it)
-        lease.start_progress_s = runner.progress_s
+        lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
 
     def believe_loaded(self, runner: Runner, wants: Wants, ready_s: float) -> None:
         """Note that a request makes a node load a model, and what Ollama will evict for it."""
@@ -3335,7 +3342,9 @@ class Dispatcher:
         elapsed_s = now - node.advanced_s
         if elapsed_s > 0:
             for runner in node.busy:
-                runner.progress_s += elapsed_s / slowdown(node, runner)
+                progress_s = elapsed_s / slowdown(node, runner)
+                runner.progress_s += progress_s
+                runner.shared_s += progress_s / node.speed
             node.advanced_s = now
 
     def heard(self, lease, lines, now):
@@ -3458,13 +3467,14 @@ class Dispatcher:
 
     def learn_slots(self, lease, timings, took_s, now):
         """Take an answer as proof or disproof that `lease.nth` requests run at once."""
-        runner = lease.runner
-        if runner.slots_known == "set" or lease.loads or timings.load_s > 1.0:
+        runner, alone = lease.runner, lease.nth == 1
+        if lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
-        alone = lease.nth == 1
         if timings.prompt_tokens:
             share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
             lease.node.learn_overhead(timings.hidden_wait_s * share, alone)
+        if runner.slots_known == "set":
+            return
         if not timings.show_a_wait(took_s, lease.node.overhead_s):
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
@@ -3489,12 +3499,12 @@ class Dispatcher:
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
         if not timings.prompt_tokens or is_disturbed(lease):
             return
-        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
+        share = (runner.shared_s - lease.start_shared_s) / took_s if took_s else 1.0
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
-        self.learn_prefill(lease, timings.prompt_s * share, timings.prompt_tokens, gain)
+        self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, gain)
         if tokens >= 8 and timings.output_s > 1e-4:
             stalled_s = lease.stall_tokens * prefill_s(runner)
-            self.learn_decode(runner, timings.output_s * share / tokens, gain, now, stalled_s / tokens)
+            self.learn_decode(runner, timings.output_s * share / tokens, gain, now, stalled_s * share / tokens)
 
     def learn_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn slots and speeds from an answer that tells no durations."""
@@ -3580,9 +3590,10 @@ class Dispatcher:
             runner.samples += 1
 
     def learn_prefill(self, lease: Lease, seconds: float, tokens: float, gain: float) -> None:
-        """Take in what a lone request would have spent in prefill, and for how many prompt tokens.
+        """Take in the seconds that a lone prompt of so many tokens would have taken.
 
-        What the node's cache held makes it faster than true, and neighbours in prefill slower.
+        What the node's cache held makes it faster than true, neighbours in prefill and other models slower; those that
+        decode beside it hardly do: a batch of a prompt carries their tokens along.
         """
         runner = lease.runner
         if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
@@ -3590,8 +3601,9 @@ class Dispatcher:
         known, sample = prefill_s(runner), seconds / tokens
         if not lease.fresh and sample < LEEWAY * known:
             return
-        if lease.crowd_tokens > STALL_SHARE * tokens:
-            sample = beyond(known, seconds / (tokens + lease.crowd_tokens), sample)
+        models = len(runner.node.busy) or 1
+        if lease.crowd_tokens > STALL_SHARE * tokens or models > 1:
+            sample = beyond(known, sample * tokens / (tokens + lease.crowd_tokens) / models, sample)
             if not sample:
                 return
         if tokens <= FULL_PROMPT_TOKENS:
@@ -4091,7 +4103,7 @@ class Dispatcher:
         """
         node, runner = lease.node, lease.runner
         node.heard_s = now
-        if timings.show_a_wait(now - lease.sent_s, node.most_overhead_s):
+        if waits_long(timings, now - lease.sent_s):
             node.strangers_s = now
             return False
         if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:

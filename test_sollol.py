@@ -1734,8 +1734,8 @@ def answer_alone(dispatcher, now, timings, took_s=None, **more):
 
 def prompted(tokens, prefill_s, output_s=1.0, outputs=50, wait_s=0.0, load_s=0.0):
     """Return the Timings of an answer."""
-    prompt_s = sollol.OVERHEAD_S + tokens * prefill_s
-    return Timings(prompt_s + output_s + wait_s + load_s, load_s, prompt_s, tokens, output_s, outputs)
+    prompt_s = tokens * prefill_s
+    return Timings(sollol.OVERHEAD_S + prompt_s + output_s + wait_s + load_s, load_s, prompt_s, tokens, output_s, outputs)
 
 
 @pytest.mark.parametrize("truth_s", [0.005, 0.0002, 0.01])
@@ -1880,6 +1880,32 @@ def test_prefill_of_a_neighbour_is_not_taken_for_slow_decoding(chars, output_s, 
         dispatcher.leave(neighbour, 0.2)
     finish(dispatcher, it, 2.0, prompted(50, 0.001, output_s))
     assert known.decode_s == pytest.approx(decode_s, rel=0.005)
+
+
+def test_node_that_seems_slow_just_now_is_not_learned_as_a_faster_one():
+    """What is not seen of its speed, such as gaps for a neighbour's prompt, must not be reckoned off once more."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    dispatcher.nodes["n1"].speed = 0.7
+    for _ in range(10):
+        now = answer_alone(dispatcher, now, prompted(1000, 0.001, 1.0))
+    assert runner(dispatcher, "n1").decode_s == pytest.approx(0.02)
+    assert runner(dispatcher, "n1").prefill_s == pytest.approx(0.001)
+
+
+def test_prefill_beside_answers_that_decode_is_as_fast_as_alone():
+    """A batch of the prompt carries a token of each of them along."""
+    dispatcher = cluster(slots=4, n1=["m"])
+    known = known_speeds(dispatcher)
+    known.prefills.clear()
+    others = enter(dispatcher, *[want()] * 3)
+    placed(dispatcher)
+    for it in others:
+        dispatcher.heard(it.lease, 1, 0.1)
+    it, = enter(dispatcher, want(prompt_chars=4000), now=0.2)
+    placed(dispatcher, 0.2)
+    dispatcher.heard(it.lease, 1, 1.7)
+    finish(dispatcher, it, 4.0, prompted(1000, 0.0015, 2.0))
+    assert known.prefill_s == pytest.approx(0.0015)
 
 
 def test_prompts_that_are_prefilled_side_by_side_are_not_taken_for_a_slow_prefill():
@@ -4377,7 +4403,7 @@ async def test_weights_are_asked_for_once():
     def shown(raw):
         if b"broken" in raw:
             return [framed(b'{"error":"x"}', b"500 Internal Server Error"), KEEP]
-        blob = BLOB_A if b'"one"' in raw or b'"two"' in raw else BLOB_B
+        blob = BLOB_A if b'"one:' in raw or b'"two:' in raw else BLOB_B
         return [framed(json.dumps({"modelfile": f"FROM /x/blobs/{blob}\n"}).encode()), KEEP]
 
     node = ScriptedNode(shown, ("one", "two", "three", "broken", "alone"))
