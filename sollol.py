@@ -1676,8 +1676,8 @@ class Node:
 
     @property
     def most_overhead_s(self) -> float:
-        """Return what may still be overhead: twice as much as a lone request's beside others."""
-        return 2 * self.overhead_s if self.overheads_s else MOST_OVERHEAD_S
+        """Return what may still be overhead: beside others up to twice as much as alone."""
+        return max(2 * self.overhead_s, OVERHEAD_S) if self.overheads_s else MOST_OVERHEAD_S
 
 
 @dataclass(slots=True, eq=False)
@@ -1747,9 +1747,9 @@ class Timings(NamedTuple):
         """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
         return self.prompt_s > 0 or self.output_s > 0
 
-    def show_a_wait(self, took_s: float, overhead_s: float = 0.0) -> bool:
+    def show_a_wait(self, took_s: float, overhead_s: float = OVERHEAD_S) -> bool:
         """Tell whether the hidden wait of a request that took so long is more than overhead and noise."""
-        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + overhead_s
+        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
 
 
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
