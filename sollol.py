@@ -19,6 +19,12 @@ Decisions are pure: they are told `now` (seconds of the running loop's clock), a
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
 """
 
+import sys
+
+if (needed := (3, 11)) > sys.version_info[:2]:      # it needs Python 3.11 or later; one before 3.8 shows this line
+    sys.stderr.write("SOLLOL needs Python %d.%d or later, and this is %d.%d\n" % (*needed, *sys.version_info[:2]))
+    sys.exit(2)
+
 import argparse
 import asyncio
 import base64
@@ -27,6 +33,7 @@ import bisect
 import collections
 import contextlib
 import datetime
+import difflib
 import email.utils
 import enum
 import errno
@@ -51,11 +58,11 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import tempfile
 import termios
 import time
 import urllib.parse
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -172,6 +179,7 @@ STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
 NOTIFY_S = 0.2                      # streams stand still meanwhile
+ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -5992,6 +6000,16 @@ def request_fields(record, total_s):
             "bytes": record.bytes, "reason": record.reason}
 
 
+# What a service manager, a load balancer and Prometheus ask every few seconds, for ever.
+PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
+
+
+def log_level_of(record: Record) -> int:
+    """Return the level that a finished request is logged at: a probe that succeeds is no news."""
+    probes = record.path in PROBED_PATHS and record.method in ("GET", "HEAD") and record.status < 400
+    return logging.DEBUG if probes else logging.INFO
+
+
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
@@ -7021,7 +7039,7 @@ class Gateway:
         self.metrics = Metrics(self.dispatcher)
         self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
         self.finished = []          # since the last `tally`: (Record, seconds taken)
-        self.draining = False
+        self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
         self.files_seen = self.file_stamps()
@@ -7273,8 +7291,10 @@ class Gateway:
         finished, self.finished = self.finished, []
         for record, total_s in finished:
             self.metrics.count_request(record, total_s)
-        if finished and LOG.isEnabledFor(logging.INFO):
-            LOG.info([request_fields(record, total_s) for record, total_s in finished])
+        for level in (logging.INFO, logging.DEBUG):
+            told = [it for it in finished if level == log_level_of(it[0])] if LOG.isEnabledFor(level) else ()
+            if told:
+                LOG.log(level, [request_fields(record, total_s) for record, total_s in told])
 
     def sweep(self):
         """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, saved files."""
@@ -7315,11 +7335,12 @@ class Gateway:
     # Stop -------------------------------------------------------------------
 
     def drain(self):
-        """Stop listening and finish what is running and queued; a second call stops at once."""
+        """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo."""
         if self.draining:
-            self.stopped.set()
+            if self.loop.time() - self.drained_s > ECHO_S:
+                self.stopped.set()
             return
-        self.draining = True
+        self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
         LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
         if self.server:
@@ -7371,14 +7392,18 @@ def parse_size(text):
     return int(match[1]) * {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB}[match[2][:1].upper()]
 
 
-def parse_seconds(text):
-    """Return a positive number of seconds."""
+UNITS_S = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds in a time: `90`, `90s`, `500ms`, `5m`, `2h`."""
+    number, unit = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S).groups()
     try:
-        seconds = float(text)
+        seconds = float(number) * UNITS_S[unit]
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e7:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 90s, 500ms, 5m or 2h")
     return seconds
 
 
@@ -7449,13 +7474,19 @@ def twin_value(parser, name, text, settings):
         parser.error(f"{name}: {error}")
 
 
+def twin_name(flag: str) -> str:
+    """Return the name of the environment variable that sets a flag."""
+    return "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
+
+
 def command_line(environ):
     """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
-                           epilog="Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
+                           epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
+                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
 
     def add(group, flag, **settings):
-        name = "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
+        name = twin_name(flag)
         twin = environ.get(name)
         if twin is not None:
             settings["default"] = twin_value(parser, name, twin, settings)
@@ -7466,7 +7497,7 @@ def command_line(environ):
     add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
     add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
         "servers, such as 192.168.1.0/24; may be repeated (none)")
-    add(group, "--probe-interval", metavar="S", type=parse_seconds, default="5", help="seconds between looks at a node "
+    add(group, "--probe-interval", metavar="TIME", type=parse_seconds, default="5s", help="time between two looks at a node "
         "(%(default)s)")
     add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
     add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
@@ -7479,7 +7510,7 @@ def command_line(environ):
     add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
         "(%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
-    add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
+    add(group, "--drain-timeout", metavar="TIME", type=parse_seconds, default="300s", help="time that running requests "
         "have to finish on SIGTERM (%(default)s)")
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
         "(uvloop)")
@@ -7488,7 +7519,7 @@ def command_line(environ):
         "to finish first, or, for comparison, as plain proxies do (%(default)s)")
     add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
         "(%(default)s)")
-    add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
+    add(group, "--queue-timeout", metavar="TIME", type=parse_seconds, default="240s", help="time a request may wait for "
         "a slot; then 503 (%(default)s)")
     add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
         "to embed over the nodes (it is)")
@@ -7500,7 +7531,7 @@ def command_line(environ):
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
         "routing; blobs pass without limit (%(default)s)")
-    add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
+    add(group, "--header-timeout", metavar="TIME", type=parse_seconds, default="10s", help="time a head may take to "
         "arrive (%(default)s)")
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
         "(%(default)s)")
@@ -7521,11 +7552,34 @@ def command_line(environ):
     return parser
 
 
+# What Kubernetes sets in a pod beside a Service named sollol, or sollol-web: SOLLOL_PORT is the name of a flag, too.
+SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+                          r"|SOLLOL_(\w+_)?PORT=\w+://.*")
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Tell whether a variable was set for a Service of Kubernetes, and not for SOLLOL."""
+    return bool(SERVICE_LINK.fullmatch(name) or SERVICE_LINK.fullmatch(f"{name}={value}"))
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Exit at the first variable that is the twin of no flag: a mistyped one would change nothing, unseen."""
+    known = {twin_name(action.option_strings[-1]) for action in parser._actions} - {"SOLLOL_HELP", "SOLLOL_VERSION"}
+    for name in names:
+        if name.startswith("SOLLOL_") and name not in known:
+            near = difflib.get_close_matches(name[7:], [it[7:] for it in known], 1)     # what all share is no likeness
+            parser.error(f"unknown variable {name}: " + (f"is SOLLOL_{near[0]} meant?" if near else "see --help"))
+
+
 def parse_options(argv, environ=None):
     """Return the options of a command line. Exits with status 2 and one line at a mistake."""
     environ = os.environ if environ is None else environ
+    links = [name for name, value in environ.items() if is_service_link(name, value)]
+    environ = {name: value for name, value in environ.items() if name not in links}
     parser = command_line(environ)
     options = parser.parse_args(argv)
+    options.ignored = links
+    refuse_unknown(parser, environ)
     if options.node is None:
         options.node = environ.get("SOLLOL_NODE", "").split()
     if options.discover is None:
@@ -7575,7 +7629,8 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
-        LOG.info({"event": "stop"})
+        if gateway.address:         # else it did not start
+            LOG.info({"event": "stop"})
 
 
 DEMO_HINTS = """\
@@ -7605,6 +7660,27 @@ async def run_demo(options, keys, tls):
             await node.stop()
 
 
+MODELS_IN_A_ROW, ROW_CHARS = 3, 120
+
+
+def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
+    """Return the lines of a table. The words of a cell that is a list stand below each other if they are many."""
+    def cells(row, split):
+        """Return the lines of each cell."""
+        return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
+                for cell in row]
+
+    def laid_out(table):
+        """Return the lines of each row, cells filled up to the width of their column."""
+        widths = [max(len(line) for row in table for line in row[column]) for column in range(len(table[0]))]
+        return [["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+                 for line in itertools.zip_longest(*row, fillvalue="")] for row in table]
+
+    narrow = [max(map(len, lines)) <= ROW_CHARS for lines in laid_out([cells(row, False) for row in rows])]
+    table = [cells(row, not fits) for row, fits in zip(rows, narrow, strict=True)]
+    return [line for lines in laid_out(table) for line in lines]
+
+
 async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
     options.state = None
@@ -7620,16 +7696,14 @@ async def run_check(options, settings):
         gateway.pools[node] = Pool(node.settings, gateway.loop)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
-    table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]
+    rows = [("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
         models = sorted(runner.model for runner in node.runners.values() if runner.on_disk)
         loaded = sorted(runner.model for runner in node.runners.values() if runner.ready_s is not None)
-        table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
-                      " ".join(models) or "-", " ".join(loaded) or "-", why))
-    table += [(line.name, line.url, "no address", "-", "-", "-", "") for line in missing]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        rows.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
+                     models or ["-"], loaded or ["-"], why))
+    rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
+    print("\n".join(table_lines(rows)))
     await gateway.stop()
     return 0 if nodes and not missing and all(node.up for node in nodes) else 1
 
@@ -7657,6 +7731,8 @@ def main(argv=None):
     """Run the command line; return the exit status."""
     options = parse_options(argv)
     start_log(options.log_format, options.log_level)
+    if options.ignored:
+        LOG.info({"event": "start", "ignored": " ".join(options.ignored), "why": "set for a Service of Kubernetes"})
     raise_descriptor_limit()
     gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
     try:
@@ -7670,11 +7746,24 @@ def main(argv=None):
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"sollol.py: {options.bind}:{options.port}: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:        # asyncio's own text says the address once more
+        text = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror or error
+        print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
     return 0
 
 
+def abandon_unwritten():
+    """Drop what standard error could not take, on a full disk say: at the exit Python would write it, and fail."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = None
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        abandon_unwritten()
