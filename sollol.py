@@ -175,6 +175,7 @@ MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
+FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
@@ -1396,6 +1397,47 @@ class Runner:
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
 
+class NodeError(NamedTuple):
+    """What a node said, or did, when it failed last."""
+
+    text: str
+    status: int | None              # of its answer, if it was one
+    at_s: float
+
+
+class ErrorShare:
+    """How many of a node's answers in the last minute were errors, counted in steps of STEP_S."""
+
+    STEPS = 6
+    LEAST = 3                       # answers from which on a node is said to answer nothing but errors
+
+    def __init__(self) -> None:
+        self.steps = collections.deque(maxlen=self.STEPS)       # [number, errors, answers]
+
+    def add(self, error: bool, now: float) -> None:
+        """Count an answer, or the lack of one."""
+        number = int(now // STEP_S)
+        if not self.steps or self.steps[-1][0] != number:
+            self.steps.append([number, 0, 0])
+        self.steps[-1][1] += error
+        self.steps[-1][2] += 1
+
+    def share(self, now: float) -> float | None:
+        """Return the share of errors, None if there was no answer."""
+        errors, answers = self.counts(now)
+        return errors / answers if answers else None
+
+    def counts(self, now: float) -> tuple[int, int]:
+        """Return (errors, answers)."""
+        recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
+        return sum(step[1] for step in recent), sum(step[2] for step in recent)
+
+    def is_all(self, now: float) -> bool:
+        """Tell whether there was nothing but errors."""
+        errors, answers = self.counts(now)
+        return errors == answers >= self.LEAST
+
+
 @dataclass(slots=True, eq=False)
 class Node:
     """One Ollama server. Only the Dispatcher writes to it."""
@@ -1434,6 +1476,8 @@ class Node:
     running: list = field(default_factory=list)     # rows of its /api/ps
     requests: int = 0
     errors: int = 0
+    last_error: NodeError | None = None
+    error_share: ErrorShare = field(default_factory=ErrorShare)
     latencies_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=500))
 
     def __post_init__(self):
@@ -1445,11 +1489,11 @@ class Node:
             return "draining"
         if not self.up or self.breaker.state(now) == "open":
             return "down"
-        return "suspect" if self.suspect else "up"
+        return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
 
     def is_alive(self, now):
         """Tell whether it can be expected to answer: up, or no worse than suspect."""
-        return self.state(now) in ("up", "suspect")
+        return self.up and not self.draining and self.breaker.state(now) != "open"
 
 
 @dataclass(slots=True, eq=False)
@@ -2258,6 +2302,71 @@ def explain(candidates, chosen):
     return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
 
 
+def left_s(lease: Lease, slow: float, now: float) -> float:
+    """Return when a running request is predicted to end, in seconds from now; if it shows no progress, by the clock."""
+    left_s = solo_left_s(lease, now) * slow
+    if lease.ticket.wants.stream:
+        return left_s
+    return min(left_s, max(lease.predicted_end_s - now, 0.3 * left_s))
+
+
+class Forecast:
+    """When will waiting requests begin, one after the other, on the nodes that can serve them?
+
+    A slot of a node is taken by one request after the other, of any model, and is busy at first with what runs there.
+    """
+
+    def __init__(self, dispatcher: "Dispatcher", now: float) -> None:
+        self.dispatcher, self.now = dispatcher, now
+        self.slots = {}             # Node: [[when a slot is free, in seconds from now], ...]
+        self.heaps = {}             # model: heap of (when free, tie-break, slot, runner)
+        self.costs_s = {}           # (runner, size of a demand): its time in a slot
+
+    def slots_of(self, node: Node) -> list[list[float]]:
+        """Return the slots of a node, busy until what runs there now is predicted to end."""
+        if node not in self.slots:
+            count = max((runner.slots for runner in node.runners.values() if runner.on_disk), default=1)
+            ends_s = sorted(left_s(lease, slowdown(node, runner), self.now)
+                            for runner in node.busy for lease in runner.leases)[-count:]
+            self.slots[node] = [[end_s] for end_s in [0.0] * (count - len(ends_s)) + ends_s]
+        return self.slots[node]
+
+    def heap_for(self, demand: Demand) -> list[tuple]:
+        """Return the slots where a model can run, the first one free on top; none before the model is there."""
+        heap = []
+        for runner in self.dispatcher.servers(demand.wants.model, self.now):
+            slots = self.slots_of(runner.node)
+            start_s, ready_s, _ = Surroundings(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
+            least_s = start_s if runner.slots < len(slots) else ready_s     # its own slots, or all of the node's
+            heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
+        heapq.heapify(heap)
+        return heap
+
+    def cost_s(self, runner: Runner, demand: Demand) -> float:
+        """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
+        alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        if alike not in self.costs_s:
+            work_s = OVERHEAD_S + demand.prompt_tokens * prefill_s(runner) + demand.output_tokens * decode_s(runner)
+            self.costs_s[alike] = work_s * CROWD[min(len(self.slots_of(runner.node)), 256)]
+        return self.costs_s[alike]
+
+    def start_s(self, demand: Demand) -> float | None:
+        """Let the next request take the first slot that is free; return when. None if no node can serve it."""
+        model = demand.wants.model
+        if model not in self.heaps:
+            self.heaps[model] = self.heap_for(demand)
+        heap = self.heaps[model]
+        if not heap:
+            return None
+        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
+            _, order, slot, runner = heap[0]
+            heapq.heapreplace(heap, (slot[0], order, slot, runner))
+        start_s, order, slot, runner = heap[0]
+        slot[0] = start_s + self.cost_s(runner, demand)
+        heapq.heapreplace(heap, (slot[0], order, slot, runner))
+        return start_s
+
+
 class Decision(NamedTuple):
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
@@ -2271,9 +2380,9 @@ class Decision(NamedTuple):
 class Dispatcher:
     """Own the queue and the nodes, and match them. Never waits, never looks at a clock."""
 
-    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0):
+    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0, early_refusal=False):
         self.pick = POLICIES[policy]
-        self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
+        self.max_queue, self.queue_timeout_s, self.early_refusal = max_queue, queue_timeout_s, early_refusal
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
         self.drained = set()        # servers that are to get no new work, also when they come back
@@ -2286,6 +2395,7 @@ class Dispatcher:
         self.surroundings = {}      # Node: Surroundings, until something begins or ends there
         self.idle = set()           # nodes whose last lease has ended since the last dispatch
         self.displaced = []         # refused since the last dispatch
+        self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
@@ -2300,10 +2410,12 @@ class Dispatcher:
         """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
         If the queue is full, the least urgent ticket has to go, and is refused by the next `dispatch`. Raises Refusal
-        if that is the new one.
+        if that is the new one, or with --early-refusal if its turn would come too late.
         """
+        if self.early_refusal:
+            self.refuse_early(wants, now)
         if len(self.queue) >= self.max_queue:
-            self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
+            self.displace(self.fair.start_s(wants, now) - HEAD_START_S * wants.priority, now)
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
@@ -2313,9 +2425,23 @@ class Dispatcher:
         self.push(ticket)
         return ticket
 
-    def displace(self, key_s):
+    def refuse_early(self, wants: Wants, now: float) -> None:
+        """Raise Refusal if a new request is predicted to begin only when it would have waited too long."""
+        if self.drain_s(now) <= self.queue_timeout_s:
+            return
+        forecast = Forecast(self, now)
+        key_s = self.fair.start_s(wants, now) - HEAD_START_S * wants.priority
+        for ticket in self.queue.in_order():
+            if ticket.key_s <= key_s:
+                forecast.start_s(self.estimates.demand_of(ticket))
+        start_s = forecast.start_s(self.estimates.demand(wants)) or 0.0
+        if start_s > self.queue_timeout_s:
+            raise Refusal(503, f"no slot is predicted to become free within {self.queue_timeout_s:g} s",
+                          retry_after_s=start_s - self.queue_timeout_s)
+
+    def displace(self, key_s, now):
         """Refuse the last ticket of a full queue for one with this key. Raises Refusal if none is later."""
-        refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s()), self.queue.last()
+        refusal, last = Refusal(503, "the queue is full", retry_after_s=self.drain_s(now)), self.queue.last()
         if last is None or last.key_s <= key_s:
             raise refusal
         self.displaced.append(self.refuse(last, refusal))
@@ -2404,7 +2530,7 @@ class Dispatcher:
         if not late:
             return []
         refusal = Refusal(503, f"no slot became free within {self.queue_timeout_s:g} s",
-                          retry_after_s=self.drain_s())
+                          retry_after_s=self.drain_s(now))
         return [self.refuse(ticket, refusal) for ticket in late]
 
     def cost_s(self, demand):
@@ -2419,9 +2545,24 @@ class Dispatcher:
             per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
         return 1 / per_s if per_s else 0.0
 
-    def drain_s(self):
-        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
-        return max(1.0, sum(ticket.cost_s for ticket in self.queue.tickets))
+    def drain_s(self, now: float) -> float:
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
+
+        Reckoned anew once a second: a full queue asks for it at every refusal.
+        """
+        at_s, drained_s = self.forecast
+        if not at_s <= now < at_s + FORECAST_S:
+            forecast = Forecast(self, now)
+            drained_s = max([forecast.start_s(self.estimates.demand_of(ticket)) or 0.0
+                             for ticket in self.queue.in_order()], default=0.0)
+            self.forecast = now, drained_s
+        return max(1.0, drained_s)
+
+    def servers(self, model: str, now: float) -> list[Runner]:
+        """Return the runners that can serve a model now; if there are none, those that it waits for."""
+        up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
+        return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
+                and runner.breaker.state(now) != "open"] or up
 
     # Dispatch ---------------------------------------------------------------
 
@@ -2853,6 +2994,7 @@ class Dispatcher:
         if lease.trials:
             self.unsettle_all()
         node.breaker.succeed()
+        node.error_share.add(False, now)
         node.heard_s = now
         node.misses = 0
         if runner is None:
@@ -3057,6 +3199,11 @@ class Dispatcher:
             node.up = False         # no new work; whether what runs there is lost, the next probe tells
         elif kind != "stalled":     # a stalled node is suspect; the check on it decides
             node.breaker.fail(now)
+
+    def note_error(self, node: Node, text: str, status: int | None, now: float) -> None:
+        """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
+        node.last_error = NodeError(text, status, now)
+        node.error_share.add(True, now)
 
     # Nodes ------------------------------------------------------------------
 
@@ -4680,6 +4827,23 @@ class NodeRefused(Exception):
         self.kind, self.head, self.body = kind, head, body
 
 
+def shown_error(body: bytes) -> str:
+    """Return the text of a node's error answer for a log: one line of 200 characters at most."""
+    text = body[:4 * KIB].decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(body)
+        found = found.get("error", text) if isinstance(found, dict) else text
+        text = str(found.get("message", found) if isinstance(found, dict) else found)
+    return " ".join("".join(char if char.isprintable() else " " for char in text[:2 * KIB]).split())[:200]
+
+
+def why_of(failure: NodeFailure | NodeRefused) -> tuple[str, int | None]:
+    """Return how a node failed, in its own words if it has answered, and the status of that answer."""
+    if isinstance(failure, NodeRefused):
+        return f"{failure}: {shown_error(failure.body)}".rstrip(": "), failure.head.status
+    return str(failure), None
+
+
 def answer_whole(client, head, record, answer, body):
     """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
     answer.length = len(body)
@@ -4753,7 +4917,7 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
         record.timings = read_timings(relay.tail())
-        dispatcher.fail(lease, failure.kind, loop.time())
+        gateway.blame(lease, failure)
         keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.wants.family) and keep
     finally:
         client.source = None
@@ -4790,7 +4954,10 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
             text = await collector.collect()
             clean = collector.clean
             kind = failover_kind(answer.status, text, lease.runner is not None or lease.ticket.wants.opaque)
-            raise NodeRefused(kind, answer, text)
+            refused = NodeRefused(kind, answer, text)
+            if kind is None and answer.status >= 500:       # nobody is blamed for it, but it is no success either
+                gateway.note_error(lease.node, "error", refused)
+            raise refused
         keep, clean = await take(gateway, client, head, connection, answer, lease, record, head.keep_alive)
         return keep
     finally:
@@ -5638,12 +5805,16 @@ async def look_again(look, gateway):
 
 def note_state(gateway, node, why=""):
     """Log the state of a node if it is not the one logged last."""
-    was, state = gateway.states.get(node, "new"), node.state(gateway.loop.time())
+    now = gateway.loop.time()
+    was, state = gateway.states.get(node, "new"), node.state(now)
     if not node.probed or state == was or node.up and not node.indexed:
         return                      # its models are part of the line
     gateway.states[node] = state
+    bad, error = state in ("down", "suspect"), node.last_error
+    if bad and error and now - error.at_s < 60:     # requests found it out
+        why = why or error.text
     models = " ".join(sorted(runner.model for runner in node.runners.values() if runner.on_disk))
-    LOG.log(logging.INFO if node.up else logging.WARNING,
+    LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
             {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
              "version": node.version, "models": models, "why": why})
 
@@ -5733,14 +5904,15 @@ async def check(gateway, node):
 # -----------------------------------------------------------------------------
 
 def answer_health(gateway):
-    """Answer /api/health: 200 while at least one node is up."""
+    """Answer /api/health: 200 while at least one node is alive; one that answers only errors is not counted as up."""
     now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
-    up = sum(1 for node in nodes if node.is_alive(now))
-    status = "down" if not up else "ok" if up == len(nodes) else "degraded"
+    alive = [node for node in nodes if node.is_alive(now)]
+    up = sum(1 for node in alive if not node.error_share.is_all(now))
+    status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
         "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
-        "inflight": gateway.dispatcher.in_flight()}, 200 if up else 503)
+        "inflight": gateway.dispatcher.in_flight()}, 200 if alive else 503)
 
 
 def percentile(ordered, share):
@@ -5783,6 +5955,11 @@ def node_slots(node):
     return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
 
 
+def error_stats(error: NodeError | None, now: float) -> dict | None:
+    """Return what /api/stats says of a node's last error."""
+    return error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)}
+
+
 def node_stats(node, now):
     """Return what /api/stats says of one node."""
     latencies = sorted(node.latencies_s)
@@ -5792,6 +5969,7 @@ def node_stats(node, now):
         "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
         "running": [running_stats(lease, now) for lease in node.leases],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
+        "error_share": node.error_share.share(now), "last_error": error_stats(node.last_error, now),
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
                       else None for share in (50, 95, 99)},
@@ -5801,18 +5979,15 @@ def node_stats(node, now):
 def queue_stats(dispatcher, now):
     """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
 
-    What a ticket costs is reckoned by what is known now, not when it came; once for all that are much alike.
+    What a ticket costs is reckoned by what is known now, not when it came.
     """
-    queue, ahead_s, costs_s = [], 0.0, {}
+    queue, forecast = [], Forecast(dispatcher, now)
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
+        start_s = forecast.start_s(dispatcher.estimates.demand_of(ticket))
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
-                      "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
-        demand = dispatcher.estimates.demand_of(ticket)
-        alike = ticket.wants.model, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
-        if alike not in costs_s:
-            costs_s[alike] = dispatcher.cost_s(demand)
-        ahead_s += costs_s[alike]
+                      "waited_s": round(now - ticket.arrived_s, 3),
+                      "predicted_start_s": None if start_s is None else round(start_s, 3)})
     return queue
 
 
@@ -6245,13 +6420,20 @@ function models(node) {
   return lines.join("") || `<span class="soft">nothing loaded</span>`;
 }
 
+function errors(node) {
+  if (!node.error_share) return "";
+  const share = Math.round(100 * node.error_share);
+  return `<br><span class="soft" title="${esc(node.last_error.text)}">${share} % errors</span>`;
+}
+
 function nodeRow(node) {
   const speed = Math.round(100 * node.speed), alive = node.state !== "down";
   const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
   const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
   return row([
     `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
-    cell(`<span class="state ${node.state}">${node.state}</span>`), cell(alive ? models(node) : "–", "wide"),
+    cell(`<span class="state ${node.state}">${node.state}</span>${errors(node)}`),
+    cell(alive ? models(node) : "–", "wide"),
     cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
     cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);
 }
@@ -6261,7 +6443,8 @@ function ticketRow(it) {
     cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
     cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
     cell(took(it.waited_s), "n", "waited"),
-    cell(it.predicted_start_s ? took(it.predicted_start_s) : "next", "n", "starts in"),
+    cell(it.predicted_start_s === null ? "–" : it.predicted_start_s ? took(it.predicted_start_s) : "next", "n",
+      "starts in"),
     cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
 }
 
@@ -6398,7 +6581,8 @@ def node_state(node, now, tokens):
     stats = node_stats(node, now)
     used = max((it for it in node.runners.values() if it.decode_s), key=lambda it: it.used_s, default=None)
     shown = {model: it for model, it in stats["models"].items() if it["resident"] or it["inflight"]}
-    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running")}, "models": shown,
+    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running", "error_share",
+                                        "last_error")}, "models": shown,
             "on_disk": sum(it["on_disk"] for it in stats["models"].values()), "tok_s": round(tokens / 60, 2),
             "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
 
@@ -7014,7 +7198,7 @@ class Gateway:
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
-                                     queue_timeout_s=options.queue_timeout)
+                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
         self.origins = LOCAL_ORIGINS + options.origins
         self.is_rebound = rebinding_check(options)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
@@ -7263,7 +7447,13 @@ class Gateway:
         """Note and log that a node failed a request, with a NodeFailure or a NodeRefused."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.metrics.failovers[lease.node.name, failure.kind] += 1
-        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": str(failure)})
+        self.note_error(lease.node, failure.kind, failure)
+
+    def note_error(self, node: Node, kind: str, failure: NodeFailure | NodeRefused) -> None:
+        """Note and log what a node said or did when it failed."""
+        why, status = why_of(failure)
+        self.dispatcher.note_error(node, why, status, self.loop.time())
+        LOG.warning({"event": "failure", "node": node.name, "kind": kind, "why": why})
 
     async def look_at_changes(self, nodes):
         """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
@@ -7497,8 +7687,8 @@ def command_line(environ):
     add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
     add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
         "servers, such as 192.168.1.0/24; may be repeated (none)")
-    add(group, "--probe-interval", metavar="TIME", type=parse_seconds, default="5s", help="time between two looks at a node "
-        "(%(default)s)")
+    add(group, "--probe-interval", metavar="TIME", type=parse_seconds, default="5s", help="time between two looks at "
+        "a node (%(default)s)")
     add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
     add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
         "(they are)")
@@ -7519,8 +7709,10 @@ def command_line(environ):
         "to finish first, or, for comparison, as plain proxies do (%(default)s)")
     add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
         "(%(default)s)")
-    add(group, "--queue-timeout", metavar="TIME", type=parse_seconds, default="240s", help="time a request may wait for "
-        "a slot; then 503 (%(default)s)")
+    add(group, "--queue-timeout", metavar="TIME", type=parse_seconds, default="240s", help="time a request may wait "
+        "for a slot; then 503 (%(default)s)")
+    add(group, "--early-refusal", action="store_true", help="503 at once for a request whose turn is predicted to come "
+        "after --queue-timeout (it waits)")
     add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
         "to embed over the nodes (it is)")
     add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
@@ -7553,8 +7745,8 @@ def command_line(environ):
 
 
 # What Kubernetes sets in a pod beside a Service named sollol, or sollol-web: SOLLOL_PORT is the name of a flag, too.
-SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
-                          r"|SOLLOL_(\w+_)?PORT=\w+://.*")
+SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT=\w+://.*|"
+                          r"PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 
 
 def is_service_link(name: str, value: str) -> bool:

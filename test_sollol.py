@@ -3710,6 +3710,71 @@ def test_of_five_nodes_a_failing_and_a_silent_one_cost_nothing_and_get_next_to_n
     bench.run_virtual(main())
 
 
+@listed("body, text", [
+    (b'{"error":"odd\\u001b[31m\\nthing"}', "answered 500: odd [31m thing"), (b"", "answered 500"),
+    (b'{"error":{"message":"x' + b"y" * 300 + b'"}}', "answered 500: x" + "y" * 199),
+    (b"<html>\r\n\x00oops \xff</html>", "answered 500: <html> oops \ufffd</html>"), (b"[1]", "answered 500: [1]")])
+def test_error_text_of_a_node_is_one_short_line(body, text):
+    head = sollol.parse_response(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "POST")
+    assert sollol.why_of(sollol.NodeRefused(None, head, body)) == (text, 500)
+
+
+@over_sockets
+async def test_node_that_answers_only_errors_is_not_up_and_says_why(caplog):
+    """Its errors are the client's, as far as one can tell: so it is used all the same."""
+    sollol.LOG.propagate = True
+    node = ScriptedNode(lambda request: [framed(b'{"error":"odd thing"}', b"500 No"), KEEP])
+    async with gateway_for(node, flags=["--probe-interval", "0.2"]) as gateway:
+        for number in range(4):
+            told = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
+            assert told["state"] == ("up" if number < 3 else "suspect")
+            assert (await call(gateway, "POST", "/api/generate", generate())).status == 500
+        told = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
+        assert told["error_share"] == 1.0 and 0 <= told["last_error"].pop("ago_s") < 5
+        assert told["last_error"] == {"text": "answered 500: odd thing", "status": 500}
+        answer = await call(gateway, "GET", "/api/health")
+        assert answer.status == 200 and answer.json()["status"] == "degraded"
+        assert answer.json()["nodes"] == {"up": 0, "total": 1}
+        shown = json.loads(gateway.snapshot())["nodes"][0]
+        assert (shown["state"], shown["error_share"]) == ("suspect", 1.0)
+        await until(lambda: "'state': 'suspect'" in caplog.text)
+        node.script = lambda request: [framed(b'{"done":true}'), KEEP]
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        told = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
+        assert (told["state"], told["error_share"]) == ("up", 0.8)
+    assert caplog.text.count("'kind': 'error', 'why': 'answered 500: odd thing'") == 4
+    state, = (it for it in caplog.records if it.msg.get("state") == "suspect")
+    assert (state.levelname, state.msg["why"]) == ("WARNING", "answered 500: odd thing")
+
+
+def test_errors_of_the_last_minute_are_forgotten_after_it():
+    errors = sollol.ErrorShare()
+    assert errors.share(0.0) is None
+    for now, error in ((0.0, True), (1.0, True), (30.0, False), (59.0, True)):
+        errors.add(error, now)
+    assert errors.share(59.0) == 0.75 and not errors.is_all(59.0)
+    assert errors.share(65.0) == 0.5 and errors.share(100.0) == 1.0 and errors.share(125.0) is None
+    for _ in range(2):
+        errors.add(True, 100.0)
+    assert errors.is_all(100.0) and not errors.is_all(125.0)
+
+
+@over_sockets
+async def test_node_that_traffic_finds_dead_is_warned_about_with_the_reason(caplog):
+    sollol.LOG.propagate = True
+    caplog.set_level("INFO", "sollol")
+    nodes = [fixed(1, **FAST), fixed(1, **FAST)]
+    async with gateway_for(*nodes, flags=["--probe-interval", "1000"]) as gateway:
+        nodes[0].kill()
+        for _ in range(4):
+            assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        await until(lambda: "'state': 'down'" in caplog.text)
+        stats = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
+        assert stats["last_error"]["status"] is None and "no connection" in stats["last_error"]["text"]
+    down, = (it for it in caplog.records if isinstance(it.msg, dict) and it.msg.get("state") == "down")
+    assert down.levelname == "WARNING" and down.msg["why"] == stats["last_error"]["text"]
+
+
 @over_sockets
 async def test_all_down_is_said_at_once_and_a_node_that_comes_back_is_used():
     node = bench.SimNode(**FAST)
@@ -4587,6 +4652,94 @@ def test_predicted_start_follows_what_is_learned_while_a_ticket_waits():
     finish(dispatcher, running, 0.1, Timings(0.1, 0, 0.01, 100, 0.09, 10))
     after_s = sollol.queue_stats(dispatcher, 0.1)[1]["predicted_start_s"]
     assert 0 < after_s < 0.3 * before_s
+
+
+def last_start_s(dispatcher, now=0.0):
+    return sollol.queue_stats(dispatcher, now)[-1]["predicted_start_s"]
+
+
+def test_predicted_start_counts_only_nodes_that_can_serve():
+    """And Retry-After: with two of three nodes drained, down or failing it takes three times as long."""
+    whole = cluster(**{name: ["m"] for name in "abc"})
+    enter(whole, *[want()] * 30)
+    placed(whole)
+    for harm in (lambda dispatcher, node: dispatcher.drain(node, True),
+                 lambda dispatcher, node: dispatcher.lost(node, 0.0),
+                 lambda dispatcher, node: [node.breaker.fail(0.0) for _ in range(2)],
+                 lambda dispatcher, node: setattr(node, "suspect", True)):
+        dispatcher = cluster(**{name: ["m"] for name in "abc"})
+        for name in "bc":
+            harm(dispatcher, dispatcher.nodes[name])
+        enter(dispatcher, *[want()] * 28)
+        placed(dispatcher)
+        assert len(dispatcher.queue) == len(whole.queue)
+        assert last_start_s(dispatcher) == pytest.approx(3 * last_start_s(whole), rel=0.1)
+        assert dispatcher.drain_s(0.0) == pytest.approx(last_start_s(dispatcher), abs=0.001)
+    for node in dispatcher.nodes.values():
+        dispatcher.lost(node, 0.0)
+    assert last_start_s(dispatcher) is None and dispatcher.drain_s(9.0) == 1.0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_predicted_start_counts_what_the_nodes_are_busy_with(stream):
+    dispatcher = cluster(slots=2, n1=["m"])
+    first, second, _ = enter(dispatcher, *(want(stream=stream, max_output=most) for most in (1000, 500, 500)))
+    for it in (first, second):      # nothing was learned yet: as much as is allowed is expected
+        it.demand = it.demand._replace(output_tokens=it.wants.max_output)
+    assert placed(dispatcher) == ["n1", "n1"]
+    second.lease.predicted_end_s = last_start_s(dispatcher)
+    assert last_start_s(dispatcher) == pytest.approx(
+        min(sollol.solo_left_s(it.lease, 0.0) for it in (first, second)) * sollol.CROWD[2], rel=0.01)
+    half_s = last_start_s(dispatcher) / 2
+    dispatcher.heard(second.lease, int(second.lease.output_tokens / 2) if stream else 0, half_s)
+    assert last_start_s(dispatcher, half_s) == pytest.approx(half_s, rel=0.05)
+    dispatcher.leave(second, half_s)
+    assert last_start_s(dispatcher, half_s) == 0.0
+
+
+def test_predicted_start_of_one_model_counts_the_work_of_another_on_the_same_node():
+    dispatcher = cluster(a=["m", "other"], b=["third"])
+    enter(dispatcher, *[want()] * 9, want("other"), *[want("third")] * 2)
+    placed(dispatcher)
+    starts_s = {row["model"]: row["predicted_start_s"] for row in sollol.queue_stats(dispatcher, 0.0)}
+    assert starts_s["third:latest"] < starts_s["m:latest"] / 4
+    if "other:latest" in starts_s:
+        assert starts_s["other:latest"] > starts_s["third:latest"]
+
+
+def test_forecast_of_ten_thousand_is_quick():
+    dispatcher = cluster(slots=2, max_queue=20_000, **{f"n{number}": ["m", "a", "b"] for number in range(50)})
+    enter(dispatcher, *(want("mab"[number % 3]) for number in range(10_000)))
+    placed(dispatcher)
+    took_s = min(timed(sollol.queue_stats, dispatcher, 1.0) for _ in range(3))
+    assert took_s < 0.2             # 0.03 s on a machine that does nothing else
+
+
+def timed(call, *given):
+    started_s = time.perf_counter()
+    call(*given)
+    return time.perf_counter() - started_s
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_prediction_refuses_nobody_unless_it_is_asked_to(early):
+    dispatcher = cluster(n1=["m"])
+    dispatcher.queue_timeout_s, dispatcher.early_refusal = 20.0, early
+    enter(dispatcher, want(client="a"))
+    placed(dispatcher)
+    waiting = 0
+    with pytest.raises(Refusal) if early else contextlib.nullcontext() as refused:
+        for _ in range(50):
+            enter(dispatcher, want(client="a"), now=0.01)
+            waiting += 1
+            dispatcher.forecast = -math.inf, 0.0
+    assert (waiting < 50) is early
+    if early:
+        assert (refused.value.status, 0 < refused.value.retry_after_s < 10) == (503, True)
+        assert "no slot is predicted to become free within 20 s" in refused.value.text
+        assert last_start_s(dispatcher, 0.01) <= 20.0 + 5.0
+        enter(dispatcher, want(client="b"), now=0.01)       # goes before those of a client with so many
+        assert len(dispatcher.queue) == waiting + 1
 
 
 # -----------------------------------------------------------------------------
@@ -6305,6 +6458,26 @@ async def test_request_log_has_its_keys_in_order_and_no_prompt(capsys):
         assert keys == LOG_KEYS
         assert "secret" not in line and "hush" not in line
     sollol.LOG.handlers.clear()
+
+
+@over_sockets
+async def test_probes_that_succeed_are_logged_at_debug_only(caplog):
+    caplog.set_level("DEBUG", "sollol")
+    sollol.LOG.propagate = True
+    node = bench.SimNode(**FAST)
+    async with gateway_for(node) as gateway:
+        for method, path in (("GET", "/"), ("HEAD", "/"), ("GET", "/api/version"), ("GET", "/metrics"),
+                             ("GET", "/api/health"), ("GET", "/api/tags"), ("POST", "/metrics")):
+            await call(gateway, method, path)
+        node.kill()
+        await until(lambda: health(gateway)["nodes"]["up"] == 0, 20)
+        assert (await call(gateway, "GET", "/api/health")).status == 503
+        gateway.tally()
+    told = {level: [(it["method"], it["path"]) for record in caplog.records if isinstance(record.msg, list)
+                    and record.levelname == level for it in record.msg] for level in ("DEBUG", "INFO")}
+    assert told["INFO"] == [("GET", "/api/tags"), ("POST", "/metrics"), ("GET", "/api/health")]
+    assert told["DEBUG"] == [("GET", "/"), ("HEAD", "/"), ("GET", "/api/version"), ("GET", "/metrics"),
+                             ("GET", "/api/health")]
 
 
 @over_sockets
