@@ -6731,9 +6731,11 @@ def read_nodes(options):
     if options.hosts:
         try:
             with open(options.hosts, encoding="utf-8-sig") as file:
-                nodes = parse_hosts(file.read(), options.hosts)
+                nodes, mode = parse_hosts(file.read(), options.hosts), os.fstat(file.fileno()).st_mode
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
+        if any(node.token for node in nodes):
+            warn_of_readers("hosts", options.hosts, mode)
     nodes += parse_hosts("\n".join(options.node), "--node")
     if not nodes and not options.discover:
         raise ConfigError(f"{options.hosts or '--node'}: there is no node in it")

@@ -7126,7 +7126,7 @@ def test_service_is_valid_and_exposed_to_little(words, tmp_path):
     if words[1:] == ["with secrets"]:
         path, words, (text, count) = tmp_path / path.name, words[:1], re.subn(r"(?m)^#(?=\w+=)", "", text)
         path.write_text(text)
-        assert count == 5 and "\nEnvironment=SOLLOL_KEYS=%d/keys\n" in text
+        assert count == 7 and "\nEnvironment=SOLLOL_KEYS=%d/keys\n" in text
     done = subprocess.run(["systemd-analyze", *words, str(path)], capture_output=True, text=True)
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
 
@@ -7236,27 +7236,117 @@ def test_demo_of_the_readme_streams_to_its_curl():
     assert json.loads(lines[0])["done"] is False and json.loads(lines[-1])["done"] is True
 
 
-def test_service_is_installed_by_the_readmes_commands(tmp_path):
-    """Under another root, and without systemd: its command then runs, with the settings of its environment."""
+def installed(root, secrets=False):
+    """Install the service as the README does, below another root; return {key: [values]} of its unit, seen from there.
+
+    With `secrets` the unit's commented lines count, and %d is the folder `credentials`.
+    """
     for command in readme_commands():
         if command.startswith("sudo install"):
-            words = shlex.split(re.sub(" (/opt|/etc)", rf" {tmp_path}\1", command.removeprefix("sudo ")))
+            words = shlex.split(re.sub(" (/opt|/etc)", rf" {root}\1", command.removeprefix("sudo ")))
             subprocess.run(words, cwd=HERE, check=True)
-    unit = (tmp_path / "etc/systemd/system/sollol.service").read_text()
-    folder, words = (re.search(rf"(?m)^{name}=(.*)", unit)[1] for name in ("WorkingDirectory", "ExecStart"))
-    words = re.sub(" (/opt|/etc)", rf" {tmp_path}\1", words).split()
+    text = (root / "etc/systemd/system/sollol.service").read_text()
+    found = {}
+    for key, value in re.findall(r"(?m)^%s(\w+)=(.*)" % ("#?" if secrets else ""), text):
+        value = value.replace("%S", f"{root}/state").replace("%d", f"{root}/credentials")
+        found.setdefault(key, []).append(re.sub(r"(^|[ =:])(?=/(opt|etc)/)", rf"\1{root}", value))
+    return found
+
+
+def environment_of(unit):
+    """Return what a unit sets in the environment; the last line wins."""
+    return dict(word.split("=", 1) for line in unit["Environment"] for word in line.split())
+
+
+def test_service_is_installed_by_the_readmes_commands(tmp_path):
+    """Under another root, and without systemd: its command then runs, with the settings of its environment."""
+    unit = installed(tmp_path)
+    (folder,), (command,) = unit["WorkingDirectory"], unit["ExecStart"]
     if shutil.which("systemctl"):
         subprocess.run(["systemctl", f"--root={tmp_path}", "enable", "sollol"], check=True, capture_output=True)
         assert (tmp_path / "etc/systemd/system/multi-user.target.wants/sollol.service").is_symlink()
-    with subprocess.Popen([sys.executable, *words[1:], "--port", "0"], cwd=f"{tmp_path}{folder}", text=True,
-                          stderr=subprocess.PIPE,
-                          env={**os.environ, "SOLLOL_STATE": str(tmp_path / "state")}) as process:
+    (tmp_path / "state/sollol").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, *command.split()[1:], "--port", "0"], cwd=folder, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, **environment_of(unit)}) as process:
         try:
             assert any("event=start" in line for line in process.stderr)
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
         finally:
             process.kill()
+
+
+NOBODY = 65534
+AS_NOBODY = [*f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --inh-caps=-all --bounding-set=-all".split(),
+             "--no-new-privs"]
+# ProtectSystem=strict and ProtectHome=yes, where the test may mount: all but the folder of the state is read-only.
+STRICT = ("mount --make-rprivate / && mount --bind {state} {state} && mount -o remount,bind,ro / && "
+          "mount -t tmpfs -o ro tmpfs /root && cd {folder} && exec \"$@\"")
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user can look into, as those of /opt and /etc."""
+    with tempfile.TemporaryDirectory(prefix="sollol-") as folder:
+        os.chmod(folder, 0o755)
+        yield pathlib.Path(folder)
+
+
+@pytest.mark.parametrize("secrets", [False, True], ids=["plain", "with secrets"])
+def test_service_runs_as_a_user_who_may_do_nothing(secrets, open_folder, pems):
+    """As systemd runs it: a user of its own without capabilities, a read-only file system, an environment of its own."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    python = "/usr/bin/python3"
+    if not shutil.which("setpriv") or subprocess.run([python, "-c", "import tomllib"], capture_output=True).returncode:
+        pytest.skip("setpriv or /usr/bin/python3, 3.11 or later, is not installed")
+    unit = installed(open_folder, secrets)
+    (folder,), (command,), state = unit["WorkingDirectory"], unit["ExecStart"], open_folder / "state"
+    hosts = open_folder / "etc/sollol/hosts.txt"
+    (state / "sollol").mkdir(parents=True)
+    os.chown(state / "sollol", NOBODY, NOBODY)
+    os.chmod(state / "sollol", 0o700)
+    if secrets:
+        hosts.write_text("http://127.0.0.1:1 token=hush\n")
+        hosts.chmod(0o600)
+        (hosts.parent / "keys").write_text("hushhush name=alice\n")
+        for name in ("tls.pem", "tls.key"):
+            shutil.copy(pems / name.replace("tls", "one"), hosts.parent / name)
+        (open_folder / "credentials").mkdir()
+        for line in unit["LoadCredential"]:
+            name, path = line.split(":")
+            shutil.copy(path, open_folder / "credentials" / name)
+            os.chown(open_folder / "credentials" / name, NOBODY, NOBODY)
+            os.chmod(open_folder / "credentials" / name, 0o400)
+    words = [*AS_NOBODY, *command.split(), "--port", "0"]
+    strict = ["unshare", "--mount", "sh", "-c", STRICT.format(state=state, folder=folder), "sh"]
+    if not subprocess.run([*strict, "true"], capture_output=True).returncode:       # else only users and rights
+        words = [*strict, *words]
+    environ = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LANG": "C",
+               "NOTIFY_SOCKET": str(open_folder / "notify"), **environment_of(unit),
+               **({"CREDENTIALS_DIRECTORY": str(open_folder / "credentials")} if secrets else {})}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, \
+         tempfile.TemporaryFile("w+") as output, \
+         subprocess.Popen(words, cwd=folder, env=environ, stdout=output, stderr=output,
+                          preexec_fn=functools.partial(os.umask, int(unit["UMask"][0], 8))) as process:
+        process.output, process.seen = output, 0
+        manager.bind(str(open_folder / "notify"))
+        os.chmod(open_folder / "notify", 0o777)
+        manager.settimeout(20)
+        try:
+            url = read_until(process, r"event=start .*url=(\S+)")[1]
+            assert manager.recv(1000) == b"READY=1" and url.startswith("https:" if secrets else "http:")
+            if not secrets:         # saved, it is read again
+                hosts.write_text("http://127.0.0.1:1 name=another\n")
+                read_until(process, "event=reload added=another")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+        text = all_output(process)
+        assert "Traceback" not in text and "chmod" not in text and "level=error" not in text
+    found = (state / "sollol/state.json").stat()
+    assert (found.st_uid, found.st_mode & 0o777) == (NOBODY, 0o600)
 
 
 # -----------------------------------------------------------------------------
@@ -7460,6 +7550,16 @@ def test_bad_certificate_or_key_stops_the_start_with_one_line(argv, message, pem
         assert ended.code == 2
     told = capsys.readouterr().err
     assert told.startswith(message) and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, mode, warned", [
+    ("a token=hush", 0o600, False), ("a token=hush", 0o644, True), ("a", 0o644, False)])
+def test_hosts_file_with_a_token_that_others_can_read_is_warned_about(text, mode, warned, tmp_path, caplog):
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(text)
+    hosts.chmod(mode)
+    sollol.read_nodes(sollol.parse_options(["--hosts", str(hosts)], {}))
+    assert (f"others than its owner can read {hosts}: chmod 600 it" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("mode, warned", [(0o600, False), (0o640, True)])
