@@ -45,6 +45,14 @@ HERE = pathlib.Path(__file__).parent
 FUZZ = int(os.environ.pop("SOLLOL_TEST_FUZZ", 1))       # no program that a test starts would take it for a flag's
 
 
+@pytest.fixture(autouse=True)
+def log_that_pytest_sees():
+    """Undo what the program does to its log: pytest gives one that does not propagate a handler of its own."""
+    yield
+    sollol.LOG.handlers.clear()
+    sollol.LOG.propagate = True
+
+
 def table(names, rows):
     """Parametrize by rows whose first item is the test id."""
     return pytest.mark.parametrize(names, [pytest.param(*row[1:], id=row[0]) for row in rows])
@@ -8043,6 +8051,8 @@ def test_mistake_is_one_clear_line(argv, message, capsys):
 
 
 def test_interrupted_benchmark_prints_what_it_has_and_leaves_no_process():
+    # A shell ignores this signal for what it runs in the background, and so would every program from there on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with program("bench.py", "--realtime") as process:
         time.sleep(2.0)
         process.send_signal(signal.SIGINT)
