@@ -7819,7 +7819,10 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
                          f"{options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
         tell_systemd("READY=1")
         if greeting:
-            print(greeting.format(url=url), flush=True)
+            try:
+                print(greeting.format(url=url), flush=True)
+            except OSError:         # a full disk, or nobody reads it; what Python kept of it would fail at the exit
+                sys.stdout = None
         await gateway.stopped.wait()
     finally:
         await gateway.stop()

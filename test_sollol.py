@@ -6922,6 +6922,19 @@ def test_full_disk_under_the_log_is_survived(unbuffered):
             process.kill()
 
 
+def test_greeting_that_cannot_be_printed_stops_nothing():
+    with open("/dev/full", "w") as full, subprocess.Popen(
+            [sys.executable, "sollol.py", "--demo", "--port", "0"], cwd=HERE, stdout=full, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONUNBUFFERED": ""}) as process:
+        try:
+            url = next(match[1] for row in process.stderr if (match := re.search(r"event=start .*url=(\S+)", row)))
+            assert json.loads(curl(url + "/api/generate", generate()))["done"]
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("asked, descriptors, allowed", [
     (4096, 1024, 480), (100, 1024, 100), (4096, 10, 1), (4096, -1, 4096)])
 def test_clients_are_no_more_than_open_files_allow(asked, descriptors, allowed):
