@@ -19,7 +19,13 @@ Decisions are pure: they are told `now` (seconds of the running loop's clock), a
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
 """
 
-from __future__ import annotations
+from __future__ import annotations      # SOLLOL needs Python 3.11 or later
+
+import sys
+
+if (needed := (3, 11)) > sys.version_info[:2]:
+    sys.stderr.write("SOLLOL needs Python %d.%d or later, and this is %d.%d\n" % (*needed, *sys.version_info[:2]))
+    sys.exit(2)
 
 import argparse
 import asyncio
@@ -29,6 +35,7 @@ import bisect
 import collections
 import contextlib
 import datetime
+import difflib
 import email.utils
 import enum
 import errno
@@ -54,12 +61,11 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import tempfile
 import termios
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -196,10 +202,12 @@ MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
+FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
 NOTIFY_S = 0.2                      # streams stand still meanwhile
+ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
 
@@ -1599,6 +1607,47 @@ class Runner:
         return any(model in self.node.rows for model in self.models)
 
 
+class NodeError(NamedTuple):
+    """What a node said, or did, when it failed last."""
+
+    text: str
+    status: int | None              # of its answer, if it was one
+    at_s: float
+
+
+class ErrorShare:
+    """How many of a node's answers in the last minute were errors, counted in steps of STEP_S."""
+
+    STEPS = 6
+    LEAST = 3                       # answers from which on a node is said to answer nothing but errors
+
+    def __init__(self) -> None:
+        self.steps = collections.deque(maxlen=self.STEPS)       # [number, errors, answers]
+
+    def add(self, error: bool, now: float) -> None:
+        """Count an answer, or the lack of one."""
+        number = int(now // STEP_S)
+        if not self.steps or self.steps[-1][0] != number:
+            self.steps.append([number, 0, 0])
+        self.steps[-1][1] += error
+        self.steps[-1][2] += 1
+
+    def share(self, now: float) -> float | None:
+        """Return the share of errors, None if there was no answer."""
+        errors, answers = self.counts(now)
+        return errors / answers if answers else None
+
+    def counts(self, now: float) -> tuple[int, int]:
+        """Return (errors, answers)."""
+        recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
+        return sum(step[1] for step in recent), sum(step[2] for step in recent)
+
+    def is_all(self, now: float) -> bool:
+        """Tell whether there was nothing but errors."""
+        errors, answers = self.counts(now)
+        return errors == answers >= self.LEAST
+
+
 @dataclass(slots=True, eq=False)
 class Node:
     """One Ollama server. Only the Dispatcher writes to it."""
@@ -1651,6 +1700,8 @@ class Node:
     running: list = field(default_factory=list)     # rows of its /api/ps
     requests: int = 0
     errors: int = 0
+    last_error: NodeError | None = None
+    error_share: ErrorShare = field(default_factory=ErrorShare)
     latencies_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=500))
 
     def __post_init__(self):
@@ -1662,11 +1713,11 @@ class Node:
             return "draining"
         if not self.up or self.breaker.state(now) == "open":
             return "down"
-        return "suspect" if self.suspect else "up"
+        return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
 
     def is_alive(self, now):
         """Tell whether it can be expected to answer: up, or no worse than suspect."""
-        return self.state(now) in ("up", "suspect")
+        return self.up and not self.draining and self.breaker.state(now) != "open"
 
     def learn_overhead(self, hidden_s: float, alone: bool) -> None:
         """Take in what an answer spent outside load, prefill and decode. Beside others it may have waited."""
@@ -2692,6 +2743,72 @@ def explain(candidates, chosen):
     return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
 
 
+def left_s(lease: Lease, slow: float, now: float) -> float:
+    """Return when a running request is predicted to end, in seconds from now; if it shows no progress, by the clock."""
+    left_s = solo_left_s(lease, now) * slow
+    if lease.ticket.wants.stream:
+        return left_s
+    return min(left_s, max(lease.predicted_end_s - now, 0.3 * left_s))
+
+
+class Forecast:
+    """When will waiting requests begin, one after the other, on the nodes that can serve them?
+
+    A slot of a node is taken by one request after the other, of any model, and is busy at first with what runs there.
+    """
+
+    def __init__(self, dispatcher: "Dispatcher", now: float) -> None:
+        self.dispatcher, self.now = dispatcher, now
+        self.slots = {}             # Node: [[when a slot is free, in seconds from now], ...]
+        self.heaps = {}             # model: heap of (when free, tie-break, slot, runner)
+        self.costs_s = {}           # (runner, size of a demand): its time in a slot
+
+    def slots_of(self, node: Node) -> list[list[float]]:
+        """Return the slots of a node, busy until what runs there now is predicted to end."""
+        if node not in self.slots:
+            count = max((runner.slots for runner in node.runners.values() if runner.on_disk), default=1)
+            ends_s = sorted(left_s(lease, slowdown(node, runner), self.now)
+                            for runner in node.busy for lease in runner.leases)[-count:]
+            self.slots[node] = [[end_s] for end_s in [0.0] * (count - len(ends_s)) + ends_s]
+        return self.slots[node]
+
+    def heap_for(self, demand: Demand) -> list[tuple]:
+        """Return the slots where a model can run, the first one free on top; none before the model is there."""
+        heap = []
+        for runner in self.dispatcher.servers(demand.wants.model, self.now):
+            slots = self.slots_of(runner.node)
+            start_s, ready_s, _ = Surroundings(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
+            least_s = start_s if runner.slots < len(slots) else ready_s     # its own slots, or all of the node's
+            heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
+        heapq.heapify(heap)
+        return heap
+
+    def cost_s(self, runner: Runner, demand: Demand) -> float:
+        """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
+        alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        if alike not in self.costs_s:
+            work_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner)
+                      + demand.inputs * input_s(runner) + demand.output_tokens * decode_s(runner))
+            self.costs_s[alike] = work_s * CROWD[min(len(self.slots_of(runner.node)), 256)]
+        return self.costs_s[alike]
+
+    def start_s(self, demand: Demand) -> float | None:
+        """Let the next request take the first slot that is free; return when. None if no node can serve it."""
+        model = demand.wants.model
+        if model not in self.heaps:
+            self.heaps[model] = self.heap_for(demand)
+        heap = self.heaps[model]
+        if not heap:
+            return None
+        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
+            _, order, slot, runner = heap[0]
+            heapq.heapreplace(heap, (slot[0], order, slot, runner))
+        start_s, order, slot, runner = heap[0]
+        slot[0] = start_s + self.cost_s(runner, demand)
+        heapq.heapreplace(heap, (slot[0], order, slot, runner))
+        return start_s
+
+
 class Decision(NamedTuple):
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
@@ -2705,9 +2822,9 @@ class Decision(NamedTuple):
 class Dispatcher:
     """Own the queue and the nodes, and match them. Never waits, never looks at a clock."""
 
-    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0):
+    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0, early_refusal=False):
         self.pick = POLICIES[policy]
-        self.max_queue, self.queue_timeout_s = max_queue, queue_timeout_s
+        self.max_queue, self.queue_timeout_s, self.early_refusal = max_queue, queue_timeout_s, early_refusal
         self.nodes = {}             # name: Node, in the order of hosts.txt
         self.leaving = []           # dropped nodes that still work
         self.drained = set()        # servers that are to get no new work, also when they come back
@@ -2720,6 +2837,7 @@ class Dispatcher:
         self.surroundings = {}      # Node: Surroundings, until something begins or ends there
         self.idle = set()           # nodes whose last lease has ended since the last dispatch
         self.displaced = []         # refused since the last dispatch
+        self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
         self.fair = FairShare()
         self.estimates = Estimates()
         self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
@@ -2734,10 +2852,12 @@ class Dispatcher:
         """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
         If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
-        Refusal if it is the new one.
+        Refusal if it is the new one, or with --early-refusal if its turn would come too late.
         """
+        if self.early_refusal:
+            self.refuse_early(wants, now)
         if len(self.queue) >= self.max_queue:
-            self.displace(wants.client, self.fair.start_s(wants, now) - HEAD_START_S * wants.priority)
+            self.displace(wants.client, self.fair.start_s(wants, now) - HEAD_START_S * wants.priority, now)
         demand = self.estimates.demand(wants)
         cost_s = self.cost_s(demand)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
@@ -2747,9 +2867,23 @@ class Dispatcher:
         self.push(ticket)
         return ticket
 
-    def displace(self, client, key_s):
+    def refuse_early(self, wants: Wants, now: float) -> None:
+        """Raise Refusal if a new request is predicted to begin only when it would have waited too long."""
+        if self.drain_s(now) <= self.queue_timeout_s:
+            return
+        forecast = Forecast(self, now)
+        key_s = self.fair.start_s(wants, now) - HEAD_START_S * wants.priority
+        for ticket in self.queue.in_order():
+            if ticket.key_s <= key_s:
+                forecast.start_s(self.estimates.demand_of(ticket))
+        start_s = forecast.start_s(self.estimates.demand(wants)) or 0.0
+        if start_s > self.queue_timeout_s:
+            raise Refusal(503, f"no slot is predicted to become free within {self.queue_timeout_s:g} s",
+                          retry_after_s=start_s - self.queue_timeout_s)
+
+    def displace(self, client: str, key_s: float, now: float) -> None:
         """Refuse a ticket of a full queue for one of `client` with this key. Raises Refusal if that has to go."""
-        refusal = Answer(503, "the queue is full", retry_after_s=self.drain_s())
+        refusal = Answer(503, "the queue is full", retry_after_s=self.drain_s(now))
         last = self.queue.to_displace(client, key_s)
         if last is None:
             raise refusal.error()
@@ -2854,7 +2988,8 @@ class Dispatcher:
                                         self.queue.tickets))
         if not late:
             return []
-        refusal = Answer(503, f"no slot became free within {self.queue_timeout_s:g} s", retry_after_s=self.drain_s())
+        refusal = Answer(503, f"no slot became free within {self.queue_timeout_s:g} s",
+                         retry_after_s=self.drain_s(now))
         return [self.refuse(ticket, refusal) for ticket in late]
 
     def cost_s(self, demand):
@@ -2878,9 +3013,24 @@ class Dispatcher:
         self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
         ticket.cost_s, lease.settled = cost_s, True
 
-    def drain_s(self):
-        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
-        return max(1.0, sum(ticket.cost_s for ticket in self.queue.tickets))
+    def drain_s(self, now: float) -> float:
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
+
+        Reckoned anew once a second: a full queue asks for it at every refusal.
+        """
+        at_s, drained_s = self.forecast
+        if not at_s <= now < at_s + FORECAST_S:
+            forecast = Forecast(self, now)
+            drained_s = max([forecast.start_s(self.estimates.demand_of(ticket)) or 0.0
+                             for ticket in self.queue.in_order()], default=0.0)
+            self.forecast = now, drained_s
+        return max(1.0, drained_s)
+
+    def servers(self, model: str, now: float) -> list[Runner]:
+        """Return the runners that can serve a model now; if there are none, those that it waits for."""
+        up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
+        return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
+                and runner.breaker.state(now) != "open"] or up
 
     # Dispatch ---------------------------------------------------------------
 
@@ -3417,6 +3567,7 @@ class Dispatcher:
         if lease.trials:
             self.unsettle_all()
         lease.node.breaker.succeed()
+        lease.node.error_share.add(False, now)
         lease.node.heard_s = now
         lease.node.misses, lease.node.check_pause_s = 0, CHECK_PAUSE_S
         if lease.runner is not None:
@@ -3730,6 +3881,11 @@ class Dispatcher:
         """Count a failure, until it turns out to be the request's own."""
         breaker.fail(now)
         ticket.blamed.append(breaker)
+
+    def note_error(self, node: Node, text: str, status: int | None, now: float) -> None:
+        """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
+        node.last_error = NodeError(text, status, now)
+        node.error_share.add(True, now)
 
     # Nodes ------------------------------------------------------------------
 
@@ -5550,7 +5706,7 @@ class NodeAnswer(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"answered {self.head.status}: {self.body[:200].decode(errors='replace')}"
+        return f"answered {self.head.status}: {shown_error(self.body)}".rstrip(": ")
 
     def error(self) -> Exception:
         """Return the exception that tells it."""
@@ -5563,6 +5719,16 @@ class NodeRefused(Exception):
     def __init__(self, value: NodeAnswer):
         super().__init__(f"{value.node}: {value.text}")
         self.value = value
+
+
+def shown_error(body: bytes) -> str:
+    """Return the text of a node's error answer for a log: one line of 200 characters at most."""
+    text = body[:4 * KIB].decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(body)
+        found = found.get("error", text) if isinstance(found, dict) else text
+        text = str(found.get("message", found) if isinstance(found, dict) else found)
+    return " ".join("".join(char if char.isprintable() else " " for char in text[:2 * KIB]).split())[:200]
 
 
 def answer_whole(client, head, record, answer, body):
@@ -6746,12 +6912,16 @@ async def look_again(look, gateway):
 
 def note_state(gateway, node, why=""):
     """Log the state of a node if it is not the one logged last."""
-    was, state = gateway.states.get(node, "new"), node.state(gateway.loop.time())
+    now = gateway.loop.time()
+    was, state = gateway.states.get(node, "new"), node.state(now)
     if not node.probed or state == was or node.up and not node.indexed:
         return                      # its models are part of the line
     gateway.states[node] = state
+    bad, error = state in ("down", "suspect"), node.last_error
+    if bad and error and now - error.at_s < 60:     # requests found it out
+        why = why or error.text
     models = " ".join(sorted(node.rows))
-    LOG.log(logging.INFO if node.up else logging.WARNING,
+    LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
             {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
              "version": node.version, "models": models, "why": why})
 
@@ -6889,14 +7059,15 @@ async def check(gateway: "Gateway", node: Node) -> None:
 # -----------------------------------------------------------------------------
 
 def answer_health(gateway):
-    """Answer /api/health: 200 while at least one node is up."""
+    """Answer /api/health: 200 while at least one node is alive; one that answers only errors is not counted as up."""
     now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
-    up = sum(1 for node in nodes if node.is_alive(now))
-    status = "down" if not up else "ok" if up == len(nodes) else "degraded"
+    alive = [node for node in nodes if node.is_alive(now)]
+    up = sum(1 for node in alive if not node.error_share.is_all(now))
+    status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
         "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
-        "inflight": gateway.dispatcher.in_flight()}, 200 if up else 503)
+        "inflight": gateway.dispatcher.in_flight()}, 200 if alive else 503)
 
 
 def percentile(ordered, share):
@@ -6941,6 +7112,11 @@ def node_slots(node):
     return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
 
 
+def error_stats(error: NodeError | None, now: float) -> dict | None:
+    """Return what /api/stats says of a node's last error."""
+    return error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)}
+
+
 def node_stats(node, now):
     """Return what /api/stats says of one node."""
     latencies = sorted(node.latencies_s)
@@ -6950,6 +7126,7 @@ def node_stats(node, now):
         "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
         "running": [running_stats(lease, now) for lease in node.leases],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
+        "error_share": node.error_share.share(now), "last_error": error_stats(node.last_error, now),
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
                       else None for share in (50, 95, 99)},
@@ -6959,18 +7136,15 @@ def node_stats(node, now):
 def queue_stats(dispatcher, now):
     """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
 
-    What a ticket costs is reckoned by what is known now, not when it came; once for all that are much alike.
+    What a ticket costs is reckoned by what is known now, not when it came.
     """
-    queue, ahead_s, costs_s = [], 0.0, {}
+    queue, forecast = [], Forecast(dispatcher, now)
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
+        start_s = forecast.start_s(dispatcher.estimates.demand_of(ticket))
         queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
-                      "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
-        demand = dispatcher.estimates.demand_of(ticket)
-        alike = ticket.wants.model, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
-        if alike not in costs_s:
-            costs_s[alike] = dispatcher.cost_s(demand)
-        ahead_s += costs_s[alike]
+                      "waited_s": round(now - ticket.arrived_s, 3),
+                      "predicted_start_s": None if start_s is None else round(start_s, 3)})
     return queue
 
 
@@ -7159,7 +7333,10 @@ def milliseconds(seconds):
 
 
 def log_level(record: Record) -> int:
-    """Return how loud the log line of a request is: what nodes fail after all is a warning."""
+    """Return the level of a request's log line: what nodes fail after all is a warning, a probe that succeeds no news.
+    """
+    if record.path in PROBED_PATHS and record.method in ("GET", "HEAD") and record.status < 400:
+        return logging.DEBUG
     return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
 
 
@@ -7172,6 +7349,10 @@ def request_fields(record, total_s):
             "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
             "prompt_tokens": record.timings.prompt_tokens, "output_tokens": record.timings.output_tokens,
             "bytes": record.bytes, "reason": record.reason, "outcome": record.outcome}
+
+
+# What a service manager, a load balancer and Prometheus ask every few seconds, for ever.
+PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 
 
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
@@ -7409,13 +7590,20 @@ function models(node) {
   return lines.join("") || `<span class="soft">nothing loaded</span>`;
 }
 
+function errors(node) {
+  if (!node.error_share) return "";
+  const share = Math.round(100 * node.error_share);
+  return `<br><span class="soft" title="${esc(node.last_error.text)}">${share} % errors</span>`;
+}
+
 function nodeRow(node) {
   const speed = Math.round(100 * node.speed), alive = node.state !== "down";
   const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
   const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
   return row([
     `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
-    cell(`<span class="state ${node.state}">${node.state}</span>`), cell(alive ? models(node) : "–", "wide"),
+    cell(`<span class="state ${node.state}">${node.state}</span>${errors(node)}`),
+    cell(alive ? models(node) : "–", "wide"),
     cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
     cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);
 }
@@ -7425,7 +7613,8 @@ function ticketRow(it) {
     cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
     cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
     cell(took(it.waited_s), "n", "waited"),
-    cell(it.predicted_start_s ? took(it.predicted_start_s) : "next", "n", "starts in"),
+    cell(it.predicted_start_s === null ? "–" : it.predicted_start_s ? took(it.predicted_start_s) : "next", "n",
+      "starts in"),
     cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
 }
 
@@ -7562,7 +7751,8 @@ def node_state(node, now, tokens):
     stats = node_stats(node, now)
     used = max((it for it in node.runners.values() if it.decode_s), key=lambda it: it.used_s, default=None)
     shown = {model: it for model, it in stats["models"].items() if it["resident"] or it["inflight"]}
-    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running")}, "models": shown,
+    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running", "error_share",
+                                        "last_error")}, "models": shown,
             "on_disk": sum(it["on_disk"] for it in stats["models"].values()), "tok_s": round(tokens / 60, 2),
             "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
 
@@ -7711,9 +7901,11 @@ def read_nodes(options):
     if options.hosts:
         try:
             with open(options.hosts, encoding="utf-8-sig") as file:
-                nodes = parse_hosts(file.read(), options.hosts)
+                nodes, mode = parse_hosts(file.read(), options.hosts), os.fstat(file.fileno()).st_mode
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
+        if any(node.token for node in nodes):
+            warn_of_readers("hosts", options.hosts, mode)
     nodes += parse_hosts("\n".join(options.node), "--node")
     if not nodes and not options.discover:
         raise ConfigError(f"{options.hosts or '--node'}: there is no node in it")
@@ -8179,7 +8371,7 @@ class Gateway:
         self.rng = random.Random(options.seed)
         self.via = via_of(secrets.token_hex(4))
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
-                                     queue_timeout_s=options.queue_timeout)
+                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
         self.origins = LOCAL_ORIGINS + options.origins
         self.is_rebound = rebinding_check(options)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
@@ -8204,7 +8396,7 @@ class Gateway:
         self.metrics = Metrics(self.dispatcher)
         self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
         self.finished = []          # since the last `tally`: (Record, seconds taken)
-        self.draining = False
+        self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
         self.files_seen = self.file_stamps()
@@ -8428,11 +8620,17 @@ class Gateway:
         """Note and log that a node failed a request, and look at once what has become of it."""
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.metrics.failovers[lease.node.name, failure.kind] += 1
-        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
+        self.note_error(lease.node, failure)
         if failure.kind in CONNECTION_FAILURES:
             self.begin_chore(lease.node, probe)
         elif failure.kind == "model":
             self.note_load(lease.node)
+
+    def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
+        """Note and log what a node said or did when it failed."""
+        status = failure.head.status if isinstance(failure, NodeAnswer) else None
+        self.dispatcher.note_error(node, failure.text, status, self.loop.time())
+        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
 
     async def look_at_changes(self, nodes):
         """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
@@ -8507,11 +8705,12 @@ class Gateway:
     # Stop -------------------------------------------------------------------
 
     def drain(self):
-        """Stop listening and finish what is running and queued; a second call stops at once."""
+        """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo."""
         if self.draining:
-            self.stopped.set()
+            if self.loop.time() - self.drained_s > ECHO_S:
+                self.stopped.set()
             return
-        self.draining = True
+        self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
         LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
         if self.server:
@@ -8563,14 +8762,18 @@ def parse_size(text):
     return int(match[1]) * {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB}[match[2][:1].upper()]
 
 
-def parse_seconds(text):
-    """Return a positive number of seconds."""
+UNITS_S = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds in a time: `90`, `90s`, `500ms`, `5m`, `2h`."""
+    number, unit = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S).groups()
     try:
-        seconds = float(text)
+        seconds = float(number) * UNITS_S[unit]
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e7:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 90s, 500ms, 5m or 2h")
     return seconds
 
 
@@ -8641,13 +8844,19 @@ def twin_value(parser, name, text, settings):
         parser.error(f"{name}: {error}")
 
 
+def twin_name(flag: str) -> str:
+    """Return the name of the environment variable that sets a flag."""
+    return "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
+
+
 def command_line(environ):
     """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
-                           epilog="Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
+                           epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
+                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
 
     def add(group, flag, **settings):
-        name = "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
+        name = twin_name(flag)
         twin = environ.get(name)
         if twin is not None:
             settings["default"] = twin_value(parser, name, twin, settings)
@@ -8658,8 +8867,8 @@ def command_line(environ):
     add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
     add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
         "servers, such as 192.168.1.0/24; may be repeated (none)")
-    add(group, "--probe-interval", metavar="S", type=parse_seconds, default="5", help="seconds between looks at a node "
-        "(%(default)s)")
+    add(group, "--probe-interval", metavar="TIME", type=parse_seconds, default="5s", help="time between two looks at "
+        "a node (%(default)s)")
     add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
     add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
         "(they are, with one short request to a model that is loaded)")
@@ -8671,7 +8880,7 @@ def command_line(environ):
     add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
         "(%(default)s)")
     add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
-    add(group, "--drain-timeout", metavar="S", type=parse_seconds, default="300", help="seconds that running requests "
+    add(group, "--drain-timeout", metavar="TIME", type=parse_seconds, default="300s", help="time that running requests "
         "have to finish on SIGTERM (%(default)s)")
     add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
         "(uvloop)")
@@ -8680,8 +8889,10 @@ def command_line(environ):
         "to finish first, or, for comparison, as plain proxies do (%(default)s)")
     add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
         "(%(default)s)")
-    add(group, "--queue-timeout", metavar="S", type=parse_seconds, default="240", help="seconds a request may wait for "
-        "a slot; then 503 (%(default)s)")
+    add(group, "--queue-timeout", metavar="TIME", type=parse_seconds, default="240s", help="time a request may wait "
+        "for a slot; then 503 (%(default)s)")
+    add(group, "--early-refusal", action="store_true", help="503 at once for a request whose turn is predicted to come "
+        "after --queue-timeout (it waits)")
     add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
         "to embed over the nodes (it is)")
     add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
@@ -8692,7 +8903,7 @@ def command_line(environ):
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
         "routing; blobs pass without limit (%(default)s)")
-    add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
+    add(group, "--header-timeout", metavar="TIME", type=parse_seconds, default="10s", help="time a head may take to "
         "arrive (%(default)s)")
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
         "(%(default)s)")
@@ -8713,11 +8924,34 @@ def command_line(environ):
     return parser
 
 
+# What Kubernetes sets in a pod beside a Service named sollol, or sollol-web: SOLLOL_PORT is the name of a flag, too.
+SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT=\w+://.*|"
+                          r"PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Tell whether a variable was set for a Service of Kubernetes, and not for SOLLOL."""
+    return bool(SERVICE_LINK.fullmatch(name) or SERVICE_LINK.fullmatch(f"{name}={value}"))
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Exit at the first variable that is the twin of no flag: a mistyped one would change nothing, unseen."""
+    known = {twin_name(action.option_strings[-1]) for action in parser._actions} - {"SOLLOL_HELP", "SOLLOL_VERSION"}
+    for name in names:
+        if name.startswith("SOLLOL_") and name not in known:
+            near = difflib.get_close_matches(name[7:], [it[7:] for it in known], 1)     # what all share is no likeness
+            parser.error(f"unknown variable {name}: " + (f"is SOLLOL_{near[0]} meant?" if near else "see --help"))
+
+
 def parse_options(argv, environ=None):
     """Return the options of a command line. Exits with status 2 and one line at a mistake."""
     environ = os.environ if environ is None else environ
+    links = [name for name, value in environ.items() if is_service_link(name, value)]
+    environ = {name: value for name, value in environ.items() if name not in links}
     parser = command_line(environ)
     options = parser.parse_args(argv)
+    options.ignored = links
+    refuse_unknown(parser, environ)
     if options.node is None:
         options.node = environ.get("SOLLOL_NODE", "").split()
     if options.discover is None:
@@ -8763,11 +8997,15 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
                          f"{options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
         tell_systemd("READY=1")
         if greeting:
-            print(greeting.format(url=url), flush=True)
+            try:
+                print(greeting.format(url=url), flush=True)
+            except OSError:         # a full disk, or nobody reads it; what Python kept of it would fail at the exit
+                sys.stdout = None
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
-        LOG.info({"event": "stop"})
+        if gateway.address:         # else it did not start
+            LOG.info({"event": "stop"})
 
 
 DEMO_HINTS = """\
@@ -8797,6 +9035,27 @@ async def run_demo(options, keys, tls):
             await node.stop()
 
 
+MODELS_IN_A_ROW, ROW_CHARS = 3, 120
+
+
+def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
+    """Return the lines of a table. The words of a cell that is a list stand below each other if they are many."""
+    def cells(row, split):
+        """Return the lines of each cell."""
+        return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
+                for cell in row]
+
+    def laid_out(table):
+        """Return the lines of each row, cells filled up to the width of their column."""
+        widths = [max(len(line) for row in table for line in row[column]) for column in range(len(table[0]))]
+        return [["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+                 for line in itertools.zip_longest(*row, fillvalue="")] for row in table]
+
+    narrow = [max(map(len, lines)) <= ROW_CHARS for lines in laid_out([cells(row, False) for row in rows])]
+    table = [cells(row, not fits) for row, fits in zip(rows, narrow, strict=True)]
+    return [line for lines in laid_out(table) for line in lines]
+
+
 async def run_check(options, settings):
     """Print what every node answers; return the exit status."""
     options.state = None
@@ -8812,16 +9071,14 @@ async def run_check(options, settings):
         gateway.pools[node] = Pool(node.settings, gateway.loop, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
-    table = [("NODE", "URL", "STATE", "VERSION", "MODELS", "LOADED", "WHY" if any(reasons) else "")]
+    rows = [("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
         models = sorted(node.rows)
         loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
-        table.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
-                      " ".join(models) or "-", " ".join(loaded) or "-", why))
-    table += [(line.name, line.url, "no address", "-", "-", "-", "") for line in missing]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        rows.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
+                     models or ["-"], loaded or ["-"], why))
+    rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
+    print("\n".join(table_lines(rows)))
     await gateway.stop()
     return 0 if nodes and not missing and all(node.up for node in nodes) else 1
 
@@ -8849,6 +9106,8 @@ def main(argv=None):
     """Run the command line; return the exit status."""
     options = parse_options(argv)
     start_log(options.log_format, options.log_level)
+    if options.ignored:
+        LOG.info({"event": "start", "ignored": " ".join(options.ignored), "why": "set for a Service of Kubernetes"})
     raise_descriptor_limit()
     gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
     try:
@@ -8862,11 +9121,24 @@ def main(argv=None):
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"sollol.py: {options.bind}:{options.port}: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:        # asyncio's own text says the address once more
+        text = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror or error
+        print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
     return 0
 
 
+def abandon_unwritten():
+    """Drop what standard error could not take, on a full disk say: at the exit Python would write it, and fail."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = None
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        abandon_unwritten()
