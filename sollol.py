@@ -1765,6 +1765,7 @@ class Lease:
     lines: int = 0
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
+    watched_stall_tokens: float = 0.0
     trials: tuple | list = ()       # half-open breakers that this lease is the trial of
     settled: bool = False           # its client was charged for what it has really cost
     released: bool = False
@@ -4224,7 +4225,8 @@ class Dispatcher:
     def judge_speed(self, lease, now):
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
         node, runner = lease.node, lease.runner
-        elapsed_s = now - max(lease.watched_s, lease.first_s)
+        stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * prefill_s(runner)
+        elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
         if elapsed_s < STALL_S or runner.samples < 3:
             return
         expected = elapsed_s / (decode_s(runner) * slowdown(node, runner) * node.speed) * runner.lines_per_token
@@ -4235,7 +4237,7 @@ class Dispatcher:
             seen = 1.0              # above 1 nothing counts, so noise below it must not either: speeds would drift
         node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
         self.surroundings.pop(node, None)
-        lease.watched_s, lease.watched_lines = now, lease.lines
+        lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
 
     def trust(self, node, now):
         """End the suspicion: a check on the node was answered."""
