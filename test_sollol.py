@@ -1161,7 +1161,7 @@ def test_answers_longer_than_claimed_or_expected_are_charged_in_full(end):
         if end == "left":
             dispatcher.leave(done, now)
         elif end == "failed":
-            assert not fail(dispatcher, done, now=now)
+            assert not fail(dispatcher, done, "busy", now=now)
             dispatcher.leave(done, now)
             dispatcher.answered(dispatcher.nodes["n1"], "0.33.0", 0.001, now)
             dispatcher.nodes["n1"].breaker.succeed()
@@ -4797,7 +4797,7 @@ def test_of_five_nodes_a_failing_and_a_silent_one_cost_nothing_and_get_next_to_n
     (b"<html>\r\n\x00oops \xff</html>", "answered 500: <html> oops \ufffd</html>"), (b"[1]", "answered 500: [1]")])
 def test_error_text_of_a_node_is_one_short_line(body, text):
     head = sollol.parse_response(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "POST")
-    assert sollol.why_of(sollol.NodeRefused(None, head, body)) == (text, 500)
+    assert sollol.NodeAnswer("n1", None, head, body).text == text
 
 
 @over_sockets
@@ -4823,7 +4823,7 @@ async def test_node_that_answers_only_errors_is_not_up_and_says_why(caplog):
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
         told = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
         assert (told["state"], told["error_share"]) == ("up", 0.8)
-    assert caplog.text.count("'kind': 'error', 'why': 'answered 500: odd thing'") == 4
+    assert caplog.text.count("'kind': 'model', 'why': 'answered 500: odd thing'") == 4
     state, = (it for it in caplog.records if it.msg.get("state") == "suspect")
     assert (state.levelname, state.msg["why"]) == ("WARNING", "answered 500: odd thing")
 
@@ -5897,8 +5897,7 @@ def test_predicted_start_counts_only_nodes_that_can_serve():
     placed(whole)
     for harm in (lambda dispatcher, node: dispatcher.drain(node, True),
                  lambda dispatcher, node: dispatcher.lost(node, 0.0),
-                 lambda dispatcher, node: [node.breaker.fail(0.0) for _ in range(2)],
-                 lambda dispatcher, node: setattr(node, "suspect", True)):
+                 lambda dispatcher, node: [node.breaker.fail(0.0) for _ in range(2)]):
         dispatcher = cluster(**{name: ["m"] for name in "abc"})
         for name in "bc":
             harm(dispatcher, dispatcher.nodes[name])
