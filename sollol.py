@@ -6475,8 +6475,8 @@ def cut_batch(wants, sizes, record):
     """Return the Shares of a batch, of the given sizes."""
     texts = iter(wants.batch["input"])
     parts = [list(itertools.islice(texts, size)) for size in sizes]
-    return [Share(part, replace(wants, prompt_chars=sum(map(len, part)), batch=None), replace(record))
-            for part in parts]
+    return [Share(part, replace(wants, prompt_chars=sum(map(len, part)), inputs=len(part), batch=None),
+                  replace(record)) for part in parts]
 
 
 async def keep_share(gateway, share, head, connection, answer, lease, record, keep):
