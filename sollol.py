@@ -56,8 +56,9 @@ import tempfile
 import termios
 import time
 import urllib.parse
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 try:
     from compression import zstd
@@ -83,6 +84,8 @@ WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 MAX_INTERIM = 16                    # 1xx answers before one request's own
 UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
+MAX_FIELDS = 256                    # of a request's head; browsers send twenty. Each costs a microsecond before any key
+MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 
 # Client patience.
@@ -658,6 +661,22 @@ def render_response(head, added, framing):
 # Whether a web page may ask at all, its Origin and the Host tell, by Ollama's rules.
 # -----------------------------------------------------------------------------
 
+# A body up to both bounds is read by json: 10 ms at the most. Chats with images and long prompts are below them.
+PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
+SHORT_BODY_BYTES = 32 * KIB         # read at once; longer ones take turns. 5 ms at the most
+SKIM_BYTES = 64 * KIB               # of a larger body, looked at in one step: 3 ms at the most
+SKIM_STRING_BYTES = 256 * KIB       # the same within one string
+SHORT_VALUE_BYTES = 32 * KIB        # of a field of a larger body that is still read exactly
+MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
+MAX_SKIMMED_KEY_BYTES = 128         # each character of a key may be written as six
+PROMPT_BLOCK_BYTES = 16 * KIB       # a prompt that is not read exactly is compared in blocks of this size
+MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
+MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
+FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
+MAX_NAME_CHARS = 512                # of a model's name, kept: a client can make up names of any length
+SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
+
+
 class Route(NamedTuple):
     """What a path carries and which nodes it concerns.
 
@@ -775,38 +794,269 @@ def has_lower_keys(value):
     return True
 
 
+def json_value(text: str) -> Any:
+    """Return the JSON value that a text begins with, its keys in lower case. Raises ValueError, RecursionError."""
+    value, _ = JSON_VALUE.raw_decode(text)
+    if not has_lower_keys(value):
+        value, _ = JSON_VALUE_IN_ANY_CASE.raw_decode(text)
+    return value
+
+
 def read_object(body):
     """Return the JSON object that `body` begins with, keys in lower case; {} if there is none."""
     try:
-        text = body.decode(errors="replace").lstrip()
-        value, _ = JSON_VALUE.raw_decode(text)
-        if not has_lower_keys(value):
-            value, _ = JSON_VALUE_IN_ANY_CASE.raw_decode(text)
+        value = json_value(body.decode(errors="replace").lstrip())
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+class Reading(NamedTuple):
+    """What was read of a body. `prompt`: (characters, prefix, texts) of one that was only skimmed, else None."""
+
+    fields: dict
+    opaque: bool = False            # it is compressed and cannot be read here
+    prompt: tuple | None = None
+
+
+def at_once(steps: Generator) -> Any:
+    """Run all steps of a piece of work; return its result."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
+
+
+# How a body is skimmed that is too large for json: it is looked at as bytes, in blocks, by what works at the speed of
+# C. Escapes are overwritten, so that each quote left begins or ends a string; what lies between strings is reduced to
+# its brackets, written as square ones. All work on it is a generator: it yields after some milliseconds.
+
+BRACKETS_ONLY = bytes(range(256)).translate(None, b"[]{}")
+AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+SPACE = re.compile(rb"[ \t\r\n]{0,65536}")
+SCALAR = re.compile(rb"[-+.0-9A-Za-z]{1,400}")
+LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
+SKIMMED_FIELDS = frozenset((*LONG_FIELDS, "model", "name", "source", "from", "stream", "options", "tools", "keep_alive",
+                            "priority", "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
+                            "top_logprobs", *OUTPUT_BOUNDS))
+
+
+class Long(NamedTuple):
+    """A field's value that was not read: where its bytes are."""
+
+    start: int
+    end: int
+
+
+def unescaped(body: bytes, start: int, end: int) -> bytes:
+    """Return bytes from `start`, where no escape is open, to `end`, or one more if that would cut one, all the escapes
+    of quotes and backslashes overwritten.
+    """
+    block = body[start:end]
+    if (len(block) - len(block.rstrip(b"\\"))) % 2:
+        block = body[start:end + 1]
+    return block.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in block else block
+
+
+def depths(brackets: bytes) -> tuple[int, int]:
+    """Return (least, last) depth after any of some square brackets, both seen from the depth before the first."""
+    for _ in range(4):
+        pairless = brackets.replace(b"[]", b"")
+        if len(pairless) == len(brackets):
+            closing = brackets.count(b"]")
+            return -closing, len(brackets) - 2 * closing
+        brackets = pairless
+    after = list(itertools.accumulate(map((92).__sub__, brackets), initial=0))      # `[` is 91, `]` is 93
+    return min(after), after[-1]
+
+
+def string_end(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the string whose text begins at `at` ends: at its quote, or with the body."""
+    size = 64
+    while at < len(body):
+        block = unescaped(body, at, at + size)
+        quote = block.find(b'"')
+        if quote >= 0:
+            return at + quote
+        at, size = at + len(block), min(2 * size, SKIM_STRING_BYTES)
+        if size == SKIM_STRING_BYTES:
+            yield
+    return len(body)
+
+
+def list_end(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the list or object ends, the byte behind it, whose inside begins at `at`; or the end of the body."""
+    depth, in_string, size = 1, 0, 64
+    while at < len(body):
+        block = unescaped(body, at, at + size)
+        parts = block.split(b'"')
+        brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY)
+        least, last = depths(brackets) if brackets.count(b"]") >= depth else (0, 2 * brackets.count(b"[") - len(brackets))
+        if depth + least > 0:
+            at, depth, in_string = at + len(block), depth + last, (in_string + len(parts) - 1) % 2
+            size = min(2 * size, SKIM_BYTES)
+        elif len(block) > 64:
+            size = len(block) // 2
+        else:
+            return at + list_end_within(block, depth, in_string)
+        if len(block) >= SKIM_BYTES // 4:
+            yield
+    return len(body)
+
+
+def list_end_within(block: bytes, depth: int, in_string: int) -> int:
+    """Return where in a short block, without escapes, the depth of brackets reaches 0."""
+    for at, byte in enumerate(block):
+        if byte == 34:
+            in_string = not in_string
+        elif not in_string:
+            depth += (byte in b"[{") - (byte in b"]}")
+            if not depth:
+                return at + 1
+    return len(block)
+
+
+def skip_space(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the next byte that is no white space is."""
+    while (end := SPACE.match(body, at).end()) - at == 65536:
+        at = end
+        yield
+    return end
+
+
+def value_end(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
+    first = body[at:at + 1]
+    if first == b'"':
+        end = 1 + (yield from string_end(body, at + 1))
+    elif first and first in b"[{":
+        end = yield from list_end(body, at + 1)
+    else:
+        scalar = SCALAR.match(body, at)
+        end = scalar.end() if scalar else len(body) + 1
+    if end > len(body):
+        raise ValueError("a value without an end")
+    return end
+
+
+def read_value(body: bytes, start: int, end: int, name: str) -> Any:
+    """Return a field's value: read if it is short, a name cut, else where it is. Raises ValueError."""
+    if end - start <= SHORT_VALUE_BYTES:
+        return json_value(body[start:end].decode(errors="replace"))
+    if name in ("model", "name", "source", "from") and body[start:start + 1] == b'"':
+        return body[start + 1:start + 1 + MAX_NAME_CHARS].decode(errors="replace")
+    return Long(start, end)
+
+
+def skimmed_object(body: bytes) -> Generator[None, None, dict]:
+    """Return the fields of the JSON object that `body` begins with, of those that are looked at; {} if there is none.
+
+    Keys in any case are the same, and the last one wins.
+    """
+    fields: dict = {}
+    try:
+        at = yield from skip_space(body, 0)
+        if body[at:at + 1] != b"{":
+            return {}
+        for count in range(MAX_SKIMMED_FIELDS):
+            at = yield from skip_space(body, at + 1)
+            if body[at:at + 1] == b"}":
+                break
+            start, end = at, (yield from value_end(body, at))
+            key = body[start:end] if end - start <= MAX_SKIMMED_KEY_BYTES else b'""'
+            name = json.loads(key.decode(errors="replace"))
+            at = yield from skip_space(body, end)
+            if not isinstance(name, str) or body[at:at + 1] != b":":
+                return {}
+            at = yield from skip_space(body, at + 1)
+            start, end = at, (yield from value_end(body, at))
+            if name.lower() in SKIMMED_FIELDS:
+                fields[name.lower()] = read_value(body, start, end, name.lower())
+            at = yield from skip_space(body, end)
+            if body[at:at + 1] not in (b",", b"}"):
+                return {}
+            if body[at:at + 1] == b"}":
+                break
+            if count % 100 == 99:
+                yield
+    except (ValueError, RecursionError):
+        return {}
+    return fields
+
+
+def text_chars(raw: bytes) -> int:
+    """Return about how many characters of text are in a block of JSON: none if it is an image, or numbers."""
+    if len(raw) > KIB and raw.isascii() and not any(mark in raw for mark in (b" ", b"\\", b'"')):
+        return 0
+    return max(0, len(raw.decode(errors="ignore")) - 5 * raw.count(b"\\u"))
+
+
+def skimmed_prompt(body: bytes, fields: dict, seed: int) -> Generator[None, None, tuple]:
+    """Return (characters, prefix, texts) of a prompt: about how long it is, and as if each block were a message."""
+    chars, chain, texts = 0, [], 1
+    for name in LONG_FIELDS:
+        value = fields.get(name)
+        if not isinstance(value, Long):
+            text = value if isinstance(value, str) else json.dumps(value) if value else ""
+            chars, seed = chars + len(text), hash((seed, text)) if text else seed
+            continue
+        for at in range(value.start, value.end, PROMPT_BLOCK_BYTES):
+            raw = body[at:min(at + PROMPT_BLOCK_BYTES, value.end)]
+            chars, seed = chars + text_chars(raw), hash((seed, raw))
+            chain.append((seed, chars))
+            if name == "input":
+                texts += raw.count(b'","') + raw.count(b'", "')
+            if len(chain) % 32 == 0:
+                yield
+    return chars, tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:]), texts
+
+
+def json_steps(body: bytes) -> Generator[None, None, Reading]:
+    """Read a JSON body, however large."""
+    if len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES:
+        return Reading(read_object(body))
+    fields = yield from skimmed_object(body)
+    tools = fields.get("tools")
+    if isinstance(tools, Long):
+        fields["tools"] = hash(body[tools.start:min(tools.end, tools.start + MIB)])
+    seed = hash(repr(fields["tools"])) if tools else 0
+    return Reading(fields, prompt=(yield from skimmed_prompt(body, fields, seed)))
 
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
 FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
 
 
-def form_field(content_type, body, name):
+def find_in_steps(body: bytes, mark: bytes, at: int) -> Generator[None, None, int]:
+    """Return where `mark` is found from `at` on, or -1."""
+    while at < len(body):
+        found = body.find(mark, at, at + FORM_SEARCH_BYTES)
+        if found >= 0:
+            return found
+        at += FORM_SEARCH_BYTES - len(mark)
+        yield
+    return -1
+
+
+def form_field(content_type: bytes, body: bytes, name: bytes) -> Generator[None, None, str | None]:
     """Return the text of a field of a multipart form (RFC 7578), or None."""
     match = BOUNDARY.search(content_type)
-    if not match:
+    if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
         return None
     delimiter = b"--" + (match[1] or match[2])
-    at = body.find(delimiter)
-    while at >= 0:
-        start, end = at + len(delimiter), body.find(b"\r\n" + delimiter, at)
-        value = body.find(b"\r\n\r\n", start, max(0, end))
-        if value < 0:
+    at = yield from find_in_steps(body, delimiter, 0)
+    for count in range(MAX_FORM_FIELDS):
+        start, end = at + len(delimiter), (yield from find_in_steps(body, b"\r\n" + delimiter, at))
+        value = body.find(b"\r\n\r\n", start, min(max(0, end), start + MAX_HEAD_BYTES))
+        if at < 0 or value < 0:
             return None
         found = FIELD_NAME.search(body[start:min(value, start + KIB)])
         if found and found[1] == name:
-            return body[value + 4:end].decode(errors="replace")
+            return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
         at = end + 2
+        if count % 100 == 99:
+            yield
     return None
 
 
@@ -822,15 +1072,18 @@ def unpacked(body):
     return data if decoder.eof else None
 
 
-def read_fields(head, route, body):
-    """Return (the fields of a body, whether it is compressed and cannot be read)."""
+def reading_steps(head: RequestHead, route: Route, body: bytes) -> Generator[None, None, Reading]:
+    """Read a body, one step at a time: each takes some milliseconds at the most, whatever it holds."""
+    if route.kind in ("raw", "account"):
+        return Reading({})
     if route.kind == "transcribe":
-        model = form_field(head.fields.get(b"content-type", b""), body, b"model")
-        return ({"model": model} if model else {}), False
+        model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
+        return Reading({"model": model} if model else {})
     if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
         body = unpacked(body)
-        return (read_object(body), False) if body is not None else ({}, True)
-    return read_object(body), False
+        if body is None:
+            return Reading({}, opaque=True)
+    return (yield from json_steps(body))
 
 
 # Ollama's own list: any port of this machine, and what is no web page.
@@ -899,7 +1152,7 @@ def may_mean_us(host, machine, allowed):
 @remembered
 def canonical(name):
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
-    name = name.strip().lower()
+    name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
     if name.endswith(":local"):
         name = name[:-len(":local")]
@@ -982,6 +1235,13 @@ def prefix_of(parts, seed):
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
+def read_prompt(kind: str, fields: dict) -> tuple[int, tuple, int]:
+    """Return (characters, prefix, texts) of a prompt."""
+    parts, tools, given = prompt_parts(kind, fields), fields.get("tools"), fields.get("input")
+    return (sum(map(len, parts)), prefix_of(parts, hash(repr(tools)) if tools else 0),
+            len(given) if isinstance(given, list) and given else 1)
+
+
 def output_bound(family, fields, options):
     """Return how many tokens the client wants at most, or None."""
     if family is Family.OLLAMA:
@@ -1033,17 +1293,17 @@ def read_raw_wants(head, route, client):
                  repeatable=head.method in ("GET", "HEAD"))
 
 
-def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
-    """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
+def read_wants(head, route, reading, client, default_priority=DEFAULT_PRIORITY):
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for a priority that is none.
+    """
     if route.kind in ("raw", "account"):
         return read_raw_wants(head, route, client)
-    fields, opaque = read_fields(head, route, body)
+    fields = reading.fields
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields.get("stream")
-    parts = prompt_parts(route.kind, fields) if route.is_inference else []
-    tools = fields.get("tools")
+    prompt_chars, prefix, texts = reading.prompt or read_prompt(route.kind, fields)
     change = route.kind if route.kind in CHANGES else ""
     if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
         change = "unload"
@@ -1051,25 +1311,24 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
     stream = stream if isinstance(stream, bool) else route.streams
     if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
         source = fields.get("from")             # else it is made from blobs, and these are on the primary node
-    inputs = fields.get("input") if route.kind == "embed" else None
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
         priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
-        prompt_chars=sum(map(len, parts)),
+        prompt_chars=prompt_chars if route.is_inference else 0,
         max_output=output_bound(route.family, fields, options),
         options=runner_options(fields, options),
-        prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
+        prefix=prefix if route.is_inference else (),
         embeds=route.kind == "embed",
-        inputs=len(inputs) if isinstance(inputs, list) and inputs else 1,
+        inputs=texts if route.kind == "embed" else 1,
         inference=route.is_inference and not change,
         repeatable=route.kind not in NOT_REPEATABLE,
         deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
             fields, options if route.family is Family.OLLAMA else fields),
         where=route.where,
-        opaque=opaque,
+        opaque=reading.opaque,
         batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
         source=canonical(source) if isinstance(source, str) else None,
         change=change,
@@ -4201,6 +4460,48 @@ def unread_bytes(transport):
     return unsent
 
 
+class Turns:
+    """Hand out the loop: of all work that takes long, one step is done per turn of the loop, each asker after the other.
+
+    So such work delays everybody else by one step of some milliseconds, however many clients cause it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiting: collections.deque[asyncio.Future] = collections.deque()
+        self.is_due = False         # the next one is to be woken
+
+    async def take(self) -> None:
+        """Wait for a turn."""
+        turn = self.loop.create_future()
+        self.waiting.append(turn)
+        if not self.is_due:
+            self.is_due = True
+            self.loop.call_soon(self.give)
+        await turn
+
+    def give(self) -> None:
+        """Wake the first that has not left."""
+        while self.waiting:
+            turn = self.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+        self.is_due = bool(self.waiting)
+        if self.is_due:
+            self.loop.call_soon(self.give)
+
+    async def run(self, steps: Generator, at_once: bool = False) -> Any:
+        """Return the result of work that is given as a generator: each of its steps takes a turn."""
+        while True:
+            if not at_once:
+                await self.take()
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
 
@@ -5407,11 +5708,12 @@ async def serve(gateway, client, head, record):
     raw = route.kind == "raw"
     body = b"" if raw else await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
     client.serving = True
+    reading = await gateway.turns.run(reading_steps(head, route, body), len(body) <= SHORT_BODY_BYTES)
     if key is None:
-        wants = read_wants(head, route, body, client.address)
+        wants = read_wants(head, route, reading, client.address)
         return await serve_by_nodes(gateway, client, head, route, body, wants, record)
     allowed = key.settings
-    wants = read_wants(head, route, body, allowed.name, allowed.priority)
+    wants = read_wants(head, route, reading, allowed.name, allowed.priority)
     wants.priority = min(wants.priority, allowed.max_priority)
     try:
         key.take(gateway.loop.time())
@@ -7002,6 +7304,7 @@ class Gateway:
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
+        self.turns = Turns(self.loop)       # of work that takes long
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
         self.chores = {}            # (Node, what is done): Task

@@ -491,7 +491,8 @@ def asked(path="/api/chat", body=b"", method="POST", **fields):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {name.replace("_", "-").encode(): value for name, value in fields.items()}
     given = sollol.RequestHead(method, path.encode(), path, 1, fields, [], len(body), True, False)
-    return sollol.read_wants(given, sollol.ROUTES[method, path], body, "10.0.0.1")
+    route = sollol.ROUTES[method, path]
+    return sollol.read_wants(given, route, sollol.at_once(sollol.reading_steps(given, route, body)), "10.0.0.1")
 
 
 @pytest.mark.parametrize("name, full", [
@@ -5399,7 +5400,7 @@ async def test_cloud_model_goes_to_the_primary_even_if_others_list_it():
     ("empty", b"multipart/form-data; boundary=cut", b"", None),
 ])
 def test_field_of_a_form(content_type, body, model):
-    assert sollol.form_field(content_type, body, b"model") == model
+    assert sollol.at_once(sollol.form_field(content_type, body, b"model")) == model
 
 
 @over_sockets
