@@ -46,6 +46,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
 import ssl
@@ -78,6 +79,7 @@ MAX_HEAD_BYTES = 64 * KIB
 MAX_TARGET_BYTES = 16 * KIB
 MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
 MAX_TRAILER_BYTES = 16 * KIB
+DECODED_BYTES = 16 * KIB            # of a chunked body, in one step: 3 ms if each chunk holds one byte
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
 WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
@@ -90,6 +92,8 @@ TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are i
 
 # Client patience.
 KEEP_ALIVE_S = 75.0                 # an idle client connection
+LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
+SPARED_S = 1.0                      # a connection is not closed as an idle one within this
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
 BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
@@ -454,6 +458,8 @@ def parse_request_line(line):
 def parse_request(head):
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
     first, *lines = head[:-4].split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise ProtocolError(f"more than {MAX_FIELDS} header fields", 431)
     method, target, path, version = parse_request_line(first)
     fields, lines = parse_fields(lines)
     host = fields.get(b"host")
@@ -543,6 +549,10 @@ class ChunkedBody:
     def __init__(self):
         self.state, self.left, self.line, self.trailer_bytes = self.SIZE, 0, b"", 0
         self.done = self.verbatim = False
+
+    def at_most(self) -> int:
+        """Return how many bytes may be fed in one step: those of a chunk cost nothing, each chunk a microsecond."""
+        return max(DECODED_BYTES, self.left)
 
     def plain_chunks(self, data):
         """Return how many chunks `data` is, if it is nothing but whole plain ones, as tokens mostly are; else 0.
@@ -4271,10 +4281,12 @@ def body_due_s(due_s, size, now):
 class Upload:
     """Pass a request body on to a node while it comes, in constant memory."""
 
-    def __init__(self, client, connection, length):
-        self.client, self.connection = client, connection
+    def __init__(self, client, connection, length, turns):
+        self.client, self.connection, self.turns = client, connection, turns
         self.body = body_decoder(length)
         self.chunked = length is None
+        self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
+        self.catching_up = None     # the task that does it
 
     def start(self, grace_s):
         """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
@@ -4301,6 +4313,32 @@ class Upload:
         self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
             return                  # the answer came early; what is still coming has no reader
+        self.behind += data
+        if self.catching_up is None:
+            self.step()
+        if self.behind:
+            self.client.pause_reading()
+            self.catching_up = self.catching_up or self.client.loop.create_task(self.catch_up())
+
+    async def catch_up(self) -> None:
+        """Decode what has come, a step per turn of the loop; then read on."""
+        while self.behind and self.client.sink is self and self.connection.failure is None:
+            await self.turns.take()
+            self.step()
+        self.catching_up = None
+        if not self.connection.write_paused:
+            self.client.resume_reading()
+
+    def end(self) -> None:
+        """Take in no more."""
+        if self.catching_up is not None:
+            self.catching_up.cancel()
+        self.client.sink, self.client.deadline_s = None, math.inf
+
+    def step(self) -> None:
+        """Decode some of what has come, and pass it on."""
+        most = self.body.at_most() if self.chunked else len(self.behind)
+        data, self.behind = self.behind[:most], self.behind[most:]
         try:
             payload, used = self.body.feed(data)
         except ProtocolError as error:
@@ -4308,6 +4346,7 @@ class Upload:
                 self.connection.fail(error)
             else:                   # an answer is on its way already; there is no room for another
                 self.client.transport.abort()
+            self.behind = b""
             return
         if self.chunked:
             payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
@@ -4315,7 +4354,8 @@ class Upload:
             self.connection.transport.write(payload)
         if self.body.done:
             self.client.sink, self.client.deadline_s = None, math.inf
-            self.client.buffer += data[used:]
+            self.client.buffer += data[used:] + self.behind
+            self.behind = b""
 
 
 # -----------------------------------------------------------------------------
@@ -4448,6 +4488,19 @@ REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthori
            500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable"}
 
 
+def has_left(transport) -> bool:
+    """Tell whether the other side has closed its end, although nothing is read of it.
+
+    Where the system does not tell of an end behind unread bytes, only a reset is seen.
+    """
+    poll = select.poll()
+    try:
+        poll.register(transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+    except (OSError, ValueError):   # closed
+        return True
+
+
 def unread_bytes(transport):
     """Return how much of what was written the other side has not taken yet.
 
@@ -4502,12 +4555,66 @@ class Turns:
                 return end.value
 
 
+class BodyMemory:
+    """Share out the memory for bodies that are read as a whole: beyond its limit they wait unread, in order.
+
+    Short ones need not wait; one that is alone may be larger than all the memory.
+    """
+
+    def __init__(self, limit: int, turns: Turns) -> None:
+        self.limit, self.turns = limit, turns
+        self.held_bytes = 0
+        self.waiting: collections.deque[tuple[int, asyncio.Future]] = collections.deque()
+
+    def fits(self, size: int) -> bool:
+        """Tell whether there is room for so many bytes more."""
+        return not self.held_bytes or self.held_bytes + size <= self.limit
+
+    def grant(self) -> None:
+        """Give those that wait what there is room for, the first one first."""
+        while self.waiting and (self.waiting[0][1].done() or self.fits(self.waiting[0][0])):
+            size, turn = self.waiting.popleft()
+            if not turn.done():
+                self.held_bytes += size
+                turn.set_result(None)
+
+    async def hold(self, client: "ClientConnection", size: int) -> None:
+        """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
+        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
+        if size <= SHORT_BODY_BYTES or not more:
+            return
+        if not self.waiting and self.fits(more):
+            self.held_bytes += more
+            client.held_bytes += more
+            return
+        turn, was_serving = self.turns.loop.create_future(), client.serving
+        self.waiting.append((more, turn))
+        try:
+            client.serving = True   # so that its end is noticed
+            async with asyncio.timeout(BODY_PAUSE_S):
+                await turn
+        except TimeoutError:
+            raise Refusal(503, "other requests with large bodies take all the memory there is for them", close=True,
+                          retry_after_s=5.0) from None
+        finally:
+            client.serving = was_serving
+            if turn.done() and not turn.cancelled():
+                client.held_bytes += more
+            self.grant()
+
+    def give_back(self, client: "ClientConnection") -> None:
+        """Take back what a client holds."""
+        self.held_bytes -= client.held_bytes
+        client.held_bytes = 0
+        self.grant()
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
 
     __slots__ = ("loop", "converse", "transport", "task", "writer", "address", "buffer", "sink", "source", "waiter",
-                 "deadline_s", "overdue", "reading", "write_deadline_s", "unread_bytes", "asking", "serving", "eof",
-                 "gone", "write_paused", "read_paused")
+                 "deadline_s", "overdue", "wanted_bytes", "write_deadline_s", "unread_bytes", "asking", "serving",
+                 "eof", "gone", "write_paused", "read_paused", "idle_s", "held_bytes", "is_stranger")
 
     def __init__(self, loop, converse):
         self.loop, self.converse = loop, converse
@@ -4518,7 +4625,11 @@ class ClientConnection(asyncio.Protocol):
         self.source = None          # the node's transport, not read while this socket's buffer is full
         self.waiter = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
-        self.overdue = self.reading = False
+        self.overdue = False
+        self.wanted_bytes = 0       # of a body that is read as a whole: so many may be in `buffer`
+        self.held_bytes = 0         # of BodyMemory, for that body
+        self.idle_s = loop.time()   # since when no request is under way
+        self.is_stranger = False    # it has given no key, and counts for its address
         self.write_deadline_s = math.inf    # until when the client must have read LEAST_READ_BYTES
         self.unread_bytes = 0       # of what was to be sent when that was asked for
         self.asking = False         # a request has begun and its answer has not ended
@@ -4528,21 +4639,23 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport, self.write_deadline_s = transport, math.inf
-        peer = transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        self.note_address()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
+
+    def note_address(self) -> str:
+        """Note and return the address of the other side."""
+        peer = self.transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        return self.address
 
     def data_received(self, data):
         if self.sink is not None:
             self.sink.data(data)
             return
         self.buffer += data
-        if len(self.buffer) > READ_AHEAD_BYTES and not self.reading:
-            if self.serving:        # unread, its end would not be seen either; nobody asks so much ahead
-                self.transport.abort()
-            else:
-                self.pause_reading()
+        if len(self.buffer) > max(READ_AHEAD_BYTES, self.wanted_bytes):
+            self.pause_reading()
         self.wake()
 
     def eof_received(self):
@@ -4596,6 +4709,8 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
             else:
                 self.ask_to_read()
+        elif self.serving and self.read_paused and self.sink is None and not self.eof and has_left(self.transport):
+            self.eof_received()
         elif now > self.deadline_s:
             self.overdue, self.deadline_s = True, math.inf
             if self.sink is not None:
@@ -4618,7 +4733,7 @@ class ClientConnection(asyncio.Protocol):
         """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
         size = len(self.buffer)
         self.deadline_s = self.loop.time() + patience_s
-        self.reading, self.overdue = True, False
+        self.overdue = False
         if self.read_paused:
             self.resume_reading()
         try:
@@ -4629,7 +4744,7 @@ class ClientConnection(asyncio.Protocol):
                     raise Refusal(408, "the request took too long to arrive", close=True)
                 await self.wait()
         finally:
-            self.reading, self.deadline_s = False, math.inf
+            self.deadline_s = math.inf
 
     async def drained(self):
         """Wait until the client has read most of what was written to it."""
@@ -4638,10 +4753,14 @@ class ClientConnection(asyncio.Protocol):
 
     async def next_head(self, patience_s):
         """Return the head of the next request, or None if the client is done. Raises Refusal."""
-        scanned = started_s = 0
+        scanned = started_s = empty_lines = 0
+        self.idle_s = self.loop.time()
         while True:
             while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
                 del self.buffer[:2]
+                empty_lines += 1
+                if empty_lines > MAX_EMPTY_LINES:
+                    raise ProtocolError("empty lines instead of a request line")
             end = find_head(self.buffer, scanned) if self.buffer else None
             if end is not None:
                 break
@@ -4651,14 +4770,24 @@ class ClientConnection(asyncio.Protocol):
                     started_s = started_s or self.loop.time()
                     await self.more(started_s + patience_s - self.loop.time())
                 else:
-                    await self.more(KEEP_ALIVE_S)
+                    await self.more(self.idle_s + KEEP_ALIVE_S - self.loop.time())
             except (ClientGone, Refusal):
                 if not self.buffer:
                     return None
                 raise
-        raw = bytes(self.buffer[:end])
-        del self.buffer[:end]
-        return parse_request(raw)
+        return parse_request(self.take(end))
+
+    def take(self, size: int) -> bytes:
+        """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
+        if size == len(self.buffer):
+            taken, self.buffer = bytes(self.buffer), bytearray()
+        else:
+            with memoryview(self.buffer) as view:
+                taken = bytes(view[:size])
+            del self.buffer[:size]
+        if self.read_paused and len(self.buffer) <= READ_AHEAD_BYTES:
+            self.resume_reading()
+        return taken
 
     def invite(self, head):
         """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
@@ -4671,36 +4800,45 @@ class ClientConnection(asyncio.Protocol):
         await self.more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
-    async def read_body(self, head, limit, grace_s):
-        """Return the whole body of a request.
+    async def read_body(self, head: RequestHead, limit: int, grace_s: float, memory: "BodyMemory") -> bytes:
+        """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
-        ClientGone if it is cut short.
+        Refusal(503) if there is no memory for it, ClientGone if it is cut short.
         """
         if head.length == 0:
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
+        await memory.hold(self, head.length or 0)
         self.invite(head)
         now = self.loop.time()
         due_s = body_due_s(now + grace_s, len(self.buffer), now)
-        if head.length is not None:
-            while len(self.buffer) < head.length:
-                due_s = await self.more_body(due_s)
-            body = bytes(self.buffer[:head.length])
-            del self.buffer[:head.length]
-            return body
+        if head.length is None:
+            return await self.read_chunks(limit, due_s, memory)
+        self.wanted_bytes = head.length
+        while len(self.buffer) < head.length:
+            due_s = await self.more_body(due_s)
+        self.wanted_bytes = 0
+        return self.take(head.length)
+
+    async def read_chunks(self, limit: int, due_s: float, memory: "BodyMemory") -> bytes:
+        """Return a whole chunked body. Raises as `read_body`."""
         decoder, parts, size = ChunkedBody(), [], 0
         while True:
-            payload, used = decoder.feed(bytes(self.buffer))
-            del self.buffer[:used]
+            payload, used = decoder.feed(bytes(self.buffer[:decoder.at_most()]))
+            self.take(used)
             parts.append(payload)
             size += len(payload)
             if size > limit:
                 raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             if decoder.done:
                 return b"".join(parts)
-            due_s = await self.more_body(due_s)
+            await memory.hold(self, size)
+            if self.buffer:
+                await memory.turns.take()
+            else:
+                due_s = await self.more_body(due_s)
 
     async def close(self):
         """Close so that the client gets all that was written.
@@ -5170,7 +5308,7 @@ async def serve_upload(gateway, client, head, wants, record):
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
     lease = dispatcher.place(record.id, wants, set(), loop.time())
-    connection, clean = None, False
+    connection, upload, clean = None, None, False
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
         pool = gateway.pools[lease.node]
@@ -5179,7 +5317,7 @@ async def serve_upload(gateway, client, head, wants, record):
         lease.abandon = connection.fail
         client.invite(head)
         connection.transport.write(render_request(head, lease.node.settings, head.length))
-        upload = Upload(client, connection, head.length)
+        upload = Upload(client, connection, head.length, gateway.turns)
         upload.start(gateway.header_timeout_s)
         answer = await connection.response(head.method)
         keep = head.keep_alive and upload.body.done
@@ -5190,7 +5328,8 @@ async def serve_upload(gateway, client, head, wants, record):
         gateway.blame(lease, failure)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
-        client.sink, client.deadline_s = None, math.inf
+        if upload is not None:
+            upload.end()
         dispatcher.release(lease, loop.time())
         if connection is not None:
             pool.give_back(connection, clean)
@@ -5582,7 +5721,7 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
 async def serve_locally(gateway, client, head, record):
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
+        await gateway.read_body(client, head)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
     status, body, kind, *extra = gateway.local[head.path](gateway)
@@ -5613,6 +5752,7 @@ def admit(gateway, client, head, route, record):
     """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
     if key:
+        gateway.acquaint(client)
         record.key = key.settings.name
         if route.kind != "order" or key.settings.admin or is_local(client, head):
             return key
@@ -5628,7 +5768,7 @@ def admit(gateway, client, head, route, record):
 async def serve_events(gateway, client, head, record):
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
+        await gateway.read_body(client, head)
     client.serving = True
     record.status = 200
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", b"Connection: close",
@@ -5644,7 +5784,7 @@ async def serve_events(gateway, client, head, record):
 async def serve_order(gateway, client, head, record):
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
-    await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
+    await gateway.read_body(client, head)
     node = gateway.dispatcher.nodes.get(name)
     if node is None or verb not in ("drain", "resume"):
         names = ", ".join(gateway.dispatcher.nodes)
@@ -5705,25 +5845,34 @@ async def serve(gateway, client, head, record):
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    raw = route.kind == "raw"
-    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
-    client.serving = True
-    reading = await gateway.turns.run(reading_steps(head, route, body), len(body) <= SHORT_BODY_BYTES)
     if key is None:
-        wants = read_wants(head, route, reading, client.address)
-        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
-    allowed = key.settings
-    wants = read_wants(head, route, reading, allowed.name, allowed.priority)
-    wants.priority = min(wants.priority, allowed.max_priority)
+        return await serve_admitted(gateway, client, head, route, record, None)
     try:
         key.take(gateway.loop.time())
     except Refusal as refusal:
-        refusal.close = raw and head.length != 0
+        if head.length is None or head.length > SHORT_BODY_BYTES:
+            refusal.close = True    # rather than read all that is refused
+        else:
+            await gateway.read_body(client, head)
         raise
     try:
-        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+        return await serve_admitted(gateway, client, head, route, record, key.settings)
     finally:
         key.give_back()
+
+
+async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: RequestHead, route: Route, record: Record,
+                         allowed: KeySettings | None) -> bool:
+    """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
+    body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
+    client.serving = True
+    reading = await gateway.turns.run(reading_steps(head, route, body), len(body) <= SHORT_BODY_BYTES)
+    if allowed is None:
+        wants = read_wants(head, route, reading, client.address)
+    else:
+        wants = read_wants(head, route, reading, allowed.name, allowed.priority)
+        wants.priority = min(wants.priority, allowed.max_priority)
+    return await serve_by_nodes(gateway, client, head, route, body, wants, record)
 
 
 async def converse(gateway, client):
@@ -5746,8 +5895,11 @@ async def converse(gateway, client):
                 keep = answer_whole(client, head, record, refused.head, refused.body)
             gateway.finish(record)
             record = None
+            gateway.memory.give_back(client)
             if client.write_paused:
                 await client.drained()
+            if client.buffer:       # it asks ahead: others come in between
+                await gateway.turns.take()
             if not keep or gateway.draining or client.gone:
                 return
     except Refusal as refusal:      # no head, or none that can be read
@@ -5764,8 +5916,9 @@ async def converse(gateway, client):
     finally:
         if record:
             gateway.finish(record)
+        gateway.memory.give_back(client)
         await client.close()
-        gateway.clients.discard(client)
+        gateway.forget(client)
 
 
 # -----------------------------------------------------------------------------
@@ -7305,11 +7458,14 @@ class Gateway:
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
         self.turns = Turns(self.loop)       # of work that takes long
+        self.memory = BodyMemory(options.max_memory, self.turns)
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
         self.chores = {}            # (Node, what is done): Task
         self.states = {}            # Node: its state as logged last
         self.clients = set()
+        self.strangers = collections.Counter()      # address: connections that have given no key
+        self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
         self.lines = lines          # NodeSettings as written
         self.look_up = look_up      # name -> its addresses
         self.told = {}              # name: its addresses, as DNS told last
@@ -7375,18 +7531,52 @@ class Gateway:
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
+        address = client.note_address()
         if len(self.clients) >= self.max_clients:
+            self.close_idle_client()
+        is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
+        if is_too_much or len(self.clients) >= self.max_clients:
             if not self.tls:        # else it would take a handshake to tell
-                answer_refusal(client, None, None, Refusal(503, "too many connections", close=True, retry_after_s=1.0))
+                text = f"too many connections{f' from {address}' if is_too_much else ''}"
+                answer_refusal(client, None, None, Refusal(503, text, close=True, retry_after_s=1.0))
             transport.close()
             return
         self.clients.add(client)
+        self.strangers[address] += 1
+        client.is_stranger = True
         if self.tls:
-            client.transport = TlsTransport(transport, self.tls, client, self.clients.discard)
+            client.transport = TlsTransport(transport, self.tls, client, self.forget)
             client.write_deadline_s = self.loop.time() + self.header_timeout_s      # of the handshake
             transport.set_protocol(client.transport)
         else:
             client.connection_made(transport)
+
+    def close_idle_client(self) -> None:
+        """Close the connection that has been idle for longest, to make room; none that has just come."""
+        before_s = self.loop.time() - SPARED_S
+        idle = [client for client in self.clients
+                if client.idle_s < before_s and client.task and not client.asking and not client.buffer]
+        if idle:
+            client = min(idle, key=lambda client: client.idle_s)
+            self.forget(client)
+            client.transport.abort()
+
+    def acquaint(self, client: ClientConnection) -> None:
+        """Count a connection for its address no longer: it has given a key, or ends."""
+        if client.is_stranger:
+            client.is_stranger = False
+            self.strangers[client.address] -= 1
+            if not self.strangers[client.address]:
+                del self.strangers[client.address]
+
+    def forget(self, client: ClientConnection) -> None:
+        """Count a connection no longer."""
+        self.acquaint(client)
+        self.clients.discard(client)
+
+    async def read_body(self, client: ClientConnection, head: RequestHead) -> bytes:
+        """Return the whole body of a request. Raises as ClientConnection.read_body."""
+        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
     def report(self, loop, context):
         """Log what went wrong outside all tasks.
@@ -7803,6 +7993,8 @@ def command_line(environ):
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
         "routing; blobs pass without limit (%(default)s)")
+    add(group, "--max-memory", metavar="SIZE", type=parse_size, default="512MiB", help="bytes of such bodies at once; "
+        "beyond that further ones wait unread (%(default)s)")
     add(group, "--header-timeout", metavar="S", type=parse_seconds, default="10", help="seconds a head may take to "
         "arrive (%(default)s)")
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
