@@ -114,6 +114,9 @@ MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 o
 SCANS_KEPT = 10                     # for which a found node may be away: half an hour
 FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
+SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
+MOST_IDLE_UPSTREAM = 32             # connections kept per node; a node has a few slots
+MOST_UNQUEUED = 64                  # requests without a slot, per node at once; further ones wait: descriptors must last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
@@ -1012,7 +1015,7 @@ def skimmed_prompt(body: bytes, fields: dict, seed: int) -> Generator[None, None
             chars, seed = chars + len(text), hash((seed, text)) if text else seed
             continue
         for at in range(value.start, value.end, PROMPT_BLOCK_BYTES):
-            raw = body[at:min(at + PROMPT_BLOCK_BYTES, value.end)]
+            raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, value.end)])
             chars, seed = chars + text_chars(raw), hash((seed, raw))
             chain.append((seed, chars))
             if name == "input":
@@ -1029,7 +1032,7 @@ def json_steps(body: bytes) -> Generator[None, None, Reading]:
     fields = yield from skimmed_object(body)
     tools = fields.get("tools")
     if isinstance(tools, Long):
-        fields["tools"] = hash(body[tools.start:min(tools.end, tools.start + MIB)])
+        fields["tools"] = hash(bytes(body[tools.start:min(tools.end, tools.start + MIB)]))
     seed = hash(repr(fields["tools"])) if tools else 0
     return Reading(fields, prompt=(yield from skimmed_prompt(body, fields, seed)))
 
@@ -3655,11 +3658,12 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s",
-                 "source", "write_paused")
+                 "source", "write_paused", "unsent")
 
     def __init__(self, loop):
         self.loop = loop
         self.transport = None
+        self.unsent = b""           # of a long body
         self.buffer = b""
         self.sink = None
         self.waiter = None          # of whoever waits for the head
@@ -3702,6 +3706,25 @@ class NodeConnection(asyncio.Protocol):
         self.write_paused = False
         if self.source is not None:
             self.source.resume_reading()
+        if self.unsent:
+            self.send_more()
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Send a request: a long body by and by, as the node takes it."""
+        if len(body) <= SENT_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.unsent = memoryview(body)
+            self.send_more()
+
+    def send_more(self) -> None:
+        """Send the next piece of a long body; one per turn of the loop."""
+        if self.unsent and self.is_open() and not self.write_paused:
+            piece, self.unsent = self.unsent[:SENT_BYTES], self.unsent[SENT_BYTES:]
+            self.transport.write(piece)
+            if not self.write_paused:
+                self.loop.call_soon(self.send_more)
 
     def wake(self):
         if self.waiter is not None and not self.waiter.done():
@@ -3781,6 +3804,7 @@ class Pool:
         self.loop = loop
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
+        self.unqueued = asyncio.Semaphore(MOST_UNQUEUED)    # of requests without a slot
         self.configure(settings)
 
     def configure(self, settings):
@@ -3833,11 +3857,14 @@ class Pool:
     def give_back(self, connection, clean):
         """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if clean and connection.is_open() and not connection.buffer and not self.closed:
+        if clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed:
             connection.busy = False
             connection.idle_s = self.loop.time()
             self.idle.append(connection)
+            if len(self.idle) > MOST_IDLE_UPSTREAM:
+                self.idle.pop(0).transport.close()
         else:
+            connection.unsent = b""
             connection.transport.abort()
 
     def prune(self, before_s):
@@ -3852,8 +3879,8 @@ class Pool:
         self.closed = True
         self.prune(math.inf)
 
-    async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True):
-        """Send a whole request; return (connection, head of the answer). Raises NodeFailure.
+    async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True, body=b""):
+        """Send a whole request, a head and a body; return (connection, head of the answer). Raises NodeFailure.
 
         A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
         must not be done twice is sent on a fresh one to begin with (`reuse` False).
@@ -3863,7 +3890,7 @@ class Pool:
             on_connection(connection)
             kept = False
             try:
-                connection.transport.write(data)
+                connection.send(data, body)
                 head = await connection.response(method)
                 kept = True
                 return connection, head
@@ -4777,10 +4804,11 @@ class ClientConnection(asyncio.Protocol):
                 raise
         return parse_request(self.take(end))
 
-    def take(self, size: int) -> bytes:
+    def take(self, size: int) -> bytes | bytearray:
         """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
-        if size == len(self.buffer):
-            taken, self.buffer = bytes(self.buffer), bytearray()
+        if size == len(self.buffer):        # a long body is not copied: 64 MiB take 25 ms
+            taken = self.buffer if size > SHORT_BODY_BYTES else bytes(self.buffer)
+            self.buffer = bytearray()
         else:
             with memoryview(self.buffer) as view:
                 taken = bytes(view[:size])
@@ -5210,8 +5238,8 @@ async def attempt(gateway, client, head, body, lease, record, take=relay_answer)
     def on_connection(connection):
         lease.abandon = connection.fail
 
-    request = render_request(head, lease.node.settings, len(body)) + body
-    connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable)
+    request = render_request(head, lease.node.settings, len(body))
+    connection, answer = await pool.exchange(request, head.method, on_connection, lease.ticket.wants.repeatable, body)
     if lease.loads:
         gateway.note_load(lease.node)
     clean = False
@@ -5291,7 +5319,8 @@ async def serve_control(gateway, client, head, body, wants, record):
     while True:
         lease = dispatcher.place(record.id, wants, tried, loop.time())
         try:
-            return await attempt(gateway, client, head, body, lease, record)
+            async with gateway.pools[lease.node].unqueued:
+                return await attempt(gateway, client, head, body, lease, record)
         except NodeFailure as failure:
             gateway.blame(lease, failure)
             tried.add(lease.node.name)
@@ -5313,17 +5342,18 @@ async def serve_upload(gateway, client, head, wants, record):
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
         pool = gateway.pools[lease.node]
         client.pause_reading()      # until the Upload takes the bytes
-        connection = await pool.connect()
-        lease.abandon = connection.fail
-        client.invite(head)
-        connection.transport.write(render_request(head, lease.node.settings, head.length))
-        upload = Upload(client, connection, head.length, gateway.turns)
-        upload.start(gateway.header_timeout_s)
-        answer = await connection.response(head.method)
-        keep = head.keep_alive and upload.body.done
-        keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
-        clean = clean and upload.body.done
-        return keep
+        async with pool.unqueued:
+            connection = await pool.connect()
+            lease.abandon = connection.fail
+            client.invite(head)
+            connection.transport.write(render_request(head, lease.node.settings, head.length))
+            upload = Upload(client, connection, head.length, gateway.turns)
+            upload.start(gateway.header_timeout_s)
+            answer = await connection.response(head.method)
+            keep = head.keep_alive and upload.body.done
+            keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
+            clean = clean and upload.body.done
+            return keep
     except NodeFailure as failure:
         gateway.blame(lease, failure)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
@@ -5500,8 +5530,8 @@ async def change(gateway, lease, head, body, hear):
 
     try:
         async with asyncio.timeout(patience_s) as limit:
-            request = render_request(head, lease.node.settings, len(body)) + body
-            connection, answer = await pool.exchange(request, head.method, on_connection, reuse=False)
+            request = render_request(head, lease.node.settings, len(body))
+            connection, answer = await pool.exchange(request, head.method, on_connection, False, body)
             if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
                 sink = Lines(connection, answer, on_line)
                 sink.start()
