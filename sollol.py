@@ -42,6 +42,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import resource
@@ -55,6 +56,7 @@ import struct
 import sys
 import tempfile
 import termios
+import threading
 import time
 import urllib.parse
 from collections.abc import Generator
@@ -184,6 +186,9 @@ TALLY_DELAY_S = 0.05                # finished requests are counted and logged t
 NOTIFY_S = 0.2                      # streams stand still meanwhile
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
+MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
+LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
+COSTLY_S = 0.005                    # an answer of the gateway's own that takes longer to make is kept for FRESH_S
 
 # Metrics. Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
 MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
@@ -5754,7 +5759,7 @@ async def serve_locally(gateway, client, head, record):
         await gateway.read_body(client, head)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
-    status, body, kind, *extra = gateway.local[head.path](gateway)
+    status, body, kind, *extra = gateway.own_answer(head.path)
     return answer_locally(client, head, record, status, body, kind, *extra)
 
 
@@ -6225,6 +6230,11 @@ def percentile(ordered, share):
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
+def shown(name: str | None) -> str | None:
+    """Return a name that a client may have made up as logs and statistics show it: not longer than SHOWN_CHARS."""
+    return name and name[:SHOWN_CHARS]
+
+
 def runner_stats(runner, now):
     """Return what /api/stats says of one model on one node."""
     resident = runner.ready_s is not None
@@ -6242,7 +6252,7 @@ def runner_stats(runner, now):
 def running_stats(lease, now):
     """Return what /api/stats says of one running request."""
     wants = lease.ticket.wants
-    return {"id": lease.ticket.id, "model": wants.model, "priority": wants.priority, "client": wants.client,
+    return {"id": lease.ticket.id, "model": shown(wants.model), "priority": wants.priority, "client": wants.client,
             "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3),
             "began": lease.first_s is not None,
             "predicted_left_s": round(lease.predicted_end_s - now, 3) if lease.predicted_end_s else None,
@@ -6282,7 +6292,7 @@ def queue_stats(dispatcher, now):
     """
     queue, ahead_s, costs_s = [], 0.0, {}
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
-        queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
+        queue.append({"id": ticket.id, "model": shown(ticket.wants.model), "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3), "predicted_start_s": round(ahead_s, 3)})
         demand = dispatcher.estimates.demand_of(ticket)
@@ -6300,7 +6310,7 @@ def answer_queue(gateway):
 
 def decision_stats(decisions, now):
     """Return what is said of decisions, the last one first."""
-    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
+    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": shown(it.model), "node": it.node,
              "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
             for it in reversed(decisions)]
 
@@ -6469,8 +6479,9 @@ def milliseconds(seconds):
 def request_fields(record, total_s):
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
-    return {"event": "request", "id": record.id, "client": record.client, "key": record.key, "method": record.method,
-            "path": record.path, "model": record.model, "priority": record.priority, "node": record.node,
+    return {"event": "request", "id": record.id, "client": record.client, "key": record.key,
+            "method": shown(record.method), "path": shown(record.path), "model": shown(record.model),
+            "priority": record.priority, "node": record.node,
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
             "prompt_tokens": record.timings.prompt_tokens, "output_tokens": record.timings.output_tokens,
@@ -6480,10 +6491,9 @@ def request_fields(record, total_s):
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-@functools.lru_cache(maxsize=1024)      # models, nodes, paths and most numbers come again and again
-def bare(value):
-    """Return a value as it stands in a key=value line: quoted if it could be misread."""
-    text = str(value)
+@remembered                         # models, nodes, paths and most numbers come again and again
+def bare(text):
+    """Return a text as it stands in a key=value line: quoted if it could be misread."""
     return text if PLAIN(text) else json.dumps(text)
 
 
@@ -6511,13 +6521,70 @@ class LogFormat(logging.Formatter):
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
-        return " ".join([f"{key}={bare(value)}" for key, value in fields.items()])
+        return " ".join([f"{key}={bare(str(value))}" for key, value in fields.items()])
+
+
+class LogWriter(logging.Handler):
+    """Write the log to a file descriptor, in a thread: a pipe that nobody reads, or a slow disk, holds up no request.
+
+    What is over MAX_LOG_BYTES is lost; how many lines those were is told when the log flows again.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.taken_bytes = self.lost_lines = 0      # changed under the lock of the handler only
+        self.written_bytes = self.told_lines = 0    # changed by the thread only
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = (self.format(record) + "\n").encode(errors="backslashreplace")
+        if self.taken_bytes - self.written_bytes + len(data) > MAX_LOG_BYTES:
+            self.lost_lines += data.count(b"\n")
+            return
+        self.taken_bytes += len(data)
+        self.queue.put(data)
+
+    def run(self) -> None:
+        """Write what comes, until None does."""
+        while (data := self.queue.get()) is not None:
+            self.write(data)
+            self.written_bytes += len(data)
+            lost = self.lost_lines - self.told_lines
+            if lost and self.queue.empty():
+                self.told_lines += lost
+                fields = {"event": "log", "lost": lost, "why": "nobody read the log for a while"}
+                record = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, fields, (), None)
+                self.write((self.format(record) + "\n").encode())
+
+    def write(self, data: bytes) -> None:
+        """Write bytes, however long it takes; none if nobody is there to read them."""
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data):]
+            except BlockingIOError:     # whoever shares the descriptor has made it so
+                time.sleep(LOG_RETRY_S)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        """Write what is left, if that takes no longer than LOG_FLUSH_S. Called at the end of the process, too."""
+        self.queue.put(None)
+        self.thread.join(LOG_FLUSH_S)
+        super().close()
 
 
 def start_log(style, level):
     """Send the log to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    try:
+        handler: logging.Handler = LogWriter(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):       # it is no file
+        handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormat(style))
+    for former in LOG.handlers:
+        former.close()
     LOG.handlers[:] = [handler]
     LOG.setLevel(level.upper())
     LOG.propagate = False
@@ -7514,6 +7581,7 @@ class Gateway:
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
         self.files_seen = self.file_stamps()
+        self.answers = {}           # path: (until when it is good, answer), the last ones
         self.local = {              # path: answer, for GET and HEAD
             "/": answer_root,
             "/api/version": answer_version,
@@ -7776,6 +7844,17 @@ class Gateway:
         A node that does not answer now is looked at by the next probe.
         """
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
+
+    def own_answer(self, path: str) -> tuple:
+        """Return the gateway's own answer on a path. One that takes long to make is made for all who ask within FRESH_S.
+        """
+        until_s, answer = self.answers.get(path, (-math.inf, None))
+        if self.loop.time() >= until_s:
+            began_s = time.thread_time()
+            answer = self.local[path](self)
+            costly = time.thread_time() - began_s > COSTLY_S
+            self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
+        return answer
 
     def snapshot(self):
         """Return what dashboards show, as JSON; made once for all that look, however many."""
