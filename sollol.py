@@ -180,6 +180,9 @@ MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
+# hosts.txt and keys: bounds of what is read in one go, in 50 ms.
+MAX_FILE_BYTES, MAX_FILE_LINES, MAX_LINE_CHARS = 1 * MIB, 4096, 4096
+MAX_NODES = 1024                    # in one file
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
@@ -7010,9 +7013,50 @@ NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_secret
                  "resolve": parse_resolve}
 
 
+def open_regular(path: str) -> int:
+    """Return a descriptor to read a file. Raises ConfigError for a pipe or a device: they can have no end."""
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)   # a pipe would be waited for
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ConfigError(f"{path}: this is not a regular file")
+
+
+def read_file(path: str) -> tuple[str, int]:
+    """Return (text, mode) of a file that a person writes, of MAX_FILE_BYTES at the most. Raises ConfigError."""
+    with open(open_regular(path), "rb") as file:
+        data, mode = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_mode
+    if len(data) > MAX_FILE_BYTES or data.count(b"\n") > MAX_FILE_LINES:
+        raise ConfigError(f"{path}: longer than {MAX_FILE_BYTES // MIB} MiB or {MAX_FILE_LINES} lines")
+    try:
+        return data.decode("utf-8-sig"), mode
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: this is not UTF-8") from None
+
+
+def mode_of(path: str) -> int:
+    """Return the mode of a file, 0 if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
+
+
+def bare_line(line: str) -> str:
+    """Return a line of a file without its comment. Raises ValueError if it is too long to be one."""
+    if len(line) > MAX_LINE_CHARS:
+        raise ValueError(f"a line of {len(line)} characters")
+    return re.sub(r"(^|\s)#.*", "", line).strip()
+
+
 def parse_url(url):
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
-    shown = re.sub(r"[^/]*@", "...@", url)      # a password is for nobody's log
+    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)      # a password is for nobody's log
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         port = 11434 if parts.port is None else parts.port
@@ -7054,6 +7098,8 @@ def with_authority(node, folder):
     if not node.ca:
         return node
     node = node._replace(ca=os.path.join(folder, node.ca))
+    if stat.S_ISFIFO(mode_of(node.ca)):
+        raise ValueError(f"ca {node.ca}: this is not a regular file")
     trust_in(node)
     return node
 
@@ -7062,13 +7108,15 @@ def parse_hosts(text, place):
     """Return the NodeSettings of a hosts file. Raises ConfigError that names `place` and line."""
     nodes = {}
     for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
         try:
+            line = bare_line(line)
+            if not line:
+                continue
             node = with_authority(parse_node(line), os.path.dirname(place))
             if node.name in nodes:
                 raise ValueError(f"there are two nodes named {node.name!r}; give one of them another name=")
+            if len(nodes) == MAX_NODES:
+                raise ValueError(f"more than {MAX_NODES} nodes")
         except ValueError as error:
             raise ConfigError(f"{place}:{number}: {error}") from None
         nodes[node.name] = node
@@ -7079,11 +7127,7 @@ def read_nodes(options):
     """Return the NodeSettings from --hosts and --node. Raises ConfigError."""
     nodes = []
     if options.hosts:
-        try:
-            with open(options.hosts, encoding="utf-8-sig") as file:
-                nodes = parse_hosts(file.read(), options.hosts)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
+        nodes = parse_hosts(read_file(options.hosts)[0], options.hosts)
     nodes += parse_hosts("\n".join(options.node), "--node")
     if not nodes and not options.discover:
         raise ConfigError(f"{options.hosts or '--node'}: there is no node in it")
@@ -7333,10 +7377,10 @@ def parse_keys(text, place):
     """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
     names, digests = {}, {}
     for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
         try:
+            line = bare_line(line)
+            if not line:
+                continue
             key = parse_key(line)
             if key.name in names:
                 raise ValueError(f"there are two keys named {key.name!r}")
@@ -7364,11 +7408,8 @@ def read_keys(options):
     """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
     if not options.keys:
         return []
-    try:
-        with open(options.keys, encoding="utf-8-sig") as file:
-            keys, mode = parse_keys(file.read(), options.keys), os.fstat(file.fileno()).st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{options.keys}: {getattr(error, 'strerror', None) or 'this is not UTF-8'}") from None
+    text, mode = read_file(options.keys)
+    keys = parse_keys(text, options.keys)
     warn_of_readers("keys", options.keys, mode)
     return keys
 
@@ -7376,15 +7417,6 @@ def read_keys(options):
 # -----------------------------------------------------------------------------
 # Certificate and key of the gateway's own port
 # -----------------------------------------------------------------------------
-
-def check_readable(path):
-    """Raise ConfigError if a file cannot be read: ssl would not tell which one."""
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-
 
 def is_certificate(path):
     """Tell whether there is a certificate in a file, in PEM form."""
@@ -7407,8 +7439,8 @@ def read_certificate(options):
     if not options.tls_cert:
         return None
     certificate, key = options.tls_cert, options.tls_key
-    check_readable(certificate)
-    check_readable(key)
+    for path in (certificate, key):     # ssl would not tell which one cannot be read, and waits for a pipe's end
+        os.close(open_regular(path))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION      # so that to write never waits for something to be read
@@ -7580,7 +7612,7 @@ class Gateway:
         self.draining = False
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
-        self.files_seen = self.file_stamps()
+        self.files_seen = self.files_before = self.file_stamps()     # as taken over; as in the last sweep
         self.answers = {}           # path: (until when it is good, answer), the last ones
         self.local = {              # path: answer, for GET and HEAD
             "/": answer_root,
@@ -7901,7 +7933,9 @@ class Gateway:
             if dispatcher.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.states.pop(node, None)
-        if any(now not in (None, seen) for now, seen in zip(self.file_stamps(), self.files_seen, strict=True)):
+        stamps, self.files_before = self.files_before, self.file_stamps()
+        if stamps == self.files_before and any(     # still for SWEEP_S: nobody is writing it
+                stamp not in (None, seen) for stamp, seen in zip(stamps, self.files_seen, strict=True)):
             self.reload()
         if now - self.saved_s >= STATE_S:
             self.save()
