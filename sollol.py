@@ -178,6 +178,8 @@ CHARS_PER_TOKEN = 4.0
 SHARE_S = 1.0                       # work in a share: 3 % overhead
 MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
+MAX_SPLIT_TEXTS = 4096              # of a list, whose vectors are held until all have come: 16 KiB each as JSON, 64 MiB
+LIST_START_BYTES = 64 * KIB         # of an answer, in which its list must begin
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
 # hosts.txt and keys: bounds of what is read in one go, in 50 ms.
@@ -1304,8 +1306,8 @@ def is_deterministic(fields, options):
 
 
 def is_batch(given):
-    """Tell whether an embedding's input is a list of texts."""
-    return type(given) is list and len(given) > 1 and all(type(text) is str for text in given)
+    """Tell whether an embedding's input is a list of texts, of a length that can be split."""
+    return type(given) is list and 1 < len(given) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in given)
 
 
 def read_raw_wants(head, route, client):
@@ -5665,7 +5667,7 @@ class Share:
 
 def cut_answer(body, count):
     """Return the Cut of an answer with `count` embeddings. Raises NodeFailure if it is none."""
-    start, end = LIST_START.search(body), body.rfind(b"]")
+    start, end = LIST_START.search(body, 0, LIST_START_BYTES), body.rfind(b"]")
     if not start or body[start.end():end].rstrip()[-1:] not in (b"]", b"}"):
         raise NodeFailure("garbage", "answered no list of embeddings")
     cut = Cut(body[:start.end()], body[start.end():end], body[end:])
@@ -5685,8 +5687,11 @@ def renumbered(rows, offset):
     return b'"index"'.join((first, *rest))
 
 
-def joined(cuts, counts, took_s):
-    """Return one body of the Cuts of all shares, in order: token counts summed, as long as `took_s` at work."""
+def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None, None, list[bytes]]:
+    """Return one body, in pieces, of the Cuts of all shares, in order: token counts summed, `took_s` seconds at work.
+
+    One share a step.
+    """
     found = collections.defaultdict(list)
     for cut in cuts:
         for name, value in TOTAL.findall(cut.after):
@@ -5698,9 +5703,11 @@ def joined(cuts, counts, took_s):
             values = [round(took_s * 1e9)]
         return b'"%b":%d' % (name, max(values) if name == b"load_duration" else sum(values))
 
-    offsets = itertools.accumulate(counts[:-1], initial=0)
-    rows = [renumbered(cut.rows, offset) if offset else cut.rows for cut, offset in zip(cuts, offsets, strict=True)]
-    return cuts[0].before + b",".join(rows) + TOTAL.sub(total, cuts[0].after)
+    pieces = [cuts[0].before]
+    for cut, offset in zip(cuts, itertools.accumulate(counts[:-1], initial=0), strict=True):
+        pieces += [b",", renumbered(cut.rows, offset)] if offset else [cut.rows]
+        yield
+    return [*pieces, TOTAL.sub(total, cuts[0].after)]
 
 
 def cut_batch(wants, sizes, record):
@@ -5751,9 +5758,23 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
         record.attempts = sum(it.attempts for it in records)
         record.queue_s = min(it.queue_s for it in records)
         record.reason = f"{len(shares)} shares"
-    body = joined([share.cut for share in shares], sizes, loop.time() - record.started_s)
-    record.timings = read_timings(body[-TAIL_BYTES:])
-    return answer_whole(client, head, record, shares[0].answer, body)
+    pieces = await gateway.turns.run(joined([share.cut for share in shares], sizes, loop.time() - record.started_s))
+    record.timings = read_timings(pieces[-1][-TAIL_BYTES:])
+    return await answer_in_pieces(client, head, record, shares[0].answer, pieces)
+
+
+async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
+                           pieces: list[bytes]) -> bool:
+    """Write an answer piece by piece, as the client reads it; tell whether the connection stays open."""
+    answer.length = record.bytes = sum(map(len, pieces))
+    _, lines, keep = choose_framing(head, answer, head.keep_alive)
+    record.status = answer.status
+    client.write(render_response(answer, added_lines(record), lines))
+    for piece in pieces:
+        for at in range(0, len(piece), SENT_BYTES):
+            client.write(piece[at:at + SENT_BYTES])
+            await client.drained()
+    return keep
 
 
 async def serve_locally(gateway, client, head, record):
@@ -7031,12 +7052,13 @@ def read_file(path: str) -> tuple[str, int]:
     """Return (text, mode) of a file that a person writes, of MAX_FILE_BYTES at the most. Raises ConfigError."""
     with open(open_regular(path), "rb") as file:
         data, mode = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_mode
-    if len(data) > MAX_FILE_BYTES or data.count(b"\n") > MAX_FILE_LINES:
-        raise ConfigError(f"{path}: longer than {MAX_FILE_BYTES // MIB} MiB or {MAX_FILE_LINES} lines")
     try:
-        return data.decode("utf-8-sig"), mode
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: this is not UTF-8") from None
+    if len(data) > MAX_FILE_BYTES or len(text.splitlines()) > MAX_FILE_LINES:
+        raise ConfigError(f"{path}: longer than {MAX_FILE_BYTES // MIB} MiB or {MAX_FILE_LINES} lines")
+    return text, mode
 
 
 def mode_of(path: str) -> int:

@@ -5831,12 +5831,12 @@ def test_batch_is_cut_in_proportion_to_speed(count, rates, sizes):
 def test_answers_of_shares_become_one():
     one = sollol.cut_answer(b'{"model":"m","embeddings":[[1,2.50],[3]],"total_duration":9,"prompt_eval_count":5}', 2)
     two = sollol.cut_answer(b'{"model":"m","embeddings":[[4]],"total_duration":7,"prompt_eval_count":6}', 1)
-    assert sollol.joined([one, two], [2, 1], 1.5) == (
+    assert b"".join(sollol.at_once(sollol.joined([one, two], [2, 1], 1.5))) == (
         b'{"model":"m","embeddings":[[1,2.50],[3],[4]],"total_duration":1500000000,"prompt_eval_count":11}')
     one = sollol.cut_answer(b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1}],'
                             b'"usage":{"prompt_tokens":2,"total_tokens":3}}', 2)
     two = sollol.cut_answer(b'{"data":[{"embedding":"BB=","index":0}],"usage":{"prompt_tokens":4,"total_tokens":4}}', 1)
-    assert sollol.joined([one, two], [2, 1], 1.0) == (
+    assert b"".join(sollol.at_once(sollol.joined([one, two], [2, 1], 1.0))) == (
         b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1},{"embedding":"BB=","index":2}],'
         b'"usage":{"prompt_tokens":6,"total_tokens":7}}')
 
