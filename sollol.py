@@ -6576,12 +6576,18 @@ class LogWriter(logging.Handler):
         while (data := self.queue.get()) is not None:
             self.write(data)
             self.written_bytes += len(data)
-            lost = self.lost_lines - self.told_lines
-            if lost and self.queue.empty():
-                self.told_lines += lost
-                fields = {"event": "log", "lost": lost, "why": "nobody read the log for a while"}
-                record = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, fields, (), None)
-                self.write((self.format(record) + "\n").encode())
+            if self.queue.empty():
+                self.tell_loss()
+        self.tell_loss()
+
+    def tell_loss(self) -> None:
+        """Write how many lines were lost since that was told last, if any were."""
+        lost = self.lost_lines - self.told_lines
+        if lost:
+            self.told_lines += lost
+            fields = {"event": "log", "lost": lost, "why": "nobody read the log for a while"}
+            record = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, fields, (), None)
+            self.write((self.format(record) + "\n").encode())
 
     def write(self, data: bytes) -> None:
         """Write bytes, however long it takes; none if nobody is there to read them."""
