@@ -4702,15 +4702,18 @@ def test_many_that_ask_ahead_delay_nobody_else():
                 assert (await call(gateway, "POST", "/api/chat", {"model": "llama3.2", "stream": False})).status == 200
                 return gateway.loop.time() - began_s
 
+            async def beside_greedy_s():
+                greedy = [await Caller.to(gateway) for _ in range(20)]
+                for caller in greedy:
+                    caller.writer.write(b"HEAD /api/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000)
+                took_s = await honest_s()
+                for caller in greedy:
+                    caller.writer.transport.abort()
+                await until(lambda: not gateway.clients)
+                return took_s
+
             quiet_s = await honest_s()
-            ahead = b"HEAD /api/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000
-            greedy = [await Caller.to(gateway) for _ in range(20)]
-            for caller in greedy:
-                caller.writer.write(ahead)
-            took_s = [await honest_s() for _ in range(3)]
-            assert min(took_s) < quiet_s + 0.2
-            for caller in greedy:
-                caller.writer.transport.abort()
+            assert min([await beside_greedy_s() for _ in range(3)]) < quiet_s + 0.2
     run_real(main())
 
 
