@@ -118,7 +118,7 @@ FOLLOW_S = 30.0                     # at most between two looks at a name: those
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
 MOST_IDLE_UPSTREAM = 32             # connections kept per node; a node has a few slots
-MOST_UNQUEUED = 64                  # requests without a slot, per node at once; further ones wait: descriptors must last
+MOST_UNQUEUED = 64                  # requests without a slot, per node at once; the rest waits: descriptors must last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
@@ -915,7 +915,8 @@ def list_end(body: bytes, at: int) -> Generator[None, None, int]:
         block = unescaped(body, at, at + size)
         parts = block.split(b'"')
         brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY)
-        least, last = depths(brackets) if brackets.count(b"]") >= depth else (0, 2 * brackets.count(b"[") - len(brackets))
+        closing = brackets.count(b"]")
+        least, last = depths(brackets) if closing >= depth else (0, len(brackets) - 2 * closing)
         if depth + least > 0:
             at, depth, in_string = at + len(block), depth + last, (in_string + len(parts) - 1) % 2
             size = min(2 * size, SKIM_BYTES)
@@ -942,10 +943,10 @@ def list_end_within(block: bytes, depth: int, in_string: int) -> int:
 
 def skip_space(body: bytes, at: int) -> Generator[None, None, int]:
     """Return where the next byte that is no white space is."""
-    while (end := SPACE.match(body, at).end()) - at == 65536:
-        at = end
+    while (space := SPACE.match(body, at)) and space.end() - at == 65536:
+        at = space.end()
         yield
-    return end
+    return space.end() if space else at
 
 
 def value_end(body: bytes, at: int) -> Generator[None, None, int]:
@@ -4551,7 +4552,7 @@ def unread_bytes(transport):
 
 
 class Turns:
-    """Hand out the loop: of all work that takes long, one step is done per turn of the loop, each asker after the other.
+    """Hand out the loop: of all work that takes long, one step is done per turn of the loop, the askers one by one.
 
     So such work delays everybody else by one step of some milliseconds, however many clients cause it.
     """
@@ -4838,7 +4839,8 @@ class ClientConnection(asyncio.Protocol):
         await self.more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
-    async def read_body(self, head: RequestHead, limit: int, grace_s: float, memory: "BodyMemory") -> bytes:
+    async def read_body(self, head: RequestHead, limit: int, grace_s: float,
+                        memory: "BodyMemory") -> bytes | bytearray:
         """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
@@ -7732,7 +7734,7 @@ class Gateway:
         self.acquaint(client)
         self.clients.discard(client)
 
-    async def read_body(self, client: ClientConnection, head: RequestHead) -> bytes:
+    async def read_body(self, client: ClientConnection, head: RequestHead) -> bytes | bytearray:
         """Return the whole body of a request. Raises as ClientConnection.read_body."""
         return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
@@ -7906,7 +7908,7 @@ class Gateway:
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
     def own_answer(self, path: str) -> tuple:
-        """Return the gateway's own answer on a path. One that takes long to make is made for all who ask within FRESH_S.
+        """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
         """
         until_s, answer = self.answers.get(path, (-math.inf, None))
         if self.loop.time() >= until_s:
