@@ -7890,6 +7890,7 @@ class Gateway:
     def order(self, node, verb):
         """Drain or resume a node; return (status, body, content type) of the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
+        self.answers.clear()        # it is to be seen at once
         note_state(self, node, f"asked to {verb}")
         self.pump()
         return json_answer(node_stats(node, self.loop.time()))

@@ -4874,26 +4874,35 @@ async def test_idle_connection_gives_way_to_a_new_one():
 
 
 @over_sockets
-async def test_one_address_without_a_key_cannot_take_all_connections(tmp_path):
+async def test_one_address_without_a_key_cannot_take_all_connections(tmp_path, monkeypatch):
     keys = tmp_path / "keys"
     keys.write_text("secret name=alice\n")
     keys.chmod(0o600)
-    was, sollol.is_loopback = sollol.is_loopback, lambda address: False
-    try:
-        async with gateway_for(bench.SimNode(**FAST), flags=["--keys", str(keys)]) as gateway:
-            gateway.max_strangers = 3
-            callers = [await Caller.to(gateway) for _ in range(3)]
-            await until(lambda: len(gateway.clients) == 3)
-            assert b"too many connections from 127.0.0.1" in await raw_call(gateway, b"")
-            answer = await callers[0].ask("GET", "/api/tags", Authorization="Bearer secret")
-            assert answer.status == 200     # it is a stranger no longer
-            callers.append(await Caller.to(gateway))
-            await until(lambda: len(gateway.clients) == 4)
-            for caller in callers:
-                caller.close()
-            await until(lambda: not gateway.strangers)
-    finally:
-        sollol.is_loopback = was
+    monkeypatch.setattr(sollol, "is_loopback", lambda address: False)
+    async with gateway_for(bench.SimNode(**FAST), flags=["--keys", str(keys)]) as gateway:
+        gateway.max_strangers = 3
+        callers = [await Caller.to(gateway) for _ in range(3)]
+        await until(lambda: len(gateway.clients) == 3)
+        assert b"too many connections from 127.0.0.1" in await raw_call(gateway, b"")
+        answer = await callers[0].ask("GET", "/api/tags", Authorization="Bearer secret")
+        assert answer.status == 200     # it is a stranger no longer
+        callers.append(await Caller.to(gateway))
+        await until(lambda: len(gateway.clients) == 4)
+        for caller in callers:
+            caller.close()
+        await until(lambda: not gateway.strangers)
+
+
+@over_sockets
+async def test_answer_of_the_gateways_own_that_costs_much_is_made_once_for_all_who_ask(monkeypatch):
+    monkeypatch.setattr(sollol, "COSTLY_S", -1.0)
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        first, second = [(await call(gateway, "GET", "/api/stats")).body for _ in range(2)]
+        await asyncio.sleep(1.2 * sollol.FRESH_S)
+        assert first == second != (await call(gateway, "GET", "/api/stats")).body
+        node, = gateway.dispatcher.nodes
+        assert (await call(gateway, "POST", f"/api/nodes/{node}/drain")).status == 200
+        assert (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["state"] == "draining"
 
 
 def test_log_that_nobody_reads_holds_up_nobody_and_its_loss_is_told():
@@ -6411,8 +6420,8 @@ async def test_openai_batch_is_one_list_in_order(encoding):
 
 
 @over_sockets
-async def test_short_list_and_switched_off_splitting_pass_byte_for_byte():
-    for texts, flags in ((TEXTS[:9], ()), (TEXTS[:300], ("--no-split-embed",))):
+async def test_short_and_endless_lists_and_switched_off_splitting_pass_byte_for_byte():
+    for texts, flags in ((TEXTS[:9], ()), (TEXTS[:300], ("--no-split-embed",)), (["short"] * 5000, ())):
         async with surface(embedders(3, speed=20.0), flags) as gateway:
             answer, _ = await embed_timed(gateway, texts)
             body = json.dumps({"model": "nomic-embed-text", "input": texts}).encode()
