@@ -51,6 +51,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import resource
@@ -63,11 +64,12 @@ import stat
 import struct
 import tempfile
 import termios
+import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 try:
     from compression import zstd
@@ -87,16 +89,21 @@ MAX_HEAD_BYTES = 64 * KIB
 MAX_TARGET_BYTES = 16 * KIB
 MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
 MAX_TRAILER_BYTES = 16 * KIB
+DECODED_BYTES = 32 * KIB            # of a chunked body, in one step: 6 ms if each chunk holds one byte
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
 WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 MAX_INTERIM = 16                    # 1xx answers before one request's own
 UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
+MAX_FIELDS = 256                    # of a request's head; browsers send twenty. Each costs a microsecond before any key
+MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 
 # Client patience.
 KEEP_ALIVE_S = 75.0                 # an idle client connection
+LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
+SPARED_S = 1.0                      # a connection is not closed as an idle one within this
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
 BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
@@ -122,6 +129,9 @@ SCANS_KEPT = 10                     # for which a found node may be away: half a
 FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
 KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
+SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
+MOST_IDLE_UPSTREAM = 32             # connections kept per node; a node has a few slots
+MOST_UNQUEUED = 64                  # requests without a slot, per node at once; the rest waits: descriptors must last
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
@@ -200,9 +210,14 @@ LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded f
 SHARE_S = 1.0                       # work in a share: 3 % overhead
 MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
+MAX_SPLIT_TEXTS = 4096              # of a list, whose vectors are held until all have come: 16 KiB each as JSON, 64 MiB
+LIST_START_BYTES = 64 * KIB         # of an answer, in which its list must begin
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 
 FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
+# hosts.txt and keys: bounds of what is read in one go, in 50 ms.
+MAX_FILE_BYTES, MAX_FILE_LINES, MAX_LINE_CHARS = 1 * MIB, 4096, 4096
+MAX_NODES = 1024                    # in one file
 STATE_S = 60.0                      # between two writes of the state file
 MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
@@ -210,6 +225,9 @@ NOTIFY_S = 0.2                      # streams stand still meanwhile
 ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
 DECISIONS_KEPT = 100
+MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
+LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
+COSTLY_S = 0.005                    # an answer of the gateway's own that takes longer to make is kept for FRESH_S
 
 # Metrics. Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
 MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
@@ -540,6 +558,8 @@ def parse_request_line(line):
 def parse_request(head):
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
     first, *lines = head[:-4].split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise ProtocolError(f"more than {MAX_FIELDS} header fields", 431)
     method, target, path, version = parse_request_line(first)
     fields, lines = parse_fields(lines)
     host = fields.get(b"host")
@@ -629,6 +649,10 @@ class ChunkedBody:
     def __init__(self):
         self.state, self.left, self.line, self.trailer_bytes = self.SIZE, 0, b"", 0
         self.done = self.verbatim = False
+
+    def at_most(self) -> int:
+        """Return how many bytes may be fed in one step: those of a chunk cost nothing, each chunk a microsecond."""
+        return max(DECODED_BYTES, self.left)
 
     def plain_chunks(self, data):
         """Return how many chunks `data` is, if it is nothing but whole plain ones, as tokens mostly are; else 0.
@@ -773,6 +797,22 @@ def via_after(given: bytes, own: bytes) -> bytes:
 # Whether a web page may ask at all, its Origin and the Host tell, by Ollama's rules.
 # -----------------------------------------------------------------------------
 
+# A body up to both bounds is read by json: 10 ms at the most. Chats with images and long prompts are below them.
+PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
+SHORT_BODY_BYTES = 32 * KIB         # read at once; longer ones take turns. 5 ms at the most
+SKIM_BYTES = 64 * KIB               # of a larger body, looked at in one step: 3 ms at the most
+SKIM_STRING_BYTES = 256 * KIB       # the same within one string
+SHORT_VALUE_BYTES = 32 * KIB        # of a field of a larger body that is still read exactly
+MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
+MAX_SKIMMED_KEY_BYTES = 128         # each character of a key may be written as six
+PROMPT_BLOCK_BYTES = 16 * KIB       # a prompt that is not read exactly is compared in blocks of this size
+MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
+MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
+FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
+MAX_NAME_CHARS = 512                # of a model's name, kept: a client can make up names of any length
+SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
+
+
 class Route(NamedTuple):
     """What a path carries and which nodes it concerns.
 
@@ -906,38 +946,270 @@ def has_lower_keys(value):
     return True
 
 
+def json_value(text: str) -> Any:
+    """Return the JSON value that a text begins with, its keys in lower case. Raises ValueError, RecursionError."""
+    value, _ = JSON_VALUE.raw_decode(text)
+    if not has_lower_keys(value):
+        value, _ = JSON_VALUE_IN_ANY_CASE.raw_decode(text)
+    return value
+
+
 def read_object(body):
     """Return the JSON object that `body` begins with, keys in lower case; {} if there is none."""
     try:
-        text = body.decode(errors="replace").lstrip()
-        value, _ = JSON_VALUE.raw_decode(text)
-        if not has_lower_keys(value):
-            value, _ = JSON_VALUE_IN_ANY_CASE.raw_decode(text)
+        value = json_value(body.decode(errors="replace").lstrip())
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+class Reading(NamedTuple):
+    """What was read of a body. `prompt`: (characters, prefix, texts) of one that was only skimmed, else None."""
+
+    fields: dict
+    opaque: bool = False            # it is compressed and cannot be read here
+    prompt: tuple | None = None
+
+
+def at_once(steps: Generator) -> Any:
+    """Run all steps of a piece of work; return its result."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
+
+
+# How a body is skimmed that is too large for json: it is looked at as bytes, in blocks, by what works at the speed of
+# C. Escapes are overwritten, so that each quote left begins or ends a string; what lies between strings is reduced to
+# its brackets, written as square ones. All work on it is a generator: it yields after some milliseconds.
+
+BRACKETS_ONLY = bytes(range(256)).translate(None, b"[]{}")
+AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+SPACE = re.compile(rb"[ \t\r\n]{0,65536}")
+SCALAR = re.compile(rb"[-+.0-9A-Za-z]{1,400}")
+LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
+SKIMMED_FIELDS = frozenset((*LONG_FIELDS, "model", "name", "source", "from", "stream", "options", "tools", "keep_alive",
+                            "priority", "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
+                            "top_logprobs", *OUTPUT_BOUNDS))
+
+
+class Long(NamedTuple):
+    """A field's value that was not read: where its bytes are."""
+
+    start: int
+    end: int
+
+
+def unescaped(body: bytes, start: int, end: int) -> bytes:
+    """Return bytes from `start`, where no escape is open, to `end`, or one more if that would cut one, all the escapes
+    of quotes and backslashes overwritten.
+    """
+    block = body[start:end]
+    if (len(block) - len(block.rstrip(b"\\"))) % 2:
+        block = body[start:end + 1]
+    return block.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in block else block
+
+
+def depths(brackets: bytes) -> tuple[int, int]:
+    """Return (least, last) depth after any of some square brackets, both seen from the depth before the first."""
+    for _ in range(4):
+        pairless = brackets.replace(b"[]", b"")
+        if len(pairless) == len(brackets):
+            closing = brackets.count(b"]")
+            return -closing, len(brackets) - 2 * closing
+        brackets = pairless
+    after = list(itertools.accumulate(map((92).__sub__, brackets), initial=0))      # `[` is 91, `]` is 93
+    return min(after), after[-1]
+
+
+def string_end(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the string whose text begins at `at` ends: at its quote, or with the body."""
+    size = 64
+    while at < len(body):
+        block = unescaped(body, at, at + size)
+        quote = block.find(b'"')
+        if quote >= 0:
+            return at + quote
+        at, size = at + len(block), min(2 * size, SKIM_STRING_BYTES)
+        if size == SKIM_STRING_BYTES:
+            yield
+    return len(body)
+
+
+def list_end(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the list or object ends, the byte behind it, whose inside begins at `at`; or the end of the body."""
+    depth, in_string, size = 1, 0, 64
+    while at < len(body):
+        block = unescaped(body, at, at + size)
+        parts = block.split(b'"')
+        brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY)
+        closing = brackets.count(b"]")
+        least, last = depths(brackets) if closing >= depth else (0, len(brackets) - 2 * closing)
+        if depth + least > 0:
+            at, depth, in_string = at + len(block), depth + last, (in_string + len(parts) - 1) % 2
+            size = min(2 * size, SKIM_BYTES)
+        elif len(block) > 64:
+            size = len(block) // 2
+        else:
+            return at + list_end_within(block, depth, in_string)
+        if len(block) >= SKIM_BYTES // 4:
+            yield
+    return len(body)
+
+
+def list_end_within(block: bytes, depth: int, in_string: int) -> int:
+    """Return where in a short block, without escapes, the depth of brackets reaches 0."""
+    for at, byte in enumerate(block):
+        if byte == 34:
+            in_string = not in_string
+        elif not in_string:
+            depth += (byte in b"[{") - (byte in b"]}")
+            if not depth:
+                return at + 1
+    return len(block)
+
+
+def skip_space(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the next byte that is no white space is."""
+    while (space := SPACE.match(body, at)) and space.end() - at == 65536:
+        at = space.end()
+        yield
+    return space.end() if space else at
+
+
+def value_end(body: bytes, at: int) -> Generator[None, None, int]:
+    """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
+    first = body[at:at + 1]
+    if first == b'"':
+        end = 1 + (yield from string_end(body, at + 1))
+    elif first and first in b"[{":
+        end = yield from list_end(body, at + 1)
+    else:
+        scalar = SCALAR.match(body, at)
+        end = scalar.end() if scalar else len(body) + 1
+    if end > len(body):
+        raise ValueError("a value without an end")
+    return end
+
+
+def read_value(body: bytes, start: int, end: int, name: str) -> Any:
+    """Return a field's value: read if it is short, a name cut, else where it is. Raises ValueError."""
+    if end - start <= SHORT_VALUE_BYTES:
+        return json_value(body[start:end].decode(errors="replace"))
+    if name in ("model", "name", "source", "from") and body[start:start + 1] == b'"':
+        return body[start + 1:start + 1 + MAX_NAME_CHARS].decode(errors="replace")
+    return Long(start, end)
+
+
+def skimmed_object(body: bytes) -> Generator[None, None, dict]:
+    """Return the fields of the JSON object that `body` begins with, of those that are looked at; {} if there is none.
+
+    Keys in any case are the same, and the last one wins.
+    """
+    fields: dict = {}
+    try:
+        at = yield from skip_space(body, 0)
+        if body[at:at + 1] != b"{":
+            return {}
+        for count in range(MAX_SKIMMED_FIELDS):
+            at = yield from skip_space(body, at + 1)
+            if body[at:at + 1] == b"}":
+                break
+            start, end = at, (yield from value_end(body, at))
+            key = body[start:end] if end - start <= MAX_SKIMMED_KEY_BYTES else b'""'
+            name = json.loads(key.decode(errors="replace"))
+            at = yield from skip_space(body, end)
+            if not isinstance(name, str) or body[at:at + 1] != b":":
+                return {}
+            at = yield from skip_space(body, at + 1)
+            start, end = at, (yield from value_end(body, at))
+            if name.lower() in SKIMMED_FIELDS:
+                fields[name.lower()] = read_value(body, start, end, name.lower())
+            at = yield from skip_space(body, end)
+            if body[at:at + 1] not in (b",", b"}"):
+                return {}
+            if body[at:at + 1] == b"}":
+                break
+            if count % 100 == 99:
+                yield
+    except (ValueError, RecursionError):
+        return {}
+    return fields
+
+
+def text_chars(raw: bytes) -> int:
+    """Return about how many characters of text are in a block of JSON: none if it is an image, or numbers."""
+    if len(raw) > KIB and raw.isascii() and not any(mark in raw for mark in (b" ", b"\\", b'"')):
+        return 0
+    return max(0, len(raw.decode(errors="ignore")) - 5 * raw.count(b"\\u"))
+
+
+def skimmed_prompt(body: bytes, fields: dict, seed: int) -> Generator[None, None, tuple]:
+    """Return (characters, prefix, texts) of a prompt: about how long it is, and as if each block were a message."""
+    chars, chain, texts = 0, [], 1
+    for name in LONG_FIELDS:
+        value = fields.get(name)
+        if not isinstance(value, Long):
+            text = value if isinstance(value, str) else json.dumps(value) if value else ""
+            chars, seed = chars + len(text), hash((seed, text)) if text else seed
+            continue
+        for at in range(value.start, value.end, PROMPT_BLOCK_BYTES):
+            raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, value.end)])
+            chars, seed = chars + text_chars(raw), hash((seed, raw))
+            chain.append((seed, chars))
+            if name == "input":
+                texts += raw.count(b'","') + raw.count(b'", "')
+            if len(chain) % 32 == 0:
+                yield
+    return chars, tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:]), texts
+
+
+def json_steps(body: bytes) -> Generator[None, None, Reading]:
+    """Read a JSON body, however large."""
+    if len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES:
+        return Reading(read_object(body))
+    fields = yield from skimmed_object(body)
+    tools = fields.get("tools")
+    if isinstance(tools, Long):
+        fields["tools"] = hash(bytes(body[tools.start:min(tools.end, tools.start + MIB)]))
+    seed = hash(repr(fields["tools"])) if tools else 0
+    return Reading(fields, prompt=(yield from skimmed_prompt(body, fields, seed)))
 
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
 FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
 
 
-def form_field(content_type, body, name):
+def find_in_steps(body: bytes, mark: bytes, at: int) -> Generator[None, None, int]:
+    """Return where `mark` is found from `at` on, or -1."""
+    while at < len(body):
+        found = body.find(mark, at, at + FORM_SEARCH_BYTES)
+        if found >= 0:
+            return found
+        at += FORM_SEARCH_BYTES - len(mark)
+        yield
+    return -1
+
+
+def form_field(content_type: bytes, body: bytes, name: bytes) -> Generator[None, None, str | None]:
     """Return the text of a field of a multipart form (RFC 7578), or None."""
     match = BOUNDARY.search(content_type)
-    if not match:
+    if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
         return None
     delimiter = b"--" + (match[1] or match[2])
-    at = body.find(delimiter)
-    while at >= 0:
-        start, end = at + len(delimiter), body.find(b"\r\n" + delimiter, at)
-        value = body.find(b"\r\n\r\n", start, max(0, end))
-        if value < 0:
+    at = yield from find_in_steps(body, delimiter, 0)
+    for count in range(MAX_FORM_FIELDS):
+        start, end = at + len(delimiter), (yield from find_in_steps(body, b"\r\n" + delimiter, at))
+        value = body.find(b"\r\n\r\n", start, min(max(0, end), start + MAX_HEAD_BYTES))
+        if at < 0 or value < 0:
             return None
         found = FIELD_NAME.search(body[start:min(value, start + KIB)])
         if found and found[1] == name:
-            return body[value + 4:end].decode(errors="replace")
+            return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
         at = end + 2
+        if count % 100 == 99:
+            yield
     return None
 
 
@@ -953,15 +1225,18 @@ def unpacked(body):
     return data if decoder.eof else None
 
 
-def read_fields(head, route, body):
-    """Return (the fields of a body, whether it is compressed and cannot be read)."""
+def reading_steps(head: RequestHead, route: Route, body: bytes) -> Generator[None, None, Reading]:
+    """Read a body, one step at a time: each takes some milliseconds at the most, whatever it holds."""
+    if route.kind in ("raw", "account"):
+        return Reading({})
     if route.kind == "transcribe":
-        model = form_field(head.fields.get(b"content-type", b""), body, b"model")
-        return ({"model": model} if model else {}), False
+        model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
+        return Reading({"model": model} if model else {})
     if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
         body = unpacked(body)
-        return (read_object(body), False) if body is not None else ({}, True)
-    return read_object(body), False
+        if body is None:
+            return Reading({}, opaque=True)
+    return (yield from json_steps(body))
 
 
 # Ollama's own list: any port of this machine, and what is no web page.
@@ -1042,7 +1317,7 @@ def may_mean_us(host, machine, allowed):
 @remembered
 def canonical(name):
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
-    name = name.strip().lower()
+    name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
     if name.endswith(":local"):
         name = name[:-len(":local")]
@@ -1125,6 +1400,13 @@ def prefix_of(parts, seed):
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
+def read_prompt(kind: str, fields: dict) -> tuple[int, tuple, int]:
+    """Return (characters, prefix, texts) of a prompt."""
+    parts, tools, given = prompt_parts(kind, fields), fields.get("tools"), fields.get("input")
+    return (sum(map(len, parts)), prefix_of(parts, hash(repr(tools)) if tools else 0),
+            len(given) if isinstance(given, list) and given else 1)
+
+
 def output_bound(path: str, fields: dict, options: dict) -> int | None:
     """Return how many tokens a node answers with at most, or None."""
     bound = fields.get(OUTPUT_BOUNDS[path]) if path in OUTPUT_BOUNDS else options.get("num_predict")
@@ -1172,8 +1454,8 @@ def is_deterministic(fields, options):
 
 
 def is_batch(given):
-    """Tell whether an embedding's input is a list of texts."""
-    return type(given) is list and len(given) > 1 and all(type(text) is str for text in given)
+    """Tell whether an embedding's input is a list of texts, of a length that can be split."""
+    return type(given) is list and 1 < len(given) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in given)
 
 
 def read_raw_wants(head, route, client):
@@ -1182,17 +1464,17 @@ def read_raw_wants(head, route, client):
                  repeatable=head.method in ("GET", "HEAD"))
 
 
-def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
-    """Return what a request wants, from its head and its body. Raises Refusal for a priority that is none."""
+def read_wants(head, route, reading, client, default_priority=DEFAULT_PRIORITY):
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for a priority that is none.
+    """
     if route.kind in ("raw", "account"):
         return read_raw_wants(head, route, client)
-    fields, opaque = read_fields(head, route, body)
+    fields = reading.fields
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields.get("stream")
-    parts = prompt_parts(route.kind, fields) if route.is_inference else []
-    tools = fields.get("tools")
+    prompt_chars, prefix, texts = reading.prompt or read_prompt(route.kind, fields)
     change = route.kind if route.kind in CHANGES else ""
     if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
         change = "unload"
@@ -1200,27 +1482,26 @@ def read_wants(head, route, body, client, default_priority=DEFAULT_PRIORITY):
     stream = stream if isinstance(stream, bool) else route.streams
     if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
         source = fields.get("from")             # else it is made from blobs, and these are on the primary node
-    inputs = fields.get("input") if route.kind == "embed" else None
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
         priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
-        silent=not stream or bool(tools),
-        prompt_chars=sum(map(len, parts)),
+        silent=not stream or bool(fields.get("tools")),
+        prompt_chars=prompt_chars if route.is_inference else 0,
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
-        prefix=prefix_of(parts, hash(repr(tools)) if tools else 0),
+        prefix=prefix if route.is_inference else (),
         embeds=route.kind == "embed",
-        inputs=len(inputs) if isinstance(inputs, list) and inputs else 1,
+        inputs=texts if route.kind == "embed" else 1,
         inference=route.is_inference and not change,
         repeatable=route.kind not in NOT_REPEATABLE,
         deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
             fields, options if route.family is Family.OLLAMA else fields),
         where=route.where,
-        opaque=opaque,
+        opaque=reading.opaque,
         batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
         source=canonical(source) if isinstance(source, str) else None,
         change=change,
@@ -4300,11 +4581,12 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s",
-                 "source", "write_paused")
+                 "source", "write_paused", "unsent")
 
     def __init__(self, loop):
         self.loop = loop
         self.transport = None
+        self.unsent = b""           # of a long body
         self.buffer = b""
         self.sink = None
         self.waiter = None          # of whoever waits for the head
@@ -4348,6 +4630,25 @@ class NodeConnection(asyncio.Protocol):
         self.write_paused = False
         if self.source is not None:
             self.source.resume_reading()
+        if self.unsent:
+            self.send_more()
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Send a request: a long body by and by, as the node takes it."""
+        if len(body) <= SENT_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.unsent = memoryview(body)
+            self.send_more()
+
+    def send_more(self) -> None:
+        """Send the next piece of a long body; one per turn of the loop."""
+        if self.unsent and self.is_open() and not self.write_paused:
+            piece, self.unsent = self.unsent[:SENT_BYTES], self.unsent[SENT_BYTES:]
+            self.transport.write(piece)
+            if not self.write_paused:
+                self.loop.call_soon(self.send_more)
 
     def wake(self):
         if self.waiter is not None and not self.waiter.done():
@@ -4455,6 +4756,7 @@ class Pool:
         self.via = via              # of the gateway's own questions
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
+        self.unqueued = asyncio.Semaphore(MOST_UNQUEUED)    # of requests without a slot
         self.configure(settings)
 
     def configure(self, settings):
@@ -4514,13 +4816,16 @@ class Pool:
     def give_back(self, connection, clean):
         """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if clean and connection.is_open() and not connection.buffer and not self.closed:
+        if clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed:
             connection.busy = False
             connection.idle_s = self.loop.time()
             connection.transport.resume_reading()       # the last client may have been slow: nobody would see its end,
                                                         # nor read the next answer
             self.idle.append(connection)
+            if len(self.idle) > MOST_IDLE_UPSTREAM:
+                self.idle.pop(0).transport.close()
         else:
+            connection.unsent = b""
             connection.transport.abort()
 
     def prune(self, before_s):
@@ -4535,8 +4840,8 @@ class Pool:
         self.closed = True
         self.prune(math.inf)
 
-    async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True):
-        """Send a whole request; return (connection, head of the answer). Raises NodeFailure.
+    async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True, body=b""):
+        """Send a whole request, a head and a body; return (connection, head of the answer). Raises NodeFailure.
 
         A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
         must not be done twice is sent on a fresh one to begin with (`reuse` False).
@@ -4546,7 +4851,7 @@ class Pool:
             on_connection(connection)
             kept = False
             try:
-                connection.transport.write(data)
+                connection.send(data, body)
                 head = await connection.response(method)
                 kept = True
                 return connection, head
@@ -5023,10 +5328,12 @@ def body_due_s(due_s, size, now):
 class Upload:
     """Pass a request body on to a node while it comes, in constant memory."""
 
-    def __init__(self, client, connection, length):
-        self.client, self.connection = client, connection
+    def __init__(self, client, connection, length, turns):
+        self.client, self.connection, self.turns = client, connection, turns
         self.body = body_decoder(length)
         self.chunked = length is None
+        self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
+        self.catching_up = None     # the task that does it
 
     def start(self, grace_s):
         """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
@@ -5053,6 +5360,32 @@ class Upload:
         self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
             return                  # the answer came early; what is still coming has no reader
+        self.behind += data
+        if self.catching_up is None:
+            self.step()
+        if self.behind:
+            self.client.pause_reading()
+            self.catching_up = self.catching_up or self.client.loop.create_task(self.catch_up())
+
+    async def catch_up(self) -> None:
+        """Decode what has come, a step per turn of the loop; then read on."""
+        while self.behind and self.client.sink is self and self.connection.failure is None:
+            await self.turns.take()
+            self.step()
+        self.catching_up = None
+        if not self.connection.write_paused:
+            self.client.resume_reading()
+
+    def end(self) -> None:
+        """Take in no more."""
+        if self.catching_up is not None:
+            self.catching_up.cancel()
+        self.client.sink, self.client.deadline_s = None, math.inf
+
+    def step(self) -> None:
+        """Decode some of what has come, and pass it on."""
+        most = self.body.at_most() if self.chunked else len(self.behind)
+        data, self.behind = self.behind[:most], self.behind[most:]
         try:
             payload, used = self.body.feed(data)
         except ProtocolError as error:
@@ -5060,6 +5393,7 @@ class Upload:
                 self.connection.fail(error.value)
             else:                   # an answer is on its way already; there is no room for another
                 self.client.transport.abort()
+            self.behind = b""
             return
         if self.chunked:
             payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
@@ -5067,7 +5401,8 @@ class Upload:
             self.connection.transport.write(payload)
         if self.body.done:
             self.client.sink, self.client.deadline_s = None, math.inf
-            self.client.buffer += data[used:]
+            self.client.buffer += data[used:] + self.behind
+            self.behind = b""
 
 
 # -----------------------------------------------------------------------------
@@ -5200,6 +5535,19 @@ REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthori
            500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable", 508: b"Loop Detected"}
 
 
+def has_left(transport) -> bool:
+    """Tell whether the other side has closed its end, although nothing is read of it.
+
+    Where the system does not tell of an end behind unread bytes, only a reset is seen.
+    """
+    poll = select.poll()
+    try:
+        poll.register(transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+    except (OSError, ValueError):   # closed
+        return True
+
+
 def unread_bytes(transport):
     """Return how much of what was written the other side has not taken yet.
 
@@ -5212,12 +5560,108 @@ def unread_bytes(transport):
     return unsent
 
 
+class Turns:
+    """Hand out the loop: of all work that takes long, one step is done per turn of the loop, the askers one by one.
+
+    So such work delays everybody else by one step of some milliseconds, however many clients cause it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiting: collections.deque[asyncio.Future] = collections.deque()
+        self.is_due = False         # the next one is to be woken
+
+    async def take(self) -> None:
+        """Wait for a turn."""
+        turn = self.loop.create_future()
+        self.waiting.append(turn)
+        if not self.is_due:
+            self.is_due = True
+            self.loop.call_soon(self.give)
+        await turn
+
+    def give(self) -> None:
+        """Wake the first that has not left."""
+        while self.waiting:
+            turn = self.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+        self.is_due = bool(self.waiting)
+        if self.is_due:
+            self.loop.call_soon(self.give)
+
+    async def run(self, steps: Generator, at_once: bool = False) -> Any:
+        """Return the result of work that is given as a generator: each of its steps takes a turn."""
+        while True:
+            if not at_once:
+                await self.take()
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+
+class BodyMemory:
+    """Share out the memory for bodies that are read as a whole: beyond its limit they wait unread, in order.
+
+    Short ones need not wait; one that is alone may be larger than all the memory.
+    """
+
+    def __init__(self, limit: int, turns: Turns) -> None:
+        self.limit, self.turns = limit, turns
+        self.held_bytes = 0
+        self.waiting: collections.deque[tuple[int, asyncio.Future]] = collections.deque()
+
+    def fits(self, size: int) -> bool:
+        """Tell whether there is room for so many bytes more."""
+        return not self.held_bytes or self.held_bytes + size <= self.limit
+
+    def grant(self) -> None:
+        """Give those that wait what there is room for, the first one first."""
+        while self.waiting and (self.waiting[0][1].done() or self.fits(self.waiting[0][0])):
+            size, turn = self.waiting.popleft()
+            if not turn.done():
+                self.held_bytes += size
+                turn.set_result(None)
+
+    async def hold(self, client: "ClientConnection", size: int) -> None:
+        """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
+        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
+        if size <= SHORT_BODY_BYTES or not more:
+            return
+        if not self.waiting and self.fits(more):
+            self.held_bytes += more
+            client.held_bytes += more
+            return
+        turn, was_serving = self.turns.loop.create_future(), client.serving
+        self.waiting.append((more, turn))
+        try:
+            client.serving = True   # so that its end is noticed
+            async with asyncio.timeout(BODY_PAUSE_S):
+                await turn
+        except TimeoutError:
+            raise Refusal(503, "other requests with large bodies take all the memory there is for them", close=True,
+                          retry_after_s=5.0) from None
+        finally:
+            client.serving = was_serving
+            if turn.done() and not turn.cancelled():
+                client.held_bytes += more
+            self.grant()
+
+    def give_back(self, client: "ClientConnection") -> None:
+        """Take back what a client holds."""
+        self.held_bytes -= client.held_bytes
+        client.held_bytes = 0
+        self.grant()
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
 
     __slots__ = ("loop", "converse", "transport", "task", "writer", "address", "buffer", "sink", "source", "waiter",
-                 "deadline_s", "overdue", "reading", "write_deadline_s", "unread_bytes", "asking", "serving", "eof",
-                 "gone", "write_paused", "read_paused")
+                 "deadline_s", "overdue", "wanted_bytes", "write_deadline_s", "unread_bytes", "asking", "serving",
+                 "eof", "gone", "write_paused", "read_paused", "idle_s", "held_bytes", "is_stranger")
 
     def __init__(self, loop, converse):
         self.loop, self.converse = loop, converse
@@ -5228,7 +5672,11 @@ class ClientConnection(asyncio.Protocol):
         self.source = None          # the node's transport, not read while this socket's buffer is full
         self.waiter = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
-        self.overdue = self.reading = False
+        self.overdue = False
+        self.wanted_bytes = 0       # of a body that is read as a whole: so many may be in `buffer`
+        self.held_bytes = 0         # of BodyMemory, for that body
+        self.idle_s = loop.time()   # since when no request is under way
+        self.is_stranger = False    # it has given no key, and counts for its address
         self.write_deadline_s = math.inf    # until when the client must have read LEAST_READ_BYTES
         self.unread_bytes = 0       # of what was to be sent when that was asked for
         self.asking = False         # a request has begun and its answer has not ended
@@ -5238,21 +5686,23 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport, self.write_deadline_s = transport, math.inf
-        peer = transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        self.note_address()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
+
+    def note_address(self) -> str:
+        """Note and return the address of the other side."""
+        peer = self.transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        return self.address
 
     def data_received(self, data):
         if self.sink is not None:
             self.sink.data(data)
             return
         self.buffer += data
-        if len(self.buffer) > READ_AHEAD_BYTES and not self.reading:
-            if self.serving:        # unread, its end would not be seen either; nobody asks so much ahead
-                self.transport.abort()
-            else:
-                self.pause_reading()
+        if len(self.buffer) > max(READ_AHEAD_BYTES, self.wanted_bytes):
+            self.pause_reading()
         self.wake()
 
     def eof_received(self):
@@ -5306,6 +5756,8 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
             else:
                 self.ask_to_read()
+        elif self.serving and self.read_paused and self.sink is None and not self.eof and has_left(self.transport):
+            self.eof_received()
         elif now > self.deadline_s:
             self.overdue, self.deadline_s = True, math.inf
             if self.sink is not None:
@@ -5328,7 +5780,7 @@ class ClientConnection(asyncio.Protocol):
         """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
         size = len(self.buffer)
         self.deadline_s = self.loop.time() + patience_s
-        self.reading, self.overdue = True, False
+        self.overdue = False
         if self.read_paused:
             self.resume_reading()
         try:
@@ -5339,7 +5791,7 @@ class ClientConnection(asyncio.Protocol):
                     raise Refusal(408, "the request took too long to arrive", close=True)
                 await self.wait()
         finally:
-            self.reading, self.deadline_s = False, math.inf
+            self.deadline_s = math.inf
 
     async def drained(self):
         """Wait until the client has read most of what was written to it."""
@@ -5348,10 +5800,14 @@ class ClientConnection(asyncio.Protocol):
 
     async def next_head(self, patience_s):
         """Return the head of the next request, or None if the client is done. Raises Refusal."""
-        scanned = started_s = 0
+        scanned = started_s = empty_lines = 0
+        self.idle_s = self.loop.time()
         while True:
             while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
                 del self.buffer[:2]
+                empty_lines += 1
+                if empty_lines > MAX_EMPTY_LINES:
+                    raise ProtocolError("empty lines instead of a request line")
             end = find_head(self.buffer, scanned) if self.buffer else None
             if end is not None:
                 break
@@ -5361,14 +5817,25 @@ class ClientConnection(asyncio.Protocol):
                     started_s = started_s or self.loop.time()
                     await self.more(started_s + patience_s - self.loop.time())
                 else:
-                    await self.more(KEEP_ALIVE_S)
+                    await self.more(self.idle_s + KEEP_ALIVE_S - self.loop.time())
             except (ClientGone, Refusal):
                 if not self.buffer:
                     return None
                 raise
-        raw = bytes(self.buffer[:end])
-        del self.buffer[:end]
-        return parse_request(raw)
+        return parse_request(self.take(end))
+
+    def take(self, size: int) -> bytes | bytearray:
+        """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
+        if size == len(self.buffer):        # a long body is not copied: 64 MiB take 25 ms
+            taken = self.buffer if size > SHORT_BODY_BYTES else bytes(self.buffer)
+            self.buffer = bytearray()
+        else:
+            with memoryview(self.buffer) as view:
+                taken = bytes(view[:size])
+            del self.buffer[:size]
+        if self.read_paused and len(self.buffer) <= READ_AHEAD_BYTES:
+            self.resume_reading()
+        return taken
 
     def invite(self, head):
         """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
@@ -5381,36 +5848,46 @@ class ClientConnection(asyncio.Protocol):
         await self.more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
-    async def read_body(self, head, limit, grace_s):
-        """Return the whole body of a request.
+    async def read_body(self, head: RequestHead, limit: int, grace_s: float,
+                        memory: "BodyMemory") -> bytes | bytearray:
+        """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
-        ClientGone if it is cut short.
+        Refusal(503) if there is no memory for it, ClientGone if it is cut short.
         """
         if head.length == 0:
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
+        await memory.hold(self, head.length or 0)
         self.invite(head)
         now = self.loop.time()
         due_s = body_due_s(now + grace_s, len(self.buffer), now)
-        if head.length is not None:
-            while len(self.buffer) < head.length:
-                due_s = await self.more_body(due_s)
-            body = bytes(self.buffer[:head.length])
-            del self.buffer[:head.length]
-            return body
+        if head.length is None:
+            return await self.read_chunks(limit, due_s, memory)
+        self.wanted_bytes = head.length
+        while len(self.buffer) < head.length:
+            due_s = await self.more_body(due_s)
+        self.wanted_bytes = 0
+        return self.take(head.length)
+
+    async def read_chunks(self, limit: int, due_s: float, memory: "BodyMemory") -> bytes:
+        """Return a whole chunked body. Raises as `read_body`."""
         decoder, parts, size = ChunkedBody(), [], 0
         while True:
-            payload, used = decoder.feed(bytes(self.buffer))
-            del self.buffer[:used]
+            payload, used = decoder.feed(bytes(self.buffer[:decoder.at_most()]))
+            self.take(used)
             parts.append(payload)
             size += len(payload)
             if size > limit:
                 raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             if decoder.done:
                 return b"".join(parts)
-            due_s = await self.more_body(due_s)
+            await memory.hold(self, size)
+            if self.buffer:
+                await memory.turns.take()
+            else:
+                due_s = await self.more_body(due_s)
 
     async def close(self):
         """Close so that the client gets all that was written.
@@ -5861,8 +6338,8 @@ async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) 
     def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
 
-    request = render_request(head, lease.node.settings, len(body)) + body
-    connection, answer = await pool.exchange(request, head.method, on_connection, wants.repeatable)
+    request = render_request(head, lease.node.settings, len(body))
+    connection, answer = await pool.exchange(request, head.method, on_connection, wants.repeatable, body)
     clean = begun = False
     try:
         failed = answer.status >= 300 or answer.status == 200 and wants.inference and await shows_failure(
@@ -6104,7 +6581,8 @@ async def serve_control(gateway, client, head, body, wants, record):
     while True:
         lease = dispatcher.place(record.id, wants, tried, loop.time())
         try:
-            return await attempt(gateway, client, head, body, lease, record)
+            async with gateway.pools[lease.node].unqueued:
+                return await attempt(gateway, client, head, body, lease, record)
         except NodeFailure as failure:
             gateway.blame(lease, failure.value)
             tried.add(lease.node.name)
@@ -6121,27 +6599,29 @@ async def serve_upload(gateway, client, head, wants, record):
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
     lease = dispatcher.place(record.id, wants, set(), loop.time())
-    connection, clean = None, False
+    connection, upload, clean = None, None, False
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
         pool = gateway.pools[lease.node]
         client.pause_reading()      # until the Upload takes the bytes
-        connection = await pool.connect()
-        lease.abandon = connection.fail
-        client.invite(head)
-        connection.transport.write(render_request(head, lease.node.settings, head.length))
-        upload = Upload(client, connection, head.length)
-        upload.start(gateway.header_timeout_s)
-        answer = await connection.response(head.method)
-        keep = head.keep_alive and upload.body.done
-        keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
-        clean = clean and upload.body.done
-        return keep
+        async with pool.unqueued:
+            connection = await pool.connect()
+            lease.abandon = connection.fail
+            client.invite(head)
+            connection.transport.write(render_request(head, lease.node.settings, head.length))
+            upload = Upload(client, connection, head.length, gateway.turns)
+            upload.start(gateway.header_timeout_s)
+            answer = await connection.response(head.method)
+            keep = head.keep_alive and upload.body.done
+            keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
+            clean = clean and upload.body.done
+            return keep
     except NodeFailure as failure:
         gateway.blame(lease, failure.value)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
-        client.sink, client.deadline_s = None, math.inf
+        if upload is not None:
+            upload.end()
         dispatcher.release(lease, loop.time())
         if connection is not None:
             pool.give_back(connection, clean)
@@ -6306,8 +6786,8 @@ async def change(gateway, lease, head, body, hear):
             sink.fail(failure.value)
 
     try:
-        request = render_request(head, lease.node.settings, len(body)) + body
-        connection, answer = await pool.exchange(request, head.method, on_connection, reuse=False)
+        request = render_request(head, lease.node.settings, len(body))
+        connection, answer = await pool.exchange(request, head.method, on_connection, False, body)
         if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
             sink = Lines(connection, answer, on_line)
             sink.start()
@@ -6433,7 +6913,7 @@ class Share:
 
 def cut_answer(body, count):
     """Return the Cut of an answer with `count` embeddings. Raises NodeFailure if it is none."""
-    start, end = LIST_START.search(body), body.rfind(b"]")
+    start, end = LIST_START.search(body, 0, LIST_START_BYTES), body.rfind(b"]")
     if not start or body[start.end():end].rstrip()[-1:] not in (b"]", b"}"):
         raise NodeFailure("garbage", "answered no list of embeddings")
     cut = Cut(body[:start.end()], body[start.end():end], body[end:])
@@ -6453,8 +6933,11 @@ def renumbered(rows, offset):
     return b'"index"'.join((first, *rest))
 
 
-def joined(cuts, counts, took_s):
-    """Return one body of the Cuts of all shares, in order: token counts summed, as long as `took_s` at work."""
+def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None, None, list[bytes]]:
+    """Return one body, in pieces, of the Cuts of all shares, in order: token counts summed, `took_s` seconds at work.
+
+    One share a step.
+    """
     found = collections.defaultdict(list)
     for cut in cuts:
         for name, value in TOTAL.findall(cut.after):
@@ -6466,9 +6949,11 @@ def joined(cuts, counts, took_s):
             values = [round(took_s * 1e9)]
         return b'"%b":%d' % (name, max(values) if name == b"load_duration" else sum(values))
 
-    offsets = itertools.accumulate(counts[:-1], initial=0)
-    rows = [renumbered(cut.rows, offset) if offset else cut.rows for cut, offset in zip(cuts, offsets, strict=True)]
-    return cuts[0].before + b",".join(rows) + TOTAL.sub(total, cuts[0].after)
+    pieces = [cuts[0].before]
+    for cut, offset in zip(cuts, itertools.accumulate(counts[:-1], initial=0), strict=True):
+        pieces += [b",", renumbered(cut.rows, offset)] if offset else [cut.rows]
+        yield
+    return [*pieces, TOTAL.sub(total, cuts[0].after)]
 
 
 def cut_batch(wants, sizes, record):
@@ -6519,18 +7004,32 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
         record.attempts = sum(it.attempts for it in records)
         record.queue_s = min(it.queue_s for it in records)
         record.reason = f"{len(shares)} shares"
-    body = joined([share.cut for share in shares], sizes, loop.time() - record.started_s)
-    record.timings = read_timings(body[-TAIL_BYTES:])
-    return answer_whole(client, head, record, shares[0].answer, body)
+    pieces = await gateway.turns.run(joined([share.cut for share in shares], sizes, loop.time() - record.started_s))
+    record.timings = read_timings(pieces[-1][-TAIL_BYTES:])
+    return await answer_in_pieces(client, head, record, shares[0].answer, pieces)
+
+
+async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
+                           pieces: list[bytes]) -> bool:
+    """Write an answer piece by piece, as the client reads it; tell whether the connection stays open."""
+    answer.length = record.bytes = sum(map(len, pieces))
+    _, lines, keep = choose_framing(head, answer, head.keep_alive)
+    record.status = answer.status
+    client.write(render_response(answer, added_lines(record), lines))
+    for piece in pieces:
+        for at in range(0, len(piece), SENT_BYTES):
+            client.write(piece[at:at + SENT_BYTES])
+            await client.drained()
+    return keep
 
 
 async def serve_locally(gateway, client, head, record):
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
+        await gateway.read_body(client, head)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
-    status, body, kind, *extra = gateway.local[head.path](gateway)
+    status, body, kind, *extra = gateway.own_answer(head.path)
     return answer_locally(client, head, record, status, body, kind, *extra)
 
 
@@ -6577,6 +7076,7 @@ def admit(gateway, client, head, route, record):
     has_body = head.length != 0
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
     if key:
+        gateway.acquaint(client)
         record.key = key.settings.name
     elif gateway.options.keys and not is_open(head.method, head.path):
         raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=has_body)
@@ -6590,7 +7090,7 @@ def admit(gateway, client, head, route, record):
 async def serve_events(gateway, client, head, record):
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
-        await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
+        await gateway.read_body(client, head)
     client.serving = True
     record.status = 200
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
@@ -6606,7 +7106,7 @@ async def serve_events(gateway, client, head, record):
 async def serve_order(gateway, client, head, record):
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
-    await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
+    await gateway.read_body(client, head)
     node = gateway.dispatcher.nodes.get(name)
     if node is None or verb not in ("drain", "resume"):
         names = ", ".join(gateway.dispatcher.nodes)
@@ -6668,30 +7168,38 @@ async def serve(gateway, client, head, record):
         return await serve_locally(gateway, client, head, record)
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    raw = route.kind == "raw"
-    body = b"" if raw else await client.read_body(head, gateway.max_body_bytes, gateway.header_timeout_s)
-    client.serving = True
     if key is None:
-        wants = read_wants(head, route, body, client.address)
-        if wants.priority > MOST_FROM_AFAR and not is_local(client, head):
-            wants.priority = MOST_FROM_AFAR
-        if wants.change == "unload":        # which only the body tells
-            guard(gateway, head, route.kind, key, close=False)
-        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
-    allowed = key.settings
-    wants = read_wants(head, route, body, allowed.name, allowed.priority)
-    wants.priority = min(wants.priority, allowed.max_priority)
-    if wants.change == "unload":
-        guard(gateway, head, route.kind, key, close=False)
+        return await serve_admitted(gateway, client, head, route, record, None)
     try:
         key.take(gateway.loop.time())
     except Refusal as refusal:
-        refusal.close = raw and head.length != 0
+        if head.length is None or head.length > SHORT_BODY_BYTES:
+            refusal.close = True    # rather than read all that is refused
+        else:
+            await gateway.read_body(client, head)
         raise
     try:
-        return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+        return await serve_admitted(gateway, client, head, route, record, key)
     finally:
         key.give_back()
+
+
+async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: RequestHead, route: Route, record: Record,
+                         key: Key | None) -> bool:
+    """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
+    body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
+    client.serving = True
+    reading = await gateway.turns.run(reading_steps(head, route, body), len(body) <= SHORT_BODY_BYTES)
+    if key is None:
+        wants = read_wants(head, route, reading, client.address)
+        most = 10 if is_local(client, head) else MOST_FROM_AFAR
+    else:
+        allowed = key.settings
+        wants, most = read_wants(head, route, reading, allowed.name, allowed.priority), allowed.max_priority
+    wants.priority = min(wants.priority, most)
+    if wants.change == "unload":    # which only the body tells
+        guard(gateway, head, route.kind, key, close=False)
+    return await serve_by_nodes(gateway, client, head, route, body, wants, record)
 
 
 async def converse(gateway, client):
@@ -6714,8 +7222,11 @@ async def converse(gateway, client):
                 keep = answer_whole(client, head, record, refused.value.head, refused.value.body)
             gateway.finish(record)
             record = None
+            gateway.memory.give_back(client)
             if client.write_paused:
                 await client.drained()
+            if client.buffer:       # it asks ahead: others come in between
+                await gateway.turns.take()
             if not keep or gateway.draining or client.gone:
                 return
     except Refusal as refusal:      # no head, or none that can be read
@@ -6734,8 +7245,9 @@ async def converse(gateway, client):
     finally:
         if record:
             gateway.finish(record)
+        gateway.memory.give_back(client)
         await client.close()
-        gateway.clients.discard(client)
+        gateway.forget(client)
 
 
 # -----------------------------------------------------------------------------
@@ -7077,6 +7589,11 @@ def percentile(ordered, share):
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
+def shown(name: str | None) -> str | None:
+    """Return a name that a client may have made up as logs and statistics show it: not longer than SHOWN_CHARS."""
+    return name and name[:SHOWN_CHARS]
+
+
 def runner_stats(node: Node, model: str, now: float) -> dict:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
@@ -7096,7 +7613,7 @@ def runner_stats(node: Node, model: str, now: float) -> dict:
 def running_stats(lease, now):
     """Return what /api/stats says of one running request."""
     wants = lease.ticket.wants
-    return {"id": lease.ticket.id, "model": wants.model, "priority": wants.priority, "client": wants.client,
+    return {"id": lease.ticket.id, "model": shown(wants.model), "priority": wants.priority, "client": wants.client,
             "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3),
             "began": lease.first_s is not None,
             "predicted_left_s": round(lease.predicted_end_s - now, 3) if lease.predicted_end_s else None,
@@ -7143,7 +7660,7 @@ def queue_stats(dispatcher, now):
     queue, forecast = [], Forecast(dispatcher, now)
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         start_s = forecast.start_s(dispatcher.estimates.demand_of(ticket))
-        queue.append({"id": ticket.id, "model": ticket.wants.model, "priority": ticket.wants.priority,
+        queue.append({"id": ticket.id, "model": shown(ticket.wants.model), "priority": ticket.wants.priority,
                       "client": ticket.wants.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3),
                       "predicted_start_s": None if start_s is None else round(start_s, 3)})
@@ -7157,7 +7674,7 @@ def answer_queue(gateway):
 
 def decision_stats(decisions, now):
     """Return what is said of decisions, the last one first."""
-    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": it.model, "node": it.node,
+    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": shown(it.model), "node": it.node,
              "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
             for it in reversed(decisions)]
 
@@ -7345,8 +7862,9 @@ def log_level(record: Record) -> int:
 def request_fields(record, total_s):
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
-    return {"event": "request", "id": record.id, "client": record.client, "key": record.key, "method": record.method,
-            "path": record.path, "model": record.model, "priority": record.priority, "node": record.node,
+    return {"event": "request", "id": record.id, "client": record.client, "key": record.key,
+            "method": shown(record.method), "path": shown(record.path), "model": shown(record.model),
+            "priority": record.priority, "node": record.node,
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(first_s), "total_ms": milliseconds(total_s),
             "prompt_tokens": record.timings.prompt_tokens, "output_tokens": record.timings.output_tokens,
@@ -7360,10 +7878,9 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-@functools.lru_cache(maxsize=1024)      # models, nodes, paths and most numbers come again and again
-def bare(value):
-    """Return a value as it stands in a key=value line: quoted if it could be misread."""
-    text = str(value)
+@remembered                         # models, nodes, paths and most numbers come again and again
+def bare(text):
+    """Return a text as it stands in a key=value line: quoted if it could be misread."""
     return text if PLAIN(text) else json.dumps(text)
 
 
@@ -7391,13 +7908,76 @@ class LogFormat(logging.Formatter):
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
-        return " ".join([f"{key}={bare(value)}" for key, value in fields.items()])
+        return " ".join([f"{key}={bare(str(value))}" for key, value in fields.items()])
+
+
+class LogWriter(logging.Handler):
+    """Write the log to a file descriptor, in a thread: a pipe that nobody reads, or a slow disk, holds up no request.
+
+    What is over MAX_LOG_BYTES is lost; how many lines those were is told when the log flows again.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.taken_bytes = self.lost_lines = 0      # changed under the lock of the handler only
+        self.written_bytes = self.told_lines = 0    # changed by the thread only
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = (self.format(record) + "\n").encode(errors="backslashreplace")
+        if self.taken_bytes - self.written_bytes + len(data) > MAX_LOG_BYTES:
+            self.lost_lines += data.count(b"\n")
+            return
+        self.taken_bytes += len(data)
+        self.queue.put(data)
+
+    def run(self) -> None:
+        """Write what comes, until None does."""
+        while (data := self.queue.get()) is not None:
+            self.write(data)
+            self.written_bytes += len(data)
+            if self.queue.empty():
+                self.tell_loss()
+        self.tell_loss()
+
+    def tell_loss(self) -> None:
+        """Write how many lines were lost since that was told last, if any were."""
+        lost = self.lost_lines - self.told_lines
+        if lost:
+            self.told_lines += lost
+            fields = {"event": "log", "lost": lost, "why": "nobody read the log for a while"}
+            record = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, fields, (), None)
+            self.write((self.format(record) + "\n").encode())
+
+    def write(self, data: bytes) -> None:
+        """Write bytes, however long it takes; none if nobody is there to read them."""
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data):]
+            except BlockingIOError:     # whoever shares the descriptor has made it so
+                time.sleep(LOG_RETRY_S)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        """Write what is left, if that takes no longer than LOG_FLUSH_S. Called at the end of the process, too."""
+        self.queue.put(None)
+        self.thread.join(LOG_FLUSH_S)
+        super().close()
 
 
 def start_log(style, level):
     """Send the log to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    try:
+        handler: logging.Handler = LogWriter(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):       # it is no file
+        handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormat(style))
+    for former in LOG.handlers:
+        former.close()
     LOG.handlers[:] = [handler]
     LOG.setLevel(level.upper())
     LOG.propagate = False
@@ -7832,9 +8412,51 @@ NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_secret
                  "resolve": parse_resolve}
 
 
+def open_regular(path: str) -> int:
+    """Return a descriptor to read a file. Raises ConfigError for a pipe or a device: they can have no end."""
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)   # a pipe would be waited for
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ConfigError(f"{path}: this is not a regular file")
+
+
+def read_file(path: str) -> tuple[str, int]:
+    """Return (text, mode) of a file that a person writes, of MAX_FILE_BYTES at the most. Raises ConfigError."""
+    with open(open_regular(path), "rb") as file:
+        data, mode = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_mode
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: this is not UTF-8") from None
+    if len(data) > MAX_FILE_BYTES or len(text.splitlines()) > MAX_FILE_LINES:
+        raise ConfigError(f"{path}: longer than {MAX_FILE_BYTES // MIB} MiB or {MAX_FILE_LINES} lines")
+    return text, mode
+
+
+def mode_of(path: str) -> int:
+    """Return the mode of a file, 0 if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
+
+
+def bare_line(line: str) -> str:
+    """Return a line of a file without its comment. Raises ValueError if it is too long to be one."""
+    if len(line) > MAX_LINE_CHARS:
+        raise ValueError(f"a line of {len(line)} characters")
+    return re.sub(r"(^|\s)#.*", "", line).strip()
+
+
 def parse_url(url):
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
-    shown = re.sub(r"[^/]*@", "...@", url)      # a password is for nobody's log
+    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)      # a password is for nobody's log
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         port = 11434 if parts.port is None else parts.port
@@ -7876,6 +8498,8 @@ def with_authority(node, folder):
     if not node.ca:
         return node
     node = node._replace(ca=os.path.join(folder, node.ca))
+    if stat.S_ISFIFO(mode_of(node.ca)):
+        raise ValueError(f"ca {node.ca}: this is not a regular file")
     trust_in(node)
     return node
 
@@ -7884,13 +8508,15 @@ def parse_hosts(text, place):
     """Return the NodeSettings of a hosts file. Raises ConfigError that names `place` and line."""
     nodes = {}
     for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
         try:
+            line = bare_line(line)
+            if not line:
+                continue
             node = with_authority(parse_node(line), os.path.dirname(place))
             if node.name in nodes:
                 raise ValueError(f"there are two nodes named {node.name!r}; give one of them another name=")
+            if len(nodes) == MAX_NODES:
+                raise ValueError(f"more than {MAX_NODES} nodes")
         except ValueError as error:
             raise ConfigError(f"{place}:{number}: {error}") from None
         nodes[node.name] = node
@@ -7901,11 +8527,8 @@ def read_nodes(options):
     """Return the NodeSettings from --hosts and --node. Raises ConfigError."""
     nodes = []
     if options.hosts:
-        try:
-            with open(options.hosts, encoding="utf-8-sig") as file:
-                nodes, mode = parse_hosts(file.read(), options.hosts), os.fstat(file.fileno()).st_mode
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{options.hosts}: {getattr(error, 'strerror', None) or error}") from None
+        text, mode = read_file(options.hosts)
+        nodes = parse_hosts(text, options.hosts)
         if any(node.token for node in nodes):
             warn_of_readers("hosts", options.hosts, mode)
     nodes += parse_hosts("\n".join(options.node), "--node")
@@ -8157,10 +8780,10 @@ def parse_keys(text, place):
     """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
     names, digests = {}, {}
     for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
         try:
+            line = bare_line(line)
+            if not line:
+                continue
             key = parse_key(line)
             if key.name in names:
                 raise ValueError(f"there are two keys named {key.name!r}")
@@ -8188,11 +8811,8 @@ def read_keys(options):
     """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
     if not options.keys:
         return []
-    try:
-        with open(options.keys, encoding="utf-8-sig") as file:
-            keys, mode = parse_keys(file.read(), options.keys), os.fstat(file.fileno()).st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{options.keys}: {getattr(error, 'strerror', None) or 'this is not UTF-8'}") from None
+    text, mode = read_file(options.keys)
+    keys = parse_keys(text, options.keys)
     warn_of_readers("keys", options.keys, mode)
     return keys
 
@@ -8200,15 +8820,6 @@ def read_keys(options):
 # -----------------------------------------------------------------------------
 # Certificate and key of the gateway's own port
 # -----------------------------------------------------------------------------
-
-def check_readable(path):
-    """Raise ConfigError if a file cannot be read: ssl would not tell which one."""
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-
 
 def is_certificate(path):
     """Tell whether there is a certificate in a file, in PEM form."""
@@ -8231,8 +8842,8 @@ def read_certificate(options):
     if not options.tls_cert:
         return None
     certificate, key = options.tls_cert, options.tls_key
-    check_readable(certificate)
-    check_readable(key)
+    for path in (certificate, key):     # ssl would not tell which one cannot be read, and waits for a pipe's end
+        os.close(open_regular(path))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION      # so that to write never waits for something to be read
@@ -8379,11 +8990,15 @@ class Gateway:
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
+        self.turns = Turns(self.loop)       # of work that takes long
+        self.memory = BodyMemory(options.max_memory, self.turns)
         self.pools = {}             # Node: Pool
         self.probes = {}            # Node: Task
         self.chores = {}            # (Node, what is done): Task
         self.states = {}            # Node: its state as logged last
         self.clients = set()
+        self.strangers = collections.Counter()      # address: connections that have given no key
+        self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
         self.lines = lines          # NodeSettings as written
         self.look_up = look_up      # name -> its addresses
         self.told = {}              # name: its addresses, as DNS told last
@@ -8401,7 +9016,8 @@ class Gateway:
         self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
-        self.files_seen = self.file_stamps()
+        self.files_seen = self.files_before = self.file_stamps()     # as taken over; as in the last sweep
+        self.answers = {}           # path: (until when it is good, answer), the last ones
         self.local = {              # path: answer, for GET and HEAD
             "/": answer_root,
             "/api/version": answer_version,
@@ -8449,18 +9065,52 @@ class Gateway:
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
+        address = client.note_address()
         if len(self.clients) >= self.max_clients:
+            self.close_idle_client()
+        is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
+        if is_too_much or len(self.clients) >= self.max_clients:
             if not self.tls:        # else it would take a handshake to tell
-                answer_refusal(client, None, None, Refusal(503, "too many connections", close=True, retry_after_s=1.0))
+                text = f"too many connections{f' from {address}' if is_too_much else ''}"
+                answer_refusal(client, None, None, Refusal(503, text, close=True, retry_after_s=1.0))
             transport.close()
             return
         self.clients.add(client)
+        self.strangers[address] += 1
+        client.is_stranger = True
         if self.tls:
-            client.transport = TlsTransport(transport, self.tls, client, self.clients.discard)
+            client.transport = TlsTransport(transport, self.tls, client, self.forget)
             client.write_deadline_s = self.loop.time() + self.header_timeout_s      # of the handshake
             transport.set_protocol(client.transport)
         else:
             client.connection_made(transport)
+
+    def close_idle_client(self) -> None:
+        """Close the connection that has been idle for longest, to make room; none that has just come."""
+        before_s = self.loop.time() - SPARED_S
+        idle = [client for client in self.clients
+                if client.idle_s < before_s and client.task and not client.asking and not client.buffer]
+        if idle:
+            client = min(idle, key=lambda client: client.idle_s)
+            self.forget(client)
+            client.transport.abort()
+
+    def acquaint(self, client: ClientConnection) -> None:
+        """Count a connection for its address no longer: it has given a key, or ends."""
+        if client.is_stranger:
+            client.is_stranger = False
+            self.strangers[client.address] -= 1
+            if not self.strangers[client.address]:
+                del self.strangers[client.address]
+
+    def forget(self, client: ClientConnection) -> None:
+        """Count a connection no longer."""
+        self.acquaint(client)
+        self.clients.discard(client)
+
+    async def read_body(self, client: ClientConnection, head: RequestHead) -> bytes | bytearray:
+        """Return the whole body of a request. Raises as ClientConnection.read_body."""
+        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
     def report(self, loop, context):
         """Log what went wrong outside all tasks.
@@ -8614,6 +9264,7 @@ class Gateway:
     def order(self, node, verb):
         """Drain or resume a node; return (status, body, content type) of the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
+        self.answers.clear()        # it is to be seen at once
         note_state(self, node, f"asked to {verb}")
         self.pump()
         return json_answer(node_stats(node, self.loop.time()))
@@ -8640,6 +9291,17 @@ class Gateway:
         A node that does not answer now is looked at by the next probe.
         """
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
+
+    def own_answer(self, path: str) -> tuple:
+        """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
+        """
+        until_s, answer = self.answers.get(path, (-math.inf, None))
+        if self.loop.time() >= until_s:
+            began_s = time.thread_time()
+            answer = self.local[path](self)
+            costly = time.thread_time() - began_s > COSTLY_S
+            self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
+        return answer
 
     def snapshot(self):
         """Return what dashboards show, as JSON; made once for all that look, however many."""
@@ -8691,7 +9353,9 @@ class Gateway:
             if dispatcher.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.states.pop(node, None)
-        if any(now not in (None, seen) for now, seen in zip(self.file_stamps(), self.files_seen, strict=True)):
+        stamps, self.files_before = self.files_before, self.file_stamps()
+        if stamps == self.files_before and any(     # still for SWEEP_S: nobody is writing it
+                stamp not in (None, seen) for stamp, seen in zip(stamps, self.files_seen, strict=True)):
             self.reload()
         if now - self.saved_s >= STATE_S:
             self.save()
@@ -8905,6 +9569,8 @@ def command_line(environ):
     group = parser.add_argument_group("limits")
     add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
         "routing; blobs pass without limit (%(default)s)")
+    add(group, "--max-memory", metavar="SIZE", type=parse_size, default="512MiB", help="bytes of such bodies at once; "
+        "beyond that further ones wait unread (%(default)s)")
     add(group, "--header-timeout", metavar="TIME", type=parse_seconds, default="10s", help="time a head may take to "
         "arrive (%(default)s)")
     add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "

@@ -14,6 +14,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import http.server
 import inspect
 import itertools
 import json
@@ -37,6 +38,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
@@ -225,6 +227,7 @@ TOO_LONG = [
     ("target one too long", get(target=b"/" * 16_385), 414),
     ("target over a whole head", get(target=b"/" * 70_000), 414), ("endless first line", b"A" * 66_000, 414),
     ("one long header", get(b"X: " + b"x" * 66_000), 431),
+    ("many fields", get(*[b"X: y"] * 257), 431),
     ("many headers", get(*[b"X-%d: y" % number for number in range(7000)]), 431),
     ("longest target, long head", get(b"X: " + b"x" * 66_000, target=b"/" * 16_384), 431),
 ]
@@ -547,7 +550,8 @@ def asked(path="/api/chat", body=b"", method="POST", **fields):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {name.replace("_", "-").encode(): value for name, value in fields.items()}
     given = sollol.RequestHead(method, path.encode(), path, 1, fields, [], len(body), True, False)
-    return sollol.read_wants(given, sollol.ROUTES[method, path], body, "10.0.0.1")
+    route = sollol.ROUTES[method, path]
+    return sollol.read_wants(given, route, sollol.at_once(sollol.reading_steps(given, route, body)), "10.0.0.1")
 
 
 @pytest.mark.parametrize("name, full", [
@@ -748,6 +752,55 @@ def test_no_body_raises_anything_but_a_refusal():
 def test_no_depth_of_nesting_raises(opening, closing):
     for depth in (*range(850, 1010, 7), 5000):
         asked(body=b'{"model":"m","tools":' + opening * depth + b"1" + closing * depth + b"}")
+
+
+def looked_at(fields):
+    """Return what is looked at of the fields of a body, without what stands in lists."""
+    found = {name: value for name, value in fields.items() if type(value) in (str, int, float, bool, type(None))}
+    options = fields.get("options")
+    return {**found, "options": looked_at(options) if type(options) is dict else None}
+
+
+def test_skimmed_body_is_read_as_a_whole_one(monkeypatch):
+    """What stands where in a large body is found as json finds it; what is short there is read as everywhere."""
+    rng = random.Random(6)
+    for number in range(1500):
+        names = ("model", "Stream", "options", "messages", "x", "tools", 'a\\"')
+        value = {rng.choice(names): junk(rng) for _ in range(4)}
+        body = json.dumps(value, indent=rng.choice((None, 1)), ensure_ascii=number % 2 == 0).encode(errors="replace")
+        expected = {key: found for key, found in sollol.read_object(body).items() if key in sollol.SKIMMED_FIELDS}
+        found = sollol.at_once(sollol.skimmed_object(body + b" trailing"))
+        assert found.keys() == expected.keys() and repr(looked_at(found)) == repr(looked_at(expected)), body
+    monkeypatch.setattr(sollol, "SHORT_VALUE_BYTES", -1)
+    for size in (10, 63, 64, 65, 127, 128, 1000, 70_000, 300_000):
+        for unit in ("a", "\\", '"', "[", "}", "ä\\", '{"', "\\\\\""):
+            value = {"tools": [[unit * size, {unit: [1, unit]}], unit], "prompt": unit * size,
+                     "system": [[[unit]]] * size}
+            body = json.dumps(value).encode()
+            found = sollol.at_once(sollol.skimmed_object(body))
+            assert {name: json.loads(body[at.start:at.end]) for name, at in found.items()} == value
+
+
+def test_large_body_tells_what_a_short_one_tells():
+    text = "some words of a prompt, " * 100
+    for path, name, options in ((CHAT, "messages", {}), ("/api/embed", "input", {}), ("/v1/responses", "input", {})):
+        turns = [{"role": "user", "content": text} if name == "messages" else text for _ in range(2000)]
+        body = {"model": "Big", "stream": False, "options": {"num_ctx": 8192, "num_predict": 7}, "priority": 8,
+                "service_tier": "flex", "max_output_tokens": 9, name: turns}
+        large, longer = asked(path, body), asked(path, {**body, name: turns + turns[:100]})
+        short = asked(path, {**body, name: turns[:1]})
+        assert replace(large, prompt_chars=0, prefix=(), inputs=1, batch=None) == replace(
+            short, prompt_chars=0, prefix=(), inputs=1, batch=None)
+        assert large.prompt_chars == pytest.approx(2000 * len(text), rel=0.03)
+        assert len(large.prefix) == sollol.PREFIX_FIRST + sollol.PREFIX_LAST
+        assert large.prefix[:4] == longer.prefix[:4]
+        assert not set(large.prefix) & set(asked(path, {**body, "system": "x", name: turns}).prefix)
+        assert large.inputs == (2000 if path == "/api/embed" else 1)
+
+
+def test_image_is_no_part_of_a_large_prompt():
+    image = {"role": "user", "content": "what is it? " * 10, "images": ["iVBORw0KGgo" * 300_000]}
+    assert asked(CHAT, {"model": "m", "messages": [image]}).prompt_chars < 2 * sollol.PROMPT_BLOCK_BYTES
 
 
 # -----------------------------------------------------------------------------
@@ -5805,6 +5858,453 @@ def test_signal_during_the_start_ends_it(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# The loop is never held, and memory has bounds
+# -----------------------------------------------------------------------------
+
+HOLD_S = 0.05                       # of the loop's thread: what other threads and processes take does not count
+
+
+class PatientNode(http.server.ThreadingHTTPServer):
+    """A node in threads of its own: what it does holds up no loop. It reads any body, and answers `pause_s` later."""
+
+    daemon_threads = True
+    line, pause_s = "", 0.0
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def tell(self, value):
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.tell(ScriptedNode().own_answer(f"GET {self.path} ".encode()))
+
+        def do_POST(self):
+            left = int(self.headers.get("Content-Length", 0))
+            while left and (data := self.rfile.read(min(left, 2**20))):
+                left -= len(data)
+            while self.headers.get("Transfer-Encoding") and (size := int(self.rfile.readline(), 16)):
+                self.rfile.read(size + 2)
+            time.sleep(self.server.pause_s)
+            self.tell({"response": "fine", "done": True})
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.port = self.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    async def stop(self):
+        await asyncio.to_thread(self.shutdown)
+        self.server_close()
+
+
+def resident_bytes():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Watch:
+    """How long the loop was held at the most, in its thread's CPU time, and by how much the process grew."""
+
+    async def __aenter__(self):
+        self.hold_s, self.before_bytes, self.most_bytes = 0.0, resident_bytes(), 0
+        self.task = asyncio.create_task(self.beat())
+        await asyncio.sleep(0.01)
+        return self
+
+    async def __aexit__(self, *_):
+        self.task.cancel()
+
+    async def beat(self):
+        while True:
+            began_s = time.thread_time()
+            await asyncio.sleep(0.001)
+            self.hold_s = max(self.hold_s, time.thread_time() - began_s)
+            self.most_bytes = max(self.most_bytes, resident_bytes())
+
+    @property
+    def grown_mib(self):
+        return (self.most_bytes - self.before_bytes) / 2**20
+
+
+def blast(address, data, patience_s=30.0):
+    """Send bytes from another thread, and return what came back until the connection closed or an answer was whole."""
+    received = []
+    with socket.create_connection(address) as client:
+        client.settimeout(patience_s)
+        sender = threading.Thread(target=swallow, args=(client, data))
+        sender.start()
+        with contextlib.suppress(OSError):
+            while piece := client.recv(2**20):
+                received.append(piece)
+                if b"\r\n\r\n" in piece and b"Connection: close" not in data[-200:]:
+                    break
+            client.shutdown(socket.SHUT_RDWR)
+        sender.join()
+    return b"".join(received)
+
+
+def swallow(client, data):
+    """Send bytes for as long as they are taken."""
+    with contextlib.suppress(OSError):
+        client.sendall(data)
+
+
+def filled(lead, unit, tail, size):
+    return lead + unit * ((size - len(lead) - len(tail)) // len(unit)) + tail
+
+
+def sent_whole(body, path=b"/api/chat", *fields):
+    lines = [b"POST %b HTTP/1.1" % path, b"Host: localhost", b"Content-Length: %d" % len(body), *fields]
+    return head(*lines) + body
+
+
+def in_chunks_of_one(path, count):
+    body = filled(b'{"model":"llama3.2","prompt":"', b"a", b'"}', count)
+    return (head(b"POST %b HTTP/1.1" % path, b"Host: localhost", b"Transfer-Encoding: chunked")
+            + re.sub(rb"(?s)(.)", rb"1\r\n\1\r\n", body) + END)
+
+
+LEAD, LAST = b'{"model":"llama3.2",', head(b"GET / HTTP/1.1", b"Host: localhost", b"Connection: close")
+MULTIPART = b"Content-Type: multipart/form-data; boundary=c"
+# Name, what is sent, the status, and by how many MiB the gateway may grow. A body as it is held is part of that.
+GREEDY = [
+    ("pipelined questions", lambda: b"HEAD /api/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000 + LAST, 200, 16),
+    ("pipelined metrics", lambda: b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000 + LAST, 200, 64),
+    ("objects", lambda: sent_whole(filled(LEAD + b'"messages":[0,', b"{},", b"0]}", 2**24)), 200, 64),
+    ("objects, short", lambda: sent_whole(filled(LEAD + b'"messages":[0,', b"{},", b"0]}", 2**18)), 200, 16),
+    ("lists of lists", lambda: sent_whole(filled(LEAD + b'"messages":[0,', b"[[[[[]]]]],", b"0]}", 2**24)), 200, 64),
+    ("depth", lambda: sent_whole(filled(LEAD + b'"messages":', b"[", b"", 2**24)), 200, 64),
+    ("depth of objects", lambda: sent_whole(filled(LEAD + b'"tools":', b'{"":', b"", 2**24)), 200, 64),
+    ("strings", lambda: sent_whole(filled(LEAD + b'"messages":[0,', b'"",', b"0]}", 2**24)), 200, 64),
+    ("keys", lambda: sent_whole(filled(LEAD, b'"Model":"llama3.2",', b'"a":0}', 2**24)), 200, 64),
+    ("options", lambda: sent_whole(filled(LEAD, b'"options":[' + b"{}," * 9000 + b"0],", b'"a":0}', 2**22)), 200, 64),
+    ("space", lambda: sent_whole(filled(b"", b" ", b'{"model":"llama3.2"}', 2**24)), 200, 64),
+    ("a prompt", lambda: sent_whole(filled(LEAD + b'"prompt":"', b"word ", b'"}', 2**26), b"/api/generate"), 200, 160),
+    ("escapes", lambda: sent_whole(filled(LEAD + b'"prompt":"', b'\\"\\\\', b'"}', 2**24), b"/api/generate"), 200, 64),
+    ("a context", lambda: sent_whole(filled(LEAD + b'"context":[', b"12345,", b"0]}", 2**24)), 200, 64),
+    ("texts", lambda: sent_whole(filled(LEAD + b'"input":[', b'"one text",', b'""]}', 2**22), b"/api/embed"), 200, 64),
+    ("a name", lambda: sent_whole(filled(b'{"model":"', b"x", b'"}', 2**24)), 200, 64),
+    ("form", lambda: sent_whole(b"--c\r\n\r\n\r\n" * 2**20, b"/v1/audio/transcriptions", MULTIPART), 200, 64),
+    ("chunks of one byte", lambda: in_chunks_of_one(b"/api/chat", 2**19), 200, 32),
+    ("upload of such chunks", lambda: in_chunks_of_one(b"/api/blobs/sha256:" + b"0" * 64, 2**19), 200, 32),
+    ("empty lines", lambda: b"\r\n" * 2**21, 400, 16),
+    ("fields", lambda: get(*[b"a:"] * 12_500), 431, 16),
+    ("more than it may be", lambda: sent_whole(b"x" * (2**26 + 1)), 413, 16),
+]
+
+
+@table("make, status, most_mib", GREEDY)
+def test_nothing_that_a_client_sends_holds_the_loop_or_grows_it_without_bound(make, status, most_mib):
+    async def main():
+        async with gateway_for(PatientNode(), flags=["--no-split-embed"]) as gateway:
+            data = make()
+            for _ in range(3):      # a busy machine may hold it once
+                async with Watch() as watch:
+                    answer = await asyncio.to_thread(blast, gateway.address, data)
+                assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:300]
+                if watch.hold_s < HOLD_S and watch.grown_mib < most_mib:
+                    break
+            assert watch.hold_s < HOLD_S and watch.grown_mib < most_mib
+            await until(lambda: not gateway.memory.held_bytes and not gateway.clients)
+    run_real(main())
+
+
+def test_several_giant_bodies_at_once_hold_the_loop_no_longer():
+    async def main():
+        async with gateway_for(PatientNode()) as gateway:
+            data = sent_whole(filled(LEAD + b'"messages":[0,', b"{},[],", b"0]}", 2**24))
+            for _ in range(3):
+                async with Watch() as watch:
+                    answers = await asyncio.gather(*(asyncio.to_thread(blast, gateway.address, data) for _ in range(6)))
+                assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+                if watch.hold_s < HOLD_S:
+                    break
+            assert watch.hold_s < HOLD_S
+    run_real(main())
+
+
+def test_many_that_ask_ahead_delay_nobody_else():
+    async def main():
+        async with gateway_for(PatientNode()) as gateway:
+            async def honest_s():
+                began_s = gateway.loop.time()
+                assert (await call(gateway, "POST", "/api/chat", {"model": "llama3.2", "stream": False})).status == 200
+                return gateway.loop.time() - began_s
+
+            async def beside_greedy_s():
+                greedy = [await Caller.to(gateway) for _ in range(20)]
+                for caller in greedy:
+                    caller.writer.write(b"HEAD /api/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000)
+                took_s = await honest_s()
+                for caller in greedy:
+                    caller.writer.transport.abort()
+                await until(lambda: not gateway.clients)
+                return took_s
+
+            quiet_s = await honest_s()
+            assert min([await beside_greedy_s() for _ in range(3)]) < quiet_s + 0.2
+    run_real(main())
+
+
+@over_sockets
+async def test_request_behind_another_one_may_be_large_and_costs_it_nothing():
+    node = fixed(1, speed=20)
+    async with gateway_for(node) as gateway:
+        caller = await Caller.to(gateway)
+        second = generate(padding="x" * 2**21)
+        caller.writer.write(posted(generate(tokens=30)) + posted(second))
+        assert [(await caller.answer()).status for _ in range(2)] == [200, 200]
+        caller.close()
+
+
+@over_sockets
+async def test_client_that_leaves_is_noticed_although_it_is_not_read():
+    node = fixed(1, speed=1)
+    async with gateway_for(node) as gateway:
+        caller = await Caller.to(gateway)
+        caller.writer.write(posted(generate(tokens=2000)) + posted(generate(padding="x" * 10**6)))
+        await until(lambda: node.in_flight and any(client.read_paused for client in gateway.clients))
+        caller.writer.transport.abort()
+        await until(lambda: node.aborted == 1 and health(gateway)["inflight"] == 0, 2.0)
+
+
+def test_connection_that_sends_only_empty_lines_is_as_idle_as_one_that_sends_nothing():
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST)) as gateway:
+            caller, began_s = await Caller.to(gateway), gateway.loop.time()
+            for _ in range(sollol.MAX_EMPTY_LINES):
+                caller.writer.write(b"\r\n")
+                await asyncio.sleep(sollol.KEEP_ALIVE_S / 5)
+            assert await caller.reader.read() == b""
+            assert gateway.loop.time() - began_s < sollol.KEEP_ALIVE_S + 1
+            caller.close()
+    bench.run_virtual(main())
+
+
+async def begun_upload(gateway, size, sent):
+    """Return a Caller that has sent the first bytes of a body."""
+    caller = await Caller.to(gateway)
+    body = json.dumps(generate(padding="x" * size)).encode()
+    caller.rest = body[sent:]
+    caller.writer.write(head(b"POST /api/generate HTTP/1.1", b"Host: localhost", b"Content-Length: %d" % len(body))
+                        + body[:sent])
+    return caller
+
+
+def test_bodies_beyond_the_memory_for_them_wait_unread_and_short_ones_do_not():
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST), flags=["--max-memory", "1MiB"]) as gateway:
+            first = await begun_upload(gateway, 800_000, 1000)
+            await until(lambda: gateway.memory.held_bytes)
+            second = await begun_upload(gateway, 800_000, 700_000)
+            await asyncio.sleep(1)
+            assert gateway.memory.held_bytes < 2**20
+            assert sum(len(client.buffer) for client in gateway.clients) < 2 * sollol.READ_AHEAD_BYTES
+            assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+            first.writer.write(first.rest)
+            assert (await first.answer()).status == 200
+            second.writer.write(second.rest)
+            assert (await second.answer()).status == 200
+            await until(lambda: not gateway.memory.held_bytes)
+            held = [await begun_upload(gateway, size, 1000) for size in (1_000_000, 500_000)]
+            await until(lambda: len(gateway.memory.waiting) == 1)
+            held[1].writer.transport.abort()        # whoever leaves waits no longer
+            await until(lambda: not gateway.memory.waiting or gateway.memory.waiting[0][1].done())
+            late = await begun_upload(gateway, 500_000, 1000)
+            drip = asyncio.create_task(feed(held[0]))
+            answer = await late.answer()
+            assert (answer.status, "retry-after" in answer.fields) == (503, True)
+            drip.cancel()
+            for caller in (first, second, held[0], late):
+                caller.close()
+            await until(lambda: not gateway.memory.held_bytes)
+    bench.run_virtual(main())
+
+
+async def feed(caller):
+    """Send the rest of a body steadily, and never to its end."""
+    for at in range(0, len(caller.rest) - 10_000, 10_000):
+        caller.writer.write(caller.rest[at:at + 10_000])
+        await asyncio.sleep(1)
+
+
+@over_sockets
+async def test_rate_of_a_key_is_checked_before_its_body_is_read(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret name=alice rate=1/h\n")
+    keys.chmod(0o600)
+    async with gateway_for(bench.SimNode(**FAST), flags=["--keys", str(keys)]) as gateway:
+        caller = await Caller.to(gateway)
+        allowed = {"Authorization": "Bearer secret"}
+        assert (await caller.ask("POST", "/api/generate", generate(), **allowed)).status == 200
+        answer = await caller.ask("POST", "/api/generate", generate(), **allowed)       # short: it is read, and goes on
+        assert (answer.status, answer.fields.get("connection")) == (429, None)
+        caller.writer.write(head(b"POST /api/generate HTTP/1.1", b"Host: localhost", b"Authorization: Bearer secret",
+                                 b"Content-Length: 60000000"))
+        answer = await caller.answer()
+        assert (answer.status, answer.fields["connection"]) == (429, "close")
+        caller.close()
+
+
+@over_sockets
+async def test_idle_connections_to_a_node_are_bounded():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        for number in range(sollol.MOST_IDLE_UPSTREAM + 20):
+            await call(gateway, "DELETE", "/api/delete", {"model": f"none{number}"})
+        pool, = gateway.pools.values()
+        assert len(pool.idle) <= sollol.MOST_IDLE_UPSTREAM
+
+
+@over_sockets
+async def test_requests_without_a_slot_are_bounded_per_node_and_the_rest_waits():
+    release = asyncio.Event()
+
+    async def hold(reader, writer):
+        await release.wait()
+
+    node = ScriptedNode(lambda request: [hold, framed(b"{}"), KEEP])
+    async with gateway_for(node) as gateway:
+        asking = [asyncio.create_task(call(gateway, *request)) for _ in range(sollol.MOST_UNQUEUED)
+                  for request in (("GET", "/unknown"), ("POST", "/unknown", b"{}"))]
+        await until(lambda: len(node.requests) == sollol.MOST_UNQUEUED)
+        await asyncio.sleep(0.05)
+        assert len(node.requests) == sollol.MOST_UNQUEUED
+        release.set()
+        assert {(await task).status for task in asking} == {200}
+
+
+@over_sockets
+async def test_name_that_a_client_makes_up_is_cut_where_it_is_kept_and_passes_as_it_is(capsys):
+    sollol.start_log("kv", "info")
+    node, name = ScriptedNode(lambda request: [OK, KEEP]), "x" * 10**5
+    async with gateway_for(node) as gateway:
+        assert (await call(gateway, "POST", "/api/generate", generate(name))).status == 200
+        assert (await call(gateway, "GET", "/" + "y" * 10_000)).status == 200
+        assert json.loads(node.requests[0].partition(b"\r\n\r\n")[2])["model"] == name
+        assert (await call(gateway, "GET", "/api/stats")).body.count(b"x" * (sollol.SHOWN_CHARS + 1)) == 0
+    assert max(map(len, capsys.readouterr().err.splitlines())) < 1000
+    assert len(sollol.canonical(name)) < sollol.MAX_NAME_CHARS + 10
+    sollol.LOG.handlers.clear()
+
+
+@over_sockets
+async def test_idle_connection_gives_way_to_a_new_one():
+    async with gateway_for(bench.SimNode(**FAST), flags=["--max-connections", "2"]) as gateway:
+        idle = [await Caller.to(gateway) for _ in range(2)]
+        for caller in idle:
+            assert (await caller.ask("GET", "/")).status == 200
+        await asyncio.sleep(1.2 * sollol.SPARED_S)
+        assert (await idle[0].ask("GET", "/")).status == 200
+        assert (await call(gateway, "GET", "/")).status == 200
+        assert await idle[1].reader.read() == b""       # it had been idle for longer
+        assert (await idle[0].ask("GET", "/")).status == 200
+        for caller in idle:
+            caller.close()
+
+
+@over_sockets
+async def test_one_address_without_a_key_cannot_take_all_connections(tmp_path, monkeypatch):
+    keys = tmp_path / "keys"
+    keys.write_text("secret name=alice\n")
+    keys.chmod(0o600)
+    monkeypatch.setattr(sollol, "is_loopback", lambda address: False)
+    async with gateway_for(bench.SimNode(**FAST), flags=["--keys", str(keys)]) as gateway:
+        gateway.max_strangers = 3
+        callers = [await Caller.to(gateway) for _ in range(3)]
+        await until(lambda: len(gateway.clients) == 3)
+        assert b"too many connections from 127.0.0.1" in await raw_call(gateway, b"")
+        answer = await callers[0].ask("GET", "/api/tags", Authorization="Bearer secret")
+        assert answer.status == 200     # it is a stranger no longer
+        callers.append(await Caller.to(gateway))
+        await until(lambda: len(gateway.clients) == 4)
+        for caller in callers:
+            caller.close()
+        await until(lambda: not gateway.strangers)
+
+
+@over_sockets
+async def test_answer_of_the_gateways_own_that_costs_much_is_made_once_for_all_who_ask(monkeypatch):
+    monkeypatch.setattr(sollol, "COSTLY_S", -1.0)
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        first, second = [(await call(gateway, "GET", "/api/stats")).body for _ in range(2)]
+        await asyncio.sleep(1.2 * sollol.FRESH_S)
+        assert first == second != (await call(gateway, "GET", "/api/stats")).body
+        node, = gateway.dispatcher.nodes
+        assert (await call(gateway, "POST", f"/api/nodes/{node}/drain")).status == 200
+        assert (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["state"] == "draining"
+
+
+def test_log_that_nobody_reads_holds_up_nobody_and_its_loss_is_told():
+    reading, writing = os.pipe()
+    writer = sollol.LogWriter(writing)
+    writer.setFormatter(sollol.LogFormat("json"))
+    record = sollol.LOG.makeRecord("sollol", 20, "", 0, {"event": "test", "pad": "x" * 1000}, (), None)
+    began_s = time.monotonic()
+    for _ in range(5000):
+        writer.handle(record)
+    assert time.monotonic() - began_s < 2 and writer.taken_bytes < 2 * sollol.MAX_LOG_BYTES
+    closing = threading.Thread(target=writer.close)
+    closing.start()
+    closing.join(2 * sollol.LOG_FLUSH_S)
+    assert not closing.is_alive()           # at the end of the process nobody waits for it for ever either
+    lines = []
+    with open(reading, encoding="utf-8") as log:
+        while not lines or lines[-1]["event"] != "log":
+            lines.append(json.loads(log.readline()))
+    assert len(lines) - 1 + lines[-1]["lost"] == 5000 and lines[-1]["level"] == "warning"
+    os.close(writing)
+
+
+@over_sockets
+async def test_hosts_file_that_is_being_written_or_is_no_file_is_not_taken_over(tmp_path, caplog):
+    sollol.LOG.propagate = True
+    one, two = await bench.SimNode(**FAST).start(), await bench.SimNode(**FAST).start()
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{one.url} name=one\n")
+    async with gateway_for(one, two, hosts=hosts) as gateway:
+        text = f"{one.url} name=one\n{two.url} name=two slots=4 # the second\n"
+        for size in (4, 9, 40, 61, 70, len(text)):
+            hosts.write_text(text[:size])
+            await asyncio.sleep(0.8 * sollol.SWEEP_S)
+        await until(lambda: list(gateway.dispatcher.nodes) == ["one", "two"])
+        assert "refused" not in caplog.text
+        hosts.unlink()
+        os.mkfifo(hosts)
+        await until(lambda: f"{hosts}: this is not a regular file" in caplog.text)
+        assert list(gateway.dispatcher.nodes) == ["one", "two"]
+
+
+@table("content, message", [
+    ("a long line", "http://" + "a" * 10**6, "FILE:1: a line of 1000007 characters"),
+    ("a long comment", "#" + "a" * 10_000, "FILE:1: a line of 10001 characters"),
+    ("many lines", "\n" * 5000, "FILE: longer than 1 MiB or 4096 lines"),
+    ("large", "#\n" * 4000 + "#" * 2**20, "FILE: longer than 1 MiB or 4096 lines"),
+    ("many nodes", "".join(f"http://node{number}\n" for number in range(1025)), "FILE:1025: more than 1024 nodes"),
+    ("at signs", "http://" + "@" * 4000, "FILE:1: 'http://...@' is not the URL of a node"),
+])
+def test_hosts_file_out_of_all_proportion_is_refused_in_no_time(tmp_path, content, message):
+    path = tmp_path / "hosts.txt"
+    path.write_text(content)
+    for _ in range(3):
+        began_s = time.thread_time()
+        with pytest.raises(sollol.ConfigError) as caught:
+            sollol.read_nodes(sollol.parse_options(["--hosts", str(path)], {}))
+        if time.thread_time() - began_s < HOLD_S:
+            break
+    assert time.thread_time() - began_s < HOLD_S
+    assert str(caught.value).replace(str(path), "FILE").startswith(message)
+
+
+# -----------------------------------------------------------------------------
 # Cluster-wide answers
 # -----------------------------------------------------------------------------
 
@@ -6963,7 +7463,7 @@ async def test_cloud_model_goes_to_the_primary_even_if_others_list_it():
     ("empty", b"multipart/form-data; boundary=cut", b"", None),
 ])
 def test_field_of_a_form(content_type, body, model):
-    assert sollol.form_field(content_type, body, b"model") == model
+    assert sollol.at_once(sollol.form_field(content_type, body, b"model")) == model
 
 
 @over_sockets
@@ -7464,12 +7964,12 @@ def test_batch_is_cut_in_proportion_to_speed(count, rates, sizes):
 def test_answers_of_shares_become_one():
     one = sollol.cut_answer(b'{"model":"m","embeddings":[[1,2.50],[3]],"total_duration":9,"prompt_eval_count":5}', 2)
     two = sollol.cut_answer(b'{"model":"m","embeddings":[[4]],"total_duration":7,"prompt_eval_count":6}', 1)
-    assert sollol.joined([one, two], [2, 1], 1.5) == (
+    assert b"".join(sollol.at_once(sollol.joined([one, two], [2, 1], 1.5))) == (
         b'{"model":"m","embeddings":[[1,2.50],[3],[4]],"total_duration":1500000000,"prompt_eval_count":11}')
     one = sollol.cut_answer(b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1}],'
                             b'"usage":{"prompt_tokens":2,"total_tokens":3}}', 2)
     two = sollol.cut_answer(b'{"data":[{"embedding":"BB=","index":0}],"usage":{"prompt_tokens":4,"total_tokens":4}}', 1)
-    assert sollol.joined([one, two], [2, 1], 1.0) == (
+    assert b"".join(sollol.at_once(sollol.joined([one, two], [2, 1], 1.0))) == (
         b'{"data":[{"embedding":"AA=","index":0},{"embedding":[1],"index": 1},{"embedding":"BB=","index":2}],'
         b'"usage":{"prompt_tokens":6,"total_tokens":7}}')
 
@@ -7554,8 +8054,8 @@ async def test_openai_batch_is_one_list_in_order(encoding):
 
 
 @over_sockets
-async def test_short_list_and_switched_off_splitting_pass_byte_for_byte():
-    for texts, flags in ((TEXTS[:9], ()), (TEXTS[:300], ("--no-split-embed",))):
+async def test_short_and_endless_lists_and_switched_off_splitting_pass_byte_for_byte():
+    for texts, flags in ((TEXTS[:9], ()), (TEXTS[:300], ("--no-split-embed",)), (["short"] * 5000, ())):
         async with surface(embedders(3, speed=20.0), flags) as gateway:
             answer, _ = await embed_timed(gateway, texts)
             body = json.dumps({"model": "nomic-embed-text", "input": texts}).encode()
