@@ -991,7 +991,7 @@ SCALAR = re.compile(rb"[-+.0-9A-Za-z]{1,400}")
 LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
 SKIMMED_FIELDS = frozenset((*LONG_FIELDS, "model", "name", "source", "from", "stream", "options", "tools", "keep_alive",
                             "priority", "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
-                            "top_logprobs", *OUTPUT_BOUNDS))
+                            "top_logprobs", *OUTPUT_BOUNDS.values()))
 
 
 class Long(NamedTuple):
@@ -3977,7 +3977,7 @@ class Dispatcher:
             runner.lone[streams] = blend(lone, served_beside_s(lease) / work_s, 2 * SPEED_GAIN)
         else:
             waited = sign_of_wait(lease, work_s * lone)
-            if waited:
+            if waited and lease.stall_tokens * prefill_s(runner) < STALL_SHARE * work_s * lone:     # else for those
                 self.count_sign(runner, lease.nth, -1, now)
             elif waited is False and not streams:       # streams that really overlap show it
                 self.count_sign(runner, lease.nth, 1, now)
@@ -7015,7 +7015,7 @@ async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: 
     answer.length = record.bytes = sum(map(len, pieces))
     _, lines, keep = choose_framing(head, answer, head.keep_alive)
     record.status = answer.status
-    client.write(render_response(answer, added_lines(record), lines))
+    client.write(render_response(answer, added_lines(record, answer), lines))
     for piece in pieces:
         for at in range(0, len(piece), SENT_BYTES):
             client.write(piece[at:at + SENT_BYTES])

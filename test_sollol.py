@@ -5554,7 +5554,7 @@ async def test_what_fails_after_the_first_byte_counts_as_failed(
 @over_sockets
 async def test_request_that_reached_no_node_or_whose_client_left_is_no_error(tmp_path, caplog):
     caplog.set_level("INFO", sollol.LOG.name)
-    (tmp_path / "keys").write_text("secret name=alice rate=1/h\n")
+    (tmp_path / "keys").write_text("secret name=alice rate=2/h\n")
     node = ScriptedNode(lambda request: [100.0])
     async with gateway_for(node, flags=("--keys", str(tmp_path / "keys"))) as gateway:
         fields = {"Authorization": "Bearer secret"}
