@@ -187,6 +187,7 @@ FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is n
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
 OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
+RACE_LOAD_S = 60.0                  # of silence, before a request that loads a model is raced: to lose ends the load
 RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
 MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
 CONFIRMED_S = 600.0                 # how long an answer confirms
@@ -3544,8 +3545,8 @@ class Dispatcher:
         first, model, found = ticket.lease, ticket.wants.model, []
         if first is None or ticket.race is None or ticket.rival is not None or not ticket.wants.repeatable:
             return None
-        silent_s = now - first.heard_s
-        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= self.allowed_s(first):
+        silent_s, least_s = now - first.heard_s, RACE_LOAD_S if first in first.node.loading else 0.0
+        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= max(least_s, self.allowed_s(first)):
             return None
         digest = "" if first.first_s is None else digest_of(first.node, model)
         if first.first_s is not None and not (ticket.wants.deterministic and digest):
