@@ -4425,8 +4425,20 @@ class Dispatcher:
             elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
                 self.believe_unloaded(runner)
                 changed = True
+            elif runner.ready_s is not None and not any(
+                    lease in node.loading or lease.first_s is not None or lease.sent_s >= asked_s - 1.0
+                    for lease in runner.leases):
+                self.wait_for_load(runner, now)
+                changed = True
         if changed:
             self.unsettle_all()
+
+    def wait_for_load(self, runner: Runner, now: float) -> None:
+        """Note that a model that was taken for loaded is not: what was sent there waits for it behind what is."""
+        runner.ready_s = now + load_s(runner)
+        for lease in runner.leases:
+            lease.ready_s = runner.ready_s
+        runner.node.loading += runner.leases
 
     def learn_memory(self, node: Node, before: dict, after: dict) -> None:
         """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
