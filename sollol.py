@@ -4658,7 +4658,8 @@ class NodeConnection(asyncio.Protocol):
     def send_more(self) -> None:
         """Send the next piece of a long body; one per turn of the loop."""
         if self.unsent and self.is_open() and not self.write_paused:
-            piece, self.unsent = self.unsent[:SENT_BYTES], self.unsent[SENT_BYTES:]
+            piece, rest = self.unsent[:SENT_BYTES], self.unsent[SENT_BYTES:]
+            self.unsent = rest or b""       # an empty view would keep the whole body
             self.transport.write(piece)
             if not self.write_paused:
                 self.loop.call_soon(self.send_more)
