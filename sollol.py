@@ -1038,7 +1038,8 @@ def skimmed_prompt(body: bytes, fields: dict, seed: int) -> Generator[None, None
 
 def json_steps(body: bytes) -> Generator[None, None, Reading]:
     """Read a JSON body, however large."""
-    if len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES:
+    if len(body) <= SHORT_BODY_BYTES or (
+            len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES):
         return Reading(read_object(body))
     fields = yield from skimmed_object(body)
     tools = fields.get("tools")
@@ -4582,11 +4583,10 @@ class Turns:
         if self.is_due:
             self.loop.call_soon(self.give)
 
-    async def run(self, steps: Generator, at_once: bool = False) -> Any:
+    async def run(self, steps: Generator) -> Any:
         """Return the result of work that is given as a generator: each of its steps takes a turn."""
         while True:
-            if not at_once:
-                await self.take()
+            await self.take()
             try:
                 next(steps)
             except StopIteration as end:
@@ -4850,7 +4850,8 @@ class ClientConnection(asyncio.Protocol):
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        await memory.hold(self, head.length or 0)
+        if head.length is not None and head.length > SHORT_BODY_BYTES:
+            await memory.hold(self, head.length)
         self.invite(head)
         now = self.loop.time()
         due_s = body_due_s(now + grace_s, len(self.buffer), now)
@@ -5927,7 +5928,8 @@ async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: Req
     """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
     body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
     client.serving = True
-    reading = await gateway.turns.run(reading_steps(head, route, body), len(body) <= SHORT_BODY_BYTES)
+    steps = reading_steps(head, route, body)
+    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
     if allowed is None:
         wants = read_wants(head, route, reading, client.address)
     else:
@@ -6517,10 +6519,13 @@ def request_fields(record, total_s):
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-@remembered                         # models, nodes, paths and most numbers come again and again
-def bare(text):
-    """Return a text as it stands in a key=value line: quoted if it could be misread."""
+def bare(value):
+    """Return a value as it stands in a key=value line: quoted if it could be misread."""
+    text = str(value)
     return text if PLAIN(text) else json.dumps(text)
+
+
+known_bare = functools.lru_cache(maxsize=1024)(bare)    # models, nodes, paths and most numbers come again and again
 
 
 class LogFormat(logging.Formatter):
@@ -6547,7 +6552,8 @@ class LogFormat(logging.Formatter):
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
-        return " ".join([f"{key}={bare(str(value))}" for key, value in fields.items()])
+        return " ".join([f"{key}={bare(value) if type(value) is str and len(value) > 256 else known_bare(value)}"
+                         for key, value in fields.items()])
 
 
 class LogWriter(logging.Handler):
