@@ -930,7 +930,7 @@ def list_end(body: Body, at: int) -> Generator[None, None, int]:
     return len(body)
 
 
-def list_end_within(block: bytes, depth: int, in_string: int) -> int:
+def list_end_within(block: Body, depth: int, in_string: int) -> int:
     """Return where in a short block, without escapes, the depth of brackets reaches 0."""
     for at, byte in enumerate(block):
         if byte == 34:
