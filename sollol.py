@@ -245,6 +245,7 @@ ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      #
 # -----------------------------------------------------------------------------
 
 LOG = logging.getLogger("sollol")
+Body = bytes | bytearray            # the whole of one; a long one is not copied out of its buffer
 
 
 # What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
@@ -972,7 +973,7 @@ class Reading(NamedTuple):
     prompt: tuple | None = None
 
 
-def at_once(steps: Generator) -> Any:
+def at_once(steps: Generator[None, None, Any]) -> Any:
     """Run all steps of a piece of work; return its result."""
     try:
         while True:
@@ -1002,7 +1003,7 @@ class Long(NamedTuple):
     end: int
 
 
-def unescaped(body: bytes, start: int, end: int) -> bytes:
+def unescaped(body: Body, start: int, end: int) -> Body:
     """Return bytes from `start`, where no escape is open, to `end`, or one more if that would cut one, all the escapes
     of quotes and backslashes overwritten.
     """
@@ -1024,7 +1025,7 @@ def depths(brackets: bytes) -> tuple[int, int]:
     return min(after), after[-1]
 
 
-def string_end(body: bytes, at: int) -> Generator[None, None, int]:
+def string_end(body: Body, at: int) -> Generator[None, None, int]:
     """Return where the string whose text begins at `at` ends: at its quote, or with the body."""
     size = 64
     while at < len(body):
@@ -1038,7 +1039,7 @@ def string_end(body: bytes, at: int) -> Generator[None, None, int]:
     return len(body)
 
 
-def list_end(body: bytes, at: int) -> Generator[None, None, int]:
+def list_end(body: Body, at: int) -> Generator[None, None, int]:
     """Return where the list or object ends, the byte behind it, whose inside begins at `at`; or the end of the body."""
     depth, in_string, size = 1, 0, 64
     while at < len(body):
@@ -1059,7 +1060,7 @@ def list_end(body: bytes, at: int) -> Generator[None, None, int]:
     return len(body)
 
 
-def list_end_within(block: bytes, depth: int, in_string: int) -> int:
+def list_end_within(block: Body, depth: int, in_string: int) -> int:
     """Return where in a short block, without escapes, the depth of brackets reaches 0."""
     for at, byte in enumerate(block):
         if byte == 34:
@@ -1071,7 +1072,7 @@ def list_end_within(block: bytes, depth: int, in_string: int) -> int:
     return len(block)
 
 
-def skip_space(body: bytes, at: int) -> Generator[None, None, int]:
+def skip_space(body: Body, at: int) -> Generator[None, None, int]:
     """Return where the next byte that is no white space is."""
     while (space := SPACE.match(body, at)) and space.end() - at == 65536:
         at = space.end()
@@ -1079,7 +1080,7 @@ def skip_space(body: bytes, at: int) -> Generator[None, None, int]:
     return space.end() if space else at
 
 
-def value_end(body: bytes, at: int) -> Generator[None, None, int]:
+def value_end(body: Body, at: int) -> Generator[None, None, int]:
     """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
     first = body[at:at + 1]
     if first == b'"':
@@ -1094,7 +1095,7 @@ def value_end(body: bytes, at: int) -> Generator[None, None, int]:
     return end
 
 
-def read_value(body: bytes, start: int, end: int, name: str) -> Any:
+def read_value(body: Body, start: int, end: int, name: str) -> Any:
     """Return a field's value: read if it is short, a name cut, else where it is. Raises ValueError."""
     if end - start <= SHORT_VALUE_BYTES:
         return json_value(body[start:end].decode(errors="replace"))
@@ -1103,7 +1104,7 @@ def read_value(body: bytes, start: int, end: int, name: str) -> Any:
     return Long(start, end)
 
 
-def skimmed_object(body: bytes) -> Generator[None, None, dict]:
+def skimmed_object(body: Body) -> Generator[None, None, dict]:
     """Return the fields of the JSON object that `body` begins with, of those that are looked at; {} if there is none.
 
     Keys in any case are the same, and the last one wins.
@@ -1146,7 +1147,7 @@ def text_chars(raw: bytes) -> int:
     return max(0, len(raw.decode(errors="ignore")) - 5 * raw.count(b"\\u"))
 
 
-def skimmed_prompt(body: bytes, fields: dict, seed: int) -> Generator[None, None, tuple]:
+def skimmed_prompt(body: Body, fields: dict, seed: int) -> Generator[None, None, tuple]:
     """Return (characters, prefix, texts) of a prompt: about how long it is, and as if each block were a message."""
     chars, chain, texts = 0, [], 1
     for name in LONG_FIELDS:
@@ -1166,9 +1167,10 @@ def skimmed_prompt(body: bytes, fields: dict, seed: int) -> Generator[None, None
     return chars, tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:]), texts
 
 
-def json_steps(body: bytes) -> Generator[None, None, Reading]:
+def json_steps(body: Body) -> Generator[None, None, Reading]:
     """Read a JSON body, however large."""
-    if len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES:
+    if len(body) <= SHORT_BODY_BYTES or (
+            len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES):
         return Reading(read_object(body))
     fields = yield from skimmed_object(body)
     tools = fields.get("tools")
@@ -1182,7 +1184,7 @@ BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
 FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
 
 
-def find_in_steps(body: bytes, mark: bytes, at: int) -> Generator[None, None, int]:
+def find_in_steps(body: Body, mark: bytes, at: int) -> Generator[None, None, int]:
     """Return where `mark` is found from `at` on, or -1."""
     while at < len(body):
         found = body.find(mark, at, at + FORM_SEARCH_BYTES)
@@ -1193,7 +1195,7 @@ def find_in_steps(body: bytes, mark: bytes, at: int) -> Generator[None, None, in
     return -1
 
 
-def form_field(content_type: bytes, body: bytes, name: bytes) -> Generator[None, None, str | None]:
+def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, None, str | None]:
     """Return the text of a field of a multipart form (RFC 7578), or None."""
     match = BOUNDARY.search(content_type)
     if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
@@ -1226,7 +1228,7 @@ def unpacked(body):
     return data if decoder.eof else None
 
 
-def reading_steps(head: RequestHead, route: Route, body: bytes) -> Generator[None, None, Reading]:
+def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None, None, Reading]:
     """Read a body, one step at a time: each takes some milliseconds at the most, whatever it holds."""
     if route.kind in ("raw", "account"):
         return Reading({})
@@ -4646,7 +4648,7 @@ class NodeConnection(asyncio.Protocol):
         if self.unsent:
             self.send_more()
 
-    def send(self, head: bytes, body: bytes) -> None:
+    def send(self, head: bytes, body: Body) -> None:
         """Send a request: a long body by and by, as the node takes it."""
         if len(body) <= SENT_BYTES:
             self.transport.write(head + body)
@@ -5605,11 +5607,10 @@ class Turns:
         if self.is_due:
             self.loop.call_soon(self.give)
 
-    async def run(self, steps: Generator, at_once: bool = False) -> Any:
+    async def run(self, steps: Generator[None, None, Any]) -> Any:
         """Return the result of work that is given as a generator: each of its steps takes a turn."""
         while True:
-            if not at_once:
-                await self.take()
+            await self.take()
             try:
                 next(steps)
             except StopIteration as end:
@@ -5838,7 +5839,7 @@ class ClientConnection(asyncio.Protocol):
                 raise
         return parse_request(self.take(end))
 
-    def take(self, size: int) -> bytes | bytearray:
+    def take(self, size: int) -> Body:
         """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
         if size == len(self.buffer):        # a long body is not copied: 64 MiB take 25 ms
             taken = self.buffer if size > SHORT_BODY_BYTES else bytes(self.buffer)
@@ -5863,7 +5864,7 @@ class ClientConnection(asyncio.Protocol):
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
     async def read_body(self, head: RequestHead, limit: int, grace_s: float,
-                        memory: "BodyMemory") -> bytes | bytearray:
+                        memory: "BodyMemory") -> Body:
         """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
@@ -5873,7 +5874,8 @@ class ClientConnection(asyncio.Protocol):
             return b""
         if head.length is not None and head.length > limit:
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        await memory.hold(self, head.length or 0)
+        if head.length is not None and head.length > SHORT_BODY_BYTES:
+            await memory.hold(self, head.length)
         self.invite(head)
         now = self.loop.time()
         due_s = body_due_s(now + grace_s, len(self.buffer), now)
@@ -7203,7 +7205,8 @@ async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: Req
     """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
     body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
     client.serving = True
-    reading = await gateway.turns.run(reading_steps(head, route, body), len(body) <= SHORT_BODY_BYTES)
+    steps = reading_steps(head, route, body)
+    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
     if key is None:
         wants = read_wants(head, route, reading, client.address)
         most = 10 if is_local(client, head) else MOST_FROM_AFAR
@@ -7892,10 +7895,13 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-@remembered                         # models, nodes, paths and most numbers come again and again
-def bare(text):
-    """Return a text as it stands in a key=value line: quoted if it could be misread."""
+def bare(value):
+    """Return a value as it stands in a key=value line: quoted if it could be misread."""
+    text = str(value)
     return text if PLAIN(text) else json.dumps(text)
+
+
+known_bare = functools.lru_cache(maxsize=1024)(bare)    # models, nodes, paths and most numbers come again and again
 
 
 class LogFormat(logging.Formatter):
@@ -7922,7 +7928,8 @@ class LogFormat(logging.Formatter):
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
-        return " ".join([f"{key}={bare(str(value))}" for key, value in fields.items()])
+        return " ".join([f"{key}={bare(value) if type(value) is str and len(value) > 256 else known_bare(value)}"
+                         for key, value in fields.items()])
 
 
 class LogWriter(logging.Handler):
@@ -9122,7 +9129,7 @@ class Gateway:
         self.acquaint(client)
         self.clients.discard(client)
 
-    async def read_body(self, client: ClientConnection, head: RequestHead) -> bytes | bytearray:
+    async def read_body(self, client: ClientConnection, head: RequestHead) -> Body:
         """Return the whole body of a request. Raises as ClientConnection.read_body."""
         return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
