@@ -3811,6 +3811,7 @@ def mislead(dispatcher, rng):
             runner.prefill_s = sollol.prefill_s(runner) * 100 ** rng.uniform(-1, 1)
             runner.samples, runner.slots_known = rng.choice((0, 3, 50)), "learned"
             runner.slots = runner.top = runner.peak = rng.randint(1, 8)
+            runner.confirmed_s = -math.inf
             lengths = dispatcher.estimates.lengths[runner.model]
             lengths.mean, lengths.samples = sollol.PRIOR_OUTPUT_TOKENS * 50 ** rng.uniform(-1, 1), rng.choice((0, 50))
 

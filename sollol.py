@@ -2041,7 +2041,7 @@ class Lease:
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
-    passed_s: float = math.inf      # when the first of those sent before it left
+    left_s: tuple = ()              # when those sent before it left, one after the other
     raced: bool = False             # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
@@ -2363,7 +2363,20 @@ def waits_long(timings: Timings, took_s: float) -> bool:
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return waits_long(timings, took_s) and not loading and lease.nth <= lease.runner.top
+    return (waits_long(timings, took_s) and not loading and lease.nth <= lease.runner.top
+            and not ran_at_once(lease, timings))
+
+
+def ran_at_once(lease: Lease, timings: Timings) -> int:
+    """Return how many requests of ours ran on a node when one that had waited there began, itself included.
+
+    0 if none of ours left then: it waited for somebody else's.
+    """
+    began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
+    leeway_s = RACE_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
+    if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
+        return 0
+    return lease.nth - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
 
 
 def is_disturbed(lease: Lease) -> bool:
@@ -3826,11 +3839,12 @@ class Dispatcher:
             for model in runner.models:
                 self.unsettle(model)
 
-    def doubt_slots(self, runner, nth, now):
-        """Note that a request waited although so many were proved to run: someone else uses the node, or it changed."""
+    def doubt_slots(self, runner: Runner, count: int, now: float) -> None:
+        """Note that a request waited although more than `count` were proved to run: somebody else uses the node, or it
+        has changed."""
         runner.waits += 1
-        if runner.waits >= WAITS_TO_SHRINK and nth > 1:
-            runner.top, runner.waits = nth - 1, 0
+        if runner.waits >= WAITS_TO_SHRINK and count:
+            runner.top, runner.waits = count, 0
             self.disprove_slots(runner, now)
 
     def disprove_slots(self, runner: Runner, now: float) -> None:
@@ -3914,7 +3928,7 @@ class Dispatcher:
         if not timings.show_a_wait(took_s, lease.node.overhead_s):
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
-            if lease.passed_s - lease.sent_s > unexplained_s + RACE_S:
+            if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + RACE_S:
                 self.prove_slots(runner, lease.nth)
             if not alone:           # it could not have waited anyway
                 runner.waits = 0
@@ -3925,7 +3939,7 @@ class Dispatcher:
         elif lease.nth > runner.top:
             self.disprove_slots(runner, now)
         else:
-            self.doubt_slots(runner, lease.nth, now)
+            self.doubt_slots(runner, ran_at_once(lease, timings) or lease.nth - 1, now)
 
     def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer's durations as samples of the speeds that a lone request would see."""
@@ -3989,7 +4003,7 @@ class Dispatcher:
         """Count a sign for (1) or against (-1) `nth` slots, and decide once enough of them agree."""
         if nth <= runner.top:
             if sign < 0:
-                self.doubt_slots(runner, nth, now)
+                self.doubt_slots(runner, nth - 1, now)
             else:
                 runner.waits = 0
             return
@@ -4106,7 +4120,7 @@ class Dispatcher:
             place = runner.leases.index(lease)
             del runner.leases[place]
             for later in runner.leases[place:]:
-                later.passed_s = min(later.passed_s, now)
+                later.left_s += (now,)
                 if later.first_s is None and later.passed_progress_s is None:
                     later.passed_progress_s = runner.progress_s
             runner.used_s = now
@@ -4564,10 +4578,25 @@ class Dispatcher:
             return False
         node.learn_overhead(timings.hidden_wait_s, True)
         self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, max(SPEED_GAIN, 1 / (runner.samples + 1)))
-        if not runner.samples:
-            self.learn_decode(runner, timings.output_s / timings.output_tokens, 1.0, now)
+        decode, prefill = timings.output_s / timings.output_tokens, timings.prompt_s / max(1, timings.prompt_tokens)
+        if not runner.samples or not 1 / ALIKE <= decode / decode_s(runner) <= ALIKE:
+            runner.samples = 0      # what was believed is of no use
+            self.learn_decode(runner, decode, 1.0, now)
+        if prefill > GROSS * prefill_s(runner) or prefill and lease.fresh and prefill_s(runner) > GROSS * prefill:
+            runner.prefill_s = prefill
+            runner.prefills.clear()
+        runner.confirmed_s = now
         self.unsettle_all()
         return True
+
+    def is_unsure(self, node: Node, now: float) -> bool:
+        """Tell whether a model is asked for of which no answer of a node has lately said how fast it is there."""
+        return any(runner.listed and not is_confirmed(runner, now) and self.is_asked_for(runner, now)
+                   for runner in node.runners.values())
+
+    def is_asked_for(self, runner: Runner, now: float) -> bool:
+        """Tell whether somebody has lately asked for a model, of whichever node."""
+        return any(now - other.used_s < LATELY_S for model in runner.models for other in self.holders.get(model, ()))
 
 
 # -----------------------------------------------------------------------------
@@ -7542,11 +7571,12 @@ async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
         dispatcher.pause_measuring(node, loop.time())
     if not dispatcher.may_measure(node, loop.time()):
         return None
-    return min(loaded_runners(node), key=lambda runner: runner.samples, default=None)
+    return min(loaded_runners(node), key=lambda runner: (runner.confirmed_s, runner.samples), default=None)
 
 
 async def calibrate(gateway: "Gateway", node: Node) -> None:
-    """Measure the speed of an idle node on a model that is loaded anyway, once after it came up.
+    """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
+    told it for long although the model is asked for.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
     with a CPU node. One short request at a time: slots are learned from those of others.
@@ -7556,7 +7586,8 @@ async def calibrate(gateway: "Gateway", node: Node) -> None:
         return
     dispatcher.calibrates(node)
     runner = await loaded_runner(gateway, node)
-    if runner is None or not runner.samples and not await measure(
+    sure = runner is not None and is_confirmed(runner, gateway.loop.time())
+    if runner is None or not sure and not await measure(
             gateway, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS, CALIBRATION_S):
         dispatcher.calibrates(node, False)          # it is tried again, after a pause
         return
@@ -9367,7 +9398,8 @@ class Gateway:
                 continue            # no new work, so no measuring either
             if (node.suspect or node.speed < 0.7) and not node.leases:
                 self.begin_chore(node, check)
-            elif self.options.calibrate and not node.calibrated and not node.leases and loaded_runners(node):
+            elif self.options.calibrate and not node.leases and (not node.calibrated and loaded_runners(node)
+                                                                 or dispatcher.is_unsure(node, now)):
                 self.begin_chore(node, calibrate)
         for node, pool in list(self.pools.items()):
             pool.prune(now - IDLE_UPSTREAM_S)
