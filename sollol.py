@@ -168,6 +168,7 @@ LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most afte
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
 RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
 MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
@@ -1851,6 +1852,8 @@ class Runner:
     slots_known: str = "guessed"    # guessed, learned, or set: in hosts.txt, or to one for what only embeds
     top: int = 1                    # most that were ever proved to run at once
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
+    seen: int = 0                   # most that ran at once lately, and when that was seen
+    seen_s: float = -math.inf
     peak: int = 1                   # the same, without what was taken back since
     disproofs: int = 0
     disproved_s: float = -math.inf  # when `slots` was lowered last
@@ -2145,6 +2148,7 @@ class OutputLengths:
     def __init__(self):
         self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
         self.buckets = {}           # log2 of prompt tokens: [mean, samples]
+        self.off = []               # the last answers, as long as each was grossly shorter or each grossly longer
         self.chars_per_token = CHARS_PER_TOKEN
 
     def expect(self, prompt_tokens):
@@ -2154,7 +2158,16 @@ class OutputLengths:
         return (weight * mean + 4 * self.mean) / (weight + 4)
 
     def learn(self, prompt_tokens, output_tokens):
-        """Take in one finished answer."""
+        """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
+        expected = max(1.0, self.expect(prompt_tokens))
+        if self.off and (self.off[-1] > expected) != (output_tokens > expected):
+            self.off.clear()
+        self.off = [*self.off, output_tokens] if not 1 / GROSS <= output_tokens / expected <= GROSS else []
+        if len(self.off) >= OFF_LENGTHS:
+            self.mean, self.samples = sum(self.off) / len(self.off), len(self.off)
+            self.buckets.clear()
+            self.off = []
+            return
         self.samples += 1
         self.mean += max(OUTPUT_GAIN, 1 / self.samples) * (output_tokens - self.mean)
         bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
@@ -2733,6 +2746,9 @@ def slot_limit(node, runner, now, elsewhere_free):
     """
     if runner.slots_known == "set":
         return runner.slots
+    seen = runner.seen if now - runner.seen_s < CONFIRMED_S else 0
+    if runner.slots > max(2, seen + 1):
+        return max(2, seen + 1)     # what nobody has lately seen is tried one by one
     far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not elsewhere_free
     return runner.slots + (1 if runner.probe_s <= now or far else 0)
 
@@ -3527,7 +3543,7 @@ class Dispatcher:
     def has_room(self, runner: Runner, room: Room, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
         running = len(runner.leases)
-        if running >= runner.slots:
+        if running >= min(runner.slots, 2):
             elsewhere_free = any(len(other.leases) < other.slots for other in room.runners)
             if running >= slot_limit(runner.node, runner, now, elsewhere_free):
                 return False
@@ -3822,7 +3838,7 @@ class Dispatcher:
         if not lease.ticket.wants.stream:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
-                                     and other.ticket.wants.stream and not is_held_up(other)))
+                                     and other.ticket.wants.stream and not is_held_up(other)), now)
 
     def loaded(self, lease: Lease, now: float) -> None:
         """Note that a lease does not wait for its model any more, if it did."""
@@ -3830,8 +3846,10 @@ class Dispatcher:
             lease.node.loading.remove(lease)
             lease.node.loaded_s = now
 
-    def prove_slots(self, runner, count):
+    def prove_slots(self, runner: Runner, count: int, now: float = 0.0) -> None:
         """Raise what is known of a runner's slots: `count` requests ran at once."""
+        runner.seen = max(count, runner.seen if now - runner.seen_s < CONFIRMED_S else 0)
+        runner.seen_s = now
         runner.top, runner.peak = max(runner.top, count), max(runner.peak, count)
         if runner.slots_known != "set" and runner.top > runner.slots:
             runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
@@ -3929,7 +3947,7 @@ class Dispatcher:
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
             if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + RACE_S:
-                self.prove_slots(runner, lease.nth)
+                self.prove_slots(runner, lease.nth, now)
             if not alone:           # it could not have waited anyway
                 runner.waits = 0
         elif lease.sent_s <= runner.disproved_s:
@@ -3979,7 +3997,7 @@ class Dispatcher:
                 runner.lone[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
                 if lone is None and not runner.disproofs:
                     runner.probe_s = 0.0
-            self.prove_slots(runner, lease.beside)
+            self.prove_slots(runner, lease.beside, now)
             if lease.nth > 1:       # alone it could not have waited anyway
                 runner.waits = 0
         elif runner.slots_known == "set" or lease.nth > runner.top + 1 or lease.crowded:
@@ -4009,7 +4027,7 @@ class Dispatcher:
             return
         runner.signs += sign
         if runner.signs >= SIGNS_FOR:
-            self.prove_slots(runner, nth)
+            self.prove_slots(runner, nth, now)
         elif runner.signs <= -SIGNS_AGAINST:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
@@ -4075,8 +4093,8 @@ class Dispatcher:
         a bound. Two that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
         """
         node, known = runner.node, decode_s(runner)
-        if stalled_s <= STALL_SHARE * sample:
-            sample -= stalled_s / 2
+        if stalled_s <= STALL_SHARE * sample or not runner.samples:
+            sample -= min(stalled_s, sample) / 2
         else:
             sample = beyond(known, max(sample - stalled_s, 0.1 * sample), sample)
             if not sample:
