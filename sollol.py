@@ -251,7 +251,10 @@ Body = bytes | bytearray            # the whole of one; a long one is not copied
 # What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
 
 class Failure(NamedTuple):
-    """Why a node gave no answer. `kind`: refused, died, garbage; model: its stream told an error; lost: see races."""
+    """Why a node gave no answer.
+
+    `kind`: refused, died, garbage; model: its stream told an error; lost: it is dead; raced: another was faster.
+    """
 
     kind: str
     text: str
@@ -3229,6 +3232,10 @@ class Dispatcher:
         ticket.begun = True
         self.hold_to(ticket, has_on_disk(node, ticket.wants.model) and digest_of(node, ticket.wants.model) or None)
 
+    def rule_out(self, ticket: Ticket, node: Node) -> None:
+        """Keep a ticket whose stream has begun from a node that says something else."""
+        ticket.tried.add(node.name)
+
     def hold_to(self, ticket, version):
         """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
         ticket.version = version
@@ -4671,7 +4678,8 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure):
-        """End the exchange from this side, with the reason that whoever waits for it gets."""
+        """End the exchange from this side, with the reason that whoever waits for it gets, and no answer."""
+        self.buffer = b""           # what has come of one may be about to be read
         if self.failure is None:
             self.failure = failure
         if self.sink is not None:
@@ -6309,6 +6317,8 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     relay = begin_relay(client, connection, answer, record, lease, framing, lines,
                         functools.partial(dispatcher.heard, lease), transcript)
     lease.held_up = lambda: client.write_paused
+    if not isinstance(relay, LineRelay):
+        lease.ticket.race = None    # no other node could go on with it
     try:
         relay.start()
         await relay.finished()
@@ -6405,6 +6415,7 @@ class Inference:
         self.head, self.body, self.record, self.ticket = head, body, record, ticket
         self.transcript = transcript
         self.rival: asyncio.Task | None = None          # the attempt that races the first one
+        self.rival_lease: Lease | None = None           # and the last lease of one
         self.last: Answer | NodeAnswer = Answer(502, "no node answered")
 
     async def begin(self) -> Begun | None:
@@ -6413,6 +6424,7 @@ class Inference:
             lease = await self.gateway.turn(self.ticket)
             if not self.record.attempts:
                 self.record.queue_s = lease.sent_s - self.ticket.arrived_s
+            self.record.node, self.record.reason = lease.node.name, lease.reason
             self.ticket.race = self.race
             begun = await self.attempt(lease)
             self.ticket.race = None
@@ -6425,7 +6437,6 @@ class Inference:
 
     async def attempt(self, lease: Lease) -> Begun | None:
         """Let the leased node begin to answer. The lease goes on only with what is returned."""
-        self.record.node, self.record.reason = lease.node.name, lease.reason
         self.record.attempts += 1
         begun = None
         try:
@@ -6461,6 +6472,7 @@ class Inference:
 
     def race(self, lease: Lease) -> None:
         """Begin a second attempt, on another node. The first byte wins."""
+        self.rival_lease = lease
         self.rival = self.loop.create_task(self.run_against(self.ticket.lease, lease))
 
     async def run_against(self, first: Lease, lease: Lease) -> Begun | None:
@@ -6469,28 +6481,42 @@ class Inference:
         with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
             begun = await self.attempt(lease)
         if begun is not None and self.transcript and self.transcript.relay:
-            begun = await self.rehearsed(begun)
+            begun = await self.rehearsed(begun, first)
         if begun is not None and first.abandon is not None:
             first.abandon(Failure("raced", f"{lease.node.name} was faster"))
         self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
         return begun
 
-    async def rehearsed(self, begun: Begun) -> Begun | None:
-        """Return an answer that has come to what the client has of a begun stream; None if it is another one."""
-        same = False
+    async def rehearsed(self, begun: Begun, first: Lease) -> Begun | None:
+        """Return an answer that can go on with a begun stream.
+
+        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
+        """
+        known, taken = self.transcript.all_known(), False
         try:
-            same = await rehearse(begun, self.transcript.all_known())
-        except (NodeFailure, Refusal):
-            pass
+            await rehearse(begun, known)
+            has_gone_on = not first.released and self.transcript.all_known() != known
+            taken = not has_gone_on and self.transcript.relay.can_be_continued()
+        except NodeFailure as failed:
+            self.note(begun.lease, failed.value)
+        except Refusal:
+            self.dispatcher.rule_out(self.ticket, begun.lease.node)
         finally:
-            if not same:
+            if not taken:
                 self.close(begun, clean=False)
-        return begun if same else None
+        return begun if taken else None
 
     def end_race(self) -> None:
-        """Close the second attempt, if there is one whose answer was not taken."""
+        """Close the second attempt, if there is one whose answer was not taken.
+
+        Its lease ends at once, not by the task: one that is cancelled before its first step does nothing at all.
+        """
         rival, self.rival = self.rival, None
-        if rival is not None and not rival.cancel() and not rival.cancelled() and rival.result() is not None:
+        if rival is None:
+            return
+        if rival.cancel():
+            self.end(self.rival_lease)
+        elif not rival.cancelled() and rival.result() is not None:
             self.close(rival.result(), clean=False)
 
     def may_move_on(self) -> bool:
@@ -6543,14 +6569,14 @@ class Inference:
             self.close(begun, clean)
 
 
-async def rehearse(begun: Begun, known: str) -> bool:
-    """Read a replay until it has said all of `known`; what was read is left to be relayed. Tell whether it is the same.
+async def rehearse(begun: Begun, known: str) -> None:
+    """Read a replay until it has said all of `known`; what was read is left to be relayed.
 
     Raises NodeFailure, or Refusal for one that says something else.
     """
     connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
     events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
-    separator, raw, rest = b"\n\n" if events else b"\n", b"", b""
+    separator, raw, rest = EVENT_END if events else LINE_END, b"", b""
     transcript.known = known
     while transcript.is_behind and not body.done:
         data, connection.buffer = connection.buffer, b""
@@ -6559,12 +6585,13 @@ async def rehearse(begun: Begun, known: str) -> bool:
             await connection.more()
             continue
         raw += data
-        *lines, rest = (rest + body.feed(data)[0]).split(separator)
-        for line in lines:
+        *lines, rest = separator.split(rest + body.feed(data)[0])
+        for line in lines[::2]:     # the others are line ends
             if transcript.is_behind:
-                transcript.missing(line + separator)
+                transcript.missing(line)
+    if transcript.is_behind:
+        raise Refusal(502, "the answer of another node is shorter")
     connection.buffer = raw + connection.buffer
-    return not transcript.is_behind
 
 
 async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, version=""):
