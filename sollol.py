@@ -1724,18 +1724,19 @@ class Breaker:
         """Note that the trial ended without telling anything: its client left, say."""
         self.trial = False
 
-    def fail(self, now):
-        """Count a failure; from the threshold on the pause doubles each time.
+    def fail(self, now: float) -> bool:
+        """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
 
         While it is open, what fails was sent before: all that a crash takes with it counts once.
         """
         if self.state(now) == "open":
-            return
+            return False
         self.failures += 1
         self.trial = False
         if self.failures >= self.threshold:
             pause_s = self.FIRST_PAUSE_S * 2 ** min(self.failures - self.threshold, 10)
             self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
+        return True
 
     def forgive(self):
         """Take a failure back: it was the request's own, as every node failed it."""
@@ -4171,8 +4172,8 @@ class Dispatcher:
 
     def blame(self, ticket: Ticket, breaker: Breaker, now: float) -> None:
         """Count a failure, until it turns out to be the request's own."""
-        breaker.fail(now)
-        ticket.blamed.append(breaker)
+        if breaker.fail(now):
+            ticket.blamed.append(breaker)
 
     def note_error(self, node: Node, text: str, status: int | None, now: float) -> None:
         """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
@@ -4520,8 +4521,7 @@ class Dispatcher:
         if now - lease.heard_s <= SILENT_S:
             return False
         if lease.runner is None:
-            return True
-        ticket = lease.ticket
+            return ticket.wants.repeatable or bool(ticket.wants.change)
         others = untried(self.nodes_for(ticket.wants.model), ticket.tried | {lease.node.name})
         return lease.first_s is None and ticket.rival is None and bool(others)
 

@@ -2165,6 +2165,20 @@ def test_request_that_every_node_fails_is_no_fault_of_theirs():
     assert [runner(dispatcher, name).breaker.failures for name in ("n1", "n2")] == [0, 0]
 
 
+def test_what_was_not_counted_against_a_node_is_not_taken_back():
+    """Five requests die with a node, which counts as two failures; then all others fail one of them, too."""
+    dispatcher = cluster(slots=5, n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
+    tickets = enter(dispatcher, *[want()] * 5)
+    assert placed(dispatcher) == ["n1"] * 5
+    assert all([fail(dispatcher, it) for it in tickets])
+    last = tickets[-1]
+    assert placed(dispatcher) == ["n2"] * 5
+    fail(dispatcher, last, "model")
+    dispatcher.forgive(last)
+    assert dispatcher.nodes["n1"].breaker.state(0.0) == "open"
+
+
 def test_nobody_waits_for_a_model_whose_breaker_is_open():
     dispatcher = cluster(n1=["m"], n2=["m"])
     runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
