@@ -3411,17 +3411,20 @@ class Dispatcher:
         nodes = self.nodes_for(model)
         if not holders and model and is_cloud(model):
             nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
+        waiting = []                # entries of those that only a node can serve that may come back
         while entry := self.queue.first(model):
             ticket = entry[2]
             alive = untried(nodes, ticket.tried)
             free = [node for node in alive if node.breaker.allows(turn.now)] or alive
             if not alive and not self.is_hopeless(ticket, turn.now):
-                return              # somebody may come back
-            if not alive and ticket.tried:
+                if not untried(nodes, set()):
+                    break           # so nobody else can be served either
+                waiting.append(self.queue.pop(model))
+            elif not alive and ticket.tried:
                 turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
             elif not alive:
                 self.refuse_all(turn, model, "no node is up")
-                return
+                break
             else:
                 pick = self.pick if holders else pick_least_inflight
                 node = pick(free, next(self.picks))
@@ -3429,6 +3432,8 @@ class Dispatcher:
                 self.queue.discard(ticket)
                 runner = node.runners.get(model) if holders else None
                 turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
+        for entry in waiting:
+            self.queue.restore(entry)
 
     def bind_late(self, turn, rooms):
         """Give free slots to waiting tickets, in the order of their keys, by predicted completion time."""

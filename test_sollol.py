@@ -1064,6 +1064,20 @@ def fail(dispatcher, failed, kind="died", now=0.0):
     return dispatcher.retry(failed, now)
 
 
+@table("policy, models", [("plain policy", "round-robin", ["m"]), ("no node is known to have it", "latency-weighted", [])])
+def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, models):
+    dispatcher = cluster(policy, n1=models, n2=models)
+    first, = enter(dispatcher, want())
+    assert placed(dispatcher) == ["n1"] and fail(dispatcher, first)
+    assert placed(dispatcher) == ["n2"]
+    dispatcher.lost(dispatcher.nodes["n1"], 1.0)
+    assert fail(dispatcher, first, "busy", 1.0)
+    other, = enter(dispatcher, want(), now=2.0)
+    assert placed(dispatcher, 2.0) == ["n2"] and first.waiting and other.lease
+    dispatcher.answered(dispatcher.nodes["n1"], "0.33.0", 0.001, 3.0)
+    assert placed(dispatcher, 3.0) == ["n1"] and first.lease
+
+
 def test_never_more_leases_than_set_slots():
     dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
     tickets = enter(dispatcher, *[want()] * 10)
