@@ -4522,7 +4522,11 @@ class Dispatcher:
             self.unsettle_all()
 
     def is_lost(self, lease: Lease, now: float) -> bool:
-        """Tell whether a request leaves a dead node: nothing of its answer was seen, and another node can serve."""
+        """Tell whether a request leaves a dead node: nothing of its answer was seen, and another node can serve.
+
+        Of what takes no slot only a change of a model ends there without another node: that one is named in the answer.
+        """
+        ticket = lease.ticket
         if now - lease.heard_s <= SILENT_S:
             return False
         if lease.runner is None:

@@ -2596,6 +2596,16 @@ def test_silence_ends_nothing(given, model_is_there):
         assert all(dispatcher.watch(now * 10.0) == ([], []) for now in range(1, 1000))
 
 
+@table("change, repeatable, leaves", [
+    ("show", "", True, True), ("upload or push", "", False, False), ("pull", "pull", False, True)])
+def test_only_what_may_go_elsewhere_and_changes_of_models_leave_a_dead_node(change, repeatable, leaves):
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    node = dispatcher.nodes["n1"]
+    lease = dispatcher.pin("r", want(inference=False, change=change, repeatable=repeatable), node, 0.0, "any node")
+    dispatcher.missed(node, False, 20.0)
+    assert not node.up and dispatcher.watch(20.0) == ([lease] if leaves else [], [])
+
+
 def racing(dispatcher, it):
     """Let a ticket be raced, as the I/O side does; return it."""
     it.race = lambda lease: None
