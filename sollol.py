@@ -1846,7 +1846,6 @@ class Runner:
     context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
     own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
     keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
-    listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
     listed: dict = field(default_factory=dict)  # its row in the last /api/ps
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
@@ -1870,10 +1869,9 @@ class Runner:
     decode_s: float = 0.0
     slow_prefill_s: float = 0.0     # the last samples, if they were grossly off: one more that agrees with them, and
     off_decode_s: float = 0.0       # they count more than the estimate
-    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
     input_s: float = 0.0            # seconds a text to embed, beside its tokens
     samples: int = 0                # behind those two
-    confirmed_s: float = -math.inf  # when an answer agreed with them last
+    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
     streams: int = 0                # behind that
@@ -3779,7 +3777,7 @@ class Dispatcher:
 
     def believe_unloaded(self, runner: Runner) -> None:
         """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s, runner.options, runner.listed_s, runner.listed = None, None, math.inf, {}
+        runner.ready_s, runner.options, runner.listed = None, None, {}
         runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
         runner.prefixes.clear()
         runner.beginnings.clear()
@@ -4423,7 +4421,7 @@ class Dispatcher:
         for runner in each_runner(node):
             row = (next((names[model] for model in runner.models if model in names), None)
                    or digests.get(digest_of(node, runner.model)))
-            runner.listed, runner.listed_s = row or {}, min(runner.listed_s, now) if row else math.inf
+            runner.listed = row or {}
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
                 changed = changed or runner.cpu_share != cpu_share(row)
@@ -4552,7 +4550,7 @@ class Dispatcher:
         lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
 
     def trust(self, node, now):
-        """End the suspicion: a check on the node was answered."""
+        """End the suspicion: the node has sent something of an answer, or a check has found it idle."""
         node.suspect = False
         node.heard_s = now
         self.unsettle_all()
