@@ -2037,7 +2037,6 @@ class Lease:
     fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
     stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
     crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
-    predicted_first_s: float = 0.0  # when the first byte is due
     predicted_end_s: float = 0.0
     quiet_s: float = 0.0            # silence that is no reason for doubt
     first_s: float | None = None
@@ -3756,14 +3755,12 @@ class Dispatcher:
                 lease.abandon(Failure("lost", "gives way"))
 
     def expect(self, lease, prediction, now):
-        """Note when a lease about to be given should show its first byte, and for how long it need not."""
+        """Note when a lease about to be given should end, and for how long it need not show anything."""
         runner, wants = lease.runner, lease.ticket.wants
         it = prediction or Surroundings(runner.node, now).offer(runner, now).predict(self.estimates.demand(wants), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
-        unseen_s = it.prefill_s + (0.0 if wants.stream else it.decode_s)
-        lease.predicted_first_s = now + it.start_s + unseen_s * it.slow
         lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
         lease.quiet_s = quiet_s(runner, it)
         lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s

@@ -2107,7 +2107,7 @@ def test_texts_to_embed_cost_each_and_not_only_by_their_tokens():
     assert dispatcher.cost_s(long) > 25
     it, = enter(dispatcher, embedding(12_000))
     placed(dispatcher)
-    assert it.lease.predicted_first_s > 25 and sollol.solo_left_s(it.lease, 1.0) > 25
+    assert it.lease.predicted_end_s > 25 and sollol.solo_left_s(it.lease, 1.0) > 25
 
 
 @pytest.mark.parametrize("texts, took_s", [(1000, 10.0), (1000, 0.5), (1, 0.08)])
