@@ -9201,6 +9201,9 @@ class Gateway:
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
+            for owner, work in self.chores:
+                if owner is node:
+                    self.chores[owner, work].cancel()
             self.pools[node].close()
         changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
         for node in changed:
@@ -9303,9 +9306,12 @@ class Gateway:
         return ticket.lease
 
     def begin_chore(self, node, work):
-        """Start a piece of work on a node, such as a check or its calibration, unless it is under way."""
+        """Start a piece of work on a node, such as a check or its calibration, unless it is under way.
+
+        Not on one that was dropped.
+        """
         chore = node, work
-        if chore not in self.chores:
+        if chore not in self.chores and self.dispatcher.nodes.get(node.name) is node:
             task = self.chores[chore] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.chores.pop(chore, None))
 

@@ -6249,6 +6249,26 @@ async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp
         await until(lambda: not gateway.chores and not one.connections and not node.leases)
 
 
+def test_node_that_is_dropped_while_it_is_looked_at_is_looked_at_no_longer(caplog):
+    async def main():
+        one, two = bench.SimNode(**FAST), bench.SimNode(**FAST)
+        async with gateway_for(one, two) as gateway:
+            gateway.loop.set_exception_handler(gateway.report)
+            node = next(iter(gateway.dispatcher.nodes.values()))
+            one.freeze()
+            gateway.begin_chore(node, sollol.probe)
+            await asyncio.sleep(1)
+            gateway.configure(gateway.lines[1:])
+            await until(lambda: node not in gateway.pools)
+            gateway.begin_chore(node, sollol.probe)
+            one.recover()
+            await until(lambda: not gateway.chores)
+            gc.collect()
+            await asyncio.sleep(1)
+    bench.run_virtual(main())
+    assert "ERROR" not in {it.levelname for it in caplog.records}
+
+
 @over_sockets
 async def test_node_that_comes_back_keeps_its_connections_in_one_pool(tmp_path):
     node, other = await fixed(1, speed=1).start(), await bench.SimNode(**FAST).start()
