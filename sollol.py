@@ -252,7 +252,10 @@ Body = bytes | bytearray            # the whole of one; a long one is not copied
 # What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
 
 class Failure(NamedTuple):
-    """Why a node gave no answer. `kind`: refused, died, garbage; model: its stream told an error; lost: see races."""
+    """Why a node gave no answer.
+
+    `kind`: refused, died, garbage; model: its stream told an error; lost: it is dead; raced: another was faster.
+    """
 
     kind: str
     text: str
@@ -1722,18 +1725,19 @@ class Breaker:
         """Note that the trial ended without telling anything: its client left, say."""
         self.trial = False
 
-    def fail(self, now):
-        """Count a failure; from the threshold on the pause doubles each time.
+    def fail(self, now: float) -> bool:
+        """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
 
         While it is open, what fails was sent before: all that a crash takes with it counts once.
         """
         if self.state(now) == "open":
-            return
+            return False
         self.failures += 1
         self.trial = False
         if self.failures >= self.threshold:
             pause_s = self.FIRST_PAUSE_S * 2 ** min(self.failures - self.threshold, 10)
             self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
+        return True
 
     def forgive(self):
         """Take a failure back: it was the request's own, as every node failed it."""
@@ -1843,7 +1847,6 @@ class Runner:
     context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
     own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
     keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
-    listed_s: float = math.inf      # since when every look at /api/ps has shown it; not while it loads
     listed: dict = field(default_factory=dict)  # its row in the last /api/ps
     leases: list = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
@@ -1869,10 +1872,9 @@ class Runner:
     decode_s: float = 0.0
     slow_prefill_s: float = 0.0     # the last samples, if they were grossly off: one more that agrees with them, and
     off_decode_s: float = 0.0       # they count more than the estimate
-    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
     input_s: float = 0.0            # seconds a text to embed, beside its tokens
     samples: int = 0                # behind those two
-    confirmed_s: float = -math.inf  # when an answer agreed with them last
+    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
     load_s: float = 0.0
     lines_per_token: float = 1.0    # streamed lines, as this model sends them
     streams: int = 0                # behind that
@@ -2038,7 +2040,6 @@ class Lease:
     fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
     stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
     crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
-    predicted_first_s: float = 0.0  # when the first byte is due
     predicted_end_s: float = 0.0
     quiet_s: float = 0.0            # silence that is no reason for doubt
     first_s: float | None = None
@@ -3258,6 +3259,10 @@ class Dispatcher:
         ticket.begun = True
         self.hold_to(ticket, has_on_disk(node, ticket.wants.model) and digest_of(node, ticket.wants.model) or None)
 
+    def rule_out(self, ticket: Ticket, node: Node) -> None:
+        """Keep a ticket whose stream has begun from a node that says something else."""
+        ticket.tried.add(node.name)
+
     def hold_to(self, ticket, version):
         """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
         ticket.version = version
@@ -3432,17 +3437,20 @@ class Dispatcher:
         nodes = self.nodes_for(model)
         if not holders and model and is_cloud(model):
             nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
+        waiting = []                # entries of those that only a node can serve that may come back
         while entry := self.queue.first(model):
             ticket = entry[2]
             alive = untried(nodes, ticket.tried)
             free = [node for node in alive if node.breaker.allows(turn.now)] or alive
             if not alive and not self.is_hopeless(ticket, turn.now):
-                return              # somebody may come back
-            if not alive and ticket.tried:
+                if not untried(nodes, set()):
+                    break           # so nobody else can be served either
+                waiting.append(self.queue.pop(model))
+            elif not alive and ticket.tried:
                 turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
             elif not alive:
                 self.refuse_all(turn, model, "no node is up")
-                return
+                break
             else:
                 pick = self.pick if holders else pick_least_inflight
                 node = pick(free, next(self.picks))
@@ -3450,6 +3458,8 @@ class Dispatcher:
                 self.queue.discard(ticket)
                 runner = node.runners.get(model) if holders else None
                 turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
+        for entry in waiting:
+            self.queue.restore(entry)
 
     def bind_late(self, turn, rooms):
         """Give free slots to waiting tickets, in the order of their keys, by predicted completion time."""
@@ -3774,14 +3784,12 @@ class Dispatcher:
                 lease.abandon(Failure("lost", "gives way"))
 
     def expect(self, lease, prediction, now):
-        """Note when a lease about to be given should show its first byte, and for how long it need not."""
+        """Note when a lease about to be given should end, and for how long it need not show anything."""
         runner, wants = lease.runner, lease.ticket.wants
         it = prediction or Surroundings(runner.node, now).offer(runner, now).predict(self.estimates.demand(wants), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
-        unseen_s = it.prefill_s + (0.0 if wants.stream else it.decode_s)
-        lease.predicted_first_s = now + it.start_s + unseen_s * it.slow
         lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
         lease.quiet_s = quiet_s(runner, it)
         lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
@@ -3795,7 +3803,7 @@ class Dispatcher:
 
     def believe_unloaded(self, runner: Runner) -> None:
         """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s, runner.options, runner.listed_s, runner.listed = None, None, math.inf, {}
+        runner.ready_s, runner.options, runner.listed = None, None, {}
         runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
         runner.prefixes.clear()
         runner.beginnings.clear()
@@ -4196,8 +4204,8 @@ class Dispatcher:
 
     def blame(self, ticket: Ticket, breaker: Breaker, now: float) -> None:
         """Count a failure, until it turns out to be the request's own."""
-        breaker.fail(now)
-        ticket.blamed.append(breaker)
+        if breaker.fail(now):
+            ticket.blamed.append(breaker)
 
     def note_error(self, node: Node, text: str, status: int | None, now: float) -> None:
         """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
@@ -4442,7 +4450,7 @@ class Dispatcher:
         for runner in each_runner(node):
             row = (next((names[model] for model in runner.models if model in names), None)
                    or digests.get(digest_of(node, runner.model)))
-            runner.listed, runner.listed_s = row or {}, min(runner.listed_s, now) if row else math.inf
+            runner.listed = row or {}
             if row:
                 runner.vram_bytes = row_vram_bytes(row)
                 changed = changed or runner.cpu_share != cpu_share(row)
@@ -4541,12 +4549,15 @@ class Dispatcher:
             self.unsettle_all()
 
     def is_lost(self, lease: Lease, now: float) -> bool:
-        """Tell whether a request leaves a dead node: nothing of its answer was seen, and another node can serve."""
+        """Tell whether a request leaves a dead node: nothing of its answer was seen, and another node can serve.
+
+        Of what takes no slot only a change of a model ends there without another node: that one is named in the answer.
+        """
+        ticket = lease.ticket
         if now - lease.heard_s <= SILENT_S:
             return False
         if lease.runner is None:
-            return True
-        ticket = lease.ticket
+            return ticket.wants.repeatable or bool(ticket.wants.change)
         others = untried(self.nodes_for(ticket.wants.model), ticket.tried | {lease.node.name})
         return lease.first_s is None and ticket.rival is None and bool(others)
 
@@ -4568,7 +4579,7 @@ class Dispatcher:
         lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
 
     def trust(self, node, now):
-        """End the suspicion: a check on the node was answered."""
+        """End the suspicion: the node has sent something of an answer, or a check has found it idle."""
         node.suspect = False
         node.heard_s = now
         self.unsettle_all()
@@ -4718,7 +4729,8 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure):
-        """End the exchange from this side, with the reason that whoever waits for it gets."""
+        """End the exchange from this side, with the reason that whoever waits for it gets, and no answer."""
+        self.buffer = b""           # what has come of one may be about to be read
         if self.failure is None:
             self.failure = failure
         if self.sink is not None:
@@ -6356,6 +6368,8 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
     relay = begin_relay(client, connection, answer, record, lease, framing, lines,
                         functools.partial(dispatcher.heard, lease), transcript)
     lease.held_up = lambda: client.write_paused
+    if not isinstance(relay, LineRelay):
+        lease.ticket.race = None    # no other node could go on with it
     try:
         relay.start()
         await relay.finished()
@@ -6452,6 +6466,7 @@ class Inference:
         self.head, self.body, self.record, self.ticket = head, body, record, ticket
         self.transcript = transcript
         self.rival: asyncio.Task | None = None          # the attempt that races the first one
+        self.rival_lease: Lease | None = None           # and the last lease of one
         self.last: Answer | NodeAnswer = Answer(502, "no node answered")
 
     async def begin(self) -> Begun | None:
@@ -6460,6 +6475,7 @@ class Inference:
             lease = await self.gateway.turn(self.ticket)
             if not self.record.attempts:
                 self.record.queue_s = lease.sent_s - self.ticket.arrived_s
+            self.record.node, self.record.reason = lease.node.name, lease.reason
             self.ticket.race = self.race
             begun = await self.attempt(lease)
             self.ticket.race = None
@@ -6472,7 +6488,6 @@ class Inference:
 
     async def attempt(self, lease: Lease) -> Begun | None:
         """Let the leased node begin to answer. The lease goes on only with what is returned."""
-        self.record.node, self.record.reason = lease.node.name, lease.reason
         self.record.attempts += 1
         begun = None
         try:
@@ -6508,6 +6523,7 @@ class Inference:
 
     def race(self, lease: Lease) -> None:
         """Begin a second attempt, on another node. The first byte wins."""
+        self.rival_lease = lease
         self.rival = self.loop.create_task(self.run_against(self.ticket.lease, lease))
 
     async def run_against(self, first: Lease, lease: Lease) -> Begun | None:
@@ -6516,28 +6532,42 @@ class Inference:
         with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
             begun = await self.attempt(lease)
         if begun is not None and self.transcript and self.transcript.relay:
-            begun = await self.rehearsed(begun)
+            begun = await self.rehearsed(begun, first)
         if begun is not None and first.abandon is not None:
             first.abandon(Failure("raced", f"{lease.node.name} was faster"))
         self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
         return begun
 
-    async def rehearsed(self, begun: Begun) -> Begun | None:
-        """Return an answer that has come to what the client has of a begun stream; None if it is another one."""
-        same = False
+    async def rehearsed(self, begun: Begun, first: Lease) -> Begun | None:
+        """Return an answer that can go on with a begun stream.
+
+        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
+        """
+        known, taken = self.transcript.all_known(), False
         try:
-            same = await rehearse(begun, self.transcript.all_known())
-        except (NodeFailure, Refusal):
-            pass
+            await rehearse(begun, known)
+            has_gone_on = not first.released and self.transcript.all_known() != known
+            taken = not has_gone_on and self.transcript.relay.can_be_continued()
+        except NodeFailure as failed:
+            self.note(begun.lease, failed.value)
+        except Refusal:
+            self.dispatcher.rule_out(self.ticket, begun.lease.node)
         finally:
-            if not same:
+            if not taken:
                 self.close(begun, clean=False)
-        return begun if same else None
+        return begun if taken else None
 
     def end_race(self) -> None:
-        """Close the second attempt, if there is one whose answer was not taken."""
+        """Close the second attempt, if there is one whose answer was not taken.
+
+        Its lease ends at once, not by the task: one that is cancelled before its first step does nothing at all.
+        """
         rival, self.rival = self.rival, None
-        if rival is not None and not rival.cancel() and not rival.cancelled() and rival.result() is not None:
+        if rival is None:
+            return
+        if rival.cancel():
+            self.end(self.rival_lease)
+        elif not rival.cancelled() and rival.result() is not None:
             self.close(rival.result(), clean=False)
 
     def may_move_on(self) -> bool:
@@ -6590,14 +6620,14 @@ class Inference:
             self.close(begun, clean)
 
 
-async def rehearse(begun: Begun, known: str) -> bool:
-    """Read a replay until it has said all of `known`; what was read is left to be relayed. Tell whether it is the same.
+async def rehearse(begun: Begun, known: str) -> None:
+    """Read a replay until it has said all of `known`; what was read is left to be relayed.
 
     Raises NodeFailure, or Refusal for one that says something else.
     """
     connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
     events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
-    separator, raw, rest = b"\n\n" if events else b"\n", b"", b""
+    separator, raw, rest = EVENT_END if events else LINE_END, b"", b""
     transcript.known = known
     while transcript.is_behind and not body.done:
         data, connection.buffer = connection.buffer, b""
@@ -6606,12 +6636,13 @@ async def rehearse(begun: Begun, known: str) -> bool:
             await connection.more()
             continue
         raw += data
-        *lines, rest = (rest + body.feed(data)[0]).split(separator)
-        for line in lines:
+        *lines, rest = separator.split(rest + body.feed(data)[0])
+        for line in lines[::2]:     # the others are line ends
             if transcript.is_behind:
-                transcript.missing(line + separator)
+                transcript.missing(line)
+    if transcript.is_behind:
+        raise Refusal(502, "the answer of another node is shorter")
     connection.buffer = raw + connection.buffer
-    return not transcript.is_behind
 
 
 async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, version=""):
@@ -9219,6 +9250,9 @@ class Gateway:
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
+            for owner, work in self.chores:
+                if owner is node:
+                    self.chores[owner, work].cancel()
             self.pools[node].close()
         changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
         for node in changed:
@@ -9321,9 +9355,12 @@ class Gateway:
         return ticket.lease
 
     def begin_chore(self, node, work):
-        """Start a piece of work on a node, such as a check or its calibration, unless it is under way."""
+        """Start a piece of work on a node, such as a check or its calibration, unless it is under way.
+
+        Not on one that was dropped.
+        """
         chore = node, work
-        if chore not in self.chores:
+        if chore not in self.chores and self.dispatcher.nodes.get(node.name) is node:
             task = self.chores[chore] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.chores.pop(chore, None))
 

@@ -1064,6 +1064,20 @@ def fail(dispatcher, failed, kind="died", now=0.0):
     return dispatcher.retry(failed, now)
 
 
+@table("policy, models", [("plain policy", "round-robin", ["m"]), ("no node is known to have it", "latency-weighted", [])])
+def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, models):
+    dispatcher = cluster(policy, n1=models, n2=models)
+    first, = enter(dispatcher, want())
+    assert placed(dispatcher) == ["n1"] and fail(dispatcher, first)
+    assert placed(dispatcher) == ["n2"]
+    dispatcher.lost(dispatcher.nodes["n1"], 1.0)
+    assert fail(dispatcher, first, "busy", 1.0)
+    other, = enter(dispatcher, want(), now=2.0)
+    assert placed(dispatcher, 2.0) == ["n2"] and first.waiting and other.lease
+    dispatcher.answered(dispatcher.nodes["n1"], "0.33.0", 0.001, 3.0)
+    assert placed(dispatcher, 3.0) == ["n1"] and first.lease
+
+
 def test_never_more_leases_than_set_slots():
     dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
     tickets = enter(dispatcher, *[want()] * 10)
@@ -2093,7 +2107,7 @@ def test_texts_to_embed_cost_each_and_not_only_by_their_tokens():
     assert dispatcher.cost_s(long) > 25
     it, = enter(dispatcher, embedding(12_000))
     placed(dispatcher)
-    assert it.lease.predicted_first_s > 25 and sollol.solo_left_s(it.lease, 1.0) > 25
+    assert it.lease.predicted_end_s > 25 and sollol.solo_left_s(it.lease, 1.0) > 25
 
 
 @pytest.mark.parametrize("texts, took_s", [(1000, 10.0), (1000, 0.5), (1, 0.08)])
@@ -2163,6 +2177,20 @@ def test_request_that_every_node_fails_is_no_fault_of_theirs():
         dispatcher.forgive(it)
         dispatcher.leave(it, 0.0)
     assert [runner(dispatcher, name).breaker.failures for name in ("n1", "n2")] == [0, 0]
+
+
+def test_what_was_not_counted_against_a_node_is_not_taken_back():
+    """Five requests die with a node, which counts as two failures; then all others fail one of them, too."""
+    dispatcher = cluster(slots=5, n1=["m"], n2=["m"])
+    runner(dispatcher, "n2").decode_s = 10 * sollol.decode_s(runner(dispatcher, "n1"))
+    tickets = enter(dispatcher, *[want()] * 5)
+    assert placed(dispatcher) == ["n1"] * 5
+    assert all([fail(dispatcher, it) for it in tickets])
+    last = tickets[-1]
+    assert placed(dispatcher) == ["n2"] * 5
+    fail(dispatcher, last, "model")
+    dispatcher.forgive(last)
+    assert dispatcher.nodes["n1"].breaker.state(0.0) == "open"
 
 
 def test_nobody_waits_for_a_model_whose_breaker_is_open():
@@ -2635,6 +2663,16 @@ def test_silence_ends_nothing(given, model_is_there):
         if begun:
             dispatcher.heard(it.lease, 1, 0.5)
         assert all(dispatcher.watch(now * 10.0) == ([], []) for now in range(1, 1000))
+
+
+@table("change, repeatable, leaves", [
+    ("show", "", True, True), ("upload or push", "", False, False), ("pull", "pull", False, True)])
+def test_only_what_may_go_elsewhere_and_changes_of_models_leave_a_dead_node(change, repeatable, leaves):
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    node = dispatcher.nodes["n1"]
+    lease = dispatcher.pin("r", want(inference=False, change=change, repeatable=repeatable), node, 0.0, "any node")
+    dispatcher.missed(node, False, 20.0)
+    assert not node.up and dispatcher.watch(20.0) == ([lease] if leaves else [], [])
 
 
 def racing(dispatcher, it):
@@ -5650,6 +5688,166 @@ def test_deterministic_stream_of_a_wedged_node_is_raced_by_a_replay():
     bench.run_virtual(main())
 
 
+def overdue(texts, pause_s, path="/api/generate", framing=chunked):
+    """Return a node that streams texts to their end, and is silent for so long behind the second one."""
+    kind, said, last = DIALECTS[path]
+    pieces = [*map(said, texts), *last]
+    raw = framing(*pieces, kind=kind) if framing is chunked else framing(b"".join(pieces), kind=kind)
+    cut = raw.index(pieces[2])
+    cut = raw.rindex(b"\r\n", 0, cut - 2) + 2 if framing is chunked else cut
+    return ScriptedNode(lambda request: [raw[:cut], pause_s, raw[cut:], KEEP])
+
+
+async def raced_stream(*nodes):
+    """Return (answer, Record, gateway) of a deterministic stream that begins on the first node."""
+    async with gateway_for(*nodes) as gateway:
+        finished, finish = [], gateway.finish
+        gateway.finish = lambda record: (finished.append(record), finish(record))
+        answer = await call(gateway, "POST", "/api/generate", repeatable())
+        await until(lambda: not health(gateway)["inflight"])
+        return answer, finished[0], gateway
+
+
+def test_replay_that_says_something_else_ends_no_stream_and_is_not_asked_for_again():
+    async def main():
+        nodes = overdue("abcd", 60.0), lasting("/api/generate", "a", "x")
+        answer, record, gateway = await raced_stream(*nodes)
+        assert text_of(answer.body) == "abcd" and not gateway.dispatcher.rescues
+        assert [len(node.requests) for node in nodes] == [1, 1]
+        assert answer.fields["x-sollol-node"] == record.node and record.outcome == "ok"
+    bench.run_virtual(main())
+
+
+def test_stream_that_goes_on_by_itself_is_not_taken_over():
+    async def main():
+        said, last = DIALECTS["/api/generate"][1:]
+        pieces = [b"%x\r\n%b\r\n" % (len(it), it) for it in (*map(said, "abcd"), *last)]
+
+        def node(*pauses):
+            parts = [part for pair in zip(pauses, pieces[1:], strict=True) for part in pair]
+            return ScriptedNode(lambda request: [STREAM_HEAD + pieces[0], *parts, b"0\r\n\r\n", KEEP])
+
+        nodes = node(0.0, 20.0, 15.0, 0.0), node(15.0, 0.0, 0.0, 0.0)   # the second says as much when the first goes on
+        answer, record, gateway = await raced_stream(*nodes)
+        assert text_of(answer.body) == "abcd" and not gateway.dispatcher.rescues
+        assert answer.fields["x-sollol-node"] == record.node and len(nodes[1].requests) == 1
+    bench.run_virtual(main())
+
+
+def test_begun_answer_that_nobody_could_go_on_with_is_not_raced():
+    async def main():
+        nodes = overdue("abcd", 60.0, framing=framed), lasting("/api/generate", "a", "b", "c", "d")
+        answer, _, _ = await raced_stream(*nodes)
+        assert text_of(answer.body) == "abcd" and [len(node.requests) for node in nodes] == [1, 0]
+    bench.run_virtual(main())
+
+
+def test_exchange_that_is_given_up_yields_no_answer_even_if_one_has_just_come():
+    async def main():
+        connection = sollol.NodeConnection(asyncio.get_running_loop())
+        connection.transport = types.SimpleNamespace(abort=lambda: None)
+        head = asyncio.ensure_future(connection.response("POST"))
+        await asyncio.sleep(0)
+        connection.data_received(chunked(b"x"))
+        connection.fail(sollol.Failure("raced", "another was faster"))
+        with pytest.raises(sollol.NodeFailure, match="faster"):
+            await head
+    bench.run_virtual(main())
+
+
+def test_race_that_is_lost_before_its_first_step_keeps_no_slot():
+    async def main():
+        nodes = [ScriptedNode(lambda request: [60.0, KEEP]) for _ in range(2)]
+        async with gateway_for(*nodes) as gateway:
+            caller = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(stream=True)))
+            dispatcher = gateway.dispatcher
+            await until(lambda: sum(len(node.requests) for node in nodes))
+            lease, = (lease for node in dispatcher.nodes.values() for lease in node.leases)
+            other = next(node for node in dispatcher.nodes.values() if node is not lease.node)
+            runner = other.runners["llama3.2:latest"]
+            rival = dispatcher.lease(lease.ticket, other, runner, gateway.loop.time(), "races")
+            lease.abandon.__self__.data_received(BEGUN)     # of the first node
+            lease.ticket.race(rival)
+            await asyncio.sleep(0.1)
+            assert rival.released and not other.leases and lease.ticket.lease is lease
+            caller.cancel()
+    bench.run_virtual(main())
+
+
+def random_script(rng, sound):
+    """Return the script of a node that pauses anywhere; one that is not `sound` fails in any way, too."""
+    end = line(response="", done=True, eval_count=6)
+
+    def pause():
+        return rng.choice((0.0, 0.0, 0.05, 0.1, 0.2, 0.3))
+
+    def script(request):
+        fate = "sound" if sound or rng.random() < 0.5 else rng.choice(("closes", "fails", "refuses", "cut", "differs"))
+        if fate == "closes":
+            return [pause()]
+        if fate in ("fails", "refuses"):
+            return [pause(), framed(b"{}", b"500 Oops" if fate == "fails" else b"400 Bad Request"), KEEP]
+        if b'"stream": false' in request:
+            return [pause(), framed(line(response="abcdef", done=True)), KEEP]
+        words = "ABCDEF" if fate == "differs" else "abcdef"
+        lines = [*(line(response=word, done=False) for word in words), end]
+        if rng.random() < 0.1:
+            raw = framed(b"".join(lines), kind=b"application/x-ndjson")
+            return [*(part for at in range(0, len(raw), 150) for part in (pause(), raw[at:at + 150])), KEEP]
+        lines = lines[:rng.randrange(len(lines))] if fate == "cut" else lines
+        pieces = [part for it in lines for part in (pause(), b"%x\r\n%b\r\n" % (len(it), it))]
+        return [pause(), STREAM_HEAD, *pieces] + ([] if fate == "cut" else [b"0\r\n\r\n", KEEP])
+
+    return script
+
+
+async def race_in_all_ways(seed):
+    """Let clients come and leave at random moments, of which many fall together, while everything is raced."""
+    rng = random.Random(seed)
+    sound = seed % 2 == 0
+    nodes = [ScriptedNode(random_script(rng, sound)) for _ in range(rng.choice((2, 3, 4)))]
+    async with gateway_for(*nodes) as gateway:
+        tasks, dispatcher = asyncio.all_tasks(), gateway.dispatcher
+
+        async def client():
+            stream, leaves = rng.random() < 0.7, rng.random() < 0.3
+            value = generate(stream=stream, **({"options": {"seed": 1}} if rng.random() < 0.6 else {}))
+            await asyncio.sleep(rng.randrange(60) * 0.05)
+            try:
+                async with asyncio.timeout(rng.randrange(40) * 0.05 if leaves else 400):
+                    answer = await call(gateway, "POST", "/api/generate", value)
+            except TimeoutError:
+                assert leaves
+                return
+            except asyncio.IncompleteReadError:
+                assert not sound
+                return
+            said = answer.body.splitlines()[-1]
+            whole = answer.status == 200 and b"error" not in said and json.loads(said)["done"]
+            assert whole or not sound
+            assert not whole or text_of(answer.body) in ("abcdef", "ABCDEF")
+
+        await asyncio.gather(*(client() for _ in range(10)))
+        await asyncio.sleep(3)
+        assert not dispatcher.in_flight() and not dispatcher.queue.tickets and not dispatcher.fair.active
+        for node in dispatcher.nodes.values():
+            breakers = [node.breaker, *(it.breaker for it in node.runners.values())]
+            assert not (node.busy or node.loading or any(breaker.trial for breaker in breakers))
+            served = next(it for it in nodes if it.url == node.settings.url)
+            assert len(served.connections) <= len(gateway.pools[node].idle) + 1     # and a probe's
+        left = {task.get_coro().__qualname__ for task in asyncio.all_tasks() - tasks}
+        assert left <= {"ScriptedNode.converse", "probe"}
+        return sum(gateway.metrics.races.values())
+
+
+def test_races_end_no_answer_and_leave_nothing_behind_whenever_clients_and_nodes_leave(monkeypatch, caplog):
+    for name, value in (("SWEEP_S", 0.05), ("SILENT_S", 0.1), ("RACE_LOAD_S", 0.1), ("RACE_GAIN", 1e9)):
+        monkeypatch.setattr(sollol, name, value)
+    monkeypatch.setattr(sollol.Dispatcher, "allowed_s", lambda self, lease: 0.1)
+    assert sum(bench.run_virtual(race_in_all_ways(seed)) for seed in range(int(60 * FUZZ))) > 100
+    assert "ERROR" not in {it.levelname for it in caplog.records}
+
+
 @over_sockets
 async def test_whole_answer_that_is_cut_in_the_middle_runs_again_elsewhere():
     whole = b'{"response":"' + b"x" * 5000 + b'","done":true}'
@@ -6118,6 +6316,26 @@ async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp
         gateway.reload()
         await until(lambda: node not in gateway.pools)
         await until(lambda: not gateway.chores and not one.connections and not node.leases)
+
+
+def test_node_that_is_dropped_while_it_is_looked_at_is_looked_at_no_longer(caplog):
+    async def main():
+        one, two = bench.SimNode(**FAST), bench.SimNode(**FAST)
+        async with gateway_for(one, two) as gateway:
+            gateway.loop.set_exception_handler(gateway.report)
+            node = next(iter(gateway.dispatcher.nodes.values()))
+            one.freeze()
+            gateway.begin_chore(node, sollol.probe)
+            await asyncio.sleep(1)
+            gateway.configure(gateway.lines[1:])
+            await until(lambda: node not in gateway.pools)
+            gateway.begin_chore(node, sollol.probe)
+            one.recover()
+            await until(lambda: not gateway.chores)
+            gc.collect()
+            await asyncio.sleep(1)
+    bench.run_virtual(main())
+    assert "ERROR" not in {it.levelname for it in caplog.records}
 
 
 @over_sockets
