@@ -7287,11 +7287,12 @@ async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: Req
     reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
     if key is None:
         wants = read_wants(head, route, reading, client.address)
-        most = 10 if is_local(client, head) else MOST_FROM_AFAR
+        if wants.priority > MOST_FROM_AFAR and not is_local(client, head):
+            wants.priority = MOST_FROM_AFAR
     else:
         allowed = key.settings
-        wants, most = read_wants(head, route, reading, allowed.name, allowed.priority), allowed.max_priority
-    wants.priority = min(wants.priority, most)
+        wants = read_wants(head, route, reading, allowed.name, allowed.priority)
+        wants.priority = min(wants.priority, allowed.max_priority)
     if wants.change == "unload":    # which only the body tells
         guard(gateway, head, route.kind, key, close=False)
     return await serve_by_nodes(gateway, client, head, route, body, wants, record)
