@@ -4770,6 +4770,87 @@ async def test_failure_before_the_first_byte_is_not_seen_by_the_client(bad):
         assert health(gateway)["inflight"] == 0
 
 
+HTML = b"<html><body>upstream is away</body></html>"
+BROKEN = {
+    **{f"500 {text[:50]}": framed(json.dumps({"error": text}).encode(), b"500 Internal Server Error")
+       for text in bench.RUNNER_ERRORS},
+    "500 without a body": framed(b"", b"500 Internal Server Error"),
+    **{f"{status} of a proxy": framed(HTML, b"%d X" % status, b"text/html") for status in (
+        301, 302, 307, 308, 401, 403, 408, 425, 429, 502, 503, 504, 520, 522, 524, 527, 530)},
+    "404 of a route": framed(b"404 page not found", b"404 Not Found", b"text/plain"),
+    "404 of the model": framed(b'{"error":"model \'llama3.2\' not found"}', b"404 Not Found"),
+    "200 that begins with an error": chunked(b'{"error":"unexpected EOF"}\n'),
+    "200 of events that begins with an error": chunked(b'data: {"error":{"message":"EOF"}}\n\n', kind=b"text/event-stream"),
+    "200 without anything": chunked(), "200 of length 0": framed(b""),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@over_sockets
+async def test_whatever_kind_of_failure_it_is_another_node_answers(kind):
+    nodes = ScriptedNode(lambda request: [BROKEN[kind], KEEP]), ScriptedNode(lambda request: [OK, KEEP])
+    async with gateway_for(*nodes) as gateway:
+        first, second = gateway.dispatcher.nodes.values()
+        first.version, second.version = "0.32.0", "0.33.0"
+        answer = await call(gateway, "POST", "/api/generate", generate(stream=True))
+        assert (answer.status, answer.body, answer.fields["x-sollol-attempts"]) == (200, OK.rpartition(b"\r\n")[2], "2")
+        assert second.errors == 0 and "llama3.2:latest" in second.rows
+        known = first.runners["llama3.2:latest"]
+        counted = first.breaker.failures + known.breaker.failures
+        assert counted == (not kind.startswith("404")) and first.errors == (kind != "404 of a route")
+
+
+@listed("status", [500, 502, 401, 429])
+def test_node_that_fails_at_once_does_not_look_free(status):
+    """Sixty requests to a broken and a good node: three at most touch the broken one."""
+    async def run():
+        nodes = [bench.SimNode(loaded=("llama3.2",), seed=seed) for seed in range(2)]
+        async with gateway_for(*nodes) as gateway:
+            nodes[0].fail(status)
+
+            async def client():
+                for _ in range(20):
+                    assert (await call(gateway, "POST", "/api/generate", generate(tokens=8))).status == 200
+
+            await asyncio.gather(*(client() for _ in range(3)))
+            assert len(bench.inferences(nodes[0])) <= 3
+    bench.run_virtual(run())
+
+
+@table("model, path, refusal", [
+    ("the cloud's limit", "gpt-oss:cloud", "/api/generate", framed(b'{"error":"limit"}', b"429 Too Many Requests")),
+    ("a route that it lacks", "llama3.2", "/v1/responses", framed(b"404 page not found", b"404 Not Found", b"text/plain")),
+    ("a prompt too long", "llama3.2", "/api/generate", framed(
+        b'{"error":"the input length exceeds the context length"}', b"400 Bad Request")),
+    ("no such feature", "llama3.2", "/api/generate", framed(
+        b'{"error":"\\"llama3.2\\" does not support thinking"}', b"400 Bad Request")),
+])
+@over_sockets
+async def test_refusal_that_is_no_fault_of_a_node_is_not_held_against_it(model, path, refusal):
+    node = ScriptedNode(lambda request: [refusal, KEEP])
+    async with gateway_for(node) as gateway:
+        for _ in range(3):
+            answer = await call(gateway, "POST", path, {**generate(model), "input": "x"})
+            assert answer.body == refusal.rpartition(b"\r\n\r\n")[2]
+        known, = gateway.dispatcher.nodes.values()
+        assert known.breaker.failures == 0 and known.errors == 0 and known.rows and known.state(1e9) == "up"
+        assert all(runner.breaker.failures == 0 for runner in known.runners.values())
+
+
+def test_prompt_that_is_too_long_for_one_node_is_sent_to_the_one_with_the_larger_window():
+    async def run():
+        small = bench.SimNode("rtx4090", loaded=("llama3.2",), context=4096)
+        large = bench.SimNode("rtx3060", loaded=("llama3.2",), context=32768)
+        async with gateway_for(small, large) as gateway:
+            answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(
+                prompt=bench.worded(f"{number} <out=5> ", 10_000))) for number in range(4)))
+            assert [answer.status for answer in answers] == [200] * 4
+            answer = await call(gateway, "POST", "/api/generate", generate(prompt=bench.worded("<out=5> ", 40_000)))
+            assert answer.status == 400 and b"context" in answer.body
+            assert len(bench.inferences(small)) <= 5 and len(bench.inferences(large)) == 5
+    bench.run_virtual(run())
+
+
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"401 Unauthorized", b"403 Forbidden", b"404 Not Found"])
 @over_sockets
 async def test_clients_own_mistakes_are_not_tried_elsewhere(status):
