@@ -2585,7 +2585,7 @@ class Offer:
     """
 
     __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
-                 "decode_s", "input_s", "loading")
+                 "decode_s", "input_s", "loading", "neighbours")
 
     def __init__(self, runner, around, now, claims_at_s=()):
         node = runner.node
@@ -2598,6 +2598,7 @@ class Offer:
         if node.busy and not runner.leases:
             self.fixed_s += around.harm_s(now)
         self.loading = None         # see `load`
+        self.neighbours = len(runner.leases)
 
     def first_s(self, now):
         """Return when the first slot is free, in seconds from now."""
@@ -2650,11 +2651,15 @@ class Offer:
         return demand.prompt_tokens - cached_tokens(self.runner, demand)
 
     def finish_s(self, demand, now):
-        """Return when a request would be finished, with what it costs others: what nodes are compared by."""
+        """Return when a request would be finished, with what it costs others: what nodes are compared by.
+
+        Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
+        """
         start_s, _, swap_s = self.start(demand, now)
-        work_s = (self.overhead_s + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
-                  + demand.output_tokens * self.decode_s)
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s
+        prompt_s = self.new_tokens(demand) * self.prefill_s
+        work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
+        stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
+        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
 
     def predict(self, demand, now):
         """Return the Prediction for a request that is to go here."""
