@@ -2311,6 +2311,12 @@ def inputs_s(runner: Runner, wants: Wants) -> float:
     return wants.inputs * input_s(runner) if wants.embeds else 0.0
 
 
+def alone_s(runner: Runner, demand: Demand) -> float:
+    """Return how long a request takes alone, if the prefix cache holds nothing of it."""
+    return (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
+            + demand.output_tokens * decode_s(runner))
+
+
 def load_s(runner):
     """Return how long the model takes to load."""
     return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
@@ -2923,11 +2929,9 @@ CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
 DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
 
 
-def window_of(node: Node, model: str | None) -> int | None:
-    """Return the tokens of context that a model is loaded with on a node, None if that is not known."""
-    rows = [row for row in node.running if row_name(row) == model]
-    window = rows[0].get("context_length") if rows else None
-    return window if type(window) is int else None
+def window_of(node: Node, model: str | None) -> int:
+    """Return the tokens of context that a model is loaded with on a node, 0 if that is not known."""
+    return next((context_of(row) for row in node.running if row_name(row) == model), 0)
 
 
 def has_on_disk(node: Node, model: str | None) -> bool:
@@ -3073,9 +3077,7 @@ class Forecast:
         """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
         alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
         if alike not in self.costs_s:
-            work_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner)
-                      + demand.inputs * input_s(runner) + demand.output_tokens * decode_s(runner))
-            self.costs_s[alike] = work_s * CROWD[min(len(self.slots_of(runner.node)), 256)]
+            self.costs_s[alike] = alone_s(runner, demand) * CROWD[min(len(self.slots_of(runner.node)), 256)]
         return self.costs_s[alike]
 
     def start_s(self, demand: Demand) -> float | None:
@@ -3289,10 +3291,7 @@ class Dispatcher:
         """
         per_s = 0.0
         for runner in self.holders.get(demand.wants.model, ()):
-            service_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner)
-                         + demand.inputs * input_s(runner)
-                         + demand.output_tokens * decode_s(runner))
-            per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
+            per_s += runner.slots / CROWD[min(runner.slots, 256)] / alone_s(runner, demand)
         return 1 / per_s if per_s else 0.0
 
     def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
@@ -4163,7 +4162,7 @@ class Dispatcher:
         for other in self.nodes_for(ticket.wants.model):
             if kind == "length":
                 here, there = window_of(node, ticket.wants.model), window_of(other, ticket.wants.model)
-                alike = here is not None and there is not None and there <= here
+                alike = 0 < there <= here
             else:
                 alike = other.version == node.version
             if alike or ticket.differed:
@@ -6291,7 +6290,7 @@ def begin_relay(client, connection, answer, record, lease, framing, lines, heard
             raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
         return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
     wants = lease.ticket.wants
-    if transcript and answer.status == 200 and framing is not Framing.LENGTH and kind.startswith(STREAM_KINDS):
+    if transcript and answer.status == 200 and framing is not Framing.LENGTH and is_stream(answer):
         return LineRelay(connection, answer, client, framing, prelude, heard, transcript=transcript)
     return Relay(connection, answer, client, framing, prelude, heard,
                  WHOLE_ANSWER_BYTES if wants.inference and not wants.stream else 0)
@@ -6391,7 +6390,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
     """Tell whether an answer with status 200 begins with an error, or is empty. Of one in one piece only its length."""
-    if answer.fields.get(b"content-type", b"").startswith(STREAM_KINDS):
+    if is_stream(answer):
         payload = await connection.first_payload(answer)
         return not payload or FIRST_ERROR.match(payload) is not None
     return answer.length == 0
