@@ -167,7 +167,7 @@ SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or t
 LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
-RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
 MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
@@ -193,7 +193,7 @@ MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs t
 CONFIRMED_S = 600.0                 # how long an answer confirms
 YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
 USUAL = 0.75                        # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
-STALL_S = 2.0                       # a stream's speed is judged so often
+JUDGE_S = 2.0                       # a stream's speed is judged so often
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
 # 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
@@ -1963,7 +1963,7 @@ class Node:
     breaker: Breaker = field(default_factory=Breaker)
     suspect: bool = False           # in doubt: far more silent than predicted. It comes last; any byte ends that
     heard_s: float = 0.0            # last byte of any inference answer
-    stalled_s: float = -math.inf    # last time it was in doubt
+    doubted_s: float = -math.inf    # last time it was in doubt
     advanced_s: float = 0.0         # up to when the runners' progress is counted
     loaded_s: float = -math.inf     # when a load ended last
     strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
@@ -2043,7 +2043,7 @@ class Lease:
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
     passed_s: float = math.inf      # when the first of those sent before it left
-    raced: bool = False             # another was sent at the same time: nobody knows which the node took first
+    unordered: bool = False         # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
     heard_s: float = 0.0
@@ -2379,7 +2379,7 @@ def is_disturbed(lease: Lease) -> bool:
     A node that others use for ever is measured in spite of them, a few times.
     """
     node, runner = lease.node, lease.runner
-    if lease.sent_s <= node.stalled_s or node.speed < 0.6:
+    if lease.sent_s <= node.doubted_s or node.speed < 0.6:
         return True
     if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
         return True
@@ -2390,7 +2390,7 @@ def is_disturbed(lease: Lease) -> bool:
 
 def certainly_beside(lease):
     """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
-    sent_s = lease.sent_s - lease.node.rtt_s - RACE_S
+    sent_s = lease.sent_s - lease.node.rtt_s - UNORDERED_S
     return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other))
 
 
@@ -3700,8 +3700,8 @@ class Dispatcher:
                 runner.beginnings.remember(tuple(ends), BEGINNINGS_KEPT)    # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
-            elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:
-                lease.raced = runner.leases[-1].raced = True
+            elif now - runner.leases[-1].sent_s <= node.rtt_s + UNORDERED_S:
+                lease.unordered = runner.leases[-1].unordered = True
             if ticket.wants.embeds:
                 lease.crowded = any(other.ticket.wants.inputs > 1 for other in (lease, *runner.leases))
             meet(lease)
@@ -3921,7 +3921,7 @@ class Dispatcher:
         if not timings.show_a_wait(took_s, lease.node.overhead_s):
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
-            if lease.passed_s - lease.sent_s > unexplained_s + RACE_S:
+            if lease.passed_s - lease.sent_s > unexplained_s + UNORDERED_S:
                 self.prove_slots(runner, lease.nth)
             if not alone:           # it could not have waited anyway
                 runner.waits = 0
@@ -3955,10 +3955,10 @@ class Dispatcher:
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
         loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
-        if loading or lease.sent_s <= node.stalled_s or node.speed < 0.6:
+        if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
             return                  # it may have waited for other things than a slot
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
-        if lease.passed_progress_s is None and not lease.raced and not is_disturbed(lease):     # it waited for nobody
+        if lease.passed_progress_s is None and not lease.unordered and not is_disturbed(lease):     # it waited for nobody
             self.learn_speed_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
@@ -3967,7 +3967,7 @@ class Dispatcher:
         runner, streams = lease.runner, lease.ticket.wants.stream
         lone, work_s = runner.lone.get(streams), first_work_s(lease, timings)
         if lease.beside >= lease.nth:
-            if not (lease.raced or lease.crowded):
+            if not (lease.unordered or lease.crowded):
                 ratio = served_beside_s(lease) / work_s
                 runner.lone[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
                 if lone is None and not runner.disproofs:
@@ -4510,7 +4510,7 @@ class Dispatcher:
 
     def doubt(self, node: Node, now: float) -> None:
         """Note that a node is in doubt."""
-        node.stalled_s = now
+        node.doubted_s = now
         if not node.suspect:
             node.suspect = True
             self.unsettle_all()
@@ -4533,7 +4533,7 @@ class Dispatcher:
         node, runner = lease.node, lease.runner
         stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * prefill_s(runner)
         elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
-        if elapsed_s < STALL_S or runner.samples < 3:
+        if elapsed_s < JUDGE_S or runner.samples < 3:
             return
         expected = elapsed_s / (decode_s(runner) * slowdown(node, runner) * node.speed) * runner.lines_per_token
         if expected < 4:
@@ -9385,7 +9385,7 @@ class Gateway:
                 LOG.log(level, [request_fields(record, total_s) for record, total_s in some])
 
     def sweep(self):
-        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, saved files."""
+        """Serve every time-out: slow clients, late tickets, silent nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now, dispatcher = self.loop.time(), self.dispatcher
         for client in list(self.clients):
