@@ -3958,8 +3958,11 @@ class Dispatcher:
         if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
             return                  # it may have waited for other things than a slot
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
-        if lease.passed_progress_s is None and not lease.unordered and not is_disturbed(lease):     # it waited for nobody
-            self.learn_speed_by_latency(lease, timings, now)
+        if not is_disturbed(lease):
+            if lease.passed_progress_s is None and not lease.unordered:     # it waited for nobody
+                self.learn_speed_by_latency(lease, timings, now)
+            if lease.ticket.wants.stream:       # once it has begun it waits for nobody either
+                self.learn_decode_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
     def weigh_signs(self, lease, timings, now):
@@ -4007,6 +4010,14 @@ class Dispatcher:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
 
+    def learn_decode_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
+        """Take the time between a stream's first byte and its end as a sample of decode speed."""
+        runner, tokens = lease.runner, timings.output_tokens
+        later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * prefill_s(runner)
+        if tokens >= 8 and later_s > 1e-4:
+            gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
+            self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
+
     def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the latency of a request that waited for nobody as a sample of speed."""
         runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
@@ -4014,11 +4025,8 @@ class Dispatcher:
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
         if lease.ticket.wants.stream:
-            later_s = runner.progress_s - lease.first_progress_s
             self.learn_prefill(lease, max(first_s - lease.node.overhead_s, 0.1 * first_s),
                                timings.prompt_tokens or lease.prompt_tokens, gain)
-            if tokens >= 8 and later_s > 1e-4:
-                self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
             return
         overhead_s = lease.node.overhead_s
         ratio = max(first_s - overhead_s, 0.1 * first_s) / max(work_s - overhead_s, 1e-6)
