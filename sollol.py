@@ -4182,10 +4182,11 @@ class Dispatcher:
         if breaker.fail(now):
             ticket.blamed.append(breaker)
 
-    def note_error(self, node: Node, text: str, status: int | None, now: float) -> None:
+    def note_error(self, node: Node, text: str, status: int | None, kind: str, now: float) -> None:
         """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
         node.last_error = NodeError(text, status, now)
-        node.error_share.add(True, now)
+        if kind not in DIFFERENCES:
+            node.error_share.add(True, now)
 
     # Nodes ------------------------------------------------------------------
 
@@ -9347,7 +9348,7 @@ class Gateway:
     def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
         """Note and log what a node said or did when it failed."""
         status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        self.dispatcher.note_error(node, failure.text, status, self.loop.time())
+        self.dispatcher.note_error(node, failure.text, status, failure.kind, self.loop.time())
         LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
 
     async def look_at_changes(self, nodes):

@@ -2596,6 +2596,17 @@ def test_silence_ends_nothing(given, model_is_there):
         assert all(dispatcher.watch(now * 10.0) == ([], []) for now in range(1, 1000))
 
 
+def test_node_that_other_nodes_may_better_is_not_said_to_fail():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    node = dispatcher.nodes["n1"]
+    for kind in sorted(sollol.DIFFERENCES):
+        dispatcher.note_error(node, "answered 400: the prompt is too long", 400, kind, 0.0)
+    assert node.state(0.0) == "up" and node.error_share.share(0.0) is None and node.last_error
+    for _ in range(3):
+        dispatcher.note_error(node, "answered 500: oops", 500, "model", 0.0)
+    assert node.state(0.0) == "suspect"
+
+
 @table("change, repeatable, leaves", [
     ("show", "", True, True), ("upload or push", "", False, False), ("pull", "pull", False, True)])
 def test_only_what_may_go_elsewhere_and_changes_of_models_leave_a_dead_node(change, repeatable, leaves):
