@@ -1064,7 +1064,8 @@ def fail(dispatcher, failed, kind="died", now=0.0):
     return dispatcher.retry(failed, now)
 
 
-@table("policy, models", [("plain policy", "round-robin", ["m"]), ("no node is known to have it", "latency-weighted", [])])
+@table("policy, models", [
+    ("plain policy", "round-robin", ["m"]), ("no node is known to have it", "latency-weighted", [])])
 def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, models):
     dispatcher = cluster(policy, n1=models, n2=models)
     first, = enter(dispatcher, want())
