@@ -9494,14 +9494,11 @@ def parse_size(text):
     return int(match[1]) * {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB}[match[2][:1].upper()]
 
 
-UNITS_S = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
-
-
 def parse_seconds(text: str) -> float:
     """Return the seconds in a time: `90`, `90s`, `500ms`, `5m`, `2h`."""
     number, unit = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S).groups()
     try:
-        seconds = float(number) * UNITS_S[unit]
+        seconds = float(number) * UNIT_S[unit or "s"]
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e7:
