@@ -1079,6 +1079,16 @@ def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, mo
     assert placed(dispatcher, 3.0) == ["n1"] and first.lease
 
 
+def test_request_whose_connection_was_refused_waits_no_longer_for_that():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    running, first, *others = enter(dispatcher, *[want()] * 4)
+    assert placed(dispatcher) == ["n1", "n2"]
+    for it in (first, *others):
+        it.since_s = 0.0 if it is first else 200.0
+    assert fail(dispatcher, first, "refused", 230.0)
+    assert dispatcher.expire(239.0) == [] and dispatcher.expire(240.0) == [first]
+
+
 def test_never_more_leases_than_set_slots():
     dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
     tickets = enter(dispatcher, *[want()] * 10)
