@@ -167,7 +167,7 @@ SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or t
 LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
 TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
 LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
-RACE_S = 0.05                       # requests sent within this and a round trip may have overtaken each other
+UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
@@ -194,7 +194,7 @@ MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs t
 CONFIRMED_S = 600.0                 # how long an answer confirms
 YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
 USUAL = 0.75                        # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
-STALL_S = 2.0                       # a stream's speed is judged so often
+JUDGE_S = 2.0                       # a stream's speed is judged so often
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
 # 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
@@ -1562,7 +1562,7 @@ class Queue:
     def __init__(self):
         self.heaps = {}             # model: [(key_s, seq, ticket)]
         self.marked = collections.Counter()     # model: entries in its heap that no longer wait
-        self.tickets = {}           # waiting tickets, those that have waited longest first: {ticket: None}
+        self.tickets = {}           # waiting tickets: {ticket: None}
 
     def __len__(self):
         return len(self.tickets)
@@ -1966,7 +1966,7 @@ class Node:
     breaker: Breaker = field(default_factory=Breaker)
     suspect: bool = False           # in doubt: far more silent than predicted. It comes last; any byte ends that
     heard_s: float = 0.0            # last byte of any inference answer
-    stalled_s: float = -math.inf    # last time it was in doubt
+    doubted_s: float = -math.inf    # last time it was in doubt
     advanced_s: float = 0.0         # up to when the runners' progress is counted
     loaded_s: float = -math.inf     # when a load ended last
     strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
@@ -2046,7 +2046,7 @@ class Lease:
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
     left_s: tuple = ()              # when those sent before it left, one after the other
-    raced: bool = False             # another was sent at the same time: nobody knows which the node took first
+    unordered: bool = False         # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
     heard_s: float = 0.0
@@ -2324,6 +2324,12 @@ def inputs_s(runner: Runner, wants: Wants) -> float:
     return wants.inputs * input_s(runner) if wants.embeds else 0.0
 
 
+def alone_s(runner: Runner, demand: Demand) -> float:
+    """Return how long a request takes alone, if the prefix cache holds nothing of it."""
+    return (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
+            + demand.output_tokens * decode_s(runner))
+
+
 def load_s(runner):
     """Return how long the model takes to load."""
     return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
@@ -2387,7 +2393,7 @@ def ran_at_once(lease: Lease, timings: Timings) -> int:
     0 if none of ours left then: it waited for somebody else's.
     """
     began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
-    leeway_s = RACE_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
+    leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
     if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
         return 0
     return lease.nth - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
@@ -2399,7 +2405,7 @@ def is_disturbed(lease: Lease) -> bool:
     A node that others use for ever is measured in spite of them, a few times.
     """
     node, runner = lease.node, lease.runner
-    if lease.sent_s <= node.stalled_s or node.speed < 0.6:
+    if lease.sent_s <= node.doubted_s or node.speed < 0.6:
         return True
     if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
         return True
@@ -2410,7 +2416,7 @@ def is_disturbed(lease: Lease) -> bool:
 
 def certainly_beside(lease):
     """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
-    sent_s = lease.sent_s - lease.node.rtt_s - RACE_S
+    sent_s = lease.sent_s - lease.node.rtt_s - UNORDERED_S
     return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other))
 
 
@@ -2957,11 +2963,9 @@ CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
 DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
 
 
-def window_of(node: Node, model: str | None) -> int | None:
-    """Return the tokens of context that a model is loaded with on a node, None if that is not known."""
-    rows = [row for row in node.running if row_name(row) == model]
-    window = rows[0].get("context_length") if rows else None
-    return window if type(window) is int else None
+def window_of(node: Node, model: str | None) -> int:
+    """Return the tokens of context that a model is loaded with on a node, 0 if that is not known."""
+    return next((context_of(row) for row in node.running if row_name(row) == model), 0)
 
 
 def has_on_disk(node: Node, model: str | None) -> bool:
@@ -3107,9 +3111,7 @@ class Forecast:
         """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
         alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
         if alike not in self.costs_s:
-            work_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner)
-                      + demand.inputs * input_s(runner) + demand.output_tokens * decode_s(runner))
-            self.costs_s[alike] = work_s * CROWD[min(len(self.slots_of(runner.node)), 256)]
+            self.costs_s[alike] = alone_s(runner, demand) * CROWD[min(len(self.slots_of(runner.node)), 256)]
         return self.costs_s[alike]
 
     def start_s(self, demand: Demand) -> float | None:
@@ -3308,8 +3310,7 @@ class Dispatcher:
 
     def expire(self, now):
         """Refuse and return the tickets that have waited too long."""
-        late = list(itertools.takewhile(lambda ticket: now - ticket.since_s >= self.queue_timeout_s,
-                                        self.queue.tickets))
+        late = [ticket for ticket in self.queue.tickets if now - ticket.since_s >= self.queue_timeout_s]
         if not late:
             return []
         refusal = Answer(503, f"no slot became free within {self.queue_timeout_s:g} s",
@@ -3323,10 +3324,7 @@ class Dispatcher:
         """
         per_s = 0.0
         for runner in self.holders.get(demand.wants.model, ()):
-            service_s = (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner)
-                         + demand.inputs * input_s(runner)
-                         + demand.output_tokens * decode_s(runner))
-            per_s += runner.slots / CROWD[min(runner.slots, 256)] / service_s
+            per_s += runner.slots / CROWD[min(runner.slots, 256)] / alone_s(runner, demand)
         return 1 / per_s if per_s else 0.0
 
     def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
@@ -3735,8 +3733,8 @@ class Dispatcher:
                 runner.beginnings.remember(tuple(ends), BEGINNINGS_KEPT)    # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
-            elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:
-                lease.raced = runner.leases[-1].raced = True
+            elif now - runner.leases[-1].sent_s <= node.rtt_s + UNORDERED_S:
+                lease.unordered = runner.leases[-1].unordered = True
             if ticket.wants.embeds:
                 lease.crowded = any(other.ticket.wants.inputs > 1 for other in (lease, *runner.leases))
             meet(lease)
@@ -3959,7 +3957,7 @@ class Dispatcher:
         if not timings.show_a_wait(took_s, lease.node.overhead_s):
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
-            if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + RACE_S:
+            if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + UNORDERED_S:
                 self.prove_slots(runner, lease.nth, now)
             if not alone:           # it could not have waited anyway
                 runner.waits = 0
@@ -3993,11 +3991,14 @@ class Dispatcher:
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
         loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
-        if loading or lease.sent_s <= node.stalled_s or node.speed < 0.6:
+        if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
             return                  # it may have waited for other things than a slot
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
-        if lease.passed_progress_s is None and not lease.raced and not is_disturbed(lease):     # it waited for nobody
-            self.learn_speed_by_latency(lease, timings, now)
+        if not is_disturbed(lease):
+            if lease.passed_progress_s is None and not lease.unordered:     # it waited for nobody
+                self.learn_speed_by_latency(lease, timings, now)
+            if lease.ticket.wants.stream:       # once it has begun it waits for nobody either
+                self.learn_decode_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
     def weigh_signs(self, lease, timings, now):
@@ -4005,7 +4006,7 @@ class Dispatcher:
         runner, streams = lease.runner, lease.ticket.wants.stream
         lone, work_s = runner.lone.get(streams), first_work_s(lease, timings)
         if lease.beside >= lease.nth:
-            if not (lease.raced or lease.crowded):
+            if not (lease.unordered or lease.crowded):
                 ratio = served_beside_s(lease) / work_s
                 runner.lone[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
                 if lone is None and not runner.disproofs:
@@ -4045,6 +4046,14 @@ class Dispatcher:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
 
+    def learn_decode_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
+        """Take the time between a stream's first byte and its end as a sample of decode speed."""
+        runner, tokens = lease.runner, timings.output_tokens
+        later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * prefill_s(runner)
+        if tokens >= 8 and later_s > 1e-4:
+            gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
+            self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
+
     def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the latency of a request that waited for nobody as a sample of speed."""
         runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
@@ -4052,11 +4061,8 @@ class Dispatcher:
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
         if lease.ticket.wants.stream:
-            later_s = runner.progress_s - lease.first_progress_s
             self.learn_prefill(lease, max(first_s - lease.node.overhead_s, 0.1 * first_s),
                                timings.prompt_tokens or lease.prompt_tokens, gain)
-            if tokens >= 8 and later_s > 1e-4:
-                self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
             return
         overhead_s = lease.node.overhead_s
         ratio = max(first_s - overhead_s, 0.1 * first_s) / max(work_s - overhead_s, 1e-6)
@@ -4200,7 +4206,7 @@ class Dispatcher:
         for other in self.nodes_for(ticket.wants.model):
             if kind == "length":
                 here, there = window_of(node, ticket.wants.model), window_of(other, ticket.wants.model)
-                alike = here is not None and there is not None and there <= here
+                alike = 0 < there <= here
             else:
                 alike = other.version == node.version
             if alike or ticket.differed:
@@ -4212,10 +4218,11 @@ class Dispatcher:
         if breaker.fail(now):
             ticket.blamed.append(breaker)
 
-    def note_error(self, node: Node, text: str, status: int | None, now: float) -> None:
+    def note_error(self, node: Node, text: str, status: int | None, kind: str, now: float) -> None:
         """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
         node.last_error = NodeError(text, status, now)
-        node.error_share.add(True, now)
+        if kind not in DIFFERENCES:
+            node.error_share.add(True, now)
 
     # Nodes ------------------------------------------------------------------
 
@@ -4548,7 +4555,7 @@ class Dispatcher:
 
     def doubt(self, node: Node, now: float) -> None:
         """Note that a node is in doubt."""
-        node.stalled_s = now
+        node.doubted_s = now
         if not node.suspect:
             node.suspect = True
             self.unsettle_all()
@@ -4571,7 +4578,7 @@ class Dispatcher:
         node, runner = lease.node, lease.runner
         stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * prefill_s(runner)
         elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
-        if elapsed_s < STALL_S or runner.samples < 3:
+        if elapsed_s < JUDGE_S or runner.samples < 3:
             return
         expected = elapsed_s / (decode_s(runner) * slowdown(node, runner) * node.speed) * runner.lines_per_token
         if expected < 4:
@@ -6343,7 +6350,7 @@ def begin_relay(client, connection, answer, record, lease, framing, lines, heard
             raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
         return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
     wants = lease.ticket.wants
-    if transcript and answer.status == 200 and framing is not Framing.LENGTH and kind.startswith(STREAM_KINDS):
+    if transcript and answer.status == 200 and framing is not Framing.LENGTH and is_stream(answer):
         return LineRelay(connection, answer, client, framing, prelude, heard, transcript=transcript)
     return Relay(connection, answer, client, framing, prelude, heard,
                  WHOLE_ANSWER_BYTES if wants.inference and not wants.stream else 0)
@@ -6443,7 +6450,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
     """Tell whether an answer with status 200 begins with an error, or is empty. Of one in one piece only its length."""
-    if answer.fields.get(b"content-type", b"").startswith(STREAM_KINDS):
+    if is_stream(answer):
         payload = await connection.first_payload(answer)
         return not payload or FIRST_ERROR.match(payload) is not None
     return answer.length == 0
@@ -9395,7 +9402,7 @@ class Gateway:
     def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
         """Note and log what a node said or did when it failed."""
         status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        self.dispatcher.note_error(node, failure.text, status, self.loop.time())
+        self.dispatcher.note_error(node, failure.text, status, failure.kind, self.loop.time())
         LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
 
     async def look_at_changes(self, nodes):
@@ -9441,7 +9448,7 @@ class Gateway:
                 LOG.log(level, [request_fields(record, total_s) for record, total_s in some])
 
     def sweep(self):
-        """Serve every time-out: slow clients, late tickets, stuck nodes, idle connections, saved files."""
+        """Serve every time-out: slow clients, late tickets, silent nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now, dispatcher = self.loop.time(), self.dispatcher
         for client in list(self.clients):
@@ -9542,14 +9549,11 @@ def parse_size(text):
     return int(match[1]) * {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB}[match[2][:1].upper()]
 
 
-UNITS_S = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
-
-
 def parse_seconds(text: str) -> float:
     """Return the seconds in a time: `90`, `90s`, `500ms`, `5m`, `2h`."""
     number, unit = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S).groups()
     try:
-        seconds = float(number) * UNITS_S[unit]
+        seconds = float(number) * UNIT_S[unit or "s"]
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e7:

@@ -1064,7 +1064,8 @@ def fail(dispatcher, failed, kind="died", now=0.0):
     return dispatcher.retry(failed, now)
 
 
-@table("policy, models", [("plain policy", "round-robin", ["m"]), ("no node is known to have it", "latency-weighted", [])])
+@table("policy, models", [
+    ("plain policy", "round-robin", ["m"]), ("no node is known to have it", "latency-weighted", [])])
 def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, models):
     dispatcher = cluster(policy, n1=models, n2=models)
     first, = enter(dispatcher, want())
@@ -1076,6 +1077,16 @@ def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, mo
     assert placed(dispatcher, 2.0) == ["n2"] and first.waiting and other.lease
     dispatcher.answered(dispatcher.nodes["n1"], "0.33.0", 0.001, 3.0)
     assert placed(dispatcher, 3.0) == ["n1"] and first.lease
+
+
+def test_request_whose_connection_was_refused_waits_no_longer_for_that():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    running, first, *others = enter(dispatcher, *[want()] * 4)
+    assert placed(dispatcher) == ["n1", "n2"]
+    for it in (first, *others):
+        it.since_s = 0.0 if it is first else 200.0
+    assert fail(dispatcher, first, "refused", 230.0)
+    assert dispatcher.expire(239.0) == [] and dispatcher.expire(240.0) == [first]
 
 
 def test_never_more_leases_than_set_slots():
@@ -2663,6 +2674,17 @@ def test_silence_ends_nothing(given, model_is_there):
         if begun:
             dispatcher.heard(it.lease, 1, 0.5)
         assert all(dispatcher.watch(now * 10.0) == ([], []) for now in range(1, 1000))
+
+
+def test_node_that_other_nodes_may_better_is_not_said_to_fail():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    node = dispatcher.nodes["n1"]
+    for kind in sorted(sollol.DIFFERENCES):
+        dispatcher.note_error(node, "answered 400: the prompt is too long", 400, kind, 0.0)
+    assert node.state(0.0) == "up" and node.error_share.share(0.0) is None and node.last_error
+    for _ in range(3):
+        dispatcher.note_error(node, "answered 500: oops", 500, "model", 0.0)
+    assert node.state(0.0) == "suspect"
 
 
 @table("change, repeatable, leaves", [
