@@ -3131,6 +3131,16 @@ class Forecast:
         return start_s
 
 
+class Rates(NamedTuple):
+    """What a node needs for the requests of a model, in seconds."""
+
+    at_once: float                  # so many run there as if each were alone
+    overhead_s: float               # a request
+    prefill_s: float                # a token
+    decode_s: float
+    input_s: float                  # a text to embed
+
+
 class Decision(NamedTuple):
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
@@ -3157,6 +3167,7 @@ class Dispatcher:
         self.skimmed_s = {}         # model: when its tickets were skimmed last
         self.freed = collections.Counter()      # settled model: leases that have ended since
         self.surroundings = {}      # Node: Surroundings, until something begins or ends there
+        self.rates = {}             # model: (when reckoned, its Rates); see `rates_of`
         self.idle = set()           # nodes whose last lease has ended since the last dispatch
         self.displaced = []         # refused since the last dispatch
         self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
@@ -3181,7 +3192,7 @@ class Dispatcher:
         if len(self.queue) >= self.max_queue:
             self.displace(wants.client, self.fair.start_s(wants, now) - HEAD_START_S * wants.priority, now)
         demand = self.estimates.demand(wants)
-        cost_s = self.cost_s(demand)
+        cost_s = self.cost_s(demand, now)
         key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
         ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
         if version:
@@ -3228,6 +3239,7 @@ class Dispatcher:
         self.settled.clear()
         self.freed.clear()
         self.surroundings.clear()
+        self.rates.clear()
 
     def leave(self, ticket, now):
         """End a ticket, whatever has become of it: waiting, running, refused or already left."""
@@ -3317,21 +3329,33 @@ class Dispatcher:
                          retry_after_s=self.drain_s(now))
         return [self.refuse(ticket, refusal) for ticket in late]
 
-    def cost_s(self, demand):
+    def cost_s(self, demand: Demand, now: float) -> float:
         """Return how long a request would keep the whole cluster busy, with all slots of all nodes at work on it.
 
         Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
         """
-        per_s = 0.0
-        for runner in self.holders.get(demand.wants.model, ()):
-            per_s += runner.slots / CROWD[min(runner.slots, 256)] / alone_s(runner, demand)
+        wants, prompt_tokens, output_tokens, _, inputs = demand
+        per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
+                     for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(wants.model, now)])
         return 1 / per_s if per_s else 0.0
 
-    def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
+    def rates_of(self, model: str | None, now: float) -> list[Rates]:
+        """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
+        holders = self.holders.get(model)
+        if not holders:
+            return []               # nothing is kept of names that clients make up
+        at_s, rates = self.rates.get(model, (-math.inf, []))
+        if now - at_s > LOOK_AGAIN_S:
+            rates = [Rates(runner.slots / CROWD[min(runner.slots, 256)], runner.node.overhead_s, prefill_s(runner),
+                           decode_s(runner), input_s(runner)) for runner in holders]
+            self.rates[model] = now, rates
+        return rates
+
+    def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
         ticket = lease.ticket
         cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
-                                                    output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)))
+                                                    output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)), now)
         self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
         ticket.cost_s, lease.settled = cost_s, True
 
@@ -3921,7 +3945,7 @@ class Dispatcher:
             timings = counted(lease, timings)
             self.learn_by_latency(lease, timings, now)
         if timings.output_tokens or timings.prompt_tokens:
-            self.settle_cost(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens)
+            self.settle_cost(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
         if timings.output_tokens and not lease.ticket.wants.embeds:
             self.estimates.lengths[lease.ticket.wants.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
@@ -4148,7 +4172,7 @@ class Dispatcher:
         if runner is not None and not lease.settled:        # broken off, or its answer told nothing
             tokens = lease.lines / runner.lines_per_token
             if tokens > lease.output_tokens:
-                self.settle_cost(lease, lease.prompt_tokens, tokens)
+                self.settle_cost(lease, lease.prompt_tokens, tokens, now)
         self.advance(node, now)
         node.leases.remove(lease)
         if lease.measures:

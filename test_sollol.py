@@ -2115,7 +2115,7 @@ def test_texts_to_embed_cost_each_and_not_only_by_their_tokens():
     long = dispatcher.estimates.demand(embedding(12_000))
     offer = dispatcher.around(known.node, 0.0).offer(known, 0.0)
     assert 25 < offer.finish_s(long, 0.0) < 40 and 25 < offer.predict(long, 0.0).prefill_s < 40
-    assert dispatcher.cost_s(long) > 25
+    assert dispatcher.cost_s(long, 0.0) > 25
     it, = enter(dispatcher, embedding(12_000))
     placed(dispatcher)
     assert it.lease.predicted_end_s > 25 and sollol.solo_left_s(it.lease, 1.0) > 25
