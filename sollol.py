@@ -572,7 +572,7 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, str, int]:
 
 def parse_request(head: Body) -> RequestHead:
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
-    first, *lines = head[:-4].split(b"\r\n")
+    first, *lines = bytes(head[:-4]).split(b"\r\n")     # a long one comes in its buffer, whose lines have no hash
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"more than {MAX_FIELDS} header fields", 431)
     method, target, path, version = parse_request_line(first)
