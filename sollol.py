@@ -69,7 +69,7 @@ import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 try:
     from compression import zstd    # type: ignore[import-not-found, unused-ignore]
@@ -288,8 +288,7 @@ class Answer(NamedTuple):
 class Refusal(Exception):
     """A request that the gateway answers itself. Carries that answer, and whether the connection ends."""
 
-    def __init__(self, status: int, text: str, *, close: bool = False,
-                 retry_after_s: float | None = None) -> None:
+    def __init__(self, status: int, text: str, *, close: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(text)
         self.status, self.text, self.close, self.retry_after_s = status, text, close, retry_after_s
 
@@ -1254,9 +1253,10 @@ def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None
         model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
         return Reading({"model": model} if model else {})
     if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
-        body = unpacked(body)
-        if body is None:
+        plain = unpacked(body)
+        if plain is None:
             return Reading({}, opaque=True)
+        body = plain
     return (yield from json_steps(body))
 
 
@@ -1580,8 +1580,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.heaps: dict[str | None, list[Entry]] = {}      # by model
-        self.marked: collections.Counter[str | None] = collections.Counter()    # model: entries in its heap that no
-                                    # longer wait
+        self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
         self.tickets: dict[Ticket, None] = {}   # that wait, those that have waited longest first
 
     def __len__(self) -> int:
@@ -1601,7 +1600,7 @@ class Queue:
         del self.tickets[ticket]
         model = ticket.wants.model
         self.marked[model] += 1
-        heap = self.heaps.get(model, ())
+        heap = self.heaps.get(model, [])
         if self.marked[model] > 16 + len(heap) // 2:
             heap[:] = [entry for entry in heap if entry[2].waiting]
             heapq.heapify(heap)
@@ -1619,11 +1618,10 @@ class Queue:
             return None
         return heap[0]
 
-    def pop(self, model: str | None) -> Entry | None:
+    def pop(self, model: str | None) -> Entry:
         """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `settle`."""
-        entry = self.first(model)
-        heapq.heappop(self.heaps[model])
-        return entry
+        self.first(model)           # takes those out that do not wait
+        return heapq.heappop(self.heaps[model])
 
     def restore(self, entry: Entry) -> None:
         """Put an entry that `pop` returned back to its place."""
