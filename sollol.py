@@ -74,7 +74,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 try:
     from compression import zstd    # type: ignore[import-not-found, unused-ignore]
 except ImportError:                 # before Python 3.14
-    zstd = None
+    zstd = None                     # type: ignore[assignment, unused-ignore]
 
 __version__ = "0.1.0"
 
