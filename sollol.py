@@ -2278,13 +2278,14 @@ class Estimates:
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
         lengths = self.lengths.get(ticket.wants.model)
-        if lengths is not None and lengths.samples != ticket.demand.samples:
-            ticket.demand = self.demand(ticket.wants)
-        return ticket.demand
+        demand = ticket.demand
+        if demand is None or lengths is not None and lengths.samples != demand.samples:
+            demand = ticket.demand = self.demand(ticket.wants)
+        return demand
 
 
 # By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
-CROWD = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
+CROWD: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
 
 
 def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
@@ -2329,9 +2330,15 @@ def load_s(runner: Runner) -> float:
     return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
 
 
+def runner_of(lease: Lease) -> Runner:
+    """Return the runner of a lease that takes a slot."""
+    assert lease.runner is not None
+    return lease.runner
+
+
 def solo_left_s(lease: Lease, now: float) -> float:
     """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
-    runner = lease.runner
+    runner = runner_of(lease)
     tokens_left = max(lease.output_tokens - lease.lines / runner.lines_per_token, 0.3 * lease.output_tokens)
     decode_left_s = tokens_left * decode_s(runner)
     if lease.first_s is not None:
@@ -2344,7 +2351,7 @@ def solo_left_s(lease: Lease, now: float) -> float:
 
 def is_in_prefill(lease: Lease) -> bool:
     """Tell whether a request may still be in prefill; of one that does not stream nobody sees the end of it."""
-    runner = lease.runner
+    runner = runner_of(lease)
     if lease.first_s is not None:
         return False
     work_s = lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
@@ -2353,7 +2360,7 @@ def is_in_prefill(lease: Lease) -> bool:
 
 def meet(lease: Lease) -> None:
     """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
-    runner = lease.runner
+    runner = runner_of(lease)
     for other in runner.leases:
         if is_in_prefill(other):
             lease.crowd_tokens += other.new_tokens
@@ -2364,7 +2371,7 @@ def meet(lease: Lease) -> None:
 
 def stall(lease: Lease) -> None:
     """Note that a lease's prefill has fallen into the answers of the others on its runner."""
-    for other in lease.runner.leases:
+    for other in runner_of(lease).leases:
         if other is not lease:
             other.stall_tokens += lease.new_tokens
 
@@ -2377,7 +2384,7 @@ def waits_long(timings: Timings, took_s: float) -> bool:
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return (waits_long(timings, took_s) and not loading and lease.nth <= lease.runner.top
+    return (waits_long(timings, took_s) and not loading and lease.nth <= runner_of(lease).top
             and not ran_at_once(lease, timings))
 
 
@@ -2398,7 +2405,7 @@ def is_disturbed(lease: Lease) -> bool:
 
     A node that others use for ever is measured in spite of them, a few times.
     """
-    node, runner = lease.node, lease.runner
+    node, runner = lease.node, runner_of(lease)
     if lease.sent_s <= node.stalled_s or node.speed < 0.6:
         return True
     if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
@@ -2411,7 +2418,7 @@ def is_disturbed(lease: Lease) -> bool:
 def certainly_beside(lease: Lease) -> int:
     """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
     sent_s = lease.sent_s - lease.node.rtt_s - RACE_S
-    return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other))
+    return 1 + sum(1 for other in runner_of(lease).leases if other.sent_s <= sent_s and not is_held_up(other))
 
 
 def is_answer(lease: Lease, timings: Timings) -> bool:
@@ -2423,7 +2430,7 @@ def is_answer(lease: Lease, timings: Timings) -> bool:
 
 def first_work_s(lease: Lease, timings: Timings) -> float:
     """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
-    runner, wants, prompt_tokens = lease.runner, lease.ticket.wants, lease.new_tokens
+    runner, wants, prompt_tokens = runner_of(lease), lease.ticket.wants, lease.new_tokens
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
     unseen = 0 if wants.stream else timings.output_tokens
@@ -2433,7 +2440,7 @@ def first_work_s(lease: Lease, timings: Timings) -> float:
 
 def served_beside_s(lease: Lease) -> float:
     """Return the solo-seconds that a lease took to its first byte if it ran beside all that were sent before it."""
-    slots = lease.runner.slots
+    slots = runner_of(lease).slots
     first_s = max(1e-6, lease.first_progress_s - lease.start_progress_s)
     if lease.nth <= slots:
         return first_s
@@ -2446,6 +2453,7 @@ def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
     Both explanations are weighed by how far they are from its work, as factors. What is far too long for either has
     waited for even more.
     """
+    assert lease.passed_progress_s is not None      # else there was nobody to wait for
     beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.passed_progress_s)
     if waited_s > LATE * work_s:
         return True
@@ -2552,7 +2560,7 @@ class Crowding(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
     held_bytes: float
-    count: int                      # of other models there
+    count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
 
@@ -2560,7 +2568,8 @@ class Crowding(NamedTuple):
 def crowding(node: Node, now: float) -> Crowding:
     """Return the Crowding of a node."""
     there = residents(node)
-    return Crowding(sum(map(resident_bytes, there)), len(there), max((runner.ready_s for runner in there), default=now),
+    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+    return Crowding(sum(map(resident_bytes, there)), len(there), max(ready_s, default=now),
                     now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
@@ -2634,8 +2643,9 @@ class Offer:
 
     def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
         """Return when a request would begin, when its model would be there, and what a load costs others later."""
-        if is_loaded_for(self.runner, demand.wants):
-            ready_s, swap_s = max(0.0, self.runner.ready_s - now), 0.0
+        ready_at_s = self.runner.ready_s
+        if ready_at_s is not None and is_loaded_for(self.runner, demand.wants):
+            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
         else:
             ready_s, swap_s = self.load(now)
         return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
@@ -2903,7 +2913,7 @@ def read_lengths(entry: Any) -> OutputLengths:
 def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
     """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
     def likeness(entry: Json) -> int:
-        return (entry["url"] == settings.url) * 2 + (entry["name"] == settings.name)
+        return int(entry["url"] == settings.url) * 2 + int(entry["name"] == settings.name)
 
     best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
     return best if best and likeness(best) else {}
@@ -2918,9 +2928,6 @@ def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
 # when the only free node would be 1.4 times slower than waiting for a better one. What is held still takes its virtual
 # place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
-
-Entry = tuple[float, int, Ticket]       # of a heap in the queue: key, tie-break, ticket
-
 
 @dataclass(slots=True)
 class Turn:
@@ -2972,14 +2979,14 @@ def has_on_disk(node: Node, model: str | None) -> bool:
     return model in node.rows
 
 
-def version_of(node: Node, model: str) -> float:
+def version_of(node: Node, model: str | None) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
-    return instant_s(node.rows[model].get("modified_at"))
+    return instant_s(node.rows[model].get("modified_at")) if model in node.rows else 0.0
 
 
-def digest_of(node: Node, model: str) -> str:
+def digest_of(node: Node, model: str | None) -> str:
     """Return the digest of a model that a node has; "" if the node did not tell."""
-    return str(node.rows.get(model, {}).get("digest") or "")
+    return str(node.rows[model].get("digest") or "") if model in node.rows else ""
 
 
 def weights_of(node: Node, model: str) -> str:
@@ -2998,7 +3005,8 @@ def make_of(row: Json) -> tuple[str, ...]:
 
 def possible_twins(node: Node) -> list[str]:
     """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
-    alike, found = collections.defaultdict(list), {}
+    alike: collections.defaultdict[tuple[str, ...], list[tuple[float, str]]] = collections.defaultdict(list)
+    found: dict[str, None] = {}
     for model, row in node.rows.items():
         if kind := make_of(row):
             alike[kind].append((row_bytes(row, "size"), model))
@@ -3140,7 +3148,7 @@ class Decision(NamedTuple):
 
     at_s: float
     id: str
-    model: str
+    model: str | None
     node: str
     candidates: list[Candidate]     # best first
 
@@ -3340,6 +3348,7 @@ class Dispatcher:
     def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
         ticket = lease.ticket
+        assert ticket.demand is not None        # it has waited for a slot
         cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
                                                     output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)))
         self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
@@ -3358,7 +3367,7 @@ class Dispatcher:
             self.forecast = now, drained_s
         return max(1.0, drained_s)
 
-    def servers(self, model: str, now: float) -> list[Runner]:
+    def servers(self, model: str | None, now: float) -> list[Runner]:
         """Return the runners that can serve a model now; if there are none, those that it waits for."""
         up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
         return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
@@ -3465,11 +3474,11 @@ class Dispatcher:
                 self.refuse_all(turn, model, "no node is up")
                 break
             else:
-                pick = self.pick if holders else pick_least_inflight
+                pick = self.pick if self.pick and holders else pick_least_inflight
                 node = pick(free, next(self.picks))
                 reason = "only choice" if len(free) == 1 else pick.__name__.removeprefix("pick_")
                 self.queue.discard(ticket)
-                runner = node.runners.get(model) if holders else None
+                runner = node.runners[model] if holders and model in node.runners else None
                 turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
         for entry in waiting:
             self.queue.restore(entry)
@@ -3698,13 +3707,14 @@ class Dispatcher:
         holders = [runner for runner in self.holders.get(wants.model, ()) if runner.node.is_alive(now)]
         if self.pick or not holders:
             return [], ""
-        versions = {}
+        versions: dict[str, list[Runner]] = {}
         for runner in holders:
             versions.setdefault(digest_of(runner.node, wants.model), []).append(runner)
         versions.pop("", None)      # what does not tell its version is mixed with nothing
         chosen = max(versions.values(), key=len, default=[])
         if not chosen:
             return [], ""
+        assert wants.batch is not None
         count = len(wants.batch["input"])
         tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
         sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner) + input_s(runner))
@@ -3799,7 +3809,7 @@ class Dispatcher:
 
     def expect(self, lease: Lease, prediction: Prediction | None, now: float) -> None:
         """Note when a lease about to be given should end, and for how long it need not show anything."""
-        runner, wants = lease.runner, lease.ticket.wants
+        runner, wants = runner_of(lease), lease.ticket.wants
         it = prediction or Surroundings(runner.node, now).offer(runner, now).predict(self.estimates.demand(wants), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
@@ -3948,7 +3958,7 @@ class Dispatcher:
         predicted_s = lease.predicted_end_s - lease.sent_s
         if predicted_s <= 0 or took_s <= 0:
             return
-        runner, off = lease.runner, math.log(took_s / predicted_s)
+        runner, off = runner_of(lease), math.log(took_s / predicted_s)
         runner.judged += 1
         gain = max(ERROR_GAIN, 1 / runner.judged)
         runner.bias += gain * (off - runner.bias)
@@ -3957,7 +3967,7 @@ class Dispatcher:
 
     def learn_slots(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer as proof or disproof that `lease.nth` requests run at once."""
-        runner, alone = lease.runner, lease.nth == 1
+        runner, alone = runner_of(lease), lease.nth == 1
         if lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if timings.prompt_tokens:
@@ -3983,7 +3993,7 @@ class Dispatcher:
 
     def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer's durations as samples of the speeds that a lone request would see."""
-        runner, tokens = lease.runner, timings.output_tokens
+        runner, tokens = runner_of(lease), timings.output_tokens
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
@@ -3998,7 +4008,7 @@ class Dispatcher:
 
     def learn_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn slots and speeds from an answer that tells no durations."""
-        node, runner = lease.node, lease.runner
+        node, runner = lease.node, runner_of(lease)
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
         loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
@@ -4011,7 +4021,7 @@ class Dispatcher:
 
     def weigh_signs(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take an answer without durations as proof of slots, or as a sign for or against them."""
-        runner, streams = lease.runner, lease.ticket.wants.stream
+        runner, streams = runner_of(lease), lease.ticket.wants.stream
         lone, work_s = runner.lone.get(streams), first_work_s(lease, timings)
         if lease.beside >= lease.nth:
             if not (lease.raced or lease.crowded):
@@ -4056,7 +4066,8 @@ class Dispatcher:
 
     def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the latency of a request that waited for nobody as a sample of speed."""
-        runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
+        runner = runner_of(lease)
+        stalled_s = lease.stall_tokens * prefill_s(runner)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
@@ -4085,7 +4096,7 @@ class Dispatcher:
         What the node's cache held makes it faster than true, neighbours in prefill and other models slower; those that
         decode beside it hardly do: a batch of a prompt carries their tokens along.
         """
-        runner = lease.runner
+        runner = runner_of(lease)
         if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
             return
         known, sample = prefill_s(runner), seconds / tokens
@@ -4193,7 +4204,8 @@ class Dispatcher:
         node.errors += 1
         self.unsettle_all()
         if kind == "missing" and runner is not None:    # the index was wrong
-            node.rows.pop(ticket.wants.model, None)
+            if ticket.wants.model in node.rows:
+                del node.rows[ticket.wants.model]
             if not runner.on_disk:
                 self.believe_unloaded(runner)
             self.reindex()
@@ -4380,12 +4392,12 @@ class Dispatcher:
         if asked_s < node.indexed_s:
             return
         node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
-        rows = {row_name(row): row for row in rows}
-        gone = [model for model in node.runners if model not in rows]
+        named = {row_name(row): row for row in rows}
+        gone = [model for model in node.runners if model not in named]
         if gone:
             node.kept = learned_of_node(node).get("models", {})
-        node.rows = rows
-        for model, row in rows.items():
+        node.rows = named
+        for model, row in named.items():
             is_new = model not in node.runners
             runner = self.runner(node, model)
             if is_new:
@@ -4405,7 +4417,8 @@ class Dispatcher:
 
         One that works stays as it is until it is idle, when the models are looked at next.
         """
-        sharing, taken = {}, set()
+        sharing: dict[str, list[str]] = {}
+        taken: set[Runner] = set()
         for model in node.rows:
             sharing.setdefault(weights_of(node, model), []).append(model)
         for models in sharing.values():
@@ -4421,6 +4434,7 @@ class Dispatcher:
                     if kept.ready_s is None and known not in taken:
                         kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
                     node.runners[model] = kept
+            assert kept is not None     # no list of `sharing` is empty
             taken.update([kept], free)
         for runner in each_runner(node):
             runner.models = [model for model, it in node.runners.items() if it is runner]
@@ -4507,8 +4521,8 @@ class Dispatcher:
         node.vram_seen_bytes, node.loaded_seen = max(node.vram_seen_bytes, held_bytes), max(node.loaded_seen, count)
         if node.most_loaded < node.loaded_seen:
             node.most_loaded = math.inf
-        loading = {lease.runner for lease in node.loading
-                   if not any(model in after for model in lease.runner.models)}
+        loading = {runner for runner in map(runner_of, node.loading)
+                   if not any(model in after for model in runner.models)}
         held_bytes += sum(map(resident_bytes, loading))
         gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
         if not gone or not any(model not in before for model in after):
@@ -4551,7 +4565,7 @@ class Dispatcher:
         """Return for how long an answer may show nothing until it is overdue."""
         if lease.first_s is None or lease.ticket.wants.silent:
             return lease.quiet_s
-        runner = lease.runner
+        runner = runner_of(lease)
         gap_s = decode_s(runner) * slowdown(lease.node, runner) / runner.lines_per_token
         return max(SILENT_S, 10 * gap_s, 10 * (lease.heard_s - lease.first_s) / max(1, lease.lines))
 
@@ -4577,8 +4591,9 @@ class Dispatcher:
 
     def judge_speed(self, lease: Lease, now: float) -> None:
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
-        node, runner = lease.node, lease.runner
+        node, runner = lease.node, runner_of(lease)
         stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * prefill_s(runner)
+        assert lease.first_s is not None        # its stream has begun
         elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
         if elapsed_s < STALL_S or runner.samples < 3:
             return
@@ -4612,7 +4627,7 @@ class Dispatcher:
 
         It does not if somebody else used the node, or the model was loaded for it.
         """
-        node, runner = lease.node, lease.runner
+        node, runner = lease.node, runner_of(lease)
         node.heard_s = now
         if waits_long(timings, now - lease.sent_s):
             node.strangers_s = now
