@@ -2273,10 +2273,10 @@ class Demand(NamedTuple):
 class Estimates:
     """What the cluster has learned of models, whichever node they ran on."""
 
-    def __init__(self):
-        self.lengths = collections.defaultdict(OutputLengths)
+    def __init__(self) -> None:
+        self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
 
-    def demand(self, wants):
+    def demand(self, wants: Wants) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(wants.model)
         if lengths is None:
@@ -2290,25 +2290,26 @@ class Estimates:
             output_tokens = min(output_tokens, wants.max_output)
         return Demand(wants, prompt_tokens, output_tokens, samples, wants.inputs if wants.embeds else 0)
 
-    def learn_chars(self, wants, prompt_tokens):
+    def learn_chars(self, wants: Wants, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
         if prompt_tokens and wants.prompt_chars > 200:
             lengths = self.lengths[wants.model]
             lengths.chars_per_token = blend(lengths.chars_per_token, wants.prompt_chars / prompt_tokens, 0.1)
 
-    def demand_of(self, ticket):
+    def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
         lengths = self.lengths.get(ticket.wants.model)
-        if lengths is not None and lengths.samples != ticket.demand.samples:
-            ticket.demand = self.demand(ticket.wants)
-        return ticket.demand
+        demand = ticket.demand
+        if demand is None or lengths is not None and lengths.samples != demand.samples:
+            demand = ticket.demand = self.demand(ticket.wants)
+        return demand
 
 
 # By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
-CROWD = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
+CROWD: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
 
 
-def slowdown(node, runner, extra=0, full=False):
+def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
     """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
     running, models = len(runner.leases), len(node.busy)
     if extra and not running:
@@ -2323,13 +2324,13 @@ def cpu_factor(runner: Runner) -> float:
     return 1.0 + (CPU_SLOWDOWN - 1.0) * share
 
 
-def decode_s(runner):
+def decode_s(runner: Runner) -> float:
     """Return seconds per output token, alone; the prior scaled by the node's other models while unmeasured."""
     return runner.decode_s or (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
                                * cpu_factor(runner))
 
 
-def prefill_s(runner):
+def prefill_s(runner: Runner) -> float:
     """Return seconds per prompt token, alone."""
     return runner.prefill_s or (runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
                                 * cpu_factor(runner))
@@ -2351,14 +2352,20 @@ def alone_s(runner: Runner, demand: Demand) -> float:
             + demand.output_tokens * decode_s(runner))
 
 
-def load_s(runner):
+def load_s(runner: Runner) -> float:
     """Return how long the model takes to load."""
     return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
 
 
-def solo_left_s(lease, now):
+def runner_of(lease: Lease) -> Runner:
+    """Return the runner of a lease that takes a slot."""
+    assert lease.runner is not None
+    return lease.runner
+
+
+def solo_left_s(lease: Lease, now: float) -> float:
     """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
-    runner = lease.runner
+    runner = runner_of(lease)
     tokens_left = max(lease.output_tokens - lease.lines / runner.lines_per_token, 0.3 * lease.output_tokens)
     decode_left_s = tokens_left * decode_s(runner)
     if lease.first_s is not None:
@@ -2371,7 +2378,7 @@ def solo_left_s(lease, now):
 
 def is_in_prefill(lease: Lease) -> bool:
     """Tell whether a request may still be in prefill; of one that does not stream nobody sees the end of it."""
-    runner = lease.runner
+    runner = runner_of(lease)
     if lease.first_s is not None:
         return False
     work_s = lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
@@ -2380,7 +2387,7 @@ def is_in_prefill(lease: Lease) -> bool:
 
 def meet(lease: Lease) -> None:
     """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
-    runner = lease.runner
+    runner = runner_of(lease)
     for other in runner.leases:
         if is_in_prefill(other):
             lease.crowd_tokens += other.new_tokens
@@ -2391,7 +2398,7 @@ def meet(lease: Lease) -> None:
 
 def stall(lease: Lease) -> None:
     """Note that a lease's prefill has fallen into the answers of the others on its runner."""
-    for other in lease.runner.leases:
+    for other in runner_of(lease).leases:
         if other is not lease:
             other.stall_tokens += lease.new_tokens
 
@@ -2404,7 +2411,7 @@ def waits_long(timings: Timings, took_s: float) -> bool:
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return (waits_long(timings, took_s) and not loading and lease.nth <= lease.runner.top
+    return (waits_long(timings, took_s) and not loading and lease.nth <= runner_of(lease).top
             and not ran_at_once(lease, timings))
 
 
@@ -2425,7 +2432,7 @@ def is_disturbed(lease: Lease) -> bool:
 
     A node that others use for ever is measured in spite of them, a few times.
     """
-    node, runner = lease.node, lease.runner
+    node, runner = lease.node, runner_of(lease)
     if lease.sent_s <= node.doubted_s or node.speed < 0.6:
         return True
     if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
@@ -2435,22 +2442,22 @@ def is_disturbed(lease: Lease) -> bool:
     return lease.sent_s - node.strangers_s < STRANGERS_S and runner.samples >= KEPT_SAMPLES
 
 
-def certainly_beside(lease):
+def certainly_beside(lease: Lease) -> int:
     """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
     sent_s = lease.sent_s - lease.node.rtt_s - UNORDERED_S
-    return 1 + sum(1 for other in lease.runner.leases if other.sent_s <= sent_s and not is_held_up(other))
+    return 1 + sum(1 for other in runner_of(lease).leases if other.sent_s <= sent_s and not is_held_up(other))
 
 
-def is_answer(lease, timings):
+def is_answer(lease: Lease, timings: Timings) -> bool:
     """Tell whether an answer took a slot: a request without a prompt only loads the model."""
     wants = lease.ticket.wants
     told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
     return bool(told or wants.embeds and wants.prompt_chars)
 
 
-def first_work_s(lease, timings):
+def first_work_s(lease: Lease, timings: Timings) -> float:
     """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
-    runner, wants, prompt_tokens = lease.runner, lease.ticket.wants, lease.new_tokens
+    runner, wants, prompt_tokens = runner_of(lease), lease.ticket.wants, lease.new_tokens
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
     unseen = 0 if wants.stream else timings.output_tokens
@@ -2458,28 +2465,29 @@ def first_work_s(lease, timings):
             + unseen * decode_s(runner))
 
 
-def served_beside_s(lease):
+def served_beside_s(lease: Lease) -> float:
     """Return the solo-seconds that a lease took to its first byte if it ran beside all that were sent before it."""
-    slots = lease.runner.slots
+    slots = runner_of(lease).slots
     first_s = max(1e-6, lease.first_progress_s - lease.start_progress_s)
     if lease.nth <= slots:
         return first_s
     return first_s * CROWD[slots] / CROWD[min(lease.nth, 256)]      # progress was counted as if only slots were used
 
 
-def sign_of_wait(lease, work_s):
+def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
     """Tell by its latency whether a lease that one sent before it has left since waited for that one; None: unclear.
 
     Both explanations are weighed by how far they are from its work, as factors. What is far too long for either has
     waited for even more.
     """
+    assert lease.passed_progress_s is not None      # else there was nobody to wait for
     beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.passed_progress_s)
     if waited_s > LATE * work_s:
         return True
     return beside_s * waited_s > work_s * work_s if beside_s > TELLING * waited_s else None
 
 
-def context_of(row: dict) -> int:
+def context_of(row: Json | None) -> int:
     """Return `context_length` of a row of /api/ps, or of the details in one of /api/tags; 0 if it does not tell."""
     value = row.get("context_length") if isinstance(row, dict) else None
     return value if type(value) is int and 0 < value < 2**40 else 0
@@ -2518,7 +2526,7 @@ def is_loaded_for(runner: Runner, wants: Wants) -> bool:
     return runner.options is None or wanted == loaded
 
 
-def resident_bytes(runner):
+def resident_bytes(runner: Runner) -> float:
     """Return the memory that the model takes when resident; weights and some context if never seen."""
     return runner.vram_bytes or runner.disk_bytes * 1.2
 
@@ -2535,12 +2543,12 @@ def each_runner(node: Node) -> list[Runner]:
     return list(dict.fromkeys(node.runners.values()))
 
 
-def residents(node, but=None):
+def residents(node: Node, but: Runner | None = None) -> list[Runner]:
     """Return the runners of a node whose models are loaded or loading, `but` one."""
     return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not but]
 
 
-def must_evict(runner):
+def must_evict(runner: Runner) -> bool:
     """Tell whether loading the model would push another one out."""
     others = residents(runner.node, but=runner)
     return overfills(runner, sum(map(resident_bytes, others)), len(others))
@@ -2555,13 +2563,13 @@ def victim(runner: Runner) -> Runner:
                key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
 
-def last_end_s(runner, now):
+def last_end_s(runner: Runner, now: float) -> float:
     """Return when the last request that runs there would be finished, in seconds from now."""
     slow = slowdown(runner.node, runner)
     return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
 
 
-def cached_tokens(runner, demand):
+def cached_tokens(runner: Runner, demand: Demand) -> float:
     """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
     if runner.ready_s is None:
         return 0.0
@@ -2569,7 +2577,7 @@ def cached_tokens(runner, demand):
     return AFFINITY * chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
 
 
-def harm_s(node, now):
+def harm_s(node: Node, now: float) -> float:
     """Return what one more model at work costs the requests that run on a node: each gets slower."""
     return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
                for other in node.busy)
@@ -2579,15 +2587,16 @@ class Crowding(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
     held_bytes: float
-    count: int                      # of other models there
+    count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
 
 
-def crowding(node, now):
+def crowding(node: Node, now: float) -> Crowding:
     """Return the Crowding of a node."""
     there = residents(node)
-    return Crowding(sum(map(resident_bytes, there)), len(there), max((runner.ready_s for runner in there), default=now),
+    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+    return Crowding(sum(map(resident_bytes, there)), len(there), max(ready_s, default=now),
                     now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
@@ -2614,20 +2623,21 @@ class Offer:
     __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
                  "decode_s", "input_s", "loading", "neighbours")
 
-    def __init__(self, runner, around, now, claims_at_s=()):
+    def __init__(self, runner: Runner, around: Surroundings, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
         node = runner.node
         self.runner, self.around, self.claims_at_s = runner, around, claims_at_s
         self.free = runner.slots - len(runner.leases) - len(claims_at_s)
-        self.ends_at_s = None       # when what runs in the slots ends, ascending, with the claims; once needed
+        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
+                                    # needed
         self.slow = slowdown(node, runner, 1)
         self.prefill_s, self.decode_s, self.input_s = prefill_s(runner), decode_s(runner), input_s(runner)
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
         if node.busy and not runner.leases:
             self.fixed_s += around.harm_s(now)
-        self.loading = None         # see `load`
+        self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
 
-    def first_s(self, now):
+    def first_s(self, now: float) -> float:
         """Return when the first slot is free, in seconds from now."""
         if self.free > 0:
             return 0.0
@@ -2637,14 +2647,14 @@ class Offer:
                                     + [*self.claims_at_s])
         return max(0.0, self.ends_at_s[-self.runner.slots] - now)
 
-    def claimed(self, at_s, now):
+    def claimed(self, at_s: float, now: float) -> Offer:
         """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
         offer = Offer(self.runner, self.around, now, (*self.claims_at_s, at_s))
         if self.ends_at_s is not None:
             offer.ends_at_s = sorted([*self.ends_at_s, at_s])
         return offer
 
-    def load(self, now):
+    def load(self, now: float) -> tuple[float, float]:
         """Return (when the model would be loaded, what that costs others later), in seconds from now."""
         if self.loading is None or self.loading[0] != now:
             runner, there = self.runner, self.around.crowding(now)
@@ -2659,25 +2669,26 @@ class Offer:
             self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
         return self.loading[1:]
 
-    def start(self, demand, now):
+    def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
         """Return when a request would begin, when its model would be there, and what a load costs others later."""
-        if is_loaded_for(self.runner, demand.wants):
-            ready_s, swap_s = max(0.0, self.runner.ready_s - now), 0.0
+        ready_at_s = self.runner.ready_s
+        if ready_at_s is not None and is_loaded_for(self.runner, demand.wants):
+            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
         else:
             ready_s, swap_s = self.load(now)
         return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
 
-    def slowed(self):
+    def slowed(self) -> float:
         """Return how many times longer than alone a request would take, with those that run beside it."""
         return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
 
-    def new_tokens(self, demand):
+    def new_tokens(self, demand: Demand) -> float:
         """Return how many tokens of a prompt the prefix cache lacks."""
         if not self.runner.prefixes.parts:
             return demand.prompt_tokens
         return demand.prompt_tokens - cached_tokens(self.runner, demand)
 
-    def finish_s(self, demand, now):
+    def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
 
         Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
@@ -2688,7 +2699,7 @@ class Offer:
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
         return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
 
-    def predict(self, demand, now):
+    def predict(self, demand: Demand, now: float) -> Prediction:
         """Return the Prediction for a request that is to go here."""
         start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
@@ -2706,24 +2717,25 @@ class Surroundings:
 
     __slots__ = ("node", "at_s", "offers", "harmed_s", "crowded")
 
-    def __init__(self, node, now):
+    def __init__(self, node: Node, now: float) -> None:
         self.node, self.at_s = node, now
-        self.offers = {}            # Runner: Offer
-        self.harmed_s = self.crowded = None
+        self.offers: dict[Runner, Offer] = {}
+        self.harmed_s: float | None = None
+        self.crowded: Crowding | None = None
 
-    def harm_s(self, now):
+    def harm_s(self, now: float) -> float:
         """Return what a request of a model that does not run there costs those that do."""
         if self.harmed_s is None:
             self.harmed_s = harm_s(self.node, now)
         return self.harmed_s
 
-    def crowding(self, now):
+    def crowding(self, now: float) -> Crowding:
         """Return the Crowding that a model to be loaded meets."""
         if self.crowded is None:
             self.crowded = crowding(self.node, now)
         return self.crowded
 
-    def offer(self, runner, now):
+    def offer(self, runner: Runner, now: float) -> Offer:
         """Return the Offer of one of the node's runners."""
         offer = self.offers.get(runner)
         if offer is None:
@@ -2740,7 +2752,7 @@ class Candidate(NamedTuple):
     offer: Offer
 
     @property
-    def runner(self):
+    def runner(self) -> Runner:
         return self.offer.runner
 
 
@@ -2772,7 +2784,7 @@ def doubt_s(node: Node, now: float) -> float:
     return max(0.0, now - node.heard_s) if node.suspect else 0.0
 
 
-def slot_limit(node, runner, now, elsewhere_free):
+def slot_limit(node: Node, runner: Runner, now: float, elsewhere_free: bool) -> int:
     """Return how many may run at once: the slots, one more while another is tried or while the way there is long.
 
     Over a long way a slot would stand empty for a round trip between two requests, unless the next one waits there.
@@ -2786,19 +2798,19 @@ def slot_limit(node, runner, now, elsewhere_free):
     return runner.slots + (1 if runner.probe_s <= now or far else 0)
 
 
-def pick_least_inflight(nodes, turn):
+def pick_least_inflight(nodes: list[Node], turn: int) -> Node:
     """Return the node with the fewest requests; ties go to the node listed first."""
     return min(nodes, key=lambda node: len(node.leases))
 
 
-def pick_round_robin(nodes, turn):
+def pick_round_robin(nodes: list[Node], turn: int) -> Node:
     """Return the nodes in turn."""
     return nodes[turn % len(nodes)]
 
 
 # A policy is a function (usable nodes, count of picks so far) -> node, asked when the request arrives, as a plain proxy
 # does; None binds late, by predicted completion time, when a slot is free.
-POLICIES = {
+POLICIES: dict[str, Callable[[list[Node], int], Node] | None] = {
     "latency-weighted": None,
     "least-inflight": pick_least_inflight,
     "round-robin": pick_round_robin,
@@ -2811,7 +2823,7 @@ def size_factor(runner: Runner, decode_s: float) -> float:
     return min(max(decode_s / expected_s, 0.01), 100.0)
 
 
-def share_sizes(count, rates):
+def share_sizes(count: int, rates: list[float]) -> list[int]:
     """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
 
     Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
@@ -2830,7 +2842,7 @@ def share_sizes(count, rates):
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def scaled(estimate, ratio, gain):
+def scaled(estimate: float, ratio: float, gain: float) -> float:
     """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
     return blend(estimate, max(ratio, 1e-6) * estimate, gain)
 
@@ -2843,21 +2855,24 @@ def scaled(estimate, ratio, gain):
 # than a few samples, which new ones soon outweigh.
 # -----------------------------------------------------------------------------
 
-# name: (kind of number, least, most)
-KEPT_OF_NODE = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S),
-                "vram_seen_bytes": (float, 0.0, 1e15),
-                "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
-KEPT_OF_RUNNER = {"decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
-                  "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15),
-                  "lines_per_token": (float, 1e-3, 1e3), "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
-KEPT_OF_SLOTS = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
-KEPT_OF_LENGTHS = {"mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
-LONE = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
-BUCKETS = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
+Range = tuple[type[float], float, float]        # kind of number, least, most
+
+KEPT_OF_NODE: dict[str, Range] = {
+    "size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S),
+    "vram_seen_bytes": (float, 0.0, 1e15), "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
+KEPT_OF_RUNNER: dict[str, Range] = {
+    "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
+    "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3),
+    "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
+KEPT_OF_SLOTS: dict[str, Range] = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
+KEPT_OF_LENGTHS: dict[str, Range] = {
+    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
+LONE: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
+BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
 MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
 
 
-def within(values, ranges):
+def within(values: Any, ranges: dict[str, Range]) -> Json:
     """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
     found = {}
     for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
@@ -2867,12 +2882,12 @@ def within(values, ranges):
     return found
 
 
-def attributes(thing, ranges):
+def attributes(thing: object, ranges: dict[str, Range]) -> Json:
     """Return the attributes of a thing that are worth keeping."""
     return within({name: getattr(thing, name) for name in ranges}, ranges)
 
 
-def learned_of_runner(runner: Runner, digest: str) -> dict:
+def learned_of_runner(runner: Runner, digest: str) -> Json:
     """Return what is to be kept of a model on a node; nothing if nothing was learned."""
     kept = attributes(runner, KEPT_OF_RUNNER)
     if not runner.samples:
@@ -2884,7 +2899,7 @@ def learned_of_runner(runner: Runner, digest: str) -> dict:
     return {**kept, "digest": digest} if kept else {}
 
 
-def learned_of_node(node):
+def learned_of_node(node: Node) -> Json:
     """Return what is to be kept of a node, with what was kept of models that it does not show now."""
     models = {model: learned for model, runner in node.runners.items()
               if (learned := learned_of_runner(runner, digest_of(node, model)))}
@@ -2895,13 +2910,13 @@ def learned_of_node(node):
     return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE), "models": models}
 
 
-def learned_of_lengths(lengths):
+def learned_of_lengths(lengths: OutputLengths) -> Json:
     """Return what is to be kept of a model's lengths."""
     return {**attributes(lengths, KEPT_OF_LENGTHS),
             "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
 
 
-def read_node(entry):
+def read_node(entry: Any) -> Json | None:
     """Return what was kept of a node, in range; None for what is no such thing."""
     if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
             and isinstance(entry.get("models"), dict)):
@@ -2916,7 +2931,7 @@ def read_node(entry):
     return {"name": entry["name"], "url": entry["url"], **within(entry, KEPT_OF_NODE), "models": models}
 
 
-def read_lengths(entry):
+def read_lengths(entry: Any) -> OutputLengths:
     """Return the OutputLengths that were kept of a model, as far as they are in range."""
     lengths = OutputLengths()
     for name, value in within(entry, KEPT_OF_LENGTHS).items():
@@ -2927,10 +2942,10 @@ def read_lengths(entry):
     return lengths
 
 
-def kept_of(entries, settings):
+def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
     """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
-    def likeness(entry):
-        return (entry["url"] == settings.url) * 2 + (entry["name"] == settings.name)
+    def likeness(entry: Json) -> int:
+        return int(entry["url"] == settings.url) * 2 + int(entry["name"] == settings.name)
 
     best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
     return best if best and likeness(best) else {}
@@ -2952,18 +2967,18 @@ class Turn:
 
     now: float
     models_to_skim: int = 0
-    leases: list = field(default_factory=list)  # given
-    refused: list = field(default_factory=list)
-    held: list = field(default_factory=list)    # heap entries that had better wait
-    claimed: dict = field(default_factory=dict)     # Runner: Offer, with the claims of those held for it
+    leases: list[Lease] = field(default_factory=list)       # given
+    refused: list[Ticket] = field(default_factory=list)
+    held: list[Entry] = field(default_factory=list)         # heap entries that had better wait
+    claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
 
 
 @dataclass(slots=True)
 class Room:
     """Where the tickets of one model can go during one run of `dispatch`."""
 
-    model: str
-    runners: list                   # on usable nodes, their own breakers not open
+    model: str | None
+    runners: list[Runner]           # on usable nodes, their own breakers not open
     forced: bool                    # all fail it, and the only nodes that can serve always may
     places_left: float              # tickets that may still be sent
     looks_left: int                 # tickets that may still be held back
@@ -2994,14 +3009,14 @@ def has_on_disk(node: Node, model: str | None) -> bool:
     return model in node.rows
 
 
-def version_of(node: Node, model: str) -> float:
+def version_of(node: Node, model: str | None) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
-    return instant_s(node.rows[model].get("modified_at"))
+    return instant_s(node.rows[model].get("modified_at")) if model in node.rows else 0.0
 
 
-def digest_of(node: Node, model: str) -> str:
+def digest_of(node: Node, model: str | None) -> str:
     """Return the digest of a model that a node has; "" if the node did not tell."""
-    return str(node.rows.get(model, {}).get("digest") or "")
+    return str(node.rows[model].get("digest") or "") if model in node.rows else ""
 
 
 def weights_of(node: Node, model: str) -> str:
@@ -3010,7 +3025,7 @@ def weights_of(node: Node, model: str) -> str:
     return node.weights.get((model, digest)) or digest or model
 
 
-def make_of(row: dict) -> tuple:
+def make_of(row: Json) -> tuple[str, ...]:
     """Return what is equal in the rows of models made from the same weights, beside their sizes; () if it is untold."""
     details = row.get("details")
     if not isinstance(details, dict) or not details.get("parameter_size"):
@@ -3020,7 +3035,8 @@ def make_of(row: dict) -> tuple:
 
 def possible_twins(node: Node) -> list[str]:
     """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
-    alike, found = collections.defaultdict(list), {}
+    alike: collections.defaultdict[tuple[str, ...], list[tuple[float, str]]] = collections.defaultdict(list)
+    found: dict[str, None] = {}
     for model, row in node.rows.items():
         if kind := make_of(row):
             alike[kind].append((row_bytes(row, "size"), model))
@@ -3040,9 +3056,9 @@ def blob_in(modelfile: object) -> str:
     return found[1] if found else ""
 
 
-def emptiest(nodes, count):
+def emptiest(nodes: list[Node], count: int) -> list[Node]:
     """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
-    def fullness(node):
+    def fullness(node: Node) -> tuple[int, float]:
         held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
 
@@ -3050,12 +3066,12 @@ def emptiest(nodes, count):
     return [node for node in nodes if node in chosen]
 
 
-def server_of(settings):
+def server_of(settings: NodeSettings) -> tuple[str, str]:
     """Return what tells one server from another: where it is reached, and which of a proxy's it is."""
     return settings.url, settings.host_header
 
 
-def matched(lines, nodes):
+def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
     """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
     found, free = {}, {node: server_of(node.settings) for node in nodes}
     for names_count in (True, False):
@@ -3070,7 +3086,7 @@ def matched(lines, nodes):
     return found
 
 
-def untried(nodes, tried: set[str]) -> list[Node]:
+def untried(nodes: Iterable[Node], tried: set[str]) -> list[Node]:
     """Return the nodes that can be reached, busy or failing perhaps, and have not failed a request yet."""
     return [node for node in nodes if node.up and not node.draining and node.name not in tried]
 
@@ -3080,7 +3096,7 @@ def is_confirmed(runner: Runner, now: float) -> bool:
     return now - runner.confirmed_s < CONFIRMED_S
 
 
-def explain(candidates, chosen):
+def explain(candidates: list[Candidate], chosen: Candidate) -> str:
     """Return why a node was chosen, in a few words."""
     if len(candidates) == 1:
         return f"only choice, {chosen.finish_s:.2f} s predicted"
@@ -3096,6 +3112,9 @@ def left_s(lease: Lease, slow: float, now: float) -> float:
     return min(left_s, max(lease.predicted_end_s - now, 0.3 * left_s))
 
 
+Place = tuple[float, int, list[float], Runner]      # of a heap: when it is free, tie-break, slot, runner
+
+
 class Forecast:
     """When will waiting requests begin, one after the other, on the nodes that can serve them?
 
@@ -3104,9 +3123,9 @@ class Forecast:
 
     def __init__(self, dispatcher: "Dispatcher", now: float) -> None:
         self.dispatcher, self.now = dispatcher, now
-        self.slots = {}             # Node: [[when a slot is free, in seconds from now], ...]
-        self.heaps = {}             # model: heap of (when free, tie-break, slot, runner)
-        self.costs_s = {}           # (runner, size of a demand): its time in a slot
+        self.slots: dict[Node, list[list[float]]] = {}      # [[when a slot is free, in seconds from now], ...]
+        self.heaps: dict[str | None, list[Place]] = {}      # of each model
+        self.costs_s: dict[tuple[Runner, int, int], float] = {}     # by the size of a demand: its time in a slot
 
     def slots_of(self, node: Node) -> list[list[float]]:
         """Return the slots of a node, busy until what runs there now is predicted to end."""
@@ -3117,7 +3136,7 @@ class Forecast:
             self.slots[node] = [[end_s] for end_s in [0.0] * (count - len(ends_s)) + ends_s]
         return self.slots[node]
 
-    def heap_for(self, demand: Demand) -> list[tuple]:
+    def heap_for(self, demand: Demand) -> list[Place]:
         """Return the slots where a model can run, the first one free on top; none before the model is there."""
         heap = []
         for runner in self.dispatcher.servers(demand.wants.model, self.now):
@@ -3167,42 +3186,44 @@ class Decision(NamedTuple):
 
     at_s: float
     id: str
-    model: str
+    model: str | None
     node: str
-    candidates: list                # best first
+    candidates: list[Candidate]     # best first
 
 
 class Dispatcher:
     """Own the queue and the nodes, and match them. Never waits, never looks at a clock."""
 
-    def __init__(self, policy="latency-weighted", *, max_queue=1024, queue_timeout_s=240.0, early_refusal=False):
+    def __init__(self, policy: str = "latency-weighted", *, max_queue: int = 1024, queue_timeout_s: float = 240.0,
+                 early_refusal: bool = False) -> None:
         self.pick = POLICIES[policy]
         self.max_queue, self.queue_timeout_s, self.early_refusal = max_queue, queue_timeout_s, early_refusal
-        self.nodes = {}             # name: Node, in the order of hosts.txt
-        self.leaving = []           # dropped nodes that still work
-        self.drained = set()        # servers that are to get no new work, also when they come back
-        self.kept = []              # what was learned of nodes, those no more there, too; the last seen last
-        self.holders = {}           # model: [Runner], same order; kept by `reindex`
+        self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
+        self.leaving: list[Node] = []           # dropped nodes that still work
+        self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
+        self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
+        self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
         self.queue = Queue()
-        self.settled = {}           # model: Settled
-        self.skimmed_s = {}         # model: when its tickets were skimmed last
-        self.freed = collections.Counter()      # settled model: leases that have ended since
-        self.surroundings = {}      # Node: Surroundings, until something begins or ends there
-        self.rates = {}             # model: (when reckoned, its Rates); see `rates_of`
-        self.idle = set()           # nodes whose last lease has ended since the last dispatch
-        self.displaced = []         # refused since the last dispatch
+        self.settled: dict[str | None, Settled] = {}            # by model
+        self.skimmed_s: dict[str | None, float] = {}            # when the tickets of a model were skimmed last
+        self.freed: collections.Counter[str | None] = collections.Counter()     # settled model: leases ended since
+        self.surroundings: dict[Node, Surroundings] = {}        # until something begins or ends there
+        self.rates: dict[str | None, tuple[float, list[Rates]]] = {}     # when reckoned, and what; see `rates_of`
+        self.idle: set[Node] = set()            # nodes whose last lease has ended since the last dispatch
+        self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
         self.fair = FairShare()
         self.estimates = Estimates()
-        self.decisions = collections.deque(maxlen=DECISIONS_KEPT)
+        self.decisions: collections.deque[Decision] = collections.deque(maxlen=DECISIONS_KEPT)
         self.ratios = Ratios()      # of all answers
         self.picks = itertools.count()      # made by a plain policy so far
-        self.rescues = collections.Counter()    # broken streams that another node was to go on with: whole, broken
+        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams that another node was to go on
+                                    # with: whole, broken
         self.seq = itertools.count()
 
     # Tickets ----------------------------------------------------------------
 
-    def enter(self, id, wants, now, version=""):
+    def enter(self, id: str, wants: Wants, now: float, version: str = "") -> Ticket:
         """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
         If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
@@ -3243,26 +3264,26 @@ class Dispatcher:
             raise refusal.error()
         self.displaced.append(self.refuse(last, refusal))
 
-    def push(self, ticket):
+    def push(self, ticket: Ticket) -> None:
         """Let a ticket wait."""
         self.queue.push(ticket)
         settled = self.settled.get(ticket.wants.model)
         if settled and ticket.key_s < settled.last_key_s:
             self.unsettle(ticket.wants.model)
 
-    def unsettle(self, model):
+    def unsettle(self, model: str | None) -> None:
         """Look at all tickets of a model again, at the next dispatch."""
         self.settled.pop(model, None)
         self.freed.pop(model, None)
 
-    def unsettle_all(self):
+    def unsettle_all(self) -> None:
         """Look at all tickets again, at the next dispatch: something has changed on a node."""
         self.settled.clear()
         self.freed.clear()
         self.surroundings.clear()
         self.rates.clear()
 
-    def leave(self, ticket, now):
+    def leave(self, ticket: Ticket, now: float) -> None:
         """End a ticket, whatever has become of it: waiting, running, refused or already left."""
         if ticket.left:
             return
@@ -3294,7 +3315,7 @@ class Dispatcher:
             breaker.forgive()
         ticket.blamed.clear()
 
-    def go_on(self, ticket, node):
+    def go_on(self, ticket: Ticket, node: Node) -> None:
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         ticket.begun = True
         self.hold_to(ticket, has_on_disk(node, ticket.wants.model) and digest_of(node, ticket.wants.model) or None)
@@ -3303,25 +3324,25 @@ class Dispatcher:
         """Keep a ticket whose stream has begun from a node that says something else."""
         ticket.tried.add(node.name)
 
-    def hold_to(self, ticket, version):
+    def hold_to(self, ticket: Ticket, version: str | None) -> None:
         """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
         ticket.version = version
         self.bar(ticket)
 
-    def bar(self, ticket):
+    def bar(self, ticket: Ticket) -> None:
         """Keep a ticket from the nodes that do not have the version that it is held to, if it is."""
         if ticket.version != "":
             ticket.tried |= self.without(ticket.wants.model, ticket.version)
 
-    def in_flight(self):
+    def in_flight(self) -> int:
         """Return how many requests run, on dropped nodes, too."""
         return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
 
-    def rescued(self, whole):
+    def rescued(self, whole: bool) -> None:
         """Count a broken stream that another node was to go on with, and whether it came to its end."""
         self.rescues["whole" if whole else "broken"] += 1
 
-    def nodes_for(self, model):
+    def nodes_for(self, model: str | None) -> list[Node]:
         """Return the nodes that have a model; all of them if none is known to."""
         return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
 
@@ -3335,13 +3356,13 @@ class Dispatcher:
         """Tell whether a node that cannot be reached may come back in time for what waits."""
         return not node.up and may_return(node, now, self.queue_timeout_s)
 
-    def refuse(self, ticket, refusal):
+    def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
         """Take a waiting ticket out with the answer that its client gets."""
         self.queue.discard(ticket)
         ticket.refusal = refusal
         return ticket
 
-    def expire(self, now):
+    def expire(self, now: float) -> list[Ticket]:
         """Refuse and return the tickets that have waited too long."""
         late = [ticket for ticket in self.queue.tickets if now - ticket.since_s >= self.queue_timeout_s]
         if not late:
@@ -3375,6 +3396,7 @@ class Dispatcher:
     def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
         ticket = lease.ticket
+        assert ticket.demand is not None        # it has waited for a slot
         cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
                                                     output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)), now)
         self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
@@ -3393,7 +3415,7 @@ class Dispatcher:
             self.forecast = now, drained_s
         return max(1.0, drained_s)
 
-    def servers(self, model: str, now: float) -> list[Runner]:
+    def servers(self, model: str | None, now: float) -> list[Runner]:
         """Return the runners that can serve a model now; if there are none, those that it waits for."""
         up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
         return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
@@ -3401,7 +3423,7 @@ class Dispatcher:
 
     # Dispatch ---------------------------------------------------------------
 
-    def dispatch(self, now, skim=False):
+    def dispatch(self, now: float, skim: bool = False) -> tuple[list[Lease], list[Ticket]]:
         """Match waiting tickets to nodes. Return (leases given, tickets refused).
 
         A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
@@ -3420,7 +3442,7 @@ class Dispatcher:
         self.idle.clear()
         return turn.leases, turn.refused
 
-    def tempt(self, idle, now):
+    def tempt(self, idle: list[Node], now: float) -> list[str]:
         """Unsettle the models whose first ticket might go to an idle node; tell whether there are any."""
         tempted = []
         for node in idle:
@@ -3435,7 +3457,7 @@ class Dispatcher:
                     self.unsettle(model)
         return tempted
 
-    def bind(self, turn):
+    def bind(self, turn: Turn) -> None:
         """Match the waiting tickets of all models that are not settled."""
         rooms, now = [], turn.now
         for model in list(self.queue.heaps):
@@ -3466,7 +3488,7 @@ class Dispatcher:
                     rooms.append(Room(model, [last], True, places, looks, SKIM_AHEAD if skim else 0))
         self.bind_late(turn, rooms)
 
-    def refuse_all(self, turn, model, text, since_seq=0):
+    def refuse_all(self, turn: Turn, model: str | None, text: str, since_seq: int = 0) -> None:
         """Refuse every ticket of a model that waits since `since_seq`, unless a node has not been looked at yet."""
         if any(not node.probed for node in self.nodes.values()):
             return
@@ -3475,7 +3497,7 @@ class Dispatcher:
         turn.refused += [self.refuse(ticket, refusal) for ticket in list(self.queue.tickets)
                          if ticket.wants.model == model and ticket.seq >= since_seq]
 
-    def bind_early(self, turn, model, holders):
+    def bind_early(self, turn: Turn, model: str | None, holders: list[Runner] | None) -> None:
         """Send every waiting ticket of a model at once: under plain policies, and if no node is known to have it.
 
         A model that nobody has goes to any node, without a slot: the refusal must be Ollama's own.
@@ -3500,16 +3522,16 @@ class Dispatcher:
                 self.refuse_all(turn, model, "no node is up")
                 break
             else:
-                pick = self.pick if holders else pick_least_inflight
+                pick = self.pick if self.pick and holders else pick_least_inflight
                 node = pick(free, next(self.picks))
                 reason = "only choice" if len(free) == 1 else pick.__name__.removeprefix("pick_")
                 self.queue.discard(ticket)
-                runner = node.runners.get(model) if holders else None
+                runner = node.runners[model] if holders and model in node.runners else None
                 turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
         for entry in waiting:
             self.queue.restore(entry)
 
-    def bind_late(self, turn, rooms):
+    def bind_late(self, turn: Turn, rooms: list[Room]) -> None:
         """Give free slots to waiting tickets, in the order of their keys, by predicted completion time."""
         heads = [(*entry[:2], room) for room in rooms
                  if (entry := self.queue.first(room.model)) and self.is_open(room, turn.now)]
@@ -3531,7 +3553,7 @@ class Dispatcher:
                 self.queue.restore(entry)
             turn.held.clear()
 
-    def is_open(self, room, now):
+    def is_open(self, room: Room, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
         if room.looks_left > 0 and room.places_left > 0:
             for runner in room.runners:
@@ -3539,7 +3561,7 @@ class Dispatcher:
                     return True
         return False
 
-    def place_or_hold(self, turn, entry, room):
+    def place_or_hold(self, turn: Turn, entry: Entry, room: Room) -> list[Candidate]:
         """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait.
 
         Returns its candidates.
@@ -3577,7 +3599,7 @@ class Dispatcher:
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
         return now >= ticket.held_until_s
 
-    def skim(self, turn, entry, room, candidates):
+    def skim(self, turn: Turn, entry: Entry, room: Room, candidates: list[Candidate]) -> bool:
         """Hold back tickets behind one that is held, as if they were like it; tell whether the next had better go now.
 
         Each claims what is then the best, and only that is reckoned anew: a fiftieth of a look on fifty nodes.
@@ -3609,7 +3631,7 @@ class Dispatcher:
             return False
         return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
 
-    def candidates(self, turn, ticket, runners):
+    def candidates(self, turn: Turn, ticket: Ticket, runners: list[Runner]) -> list[Candidate]:
         """Return a Candidate for each node that has not failed a ticket, best first."""
         found, demand, now = [], self.estimates.demand_of(ticket), turn.now
         for order, runner in enumerate(runners):
@@ -3659,7 +3681,7 @@ class Dispatcher:
         """Tell whether a waiting ticket could use a node."""
         return any(self.queue.first(model) for model in node.rows)
 
-    def around(self, node, now):
+    def around(self, node: Node, now: float) -> Surroundings:
         """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
 
         So old is what an Offer says of the work that still runs. All that changes a speed or the slots ends it at once.
@@ -3669,7 +3691,7 @@ class Dispatcher:
             known = self.surroundings[node] = Surroundings(node, now)
         return known
 
-    def place(self, id, wants, tried, now):
+    def place(self, id: str, wants: Wants, tried: set[str], now: float) -> Lease:
         """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal.
 
         Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
@@ -3690,7 +3712,7 @@ class Dispatcher:
         node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
         return self.pin(id, wants, node, now, "has the model" if holders else "any node")
 
-    def home(self, wants, holders, now):
+    def home(self, wants: Wants, holders: list[Node], now: float) -> Node:
         """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
         primary = next(node for node in self.nodes.values() if node.settings.primary)
         in_cloud = is_cloud(wants.model or "")
@@ -3700,11 +3722,11 @@ class Dispatcher:
             return holders[0]
         raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
 
-    def pin(self, id, wants, node, now, reason):
+    def pin(self, id: str, wants: Wants, node: Node, now: float, reason: str) -> Lease:
         """Return a lease without a slot on a given node."""
         return self.lease(Ticket(id, wants, now, now, next(self.seq)), node, None, now, reason)
 
-    def targets(self, wants, replicas, now):
+    def targets(self, wants: Wants, replicas: int, now: float) -> list[Node]:
         """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
 
         Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
@@ -3725,7 +3747,7 @@ class Dispatcher:
             return emptiest([node for node in up if not node.draining] or up, replicas)
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
-    def split(self, wants, now):
+    def split(self, wants: Wants, now: float) -> tuple[list[int], str]:
         """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
 
         Only nodes with the same version take part: the one that most have.
@@ -3733,25 +3755,26 @@ class Dispatcher:
         holders = [runner for runner in self.holders.get(wants.model, ()) if runner.node.is_alive(now)]
         if self.pick or not holders:
             return [], ""
-        versions = {}
+        versions: dict[str, list[Runner]] = {}
         for runner in holders:
             versions.setdefault(digest_of(runner.node, wants.model), []).append(runner)
         versions.pop("", None)      # what does not tell its version is mixed with nothing
         chosen = max(versions.values(), key=len, default=[])
         if not chosen:
             return [], ""
+        assert wants.batch is not None
         count = len(wants.batch["input"])
         tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
         sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner) + input_s(runner))
                                     for runner in chosen])
         return sizes, digest_of(chosen[0].node, wants.model)
 
-    def without(self, model, digest):
+    def without(self, model: str | None, digest: str | None) -> set[str]:
         """Return the names of the nodes that do not have a version of a model."""
         return {node.name for node in self.nodes.values()
                 if not has_on_disk(node, model) or digest_of(node, model) != digest}
 
-    def unloaded(self, node, model):
+    def unloaded(self, node: Node, model: str) -> None:
         """Note that a node has promised to unload a model."""
         runner = node.runners.get(model)
         if runner is not None and not runner.leases:
@@ -3759,7 +3782,8 @@ class Dispatcher:
 
     # Leases -----------------------------------------------------------------
 
-    def lease(self, ticket, node, runner, now, reason, prediction=None):
+    def lease(self, ticket: Ticket, node: Node, runner: Runner | None, now: float, reason: str,
+              prediction: Prediction | None = None) -> Lease:
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
         self.give_way(node, now)
@@ -3831,9 +3855,9 @@ class Dispatcher:
             if lease.abandon is not None:
                 lease.abandon(Failure("lost", "gives way"))
 
-    def expect(self, lease, prediction, now):
+    def expect(self, lease: Lease, prediction: Prediction | None, now: float) -> None:
         """Note when a lease about to be given should end, and for how long it need not show anything."""
-        runner, wants = lease.runner, lease.ticket.wants
+        runner, wants = runner_of(lease), lease.ticket.wants
         it = prediction or Surroundings(runner.node, now).offer(runner, now).predict(self.estimates.demand(wants), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
@@ -3856,7 +3880,7 @@ class Dispatcher:
         runner.prefixes.clear()
         runner.beginnings.clear()
 
-    def advance(self, node, now):
+    def advance(self, node: Node, now: float) -> None:
         """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
         self.surroundings.pop(node, None)
         elapsed_s = now - node.advanced_s
@@ -3867,7 +3891,7 @@ class Dispatcher:
                 runner.shared_s += progress_s / node.speed
             node.advanced_s = now
 
-    def heard(self, lease, lines, now):
+    def heard(self, lease: Lease, lines: int, now: float) -> None:
         """Note bytes of an answer; `lines` streamed lines were among them."""
         lease.heard_s = lease.node.heard_s = now
         if lease.node.suspect:
@@ -3876,7 +3900,7 @@ class Dispatcher:
             self.first_byte(lease, now)
         lease.lines += lines
 
-    def first_byte(self, lease, now):
+    def first_byte(self, lease: Lease, now: float) -> None:
         """Note the first byte of an answer: of a stream, the first token. Streams that overlap prove slots."""
         lease.first_s = now
         runner = lease.runner
@@ -3974,7 +3998,7 @@ class Dispatcher:
             gain = max(SPEED_GAIN, 1 / runner.streams)
             runner.lines_per_token += gain * (lease.lines / timings.output_tokens - runner.lines_per_token)
 
-    def judge_prediction(self, lease, took_s):
+    def judge_prediction(self, lease: Lease, took_s: float) -> None:
         """Learn how wrong the predicted end of an answer was, counted from its sending.
 
         As |ln(actual / predicted)|: half and twice as long are equally wrong, and one stall does not outweigh the rest.
@@ -3982,16 +4006,16 @@ class Dispatcher:
         predicted_s = lease.predicted_end_s - lease.sent_s
         if predicted_s <= 0 or took_s <= 0:
             return
-        runner, off = lease.runner, math.log(took_s / predicted_s)
+        runner, off = runner_of(lease), math.log(took_s / predicted_s)
         runner.judged += 1
         gain = max(ERROR_GAIN, 1 / runner.judged)
         runner.bias += gain * (off - runner.bias)
         runner.error += gain * (abs(off) - runner.error)
         self.ratios.learn(off)
 
-    def learn_slots(self, lease, timings, took_s, now):
+    def learn_slots(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer as proof or disproof that `lease.nth` requests run at once."""
-        runner, alone = lease.runner, lease.nth == 1
+        runner, alone = runner_of(lease), lease.nth == 1
         if lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if timings.prompt_tokens:
@@ -4017,7 +4041,7 @@ class Dispatcher:
 
     def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer's durations as samples of the speeds that a lone request would see."""
-        runner, tokens = lease.runner, timings.output_tokens
+        runner, tokens = runner_of(lease), timings.output_tokens
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
         self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
@@ -4032,7 +4056,7 @@ class Dispatcher:
 
     def learn_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn slots and speeds from an answer that tells no durations."""
-        node, runner = lease.node, lease.runner
+        node, runner = lease.node, runner_of(lease)
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
         loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
@@ -4046,9 +4070,9 @@ class Dispatcher:
                 self.learn_decode_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
-    def weigh_signs(self, lease, timings, now):
+    def weigh_signs(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take an answer without durations as proof of slots, or as a sign for or against them."""
-        runner, streams = lease.runner, lease.ticket.wants.stream
+        runner, streams = runner_of(lease), lease.ticket.wants.stream
         lone, work_s = runner.lone.get(streams), first_work_s(lease, timings)
         if lease.beside >= lease.nth:
             if not (lease.unordered or lease.crowded):
@@ -4076,7 +4100,7 @@ class Dispatcher:
             elif waited is False and not streams:       # streams that really overlap show it
                 self.count_sign(runner, lease.nth, 1, now)
 
-    def count_sign(self, runner, nth, sign, now):
+    def count_sign(self, runner: Runner, nth: int, sign: int, now: float) -> None:
         """Count a sign for (1) or against (-1) `nth` slots, and decide once enough of them agree."""
         if nth <= runner.top:
             if sign < 0:
@@ -4101,7 +4125,8 @@ class Dispatcher:
 
     def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the latency of a request that waited for nobody as a sample of speed."""
-        runner, stalled_s = lease.runner, lease.stall_tokens * prefill_s(lease.runner)
+        runner = runner_of(lease)
+        stalled_s = lease.stall_tokens * prefill_s(runner)
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
@@ -4127,7 +4152,7 @@ class Dispatcher:
         What the node's cache held makes it faster than true, neighbours in prefill and other models slower; those that
         decode beside it hardly do: a batch of a prompt carries their tokens along.
         """
-        runner = lease.runner
+        runner = runner_of(lease)
         if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
             return
         known, sample = prefill_s(runner), seconds / tokens
@@ -4181,7 +4206,7 @@ class Dispatcher:
         node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
         runner.samples += 1
 
-    def release(self, lease, now):
+    def release(self, lease: Lease, now: float) -> None:
         """End a lease, exactly once."""
         if lease.released:
             raise AssertionError(f"lease of {lease.ticket.id} on {lease.node.name} released twice")
@@ -4235,7 +4260,8 @@ class Dispatcher:
         node.errors += 1
         self.unsettle_all()
         if kind == "missing" and runner is not None:    # the index was wrong
-            node.rows.pop(ticket.wants.model, None)
+            if ticket.wants.model in node.rows:
+                del node.rows[ticket.wants.model]
             if not runner.on_disk:
                 self.believe_unloaded(runner)
             self.reindex()
@@ -4271,7 +4297,7 @@ class Dispatcher:
 
     # Nodes ------------------------------------------------------------------
 
-    def configure(self, settings):
+    def configure(self, settings: list[NodeSettings]) -> tuple[list[Node], list[Node]]:
         """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
 
         Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
@@ -4298,13 +4324,13 @@ class Dispatcher:
 
     # Memory -----------------------------------------------------------------
 
-    def learned(self):
+    def learned(self) -> Json:
         """Return all that is worth keeping, as plain values."""
         self.keep(self.nodes.values())
         lengths = [(model, learned_of_lengths(it)) for model, it in self.estimates.lengths.items() if it.samples]
         return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
 
-    def keep(self, nodes):
+    def keep(self, nodes: Iterable[Node]) -> None:
         """Keep what was learned of nodes, in place of what was kept of them before."""
         for node in nodes:
             learned = learned_of_node(node)
@@ -4314,7 +4340,7 @@ class Dispatcher:
                 self.kept.append(learned)
         del self.kept[:-MOST_KEPT]
 
-    def remember(self, learned):
+    def remember(self, learned: Json) -> None:
         """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
         self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
         for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
@@ -4322,7 +4348,7 @@ class Dispatcher:
             if lengths.samples:
                 self.estimates.lengths[model] = lengths
 
-    def recall(self, node):
+    def recall(self, node: Node) -> Node:
         """Return a new node, with what was kept of its server. It need not be calibrated."""
         entry = kept_of(self.kept, node.settings)
         node.kept = entry.get("models", {})
@@ -4331,7 +4357,7 @@ class Dispatcher:
         node.calibrated = any("decode_s" in learned for learned in node.kept.values())
         return node
 
-    def recall_runner(self, runner):
+    def recall_runner(self, runner: Runner) -> None:
         """Take over what was kept of a model on a node, if it is the same version."""
         kept, digest = runner.node.kept.get(runner.model, {}), digest_of(runner.node, runner.model)
         if kept.get("digest") and digest and kept["digest"] != digest:
@@ -4352,14 +4378,14 @@ class Dispatcher:
 
     # Settings ---------------------------------------------------------------
 
-    def change_settings(self, node, settings):
+    def change_settings(self, node: Node, settings: NodeSettings) -> None:
         """Take over the settings of a node whose server is the same."""
         was, node.settings, node.name = node.settings, settings, settings.name
         if was.slots != settings.slots:
             for runner in node.runners.values():
                 self.set_slots(runner)
 
-    def set_slots(self, runner):
+    def set_slots(self, runner: Runner) -> None:
         """Take over the slots that hosts.txt tells; where it tells none any more, those that were proved."""
         slots, embeds = runner.node.settings.slots, bool(runner.row) and embeds_only(runner.row)
         if slots:
@@ -4369,7 +4395,7 @@ class Dispatcher:
             runner.slots = runner.top = 1 if embeds else runner.peak
             runner.slots_known = "set" if embeds else "learned" if runner.peak > 1 else "guessed"
 
-    def drain(self, node, draining):
+    def drain(self, node: Node, draining: bool) -> None:
         """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else."""
         if draining and not node.draining:
             node.drained_seq = next(self.seq)
@@ -4377,7 +4403,7 @@ class Dispatcher:
         (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
         self.unsettle_all()
 
-    def reindex(self):
+    def reindex(self) -> None:
         """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
         self.unsettle_all()
         self.skimmed_s.clear()
@@ -4389,7 +4415,7 @@ class Dispatcher:
         for ticket in self.queue.tickets:
             self.bar(ticket)
 
-    def lost(self, node, now):
+    def lost(self, node: Node, now: float) -> None:
         """Note that a node cannot be reached: its models are gone from memory."""
         if node.up:
             node.lost_s = now
@@ -4403,7 +4429,7 @@ class Dispatcher:
                 runner.slots = runner.top = runner.peak = 1
                 runner.slots_known, runner.probe_s, runner.disproofs = "guessed", 0.0, 0
 
-    def answered(self, node, version, rtt_s, now):
+    def answered(self, node: Node, version: str, rtt_s: float, now: float) -> None:
         """Note that a node answered a probe; one that was down starts afresh."""
         if not node.up:
             node.breaker.succeed()
@@ -4411,24 +4437,24 @@ class Dispatcher:
         node.probed, node.up, node.misses, node.version, node.answered_s = True, True, 0, version, now
         node.rtt_s += (0.3 if node.rtt_s else 1.0) * (rtt_s - node.rtt_s)
 
-    def missed(self, node, refused, now):
+    def missed(self, node: Node, refused: bool, now: float) -> None:
         """Note a probe without an answer: dead is what refuses a connection, or has not answered for DEAD_S."""
         node.misses += 1
         node.indexed = node.indexed and not refused
         if refused or not node.probed or now - node.answered_s >= DEAD_S:
             self.lost(node, now)
 
-    def index(self, node: Node, rows: list[dict], asked_s: float = math.inf) -> None:
+    def index(self, node: Node, rows: list[Json], asked_s: float = math.inf) -> None:
         """Take over a node's /api/tags, unless what was asked for later has come before it."""
         if asked_s < node.indexed_s:
             return
         node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
-        rows = {row_name(row): row for row in rows}
-        gone = [model for model in node.runners if model not in rows]
+        named = {row_name(row): row for row in rows}
+        gone = [model for model in node.runners if model not in named]
         if gone:
             node.kept = learned_of_node(node).get("models", {})
-        node.rows = rows
-        for model, row in rows.items():
+        node.rows = named
+        for model, row in named.items():
             is_new = model not in node.runners
             runner = self.runner(node, model)
             if is_new:
@@ -4448,7 +4474,8 @@ class Dispatcher:
 
         One that works stays as it is until it is idle, when the models are looked at next.
         """
-        sharing, taken = {}, set()
+        sharing: dict[str, list[str]] = {}
+        taken: set[Runner] = set()
         for model in node.rows:
             sharing.setdefault(weights_of(node, model), []).append(model)
         for models in sharing.values():
@@ -4464,12 +4491,13 @@ class Dispatcher:
                     if kept.ready_s is None and known not in taken:
                         kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
                     node.runners[model] = kept
+            assert kept is not None     # no list of `sharing` is empty
             taken.update([kept], free)
         for runner in each_runner(node):
             runner.models = [model for model, it in node.runners.items() if it is runner]
             runner.model = runner.model if runner.model in runner.models else runner.models[0]
 
-    def know_weights(self, node: Node, found: dict) -> None:
+    def know_weights(self, node: Node, found: dict[tuple[str, str], str]) -> None:
         """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
         node.weights = {**node.weights, **found}
         known = {(model, digest_of(node, model)) for model in node.rows}
@@ -4477,15 +4505,15 @@ class Dispatcher:
         self.share_runners(node)
         self.reindex()
 
-    def index_failed(self, node):
+    def index_failed(self, node: Node) -> None:
         """Note that a node lives but does not say what it has: what it said last counts."""
         node.indexed = True
 
-    def said_status(self, node, found):
+    def said_status(self, node: Node, found: Json) -> None:
         """Take over a node's /api/status."""
         node.cloud = found
 
-    def runner(self, node, model):
+    def runner(self, node: Node, model: str) -> Runner:
         """Return what is known of a model on a node, from now on."""
         runner = node.runners.get(model)
         if runner is None:
@@ -4493,7 +4521,7 @@ class Dispatcher:
             self.set_slots(runner)
         return runner
 
-    def residency(self, node: Node, rows: list[dict], asked_s: float, now: float) -> None:
+    def residency(self, node: Node, rows: list[Json], asked_s: float, now: float) -> None:
         """Take over a node's /api/ps, asked for at `asked_s`. What was placed since then is trusted without it.
 
         Of the names of one runner it shows the first that was asked for.
@@ -4539,7 +4567,7 @@ class Dispatcher:
             lease.ready_s = runner.ready_s
         runner.node.loading += runner.leases
 
-    def learn_memory(self, node: Node, before: dict, after: dict) -> None:
+    def learn_memory(self, node: Node, before: dict[str, Json], after: dict[str, Json]) -> None:
         """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
 
         What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
@@ -4550,8 +4578,8 @@ class Dispatcher:
         node.vram_seen_bytes, node.loaded_seen = max(node.vram_seen_bytes, held_bytes), max(node.loaded_seen, count)
         if node.most_loaded < node.loaded_seen:
             node.most_loaded = math.inf
-        loading = {lease.runner for lease in node.loading
-                   if not any(model in after for model in lease.runner.models)}
+        loading = {runner for runner in map(runner_of, node.loading)
+                   if not any(model in after for model in runner.models)}
         held_bytes += sum(map(resident_bytes, loading))
         gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
         if not gone or not any(model not in before for model in after):
@@ -4594,7 +4622,7 @@ class Dispatcher:
         """Return for how long an answer may show nothing until it is overdue."""
         if lease.first_s is None or lease.ticket.wants.silent:
             return lease.quiet_s
-        runner = lease.runner
+        runner = runner_of(lease)
         gap_s = decode_s(runner) * slowdown(lease.node, runner) / runner.lines_per_token
         return max(SILENT_S, 10 * gap_s, 10 * (lease.heard_s - lease.first_s) / max(1, lease.lines))
 
@@ -4618,10 +4646,11 @@ class Dispatcher:
         others = untried(self.nodes_for(ticket.wants.model), ticket.tried | {lease.node.name})
         return lease.first_s is None and ticket.rival is None and bool(others)
 
-    def judge_speed(self, lease, now):
+    def judge_speed(self, lease: Lease, now: float) -> None:
         """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
-        node, runner = lease.node, lease.runner
+        node, runner = lease.node, runner_of(lease)
         stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * prefill_s(runner)
+        assert lease.first_s is not None        # its stream has begun
         elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
         if elapsed_s < JUDGE_S or runner.samples < 3:
             return
@@ -4635,7 +4664,7 @@ class Dispatcher:
         self.surroundings.pop(node, None)
         lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
 
-    def trust(self, node, now):
+    def trust(self, node: Node, now: float) -> None:
         """End the suspicion: the node has sent something of an answer, or a check has found it idle."""
         node.suspect = False
         node.heard_s = now
@@ -4645,7 +4674,7 @@ class Dispatcher:
         """Note that a node is being measured; that is done once each time it comes up. Or that it was in vain."""
         node.calibrated = done
 
-    def forget_speed(self, node):
+    def forget_speed(self, node: Node) -> None:
         """Take a node for as fast as ever."""
         node.speed = 1.0
         self.unsettle_all()
@@ -4655,7 +4684,7 @@ class Dispatcher:
 
         It does not if somebody else used the node, or the model was loaded for it.
         """
-        node, runner = lease.node, lease.runner
+        node, runner = lease.node, runner_of(lease)
         node.heard_s = now
         if waits_long(timings, now - lease.sent_s):
             node.strangers_s = now
