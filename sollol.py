@@ -4686,7 +4686,7 @@ class NodeConnection(asyncio.Protocol):
         self.source: ClientConnection | None = None     # whose reading stops while this socket's buffer is full
         self.write_paused = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:    # type: ignore[override]  # of a socket
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # any socket's is one
         self.transport = transport
         watch_for_death(transport.get_extra_info("socket"))
 
@@ -5337,10 +5337,10 @@ class Transcript:
             return line
         if not any(rests) and (said or self.is_behind):
             return b""
-        for (holder, key, text), rest in zip(said, rests, strict=True):
+        for (holder, key, given), rest in zip(said, rests, strict=True):
             if not rest:
                 holder[key] = type(holder[key])()
-            elif rest != text:
+            elif rest != given:
                 holder[key] = rest
         return lead + json.dumps(value).encode() + (b"\n\n" if lead else b"\n")
 
@@ -5662,6 +5662,9 @@ def unread_bytes(transport: Transport) -> int:
     return unsent
 
 
+Result = TypeVar("Result")
+
+
 class Turns:
     """Hand out the loop: of all work that takes long, one step is done per turn of the loop, the askers one by one.
 
@@ -5693,14 +5696,15 @@ class Turns:
         if self.is_due:
             self.loop.call_soon(self.give)
 
-    async def run(self, steps: Generator[None, None, Any]) -> Any:
+    async def run(self, steps: Generator[None, None, Result]) -> Result:
         """Return the result of work that is given as a generator: each of its steps takes a turn."""
         while True:
             await self.take()
             try:
                 next(steps)
             except StopIteration as end:
-                return end.value
+                result: Result = end.value
+                return result
 
 
 class BodyMemory:
@@ -5788,7 +5792,7 @@ class ClientConnection(asyncio.Protocol):
         self.eof = self.gone = False
         self.write_paused = self.read_paused = False
 
-    def connection_made(self, transport: Transport) -> None:    # type: ignore[override]  # of a socket
+    def connection_made(self, transport: Transport) -> None:      # type: ignore[override]  # any socket's is one
         self.transport, self.write_deadline_s = transport, math.inf
         self.note_address()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
@@ -6147,6 +6151,9 @@ class TlsTransport(asyncio.Protocol):
         return self.socket.get_extra_info(name, default)
 
 
+RawLines = list[bytes] | tuple[()]      # of a head; in a Record, bytes is a field
+
+
 @dataclass(slots=True)
 class Record:
     """One line of the request log, filled in while the request is served."""
@@ -6168,7 +6175,7 @@ class Record:
     timings: Timings = Timings()
     reason: str = ""
     outcome: str = ""               # ok, cut, error, client_left, refused; until the end "" where the status tells it
-    cors: list[bytes] | tuple[()] = ()  # raw lines of the answer that let a web page read it
+    cors: RawLines = ()             # raw lines of the answer that let a web page read it
 
 
 def request_id(head: RequestHead, rng: random.Random) -> str:
@@ -6181,7 +6188,7 @@ def request_id(head: RequestHead, rng: random.Random) -> str:
 
 def connection_lines(head: RequestHead | None, keep: bool) -> list[bytes]:
     """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
-    if not keep:
+    if not keep or head is None:
         return [b"Connection: close"]
     return [b"Connection: keep-alive"] if head.version == 0 else []
 
@@ -6371,7 +6378,7 @@ def begin_relay(client: ClientConnection, connection: NodeConnection, answer: Re
     prelude = render_response(answer, added_lines(record, answer), lines)
     kind = answer.fields.get(b"content-type", b"")
     before = transcript and transcript.relay
-    if before:
+    if transcript and before:
         if answer.status != 200 or kind != before.head.fields.get(b"content-type"):
             raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
         return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
@@ -6425,7 +6432,7 @@ async def relay_answer(gateway: Gateway, client: ClientConnection, head: Request
         record.status = answer.status
         record.bytes = relay.bytes + (record.bytes if before else 0)
         record.first_s = record.first_s if before else lease.first_s
-    if before:
+    if transcript and before:
         dispatcher.rescued(whole=not relay.failure)
         record.reason = f"rescued from {' and '.join(transcript.lost)}; {record.reason}"
     return keep and relay.framing is not Framing.CLOSE, relay.clean
@@ -6564,6 +6571,7 @@ class Inference:
 
     def race(self, lease: Lease) -> None:
         """Begin a second attempt, on another node. The first byte wins."""
+        assert self.ticket.lease is not None    # the first attempt's
         self.rival_lease = lease
         self.rival = self.loop.create_task(self.run_against(self.ticket.lease, lease))
 
@@ -6584,11 +6592,13 @@ class Inference:
 
         None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
         """
-        known, taken = self.transcript.all_known(), False
+        transcript = self.transcript
+        assert transcript and transcript.relay      # the stream has begun
+        known, taken = transcript.all_known(), False
         try:
             await rehearse(begun, known)
-            has_gone_on = not first.released and self.transcript.all_known() != known
-            taken = not has_gone_on and self.transcript.relay.can_be_continued()
+            has_gone_on = not first.released and transcript.all_known() != known
+            taken = not has_gone_on and transcript.relay.can_be_continued()
         except NodeFailure as failed:
             self.note(begun.lease, failed.value)
         except Refusal:
@@ -6606,10 +6616,11 @@ class Inference:
         rival, self.rival = self.rival, None
         if rival is None:
             return
+        assert self.rival_lease is not None
         if rival.cancel():
             self.end(self.rival_lease)
-        elif not rival.cancelled() and rival.result() is not None:
-            self.close(rival.result(), clean=False)
+        elif not rival.cancelled() and (begun := rival.result()) is not None:
+            self.close(begun, clean=False)
 
     def may_move_on(self) -> bool:
         """Tell whether another node may answer what has failed."""
@@ -6958,7 +6969,7 @@ async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body,
     try:
         answer, last = await change(gateway, lease, head, body, functools.partial(hear, node))
         error = error_in(wants.change, answer.status, last)
-        if not error and wants.change == "unload":
+        if not error and wants.change == "unload" and wants.model is not None:
             dispatcher.unloaded(node, wants.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
@@ -7105,6 +7116,7 @@ def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None,
 
 def cut_batch(wants: Wants, sizes: list[int], record: Record) -> list[Share]:
     """Return the Shares of a batch, of the given sizes."""
+    assert wants.batch is not None
     texts = iter(wants.batch["input"])
     parts = [list(itertools.islice(texts, size)) for size in sizes]
     return [Share(part, replace(wants, prompt_chars=sum(map(len, part)), inputs=len(part), batch=None),
@@ -7129,14 +7141,15 @@ async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestH
                       sizes: list[int], digest: str) -> bool:
     """Let the nodes that have one version of the model embed shares of a batch; answer as one node would."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    shares = cut_batch(wants, sizes, record)
+    shares, batch = cut_batch(wants, sizes, record), wants.batch
+    assert batch is not None
     plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
     left = iter(shares)
 
     async def work() -> None:
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
-            body = json.dumps({**wants.batch, "input": share.texts}).encode()
+            body = json.dumps({**batch, "input": share.texts}).encode()
             await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, digest)
 
     nodes = len(dispatcher.nodes) - len(dispatcher.without(wants.model, digest))
@@ -7153,9 +7166,11 @@ async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestH
         record.attempts = sum(it.attempts for it in records)
         record.queue_s = min(it.queue_s for it in records)
         record.reason = f"{len(shares)} shares"
-    pieces = await gateway.turns.run(joined([share.cut for share in shares], sizes, loop.time() - record.started_s))
+    cuts, answer = [share.cut for share in shares if share.cut], shares[0].answer
+    assert answer is not None       # as all shares have
+    pieces = await gateway.turns.run(joined(cuts, sizes, loop.time() - record.started_s))
     record.timings = read_timings(pieces[-1][-TAIL_BYTES:])
-    return await answer_in_pieces(client, head, record, shares[0].answer, pieces)
+    return await answer_in_pieces(client, head, record, answer, pieces)
 
 
 async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
@@ -7179,7 +7194,7 @@ async def serve_locally(gateway: Gateway, client: ClientConnection, head: Reques
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
     status, body, kind, *extra = gateway.own_answer(head.path)
-    return answer_locally(client, head, record, status, body, kind, *extra)
+    return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
 
 
 def is_loopback(address: str) -> bool:
