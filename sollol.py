@@ -4736,32 +4736,47 @@ def watch_for_death(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
 
 
+class Transport(Protocol):
+    """What a client's connection uses of its socket: asyncio's own transport, or a TlsTransport."""
+
+    def write(self, data: bytes) -> None: ...
+    def write_eof(self) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def is_closing(self) -> bool: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def set_write_buffer_limits(self, high: int) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
+    def get_extra_info(self, name: str, default: Any = None) -> Any: ...
+
+
 class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s",
                  "source", "write_paused", "unsent")
 
-    def __init__(self, loop):
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.transport = None
-        self.unsent = b""           # of a long body
+        self.transport: asyncio.Transport    # there from connection_made on
+        self.unsent: bytes | memoryview = b""       # of a long body
         self.buffer = b""
-        self.sink = None
-        self.waiter = None          # of whoever waits for the head
-        self.failure = None         # why there will be no (more) answer
+        self.sink: Sink | None = None
+        self.waiter: asyncio.Future[None] | None = None     # of whoever waits for the head
+        self.failure: Failure | Answer | None = None    # why there will be no (more) answer
         self.ended = False          # the node closed it in good order
         self.busy = True
         self.reused = False
         self.idle_s = 0.0
-        self.source = None          # whose reading stops while this socket's buffer is full
+        self.source: ClientConnection | None = None     # whose reading stops while this socket's buffer is full
         self.write_paused = False
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # any socket's is one
         self.transport = transport
         watch_for_death(transport.get_extra_info("socket"))
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         if self.sink is not None:
             self.sink.data(data)
         elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
@@ -4772,7 +4787,7 @@ class NodeConnection(asyncio.Protocol):
                 self.transport.pause_reading()
             self.wake()
 
-    def connection_lost(self, exc):
+    def connection_lost(self, exc: Exception | None) -> None:
         if self.failure is None:
             self.failure = Failure("died", "closed the connection" if exc is None else f"broke off: {exc}")
             self.ended = exc is None
@@ -4780,12 +4795,12 @@ class NodeConnection(asyncio.Protocol):
             self.sink.lost()
         self.wake()
 
-    def pause_writing(self):
+    def pause_writing(self) -> None:
         self.write_paused = True
         if self.source is not None:
             self.source.pause_reading()
 
-    def resume_writing(self):
+    def resume_writing(self) -> None:
         self.write_paused = False
         if self.source is not None:
             self.source.resume_reading()
@@ -4810,11 +4825,11 @@ class NodeConnection(asyncio.Protocol):
             if not self.write_paused:
                 self.loop.call_soon(self.send_more)
 
-    def wake(self):
+    def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def fail(self, failure):
+    def fail(self, failure: Failure | Answer) -> None:
         """End the exchange from this side, with the reason that whoever waits for it gets, and no answer."""
         self.buffer = b""           # what has come of one may be about to be read
         if self.failure is None:
@@ -4824,11 +4839,11 @@ class NodeConnection(asyncio.Protocol):
         self.wake()
         self.transport.abort()
 
-    def is_open(self):
+    def is_open(self) -> bool:
         """Tell whether an exchange can begin here."""
         return self.failure is None and not self.transport.is_closing()
 
-    async def response(self, method):
+    async def response(self, method: str) -> ResponseHead:
         """Wait for the head of the answer, however long it takes. Raises NodeFailure."""
         scanned = interim = 0
         while True:
@@ -4869,7 +4884,7 @@ class NodeConnection(asyncio.Protocol):
                 return payload
             await self.more()
 
-    def attach(self, sink):
+    def attach(self, sink: Sink) -> None:
         """Give what has come after the head, and all that will come, to a sink."""
         self.sink = sink
         self.transport.resume_reading()     # first: what the sink writes now may pause it again
@@ -4880,7 +4895,7 @@ class NodeConnection(asyncio.Protocol):
             sink.lost()
 
 
-def trust_in(settings):
+def trust_in(settings: NodeSettings) -> ssl.SSLContext | None:
     """Return the TLS context for connections to a node, None for plain HTTP. Raises ValueError for a bad ca= file."""
     if not settings.tls:
         return None
@@ -4912,21 +4927,21 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 class Pool:
     """Keep the connections to one node."""
 
-    def __init__(self, settings, loop, via):
+    def __init__(self, settings: NodeSettings, loop: asyncio.AbstractEventLoop, via: bytes) -> None:
         self.loop = loop
         self.via = via              # of the gateway's own questions
-        self.idle = []              # the last used is used next, so that the rest can age
+        self.idle: list[NodeConnection] = []        # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
         self.unqueued = asyncio.Semaphore(MOST_UNQUEUED)    # of requests without a slot
         self.configure(settings)
 
-    def configure(self, settings):
+    def configure(self, settings: NodeSettings) -> None:
         """Take over settings, for connections from now on."""
         self.settings = settings
-        self.tls = None             # the context of the connections, once there is one
+        self.tls: ssl.SSLContext | None = None      # the context of the connections, once there is one
         self.prune(math.inf)
 
-    def context(self):
+    def context(self) -> ssl.SSLContext | None:
         """Return the TLS context, None for plain HTTP. Raises NodeFailure if the file of ca= has become unusable."""
         if self.tls is None:
             try:
@@ -4935,7 +4950,7 @@ class Pool:
                 raise NodeFailure("refused", str(error)) from None
         return self.tls
 
-    async def connect(self):
+    async def connect(self) -> NodeConnection:
         """Return a fresh connection. Raises NodeFailure."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -4958,7 +4973,7 @@ class Pool:
         except UnicodeError:
             raise NodeFailure("refused", f"no connection: {self.settings.host!r} is not a host name") from None
 
-    def take(self):
+    def take(self) -> NodeConnection | None:
         """Return a connection that was used before, or None.
 
         Never one with something to read: nobody asked for that, so it would be taken for the next answer. The loop
@@ -4974,7 +4989,7 @@ class Pool:
             connection.transport.abort()
         return None
 
-    def give_back(self, connection, clean):
+    def give_back(self, connection: NodeConnection, clean: bool) -> None:
         """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
         if clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed:
@@ -4989,19 +5004,21 @@ class Pool:
             connection.unsent = b""
             connection.transport.abort()
 
-    def prune(self, before_s):
+    def prune(self, before_s: float) -> None:
         """Close the connections that have been idle since `before_s`."""
         for connection in self.idle:
             if connection.idle_s < before_s:
                 connection.transport.close()
         self.idle = [connection for connection in self.idle if connection.idle_s >= before_s]
 
-    def close(self):
+    def close(self) -> None:
         """Close every connection: the idle ones now, the others when they are given back."""
         self.closed = True
         self.prune(math.inf)
 
-    async def exchange(self, data, method, on_connection=lambda connection: None, reuse=True, body=b""):
+    async def exchange(self, data: bytes, method: str,
+                       on_connection: Callable[[NodeConnection], None] = lambda connection: None, reuse: bool = True,
+                       body: Body = b"") -> tuple[NodeConnection, ResponseHead]:
         """Send a whole request, a head and a body; return (connection, head of the answer). Raises NodeFailure.
 
         A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
@@ -5030,21 +5047,22 @@ class Sink:
 
     __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
 
-    def __init__(self, connection, head):
+    def __init__(self, connection: NodeConnection, head: ResponseHead) -> None:
         self.connection, self.head = connection, head
         self.body = body_decoder(head.length)
         self.over = False
         self.clean = False          # ended where its framing said: the connection can be used again
-        self.failure = self.waiter = None
+        self.failure: Failure | Answer | None = None
+        self.waiter: asyncio.Future[None] | None = None
 
-    def start(self):
+    def start(self) -> None:
         """Begin with what came behind the head."""
         if self.body.done:
             self.end(not self.connection.buffer)
         else:
             self.connection.attach(self)
 
-    def data(self, data):
+    def data(self, data: bytes) -> None:
         """Take a piece from the socket."""
         if self.over:
             self.clean = False
@@ -5058,31 +5076,31 @@ class Sink:
         if self.body.done:
             self.end(used == len(data))
 
-    def take(self, payload, verbatim):
+    def take(self, payload: bytes, verbatim: bytes | None) -> None:
         """Use a piece of the body; `verbatim` is the same as whole chunks, or None."""
         raise NotImplementedError
 
-    def end(self, clean):
+    def end(self, clean: bool) -> None:
         self.clean = clean and self.head.keep_alive
         self.finish(None)
 
-    def lost(self):
+    def lost(self) -> None:
         """The connection has closed: the right end for a body without length, a failure for any other."""
         if isinstance(self.body, UntilCloseBody) and self.connection.ended:
             self.end(False)
         else:
-            self.fail(self.connection.failure)
+            self.finish(self.connection.failure)
 
-    def fail(self, failure):
+    def fail(self, failure: Failure | Answer) -> None:
         self.finish(failure)
 
-    def finish(self, failure):
+    def finish(self, failure: Failure | Answer | None) -> None:
         if not self.over:
             self.over, self.failure = True, failure
             if self.waiter is not None and not self.waiter.done():
                 self.waiter.set_result(None)
 
-    async def finished(self):
+    async def finished(self) -> None:
         """Wait for the end of the body. Raises NodeFailure."""
         if not self.over:
             self.waiter = self.connection.loop.create_future()
@@ -5096,17 +5114,18 @@ class Collector(Sink):
 
     __slots__ = ("parts", "room")
 
-    def __init__(self, connection, head, limit=ERROR_BODY_BYTES):
+    def __init__(self, connection: NodeConnection, head: ResponseHead, limit: int = ERROR_BODY_BYTES) -> None:
         super().__init__(connection, head)
-        self.parts, self.room = [], limit
+        self.parts: list[bytes] = []
+        self.room = limit
 
-    def take(self, payload, verbatim):
+    def take(self, payload: bytes, verbatim: bytes | None) -> None:
         self.parts.append(payload)
         self.room -= len(payload)
         if self.room < 0:
             self.fail(Failure("garbage", "answer too long"))
 
-    async def collect(self):
+    async def collect(self) -> bytes:
         """Return the whole body. Raises NodeFailure."""
         self.start()
         await self.finished()
@@ -5130,7 +5149,7 @@ ERROR_TYPES = {
 }
 
 
-def error_body(family, status, text):
+def error_body(family: Family, status: int, text: str) -> bytes:
     """Return the error object in the shape that clients of a family parse."""
     if family is Family.OLLAMA:
         return json.dumps({"error": text}).encode()
@@ -5169,6 +5188,9 @@ def error_in_stream(ending: bytes) -> str:
     return error_text(value or text.decode(errors="replace")) if lines[-2:-1] == [b"event: error"] else ""
 
 
+Heard = Callable[[int, float], None]         # is told of the lines in a piece of an answer, and when it came
+
+
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body.
 
@@ -5179,27 +5201,28 @@ class Relay(Sink):
     __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "ends", "mark", "boundary",
                  "recent", "latest", "bytes", "between", "passing", "withheld")
 
-    def __init__(self, connection, head, client, framing, prelude, heard, hold=0):
+    def __init__(self, connection: NodeConnection, head: ResponseHead, client: ClientConnection, framing: Framing,
+                 prelude: bytes, heard: Heard, hold: int = 0) -> None:
         super().__init__(connection, head)
         self.client, self.framing, self.heard, self.hold = client, framing, heard, hold
-        self.prelude = bytearray(prelude)
+        self.prelude: Body = bytearray(prelude)
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
         self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
-        self.ends = (b"\n\n", b"\n\r\n") if events else (b"\n",)
+        self.ends: tuple[bytes, ...] = (b"\n\n", b"\n\r\n") if events else (b"\n",)
         self.boundary = tuple(end + b"\r\n" for end in self.ends)
-        self.recent = collections.deque(maxlen=8)       # the last pieces of the body, but for mere tokens
+        self.recent: collections.deque[bytes] = collections.deque(maxlen=8)     # the last pieces, but for mere tokens
         self.latest = b""           # the last of those, in its chunks, if nothing came behind it
         self.bytes = 0              # written, without the head
         self.between = True         # two lines or events
-        self.passing = False        # the client gets chunks as the node sent them, and its head is out
+        self.passing: ChunkedBody | None = None     # whose chunks pass to the client as they come; its head is out
         self.withheld = b""         # an error that the node told, kept from the client while another may do better
 
-    def start(self):
+    def start(self) -> None:
         self.client.source = self.connection.transport
         super().start()
 
-    def data(self, data):
+    def data(self, data: bytes) -> None:
         """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and only the last
         is kept.
 
@@ -5207,7 +5230,7 @@ class Relay(Sink):
         several times what it does in a loop. Statistics take the long way.
         """
         if (self.passing and self.between and not self.over and data.rfind(self.mark) < 0
-                and data.endswith(self.boundary) and (chunks := self.body.plain_chunks(data))):
+                and data.endswith(self.boundary) and (chunks := self.passing.plain_chunks(data))):
             self.heard(data.count(b"\n") - 2 * chunks, self.time())
             self.bytes += len(data)
             self.latest = data
@@ -5216,17 +5239,18 @@ class Relay(Sink):
         else:
             super().data(data)
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         self.bytes += len(data)
         if self.prelude:
             self.prelude += data
             if len(self.prelude) < self.hold and not self.body.done:
                 return
             data, self.prelude = bytes(self.prelude), b""
-            self.passing = self.framing is Framing.CHUNKED and isinstance(self.body, ChunkedBody)
+            if self.framing is Framing.CHUNKED and isinstance(self.body, ChunkedBody):
+                self.passing = self.body
         self.client.write(data)
 
-    def take(self, payload, verbatim):
+    def take(self, payload: bytes, verbatim: bytes | None) -> None:
         if payload:
             self.heard(payload.count(b"\n"), self.time())
             self.keep(payload)
@@ -5239,7 +5263,7 @@ class Relay(Sink):
         else:
             self.write(chunk(payload) + (LAST_CHUNK if self.body.done else b""))
 
-    def end(self, clean):
+    def end(self, clean: bool) -> None:
         self.hold = 0
         if self.framing is Framing.CHUNKED and isinstance(self.body, UntilCloseBody):
             self.write(LAST_CHUNK)
@@ -5257,15 +5281,15 @@ class Relay(Sink):
         """Return the last pieces of the body: its statistics, and its last line."""
         return b"".join(self.recent) + ChunkedBody().feed(self.latest)[0]
 
-    def tail(self):
+    def tail(self) -> bytes:
         """Return the last bytes of the body, or at least those that hold its statistics."""
         return self.ending()[-TAIL_BYTES:]
 
-    def is_complete(self):
+    def is_complete(self) -> bool:
         """Tell whether the client has a stream's own last line, so that nothing but the framing is missing."""
         return self.between and LAST_LINE.search(self.tail()) is not None
 
-    def close_with(self, text, family):
+    def close_with(self, text: str, family: Family) -> bool:
         """End a broken answer as its format lets clients understand; tell whether that could be done.
 
         Never with a made-up last line, nor with an error behind a real one; an error of the node itself in its own
@@ -5292,7 +5316,7 @@ class Relay(Sink):
 SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "finish_reason")
 
 
-def said_in(value):
+def said_in(value: Json) -> list[tuple[Json, str, str]]:
     """Return what an object of a stream says, in its order: [(object that holds it, key, text)].
 
     Of tool calls the ids are left out: they are drawn at random.
@@ -5312,22 +5336,22 @@ class Transcript:
     A replay is compared by its text, not by its bytes: time stamps differ, and tokens may be cut otherwise.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.known = ""             # what the client had when the replay began; kinds of text are marked off by NULs
-        self.fresh = []             # what it has got since
+        self.fresh: list[str] = []  # what it has got since
         self.at = 0                 # how much of the running answer has been read
         self.key = ""               # what kind of text it was last
-        self.relay = None           # that has written to the client last
+        self.relay: LineRelay | None = None         # that has written to the client last
         self.done = False           # the client has the last line
         self.used = False           # the client has OpenAI's count of tokens
-        self.name = {}              # fields that name one completion in all its events, as the client had them first
-        self.lost = []              # names of nodes that did not come to the end
+        self.name: Json = {}        # fields that name one completion in all its events, as the client had them first
+        self.lost: list[str] = []   # names of nodes that did not come to the end
 
     def begin_again(self) -> None:
         """Forget the running answer: the client has got nothing of it."""
         self.fresh, self.at, self.key, self.used, self.name = [], 0, "", False, {}
 
-    def rewind(self, name):
+    def rewind(self, name: str) -> None:
         """Begin anew, on another node than `name`."""
         self.lost.append(name)
         self.known = self.all_known()
@@ -5338,16 +5362,16 @@ class Transcript:
         return self.known + "".join(self.fresh)
 
     @property
-    def is_behind(self):
+    def is_behind(self) -> bool:
         """Tell whether the replay has not come to what the client lacks."""
         return self.at < len(self.known)
 
     @property
-    def is_short(self):
+    def is_short(self) -> bool:
         """Tell whether a text is small enough to be kept. A long one is not: memory must stay bounded."""
         return self.at <= TRANSCRIPT_CHARS
 
-    def hear(self, key, text):
+    def hear(self, key: str, text: str) -> str:
         """Take in what the running answer says next; return what the client lacks of it. Raises Refusal."""
         spoken = text if key == self.key else f"\0{key}\0{text}"
         known = self.known[self.at:self.at + len(spoken)] if self.is_behind else ""
@@ -5359,7 +5383,7 @@ class Transcript:
             self.fresh.append(spoken[len(known):])
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
-    def renamed(self, value):
+    def renamed(self, value: Json) -> bool:
         """Give an event of a replay the id and the time of the stream that it goes on with; tell whether it did."""
         if not self.lost:
             if not self.name:
@@ -5369,7 +5393,7 @@ class Transcript:
         value.update(other)
         return bool(other)
 
-    def missing(self, line):
+    def missing(self, line: bytes) -> bytes:
         """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
 
         As long as no node was lost that is the line as it came. Raises NodeFailure for a line that tells an error,
@@ -5399,10 +5423,10 @@ class Transcript:
             return line
         if not any(rests) and (said or self.is_behind):
             return b""
-        for (holder, key, text), rest in zip(said, rests, strict=True):
+        for (holder, key, given), rest in zip(said, rests, strict=True):
             if not rest:
                 holder[key] = type(holder[key])()
-            elif rest != text:
+            elif rest != given:
                 holder[key] = rest
         return lead + json.dumps(value).encode() + (b"\n\n" if lead else b"\n")
 
@@ -5412,29 +5436,31 @@ class LineRelay(Relay):
 
     __slots__ = ("transcript", "partial")
 
-    def __init__(self, *given, transcript):
-        super().__init__(*given)
+    def __init__(self, connection: NodeConnection, head: ResponseHead, client: ClientConnection, framing: Framing,
+                 prelude: bytes, heard: Heard, *, transcript: Transcript) -> None:
+        super().__init__(connection, head, client, framing, prelude, heard)
         self.transcript, self.partial = transcript, b""
 
-    def data(self, data):
+    def data(self, data: bytes) -> None:
         Sink.data(self, data)       # the long way: every line is read
 
-    def take(self, payload, verbatim):
+    def take(self, payload: bytes, verbatim: bytes | None) -> None:
         if not payload:
             return
         self.heard(payload.count(b"\n"), self.time())
         data = self.partial + payload
         end = max((at + len(it) for it in self.ends if (at := data.rfind(it)) >= 0), default=0)
         if not end and len(data) > MAX_LINE_BYTES:      # a picture, say: it passes, and that ends the transcript
-            end, self.transcript.at = len(data), math.inf
+            end, self.transcript.at = len(data), sys.maxsize
         whole, self.partial = data[:end], data[end:]
         self.pass_on(whole, verbatim if len(whole) == len(payload) == len(data) and not self.body.done else None)
 
-    def pass_on(self, whole, verbatim=None):
+    def pass_on(self, whole: bytes, verbatim: bytes | None = None) -> None:
         """Give the client what it lacks of whole lines; `verbatim` is the same as chunks, or None."""
         *lines, rest = (EVENT_END if len(self.ends) > 1 else LINE_END).split(whole)
         lines = [line + end for line, end in zip(lines[::2], lines[1::2], strict=True)] + ([rest] if rest else [])
-        parts, failure = [], None
+        parts: list[bytes] = []
+        failure: Failure | Answer | None = None
         try:
             for line in lines:
                 parts.append(self.transcript.missing(line))
@@ -5456,7 +5482,7 @@ class LineRelay(Relay):
             framed = chunk(data) if verbatim is None or data != whole else verbatim
             self.write(framed if self.framing is Framing.CHUNKED else data)
 
-    def end(self, clean):
+    def end(self, clean: bool) -> None:
         """Come to the end; an answer without length that ends without its last line was cut."""
         if not self.over:
             self.pass_on(self.partial)
@@ -5470,15 +5496,15 @@ class LineRelay(Relay):
             self.write(LAST_CHUNK if self.framing is Framing.CHUNKED else b"")
             Sink.end(self, clean)
 
-    def is_complete(self):
+    def is_complete(self) -> bool:
         return self.transcript.done
 
-    def can_be_continued(self):
+    def can_be_continued(self) -> bool:
         """Tell whether another node can go on."""
         return self.transcript.is_short and not self.is_complete() and not self.client.gone
 
 
-def body_due_s(due_s, size, now):
+def body_due_s(due_s: float, size: int, now: float) -> float:
     """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
 
     Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
@@ -5489,14 +5515,14 @@ def body_due_s(due_s, size, now):
 class Upload:
     """Pass a request body on to a node while it comes, in constant memory."""
 
-    def __init__(self, client, connection, length, turns):
+    def __init__(self, client: ClientConnection, connection: NodeConnection, length: int | None, turns: Turns) -> None:
         self.client, self.connection, self.turns = client, connection, turns
         self.body = body_decoder(length)
         self.chunked = length is None
         self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
-        self.catching_up = None     # the task that does it
+        self.catching_up: asyncio.Task[None] | None = None      # the task that does it
 
-    def start(self, grace_s):
+    def start(self, grace_s: float) -> None:
         """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
         self.client.deadline_s = self.client.loop.time() + grace_s
         self.connection.source = self.client
@@ -5507,7 +5533,7 @@ class Upload:
             self.client.resume_reading()
         self.data(data)
 
-    def expire(self):
+    def expire(self) -> None:
         """The client sends too slowly, unless it is the node that does not read."""
         if self.connection.write_paused:
             self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
@@ -5516,7 +5542,7 @@ class Upload:
         else:
             self.client.transport.abort()
 
-    def data(self, data):
+    def data(self, data: bytes) -> None:
         """Take a piece from the client's socket; what lies behind the body stays for the next request."""
         self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
@@ -5545,7 +5571,7 @@ class Upload:
 
     def step(self) -> None:
         """Decode some of what has come, and pass it on."""
-        most = self.body.at_most() if self.chunked else len(self.behind)
+        most = self.body.at_most() if isinstance(self.body, ChunkedBody) else len(self.behind)
         data, self.behind = self.behind[:most], self.behind[most:]
         try:
             payload, used = self.body.feed(data)
@@ -5586,12 +5612,12 @@ class KeySettings(NamedTuple):
     name: str
     priority: int = DEFAULT_PRIORITY    # of requests that ask for none
     max_priority: int = 10
-    rate: tuple = (0, 1.0)          # requests, in so many seconds; 0 = any number
+    rate: tuple[int, float] = (0, 1.0)  # requests, in so many seconds; 0 = any number
     concurrency: int = 0            # requests at once; 0 = any number
     admin: bool = False
 
 
-def digest_of_key(key):
+def digest_of_key(key: bytes) -> bytes:
     """Return what is kept of a key, given as bytes."""
     return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
 
@@ -5599,17 +5625,17 @@ def digest_of_key(key):
 class Key:
     """Somebody who may ask: what is allowed, and how much of it is used up."""
 
-    def __init__(self, settings):
+    def __init__(self, settings: KeySettings) -> None:
         self.settings = settings
         self.tokens, self.filled_s = float(settings.rate[0]), 0.0
         self.running = 0
 
-    def configure(self, settings):
+    def configure(self, settings: KeySettings) -> None:
         """Take over a changed line; what is used up stays used up."""
         self.settings = settings
         self.tokens = min(self.tokens, settings.rate[0])
 
-    def take(self, now):
+    def take(self, now: float) -> None:
         """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
         it, (count, period_s) = self.settings, self.settings.rate
         if it.concurrency and self.running >= it.concurrency:
@@ -5623,7 +5649,7 @@ class Key:
             self.tokens -= 1
         self.running += 1
 
-    def give_back(self):
+    def give_back(self) -> None:
         """Count a request as ended."""
         self.running -= 1
 
@@ -5631,11 +5657,11 @@ class Key:
 class Keys:
     """All who may ask. Without any, everybody may."""
 
-    def __init__(self, settings=()):
-        self.by_digest = {}
+    def __init__(self, settings: Iterable[KeySettings] = ()) -> None:
+        self.by_digest: dict[bytes, Key] = {}
         self.configure(settings)
 
-    def configure(self, settings):
+    def configure(self, settings: Iterable[KeySettings]) -> None:
         """Take over the lines of a keys file; who was there before is known by name."""
         known = {key.settings.name: key for key in self.by_digest.values()}
         self.by_digest = {}
@@ -5647,14 +5673,14 @@ class Keys:
                 key.configure(line)
             self.by_digest[line.digest] = key
 
-    def find(self, given):
+    def find(self, given: bytes) -> Key | None:
         """Return the Key that bytes are, or None."""
         digest = digest_of_key(given)
         key = self.by_digest.get(digest)
         return key if key and hmac.compare_digest(digest, key.settings.digest) else None
 
 
-def keys_given(fields):
+def keys_given(fields: dict[bytes, bytes]) -> Generator[tuple[bytes, bytes], None, None]:
     """Yield (field name, key) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
     if b"x-api-key" in fields:
         yield b"x-api-key", fields[b"x-api-key"]
@@ -5666,9 +5692,10 @@ def keys_given(fields):
             yield b"authorization", base64.b64decode(given.strip(), validate=True).partition(b":")[2]
 
 
-def consume_key(keys, head):
+def consume_key(keys: Keys, head: RequestHead) -> Key | None:
     """Return the Key that a request gives, or None; the fields that gave it are for the gateway, and not handed on."""
-    found, consumed = None, set()
+    found: Key | None = None
+    consumed: set[bytes] = set()
     for name, given in keys_given(head.fields):
         key = keys.find(given)
         if key is not None:
@@ -5696,7 +5723,7 @@ REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthori
            500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable", 508: b"Loop Detected"}
 
 
-def has_left(transport) -> bool:
+def has_left(transport: Transport) -> bool:
     """Tell whether the other side has closed its end, although nothing is read of it.
 
     Where the system does not tell of an end behind unread bytes, only a reset is seen.
@@ -5709,7 +5736,7 @@ def has_left(transport) -> bool:
         return True
 
 
-def unread_bytes(transport):
+def unread_bytes(transport: Transport) -> int:
     """Return how much of what was written the other side has not taken yet.
 
     The kernel's share counts: it holds megabytes, and asks for more only when a third of them has gone.
@@ -5721,6 +5748,9 @@ def unread_bytes(transport):
     return unsent
 
 
+Result = TypeVar("Result")
+
+
 class Turns:
     """Hand out the loop: of all work that takes long, one step is done per turn of the loop, the askers one by one.
 
@@ -5729,7 +5759,7 @@ class Turns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.waiting: collections.deque[asyncio.Future] = collections.deque()
+        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self.is_due = False         # the next one is to be woken
 
     async def take(self) -> None:
@@ -5752,14 +5782,15 @@ class Turns:
         if self.is_due:
             self.loop.call_soon(self.give)
 
-    async def run(self, steps: Generator[None, None, Any]) -> Any:
+    async def run(self, steps: Generator[None, None, Result]) -> Result:
         """Return the result of work that is given as a generator: each of its steps takes a turn."""
         while True:
             await self.take()
             try:
                 next(steps)
             except StopIteration as end:
-                return end.value
+                result: Result = end.value
+                return result
 
 
 class BodyMemory:
@@ -5771,7 +5802,7 @@ class BodyMemory:
     def __init__(self, limit: int, turns: Turns) -> None:
         self.limit, self.turns = limit, turns
         self.held_bytes = 0
-        self.waiting: collections.deque[tuple[int, asyncio.Future]] = collections.deque()
+        self.waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
     def fits(self, size: int) -> bool:
         """Tell whether there is room for so many bytes more."""
@@ -5785,7 +5816,7 @@ class BodyMemory:
                 self.held_bytes += size
                 turn.set_result(None)
 
-    async def hold(self, client: "ClientConnection", size: int) -> None:
+    async def hold(self, client: ClientConnection, size: int) -> None:
         """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
         more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
         if size <= SHORT_BODY_BYTES or not more:
@@ -5809,7 +5840,7 @@ class BodyMemory:
                 client.held_bytes += more
             self.grant()
 
-    def give_back(self, client: "ClientConnection") -> None:
+    def give_back(self, client: ClientConnection) -> None:
         """Take back what a client holds."""
         self.held_bytes -= client.held_bytes
         client.held_bytes = 0
@@ -5823,14 +5854,17 @@ class ClientConnection(asyncio.Protocol):
                  "deadline_s", "overdue", "wanted_bytes", "write_deadline_s", "unread_bytes", "asking", "serving",
                  "eof", "gone", "write_paused", "read_paused", "idle_s", "held_bytes", "is_stranger")
 
-    def __init__(self, loop, converse):
+    def __init__(self, loop: asyncio.AbstractEventLoop,
+                 converse: Callable[[ClientConnection], Coroutine[Any, Any, None]]) -> None:
         self.loop, self.converse = loop, converse
-        self.transport = self.task = self.writer = None
+        self.transport: Transport   # there once the connection is accepted
+        self.task: asyncio.Task[None] | None = None
+        self.writer: asyncio.StreamWriter | None = None
         self.address = ""
         self.buffer = bytearray()
-        self.sink = None            # an Upload that takes the bytes as they come
-        self.source = None          # the node's transport, not read while this socket's buffer is full
-        self.waiter = None
+        self.sink: Upload | None = None         # an Upload that takes the bytes as they come
+        self.source: asyncio.Transport | None = None    # the node's, not read while this socket's buffer is full
+        self.waiter: asyncio.Future[None] | None = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
         self.overdue = False
         self.wanted_bytes = 0       # of a body that is read as a whole: so many may be in `buffer`
@@ -5844,7 +5878,7 @@ class ClientConnection(asyncio.Protocol):
         self.eof = self.gone = False
         self.write_paused = self.read_paused = False
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: Transport) -> None:      # type: ignore[override]  # any socket's is one
         self.transport, self.write_deadline_s = transport, math.inf
         self.note_address()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
@@ -5856,7 +5890,7 @@ class ClientConnection(asyncio.Protocol):
         self.address = peer[0] if isinstance(peer, tuple) else "local"
         return self.address
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         if self.sink is not None:
             self.sink.data(data)
             return
@@ -5865,51 +5899,51 @@ class ClientConnection(asyncio.Protocol):
             self.pause_reading()
         self.wake()
 
-    def eof_received(self):
+    def eof_received(self) -> bool:
         self.eof = True
         self.hang_up()
         return True                 # what was asked before can still be answered
 
-    def connection_lost(self, exc):
+    def connection_lost(self, exc: Exception | None) -> None:
         self.eof = self.gone = True
         self.hang_up()
 
-    def hang_up(self):
+    def hang_up(self) -> None:
         """End what the task does for a client that is not there any more."""
-        if self.serving:
+        if self.serving and self.task is not None:
             self.task.cancel()
         self.wake()
 
-    def pause_writing(self):
+    def pause_writing(self) -> None:
         self.write_paused = True
         self.ask_to_read()
         if self.source is not None:
             self.source.pause_reading()
 
-    def resume_writing(self):
+    def resume_writing(self) -> None:
         self.write_paused = False
         self.write_deadline_s = math.inf
         if self.source is not None:
             self.source.resume_reading()
         self.wake()
 
-    def pause_reading(self):
+    def pause_reading(self) -> None:
         self.read_paused = True
         self.transport.pause_reading()
 
-    def resume_reading(self):
+    def resume_reading(self) -> None:
         self.read_paused = False
         self.transport.resume_reading()
 
-    def wake(self):
+    def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def ask_to_read(self):
+    def ask_to_read(self) -> None:
         """Note how much there is to be read now, and until when some of it must have been."""
         self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
 
-    def expire(self, now):
+    def expire(self, now: float) -> None:
         """End what this connection has waited for too long. Called every SWEEP_S."""
         if now > self.write_deadline_s:
             if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
@@ -5924,11 +5958,11 @@ class ClientConnection(asyncio.Protocol):
                 self.sink.expire()
             self.wake()
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         if not self.gone:
             self.transport.write(data)
 
-    async def wait(self):
+    async def wait(self) -> None:
         """Wait for something to happen on this connection."""
         self.waiter = self.loop.create_future()
         try:
@@ -5936,7 +5970,7 @@ class ClientConnection(asyncio.Protocol):
         finally:
             self.waiter = None
 
-    async def more(self, patience_s):
+    async def more(self, patience_s: float) -> None:
         """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
         size = len(self.buffer)
         self.deadline_s = self.loop.time() + patience_s
@@ -5953,14 +5987,14 @@ class ClientConnection(asyncio.Protocol):
         finally:
             self.deadline_s = math.inf
 
-    async def drained(self):
+    async def drained(self) -> None:
         """Wait until the client has read most of what was written to it."""
         while self.write_paused and not self.gone:
             await self.wait()
 
-    async def next_head(self, patience_s):
+    async def next_head(self, patience_s: float) -> RequestHead | None:
         """Return the head of the next request, or None if the client is done. Raises Refusal."""
-        scanned = started_s = empty_lines = 0
+        scanned, started_s, empty_lines = 0, 0.0, 0
         self.idle_s = self.loop.time()
         while True:
             while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
@@ -5997,19 +6031,19 @@ class ClientConnection(asyncio.Protocol):
             self.resume_reading()
         return taken
 
-    def invite(self, head):
+    def invite(self, head: RequestHead) -> None:
         """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
         if head.expects_continue and not self.buffer:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def more_body(self, due_s):
+    async def more_body(self, due_s: float) -> float:
         """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `more`."""
         size = len(self.buffer)
         await self.more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
     async def read_body(self, head: RequestHead, limit: int, grace_s: float,
-                        memory: "BodyMemory") -> Body:
+                        memory: BodyMemory) -> Body:
         """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
@@ -6032,9 +6066,10 @@ class ClientConnection(asyncio.Protocol):
         self.wanted_bytes = 0
         return self.take(head.length)
 
-    async def read_chunks(self, limit: int, due_s: float, memory: "BodyMemory") -> bytes:
+    async def read_chunks(self, limit: int, due_s: float, memory: BodyMemory) -> bytes:
         """Return a whole chunked body. Raises as `read_body`."""
-        decoder, parts, size = ChunkedBody(), [], 0
+        parts: list[bytes] = []
+        decoder, size = ChunkedBody(), 0
         while True:
             payload, used = decoder.feed(bytes(self.buffer[:decoder.at_most()]))
             self.take(used)
@@ -6050,7 +6085,7 @@ class ClientConnection(asyncio.Protocol):
             else:
                 due_s = await self.more_body(due_s)
 
-    async def close(self):
+    async def close(self) -> None:
         """Close so that the client gets all that was written.
 
         Closing a socket with unread bytes makes the kernel send a reset, which can destroy the answer on its way. So
@@ -6089,7 +6124,8 @@ class TlsTransport(asyncio.Protocol):
 
     __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended")
 
-    def __init__(self, socket, context, client, forget):
+    def __init__(self, socket: asyncio.Transport, context: ssl.SSLContext, client: ClientConnection,
+                 forget: Callable[[ClientConnection], None]) -> None:
         self.socket, self.client, self.forget = socket, client, forget
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
@@ -6098,11 +6134,12 @@ class TlsTransport(asyncio.Protocol):
 
     # As the socket's protocol: what comes in.
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         if self.ended:
             return
         self.incoming.write(data)
-        pieces, over = [], False
+        pieces: list[bytes] = []
+        over = False
         try:
             if not self.shaken:
                 self.tls.do_handshake()
@@ -6122,7 +6159,7 @@ class TlsTransport(asyncio.Protocol):
         if over:
             self.eof_received()
 
-    def refuse(self, data, error):
+    def refuse(self, data: bytes, error: ssl.SSLError) -> None:
         """End a connection that breaks the protocol, or speaks another one."""
         LOG.debug({"event": "tls", "why": error.reason})
         self.ended = True
@@ -6132,36 +6169,36 @@ class TlsTransport(asyncio.Protocol):
         self.socket.close()
         self.eof_received()         # what runs for the client ends now, and not when it has read the alert
 
-    def eof_received(self):
+    def eof_received(self) -> bool:
         if self.shaken and not self.client.eof:
             self.client.eof_received()
         return self.shaken
 
-    def connection_lost(self, exc):
+    def connection_lost(self, exc: Exception | None) -> None:
         self.ended = True
         self.client.connection_lost(exc)
         if not self.shaken:
             self.forget(self.client)
 
-    def pause_writing(self):
+    def pause_writing(self) -> None:
         self.client.pause_writing()
 
-    def resume_writing(self):
+    def resume_writing(self) -> None:
         self.client.resume_writing()
 
     # As the client's transport: what goes out.
 
-    def send(self):
+    def send(self) -> None:
         """Send what the TLS machine has to say."""
         if self.outgoing.pending:
             self.socket.write(self.outgoing.read())
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         if data and not self.ended:
             self.tls.write(data)    # whole: there is no end to a MemoryBIO
             self.socket.write(self.outgoing.read())
 
-    def end(self):
+    def end(self) -> None:
         """Say that no more will come (RFC 8446 6.1), as the peer cannot tell from a FIN that nothing was cut off."""
         if self.shaken and not self.ended:
             with contextlib.suppress(ssl.SSLError):     # it would wait for the peer's, or find unread bytes
@@ -6169,35 +6206,38 @@ class TlsTransport(asyncio.Protocol):
             self.send()
         self.ended = True
 
-    def write_eof(self):
+    def write_eof(self) -> None:
         self.end()
         self.socket.write_eof()
 
-    def close(self):
+    def close(self) -> None:
         self.end()
         self.socket.close()
 
-    def abort(self):
+    def abort(self) -> None:
         self.ended = True
         self.socket.abort()
 
-    def is_closing(self):
+    def is_closing(self) -> bool:
         return self.socket.is_closing()
 
-    def pause_reading(self):
+    def pause_reading(self) -> None:
         self.socket.pause_reading()
 
-    def resume_reading(self):
+    def resume_reading(self) -> None:
         self.socket.resume_reading()
 
-    def set_write_buffer_limits(self, high):
+    def set_write_buffer_limits(self, high: int) -> None:
         self.socket.set_write_buffer_limits(high)
 
-    def get_write_buffer_size(self):
+    def get_write_buffer_size(self) -> int:
         return self.socket.get_write_buffer_size()
 
-    def get_extra_info(self, name, default=None):
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self.socket.get_extra_info(name, default)
+
+
+RawLines = list[bytes] | tuple[()]      # of a head; in a Record, bytes is a field
 
 
 @dataclass(slots=True)
@@ -6221,10 +6261,10 @@ class Record:
     timings: Timings = Timings()
     reason: str = ""
     outcome: str = ""               # ok, cut, error, client_left, refused; until the end "" where the status tells it
-    cors: list | tuple = ()         # raw lines of the answer that let a web page read it
+    cors: RawLines = ()             # raw lines of the answer that let a web page read it
 
 
-def request_id(head, rng):
+def request_id(head: RequestHead, rng: random.Random) -> str:
     """Return the client's own X-Request-Id if it is harmless in a header and a log line, else a new one."""
     given = head.fields.get(b"x-request-id", b"")
     if 0 < len(given) <= 128 and TOKEN.fullmatch(given):
@@ -6232,14 +6272,15 @@ def request_id(head, rng):
     return f"{rng.getrandbits(64):016x}"
 
 
-def connection_lines(head, keep):
+def connection_lines(head: RequestHead | None, keep: bool) -> list[bytes]:
     """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
-    if not keep:
+    if not keep or head is None:
         return [b"Connection: close"]
     return [b"Connection: keep-alive"] if head.version == 0 else []
 
 
-def answer_locally(client, head, record, status, body, content_type=b"application/json", extra=(), close=False):
+def answer_locally(client: ClientConnection, head: RequestHead | None, record: Record | None, status: int, body: bytes,
+                   content_type: bytes = b"application/json", extra: Iterable[bytes] = (), close: bool = False) -> bool:
     """Write an answer of the gateway's own; tell whether the connection stays open."""
     keep = head is not None and head.keep_alive and not close
     lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")),
@@ -6257,14 +6298,14 @@ def answer_locally(client, head, record, status, body, content_type=b"applicatio
     return keep
 
 
-def answer_refusal(client, head, record, refusal):
+def answer_refusal(client: ClientConnection, head: RequestHead | None, record: Record | None, refusal: Refusal) -> bool:
     """Write a Refusal in the family of the path; tell whether the connection stays open."""
     family = family_of(head.path) if head else Family.OLLAMA
-    extra = []
+    extra: list[bytes] = []
     if refusal.retry_after_s is not None:
         extra.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
     if refusal.status == 401:       # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
-        page = head.path.startswith("/dashboard")
+        page = head is not None and head.path.startswith("/dashboard")
         extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
     if refusal.status == 405:       # RFC 9110 15.5.6: "MUST generate an Allow header field"
         extra.append(b"Allow: " + ALLOWED_METHODS)
@@ -6322,7 +6363,7 @@ def added_lines(record: Record, answer: ResponseHead) -> list[bytes]:
             b"X-Request-Id: " + record.id.encode(), *record.cors]
 
 
-def choose_framing(head, answer, keep):
+def choose_framing(head: RequestHead, answer: ResponseHead, keep: bool) -> tuple[Framing, list[bytes], bool]:
     """Return (Framing, raw lines that say so, whether the connection stays open) for a node's answer."""
     given = answer.fields.get(b"content-length")
     if head.method == "HEAD" or answer.status in (204, 304):
@@ -6356,7 +6397,7 @@ class NodeAnswer(NamedTuple):
 class NodeRefused(Exception):
     """A node has answered with an error of its own."""
 
-    def __init__(self, value: NodeAnswer):
+    def __init__(self, value: NodeAnswer) -> None:
         super().__init__(f"{value.node}: {value.text}")
         self.value = value
 
@@ -6371,7 +6412,8 @@ def shown_error(body: bytes) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text[:2 * KIB]).split())[:200]
 
 
-def answer_whole(client, head, record, answer, body):
+def answer_whole(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
+                 body: bytes) -> bool:
     """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
     answer.length = len(body)
     _, lines, keep = choose_framing(head, answer, head.keep_alive)
@@ -6380,7 +6422,8 @@ def answer_whole(client, head, record, answer, body):
     return keep
 
 
-def pass_on_whole(gateway, client, head, connection, answer, lease, record):
+def pass_on_whole(gateway: Gateway, client: ClientConnection, head: RequestHead, connection: NodeConnection,
+                  answer: ResponseHead, lease: Lease, record: Record) -> tuple[bool, bool]:
     """Pass on an answer that came in one piece with its head. Return what relay_answer does."""
     body, connection.buffer = connection.buffer, b""
     connection.transport.resume_reading()       # with its head it may have been more than is read ahead
@@ -6414,12 +6457,14 @@ def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHe
         dispatcher.observe(lease, record.timings, now)
 
 
-def begin_relay(client, connection, answer, record, lease, framing, lines, heard, transcript):
+def begin_relay(client: ClientConnection, connection: NodeConnection, answer: ResponseHead, record: Record,
+                lease: Lease, framing: Framing, lines: list[bytes], heard: Heard,
+                transcript: Transcript | None) -> Relay:
     """Return the Relay for an answer. Raises NodeFailure if it cannot go on where the transcript's last one ended."""
     prelude = render_response(answer, added_lines(record, answer), lines)
     kind = answer.fields.get(b"content-type", b"")
     before = transcript and transcript.relay
-    if before:
+    if transcript and before:
         if answer.status != 200 or kind != before.head.fields.get(b"content-type"):
             raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
         return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
@@ -6430,7 +6475,7 @@ def begin_relay(client, connection, answer, record, lease, framing, lines, heard
                  WHOLE_ANSWER_BYTES if wants.inference and not wants.stream else 0)
 
 
-def break_off(client, record, relay, text, family):
+def break_off(client: ClientConnection, record: Record, relay: Relay, text: str, family: Family) -> bool:
     """End an answer that nobody can complete; tell whether the client's connection can be used again."""
     record.reason = text
     told = relay.close_with(text, family)
@@ -6440,7 +6485,9 @@ def break_off(client, record, relay, text, family):
     return told
 
 
-async def relay_answer(gateway, client, head, connection, answer, lease, record, keep, transcript=None):
+async def relay_answer(gateway: Gateway, client: ClientConnection, head: RequestHead, connection: NodeConnection,
+                       answer: ResponseHead, lease: Lease, record: Record, keep: bool,
+                       transcript: Transcript | None = None) -> tuple[bool, bool]:
     """Pass a node's answer on to the client as it comes. Return (keep the client's, keep the node's connection).
 
     If the node fails once bytes are out, another one goes on if there is a transcript: the NodeFailure is raised. Else
@@ -6471,7 +6518,7 @@ async def relay_answer(gateway, client, head, connection, answer, lease, record,
         record.status = answer.status
         record.bytes = relay.bytes + (record.bytes if before else 0)
         record.first_s = record.first_s if before else lease.first_s
-    if before:
+    if transcript and before:
         dispatcher.rescued(whole=not relay.failure)
         record.reason = f"rescued from {' and '.join(transcript.lost)}; {record.reason}"
     return keep and relay.framing is not Framing.CLOSE, relay.clean
@@ -6490,7 +6537,7 @@ class Begun(NamedTuple):
     answer: ResponseHead
 
 
-async def begin(gateway: Gateway, head: RequestHead, body: bytes, lease: Lease) -> Begun:
+async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -> Begun:
     """Send a request to the leased node and wait until its answer has begun, however long that takes.
 
     Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
@@ -6530,7 +6577,8 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
     return answer.length == 0
 
 
-async def attempt(gateway, client, head, body, lease, record):
+async def attempt(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, lease: Lease,
+                  record: Record) -> bool:
     """Run a request on the leased node. Return whether the client's connection stays open. Raises as `begin`."""
     record.node, record.reason = lease.node.name, lease.reason
     record.attempts += 1
@@ -6546,12 +6594,12 @@ async def attempt(gateway, client, head, body, lease, record):
 class Inference:
     """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
 
-    def __init__(self, gateway: Gateway, head: RequestHead, body: bytes, record: Record, ticket: Ticket,
-                 transcript: Transcript | None):
+    def __init__(self, gateway: Gateway, head: RequestHead, body: Body, record: Record, ticket: Ticket,
+                 transcript: Transcript | None) -> None:
         self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
         self.head, self.body, self.record, self.ticket = head, body, record, ticket
         self.transcript = transcript
-        self.rival: asyncio.Task | None = None          # the attempt that races the first one
+        self.rival: asyncio.Task[Begun | None] | None = None    # the attempt that races the first one
         self.rival_lease: Lease | None = None           # and the last lease of one
         self.last: Answer | NodeAnswer = Answer(502, "no node answered")
 
@@ -6609,6 +6657,7 @@ class Inference:
 
     def race(self, lease: Lease) -> None:
         """Begin a second attempt, on another node. The first byte wins."""
+        assert self.ticket.lease is not None    # the first attempt's
         self.rival_lease = lease
         self.rival = self.loop.create_task(self.run_against(self.ticket.lease, lease))
 
@@ -6629,11 +6678,13 @@ class Inference:
 
         None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
         """
-        known, taken = self.transcript.all_known(), False
+        transcript = self.transcript
+        assert transcript and transcript.relay      # the stream has begun
+        known, taken = transcript.all_known(), False
         try:
             await rehearse(begun, known)
-            has_gone_on = not first.released and self.transcript.all_known() != known
-            taken = not has_gone_on and self.transcript.relay.can_be_continued()
+            has_gone_on = not first.released and transcript.all_known() != known
+            taken = not has_gone_on and transcript.relay.can_be_continued()
         except NodeFailure as failed:
             self.note(begun.lease, failed.value)
         except Refusal:
@@ -6651,10 +6702,11 @@ class Inference:
         rival, self.rival = self.rival, None
         if rival is None:
             return
+        assert self.rival_lease is not None
         if rival.cancel():
             self.end(self.rival_lease)
-        elif not rival.cancelled() and rival.result() is not None:
-            self.close(rival.result(), clean=False)
+        elif not rival.cancelled() and (begun := rival.result()) is not None:
+            self.close(begun, clean=False)
 
     def may_move_on(self) -> bool:
         """Tell whether another node may answer what has failed."""
@@ -6662,7 +6714,7 @@ class Inference:
             return False
         return self.dispatcher.retry(self.ticket, self.loop.time())
 
-    async def run(self, client: ClientConnection, take: Take) -> bool:
+    async def run(self, client: ClientConnection | Share, take: Take) -> bool:
         """Try one node after the other; see serve_inference. Return whether the client's connection stays open."""
         try:
             while True:
@@ -6689,7 +6741,7 @@ class Inference:
             self.ticket.race = None
             self.end_race()
 
-    async def pass_on(self, client: ClientConnection, begun: Begun, take: Take) -> bool:
+    async def pass_on(self, client: ClientConnection | Share, begun: Begun, take: Take) -> bool:
         """Let the client have an answer that has begun. Return whether its connection stays open. Raises as `take`."""
         lease, record, clean = begun.lease, self.record, False
         record.node, record.reason = lease.node.name, lease.reason
@@ -6731,7 +6783,8 @@ async def rehearse(begun: Begun, known: str) -> None:
     connection.buffer = raw + connection.buffer
 
 
-async def serve_inference(gateway, client, head, body, wants, record, take=relay_answer, version=""):
+async def serve_inference(gateway: Gateway, client: ClientConnection | Share, head: RequestHead, body: Body,
+                          wants: Wants, record: Record, take: Take = relay_answer, version: str = "") -> bool:
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
 
     A deterministic stream is gone on with by another node even when a part of it is out.
@@ -6747,17 +6800,18 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
         if not (transcript and transcript.relay):
             raise
         dispatcher.rescued(whole=False)
-        told = break_off(client, record, transcript.relay, str(ended), wants.family)
+        told = break_off(transcript.relay.client, record, transcript.relay, str(ended), wants.family)
         return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
     finally:
         dispatcher.leave(ticket, loop.time())
         gateway.pump()
 
 
-async def serve_control(gateway, client, head, body, wants, record):
+async def serve_control(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, wants: Wants,
+                        record: Record) -> bool:
     """Send a request without a slot to one suitable node; to another one only if the first cannot be reached."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    tried = set()
+    tried: set[str] = set()
     while True:
         lease = dispatcher.place(record.id, wants, tried, loop.time())
         try:
@@ -6772,14 +6826,17 @@ async def serve_control(gateway, client, head, body, wants, record):
             dispatcher.release(lease, loop.time())
 
 
-async def serve_upload(gateway, client, head, wants, record):
+async def serve_upload(gateway: Gateway, client: ClientConnection, head: RequestHead, wants: Wants,
+                       record: Record) -> bool:
     """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
 
     A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead.
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
     lease = dispatcher.place(record.id, wants, set(), loop.time())
-    connection, upload, clean = None, None, False
+    connection: NodeConnection | None = None
+    upload: Upload | None = None
+    clean = False
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
         pool = gateway.pools[lease.node]
@@ -6827,13 +6884,13 @@ class Outcome(NamedTuple):
 class Progress:
     """Merge the progress of several nodes: of each layer what the slowest has, other lines once all have said them."""
 
-    def __init__(self, names):
+    def __init__(self, names: Iterable[str]) -> None:
         self.names = set(names)     # of nodes that are still at it
-        self.counts = {}            # digest: {name: completed bytes}
-        self.said = {}              # status without a digest: names that have said it
-        self.told = {}              # digest or status: completed bytes, as told last
+        self.counts: dict[str, dict[str, int]] = {}     # digest: {name: completed bytes}
+        self.said: dict[str, set[str]] = {}     # status without a digest: names that have said it
+        self.told: dict[str, int] = {}          # digest or status: completed bytes, as told last
 
-    def take(self, name, line):
+    def take(self, name: str, line: Json) -> Json | None:
         """Return the line to tell now that a node has told this one, or None."""
         status, digest, done = str(line.get("status")), line.get("digest"), line.get("completed")
         if isinstance(digest, str):
@@ -6851,7 +6908,7 @@ class Progress:
         self.told[status] = 0
         return line
 
-    def drop(self, name):
+    def drop(self, name: str) -> None:
         """Wait for a node no longer: it has failed, or is done."""
         self.names.discard(name)
 
@@ -6861,11 +6918,11 @@ class Lines(Sink):
 
     __slots__ = ("hear", "rest")
 
-    def __init__(self, connection, head, hear):
+    def __init__(self, connection: NodeConnection, head: ResponseHead, hear: Callable[[bytes], None]) -> None:
         super().__init__(connection, head)
         self.hear, self.rest = hear, b""
 
-    def take(self, payload, verbatim):
+    def take(self, payload: bytes, verbatim: bytes | None) -> None:
         *lines, self.rest = (self.rest + payload).split(b"\n")
         if len(self.rest) > MAX_LINE_BYTES:
             self.fail(Failure("garbage", "a line without end"))
@@ -6877,32 +6934,33 @@ class Lines(Sink):
 class LineAnswer:
     """An answer of lines to a client. Its head, that of a node's answer, goes out with the first of them."""
 
-    def __init__(self, client, head, record):
+    def __init__(self, client: ClientConnection, head: RequestHead, record: Record) -> None:
         self.client, self.head, self.record = client, head, record
-        self.framing = None         # nothing is out yet
+        self.framing: Framing | None = None     # nothing is out yet
         self.keep = False
 
-    def write(self, answer, line):
+    def write(self, answer: ResponseHead | None, line: bytes) -> None:
         """Write a line; `answer` is the head of the node that it comes from."""
         data = line + b"\n"
         self.record.bytes += len(data)
         if self.framing is Framing.CHUNKED:
             data = chunk(data)
         elif self.framing is None:
+            assert answer is not None       # the first line is a node's
             answer.length, self.record.status = None, answer.status
             self.framing, lines, self.keep = choose_framing(self.head, answer, self.head.keep_alive)
             data = chunk(data) if self.framing is Framing.CHUNKED else data
             data = render_response(answer, added_lines(self.record, answer), lines) + data
         self.client.write(data)
 
-    def end(self):
+    def end(self) -> bool:
         """End it; tell whether the connection stays open."""
         if self.framing is Framing.CHUNKED:
             self.client.write(LAST_CHUNK)
         return self.keep
 
 
-def read_line(line):
+def read_line(line: bytes) -> Json:
     """Return the object in a line. Raises NodeFailure."""
     try:
         value = json.loads(line)
@@ -6913,7 +6971,7 @@ def read_line(line):
     return value
 
 
-def error_in(change, status, body):
+def error_in(change: str, status: int, body: bytes) -> str:
     """Return why a change was not done, by a node's answer or last line, or "". Raises NodeFailure for garbage."""
     if status >= 400:
         with contextlib.suppress(NodeFailure):
@@ -6928,14 +6986,14 @@ def error_in(change, status, body):
     return "" if done else "ended without success"
 
 
-def without_absent(change, outcomes):
+def without_absent(change: str, outcomes: list[Outcome]) -> list[Outcome]:
     """Return the outcomes that count: a node that had nothing to delete or unload does not, beside one that had."""
     if change not in ("delete", "unload"):
         return outcomes
     return [it for it in outcomes if not it.answer or it.answer.status != 404] or outcomes
 
 
-def explain_failure(outcomes):
+def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
     """Return (status, text) that tell which nodes failed, why, and where the change was made all the same."""
     failed = [it for it in outcomes if it.error]
     done = [it.node.name for it in outcomes if not it.error]
@@ -6945,18 +7003,21 @@ def explain_failure(outcomes):
     return status, text + (f"; done on {', '.join(done)}" if done else "")
 
 
-async def change(gateway, lease, head, body, hear):
+async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
+                 hear: Callable[[ResponseHead, bytes], None]) -> tuple[ResponseHead, bytes]:
     """Make a change on the leased node. Return (head of its answer, whole body or last line). Raises NodeFailure.
 
     Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
     """
     dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.pools[lease.node]
-    connection, clean, last = None, False, b""
+    connection: NodeConnection | None = None
+    sink: Lines | Collector
+    clean, last = False, b""
 
-    def on_connection(connection):
+    def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
 
-    def on_line(line):
+    def on_line(line: bytes) -> None:
         nonlocal last
         last = line
         dispatcher.heard(lease, 0, loop.time())
@@ -6986,14 +7047,15 @@ async def change(gateway, lease, head, body, hear):
             pool.give_back(connection, clean)
 
 
-async def change_on(gateway, node, head, body, wants, record, hear):
+async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body, wants: Wants, record: Record,
+                    hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
     """Make a change on one node and return its Outcome, whatever happens there."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     lease = dispatcher.pin(record.id, wants, node, loop.time(), wants.change)
     try:
         answer, last = await change(gateway, lease, head, body, functools.partial(hear, node))
         error = error_in(wants.change, answer.status, last)
-        if not error and wants.change == "unload":
+        if not error and wants.change == "unload" and wants.model is not None:
             dispatcher.unloaded(node, wants.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
@@ -7011,7 +7073,8 @@ def refused_alike(outcomes: list[Outcome]) -> bool:
     return len(statuses) == 1 and min(statuses) >= 400
 
 
-def answer_change(client, head, record, told, outcomes):
+def answer_change(client: ClientConnection, head: RequestHead, record: Record, told: LineAnswer,
+                  outcomes: list[Outcome]) -> bool:
     """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
     failed = [it for it in outcomes if it.error]
     if failed:
@@ -7029,14 +7092,15 @@ def answer_change(client, head, record, told, outcomes):
     return told.end()
 
 
-async def serve_change(gateway, client, head, body, wants, record):
+async def serve_change(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, wants: Wants,
+                       record: Record) -> bool:
     """Change a model on all nodes concerned; succeed only if all of them do."""
     nodes = gateway.dispatcher.targets(wants, gateway.options.replicas, gateway.loop.time())
     record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
     record.reason = f"{wants.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
     told, progress = LineAnswer(client, head, record), Progress(node.name for node in nodes)
 
-    def hear(node, answer, line):
+    def hear(node: Node, answer: ResponseHead, line: bytes) -> None:
         """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
         value = read_line(line)
         if value.get("error"):
@@ -7046,7 +7110,7 @@ async def serve_change(gateway, client, head, body, wants, record):
             if len(nodes) == 1 or due is not None:
                 told.write(answer, line if len(nodes) == 1 else json.dumps(due, separators=(",", ":")).encode())
 
-    async def one(node):
+    async def one(node: Node) -> Outcome:
         outcome = await change_on(gateway, node, head, body, wants, record, hear)
         progress.drop(node.name)    # of two lines the one that counts has come, or never will
         return outcome
@@ -7084,14 +7148,14 @@ class Cut(NamedTuple):
 class Share:
     """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
 
-    texts: list
+    texts: list[str]
     wants: Wants
     record: Record
     answer: ResponseHead | None = None
     cut: Cut | None = None
 
 
-def cut_answer(body, count):
+def cut_answer(body: bytes, count: int) -> Cut:
     """Return the Cut of an answer with `count` embeddings. Raises NodeFailure if it is none."""
     start, end = LIST_START.search(body, 0, LIST_START_BYTES), body.rfind(b"]")
     if not start or body[start.end():end].rstrip()[-1:] not in (b"]", b"}"):
@@ -7103,7 +7167,7 @@ def cut_answer(body, count):
     return cut
 
 
-def renumbered(rows, offset):
+def renumbered(rows: bytes, offset: int) -> bytes:
     """Return rows of /v1/embeddings with `offset` added to each index."""
     first, *rest = rows.split(b'"index"')
     for at, piece in enumerate(rest):
@@ -7118,12 +7182,12 @@ def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None,
 
     One share a step.
     """
-    found = collections.defaultdict(list)
+    found: collections.defaultdict[bytes, list[int]] = collections.defaultdict(list)
     for cut in cuts:
         for name, value in TOTAL.findall(cut.after):
             found[name].append(int(value))
 
-    def total(match):
+    def total(match: re.Match[bytes]) -> bytes:
         name, values = match[1], found[match[1]]
         if name == b"total_duration":
             values = [round(took_s * 1e9)]
@@ -7136,15 +7200,17 @@ def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None,
     return [*pieces, TOTAL.sub(total, cuts[0].after)]
 
 
-def cut_batch(wants, sizes, record):
+def cut_batch(wants: Wants, sizes: list[int], record: Record) -> list[Share]:
     """Return the Shares of a batch, of the given sizes."""
+    assert wants.batch is not None
     texts = iter(wants.batch["input"])
     parts = [list(itertools.islice(texts, size)) for size in sizes]
     return [Share(part, replace(wants, prompt_chars=sum(map(len, part)), inputs=len(part), batch=None),
                   replace(record)) for part in parts]
 
 
-async def keep_share(gateway, share, head, connection, answer, lease, record, keep):
+async def keep_share(gateway: Gateway, share: Share, head: RequestHead, connection: NodeConnection,
+                     answer: ResponseHead, lease: Lease, record: Record, keep: bool) -> tuple[bool, bool]:
     """Keep a node's answer to a share. Return what relay_answer does. Raises NodeFailure or NodeRefused."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     dispatcher.heard(lease, 0, loop.time())
@@ -7157,17 +7223,19 @@ async def keep_share(gateway, share, head, connection, answer, lease, record, ke
     return True, collector.clean
 
 
-async def serve_batch(gateway, client, head, wants, record, sizes, digest):
+async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestHead, wants: Wants, record: Record,
+                      sizes: list[int], digest: str) -> bool:
     """Let the nodes that have one version of the model embed shares of a batch; answer as one node would."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    shares = cut_batch(wants, sizes, record)
+    shares, batch = cut_batch(wants, sizes, record), wants.batch
+    assert batch is not None
     plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
     left = iter(shares)
 
-    async def work():
+    async def work() -> None:
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
-            body = json.dumps({**wants.batch, "input": share.texts}).encode()
+            body = json.dumps({**batch, "input": share.texts}).encode()
             await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, digest)
 
     nodes = len(dispatcher.nodes) - len(dispatcher.without(wants.model, digest))
@@ -7184,9 +7252,11 @@ async def serve_batch(gateway, client, head, wants, record, sizes, digest):
         record.attempts = sum(it.attempts for it in records)
         record.queue_s = min(it.queue_s for it in records)
         record.reason = f"{len(shares)} shares"
-    pieces = await gateway.turns.run(joined([share.cut for share in shares], sizes, loop.time() - record.started_s))
+    cuts, answer = [share.cut for share in shares if share.cut], shares[0].answer
+    assert answer is not None       # as all shares have
+    pieces = await gateway.turns.run(joined(cuts, sizes, loop.time() - record.started_s))
     record.timings = read_timings(pieces[-1][-TAIL_BYTES:])
-    return await answer_in_pieces(client, head, record, shares[0].answer, pieces)
+    return await answer_in_pieces(client, head, record, answer, pieces)
 
 
 async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
@@ -7203,17 +7273,17 @@ async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: 
     return keep
 
 
-async def serve_locally(gateway, client, head, record):
+async def serve_locally(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
     if head.length != 0:
         await gateway.read_body(client, head)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
         await gateway.refreshed[head.path](gateway)
     status, body, kind, *extra = gateway.own_answer(head.path)
-    return answer_locally(client, head, record, status, body, kind, *extra)
+    return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
 
 
-def is_loopback(address):
+def is_loopback(address: str) -> bool:
     """Tell whether an address is this machine's own, that no other can reach."""
     try:
         found = ipaddress.ip_address(address)
@@ -7226,19 +7296,19 @@ def is_loopback(address):
 FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
 
 
-def is_local(client, head):
+def is_local(client: ClientConnection, head: RequestHead) -> bool:
     """Tell whether somebody on this machine asks, and asks this machine: a web page can make a name of its own mean it.
     """
     return (is_loopback(client.address) and is_loopback(host_name(head.fields.get(b"host", b"")))
             and not any(field in head.fields for field in FORWARDING))
 
 
-def is_open(method, path):
+def is_open(method: str, path: str) -> bool:
     """Tell whether a request needs no key: what a monitor asks, and the gateway answers from what it knows."""
     return method in ("GET", "HEAD") and path in OPEN_PATHS
 
 
-def guard(gateway: "Gateway", head: RequestHead, kind: str, key: Key | None, close: bool) -> None:
+def guard(gateway: Gateway, head: RequestHead, kind: str, key: Key | None, close: bool) -> None:
     """Raise Refusal unless who asks may change models, an account or nodes: a key that may, and no page of strangers.
 
     An order to a node is for the gateway's own pages only. A change of models is, as with Ollama, for those of the
@@ -7251,7 +7321,7 @@ def guard(gateway: "Gateway", head: RequestHead, kind: str, key: Key | None, clo
         raise Refusal(403, "a web page of this origin may not do that", close=close)
 
 
-def admit(gateway, client, head, route, record):
+def admit(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record) -> Key | None:
     """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
     has_body = head.length != 0
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
@@ -7267,7 +7337,7 @@ def admit(gateway, client, head, route, record):
     return key
 
 
-async def serve_events(gateway, client, head, record):
+async def serve_events(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
         await gateway.read_body(client, head)
@@ -7283,7 +7353,7 @@ async def serve_events(gateway, client, head, record):
     return False
 
 
-async def serve_order(gateway, client, head, record):
+async def serve_order(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
     await gateway.read_body(client, head)
@@ -7294,7 +7364,7 @@ async def serve_order(gateway, client, head, record):
     return answer_locally(client, head, record, *gateway.order(node, verb))
 
 
-def answer_origin(gateway, client, head, record):
+def answer_origin(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool | None:
     """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
 
     Here and not in the nodes: they would compare the origin with a Host that no browser has seen.
@@ -7309,7 +7379,8 @@ def answer_origin(gateway, client, head, record):
     return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
 
 
-async def serve_by_nodes(gateway, client, head, route, body, wants, record):
+async def serve_by_nodes(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, body: Body,
+                         wants: Wants, record: Record) -> bool:
     """Answer a request that nodes are needed for. Raises what `serve` raises."""
     record.model, record.priority = wants.model or "", wants.priority
     if route.kind == "raw" and head.length != 0:
@@ -7326,7 +7397,7 @@ async def serve_by_nodes(gateway, client, head, route, body, wants, record):
     return await handle(gateway, client, head, body, wants, record)
 
 
-async def serve(gateway, client, head, record):
+async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
     """Answer one request; tell whether the connection stays open.
 
     Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
@@ -7364,7 +7435,7 @@ async def serve(gateway, client, head, record):
         key.give_back()
 
 
-async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: RequestHead, route: Route, record: Record,
+async def serve_admitted(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record,
                          key: Key | None) -> bool:
     """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
     body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
@@ -7384,9 +7455,10 @@ async def serve_admitted(gateway: "Gateway", client: ClientConnection, head: Req
     return await serve_by_nodes(gateway, client, head, route, body, wants, record)
 
 
-async def converse(gateway, client):
+async def converse(gateway: Gateway, client: ClientConnection) -> None:
     """Serve one client connection from its first byte to its last."""
-    head = record = None
+    head: RequestHead | None = None
+    record: Record | None = None
     try:
         while True:
             head = record = None
