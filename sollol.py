@@ -68,12 +68,12 @@ import termios
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 try:
-    from compression import zstd
+    from compression import zstd    # type: ignore[import-not-found, unused-ignore]
 except ImportError:                 # before Python 3.14
     zstd = None
 
@@ -248,6 +248,13 @@ ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      #
 
 LOG = logging.getLogger("sollol")
 Body = bytes | bytearray            # the whole of one; a long one is not copied out of its buffer
+Json = dict[str, Any]               # an object, as it was read or is to be written
+HeadFields = dict[bytes, bytes]     # the last value, by the lower-case name
+HeadLines = list[tuple[bytes, bytes]]       # (lower-case name, raw line)
+Prefix = tuple[tuple[int, int], ...]        # (hash, chars) after each leading part of a prompt
+RunnerOptions = tuple[tuple[str, float], ...]
+Parsed = TypeVar("Parsed")
+Line = TypeVar("Line", bytes, str)
 
 
 # What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
@@ -282,7 +289,8 @@ class Answer(NamedTuple):
 class Refusal(Exception):
     """A request that the gateway answers itself. Carries that answer, and whether the connection ends."""
 
-    def __init__(self, status: int, text: str, *, close: bool = False, retry_after_s: float | None = None):
+    def __init__(self, status: int, text: str, *, close: bool = False,
+                 retry_after_s: float | None = None) -> None:
         super().__init__(text)
         self.status, self.text, self.close, self.retry_after_s = status, text, close, retry_after_s
 
@@ -294,7 +302,7 @@ class Refusal(Exception):
 class ProtocolError(Refusal):
     """HTTP that is malformed or can be read in two ways. Always ends the connection: its framing is unknown."""
 
-    def __init__(self, text, status=400):
+    def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(status, text, close=True)
 
 
@@ -305,7 +313,7 @@ class ClientGone(Exception):
 class NodeFailure(Exception):
     """A node did not give an answer."""
 
-    def __init__(self, kind: str, text: str):
+    def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
         self.value = Failure(kind, text)
 
@@ -345,8 +353,8 @@ class RequestHead:
     target: bytes                   # origin-form, as sent: signatures over the query stay valid
     path: str                       # decoded, without query: for choosing the route only
     version: int                    # the minor number: HTTP/1.0 or HTTP/1.1
-    fields: dict[bytes, bytes]
-    lines: list[tuple[bytes, bytes]]
+    fields: HeadFields
+    lines: HeadLines
     length: int | None              # of the body; None = chunked
     keep_alive: bool
     expects_continue: bool
@@ -360,8 +368,8 @@ class ResponseHead:
     status: int
     reason: bytes
     version: int
-    fields: dict[bytes, bytes]
-    lines: list[tuple[bytes, bytes]]
+    fields: HeadFields
+    lines: HeadLines
     length: int | None
     keep_alive: bool
 
@@ -377,15 +385,15 @@ class Wants:
     stream: bool = False
     prompt_chars: int = 0
     max_output: int | None = None   # tokens, if the client bounds them
-    options: tuple = ()             # runner options given: another value means unload and load again
+    options: RunnerOptions = ()     # those given: another value means unload and load again
     keep_alive_s: float | None = None   # how long the model stays loaded from now on; None = as before
-    prefix: tuple = ()              # (hash, chars) after each leading part of the prompt
+    prefix: Prefix = ()
     embeds: bool = False            # no decode phase
     inputs: int = 1                 # texts to embed: each takes a slot of its own
     inference: bool = True          # takes a slot; False for show, pull and the like
     where: Where = Where.QUEUED
     opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
-    batch: dict | None = None       # the fields of an embedding's body if its input is a list of texts
+    batch: Json | None = None       # the fields of an embedding's body if its input is a list of texts
     source: str | None = None       # the model, canonical, that a new one is made from
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
     repeatable: bool = True         # doing it twice does no harm
@@ -393,7 +401,7 @@ class Wants:
     silent: bool = False            # nothing may be seen of its answer before its end: it does not stream, or has tools
 
 
-def bracketed(host):
+def bracketed(host: str) -> str:
     """Return a host as it stands in a URL (RFC 3986 3.2.2: IPv6 addresses in brackets)."""
     return f"[{host}]" if ":" in host else host
 
@@ -416,7 +424,7 @@ class NodeSettings(NamedTuple):
     address: str = ""               # of one of those: where to connect to instead of the host
 
     @property
-    def url(self):
+    def url(self) -> str:
         return f"{'https' if self.tls else 'http'}://{bracketed(self.address or self.host)}:{self.port}{self.prefix}"
 
 
@@ -460,7 +468,7 @@ UNTIL_CLOSE = -1
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def find_head(buffer, scanned=0):
+def find_head(buffer: Body, scanned: int = 0) -> int | None:
     """Return the length of the head in `buffer` with its empty line, or None if it is not complete.
 
     `scanned` bytes are known to hold none. Raises ProtocolError at the first byte that no head can contain, so that
@@ -477,7 +485,7 @@ def find_head(buffer, scanned=0):
     return None
 
 
-def remembered(parse):
+def remembered(parse: Callable[[Line], Parsed]) -> Callable[[Line], Parsed]:
     """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
 
     Only short lines, so that the table stays below some 300 KiB whatever is sent.
@@ -487,7 +495,7 @@ def remembered(parse):
 
 
 @remembered
-def parse_field(line):
+def parse_field(line: bytes) -> tuple[bytes, bytes]:
     """Return (lower-case name, value) of a field line. Raises ProtocolError. Folded lines fail: they have no name."""
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name):
@@ -497,9 +505,10 @@ def parse_field(line):
     return name.lower(), value.strip(b" \t")
 
 
-def parse_fields(lines):
+def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
     """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
-    fields, kept = {}, []
+    fields: HeadFields = {}
+    kept: HeadLines = []
     for line in lines:
         name, value = parse_field(line)
         if name in fields:
@@ -511,7 +520,7 @@ def parse_fields(lines):
     return fields, kept
 
 
-def parse_length(fields, version):
+def parse_length(fields: HeadFields, version: int) -> int | None:
     """Return the body length that the fields declare: a number, None for chunked, or 0 if they say nothing.
 
     RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
@@ -532,17 +541,17 @@ def parse_length(fields, version):
     return int(length)
 
 
-def wants_keep_alive(fields, version):
+def wants_keep_alive(fields: HeadFields, version: int) -> bool:
     """Tell whether the connection stays open after this message (RFC 9112 9.3)."""
-    options = fields.get(b"connection", b"").lower()
-    if not options:
+    listed = fields.get(b"connection", b"").lower()
+    if not listed:
         return version == 1
-    options = [option.strip() for option in options.split(b",")]
+    options = [option.strip() for option in listed.split(b",")]
     return b"close" not in options and (version == 1 or b"keep-alive" in options)
 
 
 @remembered
-def parse_request_line(line):
+def parse_request_line(line: bytes) -> tuple[str, bytes, str, int]:
     """Return (method, target in origin form, decoded path, minor version) of a request line. Raises ProtocolError."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
@@ -562,23 +571,23 @@ def parse_request_line(line):
     return method, target, urllib.parse.unquote(path.decode("latin-1")), version
 
 
-def parse_request(head):
+def parse_request(head: Body) -> RequestHead:
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
-    first, *lines = head[:-4].split(b"\r\n")
+    first, *lines = bytes(head[:-4]).split(b"\r\n")     # a long one comes in its buffer, whose lines have no hash
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"more than {MAX_FIELDS} header fields", 431)
     method, target, path, version = parse_request_line(first)
-    fields, lines = parse_fields(lines)
+    fields, kept = parse_fields(lines)
     host = fields.get(b"host")
     if host is None and version == 1 or host is not None and not HOST.fullmatch(host):
         raise ProtocolError("missing or malformed Host field")      # RFC 9112 3.2
-    return RequestHead(method, target, path, version, fields, lines, parse_length(fields, version),
+    return RequestHead(method, target, path, version, fields, kept, parse_length(fields, version),
                        wants_keep_alive(fields, version),
                        version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
 
 
 @remembered
-def parse_status_line(line):
+def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
     """Return (status, reason, minor version) of a status line. Raises ProtocolError."""
     match = STATUS_LINE.fullmatch(line)
     if not match:
@@ -586,18 +595,18 @@ def parse_status_line(line):
     return int(match[2]), match[3] or b"", int(match[1])
 
 
-def parse_response(head, method):
+def parse_response(head: bytes, method: str) -> ResponseHead:
     """Parse the head of the answer to a `method` request. Raises ProtocolError."""
     first, *lines = head[:-4].split(b"\r\n")
     status, reason, version = parse_status_line(first)
-    fields, lines = parse_fields(lines)
+    fields, kept = parse_fields(lines)
     length = parse_length(fields, version)
     if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
         length = 0
     elif length == 0 and b"content-length" not in fields:           # step 8
         length = UNTIL_CLOSE
     keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
-    return ResponseHead(status, reason, version, fields, lines, length, keep_alive)
+    return ResponseHead(status, reason, version, fields, kept, length, keep_alive)
 
 
 class LengthBody:
@@ -605,11 +614,11 @@ class LengthBody:
 
     verbatim = False                # see ChunkedBody
 
-    def __init__(self, length):
+    def __init__(self, length: int) -> None:
         self.left = length
         self.done = length == 0
 
-    def feed(self, data):
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """Return (payload, count of bytes of `data` that belong to the body)."""
         if len(data) > self.left:
             data = data[:self.left]
@@ -623,12 +632,12 @@ class UntilCloseBody:
 
     verbatim = done = False
 
-    def feed(self, data):
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """Return (payload, count of bytes of `data` that belong to the body): all of it."""
         return data, len(data)
 
 
-def parse_chunk_line(line):
+def parse_chunk_line(line: bytes) -> tuple[int, bool]:
     """Return (size, whether it has an extension) of a chunk's first line with its CRLF. Raises ProtocolError."""
     match = CHUNK_LINE.fullmatch(line)
     if not match:
@@ -637,7 +646,7 @@ def parse_chunk_line(line):
 
 
 @functools.lru_cache(maxsize=512)       # tokens come in chunks of few different sizes
-def plain_size(line):
+def plain_size(line: bytes) -> int:
     """Return the size in a chunk's first line with its CRLF; 0 for the last chunk and all that is not plain."""
     match = CHUNK_LINE.fullmatch(line)
     return int(match[1], 16) if match and not match[2] else 0
@@ -653,7 +662,7 @@ class ChunkedBody:
     __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
     SIZE, DATA, DATA_END, TRAILER = range(4)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.state, self.left, self.line, self.trailer_bytes = self.SIZE, 0, b"", 0
         self.done = self.verbatim = False
 
@@ -661,7 +670,7 @@ class ChunkedBody:
         """Return how many bytes may be fed in one step: those of a chunk cost nothing, each chunk a microsecond."""
         return max(DECODED_BYTES, self.left)
 
-    def plain_chunks(self, data):
+    def plain_chunks(self, data: bytes) -> int:
         """Return how many chunks `data` is, if it is nothing but whole plain ones, as tokens mostly are; else 0.
 
         Then it can be handed on as it is, and the decoder stands where it stood.
@@ -678,10 +687,11 @@ class ChunkedBody:
             count += 1
         return count
 
-    def feed(self, data):
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """Return (payload, count of bytes of `data` that belong to the body). Raises ProtocolError."""
         self.verbatim = self.state == self.SIZE and not self.line
-        payload, at = [], 0
+        payload: list[bytes] = []
+        at = 0
         while at < len(data) and not self.done:
             if self.state == self.DATA:
                 part = data[at:at + self.left]
@@ -702,7 +712,7 @@ class ChunkedBody:
         self.verbatim = self.verbatim and not self.line and (self.done or self.state == self.SIZE)
         return payload[0] if len(payload) == 1 else b"".join(payload), at
 
-    def take_line(self, line):
+    def take_line(self, line: bytes) -> None:
         """Step over one CRLF-ended line of the framing."""
         if self.state == self.SIZE:
             self.left, extended = parse_chunk_line(line)
@@ -721,14 +731,17 @@ class ChunkedBody:
                 raise ProtocolError("malformed or too long trailers")
 
 
-def body_decoder(length):
+BodyDecoder = LengthBody | UntilCloseBody | ChunkedBody
+
+
+def body_decoder(length: int | None) -> BodyDecoder:
     """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE."""
     if length is None:
         return ChunkedBody()
     return UntilCloseBody() if length == UNTIL_CLOSE else LengthBody(length)
 
 
-def chunk(data):
+def chunk(data: bytes) -> bytes:
     """Encode `data` as one chunk; empty data is nothing, since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
@@ -742,7 +755,7 @@ NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
-def end_to_end(lines, fields, dropped):
+def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
     """Return the raw lines that are handed on: neither `dropped` nor named by Connection."""
     listed = fields.get(b"connection")
     if listed:
@@ -750,7 +763,7 @@ def end_to_end(lines, fields, dropped):
     return [line for name, line in lines if name not in dropped]
 
 
-def render_request(head, settings, length):
+def render_request(head: RequestHead, settings: NodeSettings, length: int | None) -> bytes:
     """Return the head to send to a node for `head`, with a body of `length` bytes (None = chunked)."""
     dropped = NOT_FOR_NODES | {b"authorization"} if settings.token else NOT_FOR_NODES
     prefix = settings.prefix.encode() if head.target != b"*" else b""
@@ -769,7 +782,7 @@ def render_request(head, settings, length):
     return b"\r\n".join(lines)
 
 
-def render_response(head, added, framing):
+def render_response(head: ResponseHead, added: list[bytes], framing: list[bytes]) -> bytes:
     """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
     kept = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
@@ -835,7 +848,7 @@ class Route(NamedTuple):
     guarded: bool = False           # changes models, an account or what a node does: see `guard`
 
     @property
-    def is_inference(self):
+    def is_inference(self) -> bool:
         """Tell whether a request takes a slot of a model."""
         return self.where is Where.QUEUED
 
@@ -908,14 +921,14 @@ PREFIX_BLOCK_CHARS = 512            # a prompt without messages is compared in b
 PREFIX_FIRST, PREFIX_LAST = 4, 12   # parts remembered from the front (system prompt) and the back (the last turns)
 
 
-def family_of(path):
+def family_of(path: str) -> Family:
     """Return the family whose error shape fits a path."""
     if path.startswith("/v1/messages"):
         return Family.ANTHROPIC
     return Family.OPENAI if path.startswith("/v1/") else Family.OLLAMA
 
 
-def find_route(method, path):
+def find_route(method: str, path: str) -> Route:
     """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
     route = ROUTES.get((method, path))
     if route is not None:
@@ -928,7 +941,7 @@ def find_route(method, path):
     return ELSEWHERE[family_of(path)]
 
 
-def lower_keys(pairs):
+def lower_keys(pairs: list[tuple[str, Any]]) -> Json:
     """Build a JSON object as Go does: keys in any case are the same key, and the last one wins."""
     return {key.lower(): value for key, value in pairs}
 
@@ -937,7 +950,7 @@ JSON_VALUE = json.JSONDecoder()
 JSON_VALUE_IN_ANY_CASE = json.JSONDecoder(object_pairs_hook=lower_keys)     # four times as slow
 
 
-def has_lower_keys(value):
+def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
     if type(value) is dict:
         for key in value:
@@ -961,7 +974,7 @@ def json_value(text: str) -> Any:
     return value
 
 
-def read_object(body):
+def read_object(body: Body) -> Json:
     """Return the JSON object that `body` begins with, keys in lower case; {} if there is none."""
     try:
         value = json_value(body.decode(errors="replace").lstrip())
@@ -973,9 +986,9 @@ def read_object(body):
 class Reading(NamedTuple):
     """What was read of a body. `prompt`: (characters, prefix, texts) of one that was only skimmed, else None."""
 
-    fields: dict
+    fields: Json
     opaque: bool = False            # it is compressed and cannot be read here
-    prompt: tuple | None = None
+    prompt: tuple[int, Prefix, int] | None = None
 
 
 def at_once(steps: Generator[None, None, Any]) -> Any:
@@ -1109,12 +1122,12 @@ def read_value(body: Body, start: int, end: int, name: str) -> Any:
     return Long(start, end)
 
 
-def skimmed_object(body: Body) -> Generator[None, None, dict]:
+def skimmed_object(body: Body) -> Generator[None, None, Json]:
     """Return the fields of the JSON object that `body` begins with, of those that are looked at; {} if there is none.
 
     Keys in any case are the same, and the last one wins.
     """
-    fields: dict = {}
+    fields: Json = {}
     try:
         at = yield from skip_space(body, 0)
         if body[at:at + 1] != b"{":
@@ -1152,9 +1165,10 @@ def text_chars(raw: bytes) -> int:
     return max(0, len(raw.decode(errors="ignore")) - 5 * raw.count(b"\\u"))
 
 
-def skimmed_prompt(body: Body, fields: dict, seed: int) -> Generator[None, None, tuple]:
+def skimmed_prompt(body: Body, fields: Json, seed: int) -> Generator[None, None, tuple[int, Prefix, int]]:
     """Return (characters, prefix, texts) of a prompt: about how long it is, and as if each block were a message."""
-    chars, chain, texts = 0, [], 1
+    chars, texts = 0, 1
+    chain: list[tuple[int, int]] = []
     for name in LONG_FIELDS:
         value = fields.get(name)
         if not isinstance(value, Long):
@@ -1221,7 +1235,7 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, 
     return None
 
 
-def unpacked(body):
+def unpacked(body: Body) -> bytes | None:
     """Return what a zstd body holds, or None: too much, no zstd, or a Python that cannot read it."""
     if zstd is None:
         return None
@@ -1260,7 +1274,7 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
              b"Access-Control-Max-Age: 43200"]
 
 
-def is_listed(origin, allowed):
+def is_listed(origin: str, allowed: Iterable[str]) -> bool:
     """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
     for pattern in allowed:
         start, star, end = pattern.partition("*")
@@ -1270,7 +1284,7 @@ def is_listed(origin, allowed):
     return False
 
 
-def origin_lines(origin, host, allowed):
+def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
     """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not."""
     if origin in (b"http://" + host, b"https://" + host):
         return []
@@ -1281,7 +1295,7 @@ def origin_lines(origin, host, allowed):
     return None
 
 
-def page_may_change(fields: dict[bytes, bytes], allowed: list[str] | tuple[()]) -> bool:
+def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
     """Tell whether the web page that sends a request, if one does, may change something: ours, or of an origin listed.
 
     Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
@@ -1293,14 +1307,14 @@ def page_may_change(fields: dict[bytes, bytes], allowed: list[str] | tuple[()]) 
             and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
 
 
-def host_name(host):
+def host_name(host: bytes) -> str:
     """Return the name or address in a Host field's bytes, in lower case, without port and brackets."""
     text = host.decode("latin-1").lower()
     name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
     return name.removeprefix("[").removesuffix("]")
 
 
-def literal(host):
+def literal(host: str) -> str | None:
     """Return an IP address in its usual spelling; None for a name."""
     try:
         return str(ipaddress.ip_address(host))
@@ -1308,7 +1322,7 @@ def literal(host):
         return None
 
 
-def may_mean_us(host, machine, allowed):
+def may_mean_us(host: bytes, machine: str, allowed: list[str]) -> bool:
     """Tell whether a Host field's bytes are a name that no stranger can have made mean this machine.
 
     DNS rebinding: a web page of evil.example whose name leads to 127.0.0.1 all at once is of the same origin as what is
@@ -1323,7 +1337,7 @@ def may_mean_us(host, machine, allowed):
 
 
 @remembered
-def canonical(name):
+def canonical(name: str) -> str:
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
@@ -1336,18 +1350,18 @@ def canonical(name):
     return name
 
 
-def model_in(path):
+def model_in(path: str) -> str | None:
     """Return the canonical model that a path names, as /v1/models/llama3.2 does, or None."""
     before, _, name = path.partition("/v1/models/")
     return canonical(name) if name and not before else None
 
 
-def is_cloud(model):
+def is_cloud(model: str) -> bool:
     """Tell whether a canonical name is run by ollama.com and not by a card of the node's own."""
     return model.endswith((":cloud", "-cloud"))
 
 
-def parse_priority(text):
+def parse_priority(text: str) -> int:
     """Return the priority 1..10 that a header value means. Raises Refusal."""
     text = text.strip().lower()
     if text in PRIORITY_NAMES:
@@ -1357,7 +1371,7 @@ def parse_priority(text):
     raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
 
 
-def priority_of(head, fields, family, default=DEFAULT_PRIORITY):
+def priority_of(head: RequestHead, fields: Json, family: Family, default: int = DEFAULT_PRIORITY) -> int:
     """Return the priority of a request: header, body field, OpenAI's service tier, else the default. Raises Refusal."""
     header = head.fields.get(b"x-priority")
     if header is not None:
@@ -1371,20 +1385,20 @@ def priority_of(head, fields, family, default=DEFAULT_PRIORITY):
     return SERVICE_TIERS.get(tier, default) if isinstance(tier, str) else default
 
 
-def part_text(part):
+def part_text(part: object) -> str:
     """Return the text of one part of a message's content: a string, or an object with `text`."""
     text = part.get("text") if isinstance(part, dict) else part
     return text if isinstance(text, str) else ""
 
 
-def text_of(content):
+def text_of(content: object) -> str:
     """Return the text of a message's content: a string, or the OpenAI and Anthropic list of parts."""
     if isinstance(content, str):
         return content
     return "".join(map(part_text, content)) if isinstance(content, list) else part_text(content)
 
 
-def prompt_parts(kind, fields):
+def prompt_parts(kind: str, fields: Json) -> list[str]:
     """Return the prompt as a list of texts, in the order in which the model reads them."""
     lead = [text_of(fields.get("system", fields.get("instructions")))]
     if kind == "embed":
@@ -1398,9 +1412,10 @@ def prompt_parts(kind, fields):
     return lead + [text_of(messages)]
 
 
-def prefix_of(parts, seed):
+def prefix_of(parts: list[str], seed: int) -> Prefix:
     """Return ((hash, chars), ...) of the leading parts of a prompt: equal hashes mean an equal beginning."""
-    chain, chars = [], 0
+    chain: list[tuple[int, int]] = []
+    chars = 0
     for part in parts:
         chars += len(part)
         seed = hash((seed, part))
@@ -1408,20 +1423,20 @@ def prefix_of(parts, seed):
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
-def read_prompt(kind: str, fields: dict) -> tuple[int, tuple, int]:
+def read_prompt(kind: str, fields: Json) -> tuple[int, Prefix, int]:
     """Return (characters, prefix, texts) of a prompt."""
     parts, tools, given = prompt_parts(kind, fields), fields.get("tools"), fields.get("input")
     return (sum(map(len, parts)), prefix_of(parts, hash(repr(tools)) if tools else 0),
             len(given) if isinstance(given, list) and given else 1)
 
 
-def output_bound(path: str, fields: dict, options: dict) -> int | None:
+def output_bound(path: str, fields: Json, options: Json) -> int | None:
     """Return how many tokens a node answers with at most, or None."""
     bound = fields.get(OUTPUT_BOUNDS[path]) if path in OUTPUT_BOUNDS else options.get("num_predict")
     return min(bound, MAX_OUTPUT_TOKENS) if type(bound) is int and bound > 0 else None
 
 
-def runner_options(fields, options):
+def runner_options(fields: Json, options: Json) -> RunnerOptions:
     """Return the options given that belong to a loaded model: with another value Ollama unloads and loads it again."""
     if not options and "shift" not in fields:
         return ()
@@ -1447,13 +1462,13 @@ def parse_keep_alive(value: object) -> float | None:
     return math.inf if read[1] == "-" and seconds else seconds
 
 
-def unloads(kind: str, fields: dict) -> bool:
+def unloads(kind: str, fields: Json) -> bool:
     """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
     return not fields.get("messages" if kind == "chat" else "prompt") and parse_keep_alive(
         fields.get("keep_alive")) == 0
 
 
-def is_deterministic(fields, options):
+def is_deterministic(fields: Json, options: Json) -> bool:
     """Tell whether the same request gives the same text again: temperature 0, or a seed (-1: a random one)."""
     temperature, seed = options.get("temperature"), options.get("seed")
     if fields.get("logprobs") or fields.get("top_logprobs"):
@@ -1461,18 +1476,19 @@ def is_deterministic(fields, options):
     return type(temperature) in (int, float) and temperature == 0 or type(seed) is int and seed != -1
 
 
-def is_batch(given):
+def is_batch(given: object) -> bool:
     """Tell whether an embedding's input is a list of texts, of a length that can be split."""
     return type(given) is list and 1 < len(given) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in given)
 
 
-def read_raw_wants(head, route, client):
+def read_raw_wants(head: RequestHead, route: Route, client: str) -> Wants:
     """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
     return Wants(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                  repeatable=head.method in ("GET", "HEAD"))
 
 
-def read_wants(head, route, reading, client, default_priority=DEFAULT_PRIORITY):
+def read_wants(head: RequestHead, route: Route, reading: Reading, client: str,
+               default_priority: int = DEFAULT_PRIORITY) -> Wants:
     """Return what a request wants, from its head and a Reading of its body. Raises Refusal for a priority that is none.
     """
     if route.kind in ("raw", "account"):
@@ -1539,42 +1555,46 @@ class Ticket:
     seq: int
     since_s: float = 0.0            # when it began to wait, this time
     cost_s: float = 0.0             # how long it will keep the whole cluster busy
-    demand: object = None           # what it is expected to cost; see Demand
+    demand: Demand | None = None    # what it is expected to cost; None for what does not queue
     waiting: bool = False
     left: bool = False
     begun: bool = False             # its client has a part of the answer
     version: str | None = ""        # digest of its model that it runs with; "" = any, None = one that nobody has
-    lease: object = None            # while it runs; see Lease
-    rival: object = None            # a second lease that races the first; see Lease
-    race: object = None             # how the I/O side is given one
+    lease: Lease | None = None      # while it runs
+    rival: Lease | None = None      # a second one that races the first
+    race: Callable[[Lease], None] | None = None     # how the I/O side is given one
     attempts: int = 0               # leases whose node has got the request
-    tried: set = field(default_factory=set)     # nodes that failed it
-    gone: set = field(default_factory=set)      # of `tried`: those whose connection failed, and which may come back
-    blamed: list = field(default_factory=list)  # breakers that its failures were counted by
+    tried: set[str] = field(default_factory=set)    # nodes that failed it
+    gone: set[str] = field(default_factory=set)     # of `tried`: those whose connection failed, and which may come back
+    blamed: list[Breaker] = field(default_factory=list)     # that its failures were counted by
     differed: bool = False          # a node with another window or version was tried in place of one that refused it
     held_until_s: float | None = None           # until when it may be held back for a better node
     refusal: Answer | None = None   # why it will never run
-    waiter: object = None           # what the I/O side waits with
+    waiter: asyncio.Future[None] | None = None      # what the I/O side waits with
+
+
+Entry = tuple[float, int, Ticket]   # in a heap: (key_s, seq, ticket)
 
 
 class Queue:
     """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
 
-    def __init__(self):
-        self.heaps = {}             # model: [(key_s, seq, ticket)]
-        self.marked = collections.Counter()     # model: entries in its heap that no longer wait
-        self.tickets = {}           # waiting tickets, those that have waited longest first: {ticket: None}
+    def __init__(self) -> None:
+        self.heaps: dict[str | None, list[Entry]] = {}      # by model
+        self.marked: collections.Counter[str | None] = collections.Counter()    # model: entries in its heap that no
+                                    # longer wait
+        self.tickets: dict[Ticket, None] = {}   # that wait, those that have waited longest first
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tickets)
 
-    def push(self, ticket):
+    def push(self, ticket: Ticket) -> None:
         """Put a ticket at the place its key gives it."""
         ticket.waiting = True
         self.tickets[ticket] = None
         heapq.heappush(self.heaps.setdefault(ticket.wants.model, []), (ticket.key_s, ticket.seq, ticket))
 
-    def discard(self, ticket):
+    def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
         if not ticket.waiting:
             return
@@ -1588,7 +1608,7 @@ class Queue:
             heapq.heapify(heap)
             del self.marked[model]
 
-    def first(self, model):
+    def first(self, model: str | None) -> Entry | None:
         """Return the first waiting entry of a model, or None."""
         heap = self.heaps.get(model, ())
         while heap and not heap[0][2].waiting:
@@ -1600,17 +1620,17 @@ class Queue:
             return None
         return heap[0]
 
-    def pop(self, model):
+    def pop(self, model: str | None) -> Entry | None:
         """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `settle`."""
         entry = self.first(model)
         heapq.heappop(self.heaps[model])
         return entry
 
-    def restore(self, entry):
+    def restore(self, entry: Entry) -> None:
         """Put an entry that `pop` returned back to its place."""
         heapq.heappush(self.heaps.setdefault(entry[2].wants.model, []), entry)
 
-    def settle(self, entry):
+    def settle(self, entry: Entry) -> None:
         """Let an entry that `pop` returned wait no longer."""
         entry[2].waiting = False
         del self.tickets[entry[2]]
@@ -1630,7 +1650,7 @@ class Queue:
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
         return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
 
-    def in_order(self):
+    def in_order(self) -> list[Ticket]:
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
         return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
 
@@ -1638,19 +1658,19 @@ class Queue:
 class FairShare:
     """Keep, per client and priority, the virtual time at which its next request starts."""
 
-    def __init__(self):
-        self.next_s = {}            # client: {priority: virtual seconds}
-        self.begun_s = {}           # (client, priority): virtual start of the last request
-        self.active = collections.Counter()     # (client, priority): requests that wait or run
+    def __init__(self) -> None:
+        self.next_s: dict[str, dict[int, float]] = {}           # client: {priority: virtual seconds}
+        self.begun_s: dict[tuple[str, int], float] = {}         # (client, priority): virtual start of the last request
+        self.active: collections.Counter[tuple[str, int]] = collections.Counter()   # requests that wait or run
 
-    def start_s(self, wants, now):
+    def start_s(self, wants: Wants, now: float) -> float:
         """Return the virtual start of a new request: not before what the client has asked for with higher priority."""
         levels = self.next_s.get(wants.client)
         if not levels:
             return now
         return max([now, *(next_s for priority, next_s in levels.items() if priority >= wants.priority)])
 
-    def charge(self, wants, now, cost_s):
+    def charge(self, wants: Wants, now: float, cost_s: float) -> float:
         """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
         start_s = self.start_s(wants, now)
         self.next_s.setdefault(wants.client, {})[wants.priority] = start_s + cost_s
@@ -1667,7 +1687,7 @@ class FairShare:
         if account in self.active:
             levels[wants.priority] = max(self.begun_s[account], levels[wants.priority] + more_s)
 
-    def settle(self, wants):
+    def settle(self, wants: Wants) -> None:
         """Count a request as gone; forget a client with none left."""
         account = wants.client, wants.priority
         self.active[account] -= 1
@@ -1701,28 +1721,28 @@ class Breaker:
 
     FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 60.0
 
-    def __init__(self, threshold=2):
+    def __init__(self, threshold: int = 2) -> None:
         self.threshold = threshold  # failures in a row that open it
         self.failures = 0
         self.until_s = 0.0
         self.trial = False          # half-open, and its one trial is running
 
-    def state(self, now):
+    def state(self, now: float) -> str:
         """Return closed, open or half-open."""
         if self.failures < self.threshold:
             return "closed"
         return "open" if now < self.until_s else "half-open"
 
-    def allows(self, now):
+    def allows(self, now: float) -> bool:
         """Tell whether one more request may be sent."""
         return self.failures < self.threshold or now >= self.until_s and not self.trial
 
-    def begin(self):
+    def begin(self) -> bool:
         """Note that a request is sent; tell whether it is the trial."""
         self.trial = self.failures >= self.threshold
         return self.trial
 
-    def end_trial(self):
+    def end_trial(self) -> None:
         """Note that the trial ended without telling anything: its client left, say."""
         self.trial = False
 
@@ -1740,27 +1760,27 @@ class Breaker:
             self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
         return True
 
-    def forgive(self):
+    def forgive(self) -> None:
         """Take a failure back: it was the request's own, as every node failed it."""
         self.failures = max(0, self.failures - 1)
 
-    def succeed(self):
+    def succeed(self) -> None:
         """Close."""
         self.failures, self.trial = 0, False
 
 
-def row_name(row):
+def row_name(row: Json) -> str:
     """Return the canonical name in a row of /api/tags or /api/ps."""
     return canonical(row["name"])
 
 
 @functools.lru_cache(maxsize=4096)
-def parse_instant(text):
+def parse_instant(text: str) -> float:
     """Return seconds since 1970 for a time in RFC 3339. Raises ValueError or OverflowError."""
     return datetime.datetime.fromisoformat(text).timestamp()
 
 
-def instant_s(value):
+def instant_s(value: object) -> float:
     """Return seconds since 1970 for a time in a node's row, 0 for anything else. Zones differ between nodes."""
     try:
         return parse_instant(value) if isinstance(value, str) and len(value) < 64 else 0.0
@@ -1768,19 +1788,19 @@ def instant_s(value):
         return 0.0
 
 
-def row_bytes(row, key):
+def row_bytes(row: Json, key: str) -> float:
     """Return a size in a row of /api/tags or /api/ps, 0 if it has none."""
     value = row.get(key)
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0.0
 
 
-def embeds_only(row):
+def embeds_only(row: Json) -> bool:
     """Tell whether a row of /api/tags is of a model that does not answer with text, as far as it tells."""
     capabilities = row.get("capabilities")
     return "completion" not in capabilities if isinstance(capabilities, list) else "embed" in row_name(row)
 
 
-def cpu_share(row: dict) -> float:
+def cpu_share(row: Json) -> float:
     """Return the share 0..1 of a model in a row of /api/ps that is not on a card; 0 where the row does not tell."""
     size, vram = row_bytes(row, "size"), row.get("size_vram")
     if not size or not isinstance(vram, (int, float)) or vram < 0:
@@ -1788,7 +1808,7 @@ def cpu_share(row: dict) -> float:
     return 1.0 - min(1.0, row_bytes(row, "size_vram") / size)
 
 
-def row_vram_bytes(row):
+def row_vram_bytes(row: Json) -> float:
     """Return what a model in a row of /api/ps takes on the card; all of it where the row does not tell."""
     return row_bytes(row, "size_vram") or row_bytes(row, "size")
 
@@ -1796,11 +1816,11 @@ def row_vram_bytes(row):
 class Prefixes:
     """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
 
-    def __init__(self):
-        self.prompts = collections.OrderedDict()    # whole prompt's hash: its parts
-        self.parts = {}             # hash of a part: prompts that begin with it
+    def __init__(self) -> None:
+        self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
+        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
 
-    def remember(self, prefix, most):
+    def remember(self, prefix: Prefix, most: int) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
         whole = prefix[-1][0]
         if whole in self.prompts:
@@ -1816,7 +1836,7 @@ class Prefixes:
                 if not self.parts[part]:
                     del self.parts[part]
 
-    def common_chars(self, prefix):
+    def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
         if self.parts:
             for part, chars in reversed(prefix):
@@ -1824,7 +1844,7 @@ class Prefixes:
                     return chars
         return 0
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget all: the model was unloaded."""
         self.prompts.clear()
         self.parts.clear()
@@ -1837,19 +1857,19 @@ class Runner:
     Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
     """
 
-    node: object
+    node: Node
     model: str                      # one of its names
-    models: list = field(default_factory=list)  # all of them
+    models: list[str] = field(default_factory=list)     # all of them
     disk_bytes: float = PRIOR_MODEL_BYTES
     vram_bytes: float = 0.0         # when resident; 0 = never seen
     cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
     ready_s: float | None = None    # when it is or will be loaded; None = not resident
-    options: tuple | None = None    # runner options it was loaded with; None = unknown, taken to match
+    options: RunnerOptions | None = None    # those it was loaded with; None = unknown, taken to match
     context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
     own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
     keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
-    listed: dict = field(default_factory=dict)  # its row in the last /api/ps
-    leases: list = field(default_factory=list)
+    listed: Json = field(default_factory=dict)  # its row in the last /api/ps
+    leases: list[Lease] = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
 
     slots: int = 1
@@ -1863,13 +1883,14 @@ class Runner:
     disproved_s: float = -math.inf  # when `slots` was lowered last
     waits: int = 0                  # hidden waits in a row, among no more requests than were proved to run
     signs: int = 0                  # answers whose latency speaks for one slot more, less those that speak against it
-    lone: dict = field(default_factory=dict)    # streams or not: time to its first byte, if it need not wait, over
-                                    # what its tokens let expect
+    lone: dict[bool, float] = field(default_factory=dict)   # streams or not: time to its first byte, if it need not
+                                    # wait, over what its tokens let expect
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefill_s: float = 0.0          # seconds a token
-    prefills: collections.deque = field(default_factory=lambda: collections.deque(maxlen=PREFILLS_KEPT))    # samples
+    prefills: collections.deque[float] = field(             # samples
+        default_factory=lambda: collections.deque(maxlen=PREFILLS_KEPT))
     decode_s: float = 0.0
     slow_prefill_s: float = 0.0     # the last samples, if they were grossly off: one more that agrees with them, and
     off_decode_s: float = 0.0       # they count more than the estimate
@@ -1887,7 +1908,7 @@ class Runner:
     breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
 
     @property
-    def row(self) -> dict:
+    def row(self) -> Json:
         """Its entry in the node's /api/tags; {} if it has none."""
         return self.node.rows.get(self.model, {})
 
@@ -1912,7 +1933,7 @@ class ErrorShare:
     LEAST = 3                       # answers from which on a node is said to answer nothing but errors
 
     def __init__(self) -> None:
-        self.steps = collections.deque(maxlen=self.STEPS)       # [number, errors, answers]
+        self.steps: collections.deque[list[int]] = collections.deque(maxlen=self.STEPS)     # [number, errors, answers]
 
     def add(self, error: bool, now: float) -> None:
         """Count an answer, or the lack of one."""
@@ -1944,12 +1965,13 @@ class Node:
 
     settings: NodeSettings
     name: str = field(init=False)
-    rows: dict = field(default_factory=dict)        # models on its disk: {model: row of its /api/tags}
-    weights: dict = field(default_factory=dict)     # (model, digest): the blob with its weights; "" = untold
-    runners: dict = field(default_factory=dict)     # model: Runner
-    leases: list = field(default_factory=list)      # of all models, also those without a slot
-    busy: list = field(default_factory=list)        # runners with leases
-    loading: list = field(default_factory=list)     # leases that wait for their model to load
+    rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
+    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # (model, digest): the blob with its weights;
+                                    # "" = untold
+    runners: dict[str, Runner] = field(default_factory=dict)    # by model
+    leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
+    busy: list[Runner] = field(default_factory=list)        # those with leases
+    loading: list[Lease] = field(default_factory=list)      # those that wait for their model to load
 
     probed: bool = False            # has answered, or failed to, at least once
     indexed: bool = False           # its models are known
@@ -1958,7 +1980,7 @@ class Node:
     draining: bool = False
     drained_seq: int = 0            # tickets with a lower `seq` waited before that
     calibrated: bool = False        # measured, or being measured, since it came up
-    measuring: "Lease | None" = None    # among its leases: the gateway's own, which gives way to any other
+    measuring: Lease | None = None      # among its leases: the gateway's own, which gives way to any other
     check_s: float = -math.inf      # from then on it may be measured
     check_pause_s: float = CHECK_PAUSE_S    # after the next measurement
     misses: int = 0                 # probes in a row without an answer
@@ -1973,7 +1995,8 @@ class Node:
     strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
     speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
     size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
-    overheads_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=OVERHEADS_KEPT))   # samples
+    overheads_s: collections.deque[float] = field(          # samples
+        default_factory=lambda: collections.deque(maxlen=OVERHEADS_KEPT))
     overhead_s: float = OVERHEAD_S  # what a lone request takes outside prefill and decode
     on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
     rtt_s: float = 0.0
@@ -1983,21 +2006,21 @@ class Node:
     loaded_seen: int = 0            # most models that were resident at once
     most_loaded: float = math.inf   # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
 
-    kept: dict = field(default_factory=dict)    # what was kept of its models, see "Memory": {model: learned}
+    kept: dict[str, Json] = field(default_factory=dict)     # what was kept of its models, see "Memory"
 
     version: str = ""
-    cloud: dict = field(default_factory=dict)   # its /api/status
-    running: list = field(default_factory=list)     # rows of its /api/ps
+    cloud: Json = field(default_factory=dict)   # its /api/status
+    running: list[Json] = field(default_factory=list)       # rows of its /api/ps
     requests: int = 0
     errors: int = 0
     last_error: NodeError | None = None
     error_share: ErrorShare = field(default_factory=ErrorShare)
-    latencies_s: collections.deque = field(default_factory=lambda: collections.deque(maxlen=500))
+    latencies_s: collections.deque[float] = field(default_factory=lambda: collections.deque(maxlen=500))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.name = self.settings.name
 
-    def state(self, now):
+    def state(self, now: float) -> str:
         """Return up, suspect, down or draining."""
         if self.draining:
             return "draining"
@@ -2005,7 +2028,7 @@ class Node:
             return "down"
         return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
 
-    def is_alive(self, now):
+    def is_alive(self, now: float) -> bool:
         """Tell whether it can be expected to answer: up, or no worse than suspect."""
         return self.up and not self.draining and self.breaker.state(now) != "open"
 
@@ -2046,7 +2069,7 @@ class Lease:
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
-    left_s: tuple = ()              # when those sent before it left, one after the other
+    left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
     raced: bool = False             # another was sent at the same time: nobody knows which the node took first
     crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
     beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
@@ -2055,15 +2078,15 @@ class Lease:
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
     watched_stall_tokens: float = 0.0
-    trials: tuple | list = ()       # half-open breakers that this lease is the trial of
+    trials: Sequence[Breaker] = ()  # half-open breakers that this lease is the trial of
     settled: bool = False           # its client was charged for what it has really cost
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
-    abandon: object = None          # how the I/O side is told, with a Failure, that another node does this
-    held_up: object = None          # how it is asked whether the answer waits for its client to read
+    abandon: Callable[[Failure], object] | None = None      # how the I/O side is told that another node does this
+    held_up: Callable[[], bool] | None = None   # how it is asked whether the answer waits for its client to read
 
 
-def is_held_up(lease):
+def is_held_up(lease: Lease) -> bool:
     """Tell whether an answer waits for its client to read."""
     return lease.held_up is not None and lease.held_up()
 
@@ -2079,12 +2102,12 @@ class Timings(NamedTuple):
     output_tokens: int = 0
 
     @property
-    def hidden_wait_s(self):
+    def hidden_wait_s(self) -> float:
         """Time spent in the node's own queue, with templating and tokenising."""
         return self.total_s - self.load_s - self.prompt_s - self.output_s
 
     @property
-    def tell_durations(self):
+    def tell_durations(self) -> bool:
         """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
         return self.prompt_s > 0 or self.output_s > 0
 
@@ -2096,7 +2119,7 @@ class Timings(NamedTuple):
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
 
 
-def read_timings(tail):
+def read_timings(tail: bytes) -> Timings:
     """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
     found = dict(TIMING.findall(tail))
     given = found.get
@@ -2112,19 +2135,19 @@ EVENT_LINES = 2                     # an event of OpenAI's is a line and an empt
 EVENTS_AFTER = 2                    # the last token: finish and [DONE]
 
 
-def counted(lease, timings):
+def counted(lease: Lease, timings: Timings) -> Timings:
     """Return the Timings of an answer, a stream's output counted by its events where no usage was asked for."""
     if timings.output_tokens or not lease.ticket.wants.stream:
         return timings
     return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
 
 
-def blend(estimate, sample, gain):
+def blend(estimate: float, sample: float, gain: float) -> float:
     """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
     return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
 
 
-def usual_prefill_s(samples: collections.deque) -> float:
+def usual_prefill_s(samples: collections.deque[float]) -> float:
     """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
 
     A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
@@ -2147,19 +2170,19 @@ def beyond(estimate: float, least: float, most: float) -> float:
 class OutputLengths:
     """Learn how many tokens a model answers with, by size of the prompt."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
-        self.buckets = {}           # log2 of prompt tokens: [mean, samples]
-        self.off = []               # the last answers, as long as each was grossly shorter or each grossly longer
+        self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
+        self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
         self.chars_per_token = CHARS_PER_TOKEN
 
-    def expect(self, prompt_tokens):
+    def expect(self, prompt_tokens: float) -> float:
         """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
         mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
         weight = min(samples, 50)
         return (weight * mean + 4 * self.mean) / (weight + 4)
 
-    def learn(self, prompt_tokens, output_tokens):
+    def learn(self, prompt_tokens: float, output_tokens: float) -> None:
         """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
         expected = max(1.0, self.expect(prompt_tokens))
         if self.off and (self.off[-1] > expected) != (output_tokens > expected):
@@ -2180,15 +2203,15 @@ class OutputLengths:
 class Histogram:
     """Count values by upper bounds, as Prometheus wants them."""
 
-    def __init__(self, bounds):
+    def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
 
-    def add(self, value, count=1):
+    def add(self, value: float, count: int = 1) -> None:
         """Take in a value that was seen so often."""
         self.counts[bisect.bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
-    def samples(self, labels=""):
+    def samples(self, labels: str = "") -> Iterator[tuple[str, str, float]]:
         """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
         lead = labels + "," if labels else ""
         for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
@@ -2203,14 +2226,14 @@ class Ratios:
     STEP = math.log(1.05)
     MOST = 200                      # steps; what is 17,000 times off counts as that
 
-    def __init__(self):
-        self.steps = collections.Counter()
+    def __init__(self) -> None:
+        self.steps: collections.Counter[int] = collections.Counter()
 
-    def learn(self, log_ratio):
+    def learn(self, log_ratio: float) -> None:
         """Count a ratio, given as its logarithm."""
         self.steps[min(max(round(log_ratio / self.STEP), -self.MOST), self.MOST)] += 1
 
-    def share(self, share):
+    def share(self, share: float) -> float | None:
         """Return the ratio that so many of them do not exceed, within 2.5 %; None without any."""
         rank = max(1, math.ceil(share * self.steps.total()))
         for step in sorted(self.steps):
@@ -2219,7 +2242,7 @@ class Ratios:
                 return math.exp(step * self.STEP)
         return None
 
-    def histogram(self, bounds):
+    def histogram(self, bounds: tuple[float, ...]) -> Histogram:
         """Return the ratios counted by upper bounds, each within 2.5 %."""
         found = Histogram(bounds)
         for step, count in self.steps.items():
@@ -7782,7 +7805,7 @@ def answer_queue(gateway: Gateway) -> OwnAnswer:
     return json_answer({"queue": queue_stats(gateway.dispatcher, gateway.loop.time())})
 
 
-def decision_stats(decisions: Iterable[Decision], now: float) -> list[Json]:
+def decision_stats(decisions: Sequence[Decision], now: float) -> list[Json]:
     """Return what is said of decisions, the last one first."""
     return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": shown(it.model), "node": it.node,
              "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
@@ -8007,7 +8030,7 @@ known_bare = functools.lru_cache(maxsize=1024)(bare)    # models, nodes, paths a
 class LogFormat(logging.Formatter):
     """Write one line per event, `key=value ...` or one JSON object; the message is a dict of its fields, or several."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def __init__(self, style: str) -> None:
@@ -8015,7 +8038,7 @@ class LogFormat(logging.Formatter):
         self.as_json = style == "json"
 
     def format(self, record: logging.LogRecord) -> str:
-        said = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
+        said: Any = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
         lead = {"ts": self.formatTime(record), "level": record.levelname.lower()}
         if record.exc_info and self.as_json:
             said = {**said, "traceback": self.formatException(record.exc_info)}
@@ -9168,7 +9191,7 @@ class Gateway:
             "/metrics": answer_metrics,
             "/dashboard": answer_dashboard,
         }
-        self.refreshed: dict[str, Callable[[Gateway], Awaitable[None]]] = {     # path: what is awaited before that answer
+        self.refreshed: dict[str, Callable[[Gateway], Awaitable[None]]] = {     # path: what is awaited before that
             "/api/ps": functools.partial(look_again, look_at_residency),
             "/api/status": functools.partial(look_again, look_at_status),
         }
@@ -9580,7 +9603,9 @@ UNITS_S = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
 
 def parse_seconds(text: str) -> float:
     """Return the seconds in a time: `90`, `90s`, `500ms`, `5m`, `2h`."""
-    number, unit = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S).groups()
+    match = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S)
+    assert match is not None        # any text does
+    number, unit = match.groups()
     try:
         seconds = float(number) * UNITS_S[unit]
     except ValueError:
@@ -9941,7 +9966,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
     except OSError as error:        # asyncio's own text says the address once more
-        text = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror or error
+        known = error.errno is not None and error.errno in errno.errorcode
+        text = os.strerror(error.errno) if known else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
     return 0

@@ -3995,6 +3995,16 @@ async def test_chunked_request_body_and_expect_100_continue():
         caller.close()
 
 
+@over_sockets
+async def test_head_of_up_to_64_kib_is_read_like_a_short_one():
+    node = ScriptedNode(lambda request: [framed(b"{}"), KEEP])
+    async with gateway_for(node) as gateway:
+        for size in (1, 31 * 1024, 33 * 1024, 63 * 1024):
+            node.requests.clear()
+            raw = await raw_call(gateway, get(b"Cookie: " + b"x" * size, b"Connection: close", target=b"/x"))
+            assert raw.startswith(b"HTTP/1.1 200 ") and b"x" * size in node.requests[0], size
+
+
 HOSTILE = [
     b"GET / HTTP/1.1\nHost: x\n\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
     b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
