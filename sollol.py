@@ -9440,6 +9440,7 @@ class Gateway:
 
     def blame(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
         """Note and log that a node failed a request, and look at once what has become of it."""
+        assert failure.kind is not None     # else it is no fault of the node's
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.metrics.failovers[lease.node.name, failure.kind] += 1
         self.note_error(lease.node, failure)
@@ -9508,7 +9509,8 @@ class Gateway:
             if lease.abandon is not None:
                 lease.abandon(Failure("lost", f"has answered nothing for {DEAD_S:g} s"))
         for lease in races:
-            lease.ticket.race(lease)
+            if lease.ticket.race is not None:
+                lease.ticket.race(lease)
         for node in dispatcher.nodes.values():
             note_state(self, node)
             if not node.up or node.draining:
@@ -9966,8 +9968,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
     except OSError as error:        # asyncio's own text says the address once more
-        known = error.errno is not None and error.errno in errno.errorcode
-        text = os.strerror(error.errno) if known else error.strerror or error
+        number = error.errno
+        text = os.strerror(number) if number is not None and number in errno.errorcode else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
     return 0
