@@ -9222,7 +9222,7 @@ class Gateway:
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
-        transport = writer.transport
+        transport: asyncio.Transport = writer.transport         # type: ignore[assignment]  # of a socket: it reads, too
         client = ClientConnection(self.loop, lambda client: converse(self, client))
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
