@@ -9865,7 +9865,7 @@ and open {url}/dashboard
 async def run_demo(options: argparse.Namespace, keys: list[KeySettings], tls: ssl.SSLContext | None) -> None:
     """Serve in front of three simulated nodes in this process."""
     try:
-        bench = importlib.import_module("bench")
+        bench = importlib.import_module("bench")        # `import` would let mypy check that file, too
     except ImportError:
         raise ConfigError("--demo: bench.py must be beside sollol.py") from None
     nodes = bench.demo_nodes()
