@@ -576,14 +576,15 @@ def tool_name(body):
     return (tool.get("function") or tool).get("name") or "tool" if tool else ""
 
 
-WORDS = """a about again all and any are around at back be because been before but by call can change come
+WORDS = re.findall("[a-z]+", """
+a about again all and any are around at back be because been before but by call can change come
 could day do down each end even every far few find first for from get give go good great had hand
 has have here high home how if in into is it just keep kind know large last left light like line
 little long look made make many may mean more most move much must name near need never new next no
 not now number of off old on once only open or other our out over own part place point right same
 say see set show side small so some still such take tell than that the then there thing think this
 time to turn two under until up use very want water way we well what when where which while who
-why will with word work world would write year you""".split()
+why will with word work world would write year you""")
 COMMON = frozenset(WORDS) | {"lorem"}
 PIECE = re.compile(f"{PICTURE}|[A-Za-z0-9]+|[^\\sA-Za-z0-9{PICTURE}]{{1,2}}")
 ODD_LETTERS = re.compile("[^aeiouy]{4}|[aeiou]{4}|q[^u]|^[^aeiouy]+$|[jkqvxz][b-df-hj-np-tv-xz]|[a-z][A-Z]")
@@ -717,6 +718,9 @@ class Machine(NamedTuple):
     load_factor: float = 1.0                # loads take so many times as long
 
 
+USUAL_MACHINE = Machine()
+
+
 def drawn_machine(seed):
     """Return a node's own figures, the same for the same seed."""
     rng = random.Random(f"machine {seed}")
@@ -779,7 +783,7 @@ class Runner:
 class Engine:
     """The part of a node behind its HTTP server. Needs a running loop once it is used."""
 
-    def __init__(self, hardware, slots, vram_gb, keep_alive_s, speed, noise, max_queue, seed, machine=Machine(),
+    def __init__(self, hardware, slots, vram_gb, keep_alive_s, speed, noise, max_queue, seed, machine=USUAL_MACHINE,
                  context=None, max_loaded=MAX_LOADED, prompt_cache_gb=0.0, picture_s=PICTURE_S):
         self.hardware = hardware
         self.machine = machine
@@ -2107,7 +2111,7 @@ class SimNode:
                  context=None, too_long="refuse", max_loaded=MAX_LOADED, prompt_cache_gb=0.0, ps_blocks=False,
                  silent_tools=False, picture_s=PICTURE_S, mlx=False, lacks=(), gzips=False, fields=None):
         kind = HARDWARE[hardware]
-        machine = machine or (drawn_machine(seed) if drawn else Machine())
+        machine = machine or (drawn_machine(seed) if drawn else USUAL_MACHINE)
         self.name = name or hardware
         self.host = host
         self.port = port                        # 0: any; the real one after start()
@@ -2604,7 +2608,7 @@ def mean_s(scenario, hardware):
             sum(output_s(hardware, model, output) for model, _, output in drawn) / len(drawn))
 
 
-def rate_of(slots, mean_prompt_s, mean_output_s, machine=Machine()):
+def rate_of(slots, mean_prompt_s, mean_output_s, machine=USUAL_MACHINE):
     """Return requests per second with so many slots busy: prompts are evaluated one after the other."""
     device_s = mean_prompt_s + mean_output_s / batch_gain(slots, machine.exponent)
     return slots / (machine.overhead_s + slots * device_s)
@@ -3305,9 +3309,9 @@ def table_row(scope, names, cells, classes=()):
     """Return a row: names (HTML) head their columns or the row, cells are text, a class is for either."""
     inner = [*names, *map(escaped, cells)]
     kinds = [f' class="{kind}"' if kind else "" for kind in classes] + [""] * (len(inner) - len(classes))
-    heads = [f'<th scope="{scope}"{kind}>{name}</th>' for name, kind in zip(names, kinds)]
+    heads = [f'<th scope="{scope}"{kind}>{name}</th>' for name, kind in zip(names, kinds, strict=False)]
     return "<tr>" + "".join(heads + [f"<td{kind}>{cell}</td>" for cell, kind in
-                                     zip(inner[len(names):], kinds[len(names):])]) + "</tr>"
+                                     zip(inner[len(names):], kinds[len(names):], strict=True)]) + "</tr>"
 
 
 def table_html(kind, head, rows):
@@ -3318,7 +3322,7 @@ def result_table(table):
     """Return the table of strings as HTML; a column knows its policy by its name."""
     head, *rows = table
     classes = [policy_class(name) if name.lower() in POLICY_CLASSES else "" for name in head]
-    names = [policy_key(name) if kind else escaped(name) for name, kind in zip(head, classes)]
+    names = [policy_key(name) if kind else escaped(name) for name, kind in zip(head, classes, strict=True)]
     body = [table_row("row", [escaped(row[0])], row[1:], classes) for row in rows]
     whole = table_html("main", table_row("col", names, [], classes), body)
     return f'<div class="scroll" tabindex="0">{whole}</div>'
@@ -3508,7 +3512,7 @@ def bar_svg(sample, axis, y_px, height_px):
 def bars_svg(lane, axis, y_px, row_px):
     """Return a bar per request: pale until the first token, full from there on."""
     return "".join(bar_svg(sample, axis, y_px + 2 + row * row_px, max(row_px - 1, 1))
-                   for sample, row in zip(lane.samples, lane.rows))
+                   for sample, row in zip(lane.samples, lane.rows, strict=True))
 
 
 def area_svg(lane, axis, y_px, most):
@@ -3574,7 +3578,7 @@ def timeline_section(runs):
                and max(depths.values(), default=0) <= MOST_ROWS)
     axis = Axis(0, max([0.001] + [run["elapsed_s"] for run in runs]
                        + [sample["end_s"] for run in runs for sample in run["samples"]]))
-    figures = "".join(timeline_figure(run, lane, depths, axis, as_bars) for run, lane in zip(runs, lanes))
+    figures = "".join(timeline_figure(run, lane, depths, axis, as_bars) for run, lane in zip(runs, lanes, strict=True))
     about = ("A bar is a request from sent to end, pale until the first token. ×: failed." if as_bars else
              "Requests in flight; full height is the node's highest peak under any policy. "
              "Strokes at the bottom: failed requests, when they ended.")
@@ -5575,7 +5579,7 @@ class Front(Contender):
         if isinstance(hosts, list):
             hosts, lines = folder / "hosts.txt", hosts
             hosts.write_text("\n".join(lines), encoding="utf-8")
-        log = stack.enter_context(open(folder / "log", "wb"))
+        log = stack.enter_context((folder / "log").open("wb"))
         process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
                                    stderr=log, cwd=pathlib.Path(__file__).parent)
         stack.callback(process.wait)
@@ -5646,13 +5650,12 @@ async def ask_in_turn(front, kind, number, until_s, seen):
 
 async def kill_in_turn(front, nodes, until_s):
     """Kill one node after the other and start it again, with a reload of hosts.txt each time; return how often."""
-    clock, kills = asyncio.get_running_loop().time, 0
-    for node in itertools.cycle(nodes):
+    clock = asyncio.get_running_loop().time
+    for kills, node in enumerate(itertools.cycle(nodes)):
         await asyncio.sleep(KILL_GAP_S - DEAD_S)
         if clock() + DEAD_S > until_s:
             return kills
         node.kill()
-        kills += 1
         await asyncio.sleep(DEAD_S)
         front.reload()
         await node.start()

@@ -45,6 +45,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import importlib
 import ipaddress
 import itertools
 import json
@@ -7511,12 +7512,16 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
 # them, unknown fields and all; of several rows for one name the newest counts.
 # -----------------------------------------------------------------------------
 
-def json_answer(value, status=200):
+# (status, body, content type), and of a page more raw lines of the head.
+OwnAnswer = tuple[int, bytes, bytes] | tuple[int, bytes, bytes, list[bytes]]
+
+
+def json_answer(value: object, status: int = 200) -> tuple[int, bytes, bytes]:
     """Return (status, body, content type) of a JSON answer."""
     return status, json.dumps(value, separators=(",", ":")).encode(), b"application/json; charset=utf-8"
 
 
-def live_nodes(gateway):
+def live_nodes(gateway: Gateway) -> list[Node]:
     """Return the nodes that are up. Raises Refusal if there is none."""
     nodes = [node for node in gateway.dispatcher.nodes.values() if node.up]
     if not nodes:
@@ -7524,9 +7529,9 @@ def live_nodes(gateway):
     return nodes
 
 
-def merge_rows(rows, newest):
+def merge_rows(rows: Iterable[Json], newest: str) -> list[Json]:
     """Return one row per canonical name: the one with the greatest `newest` field; greatest first."""
-    best = {}
+    best: dict[str, Json] = {}
     for row in rows:
         name = row_name(row)
         if name not in best or instant_s(row.get(newest)) > instant_s(best[name].get(newest)):
@@ -7534,45 +7539,45 @@ def merge_rows(rows, newest):
     return sorted(best.values(), key=lambda row: instant_s(row.get(newest)), reverse=True)
 
 
-def all_tags(gateway):
+def all_tags(gateway: Gateway) -> list[Json]:
     """Return the rows of /api/tags, merged."""
     return merge_rows((row for node in live_nodes(gateway) for row in node.rows.values()), "modified_at")
 
 
-def answer_root(gateway):
+def answer_root(gateway: Gateway) -> OwnAnswer:
     return 200, b"Ollama is running", b"text/plain; charset=utf-8"
 
 
-def answer_tags(gateway):
+def answer_tags(gateway: Gateway) -> OwnAnswer:
     return json_answer({"models": all_tags(gateway)})
 
 
-def answer_ps(gateway):
+def answer_ps(gateway: Gateway) -> OwnAnswer:
     return json_answer({"models": merge_rows((row for node in live_nodes(gateway) for row in node.running),
                                              "expires_at")})
 
 
-def answer_version(gateway):
+def answer_version(gateway: Gateway) -> OwnAnswer:
     """Answer with the lowest version of all nodes: what every one of them can do."""
     versions = [node.version for node in live_nodes(gateway)]
     return json_answer({"version": min(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])})
 
 
-def answer_status(gateway):
+def answer_status(gateway: Gateway) -> OwnAnswer:
     """Answer /api/status: the cloud is disabled only if it is on all nodes, as far as they have told."""
     told = [node.cloud for node in live_nodes(gateway) if isinstance(node.cloud.get("cloud"), dict)]
     enabled = [found for found in told if not found["cloud"].get("disabled")]
     return json_answer((enabled or told or [{"cloud": {"disabled": False, "source": "none"}}])[0])
 
 
-def openai_model(row):
+def openai_model(row: Json) -> Json:
     """Return a row of /api/tags as /v1/models shows it."""
     name = row["name"]
     return {"id": name, "object": "model", "created": int(instant_s(row.get("modified_at"))),
             "owned_by": name.rpartition("/")[0].rpartition("/")[2] or "library"}
 
 
-def answer_openai_models(gateway):
+def answer_openai_models(gateway: Gateway) -> OwnAnswer:
     """Answer /v1/models; `data` is null when there is no model, as Ollama has it, and so are type and newline."""
     status, body, _ = json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
     return status, body + b"\n", b"application/json"
@@ -7589,7 +7594,8 @@ class ProbeFailure(Exception):
     """A node gave no usable answer to a question of the gateway's own."""
 
 
-async def fetch(pool, method, path, value=None, timeout_s=PROBE_TIMEOUT_S, most_bytes=64 * MIB):
+async def fetch(pool: Pool, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
+                most_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
     """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
     body = b"" if value is None else json.dumps(value).encode()
     head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
@@ -7613,7 +7619,8 @@ async def fetch(pool, method, path, value=None, timeout_s=PROBE_TIMEOUT_S, most_
     return answer.status, found if isinstance(found, dict) else None, text
 
 
-async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S):
+async def ask(gateway: Gateway, node: Node, method: str, path: str, value: Json | None = None,
+              timeout_s: float = PROBE_TIMEOUT_S) -> Json:
     """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
     status, found, _ = await fetch(gateway.pools[node], method, path, value, timeout_s)
     if status != 200 or found is None:
@@ -7621,21 +7628,21 @@ async def ask(gateway, node, method, path, value=None, timeout_s=PROBE_TIMEOUT_S
     return found
 
 
-def rows_of(found):
+def rows_of(found: Json) -> list[Json]:
     """Return the rows in an answer of /api/tags or /api/ps."""
     rows = found.get("models")
     rows = rows if isinstance(rows, list) else []
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
 
 
-async def look_at_models(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+async def look_at_models(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
     """Find out which models a node has. Raises ProbeFailure or NodeFailure."""
     asked_s = gateway.loop.time()
     rows = rows_of(await ask(gateway, node, "GET", "/api/tags", timeout_s=timeout_s))
     gateway.dispatcher.index(node, rows, asked_s)
 
 
-async def look_at_residency(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+async def look_at_residency(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
     """Find out which models are loaded on a node. Raises ProbeFailure or NodeFailure."""
     asked_s = gateway.loop.time()
     found = await ask(gateway, node, "GET", "/api/ps", timeout_s=timeout_s)
@@ -7654,19 +7661,22 @@ async def look_at_weights(gateway: "Gateway", node: Node) -> None:
         gateway.dispatcher.know_weights(node, {key: blob})
 
 
-async def look_after_load(gateway, node):
+async def look_after_load(gateway: Gateway, node: Node) -> None:
     """See at once what a load has pushed out: the next one should know what fits together."""
     with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
         await look_at_residency(gateway, node)
         gateway.pump()
 
 
-async def look_at_status(gateway, node, timeout_s=PROBE_TIMEOUT_S):
+async def look_at_status(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
     """Find out whether a node uses the cloud. Raises ProbeFailure, as old nodes do not tell, or NodeFailure."""
     gateway.dispatcher.said_status(node, await ask(gateway, node, "GET", "/api/status", timeout_s=timeout_s))
 
 
-async def look_again(look, gateway):
+Look = Callable[["Gateway", Node, float], Awaitable[None]]
+
+
+async def look_again(look: Look, gateway: Gateway) -> None:
     """Let all nodes be looked at that answer at once; the rest stays as last seen.
 
     Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
@@ -7678,7 +7688,7 @@ async def look_again(look, gateway):
     await asyncio.shield(gateway.looking[look])
 
 
-def note_state(gateway, node, why=""):
+def note_state(gateway: Gateway, node: Node, why: str = "") -> None:
     """Log the state of a node if it is not the one logged last."""
     now = gateway.loop.time()
     was, state = gateway.states.get(node, "new"), node.state(now)
@@ -7694,7 +7704,7 @@ def note_state(gateway, node, why=""):
              "version": node.version, "models": models, "why": why})
 
 
-async def probe(gateway, node):
+async def probe(gateway: Gateway, node: Node) -> str:
     """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, if it did."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     asked_s, why, answered = loop.time(), "", False
@@ -7716,7 +7726,7 @@ async def probe(gateway, node):
     return why
 
 
-async def probe_forever(gateway, node):
+async def probe_forever(gateway: Gateway, node: Node) -> None:
     """Probe a node until it is dropped."""
     while True:
         await probe(gateway, node)
@@ -7727,7 +7737,7 @@ async def probe_forever(gateway, node):
         await asyncio.sleep(pause_s * gateway.rng.uniform(0.85, 1.15))
 
 
-def loaded_options(runner: Runner) -> dict | None:
+def loaded_options(runner: Runner) -> Json | None:
     """Return the options with which a request loads nothing anew; None if they are not known."""
     if not runner.context and runner.options is None:
         return None
@@ -7747,6 +7757,7 @@ async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, t
     """
     dispatcher, loop, node = gateway.dispatcher, gateway.loop, runner.node
     options = loaded_options(runner)
+    assert options is not None      # as `loaded_runners` returns them
     shift = options.pop("shift", None)
     value = {"model": runner.listed["name"], "raw": True, "stream": False,
              "options": {**options, "num_predict": tokens},
@@ -7828,7 +7839,7 @@ async def check(gateway: "Gateway", node: Node) -> None:
 # What is going on: health, statistics, the log
 # -----------------------------------------------------------------------------
 
-def answer_health(gateway):
+def answer_health(gateway: Gateway) -> OwnAnswer:
     """Answer /api/health: 200 while at least one node is alive; one that answers only errors is not counted as up."""
     now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
     alive = [node for node in nodes if node.is_alive(now)]
@@ -7840,7 +7851,7 @@ def answer_health(gateway):
         "inflight": gateway.dispatcher.in_flight()}, 200 if alive else 503)
 
 
-def percentile(ordered, share):
+def percentile(ordered: list[float], share: float) -> float | None:
     """Return the nearest-rank percentile of an ascending list, None for an empty one."""
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
@@ -7850,11 +7861,12 @@ def shown(name: str | None) -> str | None:
     return name and name[:SHOWN_CHARS]
 
 
-def runner_stats(node: Node, model: str, now: float) -> dict:
+def runner_stats(node: Node, model: str, now: float) -> Json:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
     resident = runner.ready_s is not None
-    return {"on_disk": has_on_disk(node, model), "resident": resident, "loading": resident and runner.ready_s > now,
+    return {"on_disk": has_on_disk(node, model), "resident": resident,
+            "loading": runner.ready_s is not None and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
             "slots_known": runner.slots_known,
             "inflight": sum(lease.ticket.wants.model == model for lease in runner.leases),
@@ -7866,7 +7878,7 @@ def runner_stats(node: Node, model: str, now: float) -> dict:
             "predicted_samples": runner.judged}
 
 
-def running_stats(lease, now):
+def running_stats(lease: Lease, now: float) -> Json:
     """Return what /api/stats says of one running request."""
     wants = lease.ticket.wants
     return {"id": lease.ticket.id, "model": shown(wants.model), "priority": wants.priority, "client": wants.client,
@@ -7876,23 +7888,23 @@ def running_stats(lease, now):
             "reason": lease.reason}
 
 
-def used_runner(node):
+def used_runner(node: Node) -> Runner | None:
     """Return the model of a node that is resident or was last used, or None."""
     return max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
 
 
-def node_slots(node):
+def node_slots(node: Node) -> tuple[int, str]:
     """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
     runner = used_runner(node)
     return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
 
 
-def error_stats(error: NodeError | None, now: float) -> dict | None:
+def error_stats(error: NodeError | None, now: float) -> Json | None:
     """Return what /api/stats says of a node's last error."""
     return error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)}
 
 
-def node_stats(node, now):
+def node_stats(node: Node, now: float) -> Json:
     """Return what /api/stats says of one node."""
     latencies = sorted(node.latencies_s)
     slots, slots_known = node_slots(node)
@@ -7908,7 +7920,7 @@ def node_stats(node, now):
         "models": {model: runner_stats(node, model, now) for model in sorted(node.runners)}}
 
 
-def queue_stats(dispatcher, now):
+def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
     """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
 
     What a ticket costs is reckoned by what is known now, not when it came.
@@ -7923,19 +7935,19 @@ def queue_stats(dispatcher, now):
     return queue
 
 
-def answer_queue(gateway):
+def answer_queue(gateway: Gateway) -> OwnAnswer:
     """Answer /api/queue: the waiting tickets alone."""
     return json_answer({"queue": queue_stats(gateway.dispatcher, gateway.loop.time())})
 
 
-def decision_stats(decisions, now):
+def decision_stats(decisions: Sequence[Decision], now: float) -> list[Json]:
     """Return what is said of decisions, the last one first."""
     return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": shown(it.model), "node": it.node,
              "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
             for it in reversed(decisions)]
 
 
-def answer_stats(gateway):
+def answer_stats(gateway: Gateway) -> OwnAnswer:
     """Answer /api/stats: nodes, queue and the last decisions."""
     gateway.tally()
     dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.metrics.outcomes()
@@ -7948,12 +7960,12 @@ def answer_stats(gateway):
         "decisions": decision_stats(dispatcher.decisions, now)})
 
 
-def escaped(text):
+def escaped(text: str) -> str:
     """Return a label's value with what would end it escaped."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def labelled(**labels):
+def labelled(**labels: str | int) -> str:
     """Return labels as the text format has them."""
     return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
 
@@ -7962,7 +7974,7 @@ INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route
 KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 
 
-def route_label(path):
+def route_label(path: str) -> str:
     """Return the path of the table of routes that a path belongs to, or `other`."""
     if path in KNOWN_PATHS:
         return path
@@ -7972,13 +7984,14 @@ def route_label(path):
 class Step:
     """What finished within STEP_S, for the dashboard's lines."""
 
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         self.number = number        # of the step, since the clock's zero
         self.requests = 0
-        self.total_s, self.first_s = (collections.deque(maxlen=STEP_VALUES) for _ in range(2))
-        self.tokens = collections.Counter()     # node: output tokens
+        self.total_s: collections.deque[float] = collections.deque(maxlen=STEP_VALUES)
+        self.first_s: collections.deque[float] = collections.deque(maxlen=STEP_VALUES)
+        self.tokens: collections.Counter[str] = collections.Counter()       # node: output tokens
 
-    def add(self, node, total_s, first_s, tokens):
+    def add(self, node: str, total_s: float, first_s: float | None, tokens: int) -> None:
         """Take in a finished request; `first_s`: None if it had no first byte."""
         self.requests += 1
         self.total_s.append(total_s)
@@ -7987,49 +8000,52 @@ class Step:
         self.tokens[node] += tokens
 
 
+Series = collections.Counter[tuple[str | int, ...]]         # values of labels: count
+
+
 class Metrics:
     """Count what finished requests were like. Nothing is done per token; what can be asked for is not counted."""
 
-    def __init__(self, dispatcher):
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
-        self.requests = collections.Counter()       # (node, model, route, status, outcome)
-        self.tokens = collections.Counter()         # (node, model, prompt or output)
-        self.failovers = collections.Counter()      # (node, reason)
-        self.races = collections.Counter()          # (node, yes or no: it won)
+        self.requests: Series = collections.Counter()       # (node, model, route, status, outcome)
+        self.tokens: Series = collections.Counter()         # (node, model, prompt or output)
+        self.failovers: Series = collections.Counter()      # (node, reason)
+        self.races: Series = collections.Counter()          # (node, yes or no: it won)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
-        self.queue_s = {}                           # priority: Histogram
-        self.steps = collections.deque(maxlen=STEPS_KEPT)       # those in which something has finished
+        self.queue_s: dict[int | str, Histogram] = {}       # by priority
+        self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something ended
 
-    def model_label(self, model):
+    def model_label(self, model: str) -> str:
         """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
         return model if not model or model in self.dispatcher.holders else "other"
 
-    def node_label(self, names):
+    def node_label(self, names: str) -> str:
         """Return the name of a node, `several` for more than one."""
         return names if not names or names in self.dispatcher.nodes else "several" if "," in names else "other"
 
-    def count(self, counter, amount, node, model, *more):
+    def count(self, counter: Series, amount: int, node: str, model: str, *more: str | int) -> None:
         """Add to a counter; once it has MOST_SERIES, new models are folded."""
         key = node, model, *more
         if key not in counter and len(counter) >= MOST_SERIES:
             key = node, "other", *more
         counter[key] += amount
 
-    def step(self, now):
+    def step(self, now: float) -> Step:
         """Return the Step that `now` falls into."""
         number = int(now // STEP_S)
         if not self.steps or self.steps[-1].number != number:
             self.steps.append(Step(number))
         return self.steps[-1]
 
-    def outcomes(self) -> dict[str, collections.Counter]:
+    def outcomes(self) -> dict[str, collections.Counter[str]]:
         """Return how the requests that each node answered ended: {node: {outcome: count}}."""
-        found = collections.defaultdict(collections.Counter)
+        found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for (node, *_, outcome), count in self.requests.items():
-            found[node][outcome] += count
+            found[str(node)][str(outcome)] += count
         return found
 
-    def count_request(self, record, total_s):
+    def count_request(self, record: Record, total_s: float) -> None:
         """Take in a finished request."""
         node, model = self.node_label(record.node), self.model_label(record.model)
         self.count(self.requests, 1, node, model, route_label(record.path), record.status, record.outcome)
@@ -8051,16 +8067,19 @@ class Metrics:
             self.count(self.tokens, record.timings.output_tokens, node, model, "output")
 
 
-def metric_families(gateway):
+Samples = Iterable[tuple[str, str, float]]
+
+
+def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]:
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
     metrics, dispatcher, now = gateway.metrics, gateway.dispatcher, gateway.loop.time()
     nodes = dispatcher.nodes.values()
     waiting = collections.Counter(ticket.wants.priority for ticket in dispatcher.queue.tickets)
 
-    def counted(counter, *names):
+    def counted(counter: Series, *names: str) -> Samples:
         return [("", labelled(**dict(zip(names, key, strict=True))), value) for key, value in counter.items()]
 
-    def of_nodes(value):
+    def of_nodes(value: Callable[[Node], float]) -> Samples:
         return [("", labelled(node=node.name), value(node)) for node in nodes]
 
     yield ("sollol_requests_total", "counter", "Finished requests.",
@@ -8091,10 +8110,10 @@ def metric_families(gateway):
     yield "sollol_build_info", "gauge", "The version that runs.", [("", labelled(version=__version__), 1)]
 
 
-def answer_metrics(gateway):
+def answer_metrics(gateway: Gateway) -> OwnAnswer:
     """Answer /metrics in Prometheus' text format 0.0.4."""
     gateway.tally()
-    lines = []
+    lines: list[str] = []
     for name, kind, help, samples in metric_families(gateway):
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{suffix}{{{labels}}} {value}" if labels else f"{name}{suffix} {value}"
@@ -8102,7 +8121,7 @@ def answer_metrics(gateway):
     return 200, ("\n".join(lines) + "\n").encode(), b"text/plain; version=0.0.4; charset=utf-8"
 
 
-def milliseconds(seconds):
+def milliseconds(seconds: float | None) -> int | str:
     """Return whole milliseconds, or "" for None."""
     return "" if seconds is None else round(seconds * 1000)
 
@@ -8115,7 +8134,7 @@ def log_level(record: Record) -> int:
     return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
 
 
-def request_fields(record, total_s):
+def request_fields(record: Record, total_s: float) -> Json:
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
     return {"event": "request", "id": record.id, "client": record.client, "key": record.key,
@@ -8134,7 +8153,7 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-def bare(value):
+def bare(value: object) -> str:
     """Return a value as it stands in a key=value line: quoted if it could be misread."""
     text = str(value)
     return text if PLAIN(text) else json.dumps(text)
@@ -8146,15 +8165,15 @@ known_bare = functools.lru_cache(maxsize=1024)(bare)    # models, nodes, paths a
 class LogFormat(logging.Formatter):
     """Write one line per event, `key=value ...` or one JSON object; the message is a dict of its fields, or several."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
-    def __init__(self, style):
+    def __init__(self, style: str) -> None:
         super().__init__()
         self.as_json = style == "json"
 
-    def format(self, record):
-        said = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
+    def format(self, record: logging.LogRecord) -> str:
+        said: Any = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
         lead = {"ts": self.formatTime(record), "level": record.levelname.lower()}
         if record.exc_info and self.as_json:
             said = {**said, "traceback": self.formatException(record.exc_info)}
@@ -8163,7 +8182,7 @@ class LogFormat(logging.Formatter):
             lines.append(self.formatException(record.exc_info))
         return "\n".join(lines)
 
-    def line(self, fields):
+    def line(self, fields: Json) -> str:
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
@@ -8229,7 +8248,7 @@ class LogWriter(logging.Handler):
         super().close()
 
 
-def start_log(style, level):
+def start_log(style: str, level: str) -> None:
     """Send the log to standard error."""
     try:
         handler: logging.Handler = LogWriter(sys.stderr.fileno())
@@ -8243,7 +8262,7 @@ def start_log(style, level):
     LOG.propagate = False
 
 
-def tell_systemd(message):
+def tell_systemd(message: str) -> None:
     """Send a state to the service manager that started this process, if one did; see sd_notify(3).
 
     While it is busy, ten messages fill its socket: a ping is dropped then, all else waits for NOTIFY_S.
@@ -8563,7 +8582,7 @@ listen();
 '''
 
 
-def page_policy():
+def page_policy() -> bytes:
     """Return the Content-Security-Policy of the page: its own script and nothing else."""
     script = PAGE.rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -8574,21 +8593,21 @@ def page_policy():
 PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-store"]
 
 
-def past(steps, now):
+def past(steps: list[Step], now: float) -> Json:
     """Return what the lines show: one value a step, None where nothing finished."""
     found, last = {step.number: step for step in steps}, int(now // STEP_S)
     shown = [found.get(number) for number in range(last - STEPS_KEPT + 1, last + 1)]
 
-    def line(values_of, share):
+    def line(values_of: Callable[[Step], Iterable[float]], share: float) -> list[float | None]:
         values = [sorted(values_of(step)) if step else [] for step in shown]
-        return [round(percentile(it, share), 3) if it else None for it in values]
+        return [None if (value := percentile(it, share)) is None else round(value, 3) for it in values]
 
     return {"step_s": STEP_S,
             **{f"total_p{share}_s": line(lambda step: step.total_s, share / 100) for share in (50, 95)},
             **{f"first_p{share}_s": line(lambda step: step.first_s, share / 100) for share in (50, 95)}}
 
 
-def node_state(node, now, tokens):
+def node_state(node: Node, now: float, tokens: int) -> Json:
     """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
     stats = node_stats(node, now)
     used = max((it for it in node.runners.values() if it.decode_s), key=lambda it: it.used_s, default=None)
@@ -8599,12 +8618,12 @@ def node_state(node, now, tokens):
             "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
 
 
-def dashboard_state(gateway):
+def dashboard_state(gateway: Gateway) -> Json:
     """Return what the dashboard shows now."""
     dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
     steps = list(gateway.metrics.steps)
     recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
-    tokens = sum((step.tokens for step in recent), collections.Counter())
+    tokens: collections.Counter[str] = sum((step.tokens for step in recent), collections.Counter())
     first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
     return {
         "version": f"version {__version__}", "policy": options.policy, "draining": gateway.draining,
@@ -8615,7 +8634,7 @@ def dashboard_state(gateway):
         "decisions": decision_stats(list(dispatcher.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
 
 
-def answer_dashboard(gateway):
+def answer_dashboard(gateway: Gateway) -> OwnAnswer:
     """Answer with the page and its first state; a `<` in that must not end its script."""
     state = gateway.snapshot().replace(b"<", b"\\u003c")
     return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
@@ -8625,51 +8644,51 @@ def answer_dashboard(gateway):
 # hosts.txt: which nodes?
 # -----------------------------------------------------------------------------
 
-def parse_switch(text):
+def parse_switch(text: str) -> bool:
     """Return the truth value of yes or no. Raises ValueError."""
     if text not in ("yes", "no"):
         raise ValueError(f"must be yes or no, not {text!r}")
     return text == "yes"
 
 
-def parse_slots(text):
+def parse_slots(text: str) -> int:
     """Return a number of slots. Raises ValueError."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
         raise ValueError(f"must be a whole number from 1 to 64, not {text!r}")
     return int(text)
 
 
-def parse_word(text):
+def parse_word(text: str) -> str:
     """Return a text that can stand in a header field. Raises ValueError."""
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError(f"must be printable ASCII, not {text!r}")
     return text
 
 
-def parse_secret(text):
+def parse_secret(text: str) -> str:
     """Return a word that no error text may show. Raises ValueError."""
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII")
     return text
 
 
-def parse_resolve(text):
+def parse_resolve(text: str) -> bool:
     """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
     if text != "all":
         raise ValueError(f"must be all, not {text!r}")
     return True
 
 
-def parse_prefix(text):
+def parse_prefix(text: str) -> str:
     """Return a path prefix without its last slash. Raises ValueError."""
     if not text.startswith("/"):
         raise ValueError(f"must begin with a slash, not {text!r}")
     return parse_word(text).rstrip("/")
 
 
-NODE_SETTINGS = {"name": parse_word, "slots": parse_slots, "token": parse_secret, "host": parse_word,
-                 "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
-                 "resolve": parse_resolve}
+NODE_SETTINGS: dict[str, Callable[[str], str | int]] = {
+    "name": parse_word, "slots": parse_slots, "token": parse_secret, "host": parse_word, "prefix": parse_prefix,
+    "primary": parse_switch, "ca": parse_word, "insecure": parse_switch, "resolve": parse_resolve}
 
 
 def open_regular(path: str) -> int:
@@ -8714,7 +8733,7 @@ def bare_line(line: str) -> str:
     return re.sub(r"(^|\s)#.*", "", line).strip()
 
 
-def parse_url(url):
+def parse_url(url: str) -> tuple[str, int, bool, str]:
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
     shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)      # a password is for nobody's log
     try:
@@ -8730,11 +8749,11 @@ def parse_url(url):
     return parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/")
 
 
-def parse_node(line):
+def parse_node(line: str) -> NodeSettings:
     """Return the NodeSettings of one line: a URL, then key=value settings. Raises ValueError."""
     url, *settings = line.split()
     host, port, tls, prefix = parse_url(url)
-    values = {"prefix": prefix}
+    values: dict[str, Any] = {"prefix": prefix}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in NODE_SETTINGS:
@@ -8753,7 +8772,7 @@ def parse_node(line):
                         host_header=values.pop("host", f"{shown}:{port}"), **values)
 
 
-def with_authority(node, folder):
+def with_authority(node: NodeSettings, folder: str) -> NodeSettings:
     """Return the NodeSettings with the path of ca= seen from `folder`. Raises ValueError if there is no certificate."""
     if not node.ca:
         return node
@@ -8764,9 +8783,9 @@ def with_authority(node, folder):
     return node
 
 
-def parse_hosts(text, place):
+def parse_hosts(text: str, place: str) -> list[NodeSettings]:
     """Return the NodeSettings of a hosts file. Raises ConfigError that names `place` and line."""
-    nodes = {}
+    nodes: dict[str, NodeSettings] = {}
     for number, line in enumerate(text.splitlines(), 1):
         try:
             line = bare_line(line)
@@ -8783,9 +8802,9 @@ def parse_hosts(text, place):
     return list(nodes.values())
 
 
-def read_nodes(options):
+def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
     """Return the NodeSettings from --hosts and --node. Raises ConfigError."""
-    nodes = []
+    nodes: list[NodeSettings] = []
     if options.hosts:
         text, mode = read_file(options.hosts)
         nodes = parse_hosts(text, options.hosts)
@@ -8808,18 +8827,22 @@ def read_nodes(options):
 # Gateway.join takes that over whenever a source has changed.
 # -----------------------------------------------------------------------------
 
-def names_in(lines, discovering):
+Told = dict[str, list[str]]         # name: its addresses
+Server = tuple[str, int]            # address and port
+
+
+def names_in(lines: Iterable[NodeSettings], discovering: object) -> set[str]:
     """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
     return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
 
 
-def addresses_of(line, told):
+def addresses_of(line: NodeSettings, told: Told) -> list[str]:
     """Return the addresses of a line's host, as far as DNS has told them, {name: addresses}."""
     address = literal(line.host)
     return [address] if address else told.get(line.host, [])
 
 
-def spread(line, told):
+def spread(line: NodeSettings, told: Told) -> list[NodeSettings]:
     """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
     addresses = addresses_of(line, told)
     addresses = [address for address in addresses if ":" not in address] or addresses
@@ -8835,17 +8858,18 @@ class Found(NamedTuple):
     own: bool                       # an address of this machine
 
 
-def servers_in(lines, told):
+def servers_in(lines: Iterable[NodeSettings], told: Told) -> set[Server]:
     """Return the (address, port) of the servers that lines name."""
     return {(address, line.port) for line in lines for address in addresses_of(line, told)}
 
 
-def united(lines, told, found):
+def united(lines: Iterable[NodeSettings], told: Told, found: dict[Server, Found]) -> list[NodeSettings]:
     """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
 
     `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
     """
-    nodes, written = {}, servers_in(lines, told)
+    nodes: dict[str, NodeSettings] = {}
+    written = servers_in(lines, told)
     here = {port for address, port in written if is_loopback(address)}
     for line in lines:
         for node in spread(line, told) if line.resolve else [line]:
@@ -8857,13 +8881,13 @@ def united(lines, told, found):
     return list(nodes.values())
 
 
-async def look_up(name):
+async def look_up(name: str) -> list[str]:
     """Ask DNS for the addresses behind a name. Raises OSError, or UnicodeError if it cannot be one."""
     rows = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    return [row[4][0] for row in rows]
+    return [str(row[4][0]) for row in rows]
 
 
-async def resolve(gateway, name):
+async def resolve(gateway: Gateway, name: str) -> bool:
     """Note the addresses behind a name; tell whether they have changed. If DNS fails, what it told last stays."""
     was, failed = gateway.told.get(name, []), name in gateway.unresolved
     try:
@@ -8883,7 +8907,7 @@ async def resolve(gateway, name):
     return gateway.told[name] != was
 
 
-async def follow_name(gateway, name):
+async def follow_name(gateway: Gateway, name: str) -> None:
     """Keep up with the addresses behind a name."""
     while True:
         if await resolve(gateway, name):
@@ -8893,7 +8917,7 @@ async def follow_name(gateway, name):
         await asyncio.sleep(min(gateway.options.probe_interval, FOLLOW_S) * gateway.rng.uniform(0.85, 1.15))
 
 
-def parse_network(text):
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     """Return the network of a CIDR such as 192.168.1.0/24, or of one address. Raises ArgumentTypeError."""
     try:
         network = ipaddress.ip_network(text, strict=False)
@@ -8905,7 +8929,7 @@ def parse_network(text):
     return network
 
 
-async def is_ollama(pool):
+async def is_ollama(pool: Pool) -> bool:
     """Tell whether an Ollama server answers, and not a gateway such as this one. Raises ProbeFailure or NodeFailure."""
     short = functools.partial(fetch, pool, "GET", most_bytes=64 * KIB)
     _, found, _ = await short("/api/health")
@@ -8918,7 +8942,7 @@ async def is_ollama(pool):
     return status == 200 and isinstance(found and found.get("version"), str)
 
 
-async def is_found(gateway, address):
+async def is_found(gateway: Gateway, address: str) -> bool:
     """Tell whether an Ollama server listens at an address."""
     pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop, gateway.via)
     try:
@@ -8931,7 +8955,7 @@ async def is_found(gateway, address):
         pool.close()
 
 
-def is_own(address):
+def is_own(address: str) -> bool:
     """Tell whether an address is one of this machine's: only to those can a socket be bound."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as it:
         try:
@@ -8941,14 +8965,14 @@ def is_own(address):
     return not is_loopback(address)
 
 
-def after_scan(found, answered, up):
+def after_scan(found: dict[Server, Found], answered: dict[Server, bool], up: set[Server]) -> dict[Server, Found]:
     """Return what is found after a scan, {server: Found}. `answered`: {server: own}; `up`: servers it need not ask."""
     still = {server: Found(0 if server in up else it.missed + 1, it.own) for server, it in found.items()}
     still.update((server, Found(0, own)) for server, own in answered.items())
     return {server: it for server, it in still.items() if it.missed < SCANS_KEPT}
 
 
-async def scan(gateway):
+async def scan(gateway: Gateway) -> None:
     """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again."""
     networks, port, began_s = gateway.options.discover, gateway.scan_port, gateway.loop.time()
     up = {server for node in gateway.dispatcher.nodes.values() if node.up
@@ -8956,9 +8980,10 @@ async def scan(gateway):
     needless = up | servers_in(gateway.lines, gateway.told) | {gateway.address}
     addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
     LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port, "addresses": len(addresses)})
-    left, answered = (address for address in addresses if (address, port) not in needless), {}
+    left = (address for address in addresses if (address, port) not in needless)
+    answered: dict[Server, bool] = {}
 
-    async def look():
+    async def look() -> None:
         for address in left:
             if await is_found(gateway, address):
                 answered[address, port] = is_own(address)
@@ -8974,7 +8999,7 @@ async def scan(gateway):
 SCAN = "--discover"                 # among the names of sources; no host is called so
 
 
-async def scan_again_and_again(gateway, _):
+async def scan_again_and_again(gateway: Gateway, _: str) -> None:
     """Keep up with the servers in the networks of --discover."""
     while True:
         await scan(gateway)
@@ -8987,7 +9012,7 @@ async def scan_again_and_again(gateway, _):
 # The keys file: whose keys?
 # -----------------------------------------------------------------------------
 
-def parse_level(text):
+def parse_level(text: str) -> int:
     """Return a priority from 1 to 10. Raises ValueError."""
     try:
         return parse_priority(text)
@@ -8995,7 +9020,7 @@ def parse_level(text):
         raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}, not {text!r}") from None
 
 
-def parse_rate(text):
+def parse_rate(text: str) -> tuple[int, float]:
     """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""
     match = re.fullmatch(r"([1-9]\d{0,8})/(s|min|h|d)", text, re.ASCII)
     if not match:
@@ -9003,21 +9028,22 @@ def parse_rate(text):
     return int(match[1]), PERIODS_S[match[2]]
 
 
-def parse_most(text):
+def parse_most(text: str) -> int:
     """Return a number of requests. Raises ValueError."""
     if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
         raise ValueError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
-KEY_SETTINGS = {"name": parse_word, "priority": parse_level, "max-priority": parse_level, "rate": parse_rate,
-                "concurrency": parse_most, "admin": parse_switch}
+KEY_SETTINGS: dict[str, Callable[[str], str | int | tuple[int, float]]] = {
+    "name": parse_word, "priority": parse_level, "max-priority": parse_level, "rate": parse_rate,
+    "concurrency": parse_most, "admin": parse_switch}
 
 
-def parse_key(line):
+def parse_key(line: str) -> KeySettings:
     """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
     given, *settings = line.split()
-    values = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in KEY_SETTINGS:
@@ -9036,9 +9062,10 @@ def parse_key(line):
     return KeySettings(digest_of_key(given.encode()), **values)
 
 
-def parse_keys(text, place):
+def parse_keys(text: str, place: str) -> list[KeySettings]:
     """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
-    names, digests = {}, {}
+    names: dict[str, KeySettings] = {}
+    digests: dict[bytes, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         try:
             line = bare_line(line)
@@ -9057,7 +9084,7 @@ def parse_keys(text, place):
     return list(names.values())
 
 
-def warn_of_readers(event, path, mode):
+def warn_of_readers(event: str, path: str, mode: int) -> None:
     """Warn if others than its owner can read a secret file.
 
     What systemd hands over (LoadCredential=) it has closed to others by an ACL, which shows as rights of the group.
@@ -9067,7 +9094,7 @@ def warn_of_readers(event, path, mode):
         LOG.warning({"event": event, "why": f"others than its owner can read {path}: chmod 600 it"})
 
 
-def read_keys(options):
+def read_keys(options: argparse.Namespace) -> list[KeySettings]:
     """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
     if not options.keys:
         return []
@@ -9081,7 +9108,7 @@ def read_keys(options):
 # Certificate and key of the gateway's own port
 # -----------------------------------------------------------------------------
 
-def is_certificate(path):
+def is_certificate(path: str) -> bool:
     """Tell whether there is a certificate in a file, in PEM form."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
@@ -9090,11 +9117,11 @@ def is_certificate(path):
     return True
 
 
-def no_password():
+def no_password() -> NoReturn:
     raise ConfigError("is encrypted, and nobody is here to give the password")
 
 
-def read_certificate(options):
+def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     """Return the TLS context of --tls-cert and --tls-key, None without them.
 
     Raises ConfigError that names the file; warns if others can read the key. It speaks TLS 1.2 at least, and HTTP/1.1.
@@ -9129,7 +9156,7 @@ def read_certificate(options):
 STATE_FORMAT, STATE_VERSION = "sollol-state", 1
 
 
-def parse_state(text):
+def parse_state(text: bytes) -> Json:
     """Return what is in a state file. Raises ValueError."""
     try:
         state = json.loads(text)
@@ -9147,7 +9174,7 @@ def parse_state(text):
 class StateFile:
     """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
         self.text = ""              # as written last
         self.foreign = False        # there is a file that is not ours to overwrite
@@ -9157,7 +9184,7 @@ class StateFile:
         except OSError as error:
             raise ConfigError(f"--state: {path}: {error.strerror}") from None
 
-    def read(self, dispatcher):
+    def read(self, dispatcher: Dispatcher) -> None:
         """Let a dispatcher remember what is in the file; log one line if it cannot be used."""
         try:
             with open(self.path, "rb") as file:
@@ -9176,7 +9203,7 @@ class StateFile:
             return
         LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.kept)})
 
-    def write(self, learned):
+    def write(self, learned: Json) -> None:
         """Write what was learned, if it has changed: whole or not at all. Logs the first of failures in a row."""
         text = json.dumps({"format": STATE_FORMAT, "version": STATE_VERSION, **learned}, indent=1) + "\n"
         if text == self.text:
@@ -9192,7 +9219,7 @@ class StateFile:
                 LOG.error({"event": "state", "file": self.path, "why": error.strerror})
             self.failed = True
 
-    def replace_with(self, text):
+    def replace_with(self, text: str | None) -> None:
         """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -9217,7 +9244,7 @@ class StateFile:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
-def rebinding_check(options):
+def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
     """Return what tells of a Host field whether it was led to us by DNS rebinding.
 
     Only on a loopback address, as with Ollama: others have names that we cannot know.
@@ -9228,17 +9255,23 @@ def rebinding_check(options):
     return remembered(lambda host: not may_mean_us(host, machine, options.origins))
 
 
-def affordable_clients(asked, descriptors):
+def affordable_clients(asked: int, descriptors: int) -> int:
     """Return how many client connections there may be: each may need a node's connection, too."""
     if descriptors == resource.RLIM_INFINITY:
         return asked
     return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
 
 
+Chore = Callable[["Gateway", Node], Coroutine[Any, Any, object]]
+Followed = TypeVar("Followed")      # a node, or the name of a source
+
+
 class Gateway:
     """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
 
-    def __init__(self, options, lines, keys=(), tls=None, *, look_up=look_up, scan_port=11434):
+    def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
+                 tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
+                 scan_port: int = 11434) -> None:
         self.options, self.tls = options, tls
         self.loop = asyncio.get_running_loop()
         self.rng = random.Random(options.seed)
@@ -9252,33 +9285,35 @@ class Gateway:
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
         self.turns = Turns(self.loop)       # of work that takes long
         self.memory = BodyMemory(options.max_memory, self.turns)
-        self.pools = {}             # Node: Pool
-        self.probes = {}            # Node: Task
-        self.chores = {}            # (Node, what is done): Task
-        self.states = {}            # Node: its state as logged last
-        self.clients = set()
-        self.strangers = collections.Counter()      # address: connections that have given no key
+        self.pools: dict[Node, Pool] = {}
+        self.probes: dict[Node, asyncio.Task[None]] = {}
+        self.chores: dict[tuple[Node, Chore], asyncio.Task[object]] = {}
+        self.states: dict[Node, str] = {}           # as logged last
+        self.clients: set[ClientConnection] = set()
+        self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
         self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
         self.lines = lines          # NodeSettings as written
         self.look_up = look_up      # name -> its addresses
-        self.told = {}              # name: its addresses, as DNS told last
-        self.unresolved = set()     # names for which DNS failed last
+        self.told: Told = {}        # as DNS told last
+        self.unresolved: set[str] = set()           # names for which DNS failed last
         self.scan_port = scan_port  # of the Ollama servers that are looked for
-        self.found = {}             # (address, port): Found
-        self.sources = {}           # name, or what else is followed: Task
-        self.first_looks = set()    # nodes and names not yet looked at since the start
+        self.found: dict[Server, Found] = {}
+        self.sources: dict[str, asyncio.Task[None]] = {}        # by the name, or what else is followed
+        self.first_looks: set[Node | str] = set()   # nodes and names not yet looked at since the start
         self.started_s = self.loop.time()
-        self.server = self.timer = self.address = None
-        self.looking = {}           # how nodes are looked at: Future, while somebody waits for that
+        self.server: asyncio.Server | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.address: Server | None = None          # that it listens on
+        self.looking: dict[Look, asyncio.Future[Any]] = {}      # how nodes are looked at, while somebody waits for that
         self.metrics = Metrics(self.dispatcher)
         self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
-        self.finished = []          # since the last `tally`: (Record, seconds taken)
+        self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
         self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
         self.files_seen = self.files_before = self.file_stamps()     # as taken over; as in the last sweep
-        self.answers = {}           # path: (until when it is good, answer), the last ones
-        self.local = {              # path: answer, for GET and HEAD
+        self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
+        self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
             "/": answer_root,
             "/api/version": answer_version,
             "/api/tags": answer_tags,
@@ -9291,11 +9326,13 @@ class Gateway:
             "/metrics": answer_metrics,
             "/dashboard": answer_dashboard,
         }
-        self.refreshed = {          # path: what is awaited before that answer
+        self.refreshed: dict[str, Callable[[Gateway], Awaitable[None]]] = {     # path: what is awaited before that
             "/api/ps": functools.partial(look_again, look_at_residency),
             "/api/status": functools.partial(look_again, look_at_status),
         }
-        self.state, self.saved_s, self.saving = None, self.started_s, None
+        self.state: StateFile | None = None
+        self.saved_s = self.started_s
+        self.saving: asyncio.Future[None] | None = None
         if options.state:
             self.state = StateFile(options.state)
             self.state.read(self.dispatcher)
@@ -9303,7 +9340,7 @@ class Gateway:
 
     # Start and reload -------------------------------------------------------
 
-    async def start(self):
+    async def start(self) -> Gateway:
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
         deadline_s = self.loop.time() + 0.5
         while self.first_looks and self.loop.time() < deadline_s:
@@ -9318,9 +9355,9 @@ class Gateway:
             self.keep_going(self.sources, SCAN, scan_again_and_again)
         return self
 
-    def accept(self, reader, writer):
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
-        transport = writer.transport
+        transport: asyncio.Transport = writer.transport         # type: ignore[assignment]  # of a socket: it reads, too
         client = ClientConnection(self.loop, lambda client: converse(self, client))
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
@@ -9372,7 +9409,7 @@ class Gateway:
         """Return the whole body of a request. Raises as ClientConnection.read_body."""
         return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
-    def report(self, loop, context):
+    def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         """Log what went wrong outside all tasks.
 
         A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
@@ -9384,7 +9421,7 @@ class Gateway:
             self.exhausted_s = now
             LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
 
-    def configure(self, lines):
+    def configure(self, lines: list[NodeSettings]) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
         self.lines, names = lines, names_in(lines, self.options.discover)
         for name in self.sources.keys() - names - {SCAN}:
@@ -9398,7 +9435,7 @@ class Gateway:
                 pool.tls = None     # the file may have been renewed
         return self.join()
 
-    def join(self):
+    def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
         added, dropped = self.dispatcher.configure(united(self.lines, self.told, self.found))
         if self.server is None:
@@ -9421,34 +9458,35 @@ class Gateway:
             LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         return added, dropped, changed
 
-    def begin_probes(self, node):
+    def begin_probes(self, node: Node) -> None:
         """Start the task that probes a node."""
         self.keep_going(self.probes, node, probe_forever)
 
-    def begin_source(self, name):
+    def begin_source(self, name: str) -> None:
         """Start the task that follows a name."""
         if self.server is None:
             self.first_looks.add(name)
         self.keep_going(self.sources, name, follow_name)
 
-    def keep_going(self, tasks, key, work):
+    def keep_going(self, tasks: dict[Followed, asyncio.Task[None]], key: Followed,
+                   work: Callable[[Gateway, Followed], Coroutine[Any, Any, None]]) -> None:
         """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
         task = tasks[key] = self.loop.create_task(work(self, key))
 
-        def again():
+        def again() -> None:
             if tasks.get(key) is task:      # else dropped meanwhile
                 self.keep_going(tasks, key, work)
 
-        def ended(task):
+        def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and tasks.get(key) is task:
                 LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
                 self.loop.call_later(self.options.probe_interval, again)
 
         task.add_done_callback(ended)
 
-    def file_stamps(self):
+    def file_stamps(self) -> list[tuple[int, int, int] | None]:
         """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
-        stamps = []
+        stamps: list[tuple[int, int, int] | None] = []
         for path in (self.options.hosts, self.options.keys):
             try:
                 it = os.stat(path) if path else None
@@ -9457,7 +9495,7 @@ class Gateway:
             stamps.append(it and (it.st_mtime_ns, it.st_size, it.st_ino))
         return stamps
 
-    def reload(self):
+    def reload(self) -> None:
         """Read hosts.txt, keys and certificate again. A bad file is refused with one log line; what it said stays."""
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.files_seen = self.file_stamps()
@@ -9473,7 +9511,7 @@ class Gateway:
         tell_systemd("READY=1")
         self.pump()
 
-    def reload_keys(self):
+    def reload_keys(self) -> None:
         """Read the keys again."""
         try:
             self.keys.configure(read_keys(self.options))
@@ -9481,7 +9519,7 @@ class Gateway:
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
 
-    def reload_certificate(self):
+    def reload_certificate(self) -> None:
         """Read certificate and key again: for new connections, those that are open keep theirs."""
         try:
             self.tls = read_certificate(self.options)
@@ -9491,19 +9529,19 @@ class Gateway:
 
     # Work -------------------------------------------------------------------
 
-    def pump(self, skim=False):
+    def pump(self, skim: bool = False) -> None:
         """Let the dispatcher match, and wake whoever waits for what it decided."""
         leases, refused = self.dispatcher.dispatch(self.loop.time(), skim)
         self.wake([lease.ticket for lease in leases])
         self.wake(refused)
 
-    def wake(self, tickets):
+    def wake(self, tickets: Iterable[Ticket]) -> None:
         """Wake whoever waits for tickets: each has a lease or a refusal now."""
         for ticket in tickets:
             if ticket.waiter is not None and not ticket.waiter.done():
                 ticket.waiter.set_result(None)
 
-    async def turn(self, ticket):
+    async def turn(self, ticket: Ticket) -> Lease:
         """Return the lease of a ticket, once it has one. Raises Refusal."""
         self.pump()
         while ticket.lease is None:
@@ -9513,7 +9551,7 @@ class Gateway:
             await ticket.waiter
         return ticket.lease
 
-    def begin_chore(self, node, work):
+    def begin_chore(self, node: Node, work: Chore) -> None:
         """Start a piece of work on a node, such as a check or its calibration, unless it is under way.
 
         Not on one that was dropped.
@@ -9523,11 +9561,11 @@ class Gateway:
             task = self.chores[chore] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.chores.pop(chore, None))
 
-    def note_load(self, node):
+    def note_load(self, node: Node) -> None:
         """Note that a node has loaded a model, and soon what that has pushed out."""
         self.begin_chore(node, look_after_load)
 
-    def order(self, node, verb):
+    def order(self, node: Node, verb: str) -> tuple[int, bytes, bytes]:
         """Drain or resume a node; return (status, body, content type) of the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
         self.answers.clear()        # it is to be seen at once
@@ -9537,6 +9575,7 @@ class Gateway:
 
     def blame(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
         """Note and log that a node failed a request, and look at once what has become of it."""
+        assert failure.kind is not None     # else it is no fault of the node's
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.metrics.failovers[lease.node.name, failure.kind] += 1
         self.note_error(lease.node, failure)
@@ -9551,25 +9590,25 @@ class Gateway:
         self.dispatcher.note_error(node, failure.text, status, failure.kind, self.loop.time())
         LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
 
-    async def look_at_changes(self, nodes):
+    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
         """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
 
         A node that does not answer now is looked at by the next probe.
         """
         await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
-    def own_answer(self, path: str) -> tuple:
+    def own_answer(self, path: str) -> OwnAnswer:
         """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
         """
         until_s, answer = self.answers.get(path, (-math.inf, None))
-        if self.loop.time() >= until_s:
+        if answer is None or self.loop.time() >= until_s:
             began_s = time.thread_time()
             answer = self.local[path](self)
             costly = time.thread_time() - began_s > COSTLY_S
             self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
         return answer
 
-    def snapshot(self):
+    def snapshot(self) -> bytes:
         """Return what dashboards show, as JSON; made once for all that look, however many."""
         now = self.loop.time()
         if now - self.shown_s >= EVENT_S / 2:
@@ -9577,14 +9616,14 @@ class Gateway:
             self.shown, self.shown_s = json.dumps(dashboard_state(self), separators=(",", ":")).encode(), now
         return self.shown
 
-    def finish(self, record):
+    def finish(self, record: Record) -> None:
         """Let a finished request be counted and logged a moment later, together with others: that is much cheaper."""
         record.outcome = record.outcome or ("ok" if 0 < record.status < 400 else "error")
         if not self.finished:
             self.loop.call_later(TALLY_DELAY_S, self.tally)
         self.finished.append((record, self.loop.time() - record.started_s))
 
-    def tally(self):
+    def tally(self) -> None:
         """Count and log the requests that have finished since the last time."""
         finished, self.finished = self.finished, []
         for record, total_s in finished:
@@ -9593,7 +9632,7 @@ class Gateway:
             if LOG.isEnabledFor(level):
                 LOG.log(level, [request_fields(record, total_s) for record, total_s in some])
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Serve every time-out: slow clients, late tickets, silent nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now, dispatcher = self.loop.time(), self.dispatcher
@@ -9605,7 +9644,8 @@ class Gateway:
             if lease.abandon is not None:
                 lease.abandon(Failure("lost", f"has answered nothing for {DEAD_S:g} s"))
         for lease in races:
-            lease.ticket.race(lease)
+            if lease.ticket.race is not None:
+                lease.ticket.race(lease)
         for node in dispatcher.nodes.values():
             note_state(self, node)
             if not node.up or node.draining:
@@ -9629,7 +9669,7 @@ class Gateway:
         tell_systemd("WATCHDOG=1")
         self.pump(skim=True)
 
-    def save(self):
+    def save(self) -> None:
         """Begin to write what was learned into the state file, in a thread: a slow disk must not stop the streams."""
         self.saved_s = self.loop.time()
         if self.state and (self.saving is None or self.saving.done()):
@@ -9637,7 +9677,7 @@ class Gateway:
 
     # Stop -------------------------------------------------------------------
 
-    def drain(self):
+    def drain(self) -> None:
         """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo."""
         if self.draining:
             if self.loop.time() - self.drained_s > ECHO_S:
@@ -9653,14 +9693,14 @@ class Gateway:
                 client.transport.close()
         self.loop.create_task(self.wait_until_idle())
 
-    async def wait_until_idle(self):
+    async def wait_until_idle(self) -> None:
         """Set `stopped` when no client is being served any more, or the drain time is over."""
         deadline_s = self.loop.time() + self.options.drain_timeout
         while self.clients and self.loop.time() < deadline_s:
             await asyncio.sleep(0.05)
         self.stopped.set()
 
-    async def stop(self):
+    async def stop(self) -> None:
         """Close everything at once."""
         self.draining = True
         if self.server:
@@ -9687,7 +9727,7 @@ class Gateway:
 # Command line
 # -----------------------------------------------------------------------------
 
-def parse_size(text):
+def parse_size(text: str) -> int:
     """Return a number of bytes: `64MiB`, `1GiB`, `4096`."""
     match = re.fullmatch(r"(\d+)\s*(|[KMG]i?B?|B)", text.strip(), re.I)
     if not match:
@@ -9697,7 +9737,9 @@ def parse_size(text):
 
 def parse_seconds(text: str) -> float:
     """Return the seconds in a time: `90`, `90s`, `500ms`, `5m`, `2h`."""
-    number, unit = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S).groups()
+    match = re.fullmatch(r"(.*?)(|ms|[smh])", text.strip(), re.S)
+    assert match is not None        # any text does
+    number, unit = match.groups()
     try:
         seconds = float(number) * UNIT_S[unit or "s"]
     except ValueError:
@@ -9707,21 +9749,21 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-def parse_count(text):
+def parse_count(text: str) -> int:
     """Return a whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def parse_port(text):
+def parse_port(text: str) -> int:
     """Return a port number; 0 lets the system choose."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port number")
     return int(text)
 
 
-def parse_bind(text):
+def parse_bind(text: str) -> str:
     """Return the name or address to listen on; empty, it would be all of them."""
     try:
         if text.encode("idna"):
@@ -9731,14 +9773,14 @@ def parse_bind(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not an address or a host name")
 
 
-def parse_secret_file(text):
+def parse_secret_file(text: str) -> str:
     """Return the path of a file without which everybody could ask: an empty one is a variable that was not set."""
     if not text:
         raise argparse.ArgumentTypeError("no file is named")
     return text
 
 
-def parse_origins(text):
+def parse_origins(text: str) -> list[str]:
     """Return the origins in a list with commas; each may have one `*`."""
     origins = [word.strip() for word in text.split(",") if word.strip()]
     for origin in origins:
@@ -9751,14 +9793,14 @@ def parse_origins(text):
 class OneLineParser(argparse.ArgumentParser):
     """Say a mistake on one line, exit status 2."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False}
 
 
-def twin_value(parser, name, text, settings):
+def twin_value(parser: argparse.ArgumentParser, name: str, text: str, settings: dict[str, Any]) -> object:
     """Return the default that an environment variable gives a flag; exits if it is none."""
     if settings.get("action") in ("store_true", "store_false"):
         if text.lower() not in SWITCHES:
@@ -9779,13 +9821,13 @@ def twin_name(flag: str) -> str:
     return "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
 
 
-def command_line(environ):
+def command_line(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
                            epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
                            "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
 
-    def add(group, flag, **settings):
+    def add(group: argparse._ArgumentGroup, flag: str, **settings: Any) -> None:
         name = twin_name(flag)
         twin = environ.get(name)
         if twin is not None:
@@ -9875,7 +9917,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> Non
             parser.error(f"unknown variable {name}: " + (f"is SOLLOL_{near[0]} meant?" if near else "see --help"))
 
 
-def parse_options(argv, environ=None):
+def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = None) -> argparse.Namespace:
     """Return the options of a command line. Exits with status 2 and one line at a mistake."""
     environ = os.environ if environ is None else environ
     links = [name for name, value in environ.items() if is_service_link(name, value)]
@@ -9898,7 +9940,7 @@ def parse_options(argv, environ=None):
     return options
 
 
-def raise_descriptor_limit():
+def raise_descriptor_limit() -> None:
     """Allow as many open sockets as the system grants: a client and a node's connection for each request."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -9906,7 +9948,8 @@ def raise_descriptor_limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def run_gateway(options, nodes, keys, tls, greeting=""):
+async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], keys: list[KeySettings],
+                      tls: ssl.SSLContext | None, greeting: str = "") -> None:
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
     gateway = Gateway(options, nodes, keys, tls)
     gateway.loop.set_exception_handler(gateway.report)
@@ -9917,6 +9960,7 @@ async def run_gateway(options, nodes, keys, tls, greeting=""):
         await gateway.start()
         if gateway.draining:
             return
+        assert gateway.address is not None
         host, port = gateway.address
         url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
@@ -9950,10 +9994,10 @@ and open {url}/dashboard
 """
 
 
-async def run_demo(options, keys, tls):
+async def run_demo(options: argparse.Namespace, keys: list[KeySettings], tls: ssl.SSLContext | None) -> None:
     """Serve in front of three simulated nodes in this process."""
     try:
-        import bench
+        bench = importlib.import_module("bench")        # `import` would let mypy check that file, too
     except ImportError:
         raise ConfigError("--demo: bench.py must be beside sollol.py") from None
     nodes = bench.demo_nodes()
@@ -9972,12 +10016,12 @@ MODELS_IN_A_ROW, ROW_CHARS = 3, 120
 
 def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
     """Return the lines of a table. The words of a cell that is a list stand below each other if they are many."""
-    def cells(row, split):
+    def cells(row: tuple[str | list[str], ...], split: bool) -> list[list[str]]:
         """Return the lines of each cell."""
         return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
                 for cell in row]
 
-    def laid_out(table):
+    def laid_out(table: list[list[list[str]]]) -> list[list[str]]:
         """Return the lines of each row, cells filled up to the width of their column."""
         widths = [max(len(line) for row in table for line in row[column]) for column in range(len(table[0]))]
         return [["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
@@ -9988,7 +10032,7 @@ def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
     return [line for lines in laid_out(table) for line in lines]
 
 
-async def run_check(options, settings):
+async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -> int:
     """Print what every node answers; return the exit status."""
     options.state = None
     gateway = Gateway(options, [])
@@ -10003,7 +10047,8 @@ async def run_check(options, settings):
         gateway.pools[node] = Pool(node.settings, gateway.loop, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
-    rows = [("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
+    rows: list[tuple[str | list[str], ...]] = [
+        ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
         models = sorted(node.rows)
         loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
@@ -10015,16 +10060,17 @@ async def run_check(options, settings):
     return 0 if nodes and not missing and all(node.up for node in nodes) else 1
 
 
-def new_loop(fast):
+def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
     """Return an event loop: if `fast`, uvloop's where it can be imported; else asyncio's."""
     if fast:
         with contextlib.suppress(ImportError):
-            import uvloop
-            return uvloop.new_event_loop()
+            import uvloop           # type: ignore[import-not-found, unused-ignore]
+            loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+            return loop
     return asyncio.new_event_loop()
 
 
-def trim_memory():
+def trim_memory() -> None:
     """Give the system back what compiling this file took: of a module 15 MiB that would stay with the process, unused.
 
     Of a script Python keeps the parse tree for as long as it runs: there it gives back next to nothing.
@@ -10034,7 +10080,7 @@ def trim_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = parse_options(argv)
     start_log(options.log_format, options.log_level)
@@ -10054,13 +10100,14 @@ def main(argv=None):
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
     except OSError as error:        # asyncio's own text says the address once more
-        text = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror or error
+        number = error.errno
+        text = os.strerror(number) if number is not None and number in errno.errorcode else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
     return 0
 
 
-def abandon_unwritten():
+def abandon_unwritten() -> None:
     """Drop what standard error could not take, on a full disk say: at the exit Python would write it, and fail."""
     try:
         if sys.stderr is not None:

@@ -785,7 +785,7 @@ def test_skimmed_body_is_read_as_a_whole_one(monkeypatch):
 
 def test_large_body_tells_what_a_short_one_tells():
     text = "some words of a prompt, " * 100
-    for path, name, options in ((CHAT, "messages", {}), ("/api/embed", "input", {}), ("/v1/responses", "input", {})):
+    for path, name in ((CHAT, "messages"), ("/api/embed", "input"), ("/v1/responses", "input")):
         turns = [{"role": "user", "content": text} if name == "messages" else text for _ in range(2000)]
         body = {"model": "Big", "stream": False, "options": {"num_ctx": 8192, "num_predict": 7}, "priority": 8,
                 "service_tier": "flex", "max_output_tokens": 9, name: turns}
@@ -1049,9 +1049,9 @@ def placed(dispatcher, now=0.0):
     return [lease.node.name for lease in leases]
 
 
-def finish(dispatcher, done, now, timings=Timings()):
+def finish(dispatcher, done, now, timings=None):
     """Answer a ticket that runs, and end it."""
-    dispatcher.observe(done.lease, timings, now)
+    dispatcher.observe(done.lease, timings or Timings(), now)
     dispatcher.release(done.lease, now)
     dispatcher.leave(done, now)
 
@@ -1832,7 +1832,7 @@ def test_hits_of_the_nodes_cache_do_not_pass_for_a_fast_prefill(hits, off, truth
     """Whatever held them: we see only that they are 3 to 10 times faster. The prior is up to 30 times off."""
     for seed in range(100):
         dispatcher, now, rng = cluster(n1=["m"]), 0.0, random.Random(seed)
-        for number in range(20):
+        for _ in range(20):
             faster = rng.uniform(3, 10) if rng.random() < hits else 1.0
             now = answer_alone(dispatcher, now, prompted(rng.randrange(70, 2000),
                                                          truth_s * math.exp(rng.gauss(0, 0.1)) / faster))
@@ -2157,7 +2157,7 @@ def test_node_that_failed_twice_is_left_alone_for_five_seconds_then_gets_one_tri
         assert "n1" in placed(dispatcher) or it.lease
         fail(dispatcher, it)
         dispatcher.leave(it, 0.0)
-    for it in enter(dispatcher, *[want()] * 4):
+    for _ in enter(dispatcher, *[want()] * 4):
         assert set(placed(dispatcher)) <= {"n2"}
     for it in list(dispatcher.nodes["n2"].leases):
         dispatcher.leave(it.ticket, 0.5)
@@ -3952,9 +3952,9 @@ async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, 
         def take_late():
             """Take a connection whose node has said something that no turn of the loop has passed since."""
             for writer in node.connections:
-                with contextlib.suppress(OSError, AttributeError):      # of an earlier try, and closed
-                    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as it:
-                        it.send(sent) if sent else it.shutdown(socket.SHUT_WR)
+                with (contextlib.suppress(OSError, AttributeError),     # of an earlier try, and closed
+                      socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as it):
+                    it.send(sent) if sent else it.shutdown(socket.SHUT_WR)
             taken.append(take())
             return taken[-1]
 
@@ -4613,22 +4613,22 @@ async def test_request_goes_where_the_model_is_and_an_unknown_one_gets_a_nodes_o
 
 @over_sockets
 async def test_queue_is_bounded_and_its_time_is_too():
-    async with gateway_for(fixed(1, speed=1), flags=["--max-queue", "2", "--queue-timeout", "1"]) as gateway:
-        async with contextlib.AsyncExitStack() as stack:
-            running = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=400)))
-            stack.callback(running.cancel)
-            await until(lambda: health(gateway)["inflight"] == 1)
-            waiting = [asyncio.create_task(call(gateway, "POST", "/v1/completions", generate())) for _ in range(2)]
-            await until(lambda: health(gateway)["queued"] == 2)
-            answer = await call(gateway, "POST", "/api/generate", generate())
-            assert answer.status == 503 and answer.json() == {"error": "the queue is full"}
+    async with (gateway_for(fixed(1, speed=1), flags=["--max-queue", "2", "--queue-timeout", "1"]) as gateway,
+                contextlib.AsyncExitStack() as stack):
+        running = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=400)))
+        stack.callback(running.cancel)
+        await until(lambda: health(gateway)["inflight"] == 1)
+        waiting = [asyncio.create_task(call(gateway, "POST", "/v1/completions", generate())) for _ in range(2)]
+        await until(lambda: health(gateway)["queued"] == 2)
+        answer = await call(gateway, "POST", "/api/generate", generate())
+        assert answer.status == 503 and answer.json() == {"error": "the queue is full"}
+        assert int(answer.fields["retry-after"]) >= 1
+        urgent = asyncio.create_task(call(gateway, "POST", "/v1/completions", generate(), X_Priority="critical"))
+        displaced, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        assert ["queue is full" in it.result().json()["error"]["message"] for it in displaced] == [True]
+        for answer in await asyncio.gather(*waiting, urgent):
+            assert answer.status == 503 and answer.json()["error"]["type"] == "api_error"
             assert int(answer.fields["retry-after"]) >= 1
-            urgent = asyncio.create_task(call(gateway, "POST", "/v1/completions", generate(), X_Priority="critical"))
-            displaced, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            assert ["queue is full" in it.result().json()["error"]["message"] for it in displaced] == [True]
-            for answer in await asyncio.gather(*waiting, urgent):
-                assert answer.status == 503 and answer.json()["error"]["type"] == "api_error"
-                assert int(answer.fields["retry-after"]) >= 1
 
 
 @pytest.mark.parametrize("policy, expected", [("round-robin", [4, 4]), ("least-inflight", [4, 4])])
@@ -7878,8 +7878,9 @@ async def test_page_carries_its_state_and_nothing_in_it_ends_its_script():
 class Browser:
     """A headless Chromium with one page, spoken to over a pipe by its DevTools protocol."""
 
-    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-             "--disable-component-update --disable-sync --remote-debugging-pipe").split()
+    FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--remote-debugging-pipe"]
 
     def __init__(self, program, folder):
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (*os.pipe(), *os.pipe())]
@@ -8271,9 +8272,9 @@ def test_keep_alive_is_read_as_ollama_reads_it(value, seconds):
     ("5m", "", False), (None, "", False), ("0s", "hi", False), (0, "hi", False), ("zero", "", False),
     (False, "", False), ("-0s", "", True)])
 def test_unload_is_an_empty_prompt_kept_alive_for_no_time(keep_alive, prompt, expected):
-    for path, prompt in (("/api/generate", {"prompt": prompt}),
+    for path, fields in (("/api/generate", {"prompt": prompt}),
                          ("/api/chat", {"messages": [{"role": "user", "content": prompt}] if prompt else []})):
-        wants = asked(path, {"model": "m", "keep_alive": keep_alive, **prompt})
+        wants = asked(path, {"model": "m", "keep_alive": keep_alive, **fields})
         assert (wants.change == "unload", wants.inference) == (expected, not expected)
     assert not asked("/v1/chat/completions", {"model": "m", "keep_alive": 0}).change
 
@@ -9160,8 +9161,8 @@ async def test_programs_find_one_ollama(program):
 # Log, reload, drain, and the program as a process
 # -----------------------------------------------------------------------------
 
-LOG_KEYS = ("ts level event id client key method path model priority node attempts status queue_ms ttft_ms total_ms "
-            "prompt_tokens output_tokens bytes reason outcome").split()
+LOG_KEYS = ["ts", "level", "event", "id", "client", "key", "method", "path", "model", "priority", "node", "attempts",
+            "status", "queue_ms", "ttft_ms", "total_ms", "prompt_tokens", "output_tokens", "bytes", "reason", "outcome"]
 
 
 @over_sockets
@@ -10135,8 +10136,8 @@ async def test_clients_that_are_too_many_or_shake_no_hands_are_let_go(pems):
         assert asyncio.get_running_loop().time() - started_s > 0.4
         await until(lambda: not gateway.clients)
         assert (await call(gateway, "GET", "/")).status == 200
-        for _, writer in (*silent, (reader, writer)):
-            writer.close()
+        for _, it in (*silent, (reader, writer)):
+            it.close()
 
 
 @over_sockets
@@ -10311,8 +10312,8 @@ def test_tls_with_real_clients_from_the_first_handshake_over_a_renewed_certifica
 def test_bad_certificate_or_key_stops_the_start_with_one_line(argv, message, pems, monkeypatch, capsys):
     monkeypatch.chdir(pems)
     pathlib.Path("words").write_text("hello\n")
-    subprocess.run("openssl ec -in one.key -aes256 -passout pass:x -out locked.key".split(), check=True,
-                   capture_output=True)
+    subprocess.run(["openssl", "ec", "-in", "one.key", "-aes256", "-passout", "pass:x", "-out", "locked.key"],
+                   check=True, capture_output=True)
     try:
         assert sollol.main(["--node", "a", *argv]) == 2
     except SystemExit as ended:
@@ -10830,7 +10831,8 @@ async def test_simulated_victim_has_the_shortest_keep_alive_whatever_was_used_la
 async def test_simulated_victim_is_waited_for_if_none_is_idle(node):
     await ask(node, value=generate(FOUR[0], keep_alive="1m"))
     await ask(node, value=generate(FOUR[1], keep_alive="9m"))
-    busy = [asyncio.create_task(ask(node, value=generate(name, tokens))) for name, tokens in zip(FOUR, (2000, 20))]
+    busy = [asyncio.create_task(ask(node, value=generate(name, tokens)))
+            for name, tokens in zip(FOUR[:2], (2000, 20), strict=True)]
     await asyncio.sleep(0.1)
     await ask(node, value=generate(FOUR[2]))
     assert all(task.done() for task in busy) and sorted(await loaded_names(node)) == ["gemma3:4b", "mistral:latest"]
@@ -10954,7 +10956,7 @@ async def test_simulated_small_cpu_evaluates_100_tokens_a_second(node):
 
 def test_machines_of_a_benchmark_differ_and_those_of_tests_do_not():
     drawn = [bench.SimNode(seed=seed, drawn=True).engine.machine for seed in range(300)]
-    for values, low, high in zip(zip(*drawn), (0.5, 0.01, 0.5), (0.9, 0.2, 2.0), strict=True):
+    for values, low, high in zip(zip(*drawn, strict=True), (0.5, 0.01, 0.5), (0.9, 0.2, 2.0), strict=True):
         assert low <= min(values) < 1.2 * low and 0.8 * high < max(values) <= high
     assert bench.SimNode(seed=1, drawn=True).engine.machine == drawn[1] != drawn[2]
     assert bench.SimNode(seed=1).engine.machine == bench.Machine()
