@@ -1558,7 +1558,7 @@ class Queue:
     def __init__(self):
         self.heaps = {}             # model: [(key_s, seq, ticket)]
         self.marked = collections.Counter()     # model: entries in its heap that no longer wait
-        self.tickets = {}           # waiting tickets, those that have waited longest first: {ticket: None}
+        self.tickets = {}           # waiting tickets, as they came: {ticket: None}
 
     def __len__(self):
         return len(self.tickets)
@@ -3269,8 +3269,7 @@ class Dispatcher:
 
     def expire(self, now):
         """Refuse and return the tickets that have waited too long."""
-        late = list(itertools.takewhile(lambda ticket: now - ticket.since_s >= self.queue_timeout_s,
-                                        self.queue.tickets))
+        late = [ticket for ticket in self.queue.tickets if now - ticket.since_s >= self.queue_timeout_s]
         if not late:
             return []
         refusal = Answer(503, f"no slot became free within {self.queue_timeout_s:g} s",

@@ -1514,6 +1514,15 @@ def test_failed_ticket_that_waits_again_is_late_by_its_own_waiting():
     assert younger is not failed and dispatcher.expire(440.0) == [failed]
 
 
+def test_ticket_that_its_node_did_not_get_is_late_by_all_of_its_waiting():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    unsent, _ = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    enter(dispatcher, *[want()] * 2, now=100.0)
+    assert fail(dispatcher, unsent, "refused", now=200.0) and placed(dispatcher, 200.0) == []
+    assert dispatcher.expire(239.9) == [] and dispatcher.expire(240.0) == [unsent]
+
+
 # -----------------------------------------------------------------------------
 # Dispatcher: what is learned
 # -----------------------------------------------------------------------------
