@@ -5836,13 +5836,13 @@ class ClientConnection(asyncio.Protocol):
                 if not self.buffer:
                     return None
                 raise
-        return parse_request(self.take(end))
+        return parse_request(bytes(self.take(end)))
 
     def take(self, size: int) -> Body:
         """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
-        if size == len(self.buffer):        # a long body is not copied: 64 MiB take 25 ms
-            taken = self.buffer if size > SHORT_BODY_BYTES else bytes(self.buffer)
-            self.buffer = bytearray()
+        if size > SHORT_BODY_BYTES:     # not copied, but what lies behind it is: 64 MiB take 25 ms
+            taken, self.buffer = self.buffer, self.buffer[size:]
+            del taken[size:]
         else:
             with memoryview(self.buffer) as view:
                 taken = bytes(view[:size])

@@ -6327,6 +6327,29 @@ def test_nothing_that_a_client_sends_holds_the_loop_or_grows_it_without_bound(ma
     run_real(main())
 
 
+@pytest.mark.parametrize("behind", [b"", b"POST / HTTP/1.1"])
+def test_long_body_is_not_copied_out_of_the_buffer_that_it_came_in(behind):
+    client = sollol.ClientConnection(types.SimpleNamespace(time=lambda: 0.0), None)
+    client.buffer = bytearray(b"x" * 2**24 + behind)
+    tracemalloc.start()
+    try:
+        body = client.take(2**24)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert (len(body), client.buffer) == (2**24, behind)
+
+
+@over_sockets
+async def test_head_that_comes_alone_may_be_as_long_as_heads_may_be():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        caller, question = await Caller.to(gateway), head(b"GET / HTTP/1.1", b"Host: localhost", b"X: x")
+        for size in (sollol.SHORT_BODY_BYTES + 1, sollol.MAX_HEAD_BYTES + 4):
+            caller.writer.write(question[:-4] + b"x" * (size - len(question)) + question[-4:])
+            assert (await caller.answer()).status == 200
+        caller.close()
+
+
 def test_several_giant_bodies_at_once_hold_the_loop_no_longer():
     async def main():
         async with gateway_for(PatientNode()) as gateway:
