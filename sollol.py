@@ -90,6 +90,8 @@ MAX_TARGET_BYTES = 16 * KIB
 MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
 MAX_TRAILER_BYTES = 16 * KIB
 DECODED_BYTES = 32 * KIB            # of a chunked body, in one step: 6 ms if each chunk holds one byte
+TAKEN_LINES = 12 * KIB              # of an answer's piece, in one step: 4,096 chunks of one line, 4 ms
+READ_LINES, READ_BYTES = KIB, 4 * KIB   # the same where each line is read as JSON, 5 us each; bytes of one step then
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
 WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
@@ -4594,11 +4596,11 @@ def watch_for_death(sock: socket.socket) -> None:
 class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
-    __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s",
-                 "source", "write_paused", "unsent")
+    __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
+                 "idle_s", "source", "write_paused", "unsent")
 
-    def __init__(self, loop):
-        self.loop = loop
+    def __init__(self, turns: "Turns") -> None:
+        self.loop, self.turns = turns.loop, turns
         self.transport = None
         self.unsent = b""           # of a long body
         self.buffer = b""
@@ -4618,6 +4620,8 @@ class NodeConnection(asyncio.Protocol):
 
     def data_received(self, data):
         if self.sink is not None:
+            if len(data) > DECODED_BYTES and self.sink.is_costly(data):
+                self.sink = Backlog(self, self.sink)
             self.sink.data(data)
         elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
             self.fail(Failure("garbage", "bytes between two answers"))
@@ -4664,6 +4668,14 @@ class NodeConnection(asyncio.Protocol):
             self.transport.write(piece)
             if not self.write_paused:
                 self.loop.call_soon(self.send_more)
+
+    def pause_reading(self) -> None:
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, unless there is still something to be taken in."""
+        if not isinstance(self.sink, Backlog):
+            self.transport.resume_reading()
 
     def wake(self):
         if self.waiter is not None and not self.waiter.done():
@@ -4716,7 +4728,7 @@ class NodeConnection(asyncio.Protocol):
         while True:
             body = body_decoder(head.length)
             try:
-                payload, _ = body.feed(self.buffer)
+                payload, _ = body.feed(self.buffer[:DECODED_BYTES])     # more than the framing before any payload
             except ProtocolError as error:
                 raise NodeFailure("garbage", f"broke the framing of its answer: {error}") from None
             if payload or body.done or self.ended and head.length == UNTIL_CLOSE:
@@ -4729,9 +4741,9 @@ class NodeConnection(asyncio.Protocol):
         self.transport.resume_reading()     # first: what the sink writes now may pause it again
         data, self.buffer = self.buffer, b""
         if data:
-            sink.data(data)
+            self.data_received(data)
         if self.failure is not None:
-            sink.lost()
+            self.sink.lost()
 
 
 def trust_in(settings):
@@ -4766,8 +4778,8 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 class Pool:
     """Keep the connections to one node."""
 
-    def __init__(self, settings, loop, via):
-        self.loop = loop
+    def __init__(self, settings: NodeSettings, turns: "Turns", via: bytes) -> None:
+        self.loop, self.turns = turns.loop, turns
         self.via = via              # of the gateway's own questions
         self.idle = []              # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
@@ -4795,7 +4807,7 @@ class Pool:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.context(),
+                    lambda: NodeConnection(self.turns), it.address or it.host, it.port, ssl=self.context(),
                     server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
@@ -4883,6 +4895,7 @@ class Sink:
     """Take in the body of an answer, until it is `over`: whole, or with the NodeFailure that ended it."""
 
     __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
+    reads_lines = False             # each line as JSON
 
     def __init__(self, connection, head):
         self.connection, self.head = connection, head
@@ -4897,6 +4910,20 @@ class Sink:
             self.end(not self.connection.buffer)
         else:
             self.connection.attach(self)
+
+    def is_costly(self, data: bytes) -> bool:
+        """Tell whether it would take long to take in a piece at once."""
+        if self.reads_lines:
+            return data.count(b"\n") > READ_LINES
+        return isinstance(self.body, ChunkedBody) and data.count(b"\n") > TAKEN_LINES
+
+    def at_most(self) -> int:
+        """Return how many bytes of a costly piece are taken in one step."""
+        return READ_BYTES if self.reads_lines else self.body.at_most()
+
+    def is_held_up(self) -> bool:
+        """Tell whether nothing more is to be read for the time being."""
+        return False
 
     def data(self, data):
         """Take a piece from the socket."""
@@ -4943,6 +4970,48 @@ class Sink:
             await self.waiter
         if self.failure is not None:
             raise self.failure.error()
+
+
+class Backlog:
+    """Stand before a sink while what has come for it is costly: it gets that in steps, one per turn of the loop.
+
+    Meanwhile nothing is read from the node; that the connection has closed is told behind what has come.
+    """
+
+    def __init__(self, connection: NodeConnection, sink: Sink) -> None:
+        self.connection, self.sink = connection, sink
+        self.behind, self.is_lost = b"", False
+        self.task = connection.loop.create_task(self.catch_up())
+
+    def is_costly(self, data: bytes) -> bool:
+        return False
+
+    def data(self, data: bytes) -> None:
+        self.behind += data
+        self.connection.pause_reading()
+
+    def lost(self) -> None:
+        self.is_lost = True
+
+    def fail(self, failure: Failure) -> None:
+        self.sink.fail(failure)
+
+    async def catch_up(self) -> None:
+        """Let the sink have what has come; then it has the connection back, unless another has it."""
+        connection, sink = self.connection, self.sink
+        while self.behind and not sink.over:
+            await connection.turns.take()
+            if connection.sink is not self:
+                return
+            most = sink.at_most()
+            piece, self.behind = self.behind[:most], self.behind[most:]
+            sink.data(piece)
+        sink.clean = sink.clean and not self.behind
+        connection.sink = sink
+        if self.is_lost:
+            sink.lost()
+        elif connection.is_open() and not sink.is_held_up():
+            connection.resume_reading()
 
 
 class Collector(Sink):
@@ -5050,8 +5119,11 @@ class Relay(Sink):
         self.withheld = b""         # an error that the node told, kept from the client while another may do better
 
     def start(self):
-        self.client.source = self.connection.transport
+        self.client.source = self.connection
         super().start()
+
+    def is_held_up(self) -> bool:
+        return self.client.write_paused
 
     def data(self, data):
         """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and only the last
@@ -5265,6 +5337,7 @@ class LineRelay(Relay):
     """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can go on with it."""
 
     __slots__ = ("transcript", "partial")
+    reads_lines = True
 
     def __init__(self, *given, transcript):
         super().__init__(*given)
@@ -5683,7 +5756,7 @@ class ClientConnection(asyncio.Protocol):
         self.address = ""
         self.buffer = bytearray()
         self.sink = None            # an Upload that takes the bytes as they come
-        self.source = None          # the node's transport, not read while this socket's buffer is full
+        self.source = None          # the node's connection, not read while this socket's buffer is full
         self.waiter = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
         self.overdue = False
@@ -6695,6 +6768,7 @@ class Lines(Sink):
     """Hand each line of an answer to `hear` as it comes."""
 
     __slots__ = ("hear", "rest")
+    reads_lines = True
 
     def __init__(self, connection, head, hear):
         super().__init__(connection, head)
@@ -8680,7 +8754,7 @@ async def is_ollama(pool):
 
 async def is_found(gateway, address):
     """Tell whether an Ollama server listens at an address."""
-    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop, gateway.via)
+    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.turns, gateway.via)
     try:
         async with asyncio.timeout(SCAN_CONNECT_S):
             pool.give_back(await pool.connect(), clean=True)
@@ -9165,7 +9239,7 @@ class Gateway:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
         for node in added:
-            self.pools[node] = Pool(node.settings, self.loop, self.via)
+            self.pools[node] = Pool(node.settings, self.turns, self.via)
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
@@ -9756,7 +9830,7 @@ async def run_check(options, settings):
     gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
-        gateway.pools[node] = Pool(node.settings, gateway.loop, gateway.via)
+        gateway.pools[node] = Pool(node.settings, gateway.turns, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     rows = [("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]

@@ -15,6 +15,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import http.client
 import http.server
 import inspect
 import itertools
@@ -6361,6 +6362,75 @@ def test_several_giant_bodies_at_once_hold_the_loop_no_longer():
                 if watch.hold_s < HOLD_S:
                     break
             assert watch.hold_s < HOLD_S
+    run_real(main())
+
+
+def crumbled(body, kind=b"application/x-ndjson"):
+    """Return a whole answer in chunks of one byte."""
+    return (head(b"HTTP/1.1 200 OK", b"Content-Type: " + kind, b"Transfer-Encoding: chunked")
+            + re.sub(rb"(?s)(.)", rb"1\r\n\1\r\n", body) + END)
+
+
+LONG_LINE = b'{"response":"%b","done":false}\n' % (b"a" * 2**18) + FINISHED
+SEEDED, SHORT_LINES = {"options": {"seed": 1}}, b'{"response":"a"}\n' * 2**15 + FINISHED
+# Name, path, the request, what the node sends, the body that the client gets.
+LAVISH = [
+    ("chunks of one byte", "/api/generate", {}, crumbled(LONG_LINE), LONG_LINE),
+    ("chunks of one line", "/api/generate", {}, chunked(*[b"\n"] * 2**18, FINISHED), b"\n" * 2**18 + FINISHED),
+    ("a whole answer in chunks of one byte", "/api/generate", {"stream": False}, crumbled(LONG_LINE), LONG_LINE),
+    ("a deterministic stream in chunks of one byte", "/api/generate", SEEDED, crumbled(LONG_LINE), LONG_LINE),
+    ("short lines of a deterministic stream", "/api/generate", SEEDED, chunked(SHORT_LINES), SHORT_LINES),
+    ("the same, cut", "/api/generate", SEEDED, chunked(SHORT_LINES[:-9], end=b""), None),
+    ("the same, until it closes", "/api/generate", SEEDED,
+     head(b"HTTP/1.1 200 OK", b"Content-Type: application/x-ndjson") + SHORT_LINES, SHORT_LINES),
+    ("chunks of one byte, and more than the last one", "/api/generate", {}, crumbled(LONG_LINE) + b"x", LONG_LINE),
+    ("an object in chunks of one byte", "/api/show", {}, crumbled(b"x" * 2**18), b"x" * 2**18),
+    ("short lines of progress", "/api/pull", {}, chunked(b'{"status":"a"}\n' * 2**15 + b'{"status":"success"}\n'), None),
+]
+
+
+def whole_answer(address, path, value):
+    """Return the body of an answer, however long reading it takes."""
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    connection.request("POST", path, json.dumps(value))
+    body = connection.getresponse().read()
+    connection.close()
+    return body
+
+
+@table("path, fields, sent, expected", LAVISH)
+def test_nothing_that_a_node_sends_holds_the_loop(path, fields, sent, expected):
+    async def main():
+        node = ScriptedNode(lambda request: [sent])
+        async with gateway_for(node) as gateway:
+            request = {"model": "llama3.2", **fields}
+            for _ in range(3):      # a busy machine may hold it once
+                async with Watch() as watch:
+                    body = await asyncio.to_thread(whole_answer, gateway.address, path, request)
+                assert body == expected or expected is None and body.splitlines()[-1][:8] in (b'{"error"', b'{"status')
+                if watch.hold_s < HOLD_S / 2:
+                    break
+            assert watch.hold_s < HOLD_S / 2
+            await until(lambda: health(gateway)["inflight"] == 0)
+    run_real(main())
+
+
+def test_long_answer_in_chunks_of_one_byte_to_a_client_that_does_not_read_is_held_within_bounds():
+    async def main():
+        body = b'{"response":"%b","done":false}\n' % (b"a" * 2**20) + FINISHED
+        async with gateway_for(ScriptedNode(lambda request: [crumbled(body)])) as gateway:
+            caller = await Caller.to(gateway)
+            caller.writer.transport.pause_reading()
+            caller.writer.write(posted(generate()))
+            held = []
+            for _ in range(50):
+                await asyncio.sleep(0.02)
+                sinks = [client.source.sink for client in gateway.clients if client.source]
+                held += [len(sink.behind) for sink in sinks if isinstance(sink, sollol.Backlog)]
+            assert max(held) < 2 * sollol.READ_AHEAD_BYTES + 2**16
+            caller.writer.transport.resume_reading()
+            assert (await caller.answer()).body == body
+            caller.close()
     run_real(main())
 
 
