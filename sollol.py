@@ -91,6 +91,8 @@ MAX_TARGET_BYTES = 16 * KIB
 MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
 MAX_TRAILER_BYTES = 16 * KIB
 DECODED_BYTES = 32 * KIB            # of a chunked body, in one step: 6 ms if each chunk holds one byte
+TAKEN_LINES = 12 * KIB              # of an answer's piece, in one step: 4,096 chunks of one line, 4 ms
+READ_LINES, READ_BYTES = KIB, 4 * KIB   # the same where each line is read as JSON, 5 us each; bytes of one step then
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
 ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
 WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
@@ -1582,7 +1584,7 @@ class Queue:
     def __init__(self) -> None:
         self.heaps: dict[str | None, list[Entry]] = {}      # by model
         self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
-        self.tickets: dict[Ticket, None] = {}   # that wait
+        self.tickets: dict[Ticket, None] = {}   # that wait, as they came
 
     def __len__(self) -> int:
         return len(self.tickets)
@@ -4118,7 +4120,7 @@ class Dispatcher:
 
     def learn_decode_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take the time between a stream's first byte and its end as a sample of decode speed."""
-        runner, tokens = lease.runner, timings.output_tokens
+        runner, tokens = runner_of(lease), timings.output_tokens
         later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * prefill_s(runner)
         if tokens >= 8 and later_s > 1e-4:
             gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
@@ -4290,7 +4292,7 @@ class Dispatcher:
         if breaker.fail(now):
             ticket.blamed.append(breaker)
 
-    def note_error(self, node: Node, text: str, status: int | None, kind: str, now: float) -> None:
+    def note_error(self, node: Node, text: str, status: int | None, kind: str | None, now: float) -> None:
         """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
         node.last_error = NodeError(text, status, now)
         if kind not in DIFFERENCES:
@@ -4755,15 +4757,15 @@ class Transport(Protocol):
 class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
-    __slots__ = ("loop", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused", "idle_s",
-                 "source", "write_paused", "unsent")
+    __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
+                 "idle_s", "source", "write_paused", "unsent")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, turns: Turns) -> None:
+        self.loop, self.turns = turns.loop, turns
         self.transport: asyncio.Transport    # there from connection_made on
         self.unsent: bytes | memoryview = b""       # of a long body
         self.buffer = b""
-        self.sink: Sink | None = None
+        self.sink: Sink | Backlog | None = None
         self.waiter: asyncio.Future[None] | None = None     # of whoever waits for the head
         self.failure: Failure | Answer | None = None    # why there will be no (more) answer
         self.ended = False          # the node closed it in good order
@@ -4779,6 +4781,8 @@ class NodeConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
+            if len(data) > DECODED_BYTES and isinstance(self.sink, Sink) and self.sink.is_costly(data):
+                self.sink = Backlog(self, self.sink)
             self.sink.data(data)
         elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
             self.fail(Failure("garbage", "bytes between two answers"))
@@ -4825,6 +4829,14 @@ class NodeConnection(asyncio.Protocol):
             self.transport.write(piece)
             if not self.write_paused:
                 self.loop.call_soon(self.send_more)
+
+    def pause_reading(self) -> None:
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, unless there is still something to be taken in."""
+        if not isinstance(self.sink, Backlog):
+            self.transport.resume_reading()
 
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -4878,7 +4890,7 @@ class NodeConnection(asyncio.Protocol):
         while True:
             body = body_decoder(head.length)
             try:
-                payload, _ = body.feed(self.buffer)
+                payload, _ = body.feed(self.buffer[:DECODED_BYTES])     # more than the framing before any payload
             except ProtocolError as error:
                 raise NodeFailure("garbage", f"broke the framing of its answer: {error}") from None
             if payload or body.done or self.ended and head.length == UNTIL_CLOSE:
@@ -4891,9 +4903,9 @@ class NodeConnection(asyncio.Protocol):
         self.transport.resume_reading()     # first: what the sink writes now may pause it again
         data, self.buffer = self.buffer, b""
         if data:
-            sink.data(data)
+            self.data_received(data)
         if self.failure is not None:
-            sink.lost()
+            self.sink.lost()
 
 
 def trust_in(settings: NodeSettings) -> ssl.SSLContext | None:
@@ -4928,8 +4940,8 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 class Pool:
     """Keep the connections to one node."""
 
-    def __init__(self, settings: NodeSettings, loop: asyncio.AbstractEventLoop, via: bytes) -> None:
-        self.loop = loop
+    def __init__(self, settings: NodeSettings, turns: Turns, via: bytes) -> None:
+        self.loop, self.turns = turns.loop, turns
         self.via = via              # of the gateway's own questions
         self.idle: list[NodeConnection] = []        # the last used is used next, so that the rest can age
         self.closed = False         # its node was dropped: nothing is kept
@@ -4957,7 +4969,7 @@ class Pool:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 it = self.settings  # whichever address it is, the certificate is that of the name
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.loop), it.address or it.host, it.port, ssl=self.context(),
+                    lambda: NodeConnection(self.turns), it.address or it.host, it.port, ssl=self.context(),
                     server_hostname=it.host if it.tls else None)
             return connection
         except TimeoutError:
@@ -5047,6 +5059,7 @@ class Sink:
     """Take in the body of an answer, until it is `over`: whole, or with the NodeFailure that ended it."""
 
     __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
+    reads_lines = False             # each line as JSON
 
     def __init__(self, connection: NodeConnection, head: ResponseHead) -> None:
         self.connection, self.head = connection, head
@@ -5062,6 +5075,20 @@ class Sink:
             self.end(not self.connection.buffer)
         else:
             self.connection.attach(self)
+
+    def is_costly(self, data: bytes) -> bool:
+        """Tell whether it would take long to take in a piece at once."""
+        if self.reads_lines:
+            return data.count(b"\n") > READ_LINES
+        return isinstance(self.body, ChunkedBody) and data.count(b"\n") > TAKEN_LINES
+
+    def at_most(self) -> int:
+        """Return how many bytes of a costly piece are taken in one step."""
+        return self.body.at_most() if isinstance(self.body, ChunkedBody) and not self.reads_lines else READ_BYTES
+
+    def is_held_up(self) -> bool:
+        """Tell whether nothing more is to be read for the time being."""
+        return False
 
     def data(self, data: bytes) -> None:
         """Take a piece from the socket."""
@@ -5108,6 +5135,45 @@ class Sink:
             await self.waiter
         if self.failure is not None:
             raise self.failure.error()
+
+
+class Backlog:
+    """Stand before a sink while what has come for it is costly: it gets that in steps, one per turn of the loop.
+
+    Meanwhile nothing is read from the node; that the connection has closed is told behind what has come.
+    """
+
+    def __init__(self, connection: NodeConnection, sink: Sink) -> None:
+        self.connection, self.sink = connection, sink
+        self.behind, self.is_lost = b"", False
+        self.task = connection.loop.create_task(self.catch_up())
+
+    def data(self, data: bytes) -> None:
+        self.behind += data
+        self.connection.pause_reading()
+
+    def lost(self) -> None:
+        self.is_lost = True
+
+    def fail(self, failure: Failure | Answer) -> None:
+        self.sink.fail(failure)
+
+    async def catch_up(self) -> None:
+        """Let the sink have what has come; then it has the connection back, unless another has it."""
+        connection, sink = self.connection, self.sink
+        while self.behind and not sink.over:
+            await connection.turns.take()
+            if connection.sink is not self:
+                return
+            most = sink.at_most()
+            piece, self.behind = self.behind[:most], self.behind[most:]
+            sink.data(piece)
+        sink.clean = sink.clean and not self.behind
+        connection.sink = sink
+        if self.is_lost:
+            sink.lost()
+        elif connection.is_open() and not sink.is_held_up():
+            connection.resume_reading()
 
 
 class Collector(Sink):
@@ -5220,8 +5286,11 @@ class Relay(Sink):
         self.withheld = b""         # an error that the node told, kept from the client while another may do better
 
     def start(self) -> None:
-        self.client.source = self.connection.transport
+        self.client.source = self.connection
         super().start()
+
+    def is_held_up(self) -> bool:
+        return self.client.write_paused
 
     def data(self, data: bytes) -> None:
         """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and only the last
@@ -5436,6 +5505,7 @@ class LineRelay(Relay):
     """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can go on with it."""
 
     __slots__ = ("transcript", "partial")
+    reads_lines = True
 
     def __init__(self, connection: NodeConnection, head: ResponseHead, client: ClientConnection, framing: Framing,
                  prelude: bytes, heard: Heard, *, transcript: Transcript) -> None:
@@ -5864,7 +5934,7 @@ class ClientConnection(asyncio.Protocol):
         self.address = ""
         self.buffer = bytearray()
         self.sink: Upload | None = None         # an Upload that takes the bytes as they come
-        self.source: asyncio.Transport | None = None    # the node's, not read while this socket's buffer is full
+        self.source: NodeConnection | None = None   # not read while this socket's buffer is full
         self.waiter: asyncio.Future[None] | None = None
         self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
         self.overdue = False
@@ -6017,13 +6087,14 @@ class ClientConnection(asyncio.Protocol):
                 if not self.buffer:
                     return None
                 raise
-        return parse_request(self.take(end))
+        return parse_request(bytes(self.take(end)))
 
     def take(self, size: int) -> Body:
         """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
-        if size == len(self.buffer):        # a long body is not copied: 64 MiB take 25 ms
-            taken = self.buffer if size > SHORT_BODY_BYTES else bytes(self.buffer)
-            self.buffer = bytearray()
+        taken: Body
+        if size > SHORT_BODY_BYTES:     # not copied, but what lies behind it is: 64 MiB take 25 ms
+            taken, self.buffer = self.buffer, self.buffer[size:]
+            del taken[size:]
         else:
             with memoryview(self.buffer) as view:
                 taken = bytes(view[:size])
@@ -6918,6 +6989,7 @@ class Lines(Sink):
     """Hand each line of an answer to `hear` as it comes."""
 
     __slots__ = ("hear", "rest")
+    reads_lines = True
 
     def __init__(self, connection: NodeConnection, head: ResponseHead, hear: Callable[[bytes], None]) -> None:
         super().__init__(connection, head)
@@ -8944,7 +9016,7 @@ async def is_ollama(pool: Pool) -> bool:
 
 async def is_found(gateway: Gateway, address: str) -> bool:
     """Tell whether an Ollama server listens at an address."""
-    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.loop, gateway.via)
+    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.turns, gateway.via)
     try:
         async with asyncio.timeout(SCAN_CONNECT_S):
             pool.give_back(await pool.connect(), clean=True)
@@ -9442,7 +9514,7 @@ class Gateway:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
         for node in added:
-            self.pools[node] = Pool(node.settings, self.loop, self.via)
+            self.pools[node] = Pool(node.settings, self.turns, self.via)
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
@@ -10044,7 +10116,7 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
     gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
-        gateway.pools[node] = Pool(node.settings, gateway.loop, gateway.via)
+        gateway.pools[node] = Pool(node.settings, gateway.turns, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
     missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
     rows: list[tuple[str | list[str], ...]] = [

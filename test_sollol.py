@@ -15,6 +15,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import http.client
 import http.server
 import inspect
 import itertools
@@ -1537,6 +1538,15 @@ def test_failed_ticket_that_waits_again_is_late_by_its_own_waiting():
     assert placed(dispatcher, 200.0) == ["n1"] and failed.waiting
     younger, = dispatcher.expire(340.0)
     assert younger is not failed and dispatcher.expire(440.0) == [failed]
+
+
+def test_ticket_that_its_node_did_not_get_is_late_by_all_of_its_waiting():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    unsent, _ = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    enter(dispatcher, *[want()] * 2, now=100.0)
+    assert fail(dispatcher, unsent, "refused", now=200.0) and placed(dispatcher, 200.0) == []
+    assert dispatcher.expire(239.9) == [] and dispatcher.expire(240.0) == [unsent]
 
 
 # -----------------------------------------------------------------------------
@@ -6718,6 +6728,29 @@ def test_nothing_that_a_client_sends_holds_the_loop_or_grows_it_without_bound(ma
     run_real(main())
 
 
+@pytest.mark.parametrize("behind", [b"", b"POST / HTTP/1.1"])
+def test_long_body_is_not_copied_out_of_the_buffer_that_it_came_in(behind):
+    client = sollol.ClientConnection(types.SimpleNamespace(time=lambda: 0.0), None)
+    client.buffer = bytearray(b"x" * 2**24 + behind)
+    tracemalloc.start()
+    try:
+        body = client.take(2**24)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert (len(body), client.buffer) == (2**24, behind)
+
+
+@over_sockets
+async def test_head_that_comes_alone_may_be_as_long_as_heads_may_be():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        caller, question = await Caller.to(gateway), head(b"GET / HTTP/1.1", b"Host: localhost", b"X: x")
+        for size in (sollol.SHORT_BODY_BYTES + 1, sollol.MAX_HEAD_BYTES + 4):
+            caller.writer.write(question[:-4] + b"x" * (size - len(question)) + question[-4:])
+            assert (await caller.answer()).status == 200
+        caller.close()
+
+
 def test_several_giant_bodies_at_once_hold_the_loop_no_longer():
     async def main():
         async with gateway_for(PatientNode()) as gateway:
@@ -6729,6 +6762,75 @@ def test_several_giant_bodies_at_once_hold_the_loop_no_longer():
                 if watch.hold_s < HOLD_S:
                     break
             assert watch.hold_s < HOLD_S
+    run_real(main())
+
+
+def crumbled(body, kind=b"application/x-ndjson"):
+    """Return a whole answer in chunks of one byte."""
+    return (head(b"HTTP/1.1 200 OK", b"Content-Type: " + kind, b"Transfer-Encoding: chunked")
+            + re.sub(rb"(?s)(.)", rb"1\r\n\1\r\n", body) + END)
+
+
+LONG_LINE = b'{"response":"%b","done":false}\n' % (b"a" * 2**18) + FINISHED
+SEEDED, SHORT_LINES = {"options": {"seed": 1}}, b'{"response":"a"}\n' * 2**15 + FINISHED
+# Name, path, the request, what the node sends, the body that the client gets.
+LAVISH = [
+    ("chunks of one byte", "/api/generate", {}, crumbled(LONG_LINE), LONG_LINE),
+    ("chunks of one line", "/api/generate", {}, chunked(*[b"\n"] * 2**18, FINISHED), b"\n" * 2**18 + FINISHED),
+    ("a whole answer in chunks of one byte", "/api/generate", {"stream": False}, crumbled(LONG_LINE), LONG_LINE),
+    ("a deterministic stream in chunks of one byte", "/api/generate", SEEDED, crumbled(LONG_LINE), LONG_LINE),
+    ("short lines of a deterministic stream", "/api/generate", SEEDED, chunked(SHORT_LINES), SHORT_LINES),
+    ("the same, cut", "/api/generate", SEEDED, chunked(SHORT_LINES[:-9], end=b""), None),
+    ("the same, until it closes", "/api/generate", SEEDED,
+     head(b"HTTP/1.1 200 OK", b"Content-Type: application/x-ndjson") + SHORT_LINES, SHORT_LINES),
+    ("chunks of one byte, and more than the last one", "/api/generate", {}, crumbled(LONG_LINE) + b"x", LONG_LINE),
+    ("an object in chunks of one byte", "/api/show", {}, crumbled(b"x" * 2**18), b"x" * 2**18),
+    ("short lines of progress", "/api/pull", {}, chunked(b'{"status":"a"}\n' * 2**15 + b'{"status":"success"}\n'), None),
+]
+
+
+def whole_answer(address, path, value):
+    """Return the body of an answer, however long reading it takes."""
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    connection.request("POST", path, json.dumps(value))
+    body = connection.getresponse().read()
+    connection.close()
+    return body
+
+
+@table("path, fields, sent, expected", LAVISH)
+def test_nothing_that_a_node_sends_holds_the_loop(path, fields, sent, expected):
+    async def main():
+        node = ScriptedNode(lambda request: [sent])
+        async with gateway_for(node) as gateway:
+            request = {"model": "llama3.2", **fields}
+            for _ in range(3):      # a busy machine may hold it once
+                async with Watch() as watch:
+                    body = await asyncio.to_thread(whole_answer, gateway.address, path, request)
+                assert body == expected or expected is None and body.splitlines()[-1][:8] in (b'{"error"', b'{"status')
+                if watch.hold_s < HOLD_S / 2:
+                    break
+            assert watch.hold_s < HOLD_S / 2
+            await until(lambda: health(gateway)["inflight"] == 0)
+    run_real(main())
+
+
+def test_long_answer_in_chunks_of_one_byte_to_a_client_that_does_not_read_is_held_within_bounds():
+    async def main():
+        body = b'{"response":"%b","done":false}\n' % (b"a" * 2**20) + FINISHED
+        async with gateway_for(ScriptedNode(lambda request: [crumbled(body)])) as gateway:
+            caller = await Caller.to(gateway)
+            caller.writer.transport.pause_reading()
+            caller.writer.write(posted(generate()))
+            held = []
+            for _ in range(50):
+                await asyncio.sleep(0.02)
+                sinks = [client.source.sink for client in gateway.clients if client.source]
+                held += [len(sink.behind) for sink in sinks if isinstance(sink, sollol.Backlog)]
+            assert max(held) < 2 * sollol.READ_AHEAD_BYTES + 2**16
+            caller.writer.transport.resume_reading()
+            assert (await caller.answer()).body == body
+            caller.close()
     run_real(main())
 
 
