@@ -2983,7 +2983,7 @@ def test_new_answers_outweigh_what_was_kept():
     for _ in range(12):
         dispatcher.learn_decode(it, 0.02, max(sollol.SPEED_GAIN, 1 / (it.samples + 1)))
     assert it.decode_s == pytest.approx(0.02, rel=0.2)
-    dispatcher.doubt_slots(it, 4, 200.0)
+    dispatcher.doubt_slots(it, 3, 200.0)
     assert it.slots == 3
 
 
