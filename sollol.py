@@ -2083,6 +2083,7 @@ class Lease:
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
     abandon: Callable[[Failure], object] | None = None      # how the I/O side is told that another node does this
+    lost_to: Failure | None = None  # the rival that has won, if its own connection is still to come
     held_up: Callable[[], bool] | None = None   # how it is asked whether the answer waits for its client to read
 
 
@@ -6619,6 +6620,8 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
 
     def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
+        if lease.lost_to is not None:
+            connection.fail(lease.lost_to)
 
     request = render_request(head, lease.node.settings, len(body))
     connection, answer = await pool.exchange(request, head.method, on_connection, wants.repeatable, body)
@@ -6740,8 +6743,10 @@ class Inference:
             begun = await self.attempt(lease)
         if begun is not None and self.transcript and self.transcript.relay:
             begun = await self.rehearsed(begun, first)
-        if begun is not None and first.abandon is not None:
-            first.abandon(Failure("raced", f"{lease.node.name} was faster"))
+        if begun is not None:
+            first.lost_to = Failure("raced", f"{lease.node.name} was faster")
+            if first.abandon is not None:
+                first.abandon(first.lost_to)
         self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
         return begun
 

@@ -5897,6 +5897,29 @@ def test_race_that_is_lost_before_its_first_step_keeps_no_slot():
     bench.run_virtual(main())
 
 
+def test_race_is_won_even_while_the_first_attempt_still_connects():
+    async def main():
+        nodes = ScriptedNode(lambda request: [60.0, KEEP]), lasting("/api/generate", "a", "b")
+        async with gateway_for(*nodes) as gateway:
+            dispatcher, connects = gateway.dispatcher, asyncio.Event()
+            one, two = dispatcher.nodes.values()
+            connect = gateway.pools[one].connect
+
+            async def connect_late():
+                await connects.wait()
+                return await connect()
+
+            gateway.pools[one].take, gateway.pools[one].connect = lambda: None, connect_late
+            answer = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(stream=True)))
+            await until(lambda: one.leases)
+            ticket = one.leases[0].ticket
+            ticket.race(dispatcher.lease(ticket, two, two.runners["llama3.2:latest"], gateway.loop.time(), "races"))
+            await asyncio.sleep(0.1)
+            connects.set()
+            assert text_of((await asyncio.wait_for(answer, 1)).body) == "ab" and not health(gateway)["inflight"]
+    bench.run_virtual(main())
+
+
 def random_script(rng, sound):
     """Return the script of a node that pauses anywhere; one that is not `sound` fails in any way, too."""
     end = line(response="", done=True, eval_count=6)
