@@ -7,7 +7,7 @@
     python bench.py --check                     # are the claims true? exit status 1 if one is not
     python bench.py --soak 20                   # 20 seeds of random faults; exit status 1 if something did not hold
     python bench.py --kills 60                  # node processes killed under load, likewise, on the wall clock
-    python bench.py --siege                     # what others notice of 300 half heads and 200 slow readers, likewise
+    python bench.py --siege                     # what others notice of 300 half heads, 200 slow readers and worse
     python bench.py --overhead                  # small calls and blobs beside nginx and HAProxy, on the wall clock
     python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
     python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
@@ -6308,7 +6308,7 @@ def command_line():
     add("--kills", type=positive, metavar="S", help="S seconds of SIGKILL to node processes in turn, on the wall "
         "clock: exit status 1 if a request is lost that must not be")
     add("--siege", type=positive, nargs="?", const=12.0, metavar="S", help="300 clients that never finish their head "
-        "and 200 slow readers: what do others notice? slices of S seconds (12)")
+        "and 200 slow readers, and what is worse beside them: what do others notice? slices of S seconds (12)")
     add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
     add("--misled", type=sollol.parse_count, metavar="N", help="N seeds of wrong beliefs at the start, against "
         "least-inflight: exit status 1 if they cost more than 15 %% or a request")

@@ -5165,10 +5165,12 @@ class Backlog:
         while self.behind and not sink.over:
             await connection.turns.take()
             if connection.sink is not self:
-                return
+                break
             most = sink.at_most()
             piece, self.behind = self.behind[:most], self.behind[most:]
             sink.data(piece)
+        if connection.sink is not self:
+            return
         sink.clean = sink.clean and not self.behind
         connection.sink = sink
         if self.is_lost:

@@ -6838,6 +6838,24 @@ def test_nothing_that_a_node_sends_holds_the_loop(path, fields, sent, expected):
     run_real(main())
 
 
+def test_connection_that_was_given_back_is_not_taken_again_by_what_was_still_to_be_decoded():
+    async def main():
+        loop = asyncio.get_running_loop()
+        connection = sollol.NodeConnection(sollol.Turns(loop))
+        connection.transport = types.SimpleNamespace(pause_reading=lambda: None, resume_reading=lambda: None,
+                                                     is_closing=lambda: False)
+        answer = sollol.parse_response(crumbled(b"")[:-len(END)], "POST")
+        for is_over in (False, True):
+            connection.sink = collector = sollol.Collector(connection, answer)
+            connection.data_received(b"1\r\nx\r\n" * 2**14)
+            if is_over:
+                collector.fail(sollol.Failure("lost", "silent"))
+            connection.sink = None
+            await asyncio.sleep(1)
+            assert connection.sink is None and not collector.parts
+    bench.run_virtual(main())
+
+
 def test_long_answer_in_chunks_of_one_byte_to_a_client_that_does_not_read_is_held_within_bounds():
     async def main():
         body = b'{"response":"%b","done":false}\n' % (b"a" * 2**20) + FINISHED
