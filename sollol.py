@@ -472,13 +472,29 @@ def find_head(buffer, scanned=0):
     return None
 
 
-def remembered(parse):
-    """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
+class Table(dict):
+    """What a function of one line or text returned, by that; emptied when it is full.
 
-    Only short lines, so that the table stays below some 300 KiB whatever is sent.
+    Only short ones, so that the table stays below some 300 KiB whatever is sent.
     """
-    known = functools.lru_cache(maxsize=1024)(parse)
-    return lambda line: known(line) if len(line) <= 256 else parse(line)
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+
+    def __missing__(self, given: bytes | str) -> Any:
+        found = self.function(given)
+        if len(given) <= 256:
+            if len(self) >= 1024:
+                self.clear()
+            self[given] = found
+        return found
+
+
+def remembered(parse: Callable) -> Callable:
+    """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
+    """
+    return Table(parse).__getitem__     # a quarter of what a function of Python's own costs
 
 
 @remembered
@@ -2328,20 +2344,16 @@ def solo_left_s(lease, now):
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
-def is_in_prefill(lease: Lease) -> bool:
-    """Tell whether a request may still be in prefill; of one that does not stream nobody sees the end of it."""
-    runner = lease.runner
-    if lease.first_s is not None:
-        return False
-    work_s = lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
-    return lease.ticket.wants.stream or runner.progress_s - lease.start_progress_s < work_s
-
-
 def meet(lease: Lease) -> None:
-    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
+
+    Of a request that does not stream nobody sees the end of its prefill.
+    """
     runner = lease.runner
+    overhead_s, token_s, progress_s = lease.node.overhead_s, prefill_s(runner), runner.progress_s
     for other in runner.leases:
-        if is_in_prefill(other):
+        if other.first_s is None and (other.ticket.wants.stream or
+                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
             lease.crowd_tokens += other.new_tokens
             other.crowd_tokens += lease.new_tokens
     if len(runner.leases) < runner.slots:
@@ -2374,7 +2386,7 @@ def is_disturbed(lease: Lease) -> bool:
     node, runner = lease.node, lease.runner
     if lease.sent_s <= node.stalled_s or node.speed < 0.6:
         return True
-    if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
+    if node.loading and node.loading != [lease] or lease.sent_s < node.loaded_s and not lease.loads:
         return True
     if lease.sent_s <= node.strangers_s and runner.top > 1:
         return True                 # with one slot somebody else's request ran before it, not beside it
@@ -2705,7 +2717,7 @@ def may_return(node: Node, now: float, patience_s: float) -> bool:
 def yields(node: Node, now: float) -> bool:
     """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
     """
-    return bool(node.loading) and SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
+    return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
 def doubt_s(node: Node, now: float) -> float:
@@ -3104,6 +3116,9 @@ class Rates(NamedTuple):
     input_s: float                  # a text to embed
 
 
+NO_RATES = -math.inf, []            # when reckoned, Rates
+
+
 class Decision(NamedTuple):
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
@@ -3301,21 +3316,18 @@ class Dispatcher:
 
     def rates_of(self, model: str | None, now: float) -> list[Rates]:
         """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
-        holders = self.holders.get(model)
-        if not holders:
-            return []               # nothing is kept of names that clients make up
-        at_s, rates = self.rates.get(model, (-math.inf, []))
-        if now - at_s > LOOK_AGAIN_S:
+        at_s, rates = self.rates.get(model, NO_RATES)
+        if now - at_s > LOOK_AGAIN_S and model in self.holders:     # nothing is kept of names that clients make up
             rates = [Rates(runner.slots / CROWD[min(runner.slots, 256)], runner.node.overhead_s, prefill_s(runner),
-                           decode_s(runner), input_s(runner)) for runner in holders]
+                           decode_s(runner), input_s(runner)) for runner in self.holders[model]]
             self.rates[model] = now, rates
         return rates
 
     def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
         ticket = lease.ticket
-        cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
-                                                    output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)), now)
+        cost_s = self.cost_s(Demand(ticket.wants, min(prompt_tokens, MAX_OUTPUT_TOKENS),
+                                    min(output_tokens, MAX_OUTPUT_TOKENS), 0, ticket.demand.inputs), now)
         self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
         ticket.cost_s, lease.settled = cost_s, True
 
@@ -3392,10 +3404,10 @@ class Dispatcher:
             if skim:
                 self.skimmed_s[model] = now
                 turn.models_to_skim -= 1
-            alive = [runner for runner in holders if runner.node.up and not runner.node.draining]
-            usable = [runner for runner in alive if is_usable(runner.node, now) and runner.breaker.allows(now)]
+            usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
+            alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
             if alive:
-                rooms.append(Room(model, usable or alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
+                rooms.append(Room(model, alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
             elif not any(self.is_awaited(runner.node, now) for runner in holders):
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
@@ -3539,7 +3551,7 @@ class Dispatcher:
             elsewhere_free = any(len(other.leases) < other.slots for other in room.runners)
             if running >= slot_limit(runner.node, runner, now, elsewhere_free):
                 return False
-        if yields(runner.node, now):
+        if runner.node.loading and yields(runner.node, now):
             return False
         return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
 
@@ -3555,7 +3567,10 @@ class Dispatcher:
             elif offer.around is not around:    # a lease was given there
                 offer = turn.claimed[runner] = Offer(runner, around, now, offer.claims_at_s)
             node = runner.node
-            found.append(Candidate(node.suspect, offer.finish_s(demand, now) + doubt_s(node, now), order, offer))
+            finish_s = offer.finish_s(demand, now)
+            if node.suspect:
+                finish_s += doubt_s(node, now)
+            found.append(Candidate(node.suspect, finish_s, order, offer))
         found.sort()
         return found
 
@@ -7917,13 +7932,10 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-def bare(value):
+@remembered                         # models, nodes, paths and most numbers come again and again
+def bare(text):
     """Return a value as it stands in a key=value line: quoted if it could be misread."""
-    text = str(value)
     return text if PLAIN(text) else json.dumps(text)
-
-
-known_bare = functools.lru_cache(maxsize=1024)(bare)    # models, nodes, paths and most numbers come again and again
 
 
 class LogFormat(logging.Formatter):
@@ -7950,8 +7962,7 @@ class LogFormat(logging.Formatter):
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
-        return " ".join([f"{key}={bare(value) if type(value) is str and len(value) > 256 else known_bare(value)}"
-                         for key, value in fields.items()])
+        return " ".join([f"{key}={bare(f'{value}')}" for key, value in fields.items()])
 
 
 class LogWriter(logging.Handler):
@@ -9274,8 +9285,8 @@ class Gateway:
     def pump(self, skim=False):
         """Let the dispatcher match, and wake whoever waits for what it decided."""
         leases, refused = self.dispatcher.dispatch(self.loop.time(), skim)
-        self.wake([lease.ticket for lease in leases])
-        self.wake(refused)
+        if leases or refused:
+            self.wake([*(lease.ticket for lease in leases), *refused])
 
     def wake(self, tickets):
         """Wake whoever waits for tickets: each has a lease or a refusal now."""
