@@ -510,16 +510,15 @@ def parse_field(line):
 
 def parse_fields(lines):
     """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
-    fields, kept = {}, []
-    for line in lines:
-        name, value = parse_field(line)
-        if name in fields:
-            if name in ONLY_ONCE:
+    parsed = list(map(parse_field, lines))
+    fields = dict(parsed)
+    if len(fields) < len(parsed):
+        fields = {}
+        for name, value in parsed:
+            if name in fields and name in ONLY_ONCE:
                 raise ProtocolError(f"more than one {name.decode()} field")
-            value = fields[name] + b", " + value
-        fields[name] = value
-        kept.append((name, line))
-    return fields, kept
+            fields[name] = fields[name] + b", " + value if name in fields else value
+    return fields, [(name, line) for (name, _), line in zip(parsed, lines, strict=True)]
 
 
 def parse_length(fields, version):
@@ -951,9 +950,8 @@ JSON_VALUE_IN_ANY_CASE = json.JSONDecoder(object_pairs_hook=lower_keys)     # fo
 def has_lower_keys(value):
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
     if type(value) is dict:
-        for key in value:
-            if not key.islower():
-                return False
+        if not all(map(str.islower, value)):
+            return False
         for key in ("options", "messages", "input", "content"):
             if key in value and not has_lower_keys(value[key]):
                 return False
@@ -1488,7 +1486,7 @@ def read_wants(head, route, reading, client, default_priority=DEFAULT_PRIORITY):
     """
     if route.kind in ("raw", "account"):
         return read_raw_wants(head, route, client)
-    fields = reading.fields
+    fields, is_inference = reading.fields, route.is_inference
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
@@ -1504,18 +1502,18 @@ def read_wants(head, route, reading, client, default_priority=DEFAULT_PRIORITY):
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
+        priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
         silent=not stream or bool(fields.get("tools")),
-        prompt_chars=prompt_chars if route.is_inference else 0,
+        prompt_chars=prompt_chars if is_inference else 0,
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
-        prefix=prefix if route.is_inference else (),
+        prefix=prefix if is_inference else (),
         embeds=route.kind == "embed",
         inputs=texts if route.kind == "embed" else 1,
-        inference=route.is_inference and not change,
+        inference=is_inference and not change,
         repeatable=route.kind not in NOT_REPEATABLE,
         deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
             fields, options if route.family is Family.OLLAMA else fields),
@@ -2637,9 +2635,10 @@ class Offer:
     def finish_s(self, demand, now):
         """Return when a request would be finished, with what it costs others: what nodes are compared by."""
         start_s, _, swap_s = self.start(demand, now)
-        work_s = (self.overhead_s + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
-                  + demand.output_tokens * self.decode_s)
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s
+        _, _, output_tokens, _, inputs = demand
+        work_s = (self.overhead_s + self.new_tokens(demand) * self.prefill_s + inputs * self.input_s
+                  + output_tokens * self.decode_s)
+        return start_s + self.fixed_s + work_s * (self.slow if self.free > 0 else self.slowed()) + swap_s
 
     def predict(self, demand, now):
         """Return the Prediction for a request that is to go here."""
@@ -3219,15 +3218,17 @@ class Dispatcher:
         self.surroundings.clear()
         self.rates.clear()
 
-    def leave(self, ticket, now):
-        """End a ticket, whatever has become of it: waiting, running, refused or already left."""
+    def leave(self, ticket: Ticket, now: float) -> bool:
+        """End a ticket, whatever has become of it: waiting, running, refused or already left. Tell whether others may
+        have its place."""
         if ticket.left:
-            return
-        ticket.left = True
+            return False
+        ticket.left, had_place = True, ticket.waiting or ticket.lease is not None
         self.queue.discard(ticket)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
         self.fair.settle(ticket.wants)
+        return had_place
 
     def retry(self, ticket: Ticket, now: float) -> bool:
         """Put a failed ticket back at its old place, if a node is left for it; tell whether.
@@ -3711,7 +3712,8 @@ class Dispatcher:
     def lease(self, ticket, node, runner, now, reason, prediction=None):
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
-        self.give_way(node, now)
+        if node.measuring is not None:
+            self.give_way(node, now)
         self.advance(node, now)
         if runner is not None:
             self.expect(lease, prediction, now)
@@ -3723,8 +3725,10 @@ class Dispatcher:
                 shared_chars = runner.beginnings.common_chars(ticket.wants.prefix)
                 lease.fresh = shared_chars <= FRESH_SHARE * ticket.wants.prompt_chars
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
-                ends = dict.fromkeys((*ticket.wants.prefix[:PREFIX_FIRST], ticket.wants.prefix[-1]))
-                runner.beginnings.remember(tuple(ends), BEGINNINGS_KEPT)    # a kilobyte each
+                ends = ticket.wants.prefix
+                if len(ends) > PREFIX_FIRST:
+                    ends = (*ends[:PREFIX_FIRST], ends[-1])
+                runner.beginnings.remember(ends, BEGINNINGS_KEPT)   # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
             elif now - runner.leases[-1].sent_s <= node.rtt_s + RACE_S:
@@ -3773,12 +3777,11 @@ class Dispatcher:
         node.check_pause_s = min(2 * node.check_pause_s, LAST_CHECK_PAUSE_S)
 
     def give_way(self, node: Node, now: float) -> None:
-        """End the measurement of a node, if there is one: somebody's request goes there."""
+        """End the measurement of a node: somebody's request goes there."""
         lease = node.measuring
-        if lease is not None:
-            self.release(lease, now)
-            if lease.abandon is not None:
-                lease.abandon(Failure("lost", "gives way"))
+        self.release(lease, now)
+        if lease.abandon is not None:
+            lease.abandon(Failure("lost", "gives way"))
 
     def expect(self, lease, prediction, now):
         """Note when a lease about to be given should show its first byte, and for how long it need not."""
@@ -5702,9 +5705,10 @@ class BodyMemory:
 
     def give_back(self, client: "ClientConnection") -> None:
         """Take back what a client holds."""
-        self.held_bytes -= client.held_bytes
-        client.held_bytes = 0
-        self.grant()
+        if client.held_bytes:
+            self.held_bytes -= client.held_bytes
+            client.held_bytes = 0
+            self.grant()
 
 
 class ClientConnection(asyncio.Protocol):
@@ -6622,8 +6626,8 @@ async def serve_inference(gateway, client, head, body, wants, record, take=relay
         told = break_off(client, record, transcript.relay, str(ended), wants.family)
         return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
     finally:
-        dispatcher.leave(ticket, loop.time())
-        gateway.pump()
+        if dispatcher.leave(ticket, loop.time()):
+            gateway.pump()
 
 
 async def serve_control(gateway, client, head, body, wants, record):
