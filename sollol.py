@@ -486,13 +486,29 @@ def find_head(buffer: Body, scanned: int = 0) -> int | None:
     return None
 
 
+class Table(dict[Line, Parsed]):
+    """What a function of one line or text returned, by that; emptied when it is full.
+
+    Only short ones, so that the table stays below some 300 KiB whatever is sent.
+    """
+
+    def __init__(self, function: Callable[[Line], Parsed]) -> None:
+        super().__init__()
+        self.function: Callable[[Line], Parsed] = function
+
+    def __missing__(self, given: Line) -> Parsed:
+        found = self.function(given)
+        if len(given) <= 256:
+            if len(self) >= 1024:
+                self.clear()
+            self[given] = found
+        return found
+
+
 def remembered(parse: Callable[[Line], Parsed]) -> Callable[[Line], Parsed]:
     """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
-
-    Only short lines, so that the table stays below some 300 KiB whatever is sent.
     """
-    known = functools.lru_cache(maxsize=1024)(parse)
-    return lambda line: known(line) if len(line) <= 256 else parse(line)
+    return Table(parse).__getitem__     # a quarter of what a function of Python's own costs
 
 
 @remembered
@@ -508,17 +524,15 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
     """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
-    fields: HeadFields = {}
-    kept: HeadLines = []
-    for line in lines:
-        name, value = parse_field(line)
-        if name in fields:
-            if name in ONLY_ONCE:
+    parsed = list(map(parse_field, lines))
+    fields = dict(parsed)
+    if len(fields) < len(parsed):
+        fields = {}
+        for name, value in parsed:
+            if name in fields and name in ONLY_ONCE:
                 raise ProtocolError(f"more than one {name.decode()} field")
-            value = fields[name] + b", " + value
-        fields[name] = value
-        kept.append((name, line))
-    return fields, kept
+            fields[name] = fields[name] + b", " + value if name in fields else value
+    return fields, [(name, line) for (name, _), line in zip(parsed, lines, strict=True)]
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
@@ -954,9 +968,8 @@ JSON_VALUE_IN_ANY_CASE = json.JSONDecoder(object_pairs_hook=lower_keys)     # fo
 def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
     if type(value) is dict:
-        for key in value:
-            if not key.islower():
-                return False
+        if not all(map(str.islower, value)):
+            return False
         for key in ("options", "messages", "input", "content"):
             if key in value and not has_lower_keys(value[key]):
                 return False
@@ -1495,7 +1508,7 @@ def read_wants(head: RequestHead, route: Route, reading: Reading, client: str,
     """
     if route.kind in ("raw", "account"):
         return read_raw_wants(head, route, client)
-    fields = reading.fields
+    fields, is_inference = reading.fields, route.is_inference
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
@@ -1511,18 +1524,18 @@ def read_wants(head: RequestHead, route: Route, reading: Reading, client: str,
     return Wants(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
+        priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
         silent=not stream or bool(fields.get("tools")),
-        prompt_chars=prompt_chars if route.is_inference else 0,
+        prompt_chars=prompt_chars if is_inference else 0,
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
-        prefix=prefix if route.is_inference else (),
+        prefix=prefix if is_inference else (),
         embeds=route.kind == "embed",
         inputs=texts if route.kind == "embed" else 1,
-        inference=route.is_inference and not change,
+        inference=is_inference and not change,
         repeatable=route.kind not in NOT_REPEATABLE,
         deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
             fields, options if route.family is Family.OLLAMA else fields),
@@ -2380,20 +2393,16 @@ def solo_left_s(lease: Lease, now: float) -> float:
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
-def is_in_prefill(lease: Lease) -> bool:
-    """Tell whether a request may still be in prefill; of one that does not stream nobody sees the end of it."""
-    runner = runner_of(lease)
-    if lease.first_s is not None:
-        return False
-    work_s = lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
-    return lease.ticket.wants.stream or runner.progress_s - lease.start_progress_s < work_s
-
-
 def meet(lease: Lease) -> None:
-    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
+
+    Of a request that does not stream nobody sees the end of its prefill.
+    """
     runner = runner_of(lease)
+    overhead_s, token_s, progress_s = lease.node.overhead_s, prefill_s(runner), runner.progress_s
     for other in runner.leases:
-        if is_in_prefill(other):
+        if other.first_s is None and (other.ticket.wants.stream or
+                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
             lease.crowd_tokens += other.new_tokens
             other.crowd_tokens += lease.new_tokens
     if len(runner.leases) < runner.slots:
@@ -2439,7 +2448,7 @@ def is_disturbed(lease: Lease) -> bool:
     node, runner = lease.node, runner_of(lease)
     if lease.sent_s <= node.doubted_s or node.speed < 0.6:
         return True
-    if any(other is not lease for other in node.loading) or lease.sent_s < node.loaded_s and not lease.loads:
+    if node.loading and node.loading != [lease] or lease.sent_s < node.loaded_s and not lease.loads:
         return True
     if lease.sent_s <= node.strangers_s and runner.top > 1:
         return True                 # with one slot somebody else's request ran before it, not beside it
@@ -2780,7 +2789,7 @@ def may_return(node: Node, now: float, patience_s: float) -> bool:
 def yields(node: Node, now: float) -> bool:
     """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
     """
-    return bool(node.loading) and SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
+    return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
 def doubt_s(node: Node, now: float) -> float:
@@ -3185,6 +3194,9 @@ class Rates(NamedTuple):
     input_s: float                  # a text to embed
 
 
+NO_RATES: tuple[float, list[Rates]] = (-math.inf, [])       # when reckoned, Rates
+
+
 class Decision(NamedTuple):
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
@@ -3287,15 +3299,17 @@ class Dispatcher:
         self.surroundings.clear()
         self.rates.clear()
 
-    def leave(self, ticket: Ticket, now: float) -> None:
-        """End a ticket, whatever has become of it: waiting, running, refused or already left."""
+    def leave(self, ticket: Ticket, now: float) -> bool:
+        """End a ticket, whatever has become of it: waiting, running, refused or already left. Tell whether others may
+        have its place."""
         if ticket.left:
-            return
-        ticket.left = True
+            return False
+        ticket.left, had_place = True, ticket.waiting or ticket.lease is not None
         self.queue.discard(ticket)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
         self.fair.settle(ticket.wants)
+        return had_place
 
     def retry(self, ticket: Ticket, now: float) -> bool:
         """Put a failed ticket back at its old place, if a node is left for it; tell whether.
@@ -3387,13 +3401,10 @@ class Dispatcher:
 
     def rates_of(self, model: str | None, now: float) -> list[Rates]:
         """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
-        holders = self.holders.get(model)
-        if not holders:
-            return []               # nothing is kept of names that clients make up
-        at_s, rates = self.rates.get(model, (-math.inf, []))
-        if now - at_s > LOOK_AGAIN_S:
+        at_s, rates = self.rates.get(model, NO_RATES)
+        if now - at_s > LOOK_AGAIN_S and model in self.holders:     # nothing is kept of names that clients make up
             rates = [Rates(runner.slots / CROWD[min(runner.slots, 256)], runner.node.overhead_s, prefill_s(runner),
-                           decode_s(runner), input_s(runner)) for runner in holders]
+                           decode_s(runner), input_s(runner)) for runner in self.holders[model]]
             self.rates[model] = now, rates
         return rates
 
@@ -3401,8 +3412,8 @@ class Dispatcher:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
         ticket = lease.ticket
         assert ticket.demand is not None        # it has waited for a slot
-        cost_s = self.cost_s(ticket.demand._replace(prompt_tokens=min(prompt_tokens, MAX_OUTPUT_TOKENS),
-                                                    output_tokens=min(output_tokens, MAX_OUTPUT_TOKENS)), now)
+        cost_s = self.cost_s(Demand(ticket.wants, min(prompt_tokens, MAX_OUTPUT_TOKENS),
+                                    min(output_tokens, MAX_OUTPUT_TOKENS), 0, ticket.demand.inputs), now)
         self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
         ticket.cost_s, lease.settled = cost_s, True
 
@@ -3479,10 +3490,10 @@ class Dispatcher:
             if skim:
                 self.skimmed_s[model] = now
                 turn.models_to_skim -= 1
-            alive = [runner for runner in holders if runner.node.up and not runner.node.draining]
-            usable = [runner for runner in alive if is_usable(runner.node, now) and runner.breaker.allows(now)]
+            usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
+            alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
             if alive:
-                rooms.append(Room(model, usable or alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
+                rooms.append(Room(model, alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
             elif not any(self.is_awaited(runner.node, now) for runner in holders):
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
@@ -3631,7 +3642,7 @@ class Dispatcher:
             elsewhere_free = any(len(other.leases) < other.slots for other in room.runners)
             if running >= slot_limit(runner.node, runner, now, elsewhere_free):
                 return False
-        if yields(runner.node, now):
+        if runner.node.loading and yields(runner.node, now):
             return False
         return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
 
@@ -3647,7 +3658,10 @@ class Dispatcher:
             elif offer.around is not around:    # a lease was given there
                 offer = turn.claimed[runner] = Offer(runner, around, now, offer.claims_at_s)
             node = runner.node
-            found.append(Candidate(node.suspect, offer.finish_s(demand, now) + doubt_s(node, now), order, offer))
+            finish_s = offer.finish_s(demand, now)
+            if node.suspect:
+                finish_s += doubt_s(node, now)
+            found.append(Candidate(node.suspect, finish_s, order, offer))
         found.sort()
         return found
 
@@ -3790,7 +3804,8 @@ class Dispatcher:
               prediction: Prediction | None = None) -> Lease:
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
-        self.give_way(node, now)
+        if node.measuring is not None:
+            self.give_way(node, now)
         self.advance(node, now)
         if runner is not None:
             self.expect(lease, prediction, now)
@@ -3802,8 +3817,10 @@ class Dispatcher:
                 shared_chars = runner.beginnings.common_chars(ticket.wants.prefix)
                 lease.fresh = shared_chars <= FRESH_SHARE * ticket.wants.prompt_chars
                 runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
-                ends = dict.fromkeys((*ticket.wants.prefix[:PREFIX_FIRST], ticket.wants.prefix[-1]))
-                runner.beginnings.remember(tuple(ends), BEGINNINGS_KEPT)    # a kilobyte each
+                ends = ticket.wants.prefix
+                if len(ends) > PREFIX_FIRST:
+                    ends = (*ends[:PREFIX_FIRST], ends[-1])
+                runner.beginnings.remember(ends, BEGINNINGS_KEPT)   # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
             elif now - runner.leases[-1].sent_s <= node.rtt_s + UNORDERED_S:
@@ -3852,12 +3869,12 @@ class Dispatcher:
         node.check_pause_s = min(2 * node.check_pause_s, LAST_CHECK_PAUSE_S)
 
     def give_way(self, node: Node, now: float) -> None:
-        """End the measurement of a node, if there is one: somebody's request goes there."""
+        """End the measurement of a node: somebody's request goes there."""
         lease = node.measuring
-        if lease is not None:
-            self.release(lease, now)
-            if lease.abandon is not None:
-                lease.abandon(Failure("lost", "gives way"))
+        assert lease is not None
+        self.release(lease, now)
+        if lease.abandon is not None:
+            lease.abandon(Failure("lost", "gives way"))
 
     def expect(self, lease: Lease, prediction: Prediction | None, now: float) -> None:
         """Note when a lease about to be given should end, and for how long it need not show anything."""
@@ -5916,9 +5933,10 @@ class BodyMemory:
 
     def give_back(self, client: ClientConnection) -> None:
         """Take back what a client holds."""
-        self.held_bytes -= client.held_bytes
-        client.held_bytes = 0
-        self.grant()
+        if client.held_bytes:
+            self.held_bytes -= client.held_bytes
+            client.held_bytes = 0
+            self.grant()
 
 
 class ClientConnection(asyncio.Protocol):
@@ -6882,8 +6900,8 @@ async def serve_inference(gateway: Gateway, client: ClientConnection | Share, he
         told = break_off(transcript.relay.client, record, transcript.relay, str(ended), wants.family)
         return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
     finally:
-        dispatcher.leave(ticket, loop.time())
-        gateway.pump()
+        if dispatcher.leave(ticket, loop.time()):
+            gateway.pump()
 
 
 async def serve_control(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, wants: Wants,
@@ -8232,13 +8250,10 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 
-def bare(value: object) -> str:
+@remembered                         # models, nodes, paths and most numbers come again and again
+def bare(text: str) -> str:
     """Return a value as it stands in a key=value line: quoted if it could be misread."""
-    text = str(value)
     return text if PLAIN(text) else json.dumps(text)
-
-
-known_bare = functools.lru_cache(maxsize=1024)(bare)    # models, nodes, paths and most numbers come again and again
 
 
 class LogFormat(logging.Formatter):
@@ -8265,8 +8280,7 @@ class LogFormat(logging.Formatter):
         """Return the line of one event."""
         if self.as_json:
             return json.dumps(fields)
-        return " ".join([f"{key}={bare(value) if type(value) is str and len(value) > 256 else known_bare(value)}"
-                         for key, value in fields.items()])
+        return " ".join([f"{key}={bare(f'{value}')}" for key, value in fields.items()])
 
 
 class LogWriter(logging.Handler):
@@ -9611,8 +9625,8 @@ class Gateway:
     def pump(self, skim: bool = False) -> None:
         """Let the dispatcher match, and wake whoever waits for what it decided."""
         leases, refused = self.dispatcher.dispatch(self.loop.time(), skim)
-        self.wake([lease.ticket for lease in leases])
-        self.wake(refused)
+        if leases or refused:
+            self.wake([*(lease.ticket for lease in leases), *refused])
 
     def wake(self, tickets: Iterable[Ticket]) -> None:
         """Wake whoever waits for tickets: each has a lease or a refusal now."""
