@@ -4834,6 +4834,7 @@ async def test_whatever_kind_of_failure_it_is_another_node_answers(kind):
     async with gateway_for(*nodes) as gateway:
         first, second = gateway.dispatcher.nodes.values()
         first.version, second.version = "0.32.0", "0.33.0"
+        first.rtt_s, second.rtt_s = 0.001, 0.002        # so it is asked first
         answer = await call(gateway, "POST", "/api/generate", generate(stream=True))
         assert (answer.status, answer.body, answer.fields["x-sollol-attempts"]) == (200, OK.rpartition(b"\r\n")[2], "2")
         assert second.errors == 0 and "llama3.2:latest" in second.rows
@@ -5867,7 +5868,7 @@ def test_begun_answer_that_nobody_could_go_on_with_is_not_raced():
 
 def test_exchange_that_is_given_up_yields_no_answer_even_if_one_has_just_come():
     async def main():
-        connection = sollol.NodeConnection(asyncio.get_running_loop())
+        connection = sollol.NodeConnection(sollol.Turns(asyncio.get_running_loop()))
         connection.transport = types.SimpleNamespace(abort=lambda: None)
         head = asyncio.ensure_future(connection.response("POST"))
         await asyncio.sleep(0)
@@ -8658,7 +8659,7 @@ def test_origins_are_allowed_as_ollama_allows_them(origin, allowed):
 @over_sockets
 async def test_errors_have_the_shape_of_their_path(method, path, keys):
     node = bench.SimNode(**FAST)
-    async with gateway_for(node, flags=("--probe-interval", "0.1")) as gateway:
+    async with gateway_for(node, flags=("--probe-interval", "0.1", "--queue-timeout", "0.3")) as gateway:
         node.kill()
         await until(lambda: health(gateway)["nodes"]["up"] == 0)
         answer = await call(gateway, method, path, {"model": "m", "messages": [], "max_tokens": 1})
