@@ -8659,7 +8659,7 @@ def test_origins_are_allowed_as_ollama_allows_them(origin, allowed):
 @over_sockets
 async def test_errors_have_the_shape_of_their_path(method, path, keys):
     node = bench.SimNode(**FAST)
-    async with gateway_for(node, flags=("--probe-interval", "0.1", "--queue-timeout", "0.3")) as gateway:
+    async with gateway_for(node, flags=("--probe-interval", "0.1", "--queue-timeout", "1s")) as gateway:
         node.kill()
         await until(lambda: health(gateway)["nodes"]["up"] == 0)
         answer = await call(gateway, method, path, {"model": "m", "messages": [], "max_tokens": 1})
@@ -9728,7 +9728,6 @@ def test_too_many_open_files_are_survived_and_running_streams_go_on(flags):
     with program("-c", LIMITED % (100, 100), "--demo", "--port", "0", *flags) as process:
         port = int(read_until(process, r"event=start.* url=http://127.0.0.1:(\d+)")[1])
         read_until(process, "allows 18 clients")
-        read_until(process, "open .*/dashboard")
 
         def connect(data=b""):
             client = socket.create_connection(("127.0.0.1", port), timeout=20)
