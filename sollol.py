@@ -2347,15 +2347,16 @@ def meet(lease: Lease) -> None:
 
     Of a request that does not stream nobody sees the end of its prefill.
     """
-    runner = lease.runner
+    runner, new_tokens, crowd_tokens = lease.runner, lease.new_tokens, 0.0
     overhead_s, token_s, progress_s = lease.node.overhead_s, prefill_s(runner), runner.progress_s
+    stalling_tokens = new_tokens if len(runner.leases) < runner.slots else 0.0      # else it waits in the node
     for other in runner.leases:
+        other.stall_tokens += stalling_tokens
         if other.first_s is None and (other.ticket.wants.stream or
                                       progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
-            lease.crowd_tokens += other.new_tokens
-            other.crowd_tokens += lease.new_tokens
-    if len(runner.leases) < runner.slots:
-        stall(lease)                # else it waits in the node
+            crowd_tokens += other.new_tokens
+            other.crowd_tokens += new_tokens
+    lease.crowd_tokens = crowd_tokens
 
 
 def stall(lease: Lease) -> None:
@@ -2635,9 +2636,8 @@ class Offer:
     def finish_s(self, demand, now):
         """Return when a request would be finished, with what it costs others: what nodes are compared by."""
         start_s, _, swap_s = self.start(demand, now)
-        _, _, output_tokens, _, inputs = demand
-        work_s = (self.overhead_s + self.new_tokens(demand) * self.prefill_s + inputs * self.input_s
-                  + output_tokens * self.decode_s)
+        work_s = (self.overhead_s + self.new_tokens(demand) * self.prefill_s + demand.inputs * self.input_s
+                  + demand.output_tokens * self.decode_s)
         return start_s + self.fixed_s + work_s * (self.slow if self.free > 0 else self.slowed()) + swap_s
 
     def predict(self, demand, now):
