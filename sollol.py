@@ -2724,14 +2724,16 @@ def doubt_s(node: Node, now: float) -> float:
     return max(0.0, now - node.heard_s) if node.suspect else 0.0
 
 
-def slot_limit(node, runner, now, elsewhere_free):
+def slot_limit(node: Node, runner: Runner, now: float, others: list[Runner]) -> int:
     """Return how many may run at once: the slots, one more while another is tried or while the way there is long.
 
     Over a long way a slot would stand empty for a round trip between two requests, unless the next one waits there.
+    One of `others` that has a free slot had better be taken then.
     """
     if runner.slots_known == "set":
         return runner.slots
-    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not elsewhere_free
+    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not any(
+        len(other.leases) < other.slots for other in others)
     return runner.slots + (1 if runner.probe_s <= now or far else 0)
 
 
@@ -3548,10 +3550,8 @@ class Dispatcher:
     def has_room(self, runner: Runner, room: Room, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
         running = len(runner.leases)
-        if running >= runner.slots:
-            elsewhere_free = any(len(other.leases) < other.slots for other in room.runners)
-            if running >= slot_limit(runner.node, runner, now, elsewhere_free):
-                return False
+        if running >= runner.slots and running >= slot_limit(runner.node, runner, now, room.runners):
+            return False
         if runner.node.loading and yields(runner.node, now):
             return False
         return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
