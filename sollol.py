@@ -2398,15 +2398,16 @@ def meet(lease: Lease) -> None:
 
     Of a request that does not stream nobody sees the end of its prefill.
     """
-    runner = runner_of(lease)
+    runner, new_tokens, crowd_tokens = runner_of(lease), lease.new_tokens, 0.0
     overhead_s, token_s, progress_s = lease.node.overhead_s, prefill_s(runner), runner.progress_s
+    stalling_tokens = new_tokens if len(runner.leases) < runner.slots else 0.0      # else it waits in the node
     for other in runner.leases:
+        other.stall_tokens += stalling_tokens
         if other.first_s is None and (other.ticket.wants.stream or
                                       progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
-            lease.crowd_tokens += other.new_tokens
-            other.crowd_tokens += lease.new_tokens
-    if len(runner.leases) < runner.slots:
-        stall(lease)                # else it waits in the node
+            crowd_tokens += other.new_tokens
+            other.crowd_tokens += new_tokens
+    lease.crowd_tokens = crowd_tokens
 
 
 def stall(lease: Lease) -> None:
@@ -2797,17 +2798,19 @@ def doubt_s(node: Node, now: float) -> float:
     return max(0.0, now - node.heard_s) if node.suspect else 0.0
 
 
-def slot_limit(node: Node, runner: Runner, now: float, elsewhere_free: bool) -> int:
+def slot_limit(node: Node, runner: Runner, now: float, others: list[Runner]) -> int:
     """Return how many may run at once: the slots, one more while another is tried or while the way there is long.
 
     Over a long way a slot would stand empty for a round trip between two requests, unless the next one waits there.
+    One of `others` that has a free slot had better be taken then.
     """
     if runner.slots_known == "set":
         return runner.slots
     seen = runner.seen if now - runner.seen_s < CONFIRMED_S else 0
     if runner.slots > max(2, seen + 1):
         return max(2, seen + 1)     # what nobody has lately seen is tried one by one
-    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not elsewhere_free
+    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not any(
+        len(other.leases) < other.slots for other in others)
     return runner.slots + (1 if runner.probe_s <= now or far else 0)
 
 
@@ -3638,10 +3641,8 @@ class Dispatcher:
     def has_room(self, runner: Runner, room: Room, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
         running = len(runner.leases)
-        if running >= min(runner.slots, 2):
-            elsewhere_free = any(len(other.leases) < other.slots for other in room.runners)
-            if running >= slot_limit(runner.node, runner, now, elsewhere_free):
-                return False
+        if running >= min(runner.slots, 2) and running >= slot_limit(runner.node, runner, now, room.runners):
+            return False
         if runner.node.loading and yields(runner.node, now):
             return False
         return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
