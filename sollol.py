@@ -2079,6 +2079,7 @@ class Lease:
     crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
     predicted_end_s: float = 0.0
     quiet_s: float = 0.0            # silence that is no reason for doubt
+    race_s: float = 0.0             # and for a race, before its first byte
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
     passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
@@ -2770,11 +2771,19 @@ class Candidate(NamedTuple):
         return self.offer.runner
 
 
-def quiet_s(runner: Runner, prediction: Prediction) -> float:
-    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known."""
+def overdue_s(prediction: Prediction, times: float = 1) -> float:
+    """Return after how many seconds without a byte an answer is `times` far later than predicted."""
     work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.wants.silent else 0.0)
+    return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
+
+
+def quiet_s(runner: Runner, prediction: Prediction) -> float:
+    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known.
+
+    A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
+    """
     unsure = 1 if runner.samples >= 3 else 4 if runner.samples else 10      # a CPU is 30 times slower than the prior
-    return max(SILENT_S, OVERDUE * unsure * (prediction.start_s + work_s * prediction.slow))
+    return overdue_s(prediction, unsure)
 
 
 def is_usable(node: Node, now: float) -> bool:
@@ -3676,7 +3685,8 @@ class Dispatcher:
         if first is None or ticket.race is None or ticket.rival is not None or not ticket.wants.repeatable:
             return None
         silent_s, least_s = now - first.heard_s, RACE_LOAD_S if first in first.node.loading else 0.0
-        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= max(least_s, self.allowed_s(first)):
+        allowed_s = first.race_s if first.first_s is None else self.allowed_s(first)
+        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= max(least_s, allowed_s):
             return None
         digest = "" if first.first_s is None else digest_of(first.node, model)
         if first.first_s is not None and not (ticket.wants.deterministic and digest):
@@ -3885,7 +3895,7 @@ class Dispatcher:
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
         lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
-        lease.quiet_s = quiet_s(runner, it)
+        lease.race_s, lease.quiet_s = overdue_s(it), quiet_s(runner, it)
         lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
 
     def believe_loaded(self, runner: Runner, wants: Wants, ready_s: float) -> None:

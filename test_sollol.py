@@ -1833,7 +1833,8 @@ def answer_alone(dispatcher, now, timings, took_s=None, **more):
 def prompted(tokens, prefill_s, output_s=1.0, outputs=50, wait_s=0.0, load_s=0.0):
     """Return the Timings of an answer."""
     prompt_s = tokens * prefill_s
-    return Timings(sollol.OVERHEAD_S + prompt_s + output_s + wait_s + load_s, load_s, prompt_s, tokens, output_s, outputs)
+    took_s = sollol.OVERHEAD_S + prompt_s + output_s + wait_s + load_s
+    return Timings(took_s, load_s, prompt_s, tokens, output_s, outputs)
 
 
 @pytest.mark.parametrize("truth_s", [0.005, 0.0002, 0.01])
@@ -2769,6 +2770,16 @@ def test_node_that_was_never_measured_may_be_as_slow_as_a_cpu():
     assert cpu_s < it.lease.quiet_s + 5 * cpu_s             # in doubt it comes last; nothing is taken from it
 
 
+def test_where_a_prediction_is_a_mere_guess_a_race_does_not_wait_for_doubt():
+    dispatcher = cluster(slots=1, n1=["m"], n2=["m"])
+    it, = enter(dispatcher, want(prompt_chars=30_000))
+    placed(dispatcher)
+    racing(dispatcher, it)
+    assert it.lease.race_s < it.lease.quiet_s
+    assert raced(dispatcher, it.lease.race_s - 0.1) == [] and raced(dispatcher, it.lease.quiet_s - 0.1) == ["n2"]
+    assert not dispatcher.nodes["n1"].suspect
+
+
 LARGE = (("num_ctx", 8192),)
 
 
@@ -3501,7 +3512,8 @@ def test_seconds(text, seconds):
 
 @pytest.mark.parametrize("parse, text", [
     *((sollol.parse_size, text) for text in ("", "-1", "1.5GiB", "MiB", "1TiB", "1 M iB", "1MiBs", "0x10")),
-    *((sollol.parse_seconds, text) for text in ("", "0", "-1", "nan", "inf", "1e9", "5d", "s", "5 min", "5sm", "3000h", "five")),
+    *((sollol.parse_seconds, text) for text in ("", "0", "-1", "nan", "inf", "1e9", "5d", "s", "5 min", "5sm", "3000h",
+                                                 "five")),
     *((sollol.parse_count, text) for text in ("", "0", "-1", "1.0", "²", "٣")),
     *((sollol.parse_port, text) for text in ("", "-1", "65536", "²", "80 "))])
 def test_no_number(parse, text):
@@ -4822,7 +4834,8 @@ BROKEN = {
     "404 of a route": framed(b"404 page not found", b"404 Not Found", b"text/plain"),
     "404 of the model": framed(b'{"error":"model \'llama3.2\' not found"}', b"404 Not Found"),
     "200 that begins with an error": chunked(b'{"error":"unexpected EOF"}\n'),
-    "200 of events that begins with an error": chunked(b'data: {"error":{"message":"EOF"}}\n\n', kind=b"text/event-stream"),
+    "200 of events that begins with an error": chunked(b'data: {"error":{"message":"EOF"}}\n\n',
+                                                       kind=b"text/event-stream"),
     "200 without anything": chunked(), "200 of length 0": framed(b""),
 }
 
@@ -4862,7 +4875,8 @@ def test_node_that_fails_at_once_does_not_look_free(status):
 
 @table("model, path, refusal", [
     ("the cloud's limit", "gpt-oss:cloud", "/api/generate", framed(b'{"error":"limit"}', b"429 Too Many Requests")),
-    ("a route that it lacks", "llama3.2", "/v1/responses", framed(b"404 page not found", b"404 Not Found", b"text/plain")),
+    ("a route that it lacks", "llama3.2", "/v1/responses",
+     framed(b"404 page not found", b"404 Not Found", b"text/plain")),
     ("a prompt too long", "llama3.2", "/api/generate", framed(
         b'{"error":"the input length exceeds the context length"}', b"400 Bad Request")),
     ("no such feature", "llama3.2", "/api/generate", framed(
@@ -5290,7 +5304,8 @@ def test_silence_ends_no_answer(script, count):
 def test_two_long_chats_in_turn_on_one_slot_are_answered_turn_by_turn(count):
     async def run():
         async with gateway_for(*slow_nodes(count)) as gateway:
-            chats = [[{"role": "user", "content": bench.worded(f"chat {number} <out=5> ", 10_000)}] for number in (1, 2)]
+            chats = [[{"role": "user", "content": bench.worded(f"chat {number} <out=5> ", 10_000)}]
+                     for number in (1, 2)]
             for turn in range(4):
                 for chat in chats:
                     answer = await call(gateway, "POST", "/api/chat", {"model": "llama3.2:1b", "messages": chat})
@@ -5370,7 +5385,8 @@ def test_keep_alive_of_nothing_loads_again_for_every_request(count):
 def test_two_models_that_swap_on_one_card_are_both_answered(count, blocks):
     async def run():
         models = ("qwen3:14b", "phi4:14b")
-        nodes = [bench.SimNode("rtx3060", models=models, vram_gb=12, ps_blocks=blocks, seed=seed) for seed in range(count)]
+        nodes = [bench.SimNode("rtx3060", models=models, vram_gb=12, ps_blocks=blocks, seed=seed)
+                 for seed in range(count)]
         async with gateway_for(*nodes) as gateway:
             async def client(model):
                 for number in range(6):
@@ -6809,7 +6825,8 @@ LAVISH = [
      head(b"HTTP/1.1 200 OK", b"Content-Type: application/x-ndjson") + SHORT_LINES, SHORT_LINES),
     ("chunks of one byte, and more than the last one", "/api/generate", {}, crumbled(LONG_LINE) + b"x", LONG_LINE),
     ("an object in chunks of one byte", "/api/show", {}, crumbled(b"x" * 2**18), b"x" * 2**18),
-    ("short lines of progress", "/api/pull", {}, chunked(b'{"status":"a"}\n' * 2**15 + b'{"status":"success"}\n'), None),
+    ("short lines of progress", "/api/pull", {},
+     chunked(b'{"status":"a"}\n' * 2**15 + b'{"status":"success"}\n'), None),
 ]
 
 
@@ -10168,7 +10185,7 @@ def open_folder():
 
 @pytest.mark.parametrize("secrets", [False, True], ids=["plain", "with secrets"])
 def test_service_runs_as_a_user_who_may_do_nothing(secrets, open_folder, pems):
-    """As systemd runs it: a user of its own without capabilities, a read-only file system, an environment of its own."""
+    """As systemd runs it: a user without capabilities, a read-only file system, an environment of its own."""
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
     python = "/usr/bin/python3"
