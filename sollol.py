@@ -4787,11 +4787,12 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
-                 "idle_s", "source", "write_paused", "unsent")
+                 "idle_s", "source", "write_paused", "unsent", "settings")
 
     def __init__(self, turns: Turns) -> None:
         self.loop, self.turns = turns.loop, turns
         self.transport: asyncio.Transport    # there from connection_made on
+        self.settings: NodeSettings | None = None       # what it was made by
         self.unsent: bytes | memoryview = b""       # of a long body
         self.buffer = b""
         self.sink: Sink | Backlog | None = None
@@ -4967,7 +4968,7 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 
 
 class Pool:
-    """Keep the connections to one node."""
+    """Keep the connections to one node, those that were made as it is to be reached now."""
 
     def __init__(self, settings: NodeSettings, turns: Turns, via: bytes) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -5000,6 +5001,7 @@ class Pool:
                 _, connection = await self.loop.create_connection(
                     lambda: NodeConnection(self.turns), it.address or it.host, it.port, ssl=self.context(),
                     server_hostname=it.host if it.tls else None)
+            connection.settings = it
             return connection
         except TimeoutError:
             raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
@@ -5034,7 +5036,8 @@ class Pool:
     def give_back(self, connection: NodeConnection, clean: bool) -> None:
         """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed:
+        if (clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed
+                and connection.settings is self.settings):
             connection.busy = False
             connection.idle_s = self.loop.time()
             connection.transport.resume_reading()       # the last client may have been slow: nobody would see its end,

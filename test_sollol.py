@@ -5146,6 +5146,8 @@ async def test_node_that_traffic_finds_dead_is_warned_about_with_the_reason(capl
     caplog.set_level("INFO", "sollol")
     nodes = [fixed(1, **FAST), fixed(1, **FAST)]
     async with gateway_for(*nodes, flags=["--probe-interval", "1000"]) as gateway:
+        first, second = gateway.dispatcher.nodes.values()
+        first.rtt_s, second.rtt_s = 0.001, 0.002        # so it is asked first
         nodes[0].kill()
         for _ in range(4):
             assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
@@ -10548,6 +10550,18 @@ async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_pa
         shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
         gateway.reload()
         await until(lambda: gateway.dispatcher.nodes["good"].up)
+
+
+@over_sockets
+async def test_connection_made_by_the_settings_of_before_is_not_used_again():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        pool, = gateway.pools.values()
+        old = await pool.connect()
+        pool.configure(pool.settings._replace(token="another"))
+        pool.give_back(old, clean=True)
+        new = await pool.connect()
+        pool.give_back(new, clean=True)
+        assert pool.idle[-1] is new and old not in pool.idle and not old.is_open()
 
 
 @over_sockets
