@@ -2874,15 +2874,19 @@ async def play(caller, scenario, works):
     return await open_loop(caller, works, scenario.timeout_s)
 
 
-async def start_gateway(policy, nodes, seed):
-    """Start a gateway in this process in front of nodes, and let it finish what it measures at its start."""
+@contextlib.asynccontextmanager
+async def gateway_before(nodes, policy, seed):
+    """Run a gateway in this process in front of nodes; it has finished what it measures at its start."""
     options = sollol.parse_options(["--node", "unused", "--port", "0", "--policy", policy, "--seed", str(seed),
                                     "--max-queue", "100000", "--queue-timeout", "100000"], {})
     lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
     gateway = await sollol.Gateway(options, sollol.parse_hosts(lines, "bench")).start()
     sollol.LOG.setLevel("CRITICAL")
     await asyncio.sleep(30.0)
-    return gateway
+    try:
+        yield gateway
+    finally:
+        await gateway.stop()
 
 
 def moved(sample, by_s):
@@ -2922,13 +2926,9 @@ async def running_nodes(scenario, seed):
 
 async def run_policy(scenario, policy, seed):
     """Run one scenario under one policy, on nodes and a gateway of its own in this process."""
-    async with running_nodes(scenario, seed) as nodes:
-        gateway = await start_gateway(policy, nodes, seed)
-        try:
-            run = await run_works(scenario, policy, seed, gateway.address, nodes)
-            return run._replace(ratios=gateway.dispatcher.ratios)
-        finally:
-            await gateway.stop()
+    async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, policy, seed) as gateway:
+        run = await run_works(scenario, policy, seed, gateway.address, nodes)
+        return run._replace(ratios=gateway.dispatcher.ratios)
 
 
 def simulate(scenario, seed, policies=(*PLAIN, SOLLOL)):
@@ -3846,8 +3846,7 @@ async def run_misled(scenario, seed):
     """Run a scenario through a gateway with wrong beliefs; return (Run, longest that a card stood idle beside a waiting
     request)."""
     longest_s = collections.Counter()
-    async with running_nodes(scenario, seed) as nodes:
-        gateway = await start_gateway(SOLLOL, nodes, seed)
+    async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, SOLLOL, seed) as gateway:
         mislead(gateway.dispatcher, random.Random(seed))
         watching = asyncio.create_task(watch_idle(gateway.dispatcher, longest_s))
         try:
@@ -3855,7 +3854,6 @@ async def run_misled(scenario, seed):
             return run, max(longest_s.values())
         finally:
             watching.cancel()
-            await gateway.stop()
 
 
 class Misled(NamedTuple):
@@ -3885,8 +3883,8 @@ def misled_held(first, count):
     idle_s = sorted(it.idle_s for it in found)
     print(f"{count} seeds of wrong beliefs: mean of least-inflight's x{share_of(ratios, 0.5):.2f} in the median, "
           f"x{worst.ratio:.2f} at the most ({worst.scenario}); {failed} requests failed; the longest that a card stood "
-          f"idle beside waiting requests: {share_of(idle_s, 0.5):.1f} s in the median, {share_of(idle_s, 0.9):.1f} s in "
-          f"nine of ten seeds, {idle_s[-1]:.1f} s at the most")
+          f"idle beside waiting requests: {share_of(idle_s, 0.5):.1f} s in the median, {share_of(idle_s, 0.9):.1f} s "
+          f"in nine of ten seeds, {idle_s[-1]:.1f} s at the most")
     return worst.ratio <= MISLED_MOST and not failed and share_of(idle_s, 0.9) <= IDLE_MOST_S
 
 

@@ -2359,15 +2359,15 @@ def input_s(runner: Runner) -> float:
     return runner.input_s or PRIOR_INPUT_S * runner.node.size_factor * cpu_factor(runner)
 
 
-def inputs_s(runner: Runner, wants: Wants) -> float:
-    """Return the seconds that the texts of a request to embed take beside their tokens; 0 for any other request."""
-    return wants.inputs * input_s(runner) if wants.embeds else 0.0
+def to_first_byte_s(runner: Runner, new_tokens: float, wants: Wants) -> float:
+    """Return how long a request takes alone to its first byte; the prefix cache lacks `new_tokens` of its prompt."""
+    texts_s = wants.inputs * input_s(runner) if wants.embeds else 0.0
+    return runner.node.overhead_s + new_tokens * prefill_s(runner) + texts_s
 
 
 def alone_s(runner: Runner, demand: Demand) -> float:
     """Return how long a request takes alone, if the prefix cache holds nothing of it."""
-    return (runner.node.overhead_s + demand.prompt_tokens * prefill_s(runner) + demand.inputs * input_s(runner)
-            + demand.output_tokens * decode_s(runner))
+    return to_first_byte_s(runner, demand.prompt_tokens, demand.wants) + demand.output_tokens * decode_s(runner)
 
 
 def load_s(runner: Runner) -> float:
@@ -2389,8 +2389,7 @@ def solo_left_s(lease: Lease, now: float) -> float:
     if lease.first_s is not None:
         return decode_left_s
     advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, lease.node.overhead_s + lease.new_tokens * prefill_s(runner)
-                         + inputs_s(runner, lease.ticket.wants) - advanced_s)
+    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.wants) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
@@ -2476,8 +2475,7 @@ def first_work_s(lease: Lease, timings: Timings) -> float:
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
     unseen = 0 if wants.stream else timings.output_tokens
-    return (lease.node.overhead_s + prompt_tokens * prefill_s(runner) + inputs_s(runner, wants)
-            + unseen * decode_s(runner))
+    return to_first_byte_s(runner, prompt_tokens, wants) + unseen * decode_s(runner)
 
 
 def served_beside_s(lease: Lease) -> float:
@@ -3816,7 +3814,7 @@ class Dispatcher:
         """Give a ticket its lease, and note what the node will now be doing, as believed."""
         lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
         if node.measuring is not None:
-            self.give_way(node, now)
+            self.give_way(node.measuring, now)
         self.advance(node, now)
         if runner is not None:
             self.expect(lease, prediction, now)
@@ -3879,10 +3877,8 @@ class Dispatcher:
         node.check_s = now + node.check_pause_s
         node.check_pause_s = min(2 * node.check_pause_s, LAST_CHECK_PAUSE_S)
 
-    def give_way(self, node: Node, now: float) -> None:
+    def give_way(self, lease: Lease, now: float) -> None:
         """End the measurement of a node: somebody's request goes there."""
-        lease = node.measuring
-        assert lease is not None
         self.release(lease, now)
         if lease.abandon is not None:
             lease.abandon(Failure("lost", "gives way"))
@@ -4348,8 +4344,8 @@ class Dispatcher:
         self.keep(dropped)
         for node in dropped:
             node.draining = True
-            if node.measuring:
-                self.give_way(node, node.measuring.sent_s)
+            if node.measuring is not None:
+                self.give_way(node.measuring, node.measuring.sent_s)
         self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
         self.reindex()
         return [node for node in self.nodes.values() if node not in old], dropped

@@ -3786,6 +3786,14 @@ def health(gateway):
     return json.loads(sollol.answer_health(gateway)[1])
 
 
+async def one_of_two(tmp_path, **first):
+    """Start two nodes; return them and a hosts.txt that names the first, which has the settings `first`."""
+    one, two = await bench.SimNode(**(first or FAST)).start(), await bench.SimNode(**FAST).start()
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{one.url} name=one\n")
+    return one, two, hosts
+
+
 async def until(condition, patience_s=10.0):
     """Wait until a condition holds."""
     deadline_s = asyncio.get_running_loop().time() + patience_s
@@ -6455,9 +6463,7 @@ async def test_part_of_a_chunk_head_is_no_first_byte():
 
 @over_sockets
 async def test_dropped_node_is_forgotten_with_its_connections_once_it_is_idle(tmp_path):
-    one, two = await bench.SimNode(loaded=("llama3.2",), speed=1).start(), await bench.SimNode(**FAST).start()
-    hosts = tmp_path / "hosts.txt"
-    hosts.write_text(f"{one.url} name=one\n")
+    one, two, hosts = await one_of_two(tmp_path, loaded=("llama3.2",), speed=1)
     async with gateway_for(one, two, hosts=hosts) as gateway:
         task = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=200)))
         await until(lambda: one.in_flight == 1)
@@ -7130,9 +7136,7 @@ def test_log_that_nobody_reads_holds_up_nobody_and_its_loss_is_told():
 @over_sockets
 async def test_hosts_file_that_is_being_written_or_is_no_file_is_not_taken_over(tmp_path, caplog):
     sollol.LOG.propagate = True
-    one, two = await bench.SimNode(**FAST).start(), await bench.SimNode(**FAST).start()
-    hosts = tmp_path / "hosts.txt"
-    hosts.write_text(f"{one.url} name=one\n")
+    one, two, hosts = await one_of_two(tmp_path)
     async with gateway_for(one, two, hosts=hosts) as gateway:
         text = f"{one.url} name=one\n{two.url} name=two slots=4 # the second\n"
         for size in (4, 9, 40, 61, 70, len(text)):
@@ -9364,9 +9368,7 @@ async def test_probes_that_succeed_are_logged_at_debug_only(caplog):
 @over_sockets
 async def test_saved_hosts_file_is_taken_over_and_a_bad_one_refused(tmp_path, caplog):
     sollol.LOG.propagate = True
-    one, two = await bench.SimNode(**FAST).start(), await bench.SimNode(**FAST).start()
-    hosts = tmp_path / "hosts.txt"
-    hosts.write_text(f"{one.url} name=one\n")
+    one, two, hosts = await one_of_two(tmp_path)
     async with gateway_for(one, two, hosts=hosts) as gateway:
         first = gateway.dispatcher.nodes["one"]
         hosts.write_text(f"{one.url} name=one\n{two.url} name=two slots=four\n")
