@@ -2881,12 +2881,14 @@ async def gateway_before(nodes, policy, seed):
                                     "--max-queue", "100000", "--queue-timeout", "100000"], {})
     lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
     gateway = await sollol.Gateway(options, sollol.parse_hosts(lines, "bench")).start()
+    level = sollol.LOG.level
     sollol.LOG.setLevel("CRITICAL")
-    await asyncio.sleep(30.0)
     try:
+        await asyncio.sleep(30.0)
         yield gateway
     finally:
         await gateway.stop()
+        sollol.LOG.setLevel(level)
 
 
 def moved(sample, by_s):
