@@ -70,8 +70,8 @@ import sollol
 # time.
 # ------------------------------------------------------------------------------------------------------------
 
-DEADLOCK_S = 5.0      # real seconds without timer and ready socket: nothing will ever happen again
-EXTRA_POLLS = 2       # loopback delivers inside send(); a busy kernel may defer it, so look again
+DEADLOCK_S = 5.0                    # real seconds without timer and ready socket: nothing will ever happen again
+EXTRA_POLLS = 2                     # loopback delivers inside send(); a busy kernel may defer it, so look again
 
 
 class JumpingSelector:
@@ -422,7 +422,7 @@ class Refused(Exception):
         self.kind = kind
 
 
-BUSY = "server busy, please try again.  maximum pending requests exceeded"     # two spaces, as in Ollama
+BUSY = "server busy, please try again.  maximum pending requests exceeded"  # two spaces, as in Ollama
 STOPPED = ("model runner has unexpectedly stopped, this may be due to resource limitations or an internal "
            "error, check ollama server logs for details")
 TOO_LONG = "input length exceeds the context length"
@@ -467,7 +467,7 @@ def read_json(body):
 
 def plain(data):
     """Return what a zstd frame holds: of one segment and raw blocks only, as tests write it. Raises Refused(400)."""
-    if data[:5] != b"\x28\xb5\x2f\xfd\xa0":      # magic; single segment, a content size of four bytes
+    if data[:5] != b"\x28\xb5\x2f\xfd\xa0":     # magic; single segment, a content size of four bytes
         raise Refused(400, "unsupported zstd frame")
     found, at, last = [], 9, False
     while not last:
@@ -478,7 +478,7 @@ def plain(data):
     return b"".join(found)
 
 
-MOST_OBJECTS = 500_000             # of a body; Go reads more in one of its threads, here that would stop the whole node
+MOST_OBJECTS = 500_000  # of a body; Go reads more in one of its threads, here that would stop the whole node
 
 
 def read_fields(exchange):
@@ -536,7 +536,7 @@ def runner_key(options, shift=None):
     return tuple((name, explicit[name]) for name in RUNNER_DEFAULTS if explicit.get(name) is not None)
 
 
-PICTURE = "\ufffc"       # stands in a prompt for a picture, before what tells it from others
+PICTURE = "\ufffc"                  # stands in a prompt for a picture, before what tells it from others
 PICTURE_TOKENS = 768
 
 
@@ -1769,7 +1769,7 @@ async def openai_embed(node, exchange, body):
     if not texts:
         raise Refused(400, "invalid input")
     done = await embed_all(node, exchange, {"dimensions": body.get("dimensions")}, model, texts)
-    in_base64 = body.get("encoding_format") == "base64"       # what the openai package asks for by default
+    in_base64 = body.get("encoding_format") == "base64"     # what the openai package asks for by default
     data = [{"object": "embedding", "index": index,
              "embedding": floats_in_base64(vector) if in_base64 else vector}
             for index, vector in enumerate(done.vectors)]
@@ -2410,7 +2410,7 @@ DEMO = (
 )
 
 
-BENCH_CONTEXT = 65_536     # tokens: the longest chat of a benchmark fits; windows by memory would refuse it
+BENCH_CONTEXT = 65_536              # tokens: the longest chat of a benchmark fits; windows by memory would refuse it
 
 
 def demo_nodes(count=3, first_port=0, speed=1.0):
@@ -3112,13 +3112,13 @@ def aligned(rows):
 
 POLICY_LABELS = {"latency-weighted": "SOLLOL", "sollol": "SOLLOL"}
 POLICY_CLASSES = {"round-robin": "rr", "least-inflight": "li", "latency-weighted": "lw", "sollol": "lw"}
-MOST_BARS = 400       # requests of one run; more are unreadable as bars and are drawn as area
-MOST_ROWS = 40        # concurrent requests of one node, for the same reason
-GRID = 1000           # charts stretch: paths count in thousandths of the width, texts and marks in percent
-CDF_PX = 260          # distribution chart
-LANE_PX = 34          # area of one node
-TITLE_PX = 20         # name above a lane or a priority class
-ROW_PX = 18           # one policy within a priority class
+MOST_BARS = 400                     # requests of one run; more are unreadable as bars and are drawn as area
+MOST_ROWS = 40                      # concurrent requests of one node, for the same reason
+GRID = 1000  # charts stretch: paths count in thousandths of the width, texts and marks in percent
+CDF_PX = 260                        # distribution chart
+LANE_PX = 34                        # area of one node
+TITLE_PX = 20                       # name above a lane or a priority class
+ROW_PX = 18                         # one policy within a priority class
 
 PAGE_CSS = """
 :root{color-scheme:light dark;--page:#fbfbf9;--ink:#1d2126;--soft:#5c636d;--rule:#dcdfe3;--band:#f1f2f2;
@@ -3214,7 +3214,7 @@ def fitting_axis(times_s):
     """Return a scale for all these times: logarithmic if the slowest took 20 times as long as the fast."""
     ordered_s = sorted(times_s) or [1.0]
     high_s = max(ordered_s[-1], 0.001)
-    fast_s = max(ordered_s[len(ordered_s) // 50], 0.001)     # a few very fast ones are not worth half a chart
+    fast_s = max(ordered_s[len(ordered_s) // 50], 0.001)    # a few very fast ones are not worth half a chart
     if high_s > 20 * fast_s:
         steps_s = one_two_five(fast_s, high_s)
         return Axis(steps_s[0], steps_s[-1], True)
@@ -3370,7 +3370,7 @@ class Spread(NamedTuple):
         return "never" if time_s is None and self.failed else seconds(time_s)
 
 
-def spread(policy, samples, times_of):
+def expand(policy, samples, times_of):
     given_up_s = [sample["end_s"] - sample["scheduled_s"] for sample in samples if not sample["ok"]]
     return Spread(policy, times_of(samples), given_up_s)
 
@@ -3379,7 +3379,7 @@ def cdf_path(one, axis):
     """Return the share of requests finished by each time, as steps, and dashed on the level of the failed."""
     heights = {0: GRID}
     for rank, time_s in enumerate(sorted(one.times_s), 1):
-        heights[axis.grid(time_s)] = GRID - round(GRID * rank / one.count)     # one step per column is enough
+        heights[axis.grid(time_s)] = GRID - round(GRID * rank / one.count)  # one step per column is enough
     steps = "".join(f"H{x}V{y}" for x, y in heights.items())
     path = f'<path class="curve" d="M0 {GRID}{steps}"/>' if one.times_s else ""
     if one.failed:
@@ -3396,7 +3396,7 @@ def cdf_marks(one, axis):
 def bound_svg(spreads, axis, bound_s, height_px):
     """Return a line at the lower bound of the mean, and a triangle at each mean."""
     percent = axis.percent(bound_s)
-    anchor = "start" if percent < 35 else "end" if percent > 65 else "middle"     # stay above the chart
+    anchor = "start" if percent < 35 else "end" if percent > 65 else "middle"   # stay above the chart
     means = "".join(f'<g class="{policy_class(one.policy)} full"><use href="#mean" y="{height_px}" '
                     f'x="{axis.percent(one.mean_s)}%"/></g>' for one in spreads if one.count)
     return (f'<line class="bound" x1="{percent}%" x2="{percent}%" y1="-4" y2="{height_px}"/>{means}'
@@ -3434,7 +3434,7 @@ def spread_legend(spreads):
 
 
 def cdf_figure(title, runs, times_of, bound_s=None):
-    spreads = [spread(run["policy"], run["samples"], times_of) for run in runs]
+    spreads = [expand(run["policy"], run["samples"], times_of) for run in runs]
     notes = ["Triangles: means."] * (bound_s is not None)
     if any(one.failed for one in spreads):
         notes.append("Dashed: failed requests, which never finish; the mean counts them until they were given up.")
@@ -3458,7 +3458,7 @@ def priority_figure(priority, runs, axis):
     spreads = []
     for run in runs:
         samples = [sample for sample in run["samples"] if sample["priority"] == priority]
-        spreads += [spread(run["policy"], samples, latencies_s)] * bool(samples)
+        spreads += [expand(run["policy"], samples, latencies_s)] * bool(samples)
     height_px = ROW_PX * len(spreads) + 10
     rows = "".join(priority_row_svg(one, axis, 14 + ROW_PX * number) for number, one in enumerate(spreads))
     label = f"Latency of priority {priority}"
@@ -3484,8 +3484,8 @@ class Lane(NamedTuple):
     """One node under one policy."""
 
     samples: list
-    rows: list        # for each sample, the lowest row that is free while it runs
-    depth: int        # how many rows that takes: the most requests at a time
+    rows: list                      # for each sample, the lowest row that is free while it runs
+    depth: int                      # how many rows that takes: the most requests at a time
 
 
 def packed_lane(samples):
@@ -3720,9 +3720,9 @@ async def no_calibration(gateway, node):
     gateway.dispatcher.calibrates(node)
 
 
-def charge_nothing(fair, wants, now, cost_s, charge=sollol.FairShare.charge):
+def charge_nothing(fair, spec, now, cost_s, charge=sollol.FairShare.charge):
     """Begin a request when it comes, whatever its client has had before."""
-    return charge(fair, wants, now, 0.0)
+    return charge(fair, spec, now, 0.0)
 
 
 class Switch(NamedTuple):
@@ -3823,7 +3823,7 @@ def mislead(dispatcher, rng):
             runner.decode_s = sollol.decode_s(runner) * 100 ** rng.uniform(-1, 1)
             runner.prefill_s = sollol.prefill_s(runner) * 100 ** rng.uniform(-1, 1)
             runner.samples, runner.slots_known = rng.choice((0, 3, 50)), "learned"
-            runner.slots = runner.top = runner.peak = rng.randint(1, 8)
+            runner.slots = runner.proven = runner.max_proven = rng.randint(1, 8)
             runner.confirmed_s = -math.inf
             lengths = dispatcher.estimates.lengths[runner.model]
             lengths.mean, lengths.samples = sollol.PRIOR_OUTPUT_TOKENS * 50 ** rng.uniform(-1, 1), rng.choice((0, 50))
@@ -3836,7 +3836,7 @@ async def watch_idle(dispatcher, longest_s):
     """
     idle_s = collections.Counter()
     while True:
-        waiting = {ticket.wants.model for ticket in dispatcher.queue.tickets}
+        waiting = {ticket.spec.model for ticket in dispatcher.queue.tickets}
         for node in dispatcher.nodes.values():
             idle = node.up and not node.on_cpu and not any(runner.leases for runner in node.runners.values())
             idle_s[node] = idle_s[node] + LOOK_S if idle and waiting & node.rows.keys() else 0.0
@@ -5125,7 +5125,7 @@ def overgrown(gateway, nodes):
     dispatcher, known = gateway.dispatcher, set(gateway.dispatcher.nodes.values())
     models = {model for node in nodes for model in node.models}
     for name, table in (("pools", gateway.pools), ("states", gateway.states), ("probes", gateway.probes),
-                        ("first_looks", gateway.first_looks), ("chores", {node for node, _ in gateway.chores}),
+                        ("first_looks", gateway.first_looks), ("jobs", {node for node, _ in gateway.jobs}),
                         ("surroundings", dispatcher.surroundings), ("idle", dispatcher.idle)):
         if extra := set(table) - known:
             yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"
@@ -5179,11 +5179,11 @@ class Line:
 
     def give(self, ticket, node, runner, now, *more):
         """Give a lease as the dispatcher does."""
-        if not ticket.wants.inference:
+        if not ticket.spec.inference:
             return self.lease(ticket, node, runner, now, *more)
         self.longest_s = max(self.longest_s, now - self.since_s.pop(ticket, now))
         rivals = [other for other in self.dispatcher.queue.tickets
-                  if other.wants.model == ticket.wants.model and not other.tried]
+                  if other.spec.model == ticket.spec.model and not other.tried]
         first = min(rivals, key=lambda other: (other.key_s, other.seq), default=ticket)
         if (first.key_s, first.seq) < (ticket.key_s, ticket.seq):
             self.since_s.setdefault(first, now)
@@ -5327,7 +5327,7 @@ class Soak:
 
     def is_ignored(self, ticket, now):
         """Tell whether there are nodes for a ticket, and none of them does anything."""
-        runners = [runner for runner in self.gateway.dispatcher.holders.get(ticket.wants.model, ())
+        runners = [runner for runner in self.gateway.dispatcher.holders.get(ticket.spec.model, ())
                    if sollol.is_usable(runner.node, now) and runner.breaker.allows(now)
                    and runner.node.name not in ticket.tried]
         return bool(runners) and not any(runner.node.leases for runner in runners)
@@ -6087,12 +6087,12 @@ def crowded(nodes, models, held, rng):
         dispatcher.residency(node, [{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
         node.vram_limit_bytes = 14e9
         for runner in node.runners.values():
-            runner.slots, runner.top, runner.slots_known, runner.probe_s = 2, 2, "learned", math.inf
+            runner.slots, runner.proven, runner.slots_known, runner.probe_s = 2, 2, "learned", math.inf
             runner.decode_s, runner.prefill_s, runner.samples = 0.02 * (1 + number % 5), 0.0005, 5
     for number in range(DECISION_TICKETS):
-        wants = sollol.Wants(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
+        spec = sollol.RequestSpec(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
                              prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
-        dispatcher.enter(str(number), wants, 1.0)
+        dispatcher.enter(str(number), spec, 1.0)
     return dispatcher
 
 

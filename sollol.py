@@ -168,8 +168,8 @@ WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots ma
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
 LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
-TELLING = 1.5                       # a wait that makes less difference than this is lost in noise
-LATE, EARLY = 1.25, 0.7             # times the work: it waited in any case; its work was not so much, in any case
+LEAST_WAIT_RATIO = 1.5              # a wait that makes less difference than this is lost in noise
+WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the work: it waited in any case; its work was not so much, in any case
 UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
@@ -196,7 +196,7 @@ RACE_GAIN = 0.5                     # a race is for what is predicted to be fini
 MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
 CONFIRMED_S = 600.0                 # how long an answer confirms
 YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
-USUAL = 0.75                        # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
+STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
 JUDGE_S = 2.0                       # a stream's speed is judged so often
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
@@ -241,7 +241,7 @@ STEP_S, STEPS_KEPT = 10.0, 61       # the dashboard's lines: ten minutes
 STEP_VALUES = 500                   # of one step, the latest: enough for a P95
 EVENT_S = 1.0                       # between two events to the dashboard
 ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
-ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)      # time taken over time predicted
+ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 
 
 # -----------------------------------------------------------------------------
@@ -376,7 +376,7 @@ class ResponseHead:
 
 
 @dataclass(slots=True)
-class Wants:
+class RequestSpec:
     """What a request asks of the cluster, read from its head and body."""
 
     family: Family
@@ -479,7 +479,7 @@ def find_head(buffer: Body, scanned: int = 0) -> int | None:
     if 0 <= end <= MAX_HEAD_BYTES:
         return end + 4
     if len(buffer) > MAX_HEAD_BYTES:
-        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]       # room for the method and the version
+        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]    # room for the method and the version
         raise ProtocolError("request target too long" if over else "head too long", 414 if over else 431)
     if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2)):
         raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
@@ -1337,7 +1337,7 @@ def literal(host: str) -> str | None:
         return None
 
 
-def may_mean_us(host: bytes, machine: str, allowed: list[str]) -> bool:
+def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
     """Tell whether a Host field's bytes are a name that no stranger can have made mean this machine.
 
     DNS rebinding: a web page of evil.example whose name leads to 127.0.0.1 all at once is of the same origin as what is
@@ -1496,18 +1496,18 @@ def is_batch(given: object) -> bool:
     return type(given) is list and 1 < len(given) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in given)
 
 
-def read_raw_wants(head: RequestHead, route: Route, client: str) -> Wants:
+def read_raw_spec(head: RequestHead, route: Route, client: str) -> RequestSpec:
     """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
-    return Wants(route.family, model_in(head.path), client=client, inference=False, where=route.where,
+    return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                  repeatable=head.method in ("GET", "HEAD"))
 
 
-def read_wants(head: RequestHead, route: Route, reading: Reading, client: str,
-               default_priority: int = DEFAULT_PRIORITY) -> Wants:
+def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
+               default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
     """Return what a request wants, from its head and a Reading of its body. Raises Refusal for a priority that is none.
     """
     if route.kind in ("raw", "account"):
-        return read_raw_wants(head, route, client)
+        return read_raw_spec(head, route, client)
     fields, is_inference = reading.fields, route.is_inference
     options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
     options = options if isinstance(options, dict) else {}
@@ -1521,7 +1521,7 @@ def read_wants(head: RequestHead, route: Route, reading: Reading, client: str,
     stream = stream if isinstance(stream, bool) else route.streams
     if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
         source = fields.get("from")             # else it is made from blobs, and these are on the primary node
-    return Wants(
+    return RequestSpec(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
         priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
@@ -1564,7 +1564,7 @@ class Ticket:
     """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
 
     id: str
-    wants: Wants
+    spec: RequestSpec
     arrived_s: float
     key_s: float
     seq: int
@@ -1606,7 +1606,7 @@ class Queue:
         """Put a ticket at the place its key gives it."""
         ticket.waiting = True
         self.tickets[ticket] = None
-        heapq.heappush(self.heaps.setdefault(ticket.wants.model, []), (ticket.key_s, ticket.seq, ticket))
+        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
 
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
@@ -1614,7 +1614,7 @@ class Queue:
             return
         ticket.waiting = False
         del self.tickets[ticket]
-        model = ticket.wants.model
+        model = ticket.spec.model
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
         if self.marked[model] > 16 + len(heap) // 2:
@@ -1641,7 +1641,7 @@ class Queue:
 
     def restore(self, entry: Entry) -> None:
         """Put an entry that `pop` returned back to its place."""
-        heapq.heappush(self.heaps.setdefault(entry[2].wants.model, []), entry)
+        heapq.heappush(self.heaps.setdefault(entry[2].spec.model, []), entry)
 
     def settle(self, entry: Entry) -> None:
         """Let an entry that `pop` returned wait no longer."""
@@ -1656,10 +1656,10 @@ class Queue:
         has begun stays. O(n), so for a full queue only.
         """
         waiting = [ticket for ticket in self.tickets if not ticket.begun]
-        counts = collections.Counter(ticket.wants.client for ticket in waiting)
+        counts = collections.Counter(ticket.spec.client for ticket in waiting)
         counts[client] += 1
         most = max(counts.values())
-        last = max((ticket for ticket in waiting if counts[ticket.wants.client] == most),
+        last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
         return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
 
@@ -1676,39 +1676,39 @@ class FairShare:
         self.begun_s: dict[tuple[str, int], float] = {}         # (client, priority): virtual start of the last request
         self.active: collections.Counter[tuple[str, int]] = collections.Counter()   # requests that wait or run
 
-    def start_s(self, wants: Wants, now: float) -> float:
+    def start_s(self, spec: RequestSpec, now: float) -> float:
         """Return the virtual start of a new request: not before what the client has asked for with higher priority."""
-        levels = self.next_s.get(wants.client)
+        levels = self.next_s.get(spec.client)
         if not levels:
             return now
-        return max([now, *(next_s for priority, next_s in levels.items() if priority >= wants.priority)])
+        return max([now, *(next_s for priority, next_s in levels.items() if priority >= spec.priority)])
 
-    def charge(self, wants: Wants, now: float, cost_s: float) -> float:
+    def charge(self, spec: RequestSpec, now: float, cost_s: float) -> float:
         """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
-        start_s = self.start_s(wants, now)
-        self.next_s.setdefault(wants.client, {})[wants.priority] = start_s + cost_s
-        self.begun_s[wants.client, wants.priority] = start_s
-        self.active[wants.client, wants.priority] += 1
+        start_s = self.start_s(spec, now)
+        self.next_s.setdefault(spec.client, {})[spec.priority] = start_s + cost_s
+        self.begun_s[spec.client, spec.priority] = start_s
+        self.active[spec.client, spec.priority] += 1
         return start_s
 
-    def correct(self, wants: Wants, more_s: float) -> None:
+    def correct(self, spec: RequestSpec, more_s: float) -> None:
         """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
 
         The next one starts no earlier than the last one did: a client's requests keep their order.
         """
-        account, levels = (wants.client, wants.priority), self.next_s.get(wants.client, {})
+        account, levels = (spec.client, spec.priority), self.next_s.get(spec.client, {})
         if account in self.active:
-            levels[wants.priority] = max(self.begun_s[account], levels[wants.priority] + more_s)
+            levels[spec.priority] = max(self.begun_s[account], levels[spec.priority] + more_s)
 
-    def settle(self, wants: Wants) -> None:
+    def settle(self, spec: RequestSpec) -> None:
         """Count a request as gone; forget a client with none left."""
-        account = wants.client, wants.priority
+        account = spec.client, spec.priority
         self.active[account] -= 1
         if not self.active[account]:
-            levels = self.next_s[wants.client]
-            del self.active[account], self.begun_s[account], levels[wants.priority]
+            levels = self.next_s[spec.client]
+            del self.active[account], self.begun_s[account], levels[spec.priority]
             if not levels:
-                del self.next_s[wants.client]
+                del self.next_s[spec.client]
 
 
 # -----------------------------------------------------------------------------
@@ -1887,17 +1887,17 @@ class Runner:
 
     slots: int = 1
     slots_known: str = "guessed"    # guessed, learned, or set: in hosts.txt, or to one for what only embeds
-    top: int = 1                    # most that were ever proved to run at once
+    proven: int = 1                 # most that were ever proved to run at once
     probe_s: float = 0.0            # from then on one more than `slots` may be tried
     seen: int = 0                   # most that ran at once lately, and when that was seen
     seen_s: float = -math.inf
-    peak: int = 1                   # the same, without what was taken back since
+    max_proven: int = 1             # the same, without what was taken back since
     disproofs: int = 0
     disproved_s: float = -math.inf  # when `slots` was lowered last
     waits: int = 0                  # hidden waits in a row, among no more requests than were proved to run
     signs: int = 0                  # answers whose latency speaks for one slot more, less those that speak against it
-    lone: dict[bool, float] = field(default_factory=dict)   # streams or not: time to its first byte, if it need not
-                                    # wait, over what its tokens let expect
+    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to its first byte, if it
+                                    # need not wait, over what its tokens let expect
 
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     shared_s: float = 0.0           # the same, had the node run at its usual speed
@@ -1918,7 +1918,7 @@ class Runner:
     judged: int = 0                 # answers behind those two
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
-    breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
+    breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
 
     @property
     def row(self) -> Json:
@@ -2066,7 +2066,7 @@ class Lease:
     runner: Runner | None           # None: takes no slot
     sent_s: float
     reason: str = ""
-    nth: int = 0                    # how many of its model ran there, itself included
+    position: int = 0               # how many of its model ran there, itself included
     start_progress_s: float = 0.0   # the runner's progress when it was sent
     start_shared_s: float = 0.0
     ready_s: float = 0.0            # when its model is there
@@ -2082,18 +2082,18 @@ class Lease:
     race_s: float = 0.0             # and for a race, before its first byte
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
-    passed_progress_s: float | None = None      # the same when, before that, the first of those sent before it left
+    predecessor_left_progress_s: float | None = None  # the same when, before that, the first of those sent before it left
     left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
-    unordered: bool = False         # another was sent at the same time: nobody knows which the node took first
-    crowded: bool = False           # a list of inputs, or sent behind one: it takes more slots than requests
-    beside: int = 1                 # how many ran at its first byte, itself included, if the node keeps their order
+    order_unknown: bool = False         # another was sent at the same time: nobody knows which the node took first
+    has_list_input: bool = False    # a list of inputs, or sent behind one: it takes more slots than requests
+    overlapping: int = 1            # how many ran at its first byte, itself included, if the node keeps their order
     heard_s: float = 0.0
     lines: int = 0
     watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
     watched_lines: int = 0
     watched_stall_tokens: float = 0.0
     trials: Sequence[Breaker] = ()  # half-open breakers that this lease is the trial of
-    settled: bool = False           # its client was charged for what it has really cost
+    charged: bool = False           # its client was charged for what it has really cost
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
     abandon: Callable[[Failure], object] | None = None      # how the I/O side is told that another node does this
@@ -2152,7 +2152,7 @@ EVENTS_AFTER = 2                    # the last token: finish and [DONE]
 
 def counted(lease: Lease, timings: Timings) -> Timings:
     """Return the Timings of an answer, a stream's output counted by its events where no usage was asked for."""
-    if timings.output_tokens or not lease.ticket.wants.stream:
+    if timings.output_tokens or not lease.ticket.spec.stream:
         return timings
     return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
 
@@ -2274,14 +2274,14 @@ class Ratios:
 #
 # Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
 # speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
-# All of these only read the nodes; an Offer and its Surroundings keep what was reckoned until something happens there.
+# All of these only read the nodes; an Offer and its NodeSnapshot keep what was reckoned until something happens there.
 # The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
 # -----------------------------------------------------------------------------
 
 class Demand(NamedTuple):
     """What a request wants, in the tokens that it is expected to cost."""
 
-    wants: Wants
+    spec: RequestSpec
     prompt_tokens: float
     output_tokens: float
     samples: int                    # answers that the model's lengths were learned from
@@ -2294,37 +2294,37 @@ class Estimates:
     def __init__(self) -> None:
         self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
 
-    def demand(self, wants: Wants) -> Demand:
+    def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
-        lengths = self.lengths.get(wants.model)
+        lengths = self.lengths.get(spec.model)
         if lengths is None:
-            prompt_tokens, output_tokens, samples = wants.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
+            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
         else:
-            prompt_tokens = wants.prompt_chars / lengths.chars_per_token
+            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
             output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
-        if wants.embeds:
+        if spec.embeds:
             output_tokens = 0.0
-        elif wants.max_output is not None:
-            output_tokens = min(output_tokens, wants.max_output)
-        return Demand(wants, prompt_tokens, output_tokens, samples, wants.inputs if wants.embeds else 0)
+        elif spec.max_output is not None:
+            output_tokens = min(output_tokens, spec.max_output)
+        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
 
-    def learn_chars(self, wants: Wants, prompt_tokens: float) -> None:
+    def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
-        if prompt_tokens and wants.prompt_chars > 200:
-            lengths = self.lengths[wants.model]
-            lengths.chars_per_token = blend(lengths.chars_per_token, wants.prompt_chars / prompt_tokens, 0.1)
+        if prompt_tokens and spec.prompt_chars > 200:
+            lengths = self.lengths[spec.model]
+            lengths.chars_per_token = blend(lengths.chars_per_token, spec.prompt_chars / prompt_tokens, 0.1)
 
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
-        lengths = self.lengths.get(ticket.wants.model)
+        lengths = self.lengths.get(ticket.spec.model)
         demand = ticket.demand
         if demand is None or lengths is not None and lengths.samples != demand.samples:
-            demand = ticket.demand = self.demand(ticket.wants)
+            demand = ticket.demand = self.demand(ticket.spec)
         return demand
 
 
 # By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
-CROWD: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
+BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
 
 
 def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
@@ -2333,7 +2333,7 @@ def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> 
     if extra and not running:
         models += 1
     together = runner.slots if full else min(runner.slots, running + extra)
-    return CROWD[min(together, 256)] * (models or 1) / node.speed
+    return BATCH_SLOWDOWN[min(together, 256)] * (models or 1) / node.speed
 
 
 def cpu_factor(runner: Runner) -> float:
@@ -2359,15 +2359,15 @@ def input_s(runner: Runner) -> float:
     return runner.input_s or PRIOR_INPUT_S * runner.node.size_factor * cpu_factor(runner)
 
 
-def to_first_byte_s(runner: Runner, new_tokens: float, wants: Wants) -> float:
+def to_first_byte_s(runner: Runner, new_tokens: float, spec: RequestSpec) -> float:
     """Return how long a request takes alone to its first byte; the prefix cache lacks `new_tokens` of its prompt."""
-    texts_s = wants.inputs * input_s(runner) if wants.embeds else 0.0
+    texts_s = spec.inputs * input_s(runner) if spec.embeds else 0.0
     return runner.node.overhead_s + new_tokens * prefill_s(runner) + texts_s
 
 
 def alone_s(runner: Runner, demand: Demand) -> float:
     """Return how long a request takes alone, if the prefix cache holds nothing of it."""
-    return to_first_byte_s(runner, demand.prompt_tokens, demand.wants) + demand.output_tokens * decode_s(runner)
+    return to_first_byte_s(runner, demand.prompt_tokens, demand.spec) + demand.output_tokens * decode_s(runner)
 
 
 def load_s(runner: Runner) -> float:
@@ -2389,7 +2389,7 @@ def solo_left_s(lease: Lease, now: float) -> float:
     if lease.first_s is not None:
         return decode_left_s
     advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.wants) - advanced_s)
+    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.spec) - advanced_s)
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
@@ -2403,7 +2403,7 @@ def meet(lease: Lease) -> None:
     stalling_tokens = new_tokens if len(runner.leases) < runner.slots else 0.0      # else it waits in the node
     for other in runner.leases:
         other.stall_tokens += stalling_tokens
-        if other.first_s is None and (other.ticket.wants.stream or
+        if other.first_s is None and (other.ticket.spec.stream or
                                       progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
             crowd_tokens += other.new_tokens
             other.crowd_tokens += new_tokens
@@ -2425,7 +2425,7 @@ def waits_long(timings: Timings, took_s: float) -> bool:
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return (waits_long(timings, took_s) and not loading and lease.nth <= runner_of(lease).top
+    return (waits_long(timings, took_s) and not loading and lease.position <= runner_of(lease).proven
             and not ran_at_once(lease, timings))
 
 
@@ -2438,7 +2438,7 @@ def ran_at_once(lease: Lease, timings: Timings) -> int:
     leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
     if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
         return 0
-    return lease.nth - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
+    return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
 
 
 def is_disturbed(lease: Lease) -> bool:
@@ -2451,7 +2451,7 @@ def is_disturbed(lease: Lease) -> bool:
         return True
     if node.loading and node.loading != [lease] or lease.sent_s < node.loaded_s and not lease.loads:
         return True
-    if lease.sent_s <= node.strangers_s and runner.top > 1:
+    if lease.sent_s <= node.strangers_s and runner.proven > 1:
         return True                 # with one slot somebody else's request ran before it, not beside it
     return lease.sent_s - node.strangers_s < STRANGERS_S and runner.samples >= KEPT_SAMPLES
 
@@ -2464,27 +2464,28 @@ def certainly_beside(lease: Lease) -> int:
 
 def is_answer(lease: Lease, timings: Timings) -> bool:
     """Tell whether an answer took a slot: a request without a prompt only loads the model."""
-    wants = lease.ticket.wants
+    spec = lease.ticket.spec
     told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
-    return bool(told or wants.embeds and wants.prompt_chars)
+    return bool(told or spec.embeds and spec.prompt_chars)
 
 
 def first_work_s(lease: Lease, timings: Timings) -> float:
     """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
-    runner, wants, prompt_tokens = runner_of(lease), lease.ticket.wants, lease.new_tokens
+    runner, spec, prompt_tokens = runner_of(lease), lease.ticket.spec, lease.new_tokens
     if timings.prompt_tokens and lease.prompt_tokens:
         prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
-    unseen = 0 if wants.stream else timings.output_tokens
-    return to_first_byte_s(runner, prompt_tokens, wants) + unseen * decode_s(runner)
+    unseen = 0 if spec.stream else timings.output_tokens
+    return to_first_byte_s(runner, prompt_tokens, spec) + unseen * decode_s(runner)
 
 
 def served_beside_s(lease: Lease) -> float:
     """Return the solo-seconds that a lease took to its first byte if it ran beside all that were sent before it."""
     slots = runner_of(lease).slots
     first_s = max(1e-6, lease.first_progress_s - lease.start_progress_s)
-    if lease.nth <= slots:
+    if lease.position <= slots:
         return first_s
-    return first_s * CROWD[slots] / CROWD[min(lease.nth, 256)]      # progress was counted as if only slots were used
+    # Progress was counted as if only slots were used.
+    return first_s * BATCH_SLOWDOWN[slots] / BATCH_SLOWDOWN[min(lease.position, 256)]
 
 
 def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
@@ -2493,11 +2494,11 @@ def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
     Both explanations are weighed by how far they are from its work, as factors. What is far too long for either has
     waited for even more.
     """
-    assert lease.passed_progress_s is not None      # else there was nobody to wait for
-    beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.passed_progress_s)
-    if waited_s > LATE * work_s:
+    assert lease.predecessor_left_progress_s is not None    # else there was nobody to wait for
+    beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.predecessor_left_progress_s)
+    if waited_s > WAITED_RATIO * work_s:
         return True
-    return beside_s * waited_s > work_s * work_s if beside_s > TELLING * waited_s else None
+    return beside_s * waited_s > work_s * work_s if beside_s > LEAST_WAIT_RATIO * waited_s else None
 
 
 def context_of(row: Json | None) -> int:
@@ -2524,16 +2525,16 @@ def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
     return runner.options is None or wanted == loaded
 
 
-def is_loaded_for(runner: Runner, wants: Wants) -> bool:
+def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
     """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
 
     What is unknown is taken to suit.
     """
     if runner.ready_s is None:
         return False
-    if runner.options == wants.options or runner.options is None and not runner.context:
+    if runner.options == spec.options or runner.options is None and not runner.context:
         return True
-    wanted, loaded = {**USUAL_OPTIONS, **dict(wants.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
+    wanted, loaded = {**USUAL_OPTIONS, **dict(spec.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
     if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
         return False
     return runner.options is None or wanted == loaded
@@ -2556,14 +2557,14 @@ def each_runner(node: Node) -> list[Runner]:
     return list(dict.fromkeys(node.runners.values()))
 
 
-def residents(node: Node, but: Runner | None = None) -> list[Runner]:
-    """Return the runners of a node whose models are loaded or loading, `but` one."""
-    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not but]
+def resident_runners(node: Node, exclude: Runner | None = None) -> list[Runner]:
+    """Return the runners of a node whose models are loaded or loading, `exclude` not among them."""
+    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not exclude]
 
 
 def must_evict(runner: Runner) -> bool:
     """Tell whether loading the model would push another one out."""
-    others = residents(runner.node, but=runner)
+    others = resident_runners(runner.node, exclude=runner)
     return overfills(runner, sum(map(resident_bytes, others)), len(others))
 
 
@@ -2572,7 +2573,7 @@ def victim(runner: Runner) -> Runner:
 
     When it was last used plays no part.
     """
-    return min(residents(runner.node, but=runner),
+    return min(resident_runners(runner.node, exclude=runner),
                key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
 
@@ -2586,8 +2587,8 @@ def cached_tokens(runner: Runner, demand: Demand) -> float:
     """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
     if runner.ready_s is None:
         return 0.0
-    chars = runner.prefixes.common_chars(demand.wants.prefix)
-    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.wants.prompt_chars) if chars else 0.0
+    chars = runner.prefixes.common_chars(demand.spec.prefix)
+    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
 
 
 def harm_s(node: Node, now: float) -> float:
@@ -2596,7 +2597,7 @@ def harm_s(node: Node, now: float) -> float:
                for other in node.busy)
 
 
-class Crowding(NamedTuple):
+class MemoryLoad(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
     held_bytes: float
@@ -2605,11 +2606,11 @@ class Crowding(NamedTuple):
     drained_at_s: float             # one of the others can be evicted
 
 
-def crowding(node: Node, now: float) -> Crowding:
-    """Return the Crowding of a node."""
-    there = residents(node)
+def memory_load(node: Node, now: float) -> MemoryLoad:
+    """Return the MemoryLoad of a node."""
+    there = resident_runners(node)
     ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
-    return Crowding(sum(map(resident_bytes, there)), len(there), max(ready_s, default=now),
+    return MemoryLoad(sum(map(resident_bytes, there)), len(there), max(ready_s, default=now),
                     now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
@@ -2633,12 +2634,12 @@ class Offer:
     at only if no slot is free: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "around", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
+    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
                  "decode_s", "input_s", "loading", "neighbours")
 
-    def __init__(self, runner: Runner, around: Surroundings, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
+    def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
         node = runner.node
-        self.runner, self.around, self.claims_at_s = runner, around, claims_at_s
+        self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
         self.free = runner.slots - len(runner.leases) - len(claims_at_s)
         self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
                                     # needed
@@ -2646,7 +2647,7 @@ class Offer:
         self.prefill_s, self.decode_s, self.input_s = prefill_s(runner), decode_s(runner), input_s(runner)
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
         if node.busy and not runner.leases:
-            self.fixed_s += around.harm_s(now)
+            self.fixed_s += snapshot.harm_s(now)
         self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
 
@@ -2662,7 +2663,7 @@ class Offer:
 
     def claimed(self, at_s: float, now: float) -> Offer:
         """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
-        offer = Offer(self.runner, self.around, now, (*self.claims_at_s, at_s))
+        offer = Offer(self.runner, self.snapshot, now, (*self.claims_at_s, at_s))
         if self.ends_at_s is not None:
             offer.ends_at_s = sorted([*self.ends_at_s, at_s])
         return offer
@@ -2670,7 +2671,7 @@ class Offer:
     def load(self, now: float) -> tuple[float, float]:
         """Return (when the model would be loaded, what that costs others later), in seconds from now."""
         if self.loading is None or self.loading[0] != now:
-            runner, there = self.runner, self.around.crowding(now)
+            runner, there = self.runner, self.snapshot.memory_load(now)
             first_s, swaps = there.loaded_at_s - now, True
             if runner.ready_s is not None:      # loaded with other options
                 first_s = max(first_s, 1.5 * last_end_s(runner, now))
@@ -2685,7 +2686,7 @@ class Offer:
     def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
         """Return when a request would begin, when its model would be there, and what a load costs others later."""
         ready_at_s = self.runner.ready_s
-        if ready_at_s is not None and is_loaded_for(self.runner, demand.wants):
+        if ready_at_s is not None and is_loaded_for(self.runner, demand.spec):
             ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
         else:
             ready_s, swap_s = self.load(now)
@@ -2719,22 +2720,22 @@ class Offer:
         prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
         return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
                           demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
-                          not is_loaded_for(self.runner, demand.wants))
+                          not is_loaded_for(self.runner, demand.spec))
 
 
-class Surroundings:
+class NodeSnapshot:
     """What a request meets on a node, as long as nothing there begins or ends.
 
     Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
     """
 
-    __slots__ = ("node", "at_s", "offers", "harmed_s", "crowded")
+    __slots__ = ("node", "at_s", "offers", "harmed_s", "memory")
 
     def __init__(self, node: Node, now: float) -> None:
         self.node, self.at_s = node, now
         self.offers: dict[Runner, Offer] = {}
         self.harmed_s: float | None = None
-        self.crowded: Crowding | None = None
+        self.memory: MemoryLoad | None = None
 
     def harm_s(self, now: float) -> float:
         """Return what a request of a model that does not run there costs those that do."""
@@ -2742,11 +2743,11 @@ class Surroundings:
             self.harmed_s = harm_s(self.node, now)
         return self.harmed_s
 
-    def crowding(self, now: float) -> Crowding:
-        """Return the Crowding that a model to be loaded meets."""
-        if self.crowded is None:
-            self.crowded = crowding(self.node, now)
-        return self.crowded
+    def memory_load(self, now: float) -> MemoryLoad:
+        """Return the MemoryLoad that a model to be loaded meets."""
+        if self.memory is None:
+            self.memory = memory_load(self.node, now)
+        return self.memory
 
     def offer(self, runner: Runner, now: float) -> Offer:
         """Return the Offer of one of the node's runners."""
@@ -2771,7 +2772,7 @@ class Candidate(NamedTuple):
 
 def overdue_s(prediction: Prediction, times: float = 1) -> float:
     """Return after how many seconds without a byte an answer is `times` far later than predicted."""
-    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.wants.silent else 0.0)
+    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.spec.silent else 0.0)
     return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
 
 
@@ -2887,7 +2888,7 @@ KEPT_OF_RUNNER: dict[str, Range] = {
     "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
     "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3),
     "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
-KEPT_OF_SLOTS: dict[str, Range] = {"slots": (int, 1, 256), "peak": (int, 1, 256), "disproofs": (int, 0, 1000)}
+KEPT_OF_SLOTS: dict[str, Range] = {"slots": (int, 1, 256), "max_proven": (int, 1, 256), "disproofs": (int, 0, 1000)}
 KEPT_OF_LENGTHS: dict[str, Range] = {
     "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
 LONE: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
@@ -2917,8 +2918,9 @@ def learned_of_runner(runner: Runner, digest: str) -> Json:
         kept.pop("lines_per_token", None)
     if runner.slots_known == "learned":
         kept.update(attributes(runner, KEPT_OF_SLOTS))
-    if runner.lone:
-        kept["lone"] = within({str(streams).lower(): ratio for streams, ratio in runner.lone.items()}, LONE)
+    if runner.unqueued_ratio:
+        kept["unqueued_ratio"] = within(
+            {str(streams).lower(): ratio for streams, ratio in runner.unqueued_ratio.items()}, LONE)
     return {**kept, "digest": digest} if kept else {}
 
 
@@ -2949,8 +2951,9 @@ def read_node(entry: Any) -> Json | None:
         read = {**within(it, KEPT_OF_RUNNER), **within(it, KEPT_OF_SLOTS)}
         if not read:
             continue
-        lone = within(it.get("lone"), LONE)
-        models[model] = {**read, **({"lone": lone} if lone else {}), "digest": str(it.get("digest") or "")[:100]}
+        lone = within(it.get("unqueued_ratio"), LONE)
+        models[model] = {**read, **({"unqueued_ratio": lone} if lone else {}),
+                         "digest": str(it.get("digest") or "")[:100]}
     return {"name": entry["name"], "url": entry["url"], **within(entry, KEPT_OF_NODE), "models": models}
 
 
@@ -3130,7 +3133,7 @@ def explain(candidates: list[Candidate], chosen: Candidate) -> str:
 def left_s(lease: Lease, slow: float, now: float) -> float:
     """Return when a running request is predicted to end, in seconds from now; if it shows no progress, by the clock."""
     left_s = solo_left_s(lease, now) * slow
-    if lease.ticket.wants.stream:
+    if lease.ticket.spec.stream:
         return left_s
     return min(left_s, max(lease.predicted_end_s - now, 0.3 * left_s))
 
@@ -3162,9 +3165,9 @@ class Forecast:
     def heap_for(self, demand: Demand) -> list[Place]:
         """Return the slots where a model can run, the first one free on top; none before the model is there."""
         heap = []
-        for runner in self.dispatcher.servers(demand.wants.model, self.now):
+        for runner in self.dispatcher.servers(demand.spec.model, self.now):
             slots = self.slots_of(runner.node)
-            start_s, ready_s, _ = Surroundings(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
+            start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
             least_s = start_s if runner.slots < len(slots) else ready_s     # its own slots, or all of the node's
             heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
         heapq.heapify(heap)
@@ -3174,12 +3177,12 @@ class Forecast:
         """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
         alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
         if alike not in self.costs_s:
-            self.costs_s[alike] = alone_s(runner, demand) * CROWD[min(len(self.slots_of(runner.node)), 256)]
+            self.costs_s[alike] = alone_s(runner, demand) * BATCH_SLOWDOWN[min(len(self.slots_of(runner.node)), 256)]
         return self.costs_s[alike]
 
     def start_s(self, demand: Demand) -> float | None:
         """Let the next request take the first slot that is free; return when. None if no node can serve it."""
-        model = demand.wants.model
+        model = demand.spec.model
         if model not in self.heaps:
             self.heaps[model] = self.heap_for(demand)
         heap = self.heaps[model]
@@ -3233,8 +3236,8 @@ class Dispatcher:
         self.settled: dict[str | None, Settled] = {}            # by model
         self.skimmed_s: dict[str | None, float] = {}            # when the tickets of a model were skimmed last
         self.freed: collections.Counter[str | None] = collections.Counter()     # settled model: leases ended since
-        self.surroundings: dict[Node, Surroundings] = {}        # until something begins or ends there
-        self.rates: dict[str | None, tuple[float, list[Rates]]] = {}     # when reckoned, and what; see `rates_of`
+        self.surroundings: dict[Node, NodeSnapshot] = {}        # until something begins or ends there
+        self.rates: dict[str | None, tuple[float, list[Rates]]] = {}    # when reckoned, and what; see `rates_of`
         self.idle: set[Node] = set()            # nodes whose last lease has ended since the last dispatch
         self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
@@ -3249,35 +3252,35 @@ class Dispatcher:
 
     # Tickets ----------------------------------------------------------------
 
-    def enter(self, id: str, wants: Wants, now: float, version: str = "") -> Ticket:
+    def enter(self, id: str, spec: RequestSpec, now: float, version: str = "") -> Ticket:
         """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
 
         If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
         Refusal if it is the new one, or with --early-refusal if its turn would come too late.
         """
         if self.early_refusal:
-            self.refuse_early(wants, now)
+            self.refuse_early(spec, now)
         if len(self.queue) >= self.max_queue:
-            self.displace(wants.client, self.fair.start_s(wants, now) - HEAD_START_S * wants.priority, now)
-        demand = self.estimates.demand(wants)
+            self.displace(spec.client, self.fair.start_s(spec, now) - HEAD_START_S * spec.priority, now)
+        demand = self.estimates.demand(spec)
         cost_s = self.cost_s(demand, now)
-        key_s = self.fair.charge(wants, now, cost_s) - HEAD_START_S * wants.priority
-        ticket = Ticket(id, wants, now, key_s, next(self.seq), now, cost_s, demand)
+        key_s = self.fair.charge(spec, now, cost_s) - HEAD_START_S * spec.priority
+        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand)
         if version:
-            self.hold_to(ticket, version)
+            self.pin_version(ticket, version)
         self.push(ticket)
         return ticket
 
-    def refuse_early(self, wants: Wants, now: float) -> None:
+    def refuse_early(self, spec: RequestSpec, now: float) -> None:
         """Raise Refusal if a new request is predicted to begin only when it would have waited too long."""
         if self.drain_s(now) <= self.queue_timeout_s:
             return
         forecast = Forecast(self, now)
-        key_s = self.fair.start_s(wants, now) - HEAD_START_S * wants.priority
+        key_s = self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
         for ticket in self.queue.in_order():
             if ticket.key_s <= key_s:
                 forecast.start_s(self.estimates.demand_of(ticket))
-        start_s = forecast.start_s(self.estimates.demand(wants)) or 0.0
+        start_s = forecast.start_s(self.estimates.demand(spec)) or 0.0
         if start_s > self.queue_timeout_s:
             raise Refusal(503, f"no slot is predicted to become free within {self.queue_timeout_s:g} s",
                           retry_after_s=start_s - self.queue_timeout_s)
@@ -3293,9 +3296,9 @@ class Dispatcher:
     def push(self, ticket: Ticket) -> None:
         """Let a ticket wait."""
         self.queue.push(ticket)
-        settled = self.settled.get(ticket.wants.model)
+        settled = self.settled.get(ticket.spec.model)
         if settled and ticket.key_s < settled.last_key_s:
-            self.unsettle(ticket.wants.model)
+            self.unsettle(ticket.spec.model)
 
     def unsettle(self, model: str | None) -> None:
         """Look at all tickets of a model again, at the next dispatch."""
@@ -3318,7 +3321,7 @@ class Dispatcher:
         self.queue.discard(ticket)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
-        self.fair.settle(ticket.wants)
+        self.fair.settle(ticket.spec)
         return had_place
 
     def retry(self, ticket: Ticket, now: float) -> bool:
@@ -3326,8 +3329,8 @@ class Dispatcher:
 
         Where no other is left, those whose connection failed are: what restarts comes back.
         """
-        self.bar(ticket)
-        if ticket.attempts >= MAX_ATTEMPTS and not ticket.wants.opaque:
+        self.exclude_other_versions(ticket)
+        if ticket.attempts >= MAX_ATTEMPTS and not ticket.spec.opaque:
             return False
         if self.is_hopeless(ticket, now):
             ticket.tried -= ticket.gone
@@ -3343,24 +3346,24 @@ class Dispatcher:
             breaker.forgive()
         ticket.blamed.clear()
 
-    def go_on(self, ticket: Ticket, node: Node) -> None:
+    def pin_version_of(self, ticket: Ticket, node: Node) -> None:
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         ticket.begun = True
-        self.hold_to(ticket, has_on_disk(node, ticket.wants.model) and digest_of(node, ticket.wants.model) or None)
+        self.pin_version(ticket, has_on_disk(node, ticket.spec.model) and digest_of(node, ticket.spec.model) or None)
 
-    def rule_out(self, ticket: Ticket, node: Node) -> None:
+    def exclude(self, ticket: Ticket, node: Node) -> None:
         """Keep a ticket whose stream has begun from a node that says something else."""
         ticket.tried.add(node.name)
 
-    def hold_to(self, ticket: Ticket, version: str | None) -> None:
+    def pin_version(self, ticket: Ticket, version: str | None) -> None:
         """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
         ticket.version = version
-        self.bar(ticket)
+        self.exclude_other_versions(ticket)
 
-    def bar(self, ticket: Ticket) -> None:
+    def exclude_other_versions(self, ticket: Ticket) -> None:
         """Keep a ticket from the nodes that do not have the version that it is held to, if it is."""
         if ticket.version != "":
-            ticket.tried |= self.without(ticket.wants.model, ticket.version)
+            ticket.tried |= self.without(ticket.spec.model, ticket.version)
 
     def in_flight(self) -> int:
         """Return how many requests run, on dropped nodes, too."""
@@ -3376,7 +3379,7 @@ class Dispatcher:
 
     def is_hopeless(self, ticket: Ticket, now: float) -> bool:
         """Tell whether no node is left that could serve a ticket, now or when it has come back."""
-        nodes = self.nodes_for(ticket.wants.model)
+        nodes = self.nodes_for(ticket.spec.model)
         return not untried(nodes, ticket.tried) and not any(
             node.name not in ticket.tried and self.is_awaited(node, now) for node in nodes)
 
@@ -3404,17 +3407,17 @@ class Dispatcher:
 
         Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
         """
-        wants, prompt_tokens, output_tokens, _, inputs = demand
+        spec, prompt_tokens, output_tokens, _, inputs = demand
         per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
-                     for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(wants.model, now)])
+                     for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(spec.model, now)])
         return 1 / per_s if per_s else 0.0
 
     def rates_of(self, model: str | None, now: float) -> list[Rates]:
         """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
         at_s, rates = self.rates.get(model, NO_RATES)
         if now - at_s > LOOK_AGAIN_S and model in self.holders:     # nothing is kept of names that clients make up
-            rates = [Rates(runner.slots / CROWD[min(runner.slots, 256)], runner.node.overhead_s, prefill_s(runner),
-                           decode_s(runner), input_s(runner)) for runner in self.holders[model]]
+            rates = [Rates(runner.slots / BATCH_SLOWDOWN[min(runner.slots, 256)], runner.node.overhead_s,
+                           prefill_s(runner), decode_s(runner), input_s(runner)) for runner in self.holders[model]]
             self.rates[model] = now, rates
         return rates
 
@@ -3422,10 +3425,10 @@ class Dispatcher:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
         ticket = lease.ticket
         assert ticket.demand is not None        # it has waited for a slot
-        cost_s = self.cost_s(Demand(ticket.wants, min(prompt_tokens, MAX_OUTPUT_TOKENS),
+        cost_s = self.cost_s(Demand(ticket.spec, min(prompt_tokens, MAX_OUTPUT_TOKENS),
                                     min(output_tokens, MAX_OUTPUT_TOKENS), 0, ticket.demand.inputs), now)
-        self.fair.correct(ticket.wants, cost_s - ticket.cost_s)
-        ticket.cost_s, lease.settled = cost_s, True
+        self.fair.correct(ticket.spec, cost_s - ticket.cost_s)
+        ticket.cost_s, lease.charged = cost_s, True
 
     def drain_s(self, now: float) -> float:
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
@@ -3475,7 +3478,7 @@ class Dispatcher:
                 settled, entry = self.settled.get(model), self.queue.first(model)
                 if not (settled and entry and has_on_disk(node, model)):
                     continue
-                offer = self.around(node, now).offer(runner, now)
+                offer = self.snapshot(node, now).offer(runner, now)
                 finish_s = offer.finish_s(self.estimates.demand_of(entry[2]), now)
                 if finish_s <= HOLD * (settled.finish_s - now):
                     tempted.append(model)
@@ -3520,7 +3523,7 @@ class Dispatcher:
         pauses_s = [node.breaker.until_s - turn.now for node in self.nodes_for(model) if node.up]
         refusal = Answer(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
         turn.refused += [self.refuse(ticket, refusal) for ticket in list(self.queue.tickets)
-                         if ticket.wants.model == model and ticket.seq >= since_seq]
+                         if ticket.spec.model == model and ticket.seq >= since_seq]
 
     def bind_early(self, turn: Turn, model: str | None, holders: list[Runner] | None) -> None:
         """Send every waiting ticket of a model at once: under plain policies, and if no node is known to have it.
@@ -3660,11 +3663,11 @@ class Dispatcher:
         for order, runner in enumerate(runners):
             if ticket.tried and runner.node.name in ticket.tried:
                 continue
-            around, offer = self.around(runner.node, now), turn.claimed.get(runner)
+            snapshot, offer = self.snapshot(runner.node, now), turn.claimed.get(runner)
             if offer is None:
-                offer = around.offer(runner, now)
-            elif offer.around is not around:    # a lease was given there
-                offer = turn.claimed[runner] = Offer(runner, around, now, offer.claims_at_s)
+                offer = snapshot.offer(runner, now)
+            elif offer.snapshot is not snapshot:    # a lease was given there
+                offer = turn.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
             node = runner.node
             finish_s = offer.finish_s(demand, now)
             if node.suspect:
@@ -3679,15 +3682,15 @@ class Dispatcher:
         Only on a slot that is free and that no waiting ticket could use; three nodes at most, a race at a time. A
         stream that has begun is raced by a replay, so that it must be deterministic and its model the same there.
         """
-        first, model, found = ticket.lease, ticket.wants.model, []
-        if first is None or ticket.race is None or ticket.rival is not None or not ticket.wants.repeatable:
+        first, model, found = ticket.lease, ticket.spec.model, []
+        if first is None or ticket.race is None or ticket.rival is not None or not ticket.spec.repeatable:
             return None
         silent_s, least_s = now - first.heard_s, RACE_LOAD_S if first in first.node.loading else 0.0
         allowed_s = first.race_s if first.first_s is None else self.allowed_s(first)
         if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= max(least_s, allowed_s):
             return None
         digest = "" if first.first_s is None else digest_of(first.node, model)
-        if first.first_s is not None and not (ticket.wants.deterministic and digest):
+        if first.first_s is not None and not (ticket.spec.deterministic and digest):
             return None
         demand = self.estimates.demand_of(ticket)
         for order, runner in enumerate(self.holders.get(model, ())):
@@ -3696,7 +3699,7 @@ class Dispatcher:
                     or not runner.breaker.allows(now) or len(runner.leases) >= runner.slots or self.is_wanted(node)
                     or digest and digest_of(node, model) != digest):
                 continue
-            offer = self.around(node, now).offer(runner, now)
+            offer = self.snapshot(node, now).offer(runner, now)
             found.append(Candidate(False, offer.finish_s(demand, now), order, offer))
         best = min(found, default=None)
         if best is None or best.finish_s > RACE_GAIN * silent_s:
@@ -3708,17 +3711,17 @@ class Dispatcher:
         """Tell whether a waiting ticket could use a node."""
         return any(self.queue.first(model) for model in node.rows)
 
-    def around(self, node: Node, now: float) -> Surroundings:
-        """Return the Surroundings on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
+    def snapshot(self, node: Node, now: float) -> NodeSnapshot:
+        """Return the NodeSnapshot on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
 
         So old is what an Offer says of the work that still runs. All that changes a speed or the slots ends it at once.
         """
         known = self.surroundings.get(node)
         if known is None or now - known.at_s > LOOK_AGAIN_S:
-            known = self.surroundings[node] = Surroundings(node, now)
+            known = self.surroundings[node] = NodeSnapshot(node, now)
         return known
 
-    def place(self, id: str, wants: Wants, tried: set[str], now: float) -> Lease:
+    def lease_unqueued(self, id: str, spec: RequestSpec, tried: set[str], now: float) -> Lease:
         """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal.
 
         Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
@@ -3729,31 +3732,31 @@ class Dispatcher:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         up = [node for node in up if node.breaker.allows(now)] or up
-        holders = [node for node in up if has_on_disk(node, wants.model)]
-        if wants.where is Where.PRIMARY:
-            node = self.home(wants, holders, now)
-            return self.pin(id, wants, node, now, "primary node" if node.settings.primary else "has the model")
+        holders = [node for node in up if has_on_disk(node, spec.model)]
+        if spec.where is Where.PRIMARY:
+            node = self.primary_for(spec, holders, now)
+            return self.lease_on(id, spec, node, now, "primary node" if node.settings.primary else "has the model")
         if holders:
-            newest = max(version_of(node, wants.model) for node in holders)
-            holders = [node for node in holders if version_of(node, wants.model) == newest]
+            newest = max(version_of(node, spec.model) for node in holders)
+            holders = [node for node in holders if version_of(node, spec.model) == newest]
         node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
-        return self.pin(id, wants, node, now, "has the model" if holders else "any node")
+        return self.lease_on(id, spec, node, now, "has the model" if holders else "any node")
 
-    def home(self, wants: Wants, holders: list[Node], now: float) -> Node:
+    def primary_for(self, spec: RequestSpec, holders: list[Node], now: float) -> Node:
         """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
         primary = next(node for node in self.nodes.values() if node.settings.primary)
-        in_cloud = is_cloud(wants.model or "")
+        in_cloud = is_cloud(spec.model or "")
         if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
             return primary
         if holders and not in_cloud:
             return holders[0]
         raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
 
-    def pin(self, id: str, wants: Wants, node: Node, now: float, reason: str) -> Lease:
+    def lease_on(self, id: str, spec: RequestSpec, node: Node, now: float, reason: str) -> Lease:
         """Return a lease without a slot on a given node."""
-        return self.lease(Ticket(id, wants, now, now, next(self.seq)), node, None, now, reason)
+        return self.lease(Ticket(id, spec, now, now, next(self.seq)), node, None, now, reason)
 
-    def targets(self, wants: Wants, replicas: int, now: float) -> list[Node]:
+    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
         """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
 
         Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
@@ -3763,38 +3766,38 @@ class Dispatcher:
         up = [node for node in self.nodes.values() if node.up]
         if not up:
             raise Refusal(503, "no node is up", retry_after_s=1.0)
-        model = wants.source if wants.change in ("copy", "create") else wants.model
+        model = spec.source if spec.change in ("copy", "create") else spec.model
         holders = [node for node in up if has_on_disk(node, model)]
-        if wants.change == "create" or wants.change == "pull" and is_cloud(model or ""):
-            return [self.home(wants, holders, now)]
-        if wants.change == "copy" and holders:
+        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
+            return [self.primary_for(spec, holders, now)]
+        if spec.change == "copy" and holders:
             newest = max(holders, key=lambda node: version_of(node, model))
             return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
-        if wants.change == "pull" and not holders:
+        if spec.change == "pull" and not holders:
             return emptiest([node for node in up if not node.draining] or up, replicas)
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
-    def split(self, wants: Wants, now: float) -> tuple[list[int], str]:
+    def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
         """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
 
         Only nodes with the same version take part: the one that most have.
         """
-        holders = [runner for runner in self.holders.get(wants.model, ()) if runner.node.is_alive(now)]
+        holders = [runner for runner in self.holders.get(spec.model, ()) if runner.node.is_alive(now)]
         if self.pick or not holders:
             return [], ""
         versions: dict[str, list[Runner]] = {}
         for runner in holders:
-            versions.setdefault(digest_of(runner.node, wants.model), []).append(runner)
+            versions.setdefault(digest_of(runner.node, spec.model), []).append(runner)
         versions.pop("", None)      # what does not tell its version is mixed with nothing
         chosen = max(versions.values(), key=len, default=[])
         if not chosen:
             return [], ""
-        assert wants.batch is not None
-        count = len(wants.batch["input"])
-        tokens = max(1.0, self.estimates.demand(wants).prompt_tokens / count)
+        assert spec.batch is not None
+        count = len(spec.batch["input"])
+        tokens = max(1.0, self.estimates.demand(spec).prompt_tokens / count)
         sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner) + input_s(runner))
                                     for runner in chosen])
-        return sizes, digest_of(chosen[0].node, wants.model)
+        return sizes, digest_of(chosen[0].node, spec.model)
 
     def without(self, model: str | None, digest: str | None) -> set[str]:
         """Return the names of the nodes that do not have a version of a model."""
@@ -3805,7 +3808,7 @@ class Dispatcher:
         """Note that a node has promised to unload a model."""
         runner = node.runners.get(model)
         if runner is not None and not runner.leases:
-            self.believe_unloaded(runner)
+            self.assume_unloaded(runner)
 
     # Leases -----------------------------------------------------------------
 
@@ -3819,26 +3822,26 @@ class Dispatcher:
         if runner is not None:
             self.expect(lease, prediction, now)
             if lease.loads:
-                self.believe_loaded(runner, ticket.wants, lease.ready_s)
-            if ticket.wants.keep_alive_s is not None:
-                runner.keep_alive_s = ticket.wants.keep_alive_s
-            if ticket.wants.prefix and not ticket.wants.embeds:
-                shared_chars = runner.beginnings.common_chars(ticket.wants.prefix)
-                lease.fresh = shared_chars <= FRESH_SHARE * ticket.wants.prompt_chars
-                runner.prefixes.remember(ticket.wants.prefix, runner.slots + 2)
-                ends = ticket.wants.prefix
+                self.assume_loaded(runner, ticket.spec, lease.ready_s)
+            if ticket.spec.keep_alive_s is not None:
+                runner.keep_alive_s = ticket.spec.keep_alive_s
+            if ticket.spec.prefix and not ticket.spec.embeds:
+                shared_chars = runner.beginnings.common_chars(ticket.spec.prefix)
+                lease.fresh = shared_chars <= FRESH_SHARE * ticket.spec.prompt_chars
+                runner.prefixes.remember(ticket.spec.prefix, runner.slots + 2)
+                ends = ticket.spec.prefix
                 if len(ends) > PREFIX_FIRST:
                     ends = (*ends[:PREFIX_FIRST], ends[-1])
                 runner.beginnings.remember(ends, BEGINNINGS_KEPT)   # a kilobyte each
             if not runner.leases:
                 node.busy.append(runner)
             elif now - runner.leases[-1].sent_s <= node.rtt_s + UNORDERED_S:
-                lease.unordered = runner.leases[-1].unordered = True
-            if ticket.wants.embeds:
-                lease.crowded = any(other.ticket.wants.inputs > 1 for other in (lease, *runner.leases))
+                lease.order_unknown = runner.leases[-1].order_unknown = True
+            if ticket.spec.embeds:
+                lease.has_list_input = any(other.ticket.spec.inputs > 1 for other in (lease, *runner.leases))
             meet(lease)
             runner.leases.append(lease)
-            lease.nth = len(runner.leases)
+            lease.position = len(runner.leases)
             runner.used_s = now
             if lease.loads:
                 node.loading.append(lease)
@@ -3858,13 +3861,13 @@ class Dispatcher:
         """Tell whether a node may be measured: it does nothing for us, and its pause is over."""
         return node.up and not node.draining and not node.leases and now >= node.check_s
 
-    def lease_for_measuring(self, runner: Runner, wants: Wants, now: float) -> Lease:
+    def lease_for_measuring(self, runner: Runner, spec: RequestSpec, now: float) -> Lease:
         """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
 
         After it the node has a pause, which is doubled until it answers somebody.
         """
         node = runner.node
-        lease = Lease(Ticket(f"measure-{node.name}", wants, now, now, next(self.seq)), node, runner, now,
+        lease = Lease(Ticket(f"measure-{node.name}", spec, now, now, next(self.seq)), node, runner, now,
                       "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
         self.advance(node, now)
         node.heard_s, node.measuring = now, lease
@@ -3885,8 +3888,8 @@ class Dispatcher:
 
     def expect(self, lease: Lease, prediction: Prediction | None, now: float) -> None:
         """Note when a lease about to be given should end, and for how long it need not show anything."""
-        runner, wants = runner_of(lease), lease.ticket.wants
-        it = prediction or Surroundings(runner.node, now).offer(runner, now).predict(self.estimates.demand(wants), now)
+        runner, spec = runner_of(lease), lease.ticket.spec
+        it = prediction or NodeSnapshot(runner.node, now).offer(runner, now).predict(self.estimates.demand(spec), now)
         lease.ready_s, lease.loads = now + it.ready_s, it.loads
         lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
         lease.new_tokens = it.new_tokens
@@ -3894,14 +3897,14 @@ class Dispatcher:
         lease.race_s, lease.quiet_s = overdue_s(it), quiet_s(runner, it)
         lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
 
-    def believe_loaded(self, runner: Runner, wants: Wants, ready_s: float) -> None:
+    def assume_loaded(self, runner: Runner, spec: RequestSpec, ready_s: float) -> None:
         """Note that a request makes a node load a model, and what Ollama will evict for it."""
         while must_evict(runner):
-            self.believe_unloaded(victim(runner))
-        self.believe_unloaded(runner)
-        runner.ready_s, runner.options = ready_s, wants.options
+            self.assume_unloaded(victim(runner))
+        self.assume_unloaded(runner)
+        runner.ready_s, runner.options = ready_s, spec.options
 
-    def believe_unloaded(self, runner: Runner) -> None:
+    def assume_unloaded(self, runner: Runner) -> None:
         """Note that a model is no longer resident; its prefix cache went with it."""
         runner.ready_s, runner.options, runner.listed = None, None, {}
         runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
@@ -3936,17 +3939,17 @@ class Dispatcher:
             return
         self.loaded(lease, now)
         self.advance(lease.node, now)
-        if lease.nth > runner.slots:
+        if lease.position > runner.slots:
             stall(lease)
-        lease.first_progress_s, lease.beside = runner.progress_s, certainly_beside(lease)
+        lease.first_progress_s, lease.overlapping = runner.progress_s, certainly_beside(lease)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
-            if runner.options is None and not (runner.context and dict(lease.ticket.wants.options).get("num_ctx")):
-                runner.options = lease.ticket.wants.options     # else it may have been loaded so by default
-        if not lease.ticket.wants.stream:
+            if runner.options is None and not (runner.context and dict(lease.ticket.spec.options).get("num_ctx")):
+                runner.options = lease.ticket.spec.options  # else it may have been loaded so by default
+        if not lease.ticket.spec.stream:
             return
         self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
-                                     and other.ticket.wants.stream and not is_held_up(other)), now)
+                                     and other.ticket.spec.stream and not is_held_up(other)), now)
 
     def loaded(self, lease: Lease, now: float) -> None:
         """Note that a lease does not wait for its model any more, if it did."""
@@ -3958,9 +3961,9 @@ class Dispatcher:
         """Raise what is known of a runner's slots: `count` requests ran at once."""
         runner.seen = max(count, runner.seen if now - runner.seen_s < CONFIRMED_S else 0)
         runner.seen_s = now
-        runner.top, runner.peak = max(runner.top, count), max(runner.peak, count)
-        if runner.slots_known != "set" and runner.top > runner.slots:
-            runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.top, "learned", 0, 0
+        runner.proven, runner.max_proven = max(runner.proven, count), max(runner.max_proven, count)
+        if runner.slots_known != "set" and runner.proven > runner.slots:
+            runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.proven, "learned", 0, 0
             self.surroundings.pop(runner.node, None)
             for model in runner.models:
                 self.unsettle(model)
@@ -3970,7 +3973,7 @@ class Dispatcher:
         has changed."""
         runner.waits += 1
         if runner.waits >= WAITS_TO_SHRINK and count:
-            runner.top, runner.waits = count, 0
+            runner.proven, runner.waits = count, 0
             self.disprove_slots(runner, now)
 
     def disprove_slots(self, runner: Runner, now: float) -> None:
@@ -3980,9 +3983,9 @@ class Dispatcher:
         """
         if runner.slots_known == "set":
             return
-        runner.slots, runner.slots_known = runner.top, "learned"
+        runner.slots, runner.slots_known = runner.proven, "learned"
         self.surroundings.pop(runner.node, None)
-        ours = runner.top >= runner.peak and now - runner.node.strangers_s > LATELY_S
+        ours = runner.proven >= runner.max_proven and now - runner.node.strangers_s > LATELY_S
         doubled = min(runner.disproofs, 6) if ours else 0
         runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
         runner.disproofs += ours
@@ -4019,8 +4022,8 @@ class Dispatcher:
             self.learn_by_latency(lease, timings, now)
         if timings.output_tokens or timings.prompt_tokens:
             self.settle_cost(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
-        if timings.output_tokens and not lease.ticket.wants.embeds:
-            self.estimates.lengths[lease.ticket.wants.model].learn(lease.prompt_tokens, timings.output_tokens)
+        if timings.output_tokens and not lease.ticket.spec.embeds:
+            self.estimates.lengths[lease.ticket.spec.model].learn(lease.prompt_tokens, timings.output_tokens)
         if lease.lines > 8 and timings.output_tokens > 8:
             runner.streams += 1
             gain = max(SPEED_GAIN, 1 / runner.streams)
@@ -4042,8 +4045,8 @@ class Dispatcher:
         self.ratios.learn(off)
 
     def learn_slots(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
-        """Take an answer as proof or disproof that `lease.nth` requests run at once."""
-        runner, alone = runner_of(lease), lease.nth == 1
+        """Take an answer as proof or disproof that `lease.position` requests run at once."""
+        runner, alone = runner_of(lease), lease.position == 1
         if lease.loads or timings.load_s > 1.0:
             return                  # requests that came with a load also wait for it
         if timings.prompt_tokens:
@@ -4055,24 +4058,24 @@ class Dispatcher:
             # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
             unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
             if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + UNORDERED_S:
-                self.prove_slots(runner, lease.nth, now)
+                self.prove_slots(runner, lease.position, now)
             if not alone:           # it could not have waited anyway
                 runner.waits = 0
         elif lease.sent_s <= runner.disproved_s:
             return                  # sent while more were believed to fit: what it says is known by now
         elif not timings.show_a_wait(took_s, lease.node.most_overhead_s):
             return                  # neither overhead nor a wait beyond doubt
-        elif lease.nth > runner.top:
+        elif lease.position > runner.proven:
             self.disprove_slots(runner, now)
         else:
-            self.doubt_slots(runner, ran_at_once(lease, timings) or lease.nth - 1, now)
+            self.doubt_slots(runner, ran_at_once(lease, timings) or lease.position - 1, now)
 
     def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
         """Take an answer's durations as samples of the speeds that a lone request would see."""
         runner, tokens = runner_of(lease), timings.output_tokens
         if timings.load_s > 1.0:
             runner.load_s = timings.load_s
-        self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
+        self.estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
         if not timings.prompt_tokens or is_disturbed(lease):
             return
         share = (runner.shared_s - lease.start_shared_s) / took_s if took_s else 1.0
@@ -4090,55 +4093,55 @@ class Dispatcher:
         loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
         if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
             return                  # it may have waited for other things than a slot
-        self.estimates.learn_chars(lease.ticket.wants, timings.prompt_tokens)
+        self.estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
         if not is_disturbed(lease):
-            if lease.passed_progress_s is None and not lease.unordered:     # it waited for nobody
+            if lease.predecessor_left_progress_s is None and not lease.order_unknown:   # it waited for nobody
                 self.learn_speed_by_latency(lease, timings, now)
-            if lease.ticket.wants.stream:       # once it has begun it waits for nobody either
+            if lease.ticket.spec.stream:    # once it has begun it waits for nobody either
                 self.learn_decode_by_latency(lease, timings, now)
         self.weigh_signs(lease, timings, now)
 
     def weigh_signs(self, lease: Lease, timings: Timings, now: float) -> None:
         """Take an answer without durations as proof of slots, or as a sign for or against them."""
-        runner, streams = runner_of(lease), lease.ticket.wants.stream
-        lone, work_s = runner.lone.get(streams), first_work_s(lease, timings)
-        if lease.beside >= lease.nth:
-            if not (lease.unordered or lease.crowded):
+        runner, streams = runner_of(lease), lease.ticket.spec.stream
+        lone, work_s = runner.unqueued_ratio.get(streams), first_work_s(lease, timings)
+        if lease.overlapping >= lease.position:
+            if not (lease.order_unknown or lease.has_list_input):
                 ratio = served_beside_s(lease) / work_s
-                runner.lone[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
+                runner.unqueued_ratio[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
                 if lone is None and not runner.disproofs:
                     runner.probe_s = 0.0
-            self.prove_slots(runner, lease.beside, now)
-            if lease.nth > 1:       # alone it could not have waited anyway
+            self.prove_slots(runner, lease.overlapping, now)
+            if lease.position > 1:  # alone it could not have waited anyway
                 runner.waits = 0
-        elif runner.slots_known == "set" or lease.nth > runner.top + 1 or lease.crowded:
+        elif runner.slots_known == "set" or lease.position > runner.proven + 1 or lease.has_list_input:
             return
-        elif lease.passed_progress_s is None:
+        elif lease.predecessor_left_progress_s is None:
             return                  # sent at the same time as another one, and nobody knows which came first
         elif lease.sent_s <= runner.disproved_s:
             return                  # sent while more were believed to fit: what it says is known by now
         elif lone is None:          # nothing to compare with: let one be alone
             runner.probe_s = max(runner.probe_s, now + RETRY_SLOT_S)
-        elif served_beside_s(lease) < EARLY * work_s * lone:     # whoever slowed the node down is gone
-            runner.lone[streams] = blend(lone, served_beside_s(lease) / work_s, 2 * SPEED_GAIN)
+        elif served_beside_s(lease) < FASTER_RATIO * work_s * lone:     # whoever slowed the node down is gone
+            runner.unqueued_ratio[streams] = blend(lone, served_beside_s(lease) / work_s, 2 * SPEED_GAIN)
         else:
             waited = sign_of_wait(lease, work_s * lone)
             if waited and lease.stall_tokens * prefill_s(runner) < STALL_SHARE * work_s * lone:     # else for those
-                self.count_sign(runner, lease.nth, -1, now)
+                self.count_sign(runner, lease.position, -1, now)
             elif waited is False and not streams:       # streams that really overlap show it
-                self.count_sign(runner, lease.nth, 1, now)
+                self.count_sign(runner, lease.position, 1, now)
 
-    def count_sign(self, runner: Runner, nth: int, sign: int, now: float) -> None:
-        """Count a sign for (1) or against (-1) `nth` slots, and decide once enough of them agree."""
-        if nth <= runner.top:
+    def count_sign(self, runner: Runner, position: int, sign: int, now: float) -> None:
+        """Count a sign for (1) or against (-1) `position` slots, and decide once enough of them agree."""
+        if position <= runner.proven:
             if sign < 0:
-                self.doubt_slots(runner, nth - 1, now)
+                self.doubt_slots(runner, position - 1, now)
             else:
                 runner.waits = 0
             return
         runner.signs += sign
         if runner.signs >= SIGNS_FOR:
-            self.prove_slots(runner, nth, now)
+            self.prove_slots(runner, position, now)
         elif runner.signs <= -SIGNS_AGAINST:
             runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
             self.disprove_slots(runner, now)
@@ -4158,20 +4161,20 @@ class Dispatcher:
         gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
         first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
         work_s, tokens = first_work_s(lease, timings), timings.output_tokens
-        if lease.ticket.wants.stream:
+        if lease.ticket.spec.stream:
             self.learn_prefill(lease, max(first_s - lease.node.overhead_s, 0.1 * first_s),
                                timings.prompt_tokens or lease.prompt_tokens, gain)
             return
         overhead_s = lease.node.overhead_s
         ratio = max(first_s - overhead_s, 0.1 * first_s) / max(work_s - overhead_s, 1e-6)
-        if lease.ticket.wants.embeds:
+        if lease.ticket.spec.embeds:
             runner.input_s = scaled(input_s(runner), ratio, gain)
         known_s, expected_s = decode_s(runner), max(work_s - overhead_s, 1e-6)
         if lease.new_tokens > 0.9 * lease.prompt_tokens and lease.fresh and not runner.prefills:
             runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
         if tokens >= 8:
             self.learn_decode(runner, known_s * ratio, gain, now, known_s * stalled_s / expected_s)
-        elif lease.ticket.wants.embeds:
+        elif lease.ticket.spec.embeds:
             runner.samples += 1
 
     def learn_prefill(self, lease: Lease, seconds: float, tokens: float, gain: float) -> None:
@@ -4243,7 +4246,7 @@ class Dispatcher:
         if ticket.lease is lease:
             ticket.lease = ticket.rival
         ticket.rival = None
-        if runner is not None and not lease.settled:        # broken off, or its answer told nothing
+        if runner is not None and not lease.charged:        # broken off, or its answer told nothing
             tokens = lease.lines / runner.lines_per_token
             if tokens > lease.output_tokens:
                 self.settle_cost(lease, lease.prompt_tokens, tokens, now)
@@ -4256,14 +4259,14 @@ class Dispatcher:
             del runner.leases[place]
             for later in runner.leases[place:]:
                 later.left_s += (now,)
-                if later.first_s is None and later.passed_progress_s is None:
-                    later.passed_progress_s = runner.progress_s
+                if later.first_s is None and later.predecessor_left_progress_s is None:
+                    later.predecessor_left_progress_s = runner.progress_s
             runner.used_s = now
             self.loaded(lease, now)
             if not runner.leases:
                 node.busy.remove(runner)
                 if not runner.keep_alive_s:     # the node unloads it at once
-                    self.believe_unloaded(runner)
+                    self.assume_unloaded(runner)
             for model in runner.models:
                 if model in self.settled:
                     self.freed[model] += 1
@@ -4283,28 +4286,28 @@ class Dispatcher:
             ticket.attempts += 1
             ticket.since_s = now
         if kind in DIFFERENCES:
-            self.bar_alike(ticket, kind, node)
+            self.exclude_alike(ticket, kind, node)
             return
         node.errors += 1
         self.unsettle_all()
         if kind == "missing" and runner is not None:    # the index was wrong
-            if ticket.wants.model in node.rows:
-                del node.rows[ticket.wants.model]
+            if ticket.spec.model in node.rows:
+                del node.rows[ticket.spec.model]
             if not runner.on_disk:
-                self.believe_unloaded(runner)
+                self.assume_unloaded(runner)
             self.reindex()
         elif kind == "refused":
             node.up, node.lost_s = False, now   # no new work; whether what runs there is lost, the next probe tells
         elif kind == "model" and runner is not None:
-            self.blame(ticket, runner.breaker, now)
+            self.record_failure(ticket, runner.breaker, now)
         elif kind in ("died", "garbage") or kind in ("busy", "proxy") and runner is not None:
-            self.blame(ticket, node.breaker, now)
+            self.record_failure(ticket, node.breaker, now)
 
-    def bar_alike(self, ticket: Ticket, kind: str, node: Node) -> None:
+    def exclude_alike(self, ticket: Ticket, kind: str, node: Node) -> None:
         """Keep a ticket from the nodes that would refuse it as this one did. After a 400 one more is tried at most."""
-        for other in self.nodes_for(ticket.wants.model):
+        for other in self.nodes_for(ticket.spec.model):
             if kind == "length":
-                here, there = window_of(node, ticket.wants.model), window_of(other, ticket.wants.model)
+                here, there = window_of(node, ticket.spec.model), window_of(other, ticket.spec.model)
                 alike = 0 < there <= here
             else:
                 alike = other.version == node.version
@@ -4312,7 +4315,7 @@ class Dispatcher:
                 ticket.tried.add(other.name)
         ticket.differed = ticket.differed or kind != "route"
 
-    def blame(self, ticket: Ticket, breaker: Breaker, now: float) -> None:
+    def record_failure(self, ticket: Ticket, breaker: Breaker, now: float) -> None:
         """Count a failure, until it turns out to be the request's own."""
         if breaker.fail(now):
             ticket.blamed.append(breaker)
@@ -4395,10 +4398,10 @@ class Dispatcher:
         runner.samples, runner.streams = min(runner.samples, KEPT_SAMPLES), min(runner.streams, KEPT_SAMPLES)
         if runner.prefill_s:
             runner.prefills.extend([runner.prefill_s] * KEPT_SAMPLES)
-        runner.lone = {name == "true": ratio for name, ratio in kept.get("lone", {}).items()}
+        runner.unqueued_ratio = {name == "true": ratio for name, ratio in kept.get("unqueued_ratio", {}).items()}
         if "slots" in kept and runner.slots_known == "guessed":
-            runner.slots = runner.top = kept["slots"]
-            runner.peak = max(kept["slots"], kept.get("peak", 1))
+            runner.slots = runner.proven = kept["slots"]
+            runner.max_proven = max(kept["slots"], kept.get("max_proven", 1))
             runner.slots_known, runner.disproofs = "learned", min(kept.get("disproofs", 0), LAST_SHORT_PAUSE)
             runner.waits = WAITS_TO_SHRINK - 1      # the first hidden wait takes one of them back
             if runner.disproofs:
@@ -4417,11 +4420,11 @@ class Dispatcher:
         """Take over the slots that hosts.txt tells; where it tells none any more, those that were proved."""
         slots, embeds = runner.node.settings.slots, bool(runner.row) and embeds_only(runner.row)
         if slots:
-            runner.slots = runner.top = slots
+            runner.slots = runner.proven = slots
             runner.slots_known = "set"
         elif runner.slots_known == "set":
-            runner.slots = runner.top = 1 if embeds else runner.peak
-            runner.slots_known = "set" if embeds else "learned" if runner.peak > 1 else "guessed"
+            runner.slots = runner.proven = 1 if embeds else runner.max_proven
+            runner.slots_known = "set" if embeds else "learned" if runner.max_proven > 1 else "guessed"
 
     def drain(self, node: Node, draining: bool) -> None:
         """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else."""
@@ -4441,7 +4444,7 @@ class Dispatcher:
                 if not is_cloud(model):
                     self.holders.setdefault(model, []).append(node.runners[model])
         for ticket in self.queue.tickets:
-            self.bar(ticket)
+            self.exclude_other_versions(ticket)
 
     def lost(self, node: Node, now: float) -> None:
         """Note that a node cannot be reached: its models are gone from memory."""
@@ -4452,9 +4455,9 @@ class Dispatcher:
         node.check_s, node.check_pause_s = -math.inf, CHECK_PAUSE_S
         self.unsettle_all()
         for runner in node.runners.values():
-            self.believe_unloaded(runner)
+            self.assume_unloaded(runner)
             if runner.slots_known != "set":     # it may come back with another OLLAMA_NUM_PARALLEL
-                runner.slots = runner.top = runner.peak = 1
+                runner.slots = runner.proven = runner.max_proven = 1
                 runner.slots_known, runner.probe_s, runner.disproofs = "guessed", 0.0, 0
 
     def answered(self, node: Node, version: str, rtt_s: float, now: float) -> None:
@@ -4491,7 +4494,7 @@ class Dispatcher:
             if embeds_only(row) and runner.slots_known == "guessed":
                 runner.slots_known = "set"      # to one, by Ollama itself
         for model in gone:
-            if not any(lease.ticket.wants.model == model for lease in node.runners[model].leases):
+            if not any(lease.ticket.spec.model == model for lease in node.runners[model].leases):
                 del node.runners[model]
         self.share_runners(node)
         node.indexed = True
@@ -4578,7 +4581,7 @@ class Dispatcher:
                     runner.ready_s, runner.options = now, None
                     changed = True
             elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
-                self.believe_unloaded(runner)
+                self.assume_unloaded(runner)
                 changed = True
             elif runner.ready_s is not None and not any(
                     lease in node.loading or lease.first_s is not None or lease.sent_s >= asked_s - 1.0
@@ -4630,7 +4633,7 @@ class Dispatcher:
         for lease in leases:
             if self.is_overdue(lease, now):
                 self.doubt(lease.node, now)
-            elif lease.first_s is not None and lease.ticket.wants.stream:
+            elif lease.first_s is not None and lease.ticket.spec.stream:
                 self.judge_speed(lease, now)
         lost = [lease for node in nodes if node.misses and not node.up for lease in node.leases
                 if self.is_lost(lease, now)]
@@ -4648,7 +4651,7 @@ class Dispatcher:
 
     def allowed_s(self, lease: Lease) -> float:
         """Return for how long an answer may show nothing until it is overdue."""
-        if lease.first_s is None or lease.ticket.wants.silent:
+        if lease.first_s is None or lease.ticket.spec.silent:
             return lease.quiet_s
         runner = runner_of(lease)
         gap_s = decode_s(runner) * slowdown(lease.node, runner) / runner.lines_per_token
@@ -4670,8 +4673,8 @@ class Dispatcher:
         if now - lease.heard_s <= SILENT_S:
             return False
         if lease.runner is None:
-            return ticket.wants.repeatable or bool(ticket.wants.change)
-        others = untried(self.nodes_for(ticket.wants.model), ticket.tried | {lease.node.name})
+            return ticket.spec.repeatable or bool(ticket.spec.change)
+        others = untried(self.nodes_for(ticket.spec.model), ticket.tried | {lease.node.name})
         return lease.first_s is None and ticket.rival is None and bool(others)
 
     def judge_speed(self, lease: Lease, now: float) -> None:
@@ -4686,7 +4689,7 @@ class Dispatcher:
         if expected < 4:
             return
         seen = (lease.lines - lease.watched_lines) / expected
-        if seen > USUAL:
+        if seen > STREAM_ON_TIME_SHARE:
             seen = 1.0              # above 1 nothing counts, so noise below it must not either: speeds would drift
         node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
         self.surroundings.pop(node, None)
@@ -4785,9 +4788,9 @@ class NodeConnection(asyncio.Protocol):
     __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
                  "idle_s", "source", "write_paused", "unsent", "settings")
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: LoopTurns) -> None:
         self.loop, self.turns = turns.loop, turns
-        self.transport: asyncio.Transport    # there from connection_made on
+        self.transport: asyncio.Transport   # there from connection_made on
         self.settings: NodeSettings | None = None       # what it was made by
         self.unsent: bytes | memoryview = b""       # of a long body
         self.buffer = b""
@@ -4801,7 +4804,7 @@ class NodeConnection(asyncio.Protocol):
         self.source: ClientConnection | None = None     # whose reading stops while this socket's buffer is full
         self.write_paused = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # any socket's is one
+    def connection_made(self, transport: asyncio.Transport) -> None:    # type: ignore[override]  # any socket's is one
         self.transport = transport
         watch_for_death(transport.get_extra_info("socket"))
 
@@ -4901,9 +4904,9 @@ class NodeConnection(asyncio.Protocol):
             except ProtocolError as error:
                 raise NodeFailure("garbage", f"answered what is not HTTP: {error}") from None
             scanned = len(self.buffer)
-            await self.more()
+            await self.read_more()
 
-    async def more(self) -> None:
+    async def read_more(self) -> None:
         """Wait for more bytes. Raises what has ended the connection."""
         if self.failure is not None:
             raise self.failure.error()
@@ -4921,7 +4924,7 @@ class NodeConnection(asyncio.Protocol):
                 raise NodeFailure("garbage", f"broke the framing of its answer: {error}") from None
             if payload or body.done or self.ended and head.length == UNTIL_CLOSE:
                 return payload
-            await self.more()
+            await self.read_more()
 
     def attach(self, sink: Sink) -> None:
         """Give what has come after the head, and all that will come, to a sink."""
@@ -4966,7 +4969,7 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 class Pool:
     """Keep the connections to one node, those that were made as it is to be reached now."""
 
-    def __init__(self, settings: NodeSettings, turns: Turns, via: bytes) -> None:
+    def __init__(self, settings: NodeSettings, turns: LoopTurns, via: bytes) -> None:
         self.loop, self.turns = turns.loop, turns
         self.via = via              # of the gateway's own questions
         self.idle: list[NodeConnection] = []        # the last used is used next, so that the rest can age
@@ -5260,7 +5263,7 @@ def error_body(family: Family, status: int, text: str) -> bytes:
 LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\r?\n\Z|'
                        rb'(?:(?:^|\n)data: ?(?:\[DONE\]|\{"type":\s*"message_stop"\s*\})|'
                        rb'"input_tokens":\s*[0-9][^\n]*"total_tokens":\s*[0-9][^\n]*\})\r?\n\r?\n\Z')
-EVENT_END = re.compile(rb"(\r?\n\r?\n)")     # an event's lines may end in CRLF
+EVENT_END = re.compile(rb"(\r?\n\r?\n)")    # an event's lines may end in CRLF
 LINE_END = re.compile(rb"(\n)")
 
 
@@ -5285,7 +5288,7 @@ def error_in_stream(ending: bytes) -> str:
     return error_text(value or text.decode(errors="replace")) if lines[-2:-1] == [b"event: error"] else ""
 
 
-Heard = Callable[[int, float], None]         # is told of the lines in a piece of an answer, and when it came
+Heard = Callable[[int, float], None]    # is told of the lines in a piece of an answer, and when it came
 
 
 class Relay(Sink):
@@ -5416,7 +5419,7 @@ class Relay(Sink):
 SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "finish_reason")
 
 
-def said_in(value: Json) -> list[tuple[Json, str, str]]:
+def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
     """Return what an object of a stream says, in its order: [(object that holds it, key, text)].
 
     Of tool calls the ids are left out: they are drawn at random.
@@ -5471,7 +5474,7 @@ class Transcript:
         """Tell whether a text is small enough to be kept. A long one is not: memory must stay bounded."""
         return self.at <= TRANSCRIPT_CHARS
 
-    def hear(self, key: str, text: str) -> str:
+    def consume(self, key: str, text: str) -> str:
         """Take in what the running answer says next; return what the client lacks of it. Raises Refusal."""
         spoken = text if key == self.key else f"\0{key}\0{text}"
         known = self.known[self.at:self.at + len(spoken)] if self.is_behind else ""
@@ -5493,7 +5496,7 @@ class Transcript:
         value.update(other)
         return bool(other)
 
-    def missing(self, line: bytes) -> bytes:
+    def unsent_part(self, line: bytes) -> bytes:
         """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
 
         As long as no node was lost that is the line as it came. Raises NodeFailure for a line that tells an error,
@@ -5508,12 +5511,12 @@ class Transcript:
             value = {}
         if value.get("error"):
             raise NodeFailure("model", f"broke off: {error_text(value['error'])}")
-        was_behind, said = self.is_behind, said_in(value)
-        rests = [self.hear(key, text) for _, key, text in said]
+        was_behind, said = self.is_behind, delta_texts(value)
+        rests = [self.consume(key, text) for _, key, text in said]
         if value.get("done") is True and self.is_behind:
             raise Refusal(502, "the answer of another node is shorter")
         self.done = value.get("done") is True
-        counts = bool(lead and value.get("usage") and not value.get("choices"))    # others may have it, all zeros
+        counts = bool(lead and value.get("usage") and not value.get("choices"))     # others may have it, all zeros
         if self.lost and self.used and counts:
             return b""
         self.used = self.used or counts
@@ -5564,7 +5567,7 @@ class LineRelay(Relay):
         failure: Failure | Answer | None = None
         try:
             for line in lines:
-                parts.append(self.transcript.missing(line))
+                parts.append(self.transcript.unsent_part(line))
         except (NodeFailure, Refusal) as ended:
             failure = ended.value
             self.withheld = b"".join(lines[len(parts):]) if isinstance(ended, NodeFailure) else b""
@@ -5616,7 +5619,8 @@ def body_due_s(due_s: float, size: int, now: float) -> float:
 class Upload:
     """Pass a request body on to a node while it comes, in constant memory."""
 
-    def __init__(self, client: ClientConnection, connection: NodeConnection, length: int | None, turns: Turns) -> None:
+    def __init__(self, client: ClientConnection, connection: NodeConnection, length: int | None,
+                 turns: LoopTurns) -> None:
         self.client, self.connection, self.turns = client, connection, turns
         self.body = body_decoder(length)
         self.chunked = length is None
@@ -5852,7 +5856,7 @@ def unread_bytes(transport: Transport) -> int:
 Result = TypeVar("Result")
 
 
-class Turns:
+class LoopTurns:
     """Hand out the loop: of all work that takes long, one step is done per turn of the loop, the askers one by one.
 
     So such work delays everybody else by one step of some milliseconds, however many clients cause it.
@@ -5900,7 +5904,7 @@ class BodyMemory:
     Short ones need not wait; one that is alone may be larger than all the memory.
     """
 
-    def __init__(self, limit: int, turns: Turns) -> None:
+    def __init__(self, limit: int, turns: LoopTurns) -> None:
         self.limit, self.turns = limit, turns
         self.held_bytes = 0
         self.waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
@@ -5980,7 +5984,7 @@ class ClientConnection(asyncio.Protocol):
         self.eof = self.gone = False
         self.write_paused = self.read_paused = False
 
-    def connection_made(self, transport: Transport) -> None:      # type: ignore[override]  # any socket's is one
+    def connection_made(self, transport: Transport) -> None:    # type: ignore[override]  # any socket's is one
         self.transport, self.write_deadline_s = transport, math.inf
         self.note_address()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
@@ -6018,7 +6022,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.write_paused = True
-        self.ask_to_read()
+        self.arm_write_deadline()
         if self.source is not None:
             self.source.pause_reading()
 
@@ -6041,7 +6045,7 @@ class ClientConnection(asyncio.Protocol):
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def ask_to_read(self) -> None:
+    def arm_write_deadline(self) -> None:
         """Note how much there is to be read now, and until when some of it must have been."""
         self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
 
@@ -6051,7 +6055,7 @@ class ClientConnection(asyncio.Protocol):
             if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
                 self.transport.abort()
             else:
-                self.ask_to_read()
+                self.arm_write_deadline()
         elif self.serving and self.read_paused and self.sink is None and not self.eof and has_left(self.transport):
             self.eof_received()
         elif now > self.deadline_s:
@@ -6072,7 +6076,7 @@ class ClientConnection(asyncio.Protocol):
         finally:
             self.waiter = None
 
-    async def more(self, patience_s: float) -> None:
+    async def read_more(self, patience_s: float) -> None:
         """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
         size = len(self.buffer)
         self.deadline_s = self.loop.time() + patience_s
@@ -6111,9 +6115,9 @@ class ClientConnection(asyncio.Protocol):
             try:
                 if scanned:         # the whole head has one time limit, so that one byte a second does not help
                     started_s = started_s or self.loop.time()
-                    await self.more(started_s + patience_s - self.loop.time())
+                    await self.read_more(started_s + patience_s - self.loop.time())
                 else:
-                    await self.more(self.idle_s + KEEP_ALIVE_S - self.loop.time())
+                    await self.read_more(self.idle_s + KEEP_ALIVE_S - self.loop.time())
             except (ClientGone, Refusal):
                 if not self.buffer:
                     return None
@@ -6134,15 +6138,15 @@ class ClientConnection(asyncio.Protocol):
             self.resume_reading()
         return taken
 
-    def invite(self, head: RequestHead) -> None:
+    def send_continue(self, head: RequestHead) -> None:
         """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
         if head.expects_continue and not self.buffer:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def more_body(self, due_s: float) -> float:
-        """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `more`."""
+    async def read_more_body(self, due_s: float) -> float:
+        """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `read_more`."""
         size = len(self.buffer)
-        await self.more(due_s - self.loop.time())
+        await self.read_more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
     async def read_body(self, head: RequestHead, limit: int, grace_s: float,
@@ -6158,14 +6162,14 @@ class ClientConnection(asyncio.Protocol):
             raise Refusal(413, f"the request body is over {limit} bytes", close=True)
         if head.length is not None and head.length > SHORT_BODY_BYTES:
             await memory.hold(self, head.length)
-        self.invite(head)
+        self.send_continue(head)
         now = self.loop.time()
         due_s = body_due_s(now + grace_s, len(self.buffer), now)
         if head.length is None:
             return await self.read_chunks(limit, due_s, memory)
         self.wanted_bytes = head.length
         while len(self.buffer) < head.length:
-            due_s = await self.more_body(due_s)
+            due_s = await self.read_more_body(due_s)
         self.wanted_bytes = 0
         return self.take(head.length)
 
@@ -6186,7 +6190,7 @@ class ClientConnection(asyncio.Protocol):
             if self.buffer:
                 await memory.turns.take()
             else:
-                due_s = await self.more_body(due_s)
+                due_s = await self.read_more_body(due_s)
 
     async def close(self) -> None:
         """Close so that the client gets all that was written.
@@ -6202,11 +6206,11 @@ class ClientConnection(asyncio.Protocol):
                 self.sink = None
                 while self.loop.time() < deadline_s:
                     self.buffer.clear()
-                    await self.more(deadline_s - self.loop.time())
+                    await self.read_more(deadline_s - self.loop.time())
         self.transport.close()      # flushes what is left, as long as the client reads: see write_deadline_s
         while not self.gone and self.transport.get_write_buffer_size():
             if self.write_deadline_s == math.inf:
-                self.ask_to_read()
+                self.arm_write_deadline()
             await self.wait()
 
 
@@ -6421,8 +6425,8 @@ def answer_refusal(client: ClientConnection, head: RequestHead | None, record: R
 
 # What the status of a node's answer says, and never its text: no list of texts is complete. Before a client has seen a
 # byte, all of these move a request on.
-BUSY_STATUSES = frozenset((408, 425, 429, 503, 508))     # 508: a gateway as a node, and its way leads back here
-PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))     # of what stands before a node
+BUSY_STATUSES = frozenset((408, 425, 429, 503, 508))    # 508: a gateway as a node, and its way leads back here
+PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))    # of what stands before a node
 TOO_LONG = re.compile(rb"context|too long|exceed", re.I)
 UNSUPPORTED = re.compile(rb"support", re.I)
 FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
@@ -6553,7 +6557,7 @@ def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHe
     if error:
         record.outcome, record.reason = "error", error
         if lease.runner is not None:    # of a push, say, it is its client's own
-            gateway.blame(lease, Failure("model", f"broke off: {error}"))
+            gateway.record_failure(lease, Failure("model", f"broke off: {error}"))
     elif streams and not LAST_LINE.search(ending[-TAIL_BYTES:]):
         dispatcher.worked(lease, now)
     else:
@@ -6571,11 +6575,11 @@ def begin_relay(client: ClientConnection, connection: NodeConnection, answer: Re
         if answer.status != 200 or kind != before.head.fields.get(b"content-type"):
             raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
         return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
-    wants = lease.ticket.wants
+    spec = lease.ticket.spec
     if transcript and answer.status == 200 and framing is not Framing.LENGTH and is_stream(answer):
         return LineRelay(connection, answer, client, framing, prelude, heard, transcript=transcript)
     return Relay(connection, answer, client, framing, prelude, heard,
-                 WHOLE_ANSWER_BYTES if wants.inference and not wants.stream else 0)
+                 WHOLE_ANSWER_BYTES if spec.inference and not spec.stream else 0)
 
 
 def break_off(client: ClientConnection, record: Record, relay: Relay, text: str, family: Family) -> bool:
@@ -6614,8 +6618,8 @@ async def relay_answer(gateway: Gateway, client: ClientConnection, head: Request
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
         record.timings = read_timings(relay.tail())
-        gateway.blame(lease, failure.value)
-        keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.wants.family) and keep
+        gateway.record_failure(lease, failure.value)
+        keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.spec.family) and keep
     finally:
         client.source = None
         record.status = answer.status
@@ -6646,7 +6650,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
     Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
     with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
     """
-    pool, wants = gateway.pools[lease.node], lease.ticket.wants
+    pool, spec = gateway.pools[lease.node], lease.ticket.spec
 
     def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
@@ -6654,16 +6658,16 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
             connection.fail(lease.lost_to)
 
     request = render_request(head, lease.node.settings, len(body))
-    connection, answer = await pool.exchange(request, head.method, on_connection, wants.repeatable, body)
+    connection, answer = await pool.exchange(request, head.method, on_connection, spec.repeatable, body)
     clean = begun = False
     try:
-        failed = answer.status >= 300 or answer.status == 200 and wants.inference and await shows_failure(
+        failed = answer.status >= 300 or answer.status == 200 and spec.inference and await shows_failure(
             connection, answer)
-        if failed and wants.inference:
+        if failed and spec.inference:
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
-            has_model = lease.runner is not None or wants.opaque
+            has_model = lease.runner is not None or spec.opaque
             kind = failover_kind(answer.status, text, has_model)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         begun = True
@@ -6711,7 +6715,7 @@ class Inference:
     async def begin(self) -> Begun | None:
         """Wait for what begins to answer; None if that has failed, and the request may move on."""
         if self.rival is None:
-            lease = await self.gateway.turn(self.ticket)
+            lease = await self.gateway.acquire_lease(self.ticket)
             if not self.record.attempts:
                 self.record.queue_s = lease.sent_s - self.ticket.arrived_s
             self.record.node, self.record.reason = lease.node.name, lease.reason
@@ -6747,7 +6751,7 @@ class Inference:
         elif not isinstance(self.last, NodeAnswer):
             self.last = Answer(502, f"{lease.node.name}: {failed.text}")
         if failed.kind is not None:
-            self.gateway.blame(lease, failed)
+            self.gateway.record_failure(lease, failed)
 
     def end(self, lease: Lease) -> None:
         """End a lease, and let others have its slot. A client that left has ended what was its ticket's lease then."""
@@ -6795,7 +6799,7 @@ class Inference:
         except NodeFailure as failed:
             self.note(begun.lease, failed.value)
         except Refusal:
-            self.dispatcher.rule_out(self.ticket, begun.lease.node)
+            self.dispatcher.exclude(self.ticket, begun.lease.node)
         finally:
             if not taken:
                 self.close(begun, clean=False)
@@ -6838,7 +6842,7 @@ class Inference:
                         self.note(begun.lease, failed.value)
                     if self.transcript and self.transcript.relay:
                         self.transcript.rewind(begun.lease.node.name)
-                        self.dispatcher.go_on(self.ticket, begun.lease.node)
+                        self.dispatcher.pin_version_of(self.ticket, begun.lease.node)
                 if self.rival is None and not self.may_move_on():
                     break
             if isinstance(self.last, NodeAnswer):
@@ -6878,69 +6882,69 @@ async def rehearse(begun: Begun, known: str) -> None:
         data, connection.buffer = connection.buffer, b""
         if not data:
             connection.transport.resume_reading()
-            await connection.more()
+            await connection.read_more()
             continue
         raw += data
         *lines, rest = separator.split(rest + body.feed(data)[0])
         for line in lines[::2]:     # the others are line ends
             if transcript.is_behind:
-                transcript.missing(line)
+                transcript.unsent_part(line)
     if transcript.is_behind:
         raise Refusal(502, "the answer of another node is shorter")
     connection.buffer = raw + connection.buffer
 
 
 async def serve_inference(gateway: Gateway, client: ClientConnection | Share, head: RequestHead, body: Body,
-                          wants: Wants, record: Record, take: Take = relay_answer, version: str = "") -> bool:
+                          spec: RequestSpec, record: Record, take: Take = relay_answer, version: str = "") -> bool:
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
 
     A deterministic stream is gone on with by another node even when a part of it is out.
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    transcript = Transcript() if wants.deterministic and gateway.options.rescue else None
+    transcript = Transcript() if spec.deterministic and gateway.options.rescue else None
     if transcript:
         take = functools.partial(relay_answer, transcript=transcript)
-    ticket = dispatcher.enter(record.id, wants, loop.time(), version)
+    ticket = dispatcher.enter(record.id, spec, loop.time(), version)
     try:
         return await Inference(gateway, head, body, record, ticket, transcript).run(client, take)
     except (Refusal, NodeRefused) as ended:
         if not (transcript and transcript.relay):
             raise
         dispatcher.rescued(whole=False)
-        told = break_off(transcript.relay.client, record, transcript.relay, str(ended), wants.family)
+        told = break_off(transcript.relay.client, record, transcript.relay, str(ended), spec.family)
         return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
     finally:
         if dispatcher.leave(ticket, loop.time()):
             gateway.pump()
 
 
-async def serve_control(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, wants: Wants,
+async def serve_control(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, spec: RequestSpec,
                         record: Record) -> bool:
     """Send a request without a slot to one suitable node; to another one only if the first cannot be reached."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
     tried: set[str] = set()
     while True:
-        lease = dispatcher.place(record.id, wants, tried, loop.time())
+        lease = dispatcher.lease_unqueued(record.id, spec, tried, loop.time())
         try:
             async with gateway.pools[lease.node].unqueued:
                 return await attempt(gateway, client, head, body, lease, record)
         except NodeFailure as failure:
-            gateway.blame(lease, failure.value)
+            gateway.record_failure(lease, failure.value)
             tried.add(lease.node.name)
-            if failure.kind != "refused" and not wants.repeatable or len(tried) >= MAX_ATTEMPTS:
+            if failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
         finally:
             dispatcher.release(lease, loop.time())
 
 
-async def serve_upload(gateway: Gateway, client: ClientConnection, head: RequestHead, wants: Wants,
+async def serve_upload(gateway: Gateway, client: ClientConnection, head: RequestHead, spec: RequestSpec,
                        record: Record) -> bool:
     """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
 
     A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead.
     """
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    lease = dispatcher.place(record.id, wants, set(), loop.time())
+    lease = dispatcher.lease_unqueued(record.id, spec, set(), loop.time())
     connection: NodeConnection | None = None
     upload: Upload | None = None
     clean = False
@@ -6951,7 +6955,7 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
         async with pool.unqueued:
             connection = await pool.connect()
             lease.abandon = connection.fail
-            client.invite(head)
+            client.send_continue(head)
             connection.transport.write(render_request(head, lease.node.settings, head.length))
             upload = Upload(client, connection, head.length, gateway.turns)
             upload.start(gateway.header_timeout_s)
@@ -6961,7 +6965,7 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
             clean = clean and upload.body.done
             return keep
     except NodeFailure as failure:
-        gateway.blame(lease, failure.value)
+        gateway.record_failure(lease, failure.value)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         if upload is not None:
@@ -7023,12 +7027,12 @@ class Progress:
 class Lines(Sink):
     """Hand each line of an answer to `hear` as it comes."""
 
-    __slots__ = ("hear", "rest")
+    __slots__ = ("on_line", "rest")
     reads_lines = True
 
-    def __init__(self, connection: NodeConnection, head: ResponseHead, hear: Callable[[bytes], None]) -> None:
+    def __init__(self, connection: NodeConnection, head: ResponseHead, on_line: Callable[[bytes], None]) -> None:
         super().__init__(connection, head)
-        self.hear, self.rest = hear, b""
+        self.on_line, self.rest = on_line, b""
 
     def take(self, payload: bytes, verbatim: bytes | None) -> None:
         *lines, self.rest = (self.rest + payload).split(b"\n")
@@ -7036,7 +7040,7 @@ class Lines(Sink):
             self.fail(Failure("garbage", "a line without end"))
         for line in lines:
             if line.strip() and not self.over:
-                self.hear(line)
+                self.on_line(line)
 
 
 class LineAnswer:
@@ -7155,19 +7159,19 @@ async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
             pool.give_back(connection, clean)
 
 
-async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body, wants: Wants, record: Record,
+async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body, spec: RequestSpec, record: Record,
                     hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
     """Make a change on one node and return its Outcome, whatever happens there."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    lease = dispatcher.pin(record.id, wants, node, loop.time(), wants.change)
+    lease = dispatcher.lease_on(record.id, spec, node, loop.time(), spec.change)
     try:
         answer, last = await change(gateway, lease, head, body, functools.partial(hear, node))
-        error = error_in(wants.change, answer.status, last)
-        if not error and wants.change == "unload" and wants.model is not None:
-            dispatcher.unloaded(node, wants.model)
+        error = error_in(spec.change, answer.status, last)
+        if not error and spec.change == "unload" and spec.model is not None:
+            dispatcher.unloaded(node, spec.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
-        gateway.blame(lease, failure.value)
+        gateway.record_failure(lease, failure.value)
         return Outcome(node, None, b"", str(failure))
     except Refusal as refusal:      # the gateway's own lack of sockets
         return Outcome(node, None, b"", refusal.text)
@@ -7200,12 +7204,12 @@ def answer_change(client: ClientConnection, head: RequestHead, record: Record, t
     return told.end()
 
 
-async def serve_change(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, wants: Wants,
+async def serve_change(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, spec: RequestSpec,
                        record: Record) -> bool:
     """Change a model on all nodes concerned; succeed only if all of them do."""
-    nodes = gateway.dispatcher.targets(wants, gateway.options.replicas, gateway.loop.time())
+    nodes = gateway.dispatcher.nodes_to_change(spec, gateway.options.replicas, gateway.loop.time())
     record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
-    record.reason = f"{wants.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
+    record.reason = f"{spec.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
     told, progress = LineAnswer(client, head, record), Progress(node.name for node in nodes)
 
     def hear(node: Node, answer: ResponseHead, line: bytes) -> None:
@@ -7219,15 +7223,15 @@ async def serve_change(gateway: Gateway, client: ClientConnection, head: Request
                 told.write(answer, line if len(nodes) == 1 else json.dumps(due, separators=(",", ":")).encode())
 
     async def one(node: Node) -> Outcome:
-        outcome = await change_on(gateway, node, head, body, wants, record, hear)
+        outcome = await change_on(gateway, node, head, body, spec, record, hear)
         progress.drop(node.name)    # of two lines the one that counts has come, or never will
         return outcome
 
     outcomes = await asyncio.gather(*map(one, nodes))
-    if wants.change != "unload":
+    if spec.change != "unload":
         await gateway.look_at_changes([it.node for it in outcomes if it.answer])
     gateway.pump()
-    outcomes = without_absent(wants.change, outcomes)
+    outcomes = without_absent(spec.change, outcomes)
     return answer_change(client, head, record, told, outcomes)
 
 
@@ -7257,7 +7261,7 @@ class Share:
     """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
 
     texts: list[str]
-    wants: Wants
+    spec: RequestSpec
     record: Record
     answer: ResponseHead | None = None
     cut: Cut | None = None
@@ -7308,12 +7312,12 @@ def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None,
     return [*pieces, TOTAL.sub(total, cuts[0].after)]
 
 
-def cut_batch(wants: Wants, sizes: list[int], record: Record) -> list[Share]:
+def cut_batch(spec: RequestSpec, sizes: list[int], record: Record) -> list[Share]:
     """Return the Shares of a batch, of the given sizes."""
-    assert wants.batch is not None
-    texts = iter(wants.batch["input"])
+    assert spec.batch is not None
+    texts = iter(spec.batch["input"])
     parts = [list(itertools.islice(texts, size)) for size in sizes]
-    return [Share(part, replace(wants, prompt_chars=sum(map(len, part)), inputs=len(part), batch=None),
+    return [Share(part, replace(spec, prompt_chars=sum(map(len, part)), inputs=len(part), batch=None),
                   replace(record)) for part in parts]
 
 
@@ -7331,11 +7335,11 @@ async def keep_share(gateway: Gateway, share: Share, head: RequestHead, connecti
     return True, collector.clean
 
 
-async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestHead, wants: Wants, record: Record,
+async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestHead, spec: RequestSpec, record: Record,
                       sizes: list[int], digest: str) -> bool:
     """Let the nodes that have one version of the model embed shares of a batch; answer as one node would."""
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    shares, batch = cut_batch(wants, sizes, record), wants.batch
+    shares, batch = cut_batch(spec, sizes, record), spec.batch
     assert batch is not None
     plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
     left = iter(shares)
@@ -7344,9 +7348,9 @@ async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestH
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
             body = json.dumps({**batch, "input": share.texts}).encode()
-            await serve_inference(gateway, share, plain, body, share.wants, share.record, keep_share, digest)
+            await serve_inference(gateway, share, plain, body, share.spec, share.record, keep_share, digest)
 
-    nodes = len(dispatcher.nodes) - len(dispatcher.without(wants.model, digest))
+    nodes = len(dispatcher.nodes) - len(dispatcher.without(spec.model, digest))
     tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
     try:
         await asyncio.gather(*tasks)
@@ -7488,21 +7492,21 @@ def answer_origin(gateway: Gateway, client: ClientConnection, head: RequestHead,
 
 
 async def serve_by_nodes(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, body: Body,
-                         wants: Wants, record: Record) -> bool:
+                         spec: RequestSpec, record: Record) -> bool:
     """Answer a request that nodes are needed for. Raises what `serve` raises."""
-    record.model, record.priority = wants.model or "", wants.priority
+    record.model, record.priority = spec.model or "", spec.priority
     if route.kind == "raw" and head.length != 0:
         try:
-            return await serve_upload(gateway, client, head, wants, record)
+            return await serve_upload(gateway, client, head, spec, record)
         except Refusal as refusal:
             refusal.close = True    # what is left of the body could be taken for the next request
             raise
-    if wants.batch and gateway.options.split_embed:
-        sizes, digest = gateway.dispatcher.split(wants, gateway.loop.time())
+    if spec.batch and gateway.options.split_embed:
+        sizes, digest = gateway.dispatcher.split(spec, gateway.loop.time())
         if len(sizes) > 1:
-            return await serve_batch(gateway, client, head, wants, record, sizes, digest)
-    handle = serve_change if wants.change else serve_inference if wants.inference else serve_control
-    return await handle(gateway, client, head, body, wants, record)
+            return await serve_batch(gateway, client, head, spec, record, sizes, digest)
+    handle = serve_change if spec.change else serve_inference if spec.inference else serve_control
+    return await handle(gateway, client, head, body, spec, record)
 
 
 async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
@@ -7551,16 +7555,16 @@ async def serve_admitted(gateway: Gateway, client: ClientConnection, head: Reque
     steps = reading_steps(head, route, body)
     reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
     if key is None:
-        wants = read_wants(head, route, reading, client.address)
-        if wants.priority > MOST_FROM_AFAR and not is_local(client, head):
-            wants.priority = MOST_FROM_AFAR
+        spec = read_spec(head, route, reading, client.address)
+        if spec.priority > MOST_FROM_AFAR and not is_local(client, head):
+            spec.priority = MOST_FROM_AFAR
     else:
         allowed = key.settings
-        wants = read_wants(head, route, reading, allowed.name, allowed.priority)
-        wants.priority = min(wants.priority, allowed.max_priority)
-    if wants.change == "unload":    # which only the body tells
+        spec = read_spec(head, route, reading, allowed.name, allowed.priority)
+        spec.priority = min(spec.priority, allowed.max_priority)
+    if spec.change == "unload":     # which only the body tells
         guard(gateway, head, route.kind, key, close=False)
-    return await serve_by_nodes(gateway, client, head, route, body, wants, record)
+    return await serve_by_nodes(gateway, client, head, route, body, spec, record)
 
 
 async def converse(gateway: Gateway, client: ClientConnection) -> None:
@@ -7870,8 +7874,8 @@ async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, t
              "options": {**options, "num_predict": tokens},
              "prompt": " ".join(f"{gateway.rng.getrandbits(16):04x}" for _ in range(words)),
              **({} if shift is None else {"shift": bool(shift)})}
-    wants = Wants(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
-    lease = dispatcher.lease_for_measuring(runner, wants, loop.time())
+    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
+    lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
     asking = loop.create_task(ask(gateway, node, "POST", "/api/generate", value, timeout_s))
     lease.abandon = lambda failure: asking.cancel()
     try:
@@ -7976,7 +7980,7 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
             "loading": runner.ready_s is not None and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
             "slots_known": runner.slots_known,
-            "inflight": sum(lease.ticket.wants.model == model for lease in runner.leases),
+            "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
             "load_s": round(runner.load_s, 2) or None, "samples": runner.samples,
@@ -7987,8 +7991,8 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
 
 def running_stats(lease: Lease, now: float) -> Json:
     """Return what /api/stats says of one running request."""
-    wants = lease.ticket.wants
-    return {"id": lease.ticket.id, "model": shown(wants.model), "priority": wants.priority, "client": wants.client,
+    spec = lease.ticket.spec
+    return {"id": lease.ticket.id, "model": shown(spec.model), "priority": spec.priority, "client": spec.client,
             "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 3),
             "began": lease.first_s is not None,
             "predicted_left_s": round(lease.predicted_end_s - now, 3) if lease.predicted_end_s else None,
@@ -8035,8 +8039,8 @@ def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
     queue, forecast = [], Forecast(dispatcher, now)
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
         start_s = forecast.start_s(dispatcher.estimates.demand_of(ticket))
-        queue.append({"id": ticket.id, "model": shown(ticket.wants.model), "priority": ticket.wants.priority,
-                      "client": ticket.wants.client, "position": position,
+        queue.append({"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
+                      "client": ticket.spec.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3),
                       "predicted_start_s": None if start_s is None else round(start_s, 3)})
     return queue
@@ -8181,7 +8185,7 @@ def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
     metrics, dispatcher, now = gateway.metrics, gateway.dispatcher, gateway.loop.time()
     nodes = dispatcher.nodes.values()
-    waiting = collections.Counter(ticket.wants.priority for ticket in dispatcher.queue.tickets)
+    waiting = collections.Counter(ticket.spec.priority for ticket in dispatcher.queue.tickets)
 
     def counted(counter: Series, *names: str) -> Samples:
         return [("", labelled(**dict(zip(names, key, strict=True))), value) for key, value in counter.items()]
@@ -8838,7 +8842,7 @@ def bare_line(line: str) -> str:
 
 def parse_url(url: str) -> tuple[str, int, bool, str]:
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
-    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)      # a password is for nobody's log
+    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)     # a password is for nobody's log
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         port = 11434 if parts.port is None else parts.port
@@ -8945,7 +8949,7 @@ def addresses_of(line: NodeSettings, told: Told) -> list[str]:
     return [address] if address else told.get(line.host, [])
 
 
-def spread(line: NodeSettings, told: Told) -> list[NodeSettings]:
+def expand(line: NodeSettings, told: Told) -> list[NodeSettings]:
     """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
     addresses = addresses_of(line, told)
     addresses = [address for address in addresses if ":" not in address] or addresses
@@ -8966,7 +8970,7 @@ def servers_in(lines: Iterable[NodeSettings], told: Told) -> set[Server]:
     return {(address, line.port) for line in lines for address in addresses_of(line, told)}
 
 
-def united(lines: Iterable[NodeSettings], told: Told, found: dict[Server, Found]) -> list[NodeSettings]:
+def merge_sources(lines: Iterable[NodeSettings], told: Told, found: dict[Server, Found]) -> list[NodeSettings]:
     """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
 
     `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
@@ -8975,7 +8979,7 @@ def united(lines: Iterable[NodeSettings], told: Told, found: dict[Server, Found]
     written = servers_in(lines, told)
     here = {port for address, port in written if is_loopback(address)}
     for line in lines:
-        for node in spread(line, told) if line.resolve else [line]:
+        for node in expand(line, told) if line.resolve else [line]:
             nodes.setdefault(node.name, node)
     for (address, port), it in found.items():
         if (address, port) not in written and not (it.own and port in here):
@@ -8992,7 +8996,7 @@ async def look_up(name: str) -> list[str]:
 
 async def resolve(gateway: Gateway, name: str) -> bool:
     """Note the addresses behind a name; tell whether they have changed. If DNS fails, what it told last stays."""
-    was, failed = gateway.told.get(name, []), name in gateway.unresolved
+    was, failed = gateway.dns.get(name, []), name in gateway.unresolved
     try:
         found, why = set(await gateway.look_up(name)), "no address"
     except (OSError, UnicodeError) as error:
@@ -9004,10 +9008,10 @@ async def resolve(gateway: Gateway, name: str) -> bool:
         return False
     gateway.unresolved.discard(name)
     # In the order in which they came: the first one may be the primary node.
-    gateway.told[name] = [address for address in was if address in found] + sorted(found.difference(was))
-    if failed or gateway.told[name] != was:
-        LOG.info({"event": "dns", "name": name, "addresses": " ".join(gateway.told[name])})
-    return gateway.told[name] != was
+    gateway.dns[name] = [address for address in was if address in found] + sorted(found.difference(was))
+    if failed or gateway.dns[name] != was:
+        LOG.info({"event": "dns", "name": name, "addresses": " ".join(gateway.dns[name])})
+    return gateway.dns[name] != was
 
 
 async def follow_name(gateway: Gateway, name: str) -> None:
@@ -9080,7 +9084,7 @@ async def scan(gateway: Gateway) -> None:
     networks, port, began_s = gateway.options.discover, gateway.scan_port, gateway.loop.time()
     up = {server for node in gateway.dispatcher.nodes.values() if node.up
           for server in [(node.settings.address or node.settings.host, node.settings.port)]}
-    needless = up | servers_in(gateway.lines, gateway.told) | {gateway.address}
+    needless = up | servers_in(gateway.lines, gateway.dns) | {gateway.address}
     addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
     LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port, "addresses": len(addresses)})
     left = (address for address in addresses if (address, port) not in needless)
@@ -9093,10 +9097,11 @@ async def scan(gateway: Gateway) -> None:
 
     await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
     in_order = sorted(answered, key=lambda server: addresses.index(server[0]))
-    was, gateway.found = gateway.found, after_scan(gateway.found, {it: answered[it] for it in in_order}, up)
-    LOG.info({"event": "scan", "found": " ".join(address for address, _ in gateway.found if (address, port) not in was),
-              "gone": " ".join(address for address, _ in was if (address, port) not in gateway.found),
-              "known": len(gateway.found), "took_s": round(gateway.loop.time() - began_s, 1)})
+    was, gateway.scanned = gateway.scanned, after_scan(gateway.scanned, {it: answered[it] for it in in_order}, up)
+    LOG.info({"event": "scan",
+              "found": " ".join(address for address, _ in gateway.scanned if (address, port) not in was),
+              "gone": " ".join(address for address, _ in was if (address, port) not in gateway.scanned),
+              "known": len(gateway.scanned), "took_s": round(gateway.loop.time() - began_s, 1)})
 
 
 SCAN = "--discover"                 # among the names of sources; no host is called so
@@ -9355,7 +9360,7 @@ def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
     if not is_loopback(options.bind):
         return lambda host: False
     machine = socket.gethostname()
-    return remembered(lambda host: not may_mean_us(host, machine, options.origins))
+    return remembered(lambda host: not is_trusted_host(host, machine, options.origins))
 
 
 def affordable_clients(asked: int, descriptors: int) -> int:
@@ -9365,7 +9370,7 @@ def affordable_clients(asked: int, descriptors: int) -> int:
     return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
 
 
-Chore = Callable[["Gateway", Node], Coroutine[Any, Any, object]]
+Job = Callable[["Gateway", Node], Coroutine[Any, Any, object]]
 Followed = TypeVar("Followed")      # a node, or the name of a source
 
 
@@ -9386,21 +9391,21 @@ class Gateway:
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
-        self.turns = Turns(self.loop)       # of work that takes long
+        self.turns = LoopTurns(self.loop)       # of work that takes long
         self.memory = BodyMemory(options.max_memory, self.turns)
         self.pools: dict[Node, Pool] = {}
         self.probes: dict[Node, asyncio.Task[None]] = {}
-        self.chores: dict[tuple[Node, Chore], asyncio.Task[object]] = {}
+        self.jobs: dict[tuple[Node, Job], asyncio.Task[object]] = {}
         self.states: dict[Node, str] = {}           # as logged last
         self.clients: set[ClientConnection] = set()
         self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
         self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
         self.lines = lines          # NodeSettings as written
         self.look_up = look_up      # name -> its addresses
-        self.told: Told = {}        # as DNS told last
+        self.dns: Told = {}         # as DNS told last
         self.unresolved: set[str] = set()           # names for which DNS failed last
         self.scan_port = scan_port  # of the Ollama servers that are looked for
-        self.found: dict[Server, Found] = {}
+        self.scanned: dict[Server, Found] = {}
         self.sources: dict[str, asyncio.Task[None]] = {}        # by the name, or what else is followed
         self.first_looks: set[Node | str] = set()   # nodes and names not yet looked at since the start
         self.started_s = self.loop.time()
@@ -9414,7 +9419,7 @@ class Gateway:
         self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
         self.keys = Keys(keys)
-        self.files_seen = self.files_before = self.file_stamps()     # as taken over; as in the last sweep
+        self.files_seen = self.files_before = self.file_stamps()    # as taken over; as in the last sweep
         self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
         self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
             "/": answer_root,
@@ -9455,7 +9460,7 @@ class Gateway:
         self.address = self.server.sockets[0].getsockname()[:2]
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         if self.options.discover:
-            self.keep_going(self.sources, SCAN, scan_again_and_again)
+            self.supervise(self.sources, SCAN, scan_again_and_again)
         return self
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -9529,7 +9534,7 @@ class Gateway:
         self.lines, names = lines, names_in(lines, self.options.discover)
         for name in self.sources.keys() - names - {SCAN}:
             self.sources.pop(name).cancel()
-            self.told.pop(name, None)
+            self.dns.pop(name, None)
             self.unresolved.discard(name)
         for name in names - self.sources.keys():
             self.begin_source(name)
@@ -9540,7 +9545,7 @@ class Gateway:
 
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
-        added, dropped = self.dispatcher.configure(united(self.lines, self.told, self.found))
+        added, dropped = self.dispatcher.configure(merge_sources(self.lines, self.dns, self.scanned))
         if self.server is None:
             self.first_looks.update(added)
             self.first_looks.difference_update(dropped)
@@ -9549,9 +9554,9 @@ class Gateway:
             self.begin_probes(node)
         for node in dropped:
             self.probes.pop(node).cancel()
-            for owner, work in self.chores:
+            for owner, work in self.jobs:
                 if owner is node:
-                    self.chores[owner, work].cancel()
+                    self.jobs[owner, work].cancel()
             self.pools[node].close()
         changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
         for node in changed:
@@ -9563,22 +9568,22 @@ class Gateway:
 
     def begin_probes(self, node: Node) -> None:
         """Start the task that probes a node."""
-        self.keep_going(self.probes, node, probe_forever)
+        self.supervise(self.probes, node, probe_forever)
 
     def begin_source(self, name: str) -> None:
         """Start the task that follows a name."""
         if self.server is None:
             self.first_looks.add(name)
-        self.keep_going(self.sources, name, follow_name)
+        self.supervise(self.sources, name, follow_name)
 
-    def keep_going(self, tasks: dict[Followed, asyncio.Task[None]], key: Followed,
+    def supervise(self, tasks: dict[Followed, asyncio.Task[None]], key: Followed,
                    work: Callable[[Gateway, Followed], Coroutine[Any, Any, None]]) -> None:
         """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
         task = tasks[key] = self.loop.create_task(work(self, key))
 
         def again() -> None:
             if tasks.get(key) is task:      # else dropped meanwhile
-                self.keep_going(tasks, key, work)
+                self.supervise(tasks, key, work)
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and tasks.get(key) is task:
@@ -9644,7 +9649,7 @@ class Gateway:
             if ticket.waiter is not None and not ticket.waiter.done():
                 ticket.waiter.set_result(None)
 
-    async def turn(self, ticket: Ticket) -> Lease:
+    async def acquire_lease(self, ticket: Ticket) -> Lease:
         """Return the lease of a ticket, once it has one. Raises Refusal."""
         self.pump()
         while ticket.lease is None:
@@ -9654,15 +9659,15 @@ class Gateway:
             await ticket.waiter
         return ticket.lease
 
-    def begin_chore(self, node: Node, work: Chore) -> None:
+    def begin_chore(self, node: Node, work: Job) -> None:
         """Start a piece of work on a node, such as a check or its calibration, unless it is under way.
 
         Not on one that was dropped.
         """
         chore = node, work
-        if chore not in self.chores and self.dispatcher.nodes.get(node.name) is node:
-            task = self.chores[chore] = self.loop.create_task(work(self, node))
-            task.add_done_callback(lambda task: self.chores.pop(chore, None))
+        if chore not in self.jobs and self.dispatcher.nodes.get(node.name) is node:
+            task = self.jobs[chore] = self.loop.create_task(work(self, node))
+            task.add_done_callback(lambda task: self.jobs.pop(chore, None))
 
     def note_load(self, node: Node) -> None:
         """Note that a node has loaded a model, and soon what that has pushed out."""
@@ -9676,7 +9681,7 @@ class Gateway:
         self.pump()
         return json_answer(node_stats(node, self.loop.time()))
 
-    def blame(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
+    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
         """Note and log that a node failed a request, and look at once what has become of it."""
         assert failure.kind is not None     # else it is no fault of the node's
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
@@ -9810,7 +9815,7 @@ class Gateway:
             self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.sources.values(), *self.probes.values(), *self.chores.values(),
+        tasks = [*self.sources.values(), *self.probes.values(), *self.jobs.values(),
                  *(client.task for client in self.clients if client.task)]
         for client in list(self.clients):
             client.transport.abort()
@@ -10144,12 +10149,12 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
     gateway.lines = settings
     if options.discover:
         await scan(gateway)
-    gateway.dispatcher.configure(united(settings, gateway.told, gateway.found))
+    gateway.dispatcher.configure(merge_sources(settings, gateway.dns, gateway.scanned))
     nodes = list(gateway.dispatcher.nodes.values())
     for node in nodes:
         gateway.pools[node] = Pool(node.settings, gateway.turns, gateway.via)
     reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
-    missing = [line for line in settings if line.resolve and not spread(line, gateway.told)]
+    missing = [line for line in settings if line.resolve and not expand(line, gateway.dns)]
     rows: list[tuple[str | list[str], ...]] = [
         ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):

@@ -47,7 +47,7 @@ import pytest
 
 import bench
 import sollol
-from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, Wants, Where
+from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, RequestSpec, Where
 
 HERE = pathlib.Path(__file__).parent
 # How many times as many random cases are tried as in a quick run of the tests.
@@ -549,12 +549,12 @@ def test_mutated_chunks_raise_nothing_but_protocol_errors_and_any_split_gives_th
 # -----------------------------------------------------------------------------
 
 def asked(path="/api/chat", body=b"", method="POST", **fields):
-    """Return the Wants of a body (bytes, or a value for JSON) on a path, with header fields."""
+    """Return the RequestSpec of a body (bytes, or a value for JSON) on a path, with header fields."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {name.replace("_", "-").encode(): value for name, value in fields.items()}
     given = sollol.RequestHead(method, path.encode(), path, 1, fields, [], len(body), True, False)
     route = sollol.ROUTES[method, path]
-    return sollol.read_wants(given, route, sollol.at_once(sollol.reading_steps(given, route, body)), "10.0.0.1")
+    return sollol.read_spec(given, route, sollol.at_once(sollol.reading_steps(given, route, body)), "10.0.0.1")
 
 
 @pytest.mark.parametrize("name, full", [
@@ -607,10 +607,10 @@ READ = [(method, path) for (method, path), route in sollol.ROUTES.items() if rou
 
 @pytest.mark.parametrize("method, path", READ)
 def test_what_a_path_means_when_the_body_does_not_say(method, path):
-    wants = asked(path, b"{}", method)
-    assert (wants.stream, wants.embeds) == (path in STREAMING, path in EMBEDDING)
-    assert wants.inference == (wants.where is Where.QUEUED) and wants.family is sollol.family_of(path)
-    assert (wants.priority, wants.max_output, wants.options, wants.client) == (5, None, (), "10.0.0.1")
+    spec = asked(path, b"{}", method)
+    assert (spec.stream, spec.embeds) == (path in STREAMING, path in EMBEDDING)
+    assert spec.inference == (spec.where is Where.QUEUED) and spec.family is sollol.family_of(path)
+    assert (spec.priority, spec.max_output, spec.options, spec.client) == (5, None, (), "10.0.0.1")
     for stream in (True, False, "yes", 1, None, []):
         expected = stream if isinstance(stream, bool) else path in STREAMING
         assert asked(path, {"stream": stream}, method).stream is expected
@@ -709,15 +709,15 @@ def test_continued_chat_shares_its_beginning(turns):
 
 
 def test_chats_that_begin_otherwise_share_nothing():
-    parts = [{part for part, _ in wants.prefix} for wants in (
+    parts = [{part for part, _ in spec.prefix} for spec in (
         chat(5), chat(5, system="be cruel"), chat(5, tools=[{"name": "t"}]), chat(5, tools=[{"name": "u"}]))]
     assert len(set.union(*parts)) == sum(map(len, parts))
 
 
 def test_prefix_counts_characters_and_stays_short():
-    wants = chat(100)
-    assert len(wants.prefix) == sollol.PREFIX_FIRST + sollol.PREFIX_LAST
-    assert (wants.prefix[0][1], wants.prefix[-1][1]) == (len("be kind"), wants.prompt_chars)
+    spec = chat(100)
+    assert len(spec.prefix) == sollol.PREFIX_FIRST + sollol.PREFIX_LAST
+    assert (spec.prefix[0][1], spec.prefix[-1][1]) == (len("be kind"), spec.prompt_chars)
 
 
 def junk(rng, depth=4):
@@ -741,14 +741,14 @@ def test_no_body_raises_anything_but_a_refusal():
                           if rng.random() < 0.5 else junk(rng)).encode()
         body = mutated(rng, body) if rng.random() < 0.3 else body
         try:
-            wants = asked(path, body, method)
+            spec = asked(path, body, method)
         except Refusal as refusal:
             assert refusal.status == 400
             continue
         except Exception as error:
             pytest.fail(f"{error!r} for {body!r}")
-        assert isinstance(wants.model, str | None) and isinstance(wants.stream, bool)
-        assert 1 <= wants.priority <= 10 and wants.prompt_chars >= 0
+        assert isinstance(spec.model, str | None) and isinstance(spec.stream, bool)
+        assert 1 <= spec.priority <= 10 and spec.prompt_chars >= 0
 
 
 @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
@@ -812,7 +812,7 @@ def test_image_is_no_part_of_a_large_prompt():
 
 def want(model="m", **more):
     given = {"family": Family.OLLAMA, "stream": True, "prompt_chars": 400, **more}
-    return Wants(model=sollol.canonical(model), **given)
+    return RequestSpec(model=sollol.canonical(model), **given)
 
 
 def ticket(seq, model="m", priority=5, now=0.0):
@@ -911,16 +911,16 @@ def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
 
 
 def test_client_with_nothing_left_is_forgotten():
-    fair, wants = sollol.FairShare(), want(client="c")
-    fair.charge(wants, 0.0, 100.0)
-    fair.charge(wants, 0.0, 100.0)
-    fair.settle(wants)
-    assert fair.charge(wants, 1.0, 1.0) == 200.0
-    fair.settle(wants)
-    fair.settle(wants)
+    fair, spec = sollol.FairShare(), want(client="c")
+    fair.charge(spec, 0.0, 100.0)
+    fair.charge(spec, 0.0, 100.0)
+    fair.settle(spec)
+    assert fair.charge(spec, 1.0, 1.0) == 200.0
+    fair.settle(spec)
+    fair.settle(spec)
     assert not fair.active and not fair.next_s and not fair.begun_s
-    fair.correct(wants, 100.0)
-    assert fair.charge(wants, 2.0, 1.0) == 2.0
+    fair.correct(spec, 100.0)
+    assert fair.charge(spec, 2.0, 1.0) == 2.0
 
 
 @table("charged, more_s, now, start_s", [
@@ -930,11 +930,11 @@ def test_client_with_nothing_left_is_forgotten():
     ("no credit over time", [10.0], -9.0, 3.0, 3.0),
 ])
 def test_client_is_charged_for_what_its_requests_have_really_cost(charged, more_s, now, start_s):
-    fair, wants = sollol.FairShare(), want(client="c")
+    fair, spec = sollol.FairShare(), want(client="c")
     for cost_s in charged:
-        fair.charge(wants, 0.0, cost_s)
-    fair.correct(wants, more_s)
-    assert fair.start_s(wants, now) == start_s
+        fair.charge(spec, 0.0, cost_s)
+    fair.correct(spec, more_s)
+    assert fair.start_s(spec, now) == start_s
     assert fair.start_s(want(client="other"), now) == now
     assert fair.start_s(want(client="c", priority=9), now) == now
 
@@ -1036,8 +1036,8 @@ def runner(dispatcher, name, model="m:latest"):
     return dispatcher.nodes[name].runners[model]
 
 
-def enter(dispatcher, *wants, now=0.0):
-    return [dispatcher.enter(f"r{next(IDS)}", it, now) for it in wants]
+def enter(dispatcher, *spec, now=0.0):
+    return [dispatcher.enter(f"r{next(IDS)}", it, now) for it in spec]
 
 
 IDS = iter(range(10**9))
@@ -1191,7 +1191,7 @@ def test_batch_work_of_a_client_never_overtakes_its_own_urgent_backlog():
                for number, priority in enumerate([8] * 60 + [1] * 3 + [8] * 3)]
     waiting = dispatcher.queue.in_order()
     assert tickets[59].key_s - tickets[0].key_s > 5 * sollol.HEAD_START_S
-    assert [ticket.wants.priority for ticket in waiting] == [8] * 63 + [1] * 3
+    assert [ticket.spec.priority for ticket in waiting] == [8] * 63 + [1] * 3
 
 
 def test_offers_are_made_anew_when_slots_are_proved():
@@ -1203,7 +1203,7 @@ def test_offers_are_made_anew_when_slots_are_proved():
     waiting, = enter(dispatcher, want())
     assert placed(dispatcher) == []
     node = dispatcher.nodes["n1"]
-    assert dispatcher.around(node, 0.0).offer(runner(dispatcher, "n1"), 0.0).first_s(0.0) > 0
+    assert dispatcher.snapshot(node, 0.0).offer(runner(dispatcher, "n1"), 0.0).first_s(0.0) > 0
     dispatcher.prove_slots(runner(dispatcher, "n1"), 3)
     assert placed(dispatcher) == ["n1"] and waiting.lease
 
@@ -1457,9 +1457,9 @@ def test_urgent_newcomer_displaces_the_least_urgent_of_a_full_queue():
 def test_equal_newcomer_displaces_nobody_and_owes_nothing_for_it():
     dispatcher = cluster(max_queue=2, n1=["m"])
     enter(dispatcher, want(client="a"), want(client="b"))
-    for wants in (want(client="a"), want(client="c"), want(client="c", priority=1)):
+    for spec in (want(client="a"), want(client="c"), want(client="c", priority=1)):
         with pytest.raises(Refusal):
-            enter(dispatcher, wants)
+            enter(dispatcher, spec)
     assert set(dispatcher.fair.active) == {("a", 5), ("b", 5)} and not dispatcher.displaced
 
 
@@ -1467,7 +1467,7 @@ def test_stream_that_has_begun_is_not_displaced_while_it_waits_for_its_rescue():
     dispatcher = cluster(max_queue=2, n1=["m"], n2=["m"])
     begun, _ = enter(dispatcher, want(priority=1), want(priority=5))
     assert sorted(placed(dispatcher)) == ["n1", "n2"]
-    dispatcher.go_on(begun, begun.lease.node)
+    dispatcher.pin_version_of(begun, begun.lease.node)
     assert fail(dispatcher, begun)
     low, = enter(dispatcher, want(priority=3))
     urgent, = enter(dispatcher, want(priority=8))
@@ -1488,7 +1488,7 @@ def test_what_is_held_to_a_version_goes_to_no_node_that_joins_or_changes_with_an
         held = dispatcher.enter("held", want(), 0.0, rows("m")[0]["digest"])
     else:                           # a stream that is to be gone on with
         held = next(it for it in others if it.lease.node.name == "n2")
-        dispatcher.go_on(held, held.lease.node)
+        dispatcher.pin_version_of(held, held.lease.node)
         assert fail(dispatcher, held)
     assert placed(dispatcher) == []
     dispatcher.configure([*settings, NodeSettings("n3", "127.0.0.1", 9)])
@@ -1616,7 +1616,7 @@ def test_embeddings_do_not_disprove_slots_by_computing():
     assert runner(dispatcher, "n1").slots_known == "guessed"
 
 
-COUNTS = Timings(prompt_tokens=100, output_tokens=50)        # all that an answer of /v1 tells
+COUNTS = Timings(prompt_tokens=100, output_tokens=50)   # all that an answer of /v1 tells
 
 
 def whole(**more):
@@ -1630,7 +1630,7 @@ def answered(dispatcher, done, now, timings=COUNTS):
     finish(dispatcher, done, now, timings)
 
 
-def sent_apart(*wants, slots=0, apart_s=0.2, known=1):
+def sent_apart(*spec, slots=0, apart_s=0.2, known=1):
     """Return a dispatcher whose one node has been sent requests one after the other, from 100 s on, and their tickets.
 
     Three requests before them were alone, and took one second each.
@@ -1641,7 +1641,7 @@ def sent_apart(*wants, slots=0, apart_s=0.2, known=1):
         placed(dispatcher, 10.0 * number)
         answered(dispatcher, alone, 10.0 * number + 1.0)
     dispatcher.prove_slots(runner(dispatcher, "n1"), known)
-    for number, it in enumerate(wants):
+    for number, it in enumerate(spec):
         tickets += enter(dispatcher, it, now=100 + number * apart_s)
         assert placed(dispatcher, 100 + number * apart_s) == ["n1"]
     return dispatcher, tickets
@@ -1653,12 +1653,12 @@ def test_answer_that_overtakes_an_earlier_one_proves_slots():
     assert (runner(dispatcher, "n1").slots, runner(dispatcher, "n1").slots_known) == (2, "learned")
 
 
-@table("wants, apart_s, timings", [
+@table("spec, apart_s, timings", [
     ("sent at the same time: who was first?", [whole(), whole()], 0.001, COUNTS),
     ("no prompt, so it only loads", [whole(), whole()], 0.2, Timings()),
     ("the first one waits for a load of its own", [whole(options=(("num_ctx", 1),)), whole()], 0.2, COUNTS)])
-def test_answer_that_overtakes_an_earlier_one_for_other_reasons_proves_nothing(wants, apart_s, timings):
-    dispatcher, (_, second) = sent_apart(*wants, apart_s=apart_s)
+def test_answer_that_overtakes_an_earlier_one_for_other_reasons_proves_nothing(spec, apart_s, timings):
+    dispatcher, (_, second) = sent_apart(*spec, apart_s=apart_s)
     answered(dispatcher, second, 100.9, timings)
     assert runner(dispatcher, "n1").slots == 1
 
@@ -1712,7 +1712,7 @@ def test_stream_without_usage_is_counted_by_its_events():
         it, = enter(dispatcher, want(family=Family.OPENAI), now=start)
         placed(dispatcher, start)
         dispatcher.heard(it.lease, 2, start + 1.0)
-        dispatcher.heard(it.lease, 2 * 41, start + 5.0)        # 40 tokens in all, then the finish and [DONE]
+        dispatcher.heard(it.lease, 2 * 41, start + 5.0)     # 40 tokens in all, then the finish and [DONE]
         finish(dispatcher, it, start + 5.0)
     assert dispatcher.estimates.lengths["m:latest"].mean == pytest.approx(40)
     assert runner(dispatcher, "n1").decode_s == pytest.approx(0.1, rel=0.05)
@@ -1772,13 +1772,13 @@ def test_slot_that_was_proved_before_is_tried_again_every_half_minute():
     dispatcher = cluster(slots=0, n1=["m"])
     known = runner(dispatcher, "n1")
     dispatcher.prove_slots(known, 2)
-    known.top, pauses = 1, []
+    known.proven, pauses = 1, []
     for _ in range(5):
         dispatcher.disprove_slots(known, 100.0)
         pauses.append(known.probe_s - 100)
     assert pauses == [30, 30, 30, 30, 30]
     dispatcher.missed(dispatcher.nodes["n1"], True, 200.0)
-    assert known.peak == 1
+    assert known.max_proven == 1
 
 
 def test_slot_that_others_may_have_taken_is_tried_again_every_half_minute():
@@ -1815,7 +1815,7 @@ def test_speeds_and_lengths_are_learned_from_answers():
     assert known.decode_s == pytest.approx(0.05) and known.prefill_s == pytest.approx(0.001, rel=0.1)
     lengths = dispatcher.estimates.lengths["m:latest"]
     assert lengths.chars_per_token == pytest.approx(3.0, rel=0.1) and lengths.mean == pytest.approx(40)
-    offer = dispatcher.around(known.node, now).offer(known, now)
+    offer = dispatcher.snapshot(known.node, now).offer(known, now)
     it = offer.predict(dispatcher.estimates.demand(want(prompt_chars=3000)), now)
     assert (it.prefill_s, it.decode_s) == pytest.approx((1.03, 2.0), rel=0.1)
 
@@ -1933,7 +1933,7 @@ def test_nothing_is_learned_of_speed_while_others_use_the_node(timings, taught):
     now = answer_alone(dispatcher, 0.0, timings)
     assert (known.decode_s > 0.02, known.prefill_s > 0.001) == (taught, taught)
     found = known.decode_s
-    now = answer_alone(dispatcher, now, prompted(1000, 0.002, 2.5))      # the others may still be there
+    now = answer_alone(dispatcher, now, prompted(1000, 0.002, 2.5))     # the others may still be there
     assert (known.decode_s > found) is taught
     found = known.decode_s
     answer_alone(dispatcher, now + sollol.STRANGERS_S, prompted(1000, 0.002, 2.5))
@@ -1950,7 +1950,7 @@ def test_node_that_others_use_for_ever_is_measured_in_spite_of_them():
 def test_nothing_is_learned_of_speed_during_a_load():
     dispatcher = cluster(slots=2, n1=["m", "x"])
     known = known_speeds(dispatcher)
-    sollol.Dispatcher.believe_unloaded(dispatcher, runner(dispatcher, "n1", "x:latest"))
+    sollol.Dispatcher.assume_unloaded(dispatcher, runner(dispatcher, "n1", "x:latest"))
     it, loads = enter(dispatcher, want(), want("x"))
     placed(dispatcher)
     assert loads.lease.loads
@@ -2030,7 +2030,7 @@ def measuring(dispatcher, now=0.0):
 @table("come", [
     ("a request that is queued", lambda dispatcher: (enter(dispatcher, want(), now=1.0), placed(dispatcher, 1.0))),
     ("one of another model", lambda dispatcher: (enter(dispatcher, want("x"), now=1.0), placed(dispatcher, 1.0))),
-    ("one without a slot", lambda dispatcher: dispatcher.place("c", want(inference=False), set(), 1.0)),
+    ("one without a slot", lambda dispatcher: dispatcher.lease_unqueued("c", want(inference=False), set(), 1.0)),
     ("a reload without the node", lambda dispatcher: dispatcher.configure([NodeSettings("n2", "b", 2)]))])
 def test_measurement_takes_no_slot_and_ends_when_somebody_comes(come):
     dispatcher = cluster(slots=1, n1=["m", "x"])
@@ -2099,7 +2099,7 @@ def test_model_on_the_cpu_is_not_taken_for_one_on_a_card(vram, slower):
     dispatcher.residency(dispatcher.nodes["n1"], [{key: it for key, it in row.items() if it is not None}], 1.0, 1.0)
     found_s = sollol.decode_s(known), sollol.prefill_s(known), sollol.input_s(known)
     assert found_s == pytest.approx([slower * it for it in card_s])
-    assert sollol.size_factor(known, found_s[0]) == pytest.approx(1)       # the node is as slow as expected
+    assert sollol.size_factor(known, found_s[0]) == pytest.approx(1)    # the node is as slow as expected
     other = runner(dispatcher, "n1", "x:latest")        # not resident: it will run where the others do
     assert sollol.decode_s(other) == pytest.approx(card_s[0] * (20 if vram == 0 else 1))
     known.decode_s = 0.5
@@ -2124,7 +2124,7 @@ def test_texts_to_embed_cost_each_and_not_only_by_their_tokens():
     known = runner(dispatcher, "n1", "nomic-embed:latest")
     known.disk_bytes = 0.27e9
     long = dispatcher.estimates.demand(embedding(12_000))
-    offer = dispatcher.around(known.node, 0.0).offer(known, 0.0)
+    offer = dispatcher.snapshot(known.node, 0.0).offer(known, 0.0)
     assert 25 < offer.finish_s(long, 0.0) < 40 and 25 < offer.predict(long, 0.0).prefill_s < 40
     assert dispatcher.cost_s(long, 0.0) > 25
     it, = enter(dispatcher, embedding(12_000))
@@ -2259,7 +2259,7 @@ def test_wait_that_ends_when_one_of_ours_leaves_tells_the_slots_and_no_stranger(
     """Eight are believed, two are there: the third begins when the first has left."""
     dispatcher = cluster(slots=0, n1=["m"])
     known = runner(dispatcher, "n1")
-    known.slots = known.top = known.peak = known.seen = 8
+    known.slots = known.proven = known.max_proven = known.seen = 8
     known.slots_known, known.seen_s = "learned", 0.0
     tickets, now = enter(dispatcher, *[want()] * 40), 0.0
     placed(dispatcher, now)
@@ -2277,7 +2277,7 @@ def test_wait_that_ends_when_one_of_ours_leaves_tells_the_slots_and_no_stranger(
 def test_slots_that_nobody_has_seen_for_long_are_tried_one_by_one():
     dispatcher = cluster(slots=0, n1=["m"])
     known = runner(dispatcher, "n1")
-    known.slots = known.top = known.peak = 6
+    known.slots = known.proven = known.max_proven = 6
     known.slots_known, known.probe_s = "learned", math.inf
     enter(dispatcher, *[want()] * 9)
     for now, sent in ((0.0, 2), (1.0, 1), (2.0, 1), (3.0, 1), (4.0, 1)):
@@ -2428,7 +2428,7 @@ def test_memory_is_learned_from_what_left_while_another_came():
     dispatcher = cluster(resident=False, n1=["a", "b", "c"])
     node = dispatcher.nodes["n1"]
     dispatcher.residency(node, ps_rows("a", "b"), 0.0, 0.0)
-    dispatcher.residency(node, ps_rows("a"), 5.0, 5.0)       # expired, as nothing came
+    dispatcher.residency(node, ps_rows("a"), 5.0, 5.0)  # expired, as nothing came
     assert (node.vram_seen_bytes, node.vram_limit_bytes) == (10e9, math.inf)
     dispatcher.residency(node, ps_rows("a", "b"), 10.0, 10.0)
     dispatcher.residency(node, ps_rows("b", "c"), 15.0, 15.0)
@@ -2460,7 +2460,7 @@ def test_eviction_by_count_is_no_sign_of_a_memory_limit():
     dispatcher.residency(node, ps_rows("a", "b", "c", "d"), 15.0, 15.0)
     assert node.most_loaded == math.inf                         # somebody has raised it
     dispatcher.residency(node, ps_rows("a", "b", "e"), 20.0, 20.0)
-    assert (node.most_loaded, node.vram_limit_bytes) == (math.inf, 20e9)   # three are fewer than there were: memory
+    assert (node.most_loaded, node.vram_limit_bytes) == (math.inf, 20e9)    # three are fewer than there were: memory
 
 
 def test_model_with_the_shortest_keep_alive_is_evicted_however_lately_it_was_used():
@@ -2546,7 +2546,7 @@ def test_model_that_somebody_loaded_with_another_context_than_the_default_is_loa
     it, = enter(dispatcher, want(), now=51.0)
     placed(dispatcher, 51.0)
     finish(dispatcher, it, 55.0)
-    dispatcher.residency(node, [{**shown[0], "context_length": 16384}], 60.0, 60.0)      # by a user of the node
+    dispatcher.residency(node, [{**shown[0], "context_length": 16384}], 60.0, 60.0)     # by a user of the node
     assert not sollol.is_loaded_for(known, want()) and known.own_context == 4096
 
 
@@ -2575,7 +2575,7 @@ def test_look_at_ps_never_unbelieves_a_load_under_way():
     old = [{"name": "m", "size": 2e9, "context_length": 4096}]
     runner(dispatcher, "n1").ready_s = 130.0
     dispatcher.residency(node, old, 120.0, 120.0)       # what is unloaded to be loaded with other options
-    assert sollol.is_loaded_for(runner(dispatcher, "n1"), it.wants)
+    assert sollol.is_loaded_for(runner(dispatcher, "n1"), it.spec)
 
 
 def test_node_whose_load_is_overdue_is_not_fed_with_other_models_for_half_a_minute():
@@ -2703,7 +2703,7 @@ def test_node_that_other_nodes_may_better_is_not_said_to_fail():
 def test_only_what_may_go_elsewhere_and_changes_of_models_leave_a_dead_node(change, repeatable, leaves):
     dispatcher = cluster(n1=["m"], n2=["m"])
     node = dispatcher.nodes["n1"]
-    lease = dispatcher.pin("r", want(inference=False, change=change, repeatable=repeatable), node, 0.0, "any node")
+    lease = dispatcher.lease_on("r", want(inference=False, change=change, repeatable=repeatable), node, 0.0, "any node")
     dispatcher.missed(node, False, 20.0)
     assert not node.up and dispatcher.watch(20.0) == ([lease] if leaves else [], [])
 
@@ -2766,7 +2766,7 @@ def test_node_that_was_never_measured_may_be_as_slow_as_a_cpu():
     dispatcher = cluster(n1=["m"])
     it, = enter(dispatcher, want(prompt_chars=6000))
     placed(dispatcher)
-    cpu_s = bench.solo_s("cpu", "llama3.2", 1500, 1)       # of the size that `rows` says
+    cpu_s = bench.solo_s("cpu", "llama3.2", 1500, 1)    # of the size that `rows` says
     assert cpu_s < it.lease.quiet_s + 5 * cpu_s             # in doubt it comes last; nothing is taken from it
 
 
@@ -2902,18 +2902,18 @@ def test_name_that_a_node_does_not_know_leaves_the_other_name_loaded():
 
 def test_place_prefers_a_holder_and_takes_no_slot():
     dispatcher = cluster(n1=["x"], n2=["m"])
-    wants = want(inference=False)
-    lease = dispatcher.place("c1", wants, set(), 0.0)
+    spec = want(inference=False)
+    lease = dispatcher.lease_unqueued("c1", spec, set(), 0.0)
     assert (lease.node.name, lease.runner) == ("n2", None)
-    assert dispatcher.place("c2", wants, {"n2"}, 0.0).node.name == "n1"
-    assert dispatcher.place("c3", want("unknown"), set(), 0.0).node.name == "n1"
+    assert dispatcher.lease_unqueued("c2", spec, {"n2"}, 0.0).node.name == "n1"
+    assert dispatcher.lease_unqueued("c3", want("unknown"), set(), 0.0).node.name == "n1"
     with pytest.raises(Refusal) as caught:
-        dispatcher.place("c4", wants, {"n1", "n2"}, 0.0)
+        dispatcher.lease_unqueued("c4", spec, {"n1", "n2"}, 0.0)
     assert caught.value.status == 502
     for node in dispatcher.nodes.values():
         dispatcher.lost(node, 0.0)
     with pytest.raises(Refusal) as caught:
-        dispatcher.place("c5", wants, set(), 0.0)
+        dispatcher.lease_unqueued("c5", spec, set(), 0.0)
     assert caught.value.status == 503 and caught.value.retry_after_s >= 1
 
 
@@ -2946,7 +2946,7 @@ def taught():
     """Return a Dispatcher that has learned something of each of its nodes."""
     dispatcher = cluster(slots=0, n1=["m", "nomic-embed"], n2=["m"])
     it = runner(dispatcher, "n1")
-    it.decode_s, it.prefill_s, it.load_s, it.samples, it.lone = 0.005, 0.0002, 4.0, 40, {True: 1.5}
+    it.decode_s, it.prefill_s, it.load_s, it.samples, it.unqueued_ratio = 0.005, 0.0002, 4.0, 40, {True: 1.5}
     it.input_s = 0.007
     dispatcher.prove_slots(it, 4)
     runner(dispatcher, "n2").load_s = 9.0
@@ -2977,9 +2977,9 @@ def test_what_was_learned_is_known_again_as_an_estimate():
     again = restarted(first.learned(), settings_of(first))
     one, two = again.nodes.values()
     it, other = runner(again, "n1"), runner(again, "n2")
-    assert (it.decode_s, it.prefill_s, it.load_s, it.lone) == (0.005, 0.0002, 4.0, {True: 1.5})
+    assert (it.decode_s, it.prefill_s, it.load_s, it.unqueued_ratio) == (0.005, 0.0002, 4.0, {True: 1.5})
     assert it.input_s == 0.007
-    assert (it.slots, it.top, it.slots_known, it.samples) == (4, 4, "learned", sollol.KEPT_SAMPLES)
+    assert (it.slots, it.proven, it.slots_known, it.samples) == (4, 4, "learned", sollol.KEPT_SAMPLES)
     assert (one.size_factor, one.vram_limit_bytes, two.vram_limit_bytes) == (0.3, 8e9, math.inf)
     assert (one.calibrated, two.calibrated, other.load_s) == (True, False, 9.0)
     assert (other.slots, other.slots_known) == (1, "learned") and other.probe_s == 100.0 + sollol.RETRY_SLOT_S
@@ -3014,7 +3014,7 @@ def test_server_is_known_again_by_its_url_or_its_name(change, known):
     again = restarted(first.learned(), [settings_of(first)[0]._replace(**change)])
     assert (next(iter(again.nodes.values())).runners["m:latest"].decode_s == 0.005) is known
     kept = {entry["url"]: entry for entry in again.learned()["nodes"]}
-    assert kept["http://127.0.0.1:11435"]["models"]["m:latest"]["load_s"] == 9.0      # of whom nothing is known now
+    assert kept["http://127.0.0.1:11435"]["models"]["m:latest"]["load_s"] == 9.0    # of whom nothing is known now
     assert set(kept) >= {line.url for line in settings_of(first)}
 
 
@@ -3068,7 +3068,7 @@ def test_rubbish_in_a_state_file_is_left_out_and_never_raises():
             figures(node, sollol.KEPT_OF_NODE)
             for it in node.runners.values():
                 figures(it, {**sollol.KEPT_OF_RUNNER, **sollol.KEPT_OF_SLOTS})
-                assert it.samples <= sollol.KEPT_SAMPLES and it.top == it.slots
+                assert it.samples <= sollol.KEPT_SAMPLES and it.proven == it.slots
         enter(dispatcher, want())
         assert placed(dispatcher, 100.0)
         json.dumps(dispatcher.learned(), allow_nan=False)
@@ -3102,19 +3102,19 @@ class Walk:
 
     def enter(self):
         rng = self.rng
-        wants = want(rng.choice(["a", "a", "b", "unknown", "x:cloud"]), priority=rng.randint(1, 10),
+        spec = want(rng.choice(["a", "a", "b", "unknown", "x:cloud"]), priority=rng.randint(1, 10),
                      client=rng.choice("xyz"), stream=rng.random() < 0.7, prompt_chars=rng.choice([0, 50000]),
                      max_output=rng.choice([None, 1, 500]), embeds=rng.random() < 0.1,
                      options=rng.choice([(), (), (("num_ctx", 8192),)]), prefix=((rng.randrange(5), 200),))
         waiting = list(self.dispatcher.queue.tickets)
         full = len(waiting) >= self.dispatcher.max_queue
         try:
-            self.tickets += enter(self.dispatcher, wants, now=self.now)
+            self.tickets += enter(self.dispatcher, spec, now=self.now)
         except Refusal:
             assert full and [it for it in waiting if not it.waiting] == []
             return
-        displaced = [it.wants.client for it in waiting if not it.waiting]
-        clients = [wants.client, *(it.wants.client for it in waiting)]
+        displaced = [it.spec.client for it in waiting if not it.waiting]
+        clients = [spec.client, *(it.spec.client for it in waiting)]
         assert len(displaced) == full and all(
             clients.count(client) == max(map(clients.count, "xyz")) for client in displaced)
 
@@ -3124,7 +3124,7 @@ class Walk:
             assert lease.node.up and not lease.node.draining and lease.node.name not in lease.ticket.tried
             assert self.now <= lease.predicted_end_s < 1e6 or lease.runner is None
             if lease.runner and not self.dispatcher.pick:
-                assert lease.nth <= lease.runner.slots + 1
+                assert lease.position <= lease.runner.slots + 1
         assert all(it.refusal.status in (502, 503) for it in refused)
 
     def hear(self):
@@ -3194,7 +3194,7 @@ class Walk:
             assert len(set(node.busy)) == len(node.busy) and all(it.leases for it in node.busy)
             assert all(it in node.busy for it in node.runners.values() if it.leases)
             assert all(it.ticket.lease is it and not it.released and it.node is node for it in node.leases)
-            assert 0.03 <= node.speed <= 1 and all(1 <= it.top <= it.slots for it in node.runners.values())
+            assert 0.03 <= node.speed <= 1 and all(1 <= it.proven <= it.slots for it in node.runners.values())
         leases = [lease for node in self.nodes for lease in node.leases]
         assert sorted(map(id, leases)) == sorted(id(it.lease) for it in running)
         assert set(queue.tickets) == {it for it in self.tickets if it.waiting}
@@ -3338,7 +3338,7 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
 ])
 def test_nodes_that_the_sources_make_together(text, found, expected):
     dispatcher = sollol.Dispatcher()
-    dispatcher.configure(sollol.united(sollol.parse_hosts(text, "h"), TOLD, found))
+    dispatcher.configure(sollol.merge_sources(sollol.parse_hosts(text, "h"), TOLD, found))
     found = [node.settings for node in dispatcher.nodes.values()]
     assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
             for it in found] == expected
@@ -3538,7 +3538,7 @@ def test_loopback(address, expected):
     ("127.1", False), ("localhost.", False), ("evil.example:", False), ("\xff", False)])
 def test_host_that_dns_rebinding_could_have_made_ours(host, expected):
     allowed = ["https://chat.example", "http://*.chat.example:8000"]
-    assert sollol.may_mean_us(host.encode("latin-1"), "box", allowed) == expected
+    assert sollol.is_trusted_host(host.encode("latin-1"), "box", allowed) == expected
 
 
 # -----------------------------------------------------------------------------
@@ -3999,7 +3999,7 @@ async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, 
         await asyncio.sleep(0.05)
         before = list(pool.idle)
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
-        await until(lambda: pool.idle == before and before)       # an untouched connection is used again, over TLS too
+        await until(lambda: pool.idle == before and before)     # an untouched connection is used again, over TLS too
 
 
 @over_sockets
@@ -4325,7 +4325,7 @@ async def test_blob_streams_up_with_either_framing():
             await caller.writer.drain()
         caller.writer.write(b"0\r\n\r\n")
         assert (await caller.answer()).status == 201
-        assert (await caller.ask("GET", "/api/health")).status == 200      # the connection lives on
+        assert (await caller.ask("GET", "/api/health")).status == 200   # the connection lives on
         caller.close()
         assert (await call(gateway, "HEAD", path)).status == 200
         node.blobs.clear()
@@ -4732,7 +4732,7 @@ async def test_measurement_gives_way_to_any_request_and_teaches_nothing():
         assert health(gateway)["inflight"] == 1
         answer = await call(gateway, "POST", "/api/generate", generate(tokens=1, stream=True))
         assert answer.status == 200 and b'"done":true' in answer.body
-        assert node.aborted == 1 and not gateway.chores and not known.measuring
+        assert node.aborted == 1 and not gateway.jobs and not known.measuring
         assert known.runners["llama3.2:latest"].samples == 0 and not known.calibrated
         assert known.check_s > gateway.loop.time()
 
@@ -4991,7 +4991,7 @@ async def test_no_error_stands_behind_the_last_event_of_a_stream(path, pieces):
 
 @over_sockets
 async def test_fixed_length_answer_whose_node_dies_is_cut_and_never_padded():
-    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 2_000_000       # more than is held
+    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 2_000_000  # more than is held
     async with gateway_for(ScriptedNode(lambda request: [cut, 0.05])) as gateway:
         caller = await Caller.to(gateway)
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
@@ -5602,7 +5602,7 @@ def lasting(path, *texts):
     return ScriptedNode(lambda request: [chunked(*map(said, texts), *last, kind=kind), KEEP])
 
 
-IN_TURN = ["--policy", "round-robin"]      # the first request goes to the first node
+IN_TURN = ["--policy", "round-robin"]   # the first request goes to the first node
 
 
 async def rescued(path, *nodes, value=None, flags=()):
@@ -5894,7 +5894,7 @@ def test_begun_answer_that_nobody_could_go_on_with_is_not_raced():
 
 def test_exchange_that_is_given_up_yields_no_answer_even_if_one_has_just_come():
     async def main():
-        connection = sollol.NodeConnection(sollol.Turns(asyncio.get_running_loop()))
+        connection = sollol.NodeConnection(sollol.LoopTurns(asyncio.get_running_loop()))
         connection.transport = types.SimpleNamespace(abort=lambda: None)
         head = asyncio.ensure_future(connection.response("POST"))
         await asyncio.sleep(0)
@@ -6486,7 +6486,7 @@ async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp
         hosts.write_text(f"{two.url} name=two\n")
         gateway.reload()
         await until(lambda: node not in gateway.pools)
-        await until(lambda: not gateway.chores and not one.connections and not node.leases)
+        await until(lambda: not gateway.jobs and not one.connections and not node.leases)
 
 
 def test_node_that_is_dropped_while_it_is_looked_at_is_looked_at_no_longer(caplog):
@@ -6502,7 +6502,7 @@ def test_node_that_is_dropped_while_it_is_looked_at_is_looked_at_no_longer(caplo
             await until(lambda: node not in gateway.pools)
             gateway.begin_chore(node, sollol.probe)
             one.recover()
-            await until(lambda: not gateway.chores)
+            await until(lambda: not gateway.jobs)
             gc.collect()
             await asyncio.sleep(1)
     bench.run_virtual(main())
@@ -6575,7 +6575,7 @@ def test_body_that_comes_too_slowly_gets_408_and_a_slow_but_steady_one_is_taken(
                 status, took_s = await drip(gateway, path, 50_000, framing, piece, pause_s)
                 assert status == 408 and 9 < took_s < 15
             status, took_s = await drip(gateway, path, 200_000, framing, 40_000, 50.0)
-            assert status == 408 and 45 < took_s < 52      # silence for longer than has been paid for
+            assert status == 408 and 45 < took_s < 52   # silence for longer than has been paid for
             for piece, pause_s, least_s in ((1500, 1.0, 290), (60_000, 50.0, 290), (100_000, 1.0, 3)):
                 status, took_s = await drip(gateway, path, 480_000, framing, piece, pause_s)
                 assert status == accepted and took_s > least_s
@@ -6867,7 +6867,7 @@ def test_nothing_that_a_node_sends_holds_the_loop(path, fields, sent, expected):
 def test_connection_that_was_given_back_is_not_taken_again_by_what_was_still_to_be_decoded():
     async def main():
         loop = asyncio.get_running_loop()
-        connection = sollol.NodeConnection(sollol.Turns(loop))
+        connection = sollol.NodeConnection(sollol.LoopTurns(loop))
         connection.transport = types.SimpleNamespace(pause_reading=lambda: None, resume_reading=lambda: None,
                                                      is_closing=lambda: False)
         answer = sollol.parse_response(crumbled(b"")[:-len(END)], "POST")
@@ -7283,11 +7283,11 @@ def test_predicted_start_counts_what_the_nodes_are_busy_with(stream):
     dispatcher = cluster(slots=2, n1=["m"])
     first, second, _ = enter(dispatcher, *(want(stream=stream, max_output=most) for most in (1000, 500, 500)))
     for it in (first, second):      # nothing was learned yet: as much as is allowed is expected
-        it.demand = it.demand._replace(output_tokens=it.wants.max_output)
+        it.demand = it.demand._replace(output_tokens=it.spec.max_output)
     assert placed(dispatcher) == ["n1", "n1"]
     second.lease.predicted_end_s = last_start_s(dispatcher)
     assert last_start_s(dispatcher) == pytest.approx(
-        min(sollol.solo_left_s(it.lease, 0.0) for it in (first, second)) * sollol.CROWD[2], rel=0.01)
+        min(sollol.solo_left_s(it.lease, 0.0) for it in (first, second)) * sollol.BATCH_SLOWDOWN[2], rel=0.01)
     half_s = last_start_s(dispatcher) / 2
     dispatcher.heard(second.lease, int(second.lease.output_tokens / 2) if stream else 0, half_s)
     assert last_start_s(dispatcher, half_s) == pytest.approx(half_s, rel=0.05)
@@ -8399,11 +8399,11 @@ def test_progress_of_several_nodes_is_that_of_the_slowest(names, lines, told):
 def test_new_model_goes_to_the_emptiest_of_equals_the_fastest():
     dispatcher = cluster(n1=["x", "y"], n2=["x"], n3=["x"])
     dispatcher.nodes["n2"].size_factor = 2.0
-    wants = Wants(Family.OLLAMA, "new:latest", change="pull", inference=False)
+    spec = RequestSpec(Family.OLLAMA, "new:latest", change="pull", inference=False)
 
     def names(replicas, model="new:latest"):
-        wants.model = model
-        return [node.name for node in dispatcher.targets(wants, replicas, 0.0)]
+        spec.model = model
+        return [node.name for node in dispatcher.nodes_to_change(spec, replicas, 0.0)]
 
     assert [names(count) for count in (1, 2, 9)] == [["n3"], ["n2", "n3"], ["n1", "n2", "n3"]]
     assert names(1, "y:latest") == ["n1"] and names(1, "x:latest") == ["n1", "n2", "n3"]
@@ -8429,8 +8429,8 @@ def test_older_answer_never_overwrites_a_newer_index():
     ("1h30m", 5400), ("1.5h", 5400), ("-1m", math.inf), ("-0s", 0), ("250ms", 0.25), ("300", None), ("-1", None),
     ("", None), ("m", None), (True, None), (None, None), ([], None), ({}, None), ("9" * 10_000 + "s", None)])
 def test_keep_alive_is_read_as_ollama_reads_it(value, seconds):
-    wants = asked("/api/generate", json.dumps({"model": "m", "prompt": "hi", "keep_alive": value}).encode())
-    assert wants.keep_alive_s == pytest.approx(seconds) if seconds is not None else wants.keep_alive_s is None
+    spec = asked("/api/generate", json.dumps({"model": "m", "prompt": "hi", "keep_alive": value}).encode())
+    assert spec.keep_alive_s == pytest.approx(seconds) if seconds is not None else spec.keep_alive_s is None
     assert asked("/v1/completions", {"model": "m", "prompt": "hi", "keep_alive": 5}).keep_alive_s is None
 
 
@@ -8441,8 +8441,8 @@ def test_keep_alive_is_read_as_ollama_reads_it(value, seconds):
 def test_unload_is_an_empty_prompt_kept_alive_for_no_time(keep_alive, prompt, expected):
     for path, fields in (("/api/generate", {"prompt": prompt}),
                          ("/api/chat", {"messages": [{"role": "user", "content": prompt}] if prompt else []})):
-        wants = asked(path, {"model": "m", "keep_alive": keep_alive, **fields})
-        assert (wants.change == "unload", wants.inference) == (expected, not expected)
+        spec = asked(path, {"model": "m", "keep_alive": keep_alive, **fields})
+        assert (spec.change == "unload", spec.inference) == (expected, not expected)
     assert not asked("/v1/chat/completions", {"model": "m", "keep_alive": 0}).change
 
 
@@ -8727,7 +8727,7 @@ async def test_strange_web_page_gets_403_with_an_empty_body_and_reaches_no_node(
             assert answer.status == 200 and "access-control-allow-origin" not in answer.fields
 
 
-REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}     # a browser sends both alike
+REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}   # a browser sends both alike
 
 
 @over_sockets
@@ -9127,7 +9127,7 @@ def test_answer_of_one_node_is_what_the_node_says_byte_for_byte(asked, version):
 
         method, path, value = asked
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-        kind = form()[1] if path.endswith("transcriptions") else "application/x-www-form-urlencoded"     # curl's
+        kind = form()[1] if path.endswith("transcriptions") else "application/x-www-form-urlencoded"    # curl's
         raw = (f"{method} {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: {kind}\r\n".encode()
                + b"Content-Length: %d\r\n" % len(body) * bool(body) + b"\r\n" + body)
         found = []
@@ -10289,7 +10289,7 @@ async def test_clients_that_are_too_many_or_shake_no_hands_are_let_go(pems):
     flags = [*pair(pems), "--max-connections", "2", "--header-timeout", "1"]
     async with gateway_for(bench.SimNode(**FAST), flags=flags) as gateway:
         silent = [await asyncio.open_connection(*gateway.address) for _ in range(2)]
-        silent[1][1].write(b"\x16\x03\x01\x02\x00")        # the beginning of a handshake
+        silent[1][1].write(b"\x16\x03\x01\x02\x00")     # the beginning of a handshake
         await until(lambda: len(gateway.clients) == 2)
         reader, writer = await asyncio.open_connection(*gateway.address)
         assert await reader.read() == b"" and len(gateway.clients) == 2
@@ -10429,7 +10429,7 @@ def test_tls_with_real_clients_from_the_first_handshake_over_a_renewed_certifica
             with contextlib.suppress(ConnectionError):
                 garbage.makefile("rb").read()
 
-        with tls_connection(port, one) as refused:     # and goes on sending meanwhile
+        with tls_connection(port, one) as refused:  # and goes on sending meanwhile
             refused.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n")
             for _ in range(20):
                 refused.sendall(b"x" * 65536)
@@ -11271,7 +11271,7 @@ def test_kept_offer_has_the_slots_and_speeds_of_a_new_one(seed, monkeypatch):
     def compare(self, turn, ticket, runners):
         found = known(self, turn, ticket, runners)
         for it in (candidate.offer for candidate in found):
-            new = sollol.Offer(it.runner, sollol.Surroundings(it.runner.node, turn.now), turn.now, it.claims_at_s)
+            new = sollol.Offer(it.runner, sollol.NodeSnapshot(it.runner.node, turn.now), turn.now, it.claims_at_s)
             agree.append((it.free, it.slow, it.prefill_s, it.decode_s)
                          == (new.free, new.slow, new.prefill_s, new.decode_s))
         return found
@@ -11293,7 +11293,7 @@ def leaks(release):
 
 def forgets(settle):
     """Settle no account of a batch request."""
-    return lambda self, wants: None if wants.priority == 1 else settle(self, wants)
+    return lambda self, spec: None if spec.priority == 1 else settle(self, spec)
 
 
 def one_more(has_room):
