@@ -5288,24 +5288,23 @@ def error_in_stream(ending: bytes) -> str:
     return error_text(value or text.decode(errors="replace")) if lines[-2:-1] == [b"event: error"] else ""
 
 
-Heard = Callable[[int, float], None]    # is told of the lines in a piece of an answer, and when it came
-
-
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body.
 
     `hold`: up to so many bytes are kept until the answer is whole, so that another node can give it as long as the
-    client has seen nothing. `heard` is told of every piece: how many streamed lines are in it, and when it came.
+    client has seen nothing.
     """
 
     __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "ends", "mark", "boundary",
                  "recent", "latest", "bytes", "between", "passing", "withheld")
 
-    def __init__(self, connection: NodeConnection, head: ResponseHead, client: ClientConnection, framing: Framing,
-                 prelude: bytes, heard: Heard, hold: int = 0) -> None:
+    def __init__(self, exchange: Exchange, begun: Begun, hold: int = 0) -> None:
+        connection, head = begun.connection, begun.answer
         super().__init__(connection, head)
-        self.client, self.framing, self.heard, self.hold = client, framing, heard, hold
-        self.prelude: Body = bytearray(prelude)
+        self.client, self.hold = exchange.client, hold
+        self.framing, lines = choose_framing(exchange, head)
+        self.prelude: Body = bytearray(render_response(head, added_lines(exchange.record, head), lines))
+        self.heard = functools.partial(exchange.gateway.dispatcher.heard, begun.lease)
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
         self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
@@ -5540,10 +5539,11 @@ class LineRelay(Relay):
     __slots__ = ("transcript", "partial")
     reads_lines = True
 
-    def __init__(self, connection: NodeConnection, head: ResponseHead, client: ClientConnection, framing: Framing,
-                 prelude: bytes, heard: Heard, *, transcript: Transcript) -> None:
-        super().__init__(connection, head, client, framing, prelude, heard)
+    def __init__(self, exchange: Exchange, begun: Begun, transcript: Transcript) -> None:
+        super().__init__(exchange, begun)
         self.transcript, self.partial = transcript, b""
+        if transcript.relay is not None:    # the client has the head, and a part of the body
+            self.framing, self.prelude = transcript.relay.framing, b""
 
     def data(self, data: bytes) -> None:
         Sink.data(self, data)       # the long way: every line is read
@@ -6379,48 +6379,98 @@ def request_id(head: RequestHead, rng: random.Random) -> str:
     return f"{rng.getrandbits(64):016x}"
 
 
-def connection_lines(head: RequestHead | None, keep: bool) -> list[bytes]:
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request under way: who asks, what for, which services answer, and what becomes known on the way."""
+
+    gateway: Gateway
+    client: ClientConnection
+    head: RequestHead
+    record: Record
+    keep: bool                      # the client's connection can take another request after the answer
+    route: Route = field(init=False)
+    spec: RequestSpec = field(init=False)
+    body: Body = b""                # unless its route leaves it unread
+    key: Key | None = None
+    version: str = ""               # digest of the model that must answer; "" = any
+    transcript: Transcript | None = None    # of a stream that another node may go on with
+
+    @property
+    def is_partly_out(self) -> bool:
+        """Tell whether the client has a part of a stream that another node may go on with."""
+        return self.transcript is not None and self.transcript.relay is not None
+
+    async def read_body(self) -> Body:
+        """Return the whole body of the request. Raises as ClientConnection.read_body."""
+        gateway = self.gateway
+        return await self.client.read_body(self.head, gateway.max_body_bytes, gateway.header_timeout_s, gateway.memory)
+
+
+def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
+    """Return the Exchange of a request whose head has come."""
+    record = Record(request_id(head, gateway.rng), client.address, head.method, head.path, gateway.loop.time())
+    return Exchange(gateway, client, head, record, head.keep_alive)
+
+
+def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) -> None:
+    """Write a Refusal to a client whose head has not come, or cannot be read: it gets no id, and no line of the log."""
+    head = RequestHead("GET", b"", "", 1, {}, [], 0, False, False)
+    answer_refusal(Exchange(gateway, client, head, Record("", client.address, "", "", 0.0), False), refusal)
+
+
+class OwnAnswer(NamedTuple):
+    """An answer of the gateway's own. `lines`: more raw lines of its head."""
+
+    status: int
+    body: bytes = b""
+    content_type: bytes = b""
+    lines: Sequence[bytes] = ()
+
+
+def json_answer(value: object, status: int = 200) -> OwnAnswer:
+    """Return an answer that is JSON."""
+    return OwnAnswer(status, json.dumps(value, separators=(",", ":")).encode(), b"application/json; charset=utf-8")
+
+
+def connection_lines(exchange: Exchange) -> list[bytes]:
     """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
-    if not keep or head is None:
+    if not exchange.keep:
         return [b"Connection: close"]
-    return [b"Connection: keep-alive"] if head.version == 0 else []
+    return [b"Connection: keep-alive"] if exchange.head.version == 0 else []
 
 
-def answer_locally(client: ClientConnection, head: RequestHead | None, record: Record | None, status: int, body: bytes,
-                   content_type: bytes = b"application/json", extra: Iterable[bytes] = (), close: bool = False) -> bool:
-    """Write an answer of the gateway's own; tell whether the connection stays open."""
-    keep = head is not None and head.keep_alive and not close
-    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")),
-             b"Date: " + email.utils.formatdate(usegmt=True).encode(), *extra]
-    if status != 204:               # RFC 9110 8.6: "MUST NOT send a Content-Length header field"
-        lines.append(b"Content-Length: %d" % len(body))
-    if content_type:
-        lines.append(b"Content-Type: " + content_type)
-    if record:
+def answer_locally(exchange: Exchange, own: OwnAnswer) -> None:
+    """Write an answer of the gateway's own."""
+    record = exchange.record
+    lines = [b"HTTP/1.1 %d %b" % (own.status, REASONS.get(own.status, b"")),
+             b"Date: " + email.utils.formatdate(usegmt=True).encode(), *own.lines]
+    if own.status != 204:           # RFC 9110 8.6: "MUST NOT send a Content-Length header field"
+        lines.append(b"Content-Length: %d" % len(own.body))
+    if own.content_type:
+        lines.append(b"Content-Type: " + own.content_type)
+    if record.id:
         lines += [b"X-Request-Id: " + record.id.encode(), *record.cors]
-        record.status, record.bytes = status, len(body)
-    lines += connection_lines(head, keep)
-    is_head = head is not None and head.method == "HEAD"
-    client.write(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if is_head else body))
-    return keep
+    record.status, record.bytes = own.status, len(own.body)
+    lines += connection_lines(exchange)
+    exchange.client.write(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if exchange.head.method == "HEAD" else own.body))
 
 
-def answer_refusal(client: ClientConnection, head: RequestHead | None, record: Record | None, refusal: Refusal) -> bool:
-    """Write a Refusal in the family of the path; tell whether the connection stays open."""
-    family = family_of(head.path) if head else Family.OLLAMA
-    extra: list[bytes] = []
+def answer_refusal(exchange: Exchange, refusal: Refusal) -> None:
+    """Write a Refusal in the family of the path."""
+    record, path, status = exchange.record, exchange.head.path, refusal.status
+    lines: list[bytes] = []
     if refusal.retry_after_s is not None:
-        extra.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
-    if refusal.status == 401:       # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
-        page = head is not None and head.path.startswith("/dashboard")
-        extra.append(b'WWW-Authenticate: %b realm="SOLLOL"' % (b"Basic" if page else b"Bearer"))
-    if refusal.status == 405:       # RFC 9110 15.5.6: "MUST generate an Allow header field"
-        extra.append(b"Allow: " + ALLOWED_METHODS)
-    if record:
-        record.reason = record.reason or refusal.text
-        record.outcome = record.outcome or ("error" if refusal.status in (500, 502) else "refused")
-    return answer_locally(client, head, record, refusal.status, error_body(family, refusal.status, refusal.text),
-                          extra=extra, close=refusal.close)
+        lines.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
+    if status == 401:               # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
+        scheme = b"Basic" if path.startswith("/dashboard") else b"Bearer"
+        lines.append(b'WWW-Authenticate: %b realm="SOLLOL"' % scheme)
+    if status == 405:               # RFC 9110 15.5.6: "MUST generate an Allow header field"
+        lines.append(b"Allow: " + ALLOWED_METHODS)
+    record.reason = record.reason or refusal.text
+    record.outcome = record.outcome or ("error" if status in (500, 502) else "refused")
+    exchange.keep = exchange.keep and not refusal.close
+    body = error_body(family_of(path), status, refusal.text)
+    answer_locally(exchange, OwnAnswer(status, body, b"application/json", lines))
 
 
 # What the status of a node's answer says, and never its text: no list of texts is complete. Before a client has seen a
@@ -6470,18 +6520,19 @@ def added_lines(record: Record, answer: ResponseHead) -> list[bytes]:
             b"X-Request-Id: " + record.id.encode(), *record.cors]
 
 
-def choose_framing(head: RequestHead, answer: ResponseHead, keep: bool) -> tuple[Framing, list[bytes], bool]:
-    """Return (Framing, raw lines that say so, whether the connection stays open) for a node's answer."""
-    given = answer.fields.get(b"content-length")
+def choose_framing(exchange: Exchange, answer: ResponseHead) -> tuple[Framing, list[bytes]]:
+    """Return (Framing, raw lines that say so) for a node's answer. One that only its end delimits keeps no connection.
+    """
+    head, length = exchange.head, answer.fields.get(b"content-length")
     if head.method == "HEAD" or answer.status in (204, 304):
-        framing, lines = Framing.LENGTH, [b"Content-Length: " + given] if given and answer.status != 204 else []
+        framing, lines = Framing.LENGTH, [b"Content-Length: " + length] if length and answer.status != 204 else []
     elif answer.length is not None and answer.length != UNTIL_CLOSE:
         framing, lines = Framing.LENGTH, [b"Content-Length: %d" % answer.length]
     elif head.version == 1:
         framing, lines = Framing.CHUNKED, [b"Transfer-Encoding: chunked"]
     else:                           # RFC 9112 7: no chunked coding to HTTP/1.0
-        framing, lines, keep = Framing.CLOSE, [], False
-    return framing, lines + connection_lines(head, keep), keep
+        framing, lines, exchange.keep = Framing.CLOSE, [], False
+    return framing, lines + connection_lines(exchange)
 
 
 class NodeAnswer(NamedTuple):
@@ -6519,39 +6570,39 @@ def shown_error(body: bytes) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text[:2 * KIB]).split())[:200]
 
 
-def answer_whole(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
-                 body: bytes) -> bool:
-    """Write a node's own answer that was kept, byte for byte; tell whether the connection stays open."""
-    answer.length = len(body)
-    _, lines, keep = choose_framing(head, answer, head.keep_alive)
-    record.status, record.bytes = answer.status, len(body)
-    client.write(render_response(answer, added_lines(record, answer), lines) + (b"" if head.method == "HEAD" else body))
-    return keep
+def answer_whole(exchange: Exchange, answer: ResponseHead, pieces: Sequence[bytes]) -> None:
+    """Write a node's answer that is whole, in pieces, byte for byte."""
+    record = exchange.record
+    record.status, record.bytes = answer.status, sum(map(len, pieces))
+    answer.length = record.bytes
+    _, lines = choose_framing(exchange, answer)
+    head = render_response(answer, added_lines(record, answer), lines)
+    exchange.client.write(head if exchange.head.method == "HEAD" else b"".join((head, *pieces)))
 
 
-def pass_on_whole(gateway: Gateway, client: ClientConnection, head: RequestHead, connection: NodeConnection,
-                  answer: ResponseHead, lease: Lease, record: Record) -> tuple[bool, bool]:
-    """Pass on an answer that came in one piece with its head. Return what relay_answer does."""
+def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
+    """Pass on an answer that came in one piece with its head."""
+    connection, lease, dispatcher = begun.connection, begun.lease, exchange.gateway.dispatcher
     body, connection.buffer = connection.buffer, b""
     connection.transport.resume_reading()       # with its head it may have been more than is read ahead
-    dispatcher, now = gateway.dispatcher, gateway.loop.time()
     if body:
-        dispatcher.heard(lease, body.count(b"\n"), now)
-    keep = answer_whole(client, head, record, answer, body)
-    record.first_s = lease.first_s
-    judge_end(gateway, lease, record, answer, body[-TAIL_BYTES:])
-    return keep, answer.keep_alive
+        dispatcher.heard(lease, body.count(b"\n"), connection.loop.time())
+    answer_whole(exchange, begun.answer, [body])
+    exchange.record.first_s = lease.first_s
+    judge_end(exchange, begun, body[-TAIL_BYTES:])
+    begun.clean = begun.answer.keep_alive
 
 
-def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHead, ending: bytes) -> None:
+def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
     """Learn from an answer that ended as its framing said.
 
     An error in the last line of a stream is a failure of the node; a stream without its last line says no more than
     that the node works.
     """
-    if answer.status >= 400:
+    if begun.answer.status >= 400:
         return
-    dispatcher, now, streams = gateway.dispatcher, gateway.loop.time(), is_stream(answer)
+    gateway, record, lease, streams = exchange.gateway, exchange.record, begun.lease, is_stream(begun.answer)
+    dispatcher, now = gateway.dispatcher, gateway.loop.time()
     record.timings = read_timings(ending[-TAIL_BYTES:])
     error = error_in_stream(ending) if streams else ""
     if error:
@@ -6564,102 +6615,97 @@ def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHe
         dispatcher.observe(lease, record.timings, now)
 
 
-def begin_relay(client: ClientConnection, connection: NodeConnection, answer: ResponseHead, record: Record,
-                lease: Lease, framing: Framing, lines: list[bytes], heard: Heard,
-                transcript: Transcript | None) -> Relay:
-    """Return the Relay for an answer. Raises NodeFailure if it cannot go on where the transcript's last one ended."""
-    prelude = render_response(answer, added_lines(record, answer), lines)
-    kind = answer.fields.get(b"content-type", b"")
-    before = transcript and transcript.relay
-    if transcript and before:
-        if answer.status != 200 or kind != before.head.fields.get(b"content-type"):
+def make_relay(exchange: Exchange, begun: Begun) -> Relay:
+    """Return the Relay for an answer. Raises NodeFailure if it cannot go on with what the client has of another."""
+    answer, transcript, spec = begun.answer, exchange.transcript, exchange.spec
+    if transcript and transcript.relay:
+        kind = answer.fields.get(b"content-type", b"")
+        if answer.status != 200 or kind != transcript.relay.head.fields.get(b"content-type"):
             raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
-        return LineRelay(connection, answer, client, before.framing, b"", heard, transcript=transcript)
-    spec = lease.ticket.spec
-    if transcript and answer.status == 200 and framing is not Framing.LENGTH and is_stream(answer):
-        return LineRelay(connection, answer, client, framing, prelude, heard, transcript=transcript)
-    return Relay(connection, answer, client, framing, prelude, heard,
-                 WHOLE_ANSWER_BYTES if spec.inference and not spec.stream else 0)
+        return LineRelay(exchange, begun, transcript)
+    if transcript and answer.status == 200 and answer.length in (None, UNTIL_CLOSE) and is_stream(answer):
+        return LineRelay(exchange, begun, transcript)
+    return Relay(exchange, begun, WHOLE_ANSWER_BYTES if spec.inference and not spec.stream else 0)
 
 
-def break_off(client: ClientConnection, record: Record, relay: Relay, text: str, family: Family) -> bool:
-    """End an answer that nobody can complete; tell whether the client's connection can be used again."""
+def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
+    """End an answer that nobody can complete: in-band where its format allows it, else it is cut."""
+    record = exchange.record
     record.reason = text
-    told = relay.close_with(text, family)
-    if not told:
-        client.transport.abort()
-    record.outcome = "error" if relay.withheld else "ok" if told and relay.is_complete() else "cut"
-    return told
+    has_end = relay.close_with(text, exchange.spec.family)
+    if not has_end:
+        relay.client.transport.abort()
+        exchange.keep = False
+    record.outcome = "error" if relay.withheld else "ok" if has_end and relay.is_complete() else "cut"
 
 
-async def relay_answer(gateway: Gateway, client: ClientConnection, head: RequestHead, connection: NodeConnection,
-                       answer: ResponseHead, lease: Lease, record: Record, keep: bool,
-                       transcript: Transcript | None = None) -> tuple[bool, bool]:
-    """Pass a node's answer on to the client as it comes. Return (keep the client's, keep the node's connection).
+async def relay_answer(exchange: Exchange, begun: Begun) -> None:
+    """Pass a node's answer on to the client as it comes.
 
     If the node fails once bytes are out, another one goes on if there is a transcript: the NodeFailure is raised. Else
     the client is told in-band where the format allows it; or it is cut.
     """
-    before = transcript and transcript.relay
-    if answer.length == len(connection.buffer) <= READ_AHEAD_BYTES and keep and not before:
-        return pass_on_whole(gateway, client, head, connection, answer, lease, record)
-    framing, lines, keep = choose_framing(head, answer, keep)
-    dispatcher = gateway.dispatcher
-    relay = begin_relay(client, connection, answer, record, lease, framing, lines,
-                        functools.partial(dispatcher.heard, lease), transcript)
+    gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
+    is_replay = exchange.is_partly_out
+    if begun.answer.length == len(begun.connection.buffer) <= READ_AHEAD_BYTES and not is_replay:
+        pass_on_whole(exchange, begun)
+        return
+    relay = make_relay(exchange, begun)
     lease.held_up = lambda: client.write_paused
     if not isinstance(relay, LineRelay):
         lease.ticket.race = None    # no other node could go on with it
     try:
         relay.start()
         await relay.finished()
-        judge_end(gateway, lease, record, answer, relay.ending())
+        judge_end(exchange, begun, relay.ending())
     except NodeFailure as failure:
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
         record.timings = read_timings(relay.tail())
         gateway.record_failure(lease, failure.value)
-        keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.spec.family) and keep
+        break_off(exchange, relay, f"{lease.node.name} {failure}")
     finally:
         client.source = None
-        record.status = answer.status
-        record.bytes = relay.bytes + (record.bytes if before else 0)
-        record.first_s = record.first_s if before else lease.first_s
-    if transcript and before:
-        dispatcher.rescued(whole=not relay.failure)
-        record.reason = f"rescued from {' and '.join(transcript.lost)}; {record.reason}"
-    return keep and relay.framing is not Framing.CLOSE, relay.clean
+        record.status = begun.answer.status
+        record.bytes = relay.bytes + (record.bytes if is_replay else 0)
+        record.first_s = record.first_s if is_replay else lease.first_s
+    if exchange.transcript and is_replay:
+        gateway.dispatcher.rescued(whole=not relay.failure)
+        record.reason = f"rescued from {' and '.join(exchange.transcript.lost)}; {record.reason}"
+    begun.clean = relay.clean
 
 
-# What is done with an answer that has begun: (gateway, client, head, connection, answer, lease, record, keep the
-# client's connection) -> (keep the client's, keep the node's). Raises NodeFailure or NodeRefused if another may answer.
-Take = Callable[..., Awaitable[tuple[bool, bool]]]
-
-
-class Begun(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Begun:
     """A lease whose answer has begun, and the connection that it comes on."""
 
     lease: Lease
     connection: NodeConnection
     answer: ResponseHead
+    clean: bool = False             # it has ended where its framing said: the connection can be used again
 
 
-async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -> Begun:
+# What is done with an answer that has begun. Raises NodeFailure or NodeRefused if another node may answer.
+Take = Callable[[Exchange, Begun], Awaitable[None]]
+
+
+async def begin(exchange: Exchange, lease: Lease) -> Begun:
     """Send a request to the leased node and wait until its answer has begun, however long that takes.
 
     Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
     with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
     """
-    pool, spec = gateway.pools[lease.node], lease.ticket.spec
+    pool, spec, head = exchange.gateway.pools[lease.node], exchange.spec, exchange.head
 
     def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
         if lease.lost_to is not None:
             connection.fail(lease.lost_to)
 
-    request = render_request(head, lease.node.settings, len(body))
-    connection, answer = await pool.exchange(request, head.method, on_connection, spec.repeatable, body)
-    clean = begun = False
+    request = render_request(head, lease.node.settings, len(exchange.body))
+    repeatable = spec.repeatable and not spec.change
+    connection, answer = await pool.exchange(request, head.method, on_connection, repeatable, exchange.body)
+    clean = has_begun = False
     try:
         failed = answer.status >= 300 or answer.status == 200 and spec.inference and await shows_failure(
             connection, answer)
@@ -6670,11 +6716,11 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
             has_model = lease.runner is not None or spec.opaque
             kind = failover_kind(answer.status, text, has_model)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
-        begun = True
+        has_begun = True
         return Begun(lease, connection, answer)
     finally:
         lease.abandon = None
-        if not begun:
+        if not has_begun:
             pool.give_back(connection, clean)
 
 
@@ -6686,28 +6732,13 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
     return answer.length == 0
 
 
-async def attempt(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, lease: Lease,
-                  record: Record) -> bool:
-    """Run a request on the leased node. Return whether the client's connection stays open. Raises as `begin`."""
-    record.node, record.reason = lease.node.name, lease.reason
-    record.attempts += 1
-    begun, clean = await begin(gateway, head, body, lease), False
-    try:
-        keep, clean = await relay_answer(gateway, client, head, begun.connection, begun.answer, lease, record,
-                                         head.keep_alive)
-        return keep
-    finally:
-        gateway.pools[lease.node].give_back(begun.connection, clean)
-
-
 class Inference:
     """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
 
-    def __init__(self, gateway: Gateway, head: RequestHead, body: Body, record: Record, ticket: Ticket,
-                 transcript: Transcript | None) -> None:
-        self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
-        self.head, self.body, self.record, self.ticket = head, body, record, ticket
-        self.transcript = transcript
+    def __init__(self, exchange: Exchange, ticket: Ticket) -> None:
+        self.exchange, self.record, self.ticket = exchange, exchange.record, ticket
+        self.gateway, self.loop = exchange.gateway, exchange.gateway.loop
+        self.dispatcher, self.transcript = self.gateway.dispatcher, exchange.transcript
         self.rival: asyncio.Task[Begun | None] | None = None    # the attempt that races the first one
         self.rival_lease: Lease | None = None           # and the last lease of one
         self.last: Answer | NodeAnswer = Answer(502, "no node answered")
@@ -6734,7 +6765,7 @@ class Inference:
         self.record.attempts += 1
         begun = None
         try:
-            begun = await begin(self.gateway, self.head, self.body, lease)
+            begun = await begin(self.exchange, lease)
         except (NodeRefused, NodeFailure) as failed:
             self.note(lease, failed.value)
         finally:
@@ -6759,9 +6790,9 @@ class Inference:
             self.dispatcher.release(lease, self.loop.time())
             self.gateway.pump()
 
-    def close(self, begun: Begun, clean: bool) -> None:
+    def close(self, begun: Begun) -> None:
         """Give back what an answer was received with."""
-        self.gateway.pools[begun.lease.node].give_back(begun.connection, clean)
+        self.gateway.pools[begun.lease.node].give_back(begun.connection, begun.clean)
         self.end(begun.lease)
 
     def race(self, lease: Lease) -> None:
@@ -6802,7 +6833,7 @@ class Inference:
             self.dispatcher.exclude(self.ticket, begun.lease.node)
         finally:
             if not taken:
-                self.close(begun, clean=False)
+                self.close(begun)
         return begun if taken else None
 
     def end_race(self) -> None:
@@ -6817,7 +6848,7 @@ class Inference:
         if rival.cancel():
             self.end(self.rival_lease)
         elif not rival.cancelled() and (begun := rival.result()) is not None:
-            self.close(begun, clean=False)
+            self.close(begun)
 
     def may_move_on(self) -> bool:
         """Tell whether another node may answer what has failed."""
@@ -6825,8 +6856,8 @@ class Inference:
             return False
         return self.dispatcher.retry(self.ticket, self.loop.time())
 
-    async def run(self, client: ClientConnection | Share, take: Take) -> bool:
-        """Try one node after the other; see serve_inference. Return whether the client's connection stays open."""
+    async def run(self, take: Take) -> None:
+        """Try one node after the other; see serve_inference."""
         try:
             while True:
                 try:
@@ -6837,7 +6868,8 @@ class Inference:
                     raise
                 if begun:
                     try:
-                        return await self.pass_on(client, begun, take)
+                        await self.pass_on(begun, take)
+                        return
                     except (NodeRefused, NodeFailure) as failed:
                         self.note(begun.lease, failed.value)
                     if self.transcript and self.transcript.relay:
@@ -6852,21 +6884,19 @@ class Inference:
             self.ticket.race = None
             self.end_race()
 
-    async def pass_on(self, client: ClientConnection | Share, begun: Begun, take: Take) -> bool:
-        """Let the client have an answer that has begun. Return whether its connection stays open. Raises as `take`."""
-        lease, record, clean = begun.lease, self.record, False
+    async def pass_on(self, begun: Begun, take: Take) -> None:
+        """Let the client have an answer that has begun. Raises as `take`."""
+        lease, record = begun.lease, self.record
         record.node, record.reason = lease.node.name, lease.reason
         if lease.loads:
             self.gateway.note_load(lease.node)
         if self.transcript:         # silent in its midst, it may be raced by a replay
             self.ticket.race, lease.abandon = self.race, begun.connection.fail
         try:
-            keep, clean = await take(self.gateway, client, self.head, begun.connection, begun.answer, lease, record,
-                                     self.head.keep_alive)
-            return keep
+            await take(self.exchange, begun)
         finally:
             self.ticket.race = lease.abandon = None
-            self.close(begun, clean)
+            self.close(begun)
 
 
 async def rehearse(begun: Begun, known: str) -> None:
@@ -6894,60 +6924,65 @@ async def rehearse(begun: Begun, known: str) -> None:
     connection.buffer = raw + connection.buffer
 
 
-async def serve_inference(gateway: Gateway, client: ClientConnection | Share, head: RequestHead, body: Body,
-                          spec: RequestSpec, record: Record, take: Take = relay_answer, version: str = "") -> bool:
+async def serve_inference(exchange: Exchange, take: Take = relay_answer) -> None:
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
 
     A deterministic stream is gone on with by another node even when a part of it is out.
     """
-    dispatcher, loop = gateway.dispatcher, gateway.loop
-    transcript = Transcript() if spec.deterministic and gateway.options.rescue else None
-    if transcript:
-        take = functools.partial(relay_answer, transcript=transcript)
-    ticket = dispatcher.enter(record.id, spec, loop.time(), version)
+    gateway, dispatcher, loop = exchange.gateway, exchange.gateway.dispatcher, exchange.gateway.loop
+    if exchange.spec.deterministic and gateway.options.rescue:
+        exchange.transcript = Transcript()
+    ticket = dispatcher.enter(exchange.record.id, exchange.spec, loop.time(), exchange.version)
     try:
-        return await Inference(gateway, head, body, record, ticket, transcript).run(client, take)
+        await Inference(exchange, ticket).run(take)
     except (Refusal, NodeRefused) as ended:
-        if not (transcript and transcript.relay):
+        if not (exchange.transcript and exchange.transcript.relay):
             raise
         dispatcher.rescued(whole=False)
-        told = break_off(transcript.relay.client, record, transcript.relay, str(ended), spec.family)
-        return told and head.keep_alive and transcript.relay.framing is not Framing.CLOSE
+        break_off(exchange, exchange.transcript.relay, str(ended))
     finally:
         if dispatcher.leave(ticket, loop.time()):
             gateway.pump()
 
 
-async def serve_control(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, spec: RequestSpec,
-                        record: Record) -> bool:
+async def serve_control(exchange: Exchange) -> None:
     """Send a request without a slot to one suitable node; to another one only if the first cannot be reached."""
+    gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
     tried: set[str] = set()
     while True:
-        lease = dispatcher.lease_unqueued(record.id, spec, tried, loop.time())
+        lease, begun = dispatcher.lease_unqueued(record.id, spec, tried, loop.time()), None
+        pool = gateway.pools[lease.node]
+        record.node, record.reason = lease.node.name, lease.reason
+        record.attempts += 1
         try:
-            async with gateway.pools[lease.node].unqueued:
-                return await attempt(gateway, client, head, body, lease, record)
+            async with pool.unqueued:
+                begun = await begin(exchange, lease)
+                await relay_answer(exchange, begun)
+            return
         except NodeFailure as failure:
             gateway.record_failure(lease, failure.value)
             tried.add(lease.node.name)
             if failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
         finally:
+            if begun is not None:
+                pool.give_back(begun.connection, begun.clean)
             dispatcher.release(lease, loop.time())
 
 
-async def serve_upload(gateway: Gateway, client: ClientConnection, head: RequestHead, spec: RequestSpec,
-                       record: Record) -> bool:
+async def serve_upload(exchange: Exchange) -> None:
     """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
 
-    A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead.
+    A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead. If nobody
+    reads the body the connection ends: what is left of it could be taken for the next request.
     """
+    gateway, client, head, record = exchange.gateway, exchange.client, exchange.head, exchange.record
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    lease = dispatcher.lease_unqueued(record.id, spec, set(), loop.time())
     connection: NodeConnection | None = None
     upload: Upload | None = None
-    clean = False
+    clean, keep, exchange.keep = False, exchange.keep, False
+    lease = dispatcher.lease_unqueued(record.id, exchange.spec, set(), loop.time())
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
         pool = gateway.pools[lease.node]
@@ -6959,13 +6994,13 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
             connection.transport.write(render_request(head, lease.node.settings, head.length))
             upload = Upload(client, connection, head.length, gateway.turns)
             upload.start(gateway.header_timeout_s)
-            answer = await connection.response(head.method)
-            keep = head.keep_alive and upload.body.done
-            keep, clean = await relay_answer(gateway, client, head, connection, answer, lease, record, keep)
-            clean = clean and upload.body.done
-            return keep
+            begun = Begun(lease, connection, await connection.response(head.method))
+            exchange.keep = keep and upload.body.done
+            await relay_answer(exchange, begun)
+            clean = begun.clean and upload.body.done
     except NodeFailure as failure:
         gateway.record_failure(lease, failure.value)
+        exchange.keep = False
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         if upload is not None:
@@ -7046,30 +7081,26 @@ class Lines(Sink):
 class LineAnswer:
     """An answer of lines to a client. Its head, that of a node's answer, goes out with the first of them."""
 
-    def __init__(self, client: ClientConnection, head: RequestHead, record: Record) -> None:
-        self.client, self.head, self.record = client, head, record
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
         self.framing: Framing | None = None     # nothing is out yet
-        self.keep = False
 
     def write(self, answer: ResponseHead | None, line: bytes) -> None:
         """Write a line; `answer` is the head of the node that it comes from."""
-        data = line + b"\n"
-        self.record.bytes += len(data)
-        if self.framing is Framing.CHUNKED:
-            data = chunk(data)
-        elif self.framing is None:
+        record, data = self.exchange.record, line + b"\n"
+        record.bytes += len(data)
+        head = b""
+        if self.framing is None:
             assert answer is not None       # the first line is a node's
-            answer.length, self.record.status = None, answer.status
-            self.framing, lines, self.keep = choose_framing(self.head, answer, self.head.keep_alive)
-            data = chunk(data) if self.framing is Framing.CHUNKED else data
-            data = render_response(answer, added_lines(self.record, answer), lines) + data
-        self.client.write(data)
+            answer.length, record.status = None, answer.status
+            self.framing, lines = choose_framing(self.exchange, answer)
+            head = render_response(answer, added_lines(record, answer), lines)
+        self.exchange.client.write(head + (chunk(data) if self.framing is Framing.CHUNKED else data))
 
-    def end(self) -> bool:
-        """End it; tell whether the connection stays open."""
+    def end(self) -> None:
+        """End it."""
         if self.framing is Framing.CHUNKED:
-            self.client.write(LAST_CHUNK)
-        return self.keep
+            self.exchange.client.write(LAST_CHUNK)
 
 
 def read_line(line: bytes) -> Json:
@@ -7115,19 +7146,16 @@ def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
     return status, text + (f"; done on {', '.join(done)}" if done else "")
 
 
-async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
+async def change(exchange: Exchange, lease: Lease,
                  hear: Callable[[ResponseHead, bytes], None]) -> tuple[ResponseHead, bytes]:
     """Make a change on the leased node. Return (head of its answer, whole body or last line). Raises NodeFailure.
 
     Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
     """
-    dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.pools[lease.node]
-    connection: NodeConnection | None = None
+    gateway, begun = exchange.gateway, await begin(exchange, lease)
+    dispatcher, loop, connection, answer = gateway.dispatcher, gateway.loop, begun.connection, begun.answer
     sink: Lines | Collector
-    clean, last = False, b""
-
-    def on_connection(connection: NodeConnection) -> None:
-        lease.abandon = connection.fail
+    last = b""
 
     def on_line(line: bytes) -> None:
         nonlocal last
@@ -7138,9 +7166,8 @@ async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
         except NodeFailure as failure:
             sink.fail(failure.value)
 
+    lease.abandon = connection.fail
     try:
-        request = render_request(head, lease.node.settings, len(body))
-        connection, answer = await pool.exchange(request, head.method, on_connection, False, body)
         if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
             sink = Lines(connection, answer, on_line)
             sink.start()
@@ -7149,23 +7176,22 @@ async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
         else:
             sink = Collector(connection, answer)
             last = await sink.collect()
-        clean = sink.clean
+        begun.clean = sink.clean
         if answer.status < 400:
             dispatcher.observe(lease, Timings(), loop.time())
         return answer, last
     finally:
         lease.abandon = None
-        if connection is not None:
-            pool.give_back(connection, clean)
+        gateway.pools[lease.node].give_back(connection, begun.clean)
 
 
-async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body, spec: RequestSpec, record: Record,
-                    hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
+async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
     """Make a change on one node and return its Outcome, whatever happens there."""
+    gateway, spec = exchange.gateway, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    lease = dispatcher.lease_on(record.id, spec, node, loop.time(), spec.change)
+    lease = dispatcher.lease_on(exchange.record.id, spec, node, loop.time(), spec.change)
     try:
-        answer, last = await change(gateway, lease, head, body, functools.partial(hear, node))
+        answer, last = await change(exchange, lease, functools.partial(hear, node))
         error = error_in(spec.change, answer.status, last)
         if not error and spec.change == "unload" and spec.model is not None:
             dispatcher.unloaded(node, spec.model)
@@ -7185,32 +7211,32 @@ def refused_alike(outcomes: list[Outcome]) -> bool:
     return len(statuses) == 1 and min(statuses) >= 400
 
 
-def answer_change(client: ClientConnection, head: RequestHead, record: Record, told: LineAnswer,
-                  outcomes: list[Outcome]) -> bool:
-    """Write the end of the answer to a change; tell whether the connection stays open. Raises Refusal."""
-    failed = [it for it in outcomes if it.error]
+def answer_change(exchange: Exchange, lines: LineAnswer, outcomes: list[Outcome]) -> None:
+    """Write the end of the answer to a change, of which `lines` may be out. Raises Refusal."""
+    failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
-        record.outcome, record.reason = "error", explain_failure(outcomes)[1]
+        exchange.record.outcome, exchange.record.reason = "error", explain_failure(outcomes)[1]
     own = outcomes[0] if not failed else failed[0] if len(outcomes) == 1 or refused_alike(outcomes) else None
     if own and own.answer:          # one node speaks for all, byte for byte
-        if told.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
-            return answer_whole(client, head, record, own.answer, own.body)
-        told.write(own.answer, own.body)
-        return told.end()
-    status, text = explain_failure(outcomes)
-    if told.framing is None:
-        raise Refusal(status, text)
-    told.write(None, json.dumps({"error": text}).encode())
-    return told.end()
+        if lines.framing is None and b"ndjson" not in own.answer.fields.get(b"content-type", b""):
+            answer_whole(exchange, own.answer, [own.body])
+            return
+        lines.write(own.answer, own.body)
+    else:
+        status, text = explain_failure(outcomes)
+        if lines.framing is None:
+            raise Refusal(status, text)
+        lines.write(None, json.dumps({"error": text}).encode())
+    lines.end()
 
 
-async def serve_change(gateway: Gateway, client: ClientConnection, head: RequestHead, body: Body, spec: RequestSpec,
-                       record: Record) -> bool:
+async def serve_change(exchange: Exchange) -> None:
     """Change a model on all nodes concerned; succeed only if all of them do."""
+    gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
     nodes = gateway.dispatcher.nodes_to_change(spec, gateway.options.replicas, gateway.loop.time())
     record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
     record.reason = f"{spec.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
-    told, progress = LineAnswer(client, head, record), Progress(node.name for node in nodes)
+    lines, progress = LineAnswer(exchange), Progress(node.name for node in nodes)
 
     def hear(node: Node, answer: ResponseHead, line: bytes) -> None:
         """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
@@ -7220,19 +7246,18 @@ async def serve_change(gateway: Gateway, client: ClientConnection, head: Request
         elif value.get("status") != "success":
             due = progress.take(node.name, value)
             if len(nodes) == 1 or due is not None:
-                told.write(answer, line if len(nodes) == 1 else json.dumps(due, separators=(",", ":")).encode())
+                lines.write(answer, line if len(nodes) == 1 else json.dumps(due, separators=(",", ":")).encode())
 
     async def one(node: Node) -> Outcome:
-        outcome = await change_on(gateway, node, head, body, spec, record, hear)
+        outcome = await change_on(exchange, node, hear)
         progress.drop(node.name)    # of two lines the one that counts has come, or never will
         return outcome
 
     outcomes = await asyncio.gather(*map(one, nodes))
     if spec.change != "unload":
-        await gateway.look_at_changes([it.node for it in outcomes if it.answer])
+        await gateway.look_at_changes([outcome.node for outcome in outcomes if outcome.answer])
     gateway.pump()
-    outcomes = without_absent(spec.change, outcomes)
-    return answer_change(client, head, record, told, outcomes)
+    answer_change(exchange, lines, without_absent(spec.change, outcomes))
 
 
 # -----------------------------------------------------------------------------
@@ -7321,36 +7346,41 @@ def cut_batch(spec: RequestSpec, sizes: list[int], record: Record) -> list[Share
                   replace(record)) for part in parts]
 
 
-async def keep_share(gateway: Gateway, share: Share, head: RequestHead, connection: NodeConnection,
-                     answer: ResponseHead, lease: Lease, record: Record, keep: bool) -> tuple[bool, bool]:
-    """Keep a node's answer to a share. Return what relay_answer does. Raises NodeFailure or NodeRefused."""
-    dispatcher, loop = gateway.dispatcher, gateway.loop
+async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
+    """Keep a node's answer to a share. Raises NodeFailure or NodeRefused."""
+    dispatcher, loop, lease = exchange.gateway.dispatcher, exchange.gateway.loop, begun.lease
     dispatcher.heard(lease, 0, loop.time())
-    collector = Collector(connection, answer, SHARE_ANSWER_BYTES)
+    collector = Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES)
     body = await collector.collect()
-    if answer.status != 200:
-        raise NodeRefused(NodeAnswer(lease.node.name, None, answer, body))
-    share.answer, share.cut = answer, cut_answer(body, len(share.texts))
+    if begun.answer.status != 200:
+        raise NodeRefused(NodeAnswer(lease.node.name, None, begun.answer, body))
+    share.answer, share.cut = begun.answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
-    return True, collector.clean
+    begun.clean = collector.clean
 
 
-async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestHead, spec: RequestSpec, record: Record,
-                      sizes: list[int], digest: str) -> bool:
+async def serve_share(batch: Exchange, share: Share, version: str) -> None:
+    """Let a node that has one version of the model embed a share of a batch."""
+    lines = [line for line in batch.head.lines if line[0] != b"content-encoding"]
+    exchange = Exchange(batch.gateway, batch.client, replace(batch.head, lines=lines), share.record, keep=True)
+    exchange.spec, exchange.version = share.spec, version
+    exchange.body = json.dumps({**(batch.spec.batch or {}), "input": share.texts}).encode()
+    await serve_inference(exchange, functools.partial(keep_share, share))
+
+
+async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> None:
     """Let the nodes that have one version of the model embed shares of a batch; answer as one node would."""
+    gateway, record = exchange.gateway, exchange.record
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    shares, batch = cut_batch(spec, sizes, record), spec.batch
-    assert batch is not None
-    plain = replace(head, lines=[line for line in head.lines if line[0] != b"content-encoding"])
+    shares = cut_batch(exchange.spec, sizes, record)
     left = iter(shares)
 
     async def work() -> None:
         """Have one share after the other embedded; what else the same client asks for comes in between."""
         for share in left:
-            body = json.dumps({**batch, "input": share.texts}).encode()
-            await serve_inference(gateway, share, plain, body, share.spec, share.record, keep_share, digest)
+            await serve_share(exchange, share, version)
 
-    nodes = len(dispatcher.nodes) - len(dispatcher.without(spec.model, digest))
+    nodes = len(dispatcher.nodes) - len(dispatcher.without(exchange.spec.model, version))
     tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
     try:
         await asyncio.gather(*tasks)
@@ -7359,40 +7389,37 @@ async def serve_batch(gateway: Gateway, client: ClientConnection, head: RequestH
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         records = [share.record for share in shares]
-        used = {it.node for it in records}
+        used = {part.node for part in records}
         record.node = ",".join(name for name in dispatcher.nodes if name in used)
-        record.attempts = sum(it.attempts for it in records)
-        record.queue_s = min(it.queue_s for it in records)
+        record.attempts = sum(part.attempts for part in records)
+        record.queue_s = min(part.queue_s for part in records)
         record.reason = f"{len(shares)} shares"
     cuts, answer = [share.cut for share in shares if share.cut], shares[0].answer
     assert answer is not None       # as all shares have
     pieces = await gateway.turns.run(joined(cuts, sizes, loop.time() - record.started_s))
     record.timings = read_timings(pieces[-1][-TAIL_BYTES:])
-    return await answer_in_pieces(client, head, record, answer, pieces)
+    await answer_in_pieces(exchange, answer, pieces)
 
 
-async def answer_in_pieces(client: ClientConnection, head: RequestHead, record: Record, answer: ResponseHead,
-                           pieces: list[bytes]) -> bool:
-    """Write an answer piece by piece, as the client reads it; tell whether the connection stays open."""
+async def answer_in_pieces(exchange: Exchange, answer: ResponseHead, pieces: list[bytes]) -> None:
+    """Write an answer piece by piece, as the client reads it."""
+    client, record = exchange.client, exchange.record
     answer.length = record.bytes = sum(map(len, pieces))
-    _, lines, keep = choose_framing(head, answer, head.keep_alive)
+    _, lines = choose_framing(exchange, answer)
     record.status = answer.status
     client.write(render_response(answer, added_lines(record, answer), lines))
     for piece in pieces:
         for at in range(0, len(piece), SENT_BYTES):
             client.write(piece[at:at + SENT_BYTES])
             await client.drained()
-    return keep
 
 
-async def serve_locally(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
+async def serve_locally(exchange: Exchange) -> None:
     """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
-    if head.length != 0:
-        await gateway.read_body(client, head)
-    if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
-        await gateway.refreshed[head.path](gateway)
-    status, body, kind, *extra = gateway.own_answer(head.path)
-    return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
+    gateway, path = exchange.gateway, exchange.head.path
+    if path in gateway.refreshed:   # somebody who asks this has often just changed it
+        await gateway.refreshed[path](gateway)
+    answer_locally(exchange, gateway.own_answer(path))
 
 
 def is_loopback(address: str) -> bool:
@@ -7449,12 +7476,10 @@ def admit(gateway: Gateway, client: ClientConnection, head: RequestHead, route: 
     return key
 
 
-async def serve_events(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
+async def serve_events(exchange: Exchange) -> None:
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
-    if head.length != 0:
-        await gateway.read_body(client, head)
-    client.serving = True
-    record.status = 200
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    client.serving, exchange.keep, record.status = True, False, 200
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
              b"Connection: close", *record.cors]
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
@@ -7462,156 +7487,157 @@ async def serve_events(gateway: Gateway, client: ClientConnection, head: Request
         if not client.write_paused:     # one that does not read misses some
             client.write(b"data: " + gateway.snapshot() + b"\n\n")
         await asyncio.sleep(EVENT_S)
-    return False
 
 
-async def serve_order(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
+async def serve_order(exchange: Exchange) -> None:
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
-    name, _, verb = head.path.removeprefix("/api/nodes/").rpartition("/")
-    await gateway.read_body(client, head)
-    node = gateway.dispatcher.nodes.get(name)
-    if node is None or verb not in ("drain", "resume"):
-        names = ", ".join(gateway.dispatcher.nodes)
-        raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {names}")
-    return answer_locally(client, head, record, *gateway.order(node, verb))
+    name, _, verb = exchange.head.path.removeprefix("/api/nodes/").rpartition("/")
+    nodes = exchange.gateway.dispatcher.nodes
+    if name not in nodes or verb not in ("drain", "resume"):
+        raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {', '.join(nodes)}")
+    answer_locally(exchange, exchange.gateway.order(nodes[name], verb))
 
 
-def answer_origin(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool | None:
-    """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
+def answer_origin(exchange: Exchange) -> bool:
+    """Answer a web page that may not ask, or that asks whether it may; tell whether that was all.
 
     Here and not in the nodes: they would compare the origin with a Host that no browser has seen.
     """
-    lines = origin_lines(head.fields[b"origin"], head.fields.get(b"host", b""), gateway.origins)
+    head, record = exchange.head, exchange.record
+    lines = origin_lines(head.fields[b"origin"], head.fields.get(b"host", b""), exchange.gateway.origins)
+    record.cors = lines or ()
+    if lines is not None and (head.method != "OPTIONS" or not lines):
+        return False
+    exchange.keep = exchange.keep and head.length == 0
     if lines is None:
         record.reason = "origin not allowed"
-        return answer_locally(client, head, record, 403, b"", b"", close=head.length != 0)
-    record.cors = lines
-    if head.method != "OPTIONS" or not lines:
-        return None
-    return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
+    answer_locally(exchange, OwnAnswer(403) if lines is None else OwnAnswer(204, lines=PREFLIGHT))
+    return True
 
 
-async def serve_by_nodes(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, body: Body,
-                         spec: RequestSpec, record: Record) -> bool:
-    """Answer a request that nodes are needed for. Raises what `serve` raises."""
-    record.model, record.priority = spec.model or "", spec.priority
-    if route.kind == "raw" and head.length != 0:
-        try:
-            return await serve_upload(gateway, client, head, spec, record)
-        except Refusal as refusal:
-            refusal.close = True    # what is left of the body could be taken for the next request
-            raise
-    if spec.batch and gateway.options.split_embed:
-        sizes, digest = gateway.dispatcher.split(spec, gateway.loop.time())
-        if len(sizes) > 1:
-            return await serve_batch(gateway, client, head, spec, record, sizes, digest)
-    handle = serve_change if spec.change else serve_inference if spec.inference else serve_control
-    return await handle(gateway, client, head, body, spec, record)
-
-
-async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
-    """Answer one request; tell whether the connection stays open.
-
-    Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
-    """
-    if head.fields.get(b"origin"):
-        keep = answer_origin(gateway, client, head, record)
-        if keep is not None:
-            return keep
-    if gateway.is_rebound(head.fields.get(b"host", b"")):
-        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
-    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
-    route = find_route(head.method, head.path)
-    key = admit(gateway, client, head, route, record)
-    if route.kind == "order":
-        return await serve_order(gateway, client, head, record)
-    if route.kind == "events":
-        return await serve_events(gateway, client, head, record)
-    if route.where in ANSWERED_HERE:
-        return await serve_locally(gateway, client, head, record)
-    if gateway.draining:
-        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    if key is None:
-        return await serve_admitted(gateway, client, head, route, record, None)
+async def count_request(exchange: Exchange, key: Key) -> None:
+    """Count a request as one of its key's. Raises Refusal if that has none left."""
     try:
-        key.take(gateway.loop.time())
-    except Refusal as refusal:
-        if head.length is None or head.length > SHORT_BODY_BYTES:
-            refusal.close = True    # rather than read all that is refused
+        key.take(exchange.gateway.loop.time())
+    except Refusal:
+        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
+            exchange.keep = False   # rather than read all that is refused
         else:
-            await gateway.read_body(client, head)
+            await exchange.read_body()
         raise
-    try:
-        return await serve_admitted(gateway, client, head, route, record, key)
-    finally:
-        key.give_back()
 
 
-async def serve_admitted(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record,
-                         key: Key | None) -> bool:
-    """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
-    body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
+async def read_request(exchange: Exchange) -> None:
+    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
+    gateway, client, head, route, key = (exchange.gateway, exchange.client, exchange.head, exchange.route,
+                                         exchange.key)
+    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
     client.serving = True
     steps = reading_steps(head, route, body)
     reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
     if key is None:
-        spec = read_spec(head, route, reading, client.address)
+        spec = exchange.spec = read_spec(head, route, reading, client.address)
         if spec.priority > MOST_FROM_AFAR and not is_local(client, head):
             spec.priority = MOST_FROM_AFAR
     else:
         allowed = key.settings
-        spec = read_spec(head, route, reading, allowed.name, allowed.priority)
+        spec = exchange.spec = read_spec(head, route, reading, allowed.name, allowed.priority)
         spec.priority = min(spec.priority, allowed.max_priority)
     if spec.change == "unload":     # which only the body tells
         guard(gateway, head, route.kind, key, close=False)
-    return await serve_by_nodes(gateway, client, head, route, body, spec, record)
+    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
+
+
+async def serve_by_nodes(exchange: Exchange) -> None:
+    """Answer a request that nodes are needed for. Raises what `serve` raises."""
+    gateway, spec = exchange.gateway, exchange.spec
+    if exchange.route.kind == "raw" and exchange.head.length != 0:
+        await serve_upload(exchange)
+        return
+    if spec.batch and gateway.options.split_embed:
+        sizes, version = gateway.dispatcher.split(spec, gateway.loop.time())
+        if len(sizes) > 1:
+            await serve_batch(exchange, sizes, version)
+            return
+    await (serve_change if spec.change else serve_inference if spec.inference else serve_control)(exchange)
+
+
+async def serve(exchange: Exchange) -> None:
+    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
+    gateway, client, head = exchange.gateway, exchange.client, exchange.head
+    if head.fields.get(b"origin") and answer_origin(exchange):
+        return
+    if gateway.is_rebound(head.fields.get(b"host", b"")):
+        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
+    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
+    route = exchange.route = find_route(head.method, head.path)
+    key = exchange.key = admit(gateway, client, head, route, exchange.record)
+    if route.where in ANSWERED_HERE:
+        if head.length != 0:
+            await exchange.read_body()
+        await {"order": serve_order, "events": serve_events}.get(route.kind, serve_locally)(exchange)
+        return
+    if gateway.draining:
+        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
+    if key is not None:
+        await count_request(exchange, key)
+    try:
+        await read_request(exchange)
+        await serve_by_nodes(exchange)
+    finally:
+        if key is not None:
+            key.give_back()
+
+
+async def answer(exchange: Exchange) -> None:
+    """Answer one request, whatever that takes, and count it."""
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    try:
+        await serve(exchange)
+    except Refusal as refusal:
+        answer_refusal(exchange, refusal)
+    except NodeRefused as refused:
+        answer_whole(exchange, refused.value.head, [refused.value.body])
+    except (ClientGone, asyncio.CancelledError):
+        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
+        raise
+    except Exception:
+        LOG.exception({"event": "error", "id": record.id})
+        if record.status:
+            client.transport.abort()
+            record.outcome, exchange.keep = "error", False
+        else:
+            answer_refusal(exchange, Refusal(500, "internal error", close=True))
+    finally:
+        gateway.finish(record)
+        gateway.memory.give_back(client)
 
 
 async def converse(gateway: Gateway, client: ClientConnection) -> None:
-    """Serve one client connection from its first byte to its last."""
-    head: RequestHead | None = None
-    record: Record | None = None
+    """Serve one client connection from its first byte to its last: one request after the other."""
     try:
         while True:
-            head = record = None
             client.serving = client.asking = False
             head = await client.next_head(gateway.header_timeout_s)
             if head is None:
                 return
             client.asking = True
-            record = Record(request_id(head, gateway.rng), client.address, head.method, head.path, gateway.loop.time())
-            try:
-                keep = await serve(gateway, client, head, record)
-            except Refusal as refusal:
-                keep = answer_refusal(client, head, record, refusal)
-            except NodeRefused as refused:
-                keep = answer_whole(client, head, record, refused.value.head, refused.value.body)
-            gateway.finish(record)
-            record = None
-            gateway.memory.give_back(client)
+            exchange = begin_exchange(gateway, client, head)
+            await answer(exchange)
             if client.write_paused:
                 await client.drained()
             if client.buffer:       # it asks ahead: others come in between
                 await gateway.turns.take()
-            if not keep or gateway.draining or client.gone:
+            if not exchange.keep or gateway.draining or client.gone:
                 return
     except Refusal as refusal:      # no head, or none that can be read
-        answer_refusal(client, None, None, refusal)
+        refuse_unread(gateway, client, refusal)
     except (ClientGone, asyncio.CancelledError):
-        if record:
-            record.status, record.reason, record.outcome = 499, "the client left", "client_left"
+        pass
     except Exception:
-        LOG.exception({"event": "error", "id": record.id if record else ""})
-        if record and not record.status:
-            answer_refusal(client, head, record, Refusal(500, "internal error", close=True))
-        else:
-            client.transport.abort()
-            if record:
-                record.outcome = "error"
+        LOG.exception({"event": "error", "id": ""})
+        client.transport.abort()
     finally:
-        if record:
-            gateway.finish(record)
-        gateway.memory.give_back(client)
         await client.close()
         gateway.forget(client)
 
@@ -7622,15 +7648,6 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
 # Merged from what the probes found last, so that a slow or hung node can delay nobody. Rows are kept as the nodes sent
 # them, unknown fields and all; of several rows for one name the newest counts.
 # -----------------------------------------------------------------------------
-
-# (status, body, content type), and of a page more raw lines of the head.
-OwnAnswer = tuple[int, bytes, bytes] | tuple[int, bytes, bytes, list[bytes]]
-
-
-def json_answer(value: object, status: int = 200) -> tuple[int, bytes, bytes]:
-    """Return (status, body, content type) of a JSON answer."""
-    return status, json.dumps(value, separators=(",", ":")).encode(), b"application/json; charset=utf-8"
-
 
 def live_nodes(gateway: Gateway) -> list[Node]:
     """Return the nodes that are up. Raises Refusal if there is none."""
@@ -7656,7 +7673,7 @@ def all_tags(gateway: Gateway) -> list[Json]:
 
 
 def answer_root(gateway: Gateway) -> OwnAnswer:
-    return 200, b"Ollama is running", b"text/plain; charset=utf-8"
+    return OwnAnswer(200, b"Ollama is running", b"text/plain; charset=utf-8")
 
 
 def answer_tags(gateway: Gateway) -> OwnAnswer:
@@ -7690,8 +7707,8 @@ def openai_model(row: Json) -> Json:
 
 def answer_openai_models(gateway: Gateway) -> OwnAnswer:
     """Answer /v1/models; `data` is null when there is no model, as Ollama has it, and so are type and newline."""
-    status, body, _ = json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
-    return status, body + b"\n", b"application/json"
+    own = json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
+    return OwnAnswer(200, own.body + b"\n", b"application/json")
 
 
 # -----------------------------------------------------------------------------
@@ -8229,7 +8246,7 @@ def answer_metrics(gateway: Gateway) -> OwnAnswer:
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{suffix}{{{labels}}} {value}" if labels else f"{name}{suffix} {value}"
                   for suffix, labels, value in samples]
-    return 200, ("\n".join(lines) + "\n").encode(), b"text/plain; version=0.0.4; charset=utf-8"
+    return OwnAnswer(200, ("\n".join(lines) + "\n").encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
 
 def milliseconds(seconds: float | None) -> int | str:
@@ -8744,7 +8761,7 @@ def dashboard_state(gateway: Gateway) -> Json:
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
     """Answer with the page and its first state; a `<` in that must not end its script."""
     state = gateway.snapshot().replace(b"<", b"\\u003c")
-    return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
+    return OwnAnswer(200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES)
 
 
 # -----------------------------------------------------------------------------
@@ -9477,7 +9494,7 @@ class Gateway:
         if is_too_much or len(self.clients) >= self.max_clients:
             if not self.tls:        # else it would take a handshake to tell
                 text = f"too many connections{f' from {address}' if is_too_much else ''}"
-                answer_refusal(client, None, None, Refusal(503, text, close=True, retry_after_s=1.0))
+                refuse_unread(self, client, Refusal(503, text, close=True, retry_after_s=1.0))
             transport.close()
             return
         self.clients.add(client)
@@ -9512,10 +9529,6 @@ class Gateway:
         """Count a connection no longer."""
         self.acquaint(client)
         self.clients.discard(client)
-
-    async def read_body(self, client: ClientConnection, head: RequestHead) -> Body:
-        """Return the whole body of a request. Raises as ClientConnection.read_body."""
-        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
     def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         """Log what went wrong outside all tasks.
@@ -9673,8 +9686,8 @@ class Gateway:
         """Note that a node has loaded a model, and soon what that has pushed out."""
         self.begin_chore(node, look_after_load)
 
-    def order(self, node: Node, verb: str) -> tuple[int, bytes, bytes]:
-        """Drain or resume a node; return (status, body, content type) of the answer: its state."""
+    def order(self, node: Node, verb: str) -> OwnAnswer:
+        """Drain or resume a node; return the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
         self.answers.clear()        # it is to be seen at once
         note_state(self, node, f"asked to {verb}")
