@@ -848,75 +848,6 @@ MAX_NAME_CHARS = 512                # of a model's name, kept: a client can make
 SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
 
 
-class Route(NamedTuple):
-    """What a path carries and which nodes it concerns.
-
-    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
-    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator;
-    events: an answer without end.
-    """
-
-    where: Where
-    kind: str = "raw"
-    family: Family = Family.OLLAMA
-    streams: bool = False           # when the body does not say
-    guarded: bool = False           # changes models, an account or what a node does: see `guard`
-
-    @property
-    def is_inference(self) -> bool:
-        """Tell whether a request takes a slot of a model."""
-        return self.where is Where.QUEUED
-
-
-ROUTE_ROWS = (                      # methods, path; one that ends in a slash stands for all below it
-    ("GET HEAD", "/", Route(Where.GATEWAY)),
-    ("GET HEAD", "/api/health", Route(Where.GATEWAY)),
-    ("GET HEAD", "/api/stats", Route(Where.GATEWAY)),
-    ("GET HEAD", "/api/queue", Route(Where.GATEWAY)),
-    ("GET HEAD", "/metrics", Route(Where.GATEWAY)),
-    ("POST", "/api/nodes/", Route(Where.GATEWAY, "order", guarded=True)),
-    ("GET HEAD", "/dashboard", Route(Where.GATEWAY)),
-    ("GET", "/dashboard/events", Route(Where.GATEWAY, "events")),
-    ("GET HEAD", "/api/version", Route(Where.MERGED)),
-    ("GET HEAD", "/api/tags", Route(Where.MERGED)),
-    ("GET", "/api/ps", Route(Where.MERGED)),
-    ("GET", "/api/status", Route(Where.MERGED)),
-    ("GET", "/v1/models", Route(Where.MERGED, family=Family.OPENAI)),
-    ("POST", "/api/generate", Route(Where.QUEUED, "generate", Family.OLLAMA, True)),
-    ("POST", "/api/chat", Route(Where.QUEUED, "chat", Family.OLLAMA, True)),
-    ("POST", "/api/embed", Route(Where.QUEUED, "embed")),
-    ("POST", "/api/embeddings", Route(Where.QUEUED, "embed")),
-    ("POST", "/v1/completions", Route(Where.QUEUED, "generate", Family.OPENAI)),
-    ("POST", "/v1/chat/completions", Route(Where.QUEUED, "chat", Family.OPENAI)),
-    ("POST", "/v1/responses", Route(Where.QUEUED, "chat", Family.OPENAI)),
-    ("POST", "/v1/embeddings", Route(Where.QUEUED, "embed", Family.OPENAI)),
-    ("POST", "/v1/messages", Route(Where.QUEUED, "chat", Family.ANTHROPIC)),
-    ("POST", "/v1/audio/transcriptions", Route(Where.QUEUED, "transcribe", Family.OPENAI)),
-    ("POST", "/api/show", Route(Where.ANY, "show")),
-    ("GET", "/v1/models/", Route(Where.ANY, family=Family.OPENAI)),
-    ("POST", "/api/pull", Route(Where.EVERY, "pull", Family.OLLAMA, True, guarded=True)),
-    ("POST", "/api/copy", Route(Where.EVERY, "copy", guarded=True)),
-    ("DELETE", "/api/delete", Route(Where.EVERY, "delete", guarded=True)),
-    ("HEAD", "/api/blobs/", Route(Where.PRIMARY)),
-    ("POST", "/api/blobs/", Route(Where.PRIMARY, guarded=True)),
-    ("POST", "/api/create", Route(Where.PRIMARY, "create", Family.OLLAMA, True, guarded=True)),
-    ("POST", "/api/push", Route(Where.PRIMARY, "push", Family.OLLAMA, True, guarded=True)),
-    ("POST", "/api/me", Route(Where.PRIMARY, "account", guarded=True)),
-    ("POST", "/api/signout", Route(Where.PRIMARY, "account", guarded=True)),
-    ("DELETE", "/api/user/keys/", Route(Where.PRIMARY, "account", guarded=True)),
-    # These use the primary node's account and change nothing: agents such as OpenClaw search the web with them.
-    ("POST", "/api/experimental/web_search", Route(Where.PRIMARY, "account")),
-    ("POST", "/api/experimental/web_fetch", Route(Where.PRIMARY, "account")),
-    ("GET", "/api/experimental/model-recommendations", Route(Where.PRIMARY, "account")),
-)
-ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
-ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
-ANSWERED_HERE = Where.GATEWAY, Where.MERGED
-ELSEWHERE = {family: Route(Where.ANY, family=family) for family in Family}
-# Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
-# new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
-GUARDED_ELSEWHERE = Route(Where.ANY, guarded=True)
-SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
 
@@ -941,19 +872,6 @@ def family_of(path: str) -> Family:
     if path.startswith("/v1/messages"):
         return Family.ANTHROPIC
     return Family.OPENAI if path.startswith("/v1/") else Family.OLLAMA
-
-
-def find_route(method: str, path: str) -> Route:
-    """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
-    route = ROUTES.get((method, path))
-    if route is not None:
-        return route
-    for its_method, above, route in ROUTES_BELOW:
-        if method == its_method and path.startswith(above) and path != above:
-            return route
-    if method not in SAFE_METHODS and not (method == "POST" and path.startswith("/v1/")):
-        return GUARDED_ELSEWHERE._replace(family=family_of(path))
-    return ELSEWHERE[family_of(path)]
 
 
 def lower_keys(pairs: list[tuple[str, Any]]) -> Json:
@@ -5812,13 +5730,11 @@ def consume_key(keys: Keys, head: RequestHead) -> Key | None:
 
 
 # -----------------------------------------------------------------------------
-# Client conversation: what does one connection see?
+# Client connection: what comes from a client, what goes to it, and how long may it take?
 #
-# One task per connection takes one request after the other. It waits only for: the next head, a buffered body, a
-# lease, the head of an answer, the end of an answer. A client that closes its connection while it is being served
-# cancels the task: whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in
-# the `finally` that stands around it. A closed write side counts as closed, as in Ollama's own server. With TLS, a
-# TlsTransport stands between the connection and its socket, and nothing else knows of it.
+# A ClientConnection collects what the client sends until somebody waits for it, or hands it to an Upload. A client that
+# goes while it is being served cancels the task that serves it; a closed write side counts as gone, as in Ollama's own
+# server. With TLS, a TlsTransport stands between the connection and its socket, and nothing else knows of it.
 # -----------------------------------------------------------------------------
 
 STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
@@ -6971,6 +6887,11 @@ async def serve_control(exchange: Exchange) -> None:
             dispatcher.release(lease, loop.time())
 
 
+async def serve_raw(exchange: Exchange) -> None:
+    """Pass a request through whose body, if it has one, is of no concern here."""
+    await (serve_control if exchange.head.length == 0 else serve_upload)(exchange)
+
+
 async def serve_upload(exchange: Exchange) -> None:
     """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
 
@@ -7401,6 +7322,17 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
     await answer_in_pieces(exchange, answer, pieces)
 
 
+async def serve_embedding(exchange: Exchange) -> None:
+    """Serve texts to embed: a long list by many nodes."""
+    spec, gateway = exchange.spec, exchange.gateway
+    if spec.batch and gateway.options.split_embed:
+        sizes, version = gateway.dispatcher.split(spec, gateway.loop.time())
+        if len(sizes) > 1:
+            await serve_batch(exchange, sizes, version)
+            return
+    await serve_inference(exchange)
+
+
 async def answer_in_pieces(exchange: Exchange, answer: ResponseHead, pieces: list[bytes]) -> None:
     """Write an answer piece by piece, as the client reads it."""
     client, record = exchange.client, exchange.record
@@ -7414,12 +7346,14 @@ async def answer_in_pieces(exchange: Exchange, answer: ResponseHead, pieces: lis
             await client.drained()
 
 
-async def serve_locally(exchange: Exchange) -> None:
-    """Answer for the whole cluster, from what was seen of the nodes last: no node is waited for."""
-    gateway, path = exchange.gateway, exchange.head.path
-    if path in gateway.refreshed:   # somebody who asks this has often just changed it
-        await gateway.refreshed[path](gateway)
-    answer_locally(exchange, gateway.own_answer(path))
+async def serve_own(exchange: Exchange) -> None:
+    """Answer from what is known: no node is waited for, but for a look where the route has one.
+
+    Whoever asks for that has often just changed it.
+    """
+    if exchange.route.look is not None:
+        await look_again(exchange.route.look, exchange.gateway)
+    answer_locally(exchange, exchange.gateway.own_answer(exchange.head.path))
 
 
 def is_loopback(address: str) -> bool:
@@ -7513,133 +7447,6 @@ def answer_origin(exchange: Exchange) -> bool:
         record.reason = "origin not allowed"
     answer_locally(exchange, OwnAnswer(403) if lines is None else OwnAnswer(204, lines=PREFLIGHT))
     return True
-
-
-async def count_request(exchange: Exchange, key: Key) -> None:
-    """Count a request as one of its key's. Raises Refusal if that has none left."""
-    try:
-        key.take(exchange.gateway.loop.time())
-    except Refusal:
-        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
-            exchange.keep = False   # rather than read all that is refused
-        else:
-            await exchange.read_body()
-        raise
-
-
-async def read_request(exchange: Exchange) -> None:
-    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
-    gateway, client, head, route, key = (exchange.gateway, exchange.client, exchange.head, exchange.route,
-                                         exchange.key)
-    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
-    client.serving = True
-    steps = reading_steps(head, route, body)
-    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
-    if key is None:
-        spec = exchange.spec = read_spec(head, route, reading, client.address)
-        if spec.priority > MOST_FROM_AFAR and not is_local(client, head):
-            spec.priority = MOST_FROM_AFAR
-    else:
-        allowed = key.settings
-        spec = exchange.spec = read_spec(head, route, reading, allowed.name, allowed.priority)
-        spec.priority = min(spec.priority, allowed.max_priority)
-    if spec.change == "unload":     # which only the body tells
-        guard(gateway, head, route.kind, key, close=False)
-    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
-
-
-async def serve_by_nodes(exchange: Exchange) -> None:
-    """Answer a request that nodes are needed for. Raises what `serve` raises."""
-    gateway, spec = exchange.gateway, exchange.spec
-    if exchange.route.kind == "raw" and exchange.head.length != 0:
-        await serve_upload(exchange)
-        return
-    if spec.batch and gateway.options.split_embed:
-        sizes, version = gateway.dispatcher.split(spec, gateway.loop.time())
-        if len(sizes) > 1:
-            await serve_batch(exchange, sizes, version)
-            return
-    await (serve_change if spec.change else serve_inference if spec.inference else serve_control)(exchange)
-
-
-async def serve(exchange: Exchange) -> None:
-    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
-    gateway, client, head = exchange.gateway, exchange.client, exchange.head
-    if head.fields.get(b"origin") and answer_origin(exchange):
-        return
-    if gateway.is_rebound(head.fields.get(b"host", b"")):
-        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
-    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
-    route = exchange.route = find_route(head.method, head.path)
-    key = exchange.key = admit(gateway, client, head, route, exchange.record)
-    if route.where in ANSWERED_HERE:
-        if head.length != 0:
-            await exchange.read_body()
-        await {"order": serve_order, "events": serve_events}.get(route.kind, serve_locally)(exchange)
-        return
-    if gateway.draining:
-        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    if key is not None:
-        await count_request(exchange, key)
-    try:
-        await read_request(exchange)
-        await serve_by_nodes(exchange)
-    finally:
-        if key is not None:
-            key.give_back()
-
-
-async def answer(exchange: Exchange) -> None:
-    """Answer one request, whatever that takes, and count it."""
-    gateway, client, record = exchange.gateway, exchange.client, exchange.record
-    try:
-        await serve(exchange)
-    except Refusal as refusal:
-        answer_refusal(exchange, refusal)
-    except NodeRefused as refused:
-        answer_whole(exchange, refused.value.head, [refused.value.body])
-    except (ClientGone, asyncio.CancelledError):
-        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
-        raise
-    except Exception:
-        LOG.exception({"event": "error", "id": record.id})
-        if record.status:
-            client.transport.abort()
-            record.outcome, exchange.keep = "error", False
-        else:
-            answer_refusal(exchange, Refusal(500, "internal error", close=True))
-    finally:
-        gateway.finish(record)
-        gateway.memory.give_back(client)
-
-
-async def converse(gateway: Gateway, client: ClientConnection) -> None:
-    """Serve one client connection from its first byte to its last: one request after the other."""
-    try:
-        while True:
-            client.serving = client.asking = False
-            head = await client.next_head(gateway.header_timeout_s)
-            if head is None:
-                return
-            client.asking = True
-            exchange = begin_exchange(gateway, client, head)
-            await answer(exchange)
-            if client.write_paused:
-                await client.drained()
-            if client.buffer:       # it asks ahead: others come in between
-                await gateway.turns.take()
-            if not exchange.keep or gateway.draining or client.gone:
-                return
-    except Refusal as refusal:      # no head, or none that can be read
-        refuse_unread(gateway, client, refusal)
-    except (ClientGone, asyncio.CancelledError):
-        pass
-    except Exception:
-        LOG.exception({"event": "error", "id": ""})
-        client.transport.abort()
-    finally:
-        await client.close()
-        gateway.forget(client)
 
 
 # -----------------------------------------------------------------------------
@@ -8096,10 +7903,6 @@ def escaped(text: str) -> str:
 def labelled(**labels: str | int) -> str:
     """Return labels as the text format has them."""
     return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
-
-
-INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
-KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 
 
 def route_label(path: str) -> str:
@@ -8762,6 +8565,230 @@ def answer_dashboard(gateway: Gateway) -> OwnAnswer:
     """Answer with the page and its first state; a `<` in that must not end its script."""
     state = gateway.snapshot().replace(b"<", b"\\u003c")
     return OwnAnswer(200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES)
+
+
+# -----------------------------------------------------------------------------
+# Routes: which handler answers which path?
+#
+# The README's table of routes, row by row. A row names its handler, so the table stands behind all of them; code above
+# finds a row when a request asks for it. A new path is one row, and a handler if none of these will do.
+# -----------------------------------------------------------------------------
+
+Handler = Callable[[Exchange], Coroutine[Any, Any, None]]       # raises Refusal or NodeRefused before a byte is out
+
+
+class Route(NamedTuple):
+    """Who answers a path, which nodes that concerns, and what the path carries.
+
+    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
+    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator.
+    """
+
+    handler: Handler
+    where: Where
+    kind: str = "raw"
+    family: Family = Family.OLLAMA
+    streams: bool = False           # when the body does not say
+    guarded: bool = False           # changes models, an account or what a node does: see `guard`
+    own: Callable[[Gateway], OwnAnswer] | None = None   # what `serve_own` answers
+    look: Look | None = None        # and how it lets the nodes be looked at before that
+
+    @property
+    def is_inference(self) -> bool:
+        """Tell whether a request takes a slot of a model."""
+        return self.where is Where.QUEUED
+
+
+def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> Route:
+    """Return the Route of a request that waits for a slot."""
+    return Route(serve_embedding if kind == "embed" else serve_inference, Where.QUEUED, kind, family, streams)
+
+
+ROUTE_ROWS = (                      # methods, path; one that ends in a slash stands for all below it
+    ("GET HEAD", "/", Route(serve_own, Where.GATEWAY, own=answer_root)),
+    ("GET HEAD", "/api/health", Route(serve_own, Where.GATEWAY, own=answer_health)),
+    ("GET HEAD", "/api/stats", Route(serve_own, Where.GATEWAY, own=answer_stats)),
+    ("GET HEAD", "/api/queue", Route(serve_own, Where.GATEWAY, own=answer_queue)),
+    ("GET HEAD", "/metrics", Route(serve_own, Where.GATEWAY, own=answer_metrics)),
+    ("POST", "/api/nodes/", Route(serve_order, Where.GATEWAY, "order", guarded=True)),
+    ("GET HEAD", "/dashboard", Route(serve_own, Where.GATEWAY, own=answer_dashboard)),
+    ("GET", "/dashboard/events", Route(serve_events, Where.GATEWAY)),
+    ("GET HEAD", "/api/version", Route(serve_own, Where.MERGED, own=answer_version)),
+    ("GET HEAD", "/api/tags", Route(serve_own, Where.MERGED, own=answer_tags)),
+    ("GET", "/api/ps", Route(serve_own, Where.MERGED, own=answer_ps, look=look_at_residency)),
+    ("GET", "/api/status", Route(serve_own, Where.MERGED, own=answer_status, look=look_at_status)),
+    ("GET", "/v1/models", Route(serve_own, Where.MERGED, family=Family.OPENAI, own=answer_openai_models)),
+    ("POST", "/api/generate", queued("generate", streams=True)),
+    ("POST", "/api/chat", queued("chat", streams=True)),
+    ("POST", "/api/embed", queued("embed")),
+    ("POST", "/api/embeddings", queued("embed")),
+    ("POST", "/v1/completions", queued("generate", Family.OPENAI)),
+    ("POST", "/v1/chat/completions", queued("chat", Family.OPENAI)),
+    ("POST", "/v1/responses", queued("chat", Family.OPENAI)),
+    ("POST", "/v1/embeddings", queued("embed", Family.OPENAI)),
+    ("POST", "/v1/messages", queued("chat", Family.ANTHROPIC)),
+    ("POST", "/v1/audio/transcriptions", queued("transcribe", Family.OPENAI)),
+    ("POST", "/api/show", Route(serve_control, Where.ANY, "show")),
+    ("GET", "/v1/models/", Route(serve_raw, Where.ANY, family=Family.OPENAI)),
+    ("POST", "/api/pull", Route(serve_change, Where.EVERY, "pull", streams=True, guarded=True)),
+    ("POST", "/api/copy", Route(serve_change, Where.EVERY, "copy", guarded=True)),
+    ("DELETE", "/api/delete", Route(serve_change, Where.EVERY, "delete", guarded=True)),
+    ("HEAD", "/api/blobs/", Route(serve_raw, Where.PRIMARY)),
+    ("POST", "/api/blobs/", Route(serve_raw, Where.PRIMARY, guarded=True)),
+    ("POST", "/api/create", Route(serve_change, Where.PRIMARY, "create", streams=True, guarded=True)),
+    ("POST", "/api/push", Route(serve_control, Where.PRIMARY, "push", streams=True, guarded=True)),
+    ("POST", "/api/me", Route(serve_control, Where.PRIMARY, "account", guarded=True)),
+    ("POST", "/api/signout", Route(serve_control, Where.PRIMARY, "account", guarded=True)),
+    ("DELETE", "/api/user/keys/", Route(serve_control, Where.PRIMARY, "account", guarded=True)),
+    # These use the primary node's account and change nothing: agents such as OpenClaw search the web with them.
+    ("POST", "/api/experimental/web_search", Route(serve_control, Where.PRIMARY, "account")),
+    ("POST", "/api/experimental/web_fetch", Route(serve_control, Where.PRIMARY, "account")),
+    ("GET", "/api/experimental/model-recommendations", Route(serve_control, Where.PRIMARY, "account")),
+)
+ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
+ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
+ANSWERED_HERE = Where.GATEWAY, Where.MERGED
+KNOWN_PATHS = frozenset(path for _, path in ROUTES)
+INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
+# Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
+# new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
+ELSEWHERE = {(family, guarded): Route(serve_raw, Where.ANY, family=family, guarded=guarded)
+             for family in Family for guarded in (False, True)}
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+def find_route(method: str, path: str) -> Route:
+    """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
+    route = ROUTES.get((method, path))
+    if route is not None:
+        return route
+    for row_method, above, route in ROUTES_BELOW:
+        if method == row_method and path.startswith(above) and path != above:
+            return route
+    is_new_inference = method == "POST" and path.startswith("/v1/")
+    return ELSEWHERE[family_of(path), method not in SAFE_METHODS and not is_new_inference]
+
+
+# -----------------------------------------------------------------------------
+# Conversation: what happens to a connection, from its first byte to its last?
+#
+# One task per connection takes one request after the other: head -> route -> right to ask -> body -> handler -> next. A
+# handler answers, or raises the answer. A client that closes its connection while it is being served cancels the task:
+# whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in the `finally` that
+# stands around it.
+# -----------------------------------------------------------------------------
+
+async def count_request(exchange: Exchange, key: Key) -> None:
+    """Count a request as one of its key's. Raises Refusal if that has none left."""
+    try:
+        key.take(exchange.gateway.loop.time())
+    except Refusal:
+        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
+            exchange.keep = False   # rather than read all that is refused
+        else:
+            await exchange.read_body()
+        raise
+
+
+async def read_request(exchange: Exchange) -> None:
+    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
+    gateway, client, head, route, key = (exchange.gateway, exchange.client, exchange.head, exchange.route,
+                                         exchange.key)
+    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
+    client.serving = True
+    steps = reading_steps(head, route, body)
+    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
+    if key is None:
+        spec = exchange.spec = read_spec(head, route, reading, client.address)
+        if spec.priority > MOST_FROM_AFAR and not is_local(client, head):
+            spec.priority = MOST_FROM_AFAR
+    else:
+        allowed = key.settings
+        spec = exchange.spec = read_spec(head, route, reading, allowed.name, allowed.priority)
+        spec.priority = min(spec.priority, allowed.max_priority)
+    if spec.change == "unload":     # which only the body tells
+        guard(gateway, head, route.kind, key, close=False)
+    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
+
+
+async def serve(exchange: Exchange) -> None:
+    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
+    gateway, client, head = exchange.gateway, exchange.client, exchange.head
+    if head.fields.get(b"origin") and answer_origin(exchange):
+        return
+    if gateway.is_rebound(head.fields.get(b"host", b"")):
+        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
+    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
+    route = exchange.route = find_route(head.method, head.path)
+    key = exchange.key = admit(gateway, client, head, route, exchange.record)
+    if route.where in ANSWERED_HERE:
+        if head.length != 0:
+            await exchange.read_body()
+        await route.handler(exchange)
+        return
+    if gateway.draining:
+        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
+    if key is not None:
+        await count_request(exchange, key)
+    try:
+        await read_request(exchange)
+        await (serve_change if exchange.spec.change == "unload" else route.handler)(exchange)
+    finally:
+        if key is not None:
+            key.give_back()
+
+
+async def answer(exchange: Exchange) -> None:
+    """Answer one request, whatever that takes, and count it."""
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    try:
+        await serve(exchange)
+    except Refusal as refusal:
+        answer_refusal(exchange, refusal)
+    except NodeRefused as refused:
+        answer_whole(exchange, refused.value.head, [refused.value.body])
+    except (ClientGone, asyncio.CancelledError):
+        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
+        raise
+    except Exception:
+        LOG.exception({"event": "error", "id": record.id})
+        if record.status:
+            client.transport.abort()
+            record.outcome, exchange.keep = "error", False
+        else:
+            answer_refusal(exchange, Refusal(500, "internal error", close=True))
+    finally:
+        gateway.finish(record)
+        gateway.memory.give_back(client)
+
+
+async def converse(gateway: Gateway, client: ClientConnection) -> None:
+    """Serve one client connection from its first byte to its last: one request after the other."""
+    try:
+        while True:
+            client.serving = client.asking = False
+            head = await client.next_head(gateway.header_timeout_s)
+            if head is None:
+                return
+            client.asking = True
+            exchange = begin_exchange(gateway, client, head)
+            await answer(exchange)
+            if client.write_paused:
+                await client.drained()
+            if client.buffer:       # it asks ahead: others come in between
+                await gateway.turns.take()
+            if not exchange.keep or gateway.draining or client.gone:
+                return
+    except Refusal as refusal:      # no head, or none that can be read
+        refuse_unread(gateway, client, refusal)
+    except (ClientGone, asyncio.CancelledError):
+        pass
+    except Exception:
+        LOG.exception({"event": "error", "id": ""})
+        client.transport.abort()
+    finally:
+        await client.close()
+        gateway.forget(client)
 
 
 # -----------------------------------------------------------------------------
@@ -9438,23 +9465,6 @@ class Gateway:
         self.keys = Keys(keys)
         self.files_seen = self.files_before = self.file_stamps()    # as taken over; as in the last sweep
         self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
-        self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
-            "/": answer_root,
-            "/api/version": answer_version,
-            "/api/tags": answer_tags,
-            "/api/ps": answer_ps,
-            "/api/status": answer_status,
-            "/v1/models": answer_openai_models,
-            "/api/health": answer_health,
-            "/api/stats": answer_stats,
-            "/api/queue": answer_queue,
-            "/metrics": answer_metrics,
-            "/dashboard": answer_dashboard,
-        }
-        self.refreshed: dict[str, Callable[[Gateway], Awaitable[None]]] = {     # path: what is awaited before that
-            "/api/ps": functools.partial(look_again, look_at_residency),
-            "/api/status": functools.partial(look_again, look_at_status),
-        }
         self.state: StateFile | None = None
         self.saved_s = self.started_s
         self.saving: asyncio.Future[None] | None = None
@@ -9724,7 +9734,9 @@ class Gateway:
         until_s, answer = self.answers.get(path, (-math.inf, None))
         if answer is None or self.loop.time() >= until_s:
             began_s = time.thread_time()
-            answer = self.local[path](self)
+            make = ROUTES["GET", path].own
+            assert make is not None     # else it is no answer of ours
+            answer = make(self)
             costly = time.thread_time() - began_s > COSTLY_S
             self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
         return answer

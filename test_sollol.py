@@ -9173,6 +9173,16 @@ async def test_route_does_what_its_row_says(row):
             assert asked_of(gateway, path, row[0]) == names.split(",")
 
 
+def test_every_path_has_one_row_and_every_row_a_handler_that_has_what_it_needs():
+    rows = [(method, path) for methods, path, _ in sollol.ROUTE_ROWS for method in methods.split()]
+    assert len(rows) == len(set(rows)) == len(sollol.ROUTES)
+    for (method, path), route in sollol.ROUTES.items():
+        assert asyncio.iscoroutinefunction(route.handler), path
+        assert (route.own is not None) == (route.handler is sollol.serve_own), path
+        assert sollol.find_route(method, path + "x" if path[-1] == "/" != path else path) is route
+        assert route.own is None or "GET" in method or ("GET", path) in rows    # HEAD is answered as GET is
+
+
 def test_readme_lists_every_route_and_what_is_done_with_it():
     text = (HERE / "README.md").read_text()
     listed = {(method, path, where)
