@@ -5333,6 +5333,104 @@ class Relay(Sink):
         return True
 
 
+def body_due_s(due_s: float, size: int, now: float) -> float:
+    """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
+
+    Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
+    """
+    return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
+
+
+class Upload:
+    """Pass a request body on to a node while it comes, in constant memory."""
+
+    def __init__(self, client: ClientConnection, connection: NodeConnection, length: int | None,
+                 turns: LoopTurns) -> None:
+        self.client, self.connection, self.turns = client, connection, turns
+        self.body = body_decoder(length)
+        self.chunked = length is None
+        self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
+        self.catching_up: asyncio.Task[None] | None = None      # the task that does it
+
+    def start(self, grace_s: float) -> None:
+        """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
+        self.client.deadline_s = self.client.loop.time() + grace_s
+        self.connection.source = self.client
+        self.client.sink = self
+        data = bytes(self.client.buffer)
+        self.client.buffer.clear()
+        if self.client.read_paused:
+            self.client.resume_reading()
+        self.data(data)
+
+    def expire(self) -> None:
+        """The client sends too slowly, unless it is the node that does not read."""
+        if self.connection.write_paused:
+            self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
+        elif self.connection.sink is None:
+            self.connection.fail(Answer(408, "the request took too long to arrive", close=True))
+        else:
+            self.client.transport.abort()
+
+    def data(self, data: bytes) -> None:
+        """Take a piece from the client's socket; what lies behind the body stays for the next request."""
+        self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
+        if self.connection.failure is not None:
+            return                  # the answer came early; what is still coming has no reader
+        self.behind += data
+        if self.catching_up is None:
+            self.step()
+        if self.behind:
+            self.client.pause_reading()
+            self.catching_up = self.catching_up or self.client.loop.create_task(self.catch_up())
+
+    async def catch_up(self) -> None:
+        """Decode what has come, a step per turn of the loop; then read on."""
+        while self.behind and self.client.sink is self and self.connection.failure is None:
+            await self.turns.take()
+            self.step()
+        self.catching_up = None
+        if not self.connection.write_paused:
+            self.client.resume_reading()
+
+    def end(self) -> None:
+        """Take in no more."""
+        if self.catching_up is not None:
+            self.catching_up.cancel()
+        self.client.sink, self.client.deadline_s = None, math.inf
+
+    def step(self) -> None:
+        """Decode some of what has come, and pass it on."""
+        most = self.body.at_most() if isinstance(self.body, ChunkedBody) else len(self.behind)
+        data, self.behind = self.behind[:most], self.behind[most:]
+        try:
+            payload, used = self.body.feed(data)
+        except ProtocolError as error:
+            if self.connection.sink is None:
+                self.connection.fail(error.value)
+            else:                   # an answer is on its way already; there is no room for another
+                self.client.transport.abort()
+            self.behind = b""
+            return
+        if self.chunked:
+            payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
+        if payload:
+            self.connection.transport.write(payload)
+        if self.body.done:
+            self.client.sink, self.client.deadline_s = None, math.inf
+            self.client.buffer += data[used:] + self.behind
+            self.behind = b""
+
+
+# -----------------------------------------------------------------------------
+# Rescue: how does another node go on with a stream that has broken off?
+#
+# Only a deterministic one: it is asked for again, and the client gets what the first node had not sent. A Transcript
+# keeps the text that the client has; the replay is compared with it, and must say the same. A LineRelay does both while
+# it relays. A stream that is silent in its midst is raced by such a replay, which is read ahead (`rehearse`).
+# -----------------------------------------------------------------------------
+
+REPLAY_BYTES = 8 * MIB              # of a replay that is read ahead: a token's line has some 100 to 200 bytes
 SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "finish_reason")
 
 
@@ -5404,7 +5502,7 @@ class Transcript:
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
     def renamed(self, value: Json) -> bool:
-        """Give an event of a replay the id and the time of the stream that it goes on with; tell whether it did."""
+        """Give an event of a replay the id and the time of the stream it goes on with; tell whether they differed."""
         if not self.lost:
             if not self.name:
                 self.name = {key: value[key] for key in ("id", "created") if key in value}
@@ -5526,93 +5624,33 @@ class LineRelay(Relay):
         return self.transcript.is_short and not self.is_complete() and not self.client.gone
 
 
-def body_due_s(due_s: float, size: int, now: float) -> float:
-    """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
+async def rehearse(begun: Begun, known: str) -> None:
+    """Read a replay until it has said all of `known`; what was read is left to be relayed.
 
-    Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
+    Raises NodeFailure, or Refusal for one that says something else, or takes more than REPLAY_BYTES to say the same.
     """
-    return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
-
-
-class Upload:
-    """Pass a request body on to a node while it comes, in constant memory."""
-
-    def __init__(self, client: ClientConnection, connection: NodeConnection, length: int | None,
-                 turns: LoopTurns) -> None:
-        self.client, self.connection, self.turns = client, connection, turns
-        self.body = body_decoder(length)
-        self.chunked = length is None
-        self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
-        self.catching_up: asyncio.Task[None] | None = None      # the task that does it
-
-    def start(self, grace_s: float) -> None:
-        """Begin with what came behind the head; the body's average is asked for after `grace_s`."""
-        self.client.deadline_s = self.client.loop.time() + grace_s
-        self.connection.source = self.client
-        self.client.sink = self
-        data = bytes(self.client.buffer)
-        self.client.buffer.clear()
-        if self.client.read_paused:
-            self.client.resume_reading()
-        self.data(data)
-
-    def expire(self) -> None:
-        """The client sends too slowly, unless it is the node that does not read."""
-        if self.connection.write_paused:
-            self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
-        elif self.connection.sink is None:
-            self.connection.fail(Answer(408, "the request took too long to arrive", close=True))
-        else:
-            self.client.transport.abort()
-
-    def data(self, data: bytes) -> None:
-        """Take a piece from the client's socket; what lies behind the body stays for the next request."""
-        self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
-        if self.connection.failure is not None:
-            return                  # the answer came early; what is still coming has no reader
-        self.behind += data
-        if self.catching_up is None:
-            self.step()
-        if self.behind:
-            self.client.pause_reading()
-            self.catching_up = self.catching_up or self.client.loop.create_task(self.catch_up())
-
-    async def catch_up(self) -> None:
-        """Decode what has come, a step per turn of the loop; then read on."""
-        while self.behind and self.client.sink is self and self.connection.failure is None:
-            await self.turns.take()
-            self.step()
-        self.catching_up = None
-        if not self.connection.write_paused:
-            self.client.resume_reading()
-
-    def end(self) -> None:
-        """Take in no more."""
-        if self.catching_up is not None:
-            self.catching_up.cancel()
-        self.client.sink, self.client.deadline_s = None, math.inf
-
-    def step(self) -> None:
-        """Decode some of what has come, and pass it on."""
-        most = self.body.at_most() if isinstance(self.body, ChunkedBody) else len(self.behind)
-        data, self.behind = self.behind[:most], self.behind[most:]
-        try:
-            payload, used = self.body.feed(data)
-        except ProtocolError as error:
-            if self.connection.sink is None:
-                self.connection.fail(error.value)
-            else:                   # an answer is on its way already; there is no room for another
-                self.client.transport.abort()
-            self.behind = b""
-            return
-        if self.chunked:
-            payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
-        if payload:
-            self.connection.transport.write(payload)
-        if self.body.done:
-            self.client.sink, self.client.deadline_s = None, math.inf
-            self.client.buffer += data[used:] + self.behind
-            self.behind = b""
+    connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
+    events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
+    separator, rest = EVENT_END if events else LINE_END, b""
+    replay: list[bytes] = []
+    room, transcript.known = REPLAY_BYTES, known
+    while transcript.is_behind and not body.done:
+        data, connection.buffer = connection.buffer, b""
+        if not data:
+            connection.transport.resume_reading()
+            await connection.read_more()
+            continue
+        replay.append(data)
+        room -= len(data)
+        if room < 0:
+            raise Refusal(502, "the answer of another node is too long to be compared")
+        *lines, rest = separator.split(rest + body.feed(data)[0])
+        for line in lines[::2]:     # the others are line ends
+            if transcript.is_behind:
+                transcript.unsent_part(line)
+    if transcript.is_behind:
+        raise Refusal(502, "the answer of another node is shorter")
+    connection.buffer = b"".join(replay) + connection.buffer
 
 
 # -----------------------------------------------------------------------------
@@ -6648,32 +6686,123 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
     return answer.length == 0
 
 
+class Race:
+    """A second attempt beside one that is far overdue, on another node: the first byte wins.
+
+    It owns its task and its lease. Who awaits `winner` gets what they received; else `close` ends both, once.
+    """
+
+    def __init__(self, inference: Inference, first: Lease, lease: Lease) -> None:
+        self.inference, self.first, self.lease = inference, first, lease
+        self.is_closed = False
+        self.task = inference.loop.create_task(self.run())
+
+    async def run(self) -> Begun | None:
+        """Run the attempt; if it wins, the first one is given up."""
+        inference, begun = self.inference, None
+        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
+            begun = await inference.attempt(self.lease)
+        if begun is not None and inference.exchange.is_partly_out:
+            begun = await self.rehearsed(begun)
+        if begun is not None:
+            self.first.lost_to = Failure("raced", f"{self.lease.node.name} was faster")
+            if self.first.abandon is not None:
+                self.first.abandon(self.first.lost_to)
+        inference.gateway.metrics.races[self.lease.node.name, "yes" if begun else "no"] += 1
+        return begun
+
+    async def rehearsed(self, begun: Begun) -> Begun | None:
+        """Return an answer that can go on with a begun stream.
+
+        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
+        """
+        inference, transcript = self.inference, self.inference.exchange.transcript
+        assert transcript and transcript.relay      # the stream has begun
+        known, is_taken = transcript.all_known(), False
+        try:
+            await rehearse(begun, known)
+            has_gone_on = not self.first.released and transcript.all_known() != known
+            is_taken = not has_gone_on and transcript.relay.can_be_continued()
+        except NodeFailure as failed:
+            inference.note(begun.lease, failed.value)
+        except Refusal:
+            inference.dispatcher.exclude(inference.ticket, begun.lease.node)
+        finally:
+            if not is_taken:
+                inference.close(begun)
+        return begun if is_taken else None
+
+    async def winner(self) -> Begun | None:
+        """Wait for the attempt and hand its answer over; None if it has none."""
+        begun = await self.task
+        self.is_closed = True
+        return begun
+
+    def close(self) -> None:
+        """Give the attempt up, with its lease and its answer, unless they were handed over.
+
+        The lease ends here, not in the task: one that is cancelled before its first step does nothing at all.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.task.cancel():
+            self.inference.end(self.lease)
+        elif not self.task.cancelled() and (begun := self.task.result()) is not None:
+            self.inference.close(begun)
+
+
 class Inference:
     """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
 
     def __init__(self, exchange: Exchange, ticket: Ticket) -> None:
         self.exchange, self.record, self.ticket = exchange, exchange.record, ticket
         self.gateway, self.loop = exchange.gateway, exchange.gateway.loop
-        self.dispatcher, self.transcript = self.gateway.dispatcher, exchange.transcript
-        self.rival: asyncio.Task[Begun | None] | None = None    # the attempt that races the first one
-        self.rival_lease: Lease | None = None           # and the last lease of one
+        self.dispatcher = self.gateway.dispatcher
+        self.race: Race | None = None       # under way
         self.last: Answer | NodeAnswer = Answer(502, "no node answered")
+
+    async def run(self, take: Take) -> None:
+        """Try one node after the other; see serve_inference."""
+        transcript = self.exchange.transcript
+        try:
+            while True:
+                try:
+                    begun = await self.begin()
+                except Refusal as refusal:
+                    if self.ticket.attempts and refusal.status == 502:
+                        break       # what the last node said is a better answer
+                    raise
+                if begun is not None:
+                    if await self.pass_on(begun, take):
+                        return
+                    if transcript and transcript.relay:
+                        transcript.rewind(begun.lease.node.name)
+                        self.dispatcher.pin_version_of(self.ticket, begun.lease.node)
+                if self.race is None and not self.may_move_on():
+                    break
+            if isinstance(self.last, NodeAnswer):
+                self.dispatcher.forgive(self.ticket)
+            raise self.last.error()
+        finally:
+            self.ticket.race = None
+            self.end_race()
 
     async def begin(self) -> Begun | None:
         """Wait for what begins to answer; None if that has failed, and the request may move on."""
-        if self.rival is None:
+        if self.race is None:
             lease = await self.gateway.acquire_lease(self.ticket)
             if not self.record.attempts:
                 self.record.queue_s = lease.sent_s - self.ticket.arrived_s
             self.record.node, self.record.reason = lease.node.name, lease.reason
-            self.ticket.race = self.race
+            self.ticket.race = self.begin_race
             begun = await self.attempt(lease)
             self.ticket.race = None
             if begun is not None:
                 self.end_race()
                 return begun
-        begun = await self.rival if self.rival else None
-        self.rival = None
+        begun = await self.race.winner() if self.race else None
+        self.race = None
         return begun
 
     async def attempt(self, lease: Lease) -> Begun | None:
@@ -6688,6 +6817,41 @@ class Inference:
             if begun is None:
                 self.end(lease)
         return begun
+
+    async def pass_on(self, begun: Begun, take: Take) -> bool:
+        """Let the client have an answer that has begun; tell whether that went well, or another node may answer."""
+        lease, record = begun.lease, self.record
+        record.node, record.reason = lease.node.name, lease.reason
+        if lease.loads:
+            self.gateway.note_load(lease.node)
+        if self.exchange.transcript:    # silent in its midst, it may be raced by a replay
+            self.ticket.race, lease.abandon = self.begin_race, begun.connection.fail
+        try:
+            await take(self.exchange, begun)
+            return True
+        except (NodeRefused, NodeFailure) as failed:
+            self.note(lease, failed.value)
+            return False
+        finally:
+            self.ticket.race = lease.abandon = None
+            self.close(begun)
+
+    def begin_race(self, lease: Lease) -> None:
+        """Begin a second attempt, on another node."""
+        assert self.ticket.lease is not None    # the first attempt's
+        self.race = Race(self, self.ticket.lease, lease)
+
+    def end_race(self) -> None:
+        """Give up the second attempt, if there is one."""
+        if self.race is not None:
+            self.race.close()
+            self.race = None
+
+    def may_move_on(self) -> bool:
+        """Tell whether another node may answer what has failed."""
+        if isinstance(self.last, NodeAnswer) and self.last.kind is None:
+            return False
+        return self.dispatcher.retry(self.ticket, self.loop.time())
 
     def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
         """Keep what a node said last, and hold it against the node if it is its fault."""
@@ -6710,134 +6874,6 @@ class Inference:
         """Give back what an answer was received with."""
         self.gateway.pools[begun.lease.node].give_back(begun.connection, begun.clean)
         self.end(begun.lease)
-
-    def race(self, lease: Lease) -> None:
-        """Begin a second attempt, on another node. The first byte wins."""
-        assert self.ticket.lease is not None    # the first attempt's
-        self.rival_lease = lease
-        self.rival = self.loop.create_task(self.run_against(self.ticket.lease, lease))
-
-    async def run_against(self, first: Lease, lease: Lease) -> Begun | None:
-        """Run the second attempt of a race; if it wins, the first is given up."""
-        begun = None
-        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
-            begun = await self.attempt(lease)
-        if begun is not None and self.transcript and self.transcript.relay:
-            begun = await self.rehearsed(begun, first)
-        if begun is not None:
-            first.lost_to = Failure("raced", f"{lease.node.name} was faster")
-            if first.abandon is not None:
-                first.abandon(first.lost_to)
-        self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
-        return begun
-
-    async def rehearsed(self, begun: Begun, first: Lease) -> Begun | None:
-        """Return an answer that can go on with a begun stream.
-
-        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
-        """
-        transcript = self.transcript
-        assert transcript and transcript.relay      # the stream has begun
-        known, taken = transcript.all_known(), False
-        try:
-            await rehearse(begun, known)
-            has_gone_on = not first.released and transcript.all_known() != known
-            taken = not has_gone_on and transcript.relay.can_be_continued()
-        except NodeFailure as failed:
-            self.note(begun.lease, failed.value)
-        except Refusal:
-            self.dispatcher.exclude(self.ticket, begun.lease.node)
-        finally:
-            if not taken:
-                self.close(begun)
-        return begun if taken else None
-
-    def end_race(self) -> None:
-        """Close the second attempt, if there is one whose answer was not taken.
-
-        Its lease ends at once, not by the task: one that is cancelled before its first step does nothing at all.
-        """
-        rival, self.rival = self.rival, None
-        if rival is None:
-            return
-        assert self.rival_lease is not None
-        if rival.cancel():
-            self.end(self.rival_lease)
-        elif not rival.cancelled() and (begun := rival.result()) is not None:
-            self.close(begun)
-
-    def may_move_on(self) -> bool:
-        """Tell whether another node may answer what has failed."""
-        if isinstance(self.last, NodeAnswer) and self.last.kind is None:
-            return False
-        return self.dispatcher.retry(self.ticket, self.loop.time())
-
-    async def run(self, take: Take) -> None:
-        """Try one node after the other; see serve_inference."""
-        try:
-            while True:
-                try:
-                    begun = await self.begin()
-                except Refusal as refusal:
-                    if self.ticket.attempts and refusal.status == 502:
-                        break       # what the last node said is a better answer
-                    raise
-                if begun:
-                    try:
-                        await self.pass_on(begun, take)
-                        return
-                    except (NodeRefused, NodeFailure) as failed:
-                        self.note(begun.lease, failed.value)
-                    if self.transcript and self.transcript.relay:
-                        self.transcript.rewind(begun.lease.node.name)
-                        self.dispatcher.pin_version_of(self.ticket, begun.lease.node)
-                if self.rival is None and not self.may_move_on():
-                    break
-            if isinstance(self.last, NodeAnswer):
-                self.dispatcher.forgive(self.ticket)
-            raise self.last.error()
-        finally:
-            self.ticket.race = None
-            self.end_race()
-
-    async def pass_on(self, begun: Begun, take: Take) -> None:
-        """Let the client have an answer that has begun. Raises as `take`."""
-        lease, record = begun.lease, self.record
-        record.node, record.reason = lease.node.name, lease.reason
-        if lease.loads:
-            self.gateway.note_load(lease.node)
-        if self.transcript:         # silent in its midst, it may be raced by a replay
-            self.ticket.race, lease.abandon = self.race, begun.connection.fail
-        try:
-            await take(self.exchange, begun)
-        finally:
-            self.ticket.race = lease.abandon = None
-            self.close(begun)
-
-
-async def rehearse(begun: Begun, known: str) -> None:
-    """Read a replay until it has said all of `known`; what was read is left to be relayed.
-
-    Raises NodeFailure, or Refusal for one that says something else.
-    """
-    connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
-    events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
-    separator, raw, rest = EVENT_END if events else LINE_END, b"", b""
-    transcript.known = known
-    while transcript.is_behind and not body.done:
-        data, connection.buffer = connection.buffer, b""
-        if not data:
-            connection.transport.resume_reading()
-            await connection.read_more()
-            continue
-        raw += data
-        *lines, rest = separator.split(rest + body.feed(data)[0])
-        for line in lines[::2]:     # the others are line ends
-            if transcript.is_behind:
-                transcript.unsent_part(line)
-    if transcript.is_behind:
-        raise Refusal(502, "the answer of another node is shorter")
-    connection.buffer = raw + connection.buffer
 
 
 async def serve_inference(exchange: Exchange, take: Take = relay_answer) -> None:

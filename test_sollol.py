@@ -5868,6 +5868,18 @@ def test_replay_that_says_something_else_ends_no_stream_and_is_not_asked_for_aga
     bench.run_virtual(main())
 
 
+@pytest.mark.parametrize("room, winner", [(sollol.REPLAY_BYTES, 1), (50, 0)])
+def test_replay_that_is_read_ahead_is_kept_only_up_to_a_bound(room, winner, monkeypatch):
+    monkeypatch.setattr(sollol, "REPLAY_BYTES", room)
+
+    async def main():
+        nodes = overdue("abcd", 60.0), lasting("/api/generate", *"abcd")
+        answer, _, gateway = await raced_stream(*nodes)
+        assert text_of(answer.body) == "abcd" and [len(node.requests) for node in nodes] == [1, 1]
+        assert gateway.dispatcher.rescues["whole"] == winner
+    bench.run_virtual(main())
+
+
 def test_stream_that_goes_on_by_itself_is_not_taken_over():
     async def main():
         said, last = DIALECTS["/api/generate"][1:]
