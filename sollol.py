@@ -5181,14 +5181,31 @@ def error_body(family: Family, status: int, text: str) -> bytes:
 LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\r?\n\Z|'
                        rb'(?:(?:^|\n)data: ?(?:\[DONE\]|\{"type":\s*"message_stop"\s*\})|'
                        rb'"input_tokens":\s*[0-9][^\n]*"total_tokens":\s*[0-9][^\n]*\})\r?\n\r?\n\Z')
+ERROR_CHARS = 200                   # of what a node says of an error, in the log and in an error of the gateway's own
 EVENT_END = re.compile(rb"(\r?\n\r?\n)")    # an event's lines may end in CRLF
 LINE_END = re.compile(rb"(\n)")
 
 
-def error_text(value: object) -> str:
-    """Return what the `error` of a line, event or body says, shortened: a text, or an object with a message."""
-    text = value.get("message") if isinstance(value, dict) else value
-    return (text if isinstance(text, str) else json.dumps(value))[:200]
+def json_of(data: bytes) -> Any:
+    """Return the JSON value that a node sent, None if it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def error_text(error: object) -> str:
+    """Return what an error says, in one line of ERROR_CHARS characters at most.
+
+    `error`: the bytes of a body or of a line, or their JSON: of an object its `error`, and of that its `message`.
+    """
+    if isinstance(error, bytes):
+        value = json_of(error)
+        error = value if isinstance(value, dict) else error[:4 * KIB].decode(errors="replace")
+    for key in ("error", "message"):
+        error = error.get(key) or error if isinstance(error, dict) else error
+    text = error if isinstance(error, str) else json.dumps(error)
+    return " ".join("".join(char if char.isprintable() else " " for char in text[:2 * KIB]).split())[:ERROR_CHARS]
 
 
 def error_in_stream(ending: bytes) -> str:
@@ -5196,14 +5213,10 @@ def error_in_stream(ending: bytes) -> str:
     if b"error" not in ending:
         return ""
     lines = [b"", *(line for line in ending.splitlines() if line.strip() and line != b"data: [DONE]")]
-    text = lines[-1].removeprefix(b"data:").strip()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict) and value.get("error"):
-        return error_text(value["error"])
-    return error_text(value or text.decode(errors="replace")) if lines[-2:-1] == [b"event: error"] else ""
+    last = lines[-1].removeprefix(b"data:").strip()
+    value = json_of(last)
+    has_error = isinstance(value, dict) and value.get("error") or lines[-2:-1] == [b"event: error"]
+    return error_text(last) if has_error else ""
 
 
 class Relay(Sink):
@@ -5518,14 +5531,11 @@ class Transcript:
         Refusal for a replay that says something else.
         """
         lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
-        try:
-            value = {"done": True} if text == b"[DONE]" else json.loads(text)
-        except (ValueError, RecursionError):
-            value = {}
+        value = {"done": True} if text == b"[DONE]" else json_of(text)
         if not isinstance(value, dict):
             value = {}
         if value.get("error"):
-            raise NodeFailure("model", f"broke off: {error_text(value['error'])}")
+            raise NodeFailure("model", f"broke off: {error_text(value)}")
         was_behind, said = self.is_behind, delta_texts(value)
         rests = [self.consume(key, text) for _, key, text in said]
         if value.get("done") is True and self.is_behind:
@@ -6499,7 +6509,7 @@ class NodeAnswer(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"answered {self.head.status}: {shown_error(self.body)}".rstrip(": ")
+        return f"answered {self.head.status}: {error_text(self.body)}".rstrip(": ")
 
     def error(self) -> Exception:
         """Return the exception that tells it."""
@@ -6512,16 +6522,6 @@ class NodeRefused(Exception):
     def __init__(self, value: NodeAnswer) -> None:
         super().__init__(f"{value.node}: {value.text}")
         self.value = value
-
-
-def shown_error(body: bytes) -> str:
-    """Return the text of a node's error answer for a log: one line of 200 characters at most."""
-    text = body[:4 * KIB].decode(errors="replace")
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(body)
-        found = found.get("error", text) if isinstance(found, dict) else text
-        text = str(found.get("message", found) if isinstance(found, dict) else found)
-    return " ".join("".join(char if char.isprintable() else " " for char in text[:2 * KIB]).split())[:200]
 
 
 def answer_whole(exchange: Exchange, answer: ResponseHead, pieces: Sequence[bytes]) -> None:
@@ -7062,10 +7062,7 @@ class LineAnswer:
 
 def read_line(line: bytes) -> Json:
     """Return the object in a line. Raises NodeFailure."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
+    value = json_of(line)
     if not isinstance(value, dict):
         raise NodeFailure("garbage", "answered what is not JSON")
     return value
@@ -7074,15 +7071,14 @@ def read_line(line: bytes) -> Json:
 def error_in(change: str, status: int, body: bytes) -> str:
     """Return why a change was not done, by a node's answer or last line, or "". Raises NodeFailure for garbage."""
     if status >= 400:
-        with contextlib.suppress(NodeFailure):
-            return str(read_line(body).get("error") or f"answered {status}")
-        return f"answered {status}"
+        value = json_of(body)
+        return error_text(value) if isinstance(value, dict) and value.get("error") else f"answered {status}"
     if change in ("copy", "delete"):
         return "" if status == 200 else f"answered {status}"
-    found = read_line(body)
-    if found.get("error"):
-        return str(found["error"])
-    done = found.get("done_reason") == "unload" if change == "unload" else found.get("status") == "success"
+    last = read_line(body)
+    if last.get("error"):
+        return error_text(last)
+    done = last.get("done_reason") == "unload" if change == "unload" else last.get("status") == "success"
     return "" if done else "ended without success"
 
 
