@@ -4777,7 +4777,7 @@ class NodeConnection(asyncio.Protocol):
             self.send_more()
 
     def send(self, head: bytes, body: Body) -> None:
-        """Send a request: a long body by and by, as the node takes it."""
+        """Send a request; a long body goes out in pieces, as the node takes them."""
         if len(body) <= SENT_BYTES:
             self.transport.write(head + body)
         else:
@@ -4807,7 +4807,7 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure: Failure | Answer) -> None:
-        """End the exchange from this side, with the reason that whoever waits for it gets, and no answer."""
+        """End the exchange from this side: whoever waits for it gets this reason, and no answer."""
         self.buffer = b""           # what has come of one may be about to be read
         if self.failure is None:
             self.failure = failure
@@ -4849,8 +4849,10 @@ class NodeConnection(asyncio.Protocol):
         await self.waiter
 
     async def first_payload(self, head: ResponseHead) -> bytes:
-        """Wait for the first bytes of a body and return them, all left where they are; empty if the body is. Raises
-        NodeFailure."""
+        """Wait for the first bytes of a body; return them, but leave them in the buffer. b"" = the body is empty.
+
+        Raises NodeFailure.
+        """
         while True:
             body = body_decoder(head.length)
             try:
@@ -4892,7 +4894,7 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 
 
 class Pool:
-    """Keep the connections to one node, those that were made as it is to be reached now."""
+    """The connections to one node; one that was made by earlier settings is not used again."""
 
     def __init__(self, settings: NodeSettings, turns: LoopTurns, via: bytes) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -4921,11 +4923,11 @@ class Pool:
         """Return a fresh connection. Raises NodeFailure."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                it = self.settings  # whichever address it is, the certificate is that of the name
+                node = self.settings        # the certificate is that of its name, whichever its address is
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.turns), it.address or it.host, it.port, ssl=self.context(),
-                    server_hostname=it.host if it.tls else None)
-            connection.settings = it
+                    lambda: NodeConnection(self.turns), node.address or node.host, node.port, ssl=self.context(),
+                    server_hostname=node.host if node.tls else None)
+            connection.settings = node
             return connection
         except TimeoutError:
             raise NodeFailure("refused", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
@@ -4944,10 +4946,9 @@ class Pool:
     def take(self) -> NodeConnection | None:
         """Return a connection that was used before, or None.
 
-        Never one with something to read: nobody asked for that, so it would be taken for the next answer. The loop
-        sees to it as soon as it reads, but a busy one has not yet. Over TLS it can only be an alert, an end or a
-        record too many: a server sends its session tickets with the handshake, before the first answer; one that
-        comes later costs a new connection and no more.
+        Never one with something to read: nobody asked for that, so it would be taken for the next answer. A busy event
+        loop may not have read it yet. Over TLS it can only be an alert, an end or a superfluous record: a server sends
+        its session tickets with the handshake, before the first answer; a later one costs a new connection, no more.
         """
         while self.idle:
             connection = self.idle.pop()
@@ -4964,8 +4965,7 @@ class Pool:
                 and connection.settings is self.settings):
             connection.busy = False
             connection.idle_s = self.loop.time()
-            connection.transport.resume_reading()       # the last client may have been slow: nobody would see its end,
-                                                        # nor read the next answer
+            connection.transport.resume_reading()       # a slow client may have stopped it; an end must be noticed
             self.idle.append(connection)
             if len(self.idle) > MOST_IDLE_UPSTREAM:
                 self.idle.pop(0).transport.close()
@@ -5012,7 +5012,7 @@ class Pool:
 
 
 class Sink:
-    """Take in the body of an answer, until it is `over`: whole, or with the NodeFailure that ended it."""
+    """Take in the body of an answer until it is `over`: complete, or ended by a `failure`."""
 
     __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
     reads_lines = False             # each line as JSON
@@ -5094,9 +5094,9 @@ class Sink:
 
 
 class Backlog:
-    """Stand before a sink while what has come for it is costly: it gets that in steps, one per turn of the loop.
+    """Stand in for a sink that costly bytes have come for: it gets them in steps, one per turn of the loop.
 
-    Meanwhile nothing is read from the node; that the connection has closed is told behind what has come.
+    Meanwhile nothing is read from the node. If the connection closes, the sink hears of that after its bytes.
     """
 
     def __init__(self, connection: NodeConnection, sink: Sink) -> None:
@@ -5115,7 +5115,7 @@ class Backlog:
         self.sink.fail(failure)
 
     async def catch_up(self) -> None:
-        """Let the sink have what has come; then it has the connection back, unless another has it."""
+        """Feed the sink, then attach it to the connection again, unless another sink is attached by now."""
         connection, sink = self.connection, self.sink
         while self.behind and not sink.over:
             await connection.turns.take()
@@ -5357,8 +5357,8 @@ def unread_bytes(transport: Transport) -> int:
     """
     unsent = transport.get_write_buffer_size()
     with contextlib.suppress(OSError, ValueError):      # closed; or a system that does not tell
-        told = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        unsent += struct.unpack("i", told)[0]
+        packed = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        unsent += struct.unpack("i", packed)[0]
     return unsent
 
 
@@ -5366,9 +5366,9 @@ Result = TypeVar("Result")
 
 
 class LoopTurns:
-    """Hand out the loop: of all work that takes long, one step is done per turn of the loop, the askers one by one.
+    """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
 
-    So such work delays everybody else by one step of some milliseconds, however many clients cause it.
+    So it delays everybody else by one step, some milliseconds, however many clients cause it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -5397,7 +5397,7 @@ class LoopTurns:
             self.loop.call_soon(self.give)
 
     async def run(self, steps: Generator[None, None, Result]) -> Result:
-        """Return the result of work that is given as a generator: each of its steps takes a turn."""
+        """Do work that is written as a generator, each step in a turn of its own; return its result."""
         while True:
             await self.take()
             try:
@@ -5493,7 +5493,7 @@ class ClientConnection(asyncio.Protocol):
         self.wanted_bytes = 0       # of a body that is read as a whole: so many may be in `buffer`
         self.held_bytes = 0         # of BodyMemory, for that body
         self.idle_s = loop.time()   # since when no request is under way
-        self.is_stranger = False    # it has given no key, and counts for its address
+        self.is_stranger = False    # it has shown no key, and counts for its address
         self.write_deadline_s = math.inf    # until when the client must have read LEAST_READ_BYTES
         self.unread_bytes = 0       # of what was to be sent when that was asked for
         self.asking = False         # a request has begun and its answer has not ended
@@ -5503,7 +5503,6 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: Transport) -> None:    # type: ignore[override]  # any socket's is one
         self.transport, self.write_deadline_s = transport, math.inf
-        self.note_address()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
 
@@ -5643,7 +5642,7 @@ class ClientConnection(asyncio.Protocol):
         return parse_request(bytes(self.take(end)))
 
     def take(self, size: int) -> Body:
-        """Return the first bytes of the buffer, which are not kept there any longer; read on if there is room again."""
+        """Take the first `size` bytes out of the buffer and return them; read on if there is room again."""
         taken: Body
         if size > SHORT_BODY_BYTES:     # not copied, but what lies behind it is: 64 MiB take 25 ms
             taken, self.buffer = self.buffer, self.buffer[size:]
@@ -5892,9 +5891,9 @@ class Record:
 
 def request_id(head: RequestHead, rng: random.Random) -> str:
     """Return the client's own X-Request-Id if it is harmless in a header and a log line, else a new one."""
-    given = head.fields.get(b"x-request-id", b"")
-    if 0 < len(given) <= 128 and TOKEN.fullmatch(given):
-        return given.decode()
+    own = head.fields.get(b"x-request-id", b"")
+    if 0 < len(own) <= 128 and TOKEN.fullmatch(own):
+        return own.decode()
     return f"{rng.getrandbits(64):016x}"
 
 
@@ -6015,8 +6014,8 @@ def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) 
 # Relay: how does a node's answer get to the client?
 #
 # An answer that came in one piece with its head goes out in one piece. Any other passes through a Relay: its bytes as
-# they come, the client's own framing, no line looked at but the last ones, which hold the node's statistics. Those teach
-# the dispatcher. A stream that breaks off ends in the words of its format, never with a made-up last line.
+# they come, in the client's framing. Only the last lines are read: they hold the node's statistics, which teach the
+# dispatcher. A stream that breaks off ends in the words of its format, never with a made-up last line.
 # -----------------------------------------------------------------------------
 
 class Framing(enum.Enum):
@@ -6311,10 +6310,10 @@ def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
 
 
 async def relay_answer(exchange: Exchange, begun: Begun) -> None:
-    """Pass a node's answer on to the client as it comes.
+    """Pass a node's answer on to the client as it comes, and learn from its end.
 
-    If the node fails once bytes are out, another one goes on if there is a transcript: the NodeFailure is raised. Else
-    the client is told in-band where the format allows it; or it is cut.
+    Raises NodeFailure if the node fails and another one may go on: nothing is out, or what is out is in a transcript.
+    Any other failure ends the answer here.
     """
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
     is_replay = exchange.is_partly_out
@@ -6366,10 +6365,10 @@ def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
     choices = value.get("choices")
     choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     holders = [value, value.get("message"), *(choice.get("delta") for choice in choices), *choices]
-    found = [(holder, key, holder[key]) for holder in holders if isinstance(holder, dict)
-             for key in SAID if holder.get(key)]
-    return [(holder, key, given if isinstance(given, str) else re.sub(r'"id": "[^"]*"', "", json.dumps(given)))
-            for holder, key, given in found]
+    deltas = [(holder, key, holder[key]) for holder in holders if isinstance(holder, dict)
+              for key in SAID if holder.get(key)]
+    return [(holder, key, delta if isinstance(delta, str) else re.sub(r'"id": "[^"]*"', "", json.dumps(delta)))
+            for holder, key, delta in deltas]
 
 
 class Transcript:
@@ -6431,7 +6430,7 @@ class Transcript:
             if not self.name:
                 self.name = {key: value[key] for key in ("id", "created") if key in value}
             return False
-        other = {key: given for key, given in self.name.items() if value.get(key, given) != given}
+        other = {key: first for key, first in self.name.items() if value.get(key, first) != first}
         value.update(other)
         return bool(other)
 
@@ -6462,10 +6461,10 @@ class Transcript:
             return line
         if not any(rests) and (said or self.is_behind):
             return b""
-        for (holder, key, given), rest in zip(said, rests, strict=True):
+        for (holder, key, text_of_key), rest in zip(said, rests, strict=True):
             if not rest:
                 holder[key] = type(holder[key])()
-            elif rest != given:
+            elif rest != text_of_key:
                 holder[key] = rest
         return lead + json.dumps(value).encode() + (b"\n\n" if lead else b"\n")
 
@@ -6490,7 +6489,7 @@ class LineRelay(Relay):
             return
         self.heard(payload.count(b"\n"), self.time())
         data = self.partial + payload
-        end = max((at + len(it) for it in self.ends if (at := data.rfind(it)) >= 0), default=0)
+        end = max((at + len(mark) for mark in self.ends if (at := data.rfind(mark)) >= 0), default=0)
         if not end and len(data) > MAX_LINE_BYTES:      # a picture, say: it passes, and that ends the transcript
             end, self.transcript.at = len(data), sys.maxsize
         whole, self.partial = data[:end], data[end:]
@@ -6856,7 +6855,7 @@ class Inference:
             self.gateway.record_failure(lease, failed)
 
     def end(self, lease: Lease) -> None:
-        """End a lease, and let others have its slot. A client that left has ended what was its ticket's lease then."""
+        """End a lease, unless it ended with the ticket of a client that left, and let others have its slot."""
         if not lease.released:
             self.dispatcher.release(lease, self.loop.time())
             self.gateway.pump()
@@ -6874,7 +6873,7 @@ Take = Callable[[Exchange, Begun], Awaitable[None]]
 async def serve_inference(exchange: Exchange, take: Take = relay_answer) -> None:
     """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
 
-    A deterministic stream is gone on with by another node even when a part of it is out.
+    If a deterministic stream breaks off in its midst, another node goes on with it.
     """
     gateway, dispatcher, loop = exchange.gateway, exchange.gateway.dispatcher, exchange.gateway.loop
     if exchange.spec.deterministic and gateway.options.rescue:
@@ -7053,9 +7052,9 @@ async def serve_upload(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Many nodes: how does one request change a model wherever it is?
 #
-# It is sent to all of its nodes at once. What they tell while they work is merged into one stream: how far the slowest
-# is. Before the last line, the index is refreshed, so that who changed a model finds it changed. A node that fails,
-# hangs or talks garbage is named in the answer, and then the whole is no success, whatever the others have done.
+# The request is sent to all nodes of the model at once. Their progress is merged into one stream that shows how far the
+# slowest is. The index is refreshed before the last line, so that who changed a model finds it changed. A node that
+# fails, hangs or talks garbage is named in the answer, which then is no success, whatever the others have done.
 # -----------------------------------------------------------------------------
 
 class Outcome(NamedTuple):
@@ -7068,34 +7067,34 @@ class Outcome(NamedTuple):
 
 
 class Progress:
-    """Merge the progress of several nodes: of each layer what the slowest has, other lines once all have said them."""
+    """Merge the progress of several nodes: of each layer what the slowest has; other lines once all nodes sent them."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = set(names)     # of nodes that are still at it
         self.counts: dict[str, dict[str, int]] = {}     # digest: {name: completed bytes}
-        self.said: dict[str, set[str]] = {}     # status without a digest: names that have said it
-        self.told: dict[str, int] = {}          # digest or status: completed bytes, as told last
+        self.reached: dict[str, set[str]] = {}  # status without a digest: names that have sent it
+        self.shown: dict[str, int] = {}         # digest or status: completed bytes, as the client saw them last
 
     def take(self, name: str, line: Json) -> Json | None:
-        """Return the line to tell now that a node has told this one, or None."""
+        """Take in a line of one node; return the line that the client gets now, or None."""
         status, digest, done = str(line.get("status")), line.get("digest"), line.get("completed")
         if isinstance(digest, str):
             counts = self.counts.setdefault(digest, {})
             counts[name] = done if isinstance(done, int) else 0
             slowest = min(counts.get(other, 0) for other in self.names | {name})
-            if slowest <= self.told.get(digest, -1):
+            if slowest <= self.shown.get(digest, -1):
                 return None
-            self.told[digest] = slowest
+            self.shown[digest] = slowest
             return {**line, "completed": slowest}
-        said = self.said.setdefault(status, set())
-        said.add(name)
-        if status in self.told or self.told and not self.names <= said:
+        reached = self.reached.setdefault(status, set())
+        reached.add(name)
+        if status in self.shown or self.shown and not self.names <= reached:
             return None             # the very first line passes at once: something happens
-        self.told[status] = 0
+        self.shown[status] = 0
         return line
 
     def drop(self, name: str) -> None:
-        """Wait for a node no longer: it has failed, or is done."""
+        """Wait no longer for a node that has failed, or is done."""
         self.names.discard(name)
 
 
@@ -7168,16 +7167,16 @@ def without_absent(change: str, outcomes: list[Outcome]) -> list[Outcome]:
     """Return the outcomes that count: a node that had nothing to delete or unload does not, beside one that had."""
     if change not in ("delete", "unload"):
         return outcomes
-    return [it for it in outcomes if not it.answer or it.answer.status != 404] or outcomes
+    return [outcome for outcome in outcomes if not outcome.answer or outcome.answer.status != 404] or outcomes
 
 
 def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
     """Return (status, text) that tell which nodes failed, why, and where the change was made all the same."""
-    failed = [it for it in outcomes if it.error]
-    done = [it.node.name for it in outcomes if not it.error]
-    statuses = [it.answer.status if it.answer else 502 for it in failed]
+    failed = [outcome for outcome in outcomes if outcome.error]
+    done = [outcome.node.name for outcome in outcomes if not outcome.error]
+    statuses = [outcome.answer.status if outcome.answer else 502 for outcome in failed]
     status = 502 if done else max(502 if status < 400 else status for status in statuses)
-    text = "; ".join(f"{it.node.name}: {it.error}" for it in failed)
+    text = "; ".join(f"{outcome.node.name}: {outcome.error}" for outcome in failed)
     return status, text + (f"; done on {', '.join(done)}" if done else "")
 
 
@@ -7294,9 +7293,9 @@ async def serve_change(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Batches: how do many nodes embed one long list?
 #
-# The list is cut into shares, each a request of its own with its place in the queue, so that a share that fails moves
-# on alone and other requests pass between two shares. The answers are put together as bytes: no number is read, so
-# none can change, and 10 MB of them do not hold up the streams of others.
+# The list is cut into shares. Each is a request of its own with its place in the queue: a share that fails moves on
+# alone, and other requests pass between two shares. The answers are put together as bytes: no number is read, so none
+# can change, and 10 MB of them do not hold up the streams of others.
 # -----------------------------------------------------------------------------
 
 LIST_START = re.compile(rb'"(embeddings|data)"\s*:\s*\[')
@@ -7329,9 +7328,9 @@ def cut_answer(body: bytes, count: int) -> Cut:
     if not start or body[start.end():end].rstrip()[-1:] not in (b"]", b"}"):
         raise NodeFailure("garbage", "answered no list of embeddings")
     cut = Cut(body[:start.end()], body[start.end():end], body[end:])
-    found = cut.rows.count(b'"index"' if start[1] == b"data" else b"[")
-    if found != count:
-        raise NodeFailure("garbage", f"answered {found} embeddings for {count} texts")
+    rows = cut.rows.count(b'"index"' if start[1] == b"data" else b"[")
+    if rows != count:
+        raise NodeFailure("garbage", f"answered {rows} embeddings for {count} texts")
     return cut
 
 
@@ -7350,13 +7349,13 @@ def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None,
 
     One share a step.
     """
-    found: collections.defaultdict[bytes, list[int]] = collections.defaultdict(list)
+    totals: collections.defaultdict[bytes, list[int]] = collections.defaultdict(list)
     for cut in cuts:
         for name, value in TOTAL.findall(cut.after):
-            found[name].append(int(value))
+            totals[name].append(int(value))
 
     def total(match: re.Match[bytes]) -> bytes:
-        name, values = match[1], found[match[1]]
+        name, values = match[1], totals[match[1]]
         if name == b"total_duration":
             values = [round(took_s * 1e9)]
         return b'"%b":%d' % (name, max(values) if name == b"load_duration" else sum(values))
@@ -7446,8 +7445,9 @@ async def serve_embedding(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Cluster-wide answers: what does the whole cluster look like, as one Ollama?
 #
-# Merged from what the probes found last, so that a slow or hung node can delay nobody. Rows are kept as the nodes sent
-# them, unknown fields and all; of several rows for one name the newest counts.
+# Merged from what the probes saw last, so that a slow or hung node can delay nobody. Rows are kept as the nodes sent
+# them, unknown fields and all; of several rows for one name the newest counts. Beside them, what the gateway answers
+# for itself: orders to nodes, and the events of the dashboard.
 # -----------------------------------------------------------------------------
 
 def live_nodes(gateway: Gateway) -> list[Node]:
@@ -7493,10 +7493,10 @@ def answer_version(gateway: Gateway) -> OwnAnswer:
 
 
 def answer_status(gateway: Gateway) -> OwnAnswer:
-    """Answer /api/status: the cloud is disabled only if it is on all nodes, as far as they have told."""
-    told = [node.cloud for node in live_nodes(gateway) if isinstance(node.cloud.get("cloud"), dict)]
-    enabled = [found for found in told if not found["cloud"].get("disabled")]
-    return json_answer((enabled or told or [{"cloud": {"disabled": False, "source": "none"}}])[0])
+    """Answer /api/status: the cloud is disabled only if it is on all nodes that said anything of it."""
+    states = [node.cloud for node in live_nodes(gateway) if isinstance(node.cloud.get("cloud"), dict)]
+    enabled = [state for state in states if not state["cloud"].get("disabled")]
+    return json_answer((enabled or states or [{"cloud": {"disabled": False, "source": "none"}}])[0])
 
 
 def openai_model(row: Json) -> Json:
@@ -7513,9 +7513,9 @@ def answer_openai_models(gateway: Gateway) -> OwnAnswer:
 
 
 async def serve_own(exchange: Exchange) -> None:
-    """Answer from what is known: no node is waited for, but for a look where the route has one.
+    """Answer from what is known. No node is waited for, unless the route asks for a look at them first.
 
-    Whoever asks for that has often just changed it.
+    Who asks such a route has often just changed what it shows.
     """
     if exchange.route.look is not None:
         await look_again(exchange.route.look, exchange.gateway)
