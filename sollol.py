@@ -5914,9 +5914,9 @@ class Exchange:
     transcript: Transcript | None = None    # of a stream that another node may go on with
 
     @property
-    def is_partly_out(self) -> bool:
-        """Tell whether the client has a part of a stream that another node may go on with."""
-        return self.transcript is not None and self.transcript.relay is not None
+    def begun_stream(self) -> LineRelay | None:
+        """The relay that gave the client a part of a stream which another node may go on with; None before that."""
+        return self.transcript.relay if self.transcript else None
 
     async def read_body(self) -> Body:
         """Return the whole body of the request. Raises as ClientConnection.read_body."""
@@ -6287,15 +6287,15 @@ def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
 
 def make_relay(exchange: Exchange, begun: Begun) -> Relay:
     """Return the Relay for an answer. Raises NodeFailure if it cannot go on with what the client has of another."""
-    answer, transcript, spec = begun.answer, exchange.transcript, exchange.spec
-    if transcript and transcript.relay:
-        kind = answer.fields.get(b"content-type", b"")
-        if answer.status != 200 or kind != transcript.relay.head.fields.get(b"content-type"):
-            raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
+    answer, transcript, before = begun.answer, exchange.transcript, exchange.begun_stream
+    kind = answer.fields.get(b"content-type", b"")
+    if before and (answer.status != 200 or kind != before.head.fields.get(b"content-type")):
+        raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
+    is_kept = answer.status == 200 and answer.length in (None, UNTIL_CLOSE) and is_stream(answer)
+    if transcript and (before or is_kept):
         return LineRelay(exchange, begun, transcript)
-    if transcript and answer.status == 200 and answer.length in (None, UNTIL_CLOSE) and is_stream(answer):
-        return LineRelay(exchange, begun, transcript)
-    return Relay(exchange, begun, WHOLE_ANSWER_BYTES if spec.inference and not spec.stream else 0)
+    is_whole = exchange.spec.inference and not exchange.spec.stream
+    return Relay(exchange, begun, WHOLE_ANSWER_BYTES if is_whole else 0)
 
 
 def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
@@ -6316,8 +6316,8 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     Any other failure ends the answer here.
     """
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
-    is_replay = exchange.is_partly_out
-    if begun.answer.length == len(begun.connection.buffer) <= READ_AHEAD_BYTES and not is_replay:
+    before = exchange.begun_stream
+    if begun.answer.length == len(begun.connection.buffer) <= READ_AHEAD_BYTES and not before:
         await pass_on_whole(exchange, begun)
         return
     relay = make_relay(exchange, begun)
@@ -6337,11 +6337,11 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     finally:
         client.source = None
         record.status = begun.answer.status
-        record.bytes = relay.bytes + (record.bytes if is_replay else 0)
-        record.first_s = record.first_s if is_replay else lease.first_s
-    if exchange.transcript and is_replay:
+        record.bytes = relay.bytes + (record.bytes if before else 0)
+        record.first_s = record.first_s if before else lease.first_s
+    if before:
         gateway.dispatcher.rescued(whole=not relay.failure)
-        record.reason = f"rescued from {' and '.join(exchange.transcript.lost)}; {record.reason}"
+        record.reason = f"rescued from {' and '.join(before.transcript.lost)}; {record.reason}"
     begun.clean = relay.clean
 
 
@@ -6692,8 +6692,9 @@ class Race:
         inference, begun = self.inference, None
         with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
             begun = await inference.attempt(self.lease)
-        if begun is not None and inference.exchange.is_partly_out:
-            begun = await self.rehearsed(begun)
+        stream = inference.exchange.begun_stream
+        if begun is not None and stream is not None:
+            begun = await self.rehearsed(begun, stream)
         if begun is not None:
             self.first.lost_to = Failure("raced", f"{self.lease.node.name} was faster")
             if self.first.abandon is not None:
@@ -6701,18 +6702,17 @@ class Race:
         inference.gateway.metrics.races[self.lease.node.name, "yes" if begun else "no"] += 1
         return begun
 
-    async def rehearsed(self, begun: Begun) -> Begun | None:
-        """Return an answer that can go on with a begun stream.
+    async def rehearsed(self, begun: Begun, stream: LineRelay) -> Begun | None:
+        """Return an answer that can go on with a stream.
 
         None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
         """
-        inference, transcript = self.inference, self.inference.exchange.transcript
-        assert transcript and transcript.relay      # the stream has begun
+        inference, transcript = self.inference, stream.transcript
         known, is_taken = transcript.all_known(), False
         try:
             await rehearse(begun, known)
             has_gone_on = not self.first.released and transcript.all_known() != known
-            is_taken = not has_gone_on and transcript.relay.can_be_continued()
+            is_taken = not has_gone_on and stream.can_be_continued()
         except NodeFailure as failed:
             inference.note(begun.lease, failed.value)
         except Refusal:
@@ -6754,7 +6754,6 @@ class Inference:
 
     async def run(self, take: Take) -> None:
         """Try one node after the other; see serve_inference."""
-        transcript = self.exchange.transcript
         try:
             while True:
                 try:
@@ -6766,8 +6765,8 @@ class Inference:
                 if begun is not None:
                     if await self.pass_on(begun, take):
                         return
-                    if transcript and transcript.relay:
-                        transcript.rewind(begun.lease.node.name)
+                    if stream := self.exchange.begun_stream:
+                        stream.transcript.rewind(begun.lease.node.name)
                         self.dispatcher.pin_version_of(self.ticket, begun.lease.node)
                 if self.race is None and not self.may_move_on():
                     break
@@ -6882,10 +6881,11 @@ async def serve_inference(exchange: Exchange, take: Take = relay_answer) -> None
     try:
         await Inference(exchange, ticket).run(take)
     except (Refusal, NodeRefused) as ended:
-        if not (exchange.transcript and exchange.transcript.relay):
+        stream = exchange.begun_stream
+        if stream is None:
             raise
         dispatcher.rescued(whole=False)
-        break_off(exchange, exchange.transcript.relay, str(ended))
+        break_off(exchange, stream, str(ended))
     finally:
         if dispatcher.leave(ticket, loop.time()):
             gateway.pump()
