@@ -5372,29 +5372,12 @@ class LoopTurns:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-        self.is_due = False         # the next one is to be woken
+        self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
 
     async def take(self) -> None:
         """Wait for a turn."""
-        turn = self.loop.create_future()
-        self.waiting.append(turn)
-        if not self.is_due:
-            self.is_due = True
-            self.loop.call_soon(self.give)
-        await turn
-
-    def give(self) -> None:
-        """Wake the first that has not left."""
-        while self.waiting:
-            turn = self.waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                break
-        self.is_due = bool(self.waiting)
-        if self.is_due:
-            self.loop.call_soon(self.give)
+        async with self.lock:
+            await asyncio.sleep(0)
 
     async def run(self, steps: Generator[None, None, Result]) -> Result:
         """Do work that is written as a generator, each step in a turn of its own; return its result."""
@@ -5470,39 +5453,37 @@ def body_due_s(due_s: float, size: int, now: float) -> float:
     return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
 
 
+@dataclass(slots=True, eq=False)
 class ClientConnection(asyncio.Protocol):
     """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
 
-    __slots__ = ("loop", "converse", "transport", "task", "writer", "address", "buffer", "sink", "source", "waiter",
-                 "deadline_s", "overdue", "wanted_bytes", "write_deadline_s", "unread_bytes", "asking", "serving",
-                 "eof", "gone", "write_paused", "read_paused", "idle_s", "held_bytes", "is_stranger")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop,
-                 converse: Callable[[ClientConnection], Coroutine[Any, Any, None]]) -> None:
-        self.loop, self.converse = loop, converse
-        self.transport: Transport   # there once the connection is accepted
-        self.task: asyncio.Task[None] | None = None
-        self.writer: asyncio.StreamWriter | None = None
-        self.address = ""
-        self.buffer = bytearray()
-        self.sink: Upload | None = None         # an Upload that takes the bytes as they come
-        self.source: NodeConnection | None = None   # not read while this socket's buffer is full
-        self.waiter: asyncio.Future[None] | None = None
-        self.deadline_s = math.inf  # until when more bytes must have come; see Gateway.sweep
-        self.overdue = False
-        self.wanted_bytes = 0       # of a body that is read as a whole: so many may be in `buffer`
-        self.held_bytes = 0         # of BodyMemory, for that body
-        self.idle_s = loop.time()   # since when no request is under way
-        self.is_stranger = False    # it has shown no key, and counts for its address
-        self.write_deadline_s = math.inf    # until when the client must have read LEAST_READ_BYTES
-        self.unread_bytes = 0       # of what was to be sent when that was asked for
-        self.asking = False         # a request has begun and its answer has not ended
-        self.serving = False        # that request is complete: nothing but its end is expected of the client
-        self.eof = self.gone = False
-        self.write_paused = self.read_paused = False
+    loop: asyncio.AbstractEventLoop
+    converse: Callable[[ClientConnection], Coroutine[Any, Any, None]]
+    transport: Transport = field(init=False)    # there once the connection is accepted
+    task: asyncio.Task[None] | None = None
+    writer: asyncio.StreamWriter | None = None
+    address: str = ""
+    buffer: bytearray = field(default_factory=bytearray)
+    sink: Upload | None = None      # takes the bytes as they come
+    source: NodeConnection | None = None    # not read while this socket's buffer is full
+    waiter: asyncio.Future[None] | None = None
+    deadline_s: float = math.inf    # until when more bytes must have come; see Gateway.sweep
+    overdue: bool = False
+    wanted_bytes: int = 0           # of a body that is read as a whole: so many may be in `buffer`
+    held_bytes: int = 0             # of BodyMemory, for that body
+    idle_s: float = 0.0             # since when no request is under way
+    is_stranger: bool = False       # it has shown no key, and counts for its address
+    write_deadline_s: float = math.inf      # until when the client must have read LEAST_READ_BYTES
+    unread_bytes: int = 0           # of what was to be sent when that was asked for
+    asking: bool = False            # a request has begun and its answer has not ended
+    serving: bool = False           # that request is complete: nothing but its end is expected of the client
+    eof: bool = False
+    gone: bool = False
+    write_paused: bool = False
+    read_paused: bool = False
 
     def connection_made(self, transport: Transport) -> None:    # type: ignore[override]  # any socket's is one
-        self.transport, self.write_deadline_s = transport, math.inf
+        self.transport, self.write_deadline_s, self.idle_s = transport, math.inf, self.loop.time()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
 
@@ -6507,20 +6488,16 @@ class LineRelay(Relay):
         except (NodeFailure, Refusal) as ended:
             failure = ended.value
             self.withheld = b"".join(lines[len(parts):]) if isinstance(ended, NodeFailure) else b""
+        data = b"".join(parts)
         if failure and self.prelude:    # nothing is out, and nothing has to be: any node may begin anew
             self.transcript.begin_again()
-        else:
-            self.give(b"".join(parts), whole, verbatim)
-        if failure:
-            self.fail(failure)
-
-    def give(self, data: bytes, whole: bytes, verbatim: bytes | None) -> None:
-        """Write what the client lacks of whole lines."""
-        if data:
+        elif data:
             self.keep(data)
             self.transcript.relay = self
             framed = chunk(data) if verbatim is None or data != whole else verbatim
             self.write(framed if self.framing is Framing.CHUNKED else data)
+        if failure:
+            self.fail(failure)
 
     def end(self, clean: bool) -> None:
         """Come to the end; an answer without length that ends without its last line was cut."""
@@ -6768,7 +6745,8 @@ class Inference:
                     if stream := self.exchange.begun_stream:
                         stream.transcript.rewind(begun.lease.node.name)
                         self.dispatcher.pin_version_of(self.ticket, begun.lease.node)
-                if self.race is None and not self.may_move_on():
+                is_final = isinstance(self.last, NodeAnswer) and self.last.kind is None
+                if self.race is None and (is_final or not self.dispatcher.retry(self.ticket, self.loop.time())):
                     break
             if isinstance(self.last, NodeAnswer):
                 self.dispatcher.forgive(self.ticket)
@@ -6835,12 +6813,6 @@ class Inference:
         if self.race is not None:
             self.race.close()
             self.race = None
-
-    def may_move_on(self) -> bool:
-        """Tell whether another node may answer what has failed."""
-        if isinstance(self.last, NodeAnswer) and self.last.kind is None:
-            return False
-        return self.dispatcher.retry(self.ticket, self.loop.time())
 
     def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
         """Keep what a node said last, and hold it against the node if it is its fault."""
@@ -7099,22 +7071,32 @@ class Progress:
 
 
 class Lines(Sink):
-    """Hand each line of an answer to `hear` as it comes."""
+    """Hand each line of an answer to `hear` as it comes, which may end the answer by raising NodeFailure."""
 
-    __slots__ = ("on_line", "rest")
+    __slots__ = ("hear", "rest", "last")
     reads_lines = True
 
-    def __init__(self, connection: NodeConnection, head: ResponseHead, on_line: Callable[[bytes], None]) -> None:
+    def __init__(self, connection: NodeConnection, head: ResponseHead, hear: Callable[[bytes], None]) -> None:
         super().__init__(connection, head)
-        self.on_line, self.rest = on_line, b""
+        self.hear, self.rest, self.last = hear, b"", b""
 
     def take(self, payload: bytes, verbatim: bytes | None) -> None:
         *lines, self.rest = (self.rest + payload).split(b"\n")
         if len(self.rest) > MAX_LINE_BYTES:
             self.fail(Failure("garbage", "a line without end"))
-        for line in lines:
-            if line.strip() and not self.over:
-                self.on_line(line)
+        try:
+            for line in lines:
+                if line.strip() and not self.over:
+                    self.last = line
+                    self.hear(line)
+        except NodeFailure as failure:
+            self.fail(failure.value)
+
+    async def collect(self) -> bytes:
+        """Return the last line. Raises NodeFailure."""
+        self.start()
+        await self.finished()
+        return self.rest or self.last
 
 
 class LineAnswer:
@@ -7180,52 +7162,28 @@ def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
     return status, text + (f"; done on {', '.join(done)}" if done else "")
 
 
-async def change(exchange: Exchange, lease: Lease,
-                 hear: Callable[[ResponseHead, bytes], None]) -> tuple[ResponseHead, bytes]:
-    """Make a change on the leased node. Return (head of its answer, whole body or last line). Raises NodeFailure.
+async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
+    """Make a change on one node and return its Outcome, whatever happens there.
 
     Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
     """
-    gateway, begun = exchange.gateway, await begin(exchange, lease)
-    dispatcher, loop, connection, answer = gateway.dispatcher, gateway.loop, begun.connection, begun.answer
-    sink: Lines | Collector
-    last = b""
+    gateway, spec = exchange.gateway, exchange.spec
+    dispatcher, loop = gateway.dispatcher, gateway.loop
+    lease, begun = dispatcher.lease_on(exchange.record.id, spec, node, loop.time(), spec.change), None
 
     def on_line(line: bytes) -> None:
-        nonlocal last
-        last = line
         dispatcher.heard(lease, 0, loop.time())
-        try:
-            hear(answer, line)
-        except NodeFailure as failure:
-            sink.fail(failure.value)
+        hear(node, answer, line)
 
-    lease.abandon = connection.fail
     try:
-        if answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b""):
-            sink = Lines(connection, answer, on_line)
-            sink.start()
-            await sink.finished()
-            last = sink.rest or last
-        else:
-            sink = Collector(connection, answer)
-            last = await sink.collect()
+        begun = await begin(exchange, lease)
+        answer, lease.abandon = begun.answer, begun.connection.fail
+        is_stream_of_lines = answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b"")
+        sink = Lines(begun.connection, answer, on_line) if is_stream_of_lines else Collector(begun.connection, answer)
+        last = await sink.collect()
         begun.clean = sink.clean
         if answer.status < 400:
             dispatcher.observe(lease, Timings(), loop.time())
-        return answer, last
-    finally:
-        lease.abandon = None
-        gateway.pools[lease.node].give_back(connection, begun.clean)
-
-
-async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
-    """Make a change on one node and return its Outcome, whatever happens there."""
-    gateway, spec = exchange.gateway, exchange.spec
-    dispatcher, loop = gateway.dispatcher, gateway.loop
-    lease = dispatcher.lease_on(exchange.record.id, spec, node, loop.time(), spec.change)
-    try:
-        answer, last = await change(exchange, lease, functools.partial(hear, node))
         error = error_in(spec.change, answer.status, last)
         if not error and spec.change == "unload" and spec.model is not None:
             dispatcher.unloaded(node, spec.model)
@@ -7236,6 +7194,9 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
     except Refusal as refusal:      # the gateway's own lack of sockets
         return Outcome(node, None, b"", refusal.text)
     finally:
+        lease.abandon = None
+        if begun is not None:
+            gateway.pools[node].give_back(begun.connection, begun.clean)
         dispatcher.release(lease, loop.time())
 
 
@@ -8764,8 +8725,8 @@ async def serve(exchange: Exchange) -> None:
             key.give_back()
 
 
-async def answer(exchange: Exchange) -> None:
-    """Answer one request, whatever that takes, and count it."""
+async def handle(exchange: Exchange) -> None:
+    """Let one request be answered, whatever happens, and count it."""
     gateway, client, record = exchange.gateway, exchange.client, exchange.record
     try:
         await serve(exchange)
@@ -8798,7 +8759,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
                 return
             client.asking = True
             exchange = begin_exchange(gateway, client, head)
-            await answer(exchange)
+            await handle(exchange)
             if client.write_paused:
                 await client.drained()
             if client.buffer:       # it asks ahead: others come in between
