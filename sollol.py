@@ -6231,15 +6231,16 @@ async def answer_whole(exchange: Exchange, answer: ResponseHead, pieces: Sequenc
     client.write(data)
 
 
-async def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
-    """Pass on an answer that came in one piece with its head."""
-    connection, lease, dispatcher = begun.connection, begun.lease, exchange.gateway.dispatcher
+def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
+    """Pass on an answer that came in one piece with its head, in one piece."""
+    connection, lease, record = begun.connection, begun.lease, exchange.record
     body, connection.buffer = connection.buffer, b""
     connection.transport.resume_reading()       # with its head it may have been more than is read ahead
     if body:
-        dispatcher.heard(lease, body.count(b"\n"), connection.loop.time())
-    await answer_whole(exchange, begun.answer, [body])
-    exchange.record.first_s = lease.first_s
+        exchange.gateway.dispatcher.heard(lease, body.count(b"\n"), connection.loop.time())
+    _, head = client_head(exchange, begun.answer)
+    exchange.client.write(head + body)
+    record.status, record.bytes, record.first_s = begun.answer.status, len(body), lease.first_s
     judge_end(exchange, begun, body[-TAIL_BYTES:])
     begun.clean = begun.answer.keep_alive
 
@@ -6299,7 +6300,7 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
     before = exchange.begun_stream
     if begun.answer.length == len(begun.connection.buffer) <= READ_AHEAD_BYTES and not before:
-        await pass_on_whole(exchange, begun)
+        pass_on_whole(exchange, begun)
         return
     relay = make_relay(exchange, begun)
     lease.held_up = lambda: client.write_paused
