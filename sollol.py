@@ -72,11 +72,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
-try:
-    from compression import zstd    # type: ignore[import-not-found, unused-ignore]
-except ImportError:                 # before Python 3.14
-    zstd = None                     # type: ignore[assignment, unused-ignore]
-
 __version__ = "0.1.0"
 
 # -----------------------------------------------------------------------------
@@ -98,7 +93,6 @@ ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know 
 WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 MAX_INTERIM = 16                    # 1xx answers before one request's own
-UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
 MAX_FIELDS = 256                    # of a request's head; browsers send twenty. Each costs a microsecond before any key
 MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
@@ -393,7 +387,6 @@ class RequestSpec:
     inputs: int = 1                 # texts to embed: each takes a slot of its own
     inference: bool = True          # takes a slot; False for show, pull and the like
     where: Where = Where.QUEUED
-    opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
     batch: Json | None = None       # the fields of an embedding's body if its input is a list of texts
     source: str | None = None       # the model, canonical, that a new one is made from
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
@@ -1001,7 +994,6 @@ class Reading(NamedTuple):
     """What was read of a body. `prompt`: (characters, prefix, texts) of one that was only skimmed, else None."""
 
     fields: Json
-    opaque: bool = False            # it is compressed and cannot be read here
     prompt: tuple[int, Prefix, int] | None = None
 
 
@@ -1249,18 +1241,6 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, 
     return None
 
 
-def unpacked(body: Body) -> bytes | None:
-    """Return what a zstd body holds, or None: too much, no zstd, or a Python that cannot read it."""
-    if zstd is None:
-        return None
-    try:
-        decoder = zstd.ZstdDecompressor()
-        data = decoder.decompress(body, UNPACKED_BYTES)
-    except zstd.ZstdError:
-        return None
-    return data if decoder.eof else None
-
-
 def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None, None, Reading]:
     """Read a body, one step at a time: each takes some milliseconds at the most, whatever it holds."""
     if route.kind in ("raw", "account"):
@@ -1268,11 +1248,6 @@ def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None
     if route.kind == "transcribe":
         model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
         return Reading({"model": model} if model else {})
-    if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
-        plain = unpacked(body)
-        if plain is None:
-            return Reading({}, opaque=True)
-        body = plain
     return (yield from json_steps(body))
 
 
@@ -1540,7 +1515,6 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
             fields, options if route.family is Family.OLLAMA else fields),
         where=route.where,
-        opaque=reading.opaque,
         batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
         source=canonical(source) if isinstance(source, str) else None,
         change=change,
@@ -3330,7 +3304,7 @@ class Dispatcher:
         Where no other is left, those whose connection failed are: what restarts comes back.
         """
         self.exclude_other_versions(ticket)
-        if ticket.attempts >= MAX_ATTEMPTS and not ticket.spec.opaque:
+        if ticket.attempts >= MAX_ATTEMPTS:
             return False
         if self.is_hopeless(ticket, now):
             ticket.tried -= ticket.gone
@@ -6667,8 +6641,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
-            has_model = lease.runner is not None or spec.opaque
-            kind = failover_kind(answer.status, text, has_model)
+            kind = failover_kind(answer.status, text, lease.runner is not None)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         begun = True
         return Begun(lease, connection, answer)

@@ -8345,21 +8345,15 @@ async def test_transcription_goes_to_a_holder_byte_for_byte():
 
 
 @over_sockets
-async def test_compressed_body_finds_its_model_even_if_it_cannot_be_read():
+async def test_compressed_body_that_cannot_be_read_goes_unchanged_to_a_node():
     async with surface() as gateway:
-        for model, status in (("qwen3:14b", 200), ("mistral", 200), ("nobodys", 404)):
+        for model, status in (("llama3.2", 200), ("nobodys", 404)):
             body = packed({"model": model, "messages": MESSAGES})
             answer = await call(gateway, "POST", "/v1/chat/completions", body, Content_Encoding="zstd")
             assert answer.status == status
-        assert any(record.body == body for node in gateway.nodes for record in node.requests)
+            sent = [record for node in gateway.nodes for record in node.requests if record.body == body]
+            assert len(sent) == 1 and b"Content-Encoding: zstd" in sent[0].head
         assert health(gateway)["nodes"]["up"] == 3
-
-
-@pytest.mark.skipif(sollol.zstd is None, reason="this Python has no zstd")
-def test_compressed_body_is_read_where_python_can():
-    body = sollol.zstd.compress(json.dumps({"model": "m"}).encode())
-    assert asked("/v1/chat/completions", body, content_encoding=b"zstd").model == "m:latest"
-    assert asked("/v1/chat/completions", body[:-3], content_encoding=b"zstd").opaque
 
 
 # -----------------------------------------------------------------------------
