@@ -822,7 +822,6 @@ def via_after(given: bytes, own: bytes) -> bytes:
 #
 # Read as Ollama's own server reads it: keys in any case, the last duplicate wins, bytes after the first JSON value
 # and the Content-Type do not matter. What cannot be read is no error here: some node answers it in its own words.
-# Whether a web page may ask at all, its Origin and the Host tell, by Ollama's rules.
 # -----------------------------------------------------------------------------
 
 # A body up to both bounds is read by json: 10 ms at the most. Chats with images and long prompts are below them.
@@ -1249,81 +1248,6 @@ def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None
         model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
         return Reading({"model": model} if model else {})
     return (yield from json_steps(body))
-
-
-# Ollama's own list: any port of this machine, and what is no web page.
-LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
-                 for scheme in ("http", "https") for port in ("", ":*")] + [
-                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
-PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
-             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
-             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
-             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
-             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
-             b"X-Priority,X-Request-Id,X-Api-Key",
-             b"Access-Control-Max-Age: 43200"]
-
-
-def is_listed(origin: str, allowed: Iterable[str]) -> bool:
-    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
-                                 and origin.endswith(end)):
-            return True
-    return False
-
-
-def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
-    """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not."""
-    if origin in (b"http://" + host, b"https://" + host):
-        return []
-    if "*" in allowed:
-        return [b"Access-Control-Allow-Origin: *"]
-    if is_listed(origin.decode("latin-1"), allowed):
-        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
-    return None
-
-
-def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
-    """Tell whether the web page that sends a request, if one does, may change something: ours, or of an origin listed.
-
-    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
-    """
-    origin, host = fields.get(b"origin", b""), fields.get(b"host", b"")
-    if origin and is_listed(origin.decode("latin-1"), allowed):
-        return True
-    return (origin in (b"", b"http://" + host, b"https://" + host)
-            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
-
-
-def host_name(host: bytes) -> str:
-    """Return the name or address in a Host field's bytes, in lower case, without port and brackets."""
-    text = host.decode("latin-1").lower()
-    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
-    return name.removeprefix("[").removesuffix("]")
-
-
-def literal(host: str) -> str | None:
-    """Return an IP address in its usual spelling; None for a name."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return None
-
-
-def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
-    """Tell whether a Host field's bytes are a name that no stranger can have made mean this machine.
-
-    DNS rebinding: a web page of evil.example whose name leads to 127.0.0.1 all at once is of the same origin as what is
-    there, and may read it. Its Host gives it away. Ollama's own rule: no name, `machine`, localhost, and what no public
-    DNS has; addresses, as they cannot be led elsewhere; and the names in `allowed`, the origins that the user listed.
-    """
-    name = host_name(host)
-    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
-        return True
-    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
-    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
 
 
 @remembered
@@ -5672,14 +5596,21 @@ class Upload:
 
 
 # -----------------------------------------------------------------------------
-# Keys: who may ask, and how much?
+# Access: may this request be made?
 #
-# A key itself is kept nowhere, only its digest under a secret of this process. A table is asked for that digest: how
-# long the look-up takes tells nothing of any key, however many there are. A rate is a bucket of tokens that is filled
-# steadily and holds those of one period, so that somebody who was quiet may ask in a burst.
+# `Access.check` asks in this order, and the first "no" is the answer:
+#
+#   1. A web page asks: may pages of its Origin ask here (CORS)?
+#   2. Is the Host a name of this machine, or one that DNS rebinding made lead here?
+#   3. With --keys: does the request give a key? Without: is an order to a node given on this machine?
+#   4. The request changes models, an account or nodes: may this key, and may this page?
+#
+# 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`).
+# A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
+# digest, so the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
 
-OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))
+OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
 PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 DIGEST_SECRET = secrets.token_bytes(32)
 
@@ -5693,16 +5624,20 @@ class KeySettings(NamedTuple):
     max_priority: int = 10
     rate: tuple[int, float] = (0, 1.0)  # requests, in so many seconds; 0 = any number
     concurrency: int = 0            # requests at once; 0 = any number
-    admin: bool = False
+    admin: bool = False             # may change models, accounts and nodes
 
 
 def digest_of_key(key: bytes) -> bytes:
-    """Return what is kept of a key, given as bytes."""
+    """Return what is kept of a key."""
     return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
 
 
 class Key:
-    """Somebody who may ask: what is allowed, and how much of it is used up."""
+    """What one key allows, and how much of that is used up.
+
+    The rate is a token bucket: it fills steadily and holds the requests of one period, so that somebody who was quiet
+    may ask in a burst.
+    """
 
     def __init__(self, settings: KeySettings) -> None:
         self.settings = settings
@@ -5716,14 +5651,14 @@ class Key:
 
     def take(self, now: float) -> None:
         """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
-        it, (count, period_s) = self.settings, self.settings.rate
-        if it.concurrency and self.running >= it.concurrency:
-            raise Refusal(429, f"the key {it.name} has {it.concurrency} requests running, its most", retry_after_s=1.0)
+        name, most, (count, period_s) = self.settings.name, self.settings.concurrency, self.settings.rate
+        if most and self.running >= most:
+            raise Refusal(429, f"the key {name} has {most} requests running, its most", retry_after_s=1.0)
         if count:
             self.tokens = min(count, self.tokens + (now - self.filled_s) * count / period_s)
             self.filled_s = now
             if self.tokens < 1:
-                raise Refusal(429, f"the key {it.name} has used up its {count} requests in {period_s:g} s",
+                raise Refusal(429, f"the key {name} has used up its {count} requests in {period_s:g} s",
                               retry_after_s=(1 - self.tokens) * period_s / count)
             self.tokens -= 1
         self.running += 1
@@ -5734,55 +5669,220 @@ class Key:
 
 
 class Keys:
-    """All who may ask. Without any, everybody may."""
+    """All keys of the keys file, by digest."""
 
     def __init__(self, settings: Iterable[KeySettings] = ()) -> None:
         self.by_digest: dict[bytes, Key] = {}
         self.configure(settings)
 
     def configure(self, settings: Iterable[KeySettings]) -> None:
-        """Take over the lines of a keys file; who was there before is known by name."""
+        """Take over the lines of a keys file. A key keeps what it has used up under the same name."""
         known = {key.settings.name: key for key in self.by_digest.values()}
         self.by_digest = {}
         for line in settings:
-            key = known.get(line.name)
-            if key is None:
-                key = Key(line)
-            else:
-                key.configure(line)
-            self.by_digest[line.digest] = key
+            key = self.by_digest[line.digest] = known.get(line.name) or Key(line)
+            key.configure(line)
 
-    def find(self, given: bytes) -> Key | None:
-        """Return the Key that bytes are, or None."""
-        digest = digest_of_key(given)
+    def find(self, secret: bytes) -> Key | None:
+        """Return the Key whose secret this is, or None."""
+        digest = digest_of_key(secret)
         key = self.by_digest.get(digest)
         return key if key and hmac.compare_digest(digest, key.settings.digest) else None
 
 
-def keys_given(fields: dict[bytes, bytes]) -> Generator[tuple[bytes, bytes], None, None]:
-    """Yield (field name, key) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
+def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (field name, secret) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
     if b"x-api-key" in fields:
         yield b"x-api-key", fields[b"x-api-key"]
-    scheme, _, given = fields.get(b"authorization", b"").partition(b" ")
+    scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
-        yield b"authorization", given.strip()
-    elif scheme.lower() == b"basic":            # what browsers send, asked for the dashboard
+        yield b"authorization", secret.strip()
+    elif scheme.lower() == b"basic":            # browsers send it when they are asked for the dashboard
         with contextlib.suppress(binascii.Error):
-            yield b"authorization", base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            yield b"authorization", base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
 
 
 def consume_key(keys: Keys, head: RequestHead) -> Key | None:
-    """Return the Key that a request gives, or None; the fields that gave it are for the gateway, and not handed on."""
-    found: Key | None = None
-    consumed: set[bytes] = set()
-    for name, given in keys_given(head.fields):
-        key = keys.find(given)
-        if key is not None:
-            found = found or key
-            consumed.add(name)
-    if consumed:
-        head.lines = [line for line in head.lines if line[0] not in consumed]
-    return found
+    """Return the Key that a request gives, or None. Remove the fields that gave it: no node must see them."""
+    by_field = {name: key for name, secret in secrets_in(head.fields) if (key := keys.find(secret)) is not None}
+    if by_field:
+        head.lines = [line for line in head.lines if line[0] not in by_field]
+    return next(iter(by_field.values()), None)
+
+
+# Ollama's own list: any port of this machine, and what is no web page.
+LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
+                 for scheme in ("http", "https") for port in ("", ":*")] + [
+                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
+PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
+             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
+             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
+             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
+             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
+             b"X-Priority,X-Request-Id,X-Api-Key",
+             b"Access-Control-Max-Age: 43200"]
+
+
+def is_listed(origin: str, allowed: Iterable[str]) -> bool:
+    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
+    for pattern in allowed:
+        start, star, end = pattern.partition("*")
+        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
+                                 and origin.endswith(end)):
+            return True
+    return False
+
+
+def is_own_origin(origin: bytes, host: bytes) -> bool:
+    """Tell whether a page came from the Host that it asks: the dashboard does."""
+    return origin in (b"http://" + host, b"https://" + host)
+
+
+def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
+    """Return the lines that let a web page read the answer; [] if it came from `host` itself, None if it may not ask.
+
+    The nodes are not asked: they would compare the origin with a Host that no browser has seen.
+    """
+    if is_own_origin(origin, host):
+        return []
+    if "*" in allowed:
+        return [b"Access-Control-Allow-Origin: *"]
+    if is_listed(origin.decode("latin-1"), allowed):
+        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+    return None
+
+
+def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
+    """Tell whether a request comes from no web page, from one of the gateway's own, or from one of an allowed origin.
+
+    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
+    """
+    origin = fields.get(b"origin", b"")
+    if origin and is_listed(origin.decode("latin-1"), allowed):
+        return True
+    return ((not origin or is_own_origin(origin, fields.get(b"host", b"")))
+            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
+
+
+@remembered
+def host_name(host: bytes) -> str:
+    """Return the name or address in a Host field, in lower case, without port and brackets."""
+    text = host.decode("latin-1").lower()
+    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
+    return name.removeprefix("[").removesuffix("]")
+
+
+def literal(host: str) -> str | None:
+    """Return an IP address in its usual spelling; None for a name."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+@remembered
+def is_loopback(address: str) -> bool:
+    """Tell whether no other machine can reach an address."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
+    """Tell whether a Host field cannot come from DNS rebinding.
+
+    There, the name evil.example of a web page suddenly leads to 127.0.0.1: what answers there is of the same origin,
+    and the page may read it. Its Host gives it away. Trusted, by Ollama's own rule, are: no name at all, `machine`,
+    localhost, names that no public DNS has, addresses (nobody can lead them elsewhere), and hosts of `allowed` origins.
+    """
+    name = host_name(host)
+    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
+        return True
+    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
+    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
+
+
+# A proxy on this machine adds these fields: with one of them, a loopback address does not say who asks.
+FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+
+
+def is_local(address: str, fields: HeadFields) -> bool:
+    """Tell whether the client is on this machine and calls it by a loopback Host, which a rebound page cannot do."""
+    return (is_loopback(address) and is_loopback(host_name(fields.get(b"host", b"")))
+            and not any(field in fields for field in FORWARDING))
+
+
+class Verdict(NamedTuple):
+    """The answer to "may this request be made?". It may if `refusal` and `page_status` are empty."""
+
+    client: str                     # who shares fairly with whom: the name of the key, or the address
+    cors: RawLines = ()             # raw lines of any answer that let a web page read it
+    key: Key | None = None          # that the request gives; None also if none is needed
+    refusal: Answer | None = None
+    page_status: int = 0            # of an answer without a body to a page: 403 it may not ask, 204 it may (preflight)
+    priority: int = DEFAULT_PRIORITY    # if the request asks for none
+    max_priority: int = 10
+
+
+class Access:
+    """Who may make which request, by the options and the keys file."""
+
+    def __init__(self, options: argparse.Namespace, keys: Iterable[KeySettings]) -> None:
+        self.needs_key, self.keys = bool(options.keys), Keys(keys)
+        self.readers = LOCAL_ORIGINS + options.origins      # origins of the pages that may ask
+        self.changers = [origin for origin in self.readers if origin != "*"]    # and of those that may change models
+        self.is_trusted_host = remembered(functools.partial(
+            is_trusted_host, machine=socket.gethostname(), allowed=options.origins))
+        # As in Ollama: other addresses have names that we cannot know.
+        self.checks_host = is_loopback(options.bind)
+
+    def check(self, head: RequestHead, route: Route, address: str) -> Verdict:
+        """Return the Verdict on a request of a client at `address`. Takes the key out of the head: see `consume_key`.
+
+        A refused request with a body ends its connection: the body would have to be read.
+        """
+        fields, has_body = head.fields, head.length != 0
+        verdict, host, origin = Verdict(address), fields.get(b"host", b""), fields.get(b"origin")
+        if origin:
+            lines = origin_lines(origin, host, self.readers)
+            if lines is None:
+                return verdict._replace(page_status=403)
+            verdict = verdict._replace(cors=lines)
+            if lines and head.method == "OPTIONS":
+                return verdict._replace(page_status=204)
+        if self.checks_host and not self.is_trusted_host(host):
+            text = "this Host is no name of this machine: --origins can allow it"
+            return verdict._replace(refusal=Answer(403, text, close=has_body))
+        if self.needs_key:
+            key = consume_key(self.keys, head)
+            if key is not None:
+                verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
+                                           max_priority=key.settings.max_priority)
+            elif head.method not in ("GET", "HEAD") or head.path not in OPEN_PATHS:
+                return verdict._replace(refusal=Answer(401, "a key is needed: Authorization: Bearer KEY", has_body))
+        elif not is_local(address, fields):
+            if route.kind == "order":
+                text = "only this machine, or with --keys a key with admin=yes, may order that"
+                return verdict._replace(refusal=Answer(403, text, close=has_body))
+            verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
+        if route.guarded:
+            verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
+        return verdict
+
+    def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
+                       close: bool = False) -> Answer | None:
+        """Return the refusal to somebody who may not change models, an account or nodes; None to others.
+
+        Pages of listed origins may change models, as in Ollama; `*` only lets read. Only the gateway's own pages may
+        give an order to a node.
+        """
+        if key is not None and not key.settings.admin:
+            return Answer(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close)
+        if not page_may_change(head.fields, () if is_order else self.changers):
+            return Answer(403, "a web page of this origin may not do that", close)
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -7368,60 +7468,6 @@ async def serve_locally(gateway: Gateway, client: ClientConnection, head: Reques
     return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
 
 
-def is_loopback(address: str) -> bool:
-    """Tell whether an address is this machine's own, that no other can reach."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address == "localhost"
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
-
-
-# Fields that a proxy on this machine adds: with one of them, a loopback address says nothing of who asks.
-FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
-
-
-def is_local(client: ClientConnection, head: RequestHead) -> bool:
-    """Tell whether somebody on this machine asks, and asks this machine: a web page can make a name of its own mean it.
-    """
-    return (is_loopback(client.address) and is_loopback(host_name(head.fields.get(b"host", b"")))
-            and not any(field in head.fields for field in FORWARDING))
-
-
-def is_open(method: str, path: str) -> bool:
-    """Tell whether a request needs no key: what a monitor asks, and the gateway answers from what it knows."""
-    return method in ("GET", "HEAD") and path in OPEN_PATHS
-
-
-def guard(gateway: Gateway, head: RequestHead, kind: str, key: Key | None, close: bool) -> None:
-    """Raise Refusal unless who asks may change models, an account or nodes: a key that may, and no page of strangers.
-
-    An order to a node is for the gateway's own pages only. A change of models is, as with Ollama, for those of the
-    origins that are listed, too, but not for those that only `*` lets read.
-    """
-    if key is not None and not key.settings.admin:
-        raise Refusal(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close=close)
-    listed = () if kind == "order" else [origin for origin in gateway.origins if origin != "*"]
-    if not page_may_change(head.fields, listed):
-        raise Refusal(403, "a web page of this origin may not do that", close=close)
-
-
-def admit(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record) -> Key | None:
-    """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
-    has_body = head.length != 0
-    key = consume_key(gateway.keys, head) if gateway.options.keys else None
-    if key:
-        gateway.acquaint(client)
-        record.key = key.settings.name
-    elif gateway.options.keys and not is_open(head.method, head.path):
-        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=has_body)
-    elif route.kind == "order" and not is_local(client, head):
-        raise Refusal(403, "only this machine, or with --keys a key with admin=yes, may order that", close=has_body)
-    if route.guarded:
-        guard(gateway, head, route.kind, key, close=has_body)
-    return key
-
-
 async def serve_events(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
@@ -7449,19 +7495,12 @@ async def serve_order(gateway: Gateway, client: ClientConnection, head: RequestH
     return answer_locally(client, head, record, *gateway.order(node, verb))
 
 
-def answer_origin(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool | None:
-    """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
-
-    Here and not in the nodes: they would compare the origin with a Host that no browser has seen.
-    """
-    lines = origin_lines(head.fields[b"origin"], head.fields.get(b"host", b""), gateway.origins)
-    if lines is None:
+def answer_page(client: ClientConnection, head: RequestHead, record: Record, status: int) -> bool:
+    """Answer a web page without a body, as Ollama does: 403 if it may not ask, 204 if it asks whether it may."""
+    if status == 403:
         record.reason = "origin not allowed"
-        return answer_locally(client, head, record, 403, b"", b"", close=head.length != 0)
-    record.cors = lines
-    if head.method != "OPTIONS" or not lines:
-        return None
-    return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
+    return answer_locally(client, head, record, status, b"", b"", PREFLIGHT if status == 204 else (),
+                          close=head.length != 0)
 
 
 async def serve_by_nodes(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, body: Body,
@@ -7487,15 +7526,17 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
 
     Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
     """
-    if head.fields.get(b"origin"):
-        keep = answer_origin(gateway, client, head, record)
-        if keep is not None:
-            return keep
-    if gateway.is_rebound(head.fields.get(b"host", b"")):
-        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
     head.via = via_after(head.fields.get(b"via", b""), gateway.via)
     route = find_route(head.method, head.path)
-    key = admit(gateway, client, head, route, record)
+    verdict = gateway.access.check(head, route, client.address)
+    record.cors, key = verdict.cors, verdict.key
+    if key is not None:
+        gateway.acquaint(client)
+        record.key = key.settings.name
+    if verdict.refusal is not None:
+        raise verdict.refusal.error()
+    if verdict.page_status:
+        return answer_page(client, head, record, verdict.page_status)
     if route.kind == "order":
         return await serve_order(gateway, client, head, record)
     if route.kind == "events":
@@ -7505,7 +7546,7 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
     if key is None:
-        return await serve_admitted(gateway, client, head, route, record, None)
+        return await serve_admitted(gateway, client, head, route, record, verdict)
     try:
         key.take(gateway.loop.time())
     except Refusal as refusal:
@@ -7515,28 +7556,22 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
             await gateway.read_body(client, head)
         raise
     try:
-        return await serve_admitted(gateway, client, head, route, record, key)
+        return await serve_admitted(gateway, client, head, route, record, verdict)
     finally:
         key.give_back()
 
 
 async def serve_admitted(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record,
-                         key: Key | None) -> bool:
+                         verdict: Verdict) -> bool:
     """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
     body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
     client.serving = True
     steps = reading_steps(head, route, body)
     reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
-    if key is None:
-        spec = read_spec(head, route, reading, client.address)
-        if spec.priority > MOST_FROM_AFAR and not is_local(client, head):
-            spec.priority = MOST_FROM_AFAR
-    else:
-        allowed = key.settings
-        spec = read_spec(head, route, reading, allowed.name, allowed.priority)
-        spec.priority = min(spec.priority, allowed.max_priority)
-    if spec.change == "unload":     # which only the body tells
-        guard(gateway, head, route.kind, key, close=False)
+    spec = read_spec(head, route, reading, verdict.client, verdict.priority)
+    spec.priority = min(spec.priority, verdict.max_priority)
+    if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
+        raise refusal.error()       # only the body tells of this change
     return await serve_by_nodes(gateway, client, head, route, body, spec, record)
 
 
@@ -9325,17 +9360,6 @@ class StateFile:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
-def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
-    """Return what tells of a Host field whether it was led to us by DNS rebinding.
-
-    Only on a loopback address, as with Ollama: others have names that we cannot know.
-    """
-    if not is_loopback(options.bind):
-        return lambda host: False
-    machine = socket.gethostname()
-    return remembered(lambda host: not is_trusted_host(host, machine, options.origins))
-
-
 def affordable_clients(asked: int, descriptors: int) -> int:
     """Return how many client connections there may be: each may need a node's connection, too."""
     if descriptors == resource.RLIM_INFINITY:
@@ -9359,8 +9383,7 @@ class Gateway:
         self.via = via_of(secrets.token_hex(4))
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
-        self.origins = LOCAL_ORIGINS + options.origins
-        self.is_rebound = rebinding_check(options)
+        self.access = Access(options, keys)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
@@ -9391,7 +9414,6 @@ class Gateway:
         self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
         self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
-        self.keys = Keys(keys)
         self.files_seen = self.files_before = self.file_stamps()    # as taken over; as in the last sweep
         self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
         self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
@@ -9595,8 +9617,8 @@ class Gateway:
     def reload_keys(self) -> None:
         """Read the keys again."""
         try:
-            self.keys.configure(read_keys(self.options))
-            LOG.info({"event": "reload", "keys": len(self.keys.by_digest)})
+            self.access.keys.configure(read_keys(self.options))
+            LOG.info({"event": "reload", "keys": len(self.access.keys.by_digest)})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
 

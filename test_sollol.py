@@ -7798,6 +7798,40 @@ def test_web_pages_that_may_change_something(fields, order, change):
     assert (sollol.page_may_change(given, ()), sollol.page_may_change(given, listed)) == (order, change)
 
 
+ALICE, ROOT = (b"Authorization: Bearer %b-secret" % name for name in (b"alice", b"root"))
+LISTED, STRANGE = b"Origin: https://chat.example", b"Origin: https://evil.example"
+
+
+@table("flags, line, fields, address, status, text, client, most", [
+    ("on this machine", [], "POST /api/chat", [], "127.0.0.1", 0, "", "127.0.0.1", 10),
+    ("from afar", [], "POST /api/chat", [], "10.0.0.1", 0, "", "10.0.0.1", 8),
+    ("through a proxy", [], "POST /api/chat", [b"X-Real-IP: 10.0.0.1"], "127.0.0.1", 0, "", "127.0.0.1", 8),
+    ("order", [], "POST /api/nodes/a/drain", [], "127.0.0.1", 0, "", "127.0.0.1", 10),
+    ("order from afar", [], "POST /api/nodes/a/drain", [], "10.0.0.1", 403, "only this machine", "10.0.0.1", 10),
+    ("order by a page", [], "POST /api/nodes/a/drain", [LISTED], "127.0.0.1", 403, "a web page", "127.0.0.1", 10),
+    ("change by a listed page", [], "POST /api/pull", [LISTED], "10.0.0.1", 0, "", "10.0.0.1", 8),
+    ("strange page", [], "POST /api/chat", [STRANGE], "127.0.0.1", 403, None, "127.0.0.1", 10),
+    ("preflight", [], "OPTIONS /api/chat", [LISTED], "127.0.0.1", 204, None, "127.0.0.1", 10),
+    ("rebound", [], "GET /", [b"Host: evil.example"], "127.0.0.1", 403, "this Host", "127.0.0.1", 10),
+    ("another name", ["--bind", "::"], "GET /", [b"Host: evil.example"], "127.0.0.1", 0, "", "127.0.0.1", 8),
+    ("no key", ["--keys", "k"], "POST /api/chat", [], "127.0.0.1", 401, "a key is needed", "127.0.0.1", 10),
+    ("no key needed", ["--keys", "k"], "GET /api/health", [], "10.0.0.1", 0, "", "10.0.0.1", 10),
+    ("key", ["--keys", "k"], "POST /api/chat", [ALICE], "10.0.0.1", 0, "", "alice", 10),
+    ("change by a key", ["--keys", "k"], "POST /api/pull", [ALICE], "10.0.0.1", 403, "alice may not", "alice", 10),
+    ("order by an administrator", ["--keys", "k"], "POST /api/nodes/a/drain", [ROOT], "10.0.0.1", 0, "", "root", 10)])
+def test_may_this_request_be_made(flags, line, fields, address, status, text, client, most):
+    options = sollol.parse_options(["--node", "a", "--origins", "https://chat.example", *flags], {})
+    access = sollol.Access(options, sollol.parse_keys(KEYS, "keys") if options.keys else [])
+    fields = fields if any(field.startswith(b"Host:") for field in fields) else [b"Host: localhost", *fields]
+    parsed = sollol.parse_request(head(line.encode() + b" HTTP/1.1", *fields))
+    verdict = access.check(parsed, sollol.find_route(parsed.method, parsed.path), address)
+    assert (verdict.client, verdict.max_priority, verdict.page_status) == (client, most, status if text is None else 0)
+    assert (verdict.refusal is not None) == bool(text) and bool(verdict.cors) == (LISTED in fields)
+    if verdict.refusal:
+        assert verdict.refusal.status == status and text in verdict.refusal.text
+    assert not any(b"secret" in raw for _, raw in parsed.lines)
+
+
 @pytest.mark.parametrize("keys", [False, True])
 @over_sockets
 async def test_pages_that_cors_lets_read_order_nothing_and_only_listed_ones_change_models(keys, tmp_path):
@@ -7851,7 +7885,7 @@ async def test_keys_are_read_again_when_saved_and_a_bad_file_is_refused(tmp_path
         await until(lambda: "name= is missing" in caplog.text)
         assert [await status(name) for name in ("alice", "dave")] == [200, 401]
         (tmp_path / "keys").write_text("dave-secret name=dave")
-        await until(lambda: "dave" in {key.settings.name for key in gateway.keys.by_digest.values()})
+        await until(lambda: "dave" in {key.settings.name for key in gateway.access.keys.by_digest.values()})
         assert [await status(name) for name in ("alice", "dave")] == [401, 200]
         (tmp_path / "keys").write_text(KEYS)
         gateway.reload()
