@@ -827,15 +827,6 @@ def via_after(given: bytes, own: bytes) -> bytes:
 # A body up to both bounds is read by json: 10 ms at the most. Chats with images and long prompts are below them.
 PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
 SHORT_BODY_BYTES = 32 * KIB         # read at once; longer ones take turns. 5 ms at the most
-SKIM_BYTES = 64 * KIB               # of a larger body, looked at in one step: 3 ms at the most
-SKIM_STRING_BYTES = 256 * KIB       # the same within one string
-SHORT_VALUE_BYTES = 32 * KIB        # of a field of a larger body that is still read exactly
-MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
-MAX_SKIMMED_KEY_BYTES = 128         # each character of a key may be written as six
-PROMPT_BLOCK_BYTES = 16 * KIB       # a prompt that is not read exactly is compared in blocks of this size
-MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
-MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
-FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
 MAX_NAME_CHARS = 512                # of a model's name, kept: a client can make up names of any length
 SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
 
@@ -989,46 +980,70 @@ def read_object(body: Body) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+class Prompt(NamedTuple):
+    """What is known of a prompt."""
+
+    chars: int                      # about, if its body is long
+    prefix: Prefix
+    texts: int                      # of an embedding's input
+
+
 class Reading(NamedTuple):
-    """What was read of a body. `prompt`: (characters, prefix, texts) of one that was only skimmed, else None."""
+    """What was read of a body: the fields of its JSON object, and the prompt of a long body."""
 
     fields: Json
-    prompt: tuple[int, Prefix, int] | None = None
+    prompt: Prompt | None = None    # None: the prompt is whole in the fields
 
 
-def at_once(steps: Generator[None, None, Any]) -> Any:
+Steps = Generator[None, None, Parsed]
+
+
+def at_once(steps: Steps[Parsed]) -> Parsed:
     """Run all steps of a piece of work; return its result."""
     try:
         while True:
             next(steps)
     except StopIteration as end:
-        return end.value
+        result: Parsed = end.value
+        return result
 
 
-# How a body is skimmed that is too large for json: it is looked at as bytes, in blocks, by what works at the speed of
-# C. Escapes are overwritten, so that each quote left begins or ends a string; what lies between strings is reduced to
-# its brackets, written as square ones. All work on it is a generator: it yields after some milliseconds.
+# A body that is too long for json is skimmed: it is looked at as bytes, in blocks, by operations at the speed of C.
+# They find where the values of the object are; only the short ones are read. Escapes are overwritten, so that each
+# quote left begins or ends a string; what stands between strings is reduced to its brackets, written as square ones.
+#
+# Such work is a generator, `Steps`: a step takes some milliseconds at most, and between two of them the loop serves
+# others (`LoopTurns.run`). Where little is to be done, `at_once` takes all steps.
 
+SKIM_BYTES = 64 * KIB               # looked at in one step: 3 ms at the most
+SHORT_VALUE_BYTES = 32 * KIB        # of a field that is read
+MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
+PROMPT_BLOCK_BYTES = 16 * KIB       # the prompt is compared in blocks of this size
 BRACKETS_ONLY = bytes(range(256)).translate(None, b"[]{}")
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-SPACE = re.compile(rb"[ \t\r\n]{0,65536}")
+SPACE = rb"[ \t\r\n]{0,65536}+"     # more of it, or a longer key, is read as no JSON
+MEMBER = re.compile(rb'[{,]%b"((?:[^"\\]|\\.){0,4096}+)"%b:%b' % (SPACE, SPACE, SPACE), re.S)
+MEMBER_END = re.compile(SPACE + rb"(?=([,}]))")
+OBJECT_START = re.compile(SPACE + rb"(?=\{)")
 SCALAR = re.compile(rb"[-+.0-9A-Za-z]{1,400}")
+NAME_FIELDS = ("model", "name", "source", "from")       # what a request calls its model
 LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
-SKIMMED_FIELDS = frozenset((*LONG_FIELDS, "model", "name", "source", "from", "stream", "options", "tools", "keep_alive",
-                            "priority", "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
+SKIMMED_FIELDS = frozenset((*NAME_FIELDS, *LONG_FIELDS, "stream", "options", "tools", "keep_alive", "priority",
+                            "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
                             "top_logprobs", *OUTPUT_BOUNDS.values()))
 
 
-class Long(NamedTuple):
-    """A field's value that was not read: where its bytes are."""
+class Span(NamedTuple):
+    """Where the bytes of a field's value are in a body; in a Reading, a value that is too long to be read."""
 
     start: int
     end: int
 
 
 def unescaped(body: Body, start: int, end: int) -> Body:
-    """Return bytes from `start`, where no escape is open, to `end`, or one more if that would cut one, all the escapes
-    of quotes and backslashes overwritten.
+    """Return a block of a body, the escapes of quotes and backslashes overwritten.
+
+    No escape is open at `start`. The block has one byte more if `end` would cut an escape.
     """
     block = body[start:end]
     if (len(block) - len(block.rstrip(b"\\"))) % 2:
@@ -1036,131 +1051,76 @@ def unescaped(body: Body, start: int, end: int) -> Body:
     return block.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in block else block
 
 
-def depths(brackets: bytes) -> tuple[int, int]:
-    """Return (least, last) depth after any of some square brackets, both seen from the depth before the first."""
-    for _ in range(4):
-        pairless = brackets.replace(b"[]", b"")
-        if len(pairless) == len(brackets):
-            closing = brackets.count(b"]")
-            return -closing, len(brackets) - 2 * closing
-        brackets = pairless
-    after = list(itertools.accumulate(map((92).__sub__, brackets), initial=0))      # `[` is 91, `]` is 93
-    return min(after), after[-1]
-
-
-def string_end(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the string whose text begins at `at` ends: at its quote, or with the body."""
-    size = 64
-    while at < len(body):
-        block = unescaped(body, at, at + size)
-        quote = block.find(b'"')
-        if quote >= 0:
-            return at + quote
-        at, size = at + len(block), min(2 * size, SKIM_STRING_BYTES)
-        if size == SKIM_STRING_BYTES:
-            yield
-    return len(body)
-
-
-def list_end(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the list or object ends, the byte behind it, whose inside begins at `at`; or the end of the body."""
-    depth, in_string, size = 1, 0, 64
+def value_end(body: Body, at: int) -> Steps[int]:
+    """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
+    opening = body[at:at + 1]
+    if opening not in (b'"', b"[", b"{"):
+        if scalar := SCALAR.match(body, at):
+            return scalar.end()
+        raise ValueError("no value")
+    at, depth, in_string, size = at + 1, int(opening != b'"'), int(opening == b'"'), 64
     while at < len(body):
         block = unescaped(body, at, at + size)
         parts = block.split(b'"')
-        brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY)
-        closing = brackets.count(b"]")
-        least, last = depths(brackets) if closing >= depth else (0, len(brackets) - 2 * closing)
-        if depth + least > 0:
-            at, depth, in_string = at + len(block), depth + last, (in_string + len(parts) - 1) % 2
-            size = min(2 * size, SKIM_BYTES)
+        brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY).replace(b"[]", b"")
+        closing, least = brackets.count(b"]"), 0
+        if closing >= depth:        # `[` is 91, `]` is 93
+            least = min(itertools.accumulate(map((92).__sub__, brackets), initial=0))
+        if depth + least > 0 or not depth and len(parts) == 1:      # it does not end in this block
+            at, size = at + len(block), min(2 * size, SKIM_BYTES)
+            depth, in_string = depth + len(brackets) - 2 * closing, (in_string + len(parts) - 1) % 2
         elif len(block) > 64:
             size = len(block) // 2
         else:
-            return at + list_end_within(block, depth, in_string)
+            return at + end_within(block, depth, in_string)
         if len(block) >= SKIM_BYTES // 4:
             yield
-    return len(body)
+    raise ValueError("a value without an end")
 
 
-def list_end_within(block: Body, depth: int, in_string: int) -> int:
-    """Return where in a short block, without escapes, the depth of brackets reaches 0."""
+def end_within(block: Body, depth: int, in_string: int) -> int:
+    """Return where a value ends in a short block without escapes: outside of strings, at depth 0 of brackets."""
     for at, byte in enumerate(block):
-        if byte == 34:
+        if byte == 34:              # a quote
             in_string = not in_string
         elif not in_string:
             depth += (byte in b"[{") - (byte in b"]}")
-            if not depth:
-                return at + 1
+        if not depth and not in_string:
+            return at + 1
     return len(block)
 
 
-def skip_space(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the next byte that is no white space is."""
-    while (space := SPACE.match(body, at)) and space.end() - at == 65536:
-        at = space.end()
-        yield
-    return space.end() if space else at
+def spans_in(body: Body) -> Steps[dict[str, Span]]:
+    """Return where the values of the object are that `body` begins with: of the fields that are looked at, by name.
+
+    Names in any case are the same, and the last one wins. Raises ValueError if there is no object.
+    """
+    spans: dict[str, Span] = {}
+    place = OBJECT_START.match(body)
+    for count in range(MAX_SKIMMED_FIELDS):
+        member = MEMBER.match(body, place.end()) if place else None
+        if not member:
+            raise ValueError("not an object")
+        span = Span(member.end(), (yield from value_end(body, member.end())))
+        name = str(json.loads(f'"{member[1].decode(errors="replace")}"')).lower()
+        if name in SKIMMED_FIELDS:
+            spans[name] = span
+        place = MEMBER_END.match(body, span.end)
+        if place and place[1] == b"}":
+            break
+        if count % 100 == 99:
+            yield
+    return spans
 
 
-def value_end(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
-    first = body[at:at + 1]
-    if first == b'"':
-        end = 1 + (yield from string_end(body, at + 1))
-    elif first and first in b"[{":
-        end = yield from list_end(body, at + 1)
-    else:
-        scalar = SCALAR.match(body, at)
-        end = scalar.end() if scalar else len(body) + 1
-    if end > len(body):
-        raise ValueError("a value without an end")
-    return end
-
-
-def read_value(body: Body, start: int, end: int, name: str) -> Any:
-    """Return a field's value: read if it is short, a name cut, else where it is. Raises ValueError."""
+def read_value(body: Body, span: Span, name: str) -> Any:
+    """Return a field's value if it is short, a model's name cut short, else its Span. Raises ValueError."""
+    start, end = span
     if end - start <= SHORT_VALUE_BYTES:
         return json_value(body[start:end].decode(errors="replace"))
-    if name in ("model", "name", "source", "from") and body[start:start + 1] == b'"':
+    if name in NAME_FIELDS and body[start:start + 1] == b'"':
         return body[start + 1:start + 1 + MAX_NAME_CHARS].decode(errors="replace")
-    return Long(start, end)
-
-
-def skimmed_object(body: Body) -> Generator[None, None, Json]:
-    """Return the fields of the JSON object that `body` begins with, of those that are looked at; {} if there is none.
-
-    Keys in any case are the same, and the last one wins.
-    """
-    fields: Json = {}
-    try:
-        at = yield from skip_space(body, 0)
-        if body[at:at + 1] != b"{":
-            return {}
-        for count in range(MAX_SKIMMED_FIELDS):
-            at = yield from skip_space(body, at + 1)
-            if body[at:at + 1] == b"}":
-                break
-            start, end = at, (yield from value_end(body, at))
-            key = body[start:end] if end - start <= MAX_SKIMMED_KEY_BYTES else b'""'
-            name = json.loads(key.decode(errors="replace"))
-            at = yield from skip_space(body, end)
-            if not isinstance(name, str) or body[at:at + 1] != b":":
-                return {}
-            at = yield from skip_space(body, at + 1)
-            start, end = at, (yield from value_end(body, at))
-            if name.lower() in SKIMMED_FIELDS:
-                fields[name.lower()] = read_value(body, start, end, name.lower())
-            at = yield from skip_space(body, end)
-            if body[at:at + 1] not in (b",", b"}"):
-                return {}
-            if body[at:at + 1] == b"}":
-                break
-            if count % 100 == 99:
-                yield
-    except (ValueError, RecursionError):
-        return {}
-    return fields
+    return span
 
 
 def text_chars(raw: bytes) -> int:
@@ -1170,56 +1130,64 @@ def text_chars(raw: bytes) -> int:
     return max(0, len(raw.decode(errors="ignore")) - 5 * raw.count(b"\\u"))
 
 
-def skimmed_prompt(body: Body, fields: Json, seed: int) -> Generator[None, None, tuple[int, Prefix, int]]:
-    """Return (characters, prefix, texts) of a prompt: about how long it is, and as if each block were a message."""
-    chars, texts = 0, 1
+def skimmed_prompt(body: Body, spans: dict[str, Span]) -> Steps[Prompt]:
+    """Return the Prompt of a long body: each block of it is taken for a message."""
+    chars, texts, seed = 0, 1, 0
     chain: list[tuple[int, int]] = []
+    if "tools" in spans:
+        start, end = spans["tools"]
+        seed = hash(bytes(body[start:min(end, start + MIB)]))
     for name in LONG_FIELDS:
-        value = fields.get(name)
-        if not isinstance(value, Long):
-            text = value if isinstance(value, str) else json.dumps(value) if value else ""
-            chars, seed = chars + len(text), hash((seed, text)) if text else seed
-            continue
-        for at in range(value.start, value.end, PROMPT_BLOCK_BYTES):
-            raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, value.end)])
+        start, end = spans.get(name, (0, 0))
+        for at in range(start, end, PROMPT_BLOCK_BYTES):
+            raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, end)])
             chars, seed = chars + text_chars(raw), hash((seed, raw))
             chain.append((seed, chars))
             if name == "input":
                 texts += raw.count(b'","') + raw.count(b'", "')
             if len(chain) % 32 == 0:
                 yield
-    return chars, tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:]), texts
+    return Prompt(chars, prefix_of(chain), texts)
 
 
-def json_steps(body: Body) -> Generator[None, None, Reading]:
-    """Read a JSON body, however large."""
-    if len(body) <= SHORT_BODY_BYTES or (
-            len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES):
-        return Reading(read_object(body))
-    fields = yield from skimmed_object(body)
-    tools = fields.get("tools")
-    if isinstance(tools, Long):
-        fields["tools"] = hash(bytes(body[tools.start:min(tools.end, tools.start + MIB)]))
-    seed = hash(repr(fields["tools"])) if tools else 0
-    return Reading(fields, prompt=(yield from skimmed_prompt(body, fields, seed)))
+def skimmed(body: Body) -> Steps[Reading]:
+    """Read a JSON body that is too long for json."""
+    fields: Json = {}
+    try:
+        spans = yield from spans_in(body)
+        for name, span in spans.items():
+            fields[name] = read_value(body, span, name)
+            yield
+    except (ValueError, RecursionError):
+        return Reading({})
+    return Reading(fields, (yield from skimmed_prompt(body, spans)))
 
 
+def is_long(body: Body) -> bool:
+    """Tell whether json would take too long for a body: more than 10 ms."""
+    return len(body) > PARSED_BYTES or (
+        len(body) > SHORT_BODY_BYTES and sum(map(body.count, (b",", b"{", b"["))) > PARSED_VALUES)
+
+
+MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
+MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
+FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
 BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
 FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
 
 
-def find_in_steps(body: Body, mark: bytes, at: int) -> Generator[None, None, int]:
+def find_in_steps(body: Body, mark: bytes, at: int) -> Steps[int]:
     """Return where `mark` is found from `at` on, or -1."""
     while at < len(body):
-        found = body.find(mark, at, at + FORM_SEARCH_BYTES)
-        if found >= 0:
-            return found
+        place = body.find(mark, at, at + FORM_SEARCH_BYTES)
+        if place >= 0:
+            return place
         at += FORM_SEARCH_BYTES - len(mark)
         yield
     return -1
 
 
-def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, None, str | None]:
+def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None]:
     """Return the text of a field of a multipart form (RFC 7578), or None."""
     match = BOUNDARY.search(content_type)
     if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
@@ -1231,8 +1199,8 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, 
         value = body.find(b"\r\n\r\n", start, min(max(0, end), start + MAX_HEAD_BYTES))
         if at < 0 or value < 0:
             return None
-        found = FIELD_NAME.search(body[start:min(value, start + KIB)])
-        if found and found[1] == name:
+        field_name = FIELD_NAME.search(body[start:min(value, start + KIB)])
+        if field_name and field_name[1] == name:
             return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
         at = end + 2
         if count % 100 == 99:
@@ -1240,14 +1208,14 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, 
     return None
 
 
-def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None, None, Reading]:
-    """Read a body, one step at a time: each takes some milliseconds at the most, whatever it holds."""
+def reading_steps(head: RequestHead, route: Route, body: Body) -> Steps[Reading]:
+    """Read a body, whatever it holds. One that cannot be read, being compressed for example, has no fields."""
     if route.kind in ("raw", "account"):
         return Reading({})
     if route.kind == "transcribe":
         model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
         return Reading({"model": model} if model else {})
-    return (yield from json_steps(body))
+    return (yield from skimmed(body)) if is_long(body) else Reading(read_object(body))
 
 
 @remembered
@@ -1285,7 +1253,7 @@ def parse_priority(text: str) -> int:
     raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
 
 
-def priority_of(head: RequestHead, fields: Json, family: Family, default: int = DEFAULT_PRIORITY) -> int:
+def priority_of(head: RequestHead, fields: Json, family: Family, default: int) -> int:
     """Return the priority of a request: header, body field, OpenAI's service tier, else the default. Raises Refusal."""
     header = head.fields.get(b"x-priority")
     if header is not None:
@@ -1326,36 +1294,36 @@ def prompt_parts(kind: str, fields: Json) -> list[str]:
     return lead + [text_of(messages)]
 
 
-def prefix_of(parts: list[str], seed: int) -> Prefix:
-    """Return ((hash, chars), ...) of the leading parts of a prompt: equal hashes mean an equal beginning."""
-    chain: list[tuple[int, int]] = []
-    chars = 0
-    for part in parts:
-        chars += len(part)
-        seed = hash((seed, part))
-        chain.append((seed, chars))
+def prefix_of(chain: list[tuple[int, int]]) -> Prefix:
+    """Return the first and the last parts of ((hash, chars), ...) of a prompt: equal hashes mean an equal beginning."""
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
-def read_prompt(kind: str, fields: Json) -> tuple[int, Prefix, int]:
-    """Return (characters, prefix, texts) of a prompt."""
-    parts, tools, given = prompt_parts(kind, fields), fields.get("tools"), fields.get("input")
-    return (sum(map(len, parts)), prefix_of(parts, hash(repr(tools)) if tools else 0),
-            len(given) if isinstance(given, list) and given else 1)
+def read_prompt(kind: str, fields: Json) -> Prompt:
+    """Return the Prompt of a body that was read as a whole."""
+    tools, texts = fields.get("tools"), fields.get("input")
+    chars, seed = 0, hash(repr(tools)) if tools else 0
+    chain: list[tuple[int, int]] = []
+    for part in prompt_parts(kind, fields):
+        chars += len(part)
+        seed = hash((seed, part))
+        chain.append((seed, chars))
+    return Prompt(chars, prefix_of(chain), len(texts) if isinstance(texts, list) and texts else 1)
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
-    """Return how many tokens a node answers with at most, or None."""
+    """Return how many tokens a node answers with at most; None if the request sets no bound."""
     bound = fields.get(OUTPUT_BOUNDS[path]) if path in OUTPUT_BOUNDS else options.get("num_predict")
     return min(bound, MAX_OUTPUT_TOKENS) if type(bound) is int and bound > 0 else None
 
 
 def runner_options(fields: Json, options: Json) -> RunnerOptions:
-    """Return the options given that belong to a loaded model: with another value Ollama unloads and loads it again."""
+    """Return the options that belong to a loaded model: for another value Ollama unloads the model and loads it again.
+    """
     if not options and "shift" not in fields:
         return ()
-    given = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
-    return tuple((name, value) for name, value in given
+    values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
+    return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
@@ -1369,79 +1337,88 @@ def parse_keep_alive(value: object) -> float | None:
     """Return seconds for a `keep_alive`, infinite for a negative one; None for what Ollama does not understand."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return math.inf if value < 0 else float(min(value, 1e9)) if value >= 0 else None    # JSON may hold a NaN
-    read = DURATION.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
-    if read is None:
+    match = DURATION.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
+    if match is None:
         return None
-    seconds = sum(float(number) * UNIT_S[unit] for number, unit in DURATION_PART.findall(read[2]))
-    return math.inf if read[1] == "-" and seconds else seconds
+    seconds = sum(float(number) * UNIT_S[unit] for number, unit in DURATION_PART.findall(match[2]))
+    return math.inf if match[1] == "-" and seconds else seconds
 
 
-def unloads(kind: str, fields: Json) -> bool:
-    """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
-    return not fields.get("messages" if kind == "chat" else "prompt") and parse_keep_alive(
-        fields.get("keep_alive")) == 0
+def change_of(route: Route, fields: Json) -> str:
+    """Return what a request does to its model on every node: pull, copy, delete, create, unload; "" for nothing.
+
+    An empty prompt that is to be kept alive for no time unloads the model (Ollama: server/routes.go).
+    """
+    if route.kind in CHANGES:
+        return route.kind
+    prompt = "messages" if route.kind == "chat" else "prompt"
+    unloads = (route.family is Family.OLLAMA and route.kind in ("generate", "chat") and not fields.get(prompt)
+               and parse_keep_alive(fields.get("keep_alive")) == 0)
+    return "unload" if unloads else ""
 
 
-def is_deterministic(fields: Json, options: Json) -> bool:
+def source_of(route: Route, fields: Json) -> str | None:
+    """Return the canonical name of the model that a request makes a new one from, if it does."""
+    source = fields.get("source") if route.kind == "copy" else None
+    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
+        source = fields.get("from")             # else it is made from blobs, and these are on the primary node
+    return canonical(source) if isinstance(source, str) else None
+
+
+def is_deterministic(fields: Json, sampling: Json) -> bool:
     """Tell whether the same request gives the same text again: temperature 0, or a seed (-1: a random one)."""
-    temperature, seed = options.get("temperature"), options.get("seed")
+    temperature, seed = sampling.get("temperature"), sampling.get("seed")
     if fields.get("logprobs") or fields.get("top_logprobs"):
         return False                # numbers that belong to whole lines, and are never quite the same
     return type(temperature) in (int, float) and temperature == 0 or type(seed) is int and seed != -1
 
 
-def is_batch(given: object) -> bool:
+def is_batch(texts: object) -> bool:
     """Tell whether an embedding's input is a list of texts, of a length that can be split."""
-    return type(given) is list and 1 < len(given) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in given)
+    return type(texts) is list and 1 < len(texts) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in texts)
 
 
-def read_raw_spec(head: RequestHead, route: Route, client: str) -> RequestSpec:
-    """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
-    return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
-                 repeatable=head.method in ("GET", "HEAD"))
+NO_PROMPT = Prompt(0, (), 1)
 
 
 def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
-               default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
-    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for a priority that is none.
+              default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority.
+
+    Without a body that is read, only the path can name the model.
     """
     if route.kind in ("raw", "account"):
-        return read_raw_spec(head, route, client)
-    fields, is_inference = reading.fields, route.is_inference
-    options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
+        return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
+                           repeatable=head.method in ("GET", "HEAD"))
+    fields, is_ollama, embeds = reading.fields, route.family is Family.OLLAMA, route.kind == "embed"
+    options = fields.get("options") if is_ollama else None      # /v1 has none: its fields stand alone
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
-    stream = fields.get("stream")
-    prompt_chars, prefix, texts = reading.prompt or read_prompt(route.kind, fields)
-    change = route.kind if route.kind in CHANGES else ""
-    if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
-        change = "unload"
-    source = fields.get("source") if route.kind == "copy" else None
-    stream = stream if isinstance(stream, bool) else route.streams
-    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
-        source = fields.get("from")             # else it is made from blobs, and these are on the primary node
+    stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if route.is_inference else NO_PROMPT
+    change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
+        priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
-        silent=not stream or bool(fields.get("tools")),
-        prompt_chars=prompt_chars if is_inference else 0,
+        prompt_chars=prompt.chars,
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
-        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
-        prefix=prefix if is_inference else (),
-        embeds=route.kind == "embed",
-        inputs=texts if route.kind == "embed" else 1,
-        inference=is_inference and not change,
-        repeatable=route.kind not in NOT_REPEATABLE,
-        deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
-            fields, options if route.family is Family.OLLAMA else fields),
+        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
+        prefix=prompt.prefix,
+        embeds=embeds,
+        inputs=prompt.texts if embeds else 1,
+        inference=route.is_inference and not change,
         where=route.where,
-        batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
-        source=canonical(source) if isinstance(source, str) else None,
+        batch=fields if embeds and is_batch(fields.get("input")) else None,
+        source=source_of(route, fields),
         change=change,
+        repeatable=route.kind not in NOT_REPEATABLE,
+        deterministic=(stream and head.path in TEXT_STREAMS
+                       and is_deterministic(fields, options if is_ollama else fields)),
+        silent=not stream or bool(fields.get("tools")),
     )
 
 

@@ -772,7 +772,7 @@ def test_skimmed_body_is_read_as_a_whole_one(monkeypatch):
         value = {rng.choice(names): junk(rng) for _ in range(4)}
         body = json.dumps(value, indent=rng.choice((None, 1)), ensure_ascii=number % 2 == 0).encode(errors="replace")
         expected = {key: found for key, found in sollol.read_object(body).items() if key in sollol.SKIMMED_FIELDS}
-        found = sollol.at_once(sollol.skimmed_object(body + b" trailing"))
+        found = sollol.at_once(sollol.skimmed(body + b" trailing")).fields
         assert found.keys() == expected.keys() and repr(looked_at(found)) == repr(looked_at(expected)), body
     monkeypatch.setattr(sollol, "SHORT_VALUE_BYTES", -1)
     for size in (10, 63, 64, 65, 127, 128, 1000, 70_000, 300_000):
@@ -780,7 +780,7 @@ def test_skimmed_body_is_read_as_a_whole_one(monkeypatch):
             value = {"tools": [[unit * size, {unit: [1, unit]}], unit], "prompt": unit * size,
                      "system": [[[unit]]] * size}
             body = json.dumps(value).encode()
-            found = sollol.at_once(sollol.skimmed_object(body))
+            found = sollol.at_once(sollol.skimmed(body)).fields
             assert {name: json.loads(body[at.start:at.end]) for name, at in found.items()} == value
 
 
