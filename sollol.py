@@ -425,15 +425,15 @@ class NodeSettings(NamedTuple):
 # -----------------------------------------------------------------------------
 # Wire: what do these bytes say?
 #
-# RFC 9112, read strictly. A gateway and a node that disagree about where a request ends are how requests are
-# smuggled, so everything that can be read in two ways is refused and never passed on: bare CR or LF, folded
+# RFC 9112, read strictly. If a gateway and a node disagree about where a request ends, a client can smuggle a request
+# past the gateway. So everything that can be read in two ways is refused and never passed on: bare CR or LF, folded
 # fields, space before a colon, two lengths, a length beside a transfer coding, any coding but chunked.
-# Bytes in, values out; nothing here knows a socket. `feed` may be given any split of the bytes.
+# Bytes in, values out; nothing here knows a socket. The bytes for `feed` may be split anywhere.
 # -----------------------------------------------------------------------------
 
-# A control character in a line, so also a bare CR or LF (RFC 9112 2.2).
+# A control character in a line. A bare CR or LF is one, too (RFC 9112 2.2).
 CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-# The same, and folded lines (5.2), while the head is still arriving: its last CR may yet be followed by LF.
+# The same in the part of a head that has arrived, and folded lines (5.2). LF may still follow a CR at the end.
 ILLEGAL_SO_FAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[\t ]")
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
@@ -442,18 +442,18 @@ ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
 HOST = re.compile(rb"[^\s/\\@?#,]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
 
-# A path's segment `.` or `..`, in any spelling that some server between here and the model reads as one: encoded once
-# or more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). A node's `prefix=` is no
-# fence against them: /ollama/../admin is /admin for whoever resolves it.
+# A segment `.` or `..` of a path, in any spelling that some server between here and the model accepts: encoded once or
+# more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). It would lead out of a node's
+# `prefix=`: a server that resolves /ollama/../admin answers for /admin.
 DOT, SLASH = rb"(?:\.|%(?:25)*2e)", rb"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(SLASH + DOT + rb"{1,2}(?:" + SLASH + rb"|[;#]|%(?:25)*(?:3b|23|3f)|\Z)", re.I)
-# A control character, encoded: it cuts the path or ends the line for a proxy that decodes what it hands on.
+# An encoded control character: a proxy that decodes it before it hands the path on cuts the path or ends the line.
 ENCODED_CONTROL = re.compile(rb"%(?:[01][0-9a-f]|7f)", re.I)
-# TRACE shows the fields that proxies have added, a node's token among them; CONNECT is not for gateways.
+# TRACE would show the client what the gateway adds, a node's token for example; CONNECT is for proxies only.
 REFUSED_METHODS = frozenset(("TRACE", "CONNECT"))
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
-# RFC 9110 7.6.1: these speak of one connection only, and are not handed on.
+# RFC 9110 7.6.1: these fields are about one connection only, and are not handed on.
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
                         b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
 ONLY_ONCE = frozenset((b"host", b"content-length", b"transfer-encoding"))
@@ -465,48 +465,45 @@ LAST_CHUNK = b"0\r\n\r\n"
 def find_head(buffer: Body, scanned: int = 0) -> int | None:
     """Return the length of the head in `buffer` with its empty line, or None if it is not complete.
 
-    `scanned` bytes are known to hold none. Raises ProtocolError at the first byte that no head can contain, so that
-    bare LF line ends are refused at once and not when a time-out ends the wait for CRLF CRLF.
+    The first `scanned` bytes were searched before. Raises ProtocolError at the first byte that no head can contain:
+    bare LF line ends are refused at once, and not by a time-out in the wait for CRLF CRLF.
     """
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
     if 0 <= end <= MAX_HEAD_BYTES:
         return end + 4
     if len(buffer) > MAX_HEAD_BYTES:
-        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]    # room for the method and the version
-        raise ProtocolError("request target too long" if over else "head too long", 414 if over else 431)
+        if b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]:       # room for the method and the version
+            raise ProtocolError("request target too long", 414)
+        raise ProtocolError("head too long", 431)
     if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2)):
         raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
     return None
 
 
 class Table(dict[Line, Parsed]):
-    """What a function of one line or text returned, by that; emptied when it is full.
-
-    Only short ones, so that the table stays below some 300 KiB whatever is sent.
-    """
+    """What a function returned for each short line or text. It is emptied when it is full, at some 300 KiB."""
 
     def __init__(self, function: Callable[[Line], Parsed]) -> None:
         super().__init__()
         self.function: Callable[[Line], Parsed] = function
 
-    def __missing__(self, given: Line) -> Parsed:
-        found = self.function(given)
-        if len(given) <= 256:
+    def __missing__(self, line: Line) -> Parsed:
+        parsed = self.function(line)
+        if len(line) <= 256:
             if len(self) >= 1024:
                 self.clear()
-            self[given] = found
-        return found
+            self[line] = parsed
+        return parsed
 
 
 def remembered(parse: Callable[[Line], Parsed]) -> Callable[[Line], Parsed]:
-    """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
-    """
-    return Table(parse).__getitem__     # a quarter of what a function of Python's own costs
+    """Let a parser of one line answer from a Table: clients and nodes send the same lines again and again."""
+    return Table(parse).__getitem__     # a quarter of what a call of a Python function costs
 
 
 @remembered
 def parse_field(line: bytes) -> tuple[bytes, bytes]:
-    """Return (lower-case name, value) of a field line. Raises ProtocolError. Folded lines fail: they have no name."""
+    """Return (lower-case name, value) of a field line. Raises ProtocolError, also for a folded line: it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name):
         raise ProtocolError("malformed header field")
@@ -516,7 +513,9 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
-    """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
+    """Return ({lower-case name: value}, [(lower-case name, raw line)]). The values of a repeated field are joined by
+    commas. Raises ProtocolError.
+    """
     parsed = list(map(parse_field, lines))
     fields = dict(parsed)
     if len(fields) < len(parsed):
@@ -529,7 +528,7 @@ def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
-    """Return the body length that the fields declare: a number, None for chunked, or 0 if they say nothing.
+    """Return the body length that the fields declare, in bytes: None for chunked, 0 if they say nothing.
 
     RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
     """
@@ -581,15 +580,15 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, str, int]:
 
 def parse_request(head: Body) -> RequestHead:
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
-    first, *lines = bytes(head[:-4]).split(b"\r\n")     # a long one comes in its buffer, whose lines have no hash
+    first, *lines = bytes(head[:-4]).split(b"\r\n")     # lines of a bytearray could not be looked up in a Table
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"more than {MAX_FIELDS} header fields", 431)
     method, target, path, version = parse_request_line(first)
-    fields, kept = parse_fields(lines)
+    fields, raw_lines = parse_fields(lines)
     host = fields.get(b"host")
     if host is None and version == 1 or host is not None and not HOST.fullmatch(host):
         raise ProtocolError("missing or malformed Host field")      # RFC 9112 3.2
-    return RequestHead(method, target, path, version, fields, kept, parse_length(fields, version),
+    return RequestHead(method, target, path, version, fields, raw_lines, parse_length(fields, version),
                        wants_keep_alive(fields, version),
                        version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
 
@@ -607,14 +606,14 @@ def parse_response(head: bytes, method: str) -> ResponseHead:
     """Parse the head of the answer to a `method` request. Raises ProtocolError."""
     first, *lines = head[:-4].split(b"\r\n")
     status, reason, version = parse_status_line(first)
-    fields, kept = parse_fields(lines)
+    fields, raw_lines = parse_fields(lines)
     length = parse_length(fields, version)
     if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
         length = 0
     elif length == 0 and b"content-length" not in fields:           # step 8
         length = UNTIL_CLOSE
     keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
-    return ResponseHead(status, reason, version, fields, kept, length, keep_alive)
+    return ResponseHead(status, reason, version, fields, raw_lines, length, keep_alive)
 
 
 class LengthBody:
@@ -645,26 +644,18 @@ class UntilCloseBody:
         return data, len(data)
 
 
-def parse_chunk_line(line: bytes) -> tuple[int, bool]:
-    """Return (size, whether it has an extension) of a chunk's first line with its CRLF. Raises ProtocolError."""
-    match = CHUNK_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError("malformed chunk size")
-    return int(match[1], 16), match[2] is not None
-
-
-@functools.lru_cache(maxsize=512)       # tokens come in chunks of few different sizes
+@remembered
 def plain_size(line: bytes) -> int:
-    """Return the size in a chunk's first line with its CRLF; 0 for the last chunk and all that is not plain."""
+    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
     match = CHUNK_LINE.fullmatch(line)
     return int(match[1], 16) if match and not match[2] else 0
 
 
 class ChunkedBody:
-    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are read and dropped.
+    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are dropped.
 
     After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
-    are, and whoever receives them stands between two chunks, where an error line can still be added.
+    are. Their receiver is then between two chunks, where an error line can still be added.
     """
 
     __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
@@ -675,13 +666,13 @@ class ChunkedBody:
         self.done = self.verbatim = False
 
     def at_most(self) -> int:
-        """Return how many bytes may be fed in one step: those of a chunk cost nothing, each chunk a microsecond."""
+        """Return how many bytes may be fed in one step: each chunk costs a microsecond, whatever its size."""
         return max(DECODED_BYTES, self.left)
 
     def plain_chunks(self, data: bytes) -> int:
-        """Return how many chunks `data` is, if it is nothing but whole plain ones, as tokens mostly are; else 0.
+        """Return the number of chunks in `data` if it is nothing but whole plain ones, as tokens mostly are; else 0.
 
-        Then it can be handed on as it is, and the decoder stands where it stood.
+        Such data need not be fed: it can be handed on as it is, and leaves the decoder in the same state.
         """
         if self.state or self.line:
             return 0                # in the middle of a chunk
@@ -721,11 +712,14 @@ class ChunkedBody:
         return payload[0] if len(payload) == 1 else b"".join(payload), at
 
     def take_line(self, line: bytes) -> None:
-        """Step over one CRLF-ended line of the framing."""
+        """Take one line of the framing, with its LF. Raises ProtocolError."""
         if self.state == self.SIZE:
-            self.left, extended = parse_chunk_line(line)
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise ProtocolError("malformed chunk size")
+            self.left = int(match[1], 16)
             self.state = self.DATA if self.left else self.TRAILER
-            self.verbatim = self.verbatim and not extended
+            self.verbatim = self.verbatim and not match[2]      # an extension is dropped
         elif self.state == self.DATA_END:
             if line != b"\r\n":
                 raise ProtocolError("chunk longer than its size")
@@ -750,21 +744,21 @@ def body_decoder(length: int | None) -> BodyDecoder:
 
 
 def chunk(data: bytes) -> bytes:
-    """Encode `data` as one chunk; empty data is nothing, since an empty chunk would end the body."""
+    """Encode `data` as one chunk; empty data as nothing, since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
-# Answers are, too, at least their statistics: a tunnel before a node would compress them if it were allowed to.
+# The gateway writes its own length, coding, Host and Via, has answered Expect and Origin, and has read X-Priority.
+# Accept-Encoding: it reads statistics in the answers, and a tunnel in front of a node would compress them.
 NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
                              b"via"}
-# What the gateway says itself it says alone: a browser that finds two allowed origins, say, believes neither.
+# The gateway says these itself, and nobody else may: a browser that gets two allowed origins accepts neither.
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
 def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
-    """Return the raw lines that are handed on: neither `dropped` nor named by Connection."""
+    """Return the raw lines that are handed on: those neither `dropped` nor named by Connection."""
     listed = fields.get(b"connection")
     if listed:
         dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
@@ -793,28 +787,28 @@ def render_request(head: RequestHead, settings: NodeSettings, length: int | None
 def render_response(head: ResponseHead, added: list[bytes], framing: list[bytes]) -> bytes:
     """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    kept = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
-    lines += end_to_end(kept, head.fields, NOT_FOR_CLIENTS)
+    foreign = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
+    lines += end_to_end(foreign, head.fields, NOT_FOR_CLIENTS)
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
 
 
-# Via tells where a request has been (RFC 9110 7.6.3). The comment is of this process: two gateways that list each
-# other, on purpose or behind a name, would else hand one request to and fro until no socket is left (8,192 were seen).
-MOST_HOPS = 8                       # over gateways of this kind; also where a proxy between them takes comments away
+# Via lists the gateways that a request came over (RFC 9110 7.6.3). The comment names this process. Without it, two
+# gateways that list each other would pass one request to and fro until no socket is left (8,192 were seen).
+MOST_HOPS = 8                       # over SOLLOLs; it also ends a loop in which a proxy removes the comments
 
 
-def via_of(id: str) -> bytes:
-    """Return what a gateway adds to Via."""
-    return b"1.1 sollol (%b)" % id.encode()
+def via_of(process: str) -> bytes:
+    """Return what the gateway of a process adds to Via."""
+    return b"1.1 sollol (%b)" % process.encode()
 
 
-def via_after(given: bytes, own: bytes) -> bytes:
-    """Return the Via of a request that came with `given`, with `own` added. Raises Refusal if it goes in a circle."""
-    if own in given:
+def via_after(via: bytes, own: bytes) -> bytes:
+    """Return `via`, as a request came with it, with `own` added. Raises Refusal if the request goes in a circle."""
+    if own in via:
         raise Refusal(508, "this request has been here before: a node of this gateway leads back to it", close=True)
-    if given.count(b"1.1 sollol") >= MOST_HOPS:
+    if via.count(b"1.1 sollol") >= MOST_HOPS:
         raise Refusal(508, f"this request has come over {MOST_HOPS} gateways", close=True)
-    return b"%b, %b" % (given, own) if given else own
+    return b"%b, %b" % (via, own) if via else own
 
 
 # -----------------------------------------------------------------------------
