@@ -1238,20 +1238,23 @@ def is_cloud(model: str) -> bool:
 
 
 def parse_priority(text: str) -> int:
-    """Return the priority 1..10 that a header value means. Raises Refusal."""
+    """Return the priority 1..10 that a number or a name means. Raises ValueError."""
     text = text.strip().lower()
     if text in PRIORITY_NAMES:
         return PRIORITY_NAMES[text]
     if text.isascii() and text.isdigit() and len(text) <= 2 and 1 <= int(text) <= 10:
         return int(text)
-    raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
+    raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
 
 
 def priority_of(head: RequestHead, fields: Json, family: Family, default: int) -> int:
     """Return the priority of a request: header, body field, OpenAI's service tier, else the default. Raises Refusal."""
     header = head.fields.get(b"x-priority")
     if header is not None:
-        return parse_priority(header.decode("latin-1"))
+        try:
+            return parse_priority(header.decode("latin-1"))
+        except ValueError as error:
+            raise Refusal(400, f"X-Priority {error}") from None
     value = fields.get("priority")
     if value is not None:
         if type(value) is not int or not 1 <= value <= 10:
@@ -8812,11 +8815,47 @@ def mode_of(path: str) -> int:
         return 0
 
 
-def bare_line(line: str) -> str:
-    """Return a line of a file without its comment. Raises ValueError if it is too long to be one."""
-    if len(line) > MAX_LINE_CHARS:
-        raise ValueError(f"a line of {len(line)} characters")
-    return re.sub(r"(^|\s)#.*", "", line).strip()
+Settings = TypeVar("Settings", NodeSettings, KeySettings)
+
+
+def parse_lines(text: str, place: str, kind: str, parse: Callable[[str], Settings],
+                most: int = MAX_FILE_LINES) -> list[Settings]:
+    """Return what `parse` makes of each line that is more than a comment; `kind` is nodes or keys.
+
+    Raises ConfigError that names `place` and line, also if there are more than `most`, or two of one name.
+    """
+    by_name: dict[str, Settings] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if len(line) > MAX_LINE_CHARS:
+                raise ValueError(f"a line of {len(line)} characters")
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if not line:
+                continue
+            settings = parse(line)
+            if settings.name in by_name:
+                raise ValueError(f"there are two {kind} named {settings.name!r}; give one of them another name=")
+            if len(by_name) == most:
+                raise ValueError(f"more than {most} {kind}")
+        except ValueError as error:
+            raise ConfigError(f"{place}:{number}: {error}") from None
+        by_name[settings.name] = settings
+    return list(by_name.values())
+
+
+def parse_settings(words: list[str], parsers: Mapping[str, Callable[[str], object]], secret: bool) -> dict[str, Any]:
+    """Return the values of words such as slots=4, by name. Raises ValueError; it shows no word that may be `secret`."""
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in parsers:
+            complaint = "a setting is none of" if secret else f"unknown setting {name!r}; there are"
+            raise ValueError(f"{complaint} {', '.join(parsers)}")
+        try:
+            values[name.replace("-", "_")] = parsers[name](text)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    return values
 
 
 def parse_url(url: str) -> tuple[str, int, bool, str]:
@@ -8837,17 +8876,9 @@ def parse_url(url: str) -> tuple[str, int, bool, str]:
 
 def parse_node(line: str) -> NodeSettings:
     """Return the NodeSettings of one line: a URL, then key=value settings. Raises ValueError."""
-    url, *settings = line.split()
+    url, *words = line.split()
     host, port, tls, prefix = parse_url(url)
-    values: dict[str, Any] = {"prefix": prefix}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in NODE_SETTINGS:
-            raise ValueError(f"unknown setting {key!r}; there are {', '.join(NODE_SETTINGS)}")
-        try:
-            values[key] = NODE_SETTINGS[key](text)
-        except ValueError as error:
-            raise ValueError(f"{key} {error}") from None
+    values = {"prefix": prefix, **parse_settings(words, NODE_SETTINGS, secret=False)}
     for key in ("ca", "insecure"):
         if key in values and not tls:
             raise ValueError(f"{key}= is for https:// only")
@@ -8871,21 +8902,8 @@ def with_authority(node: NodeSettings, folder: str) -> NodeSettings:
 
 def parse_hosts(text: str, place: str) -> list[NodeSettings]:
     """Return the NodeSettings of a hosts file. Raises ConfigError that names `place` and line."""
-    nodes: dict[str, NodeSettings] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            line = bare_line(line)
-            if not line:
-                continue
-            node = with_authority(parse_node(line), os.path.dirname(place))
-            if node.name in nodes:
-                raise ValueError(f"there are two nodes named {node.name!r}; give one of them another name=")
-            if len(nodes) == MAX_NODES:
-                raise ValueError(f"more than {MAX_NODES} nodes")
-        except ValueError as error:
-            raise ConfigError(f"{place}:{number}: {error}") from None
-        nodes[node.name] = node
-    return list(nodes.values())
+    folder = os.path.dirname(place)
+    return parse_lines(text, place, "nodes", lambda line: with_authority(parse_node(line), folder), MAX_NODES)
 
 
 def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
@@ -9099,14 +9117,6 @@ async def scan_again_and_again(gateway: Gateway, _: str) -> None:
 # The keys file: whose keys?
 # -----------------------------------------------------------------------------
 
-def parse_level(text: str) -> int:
-    """Return a priority from 1 to 10. Raises ValueError."""
-    try:
-        return parse_priority(text)
-    except Refusal:
-        raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}, not {text!r}") from None
-
-
 def parse_rate(text: str) -> tuple[int, float]:
     """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""
     match = re.fullmatch(r"([1-9]\d{0,8})/(s|min|h|d)", text, re.ASCII)
@@ -9122,53 +9132,40 @@ def parse_most(text: str) -> int:
     return int(text)
 
 
-KEY_SETTINGS: dict[str, Callable[[str], str | int | tuple[int, float]]] = {
-    "name": parse_word, "priority": parse_level, "max-priority": parse_level, "rate": parse_rate,
+KEY_SETTINGS: dict[str, Callable[[str], object]] = {
+    "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
     "concurrency": parse_most, "admin": parse_switch}
 
 
 def parse_key(line: str) -> KeySettings:
     """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
-    given, *settings = line.split()
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in KEY_SETTINGS:
-            raise ValueError(f"a setting is none of {', '.join(KEY_SETTINGS)}")
-        try:
-            values[key.replace("-", "_")] = KEY_SETTINGS[key](text)
-        except ValueError as error:
-            raise ValueError(f"{key} {error}") from None
+    secret, *words = line.split()
+    values = parse_settings(words, KEY_SETTINGS, secret=True)
     if "name" not in values:
         raise ValueError("name= is missing: whose key is it?")
-    if not given.isascii() or not given.isprintable():
+    if not secret.isascii() or not secret.isprintable():
         raise ValueError("a key must be printable ASCII")
     most = values.get("max_priority", 10)
     if values.setdefault("priority", min(DEFAULT_PRIORITY, most)) > most:
         raise ValueError("priority must not be over max-priority")
-    return KeySettings(digest_of_key(given.encode()), **values)
+    return KeySettings(digest_of_key(secret.encode()), **values)
 
 
 def parse_keys(text: str, place: str) -> list[KeySettings]:
     """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
-    names: dict[str, KeySettings] = {}
-    digests: dict[bytes, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            line = bare_line(line)
-            if not line:
-                continue
-            key = parse_key(line)
-            if key.name in names:
-                raise ValueError(f"there are two keys named {key.name!r}")
-            if key.digest in digests:
-                raise ValueError(f"this is the key of {digests[key.digest]!r}, too")
-        except ValueError as error:
-            raise ConfigError(f"{place}:{number}: {error}") from None
-        names[key.name], digests[key.digest] = key, key.name
-    if not names:
+    owners: dict[bytes, str] = {}
+
+    def parse(line: str) -> KeySettings:
+        key = parse_key(line)
+        owner = owners.setdefault(key.digest, key.name)
+        if owner != key.name:
+            raise ValueError(f"this is the key of {owner!r}, too")
+        return key
+
+    keys = parse_lines(text, place, "keys", parse)
+    if not keys:
         raise ConfigError(f"{place}: there is no key in it")
-    return list(names.values())
+    return keys
 
 
 def warn_of_readers(event: str, path: str, mode: int) -> None:
