@@ -5642,28 +5642,6 @@ class Key:
         self.running -= 1
 
 
-class Keys:
-    """All keys of the keys file, by digest."""
-
-    def __init__(self, settings: Iterable[KeySettings] = ()) -> None:
-        self.by_digest: dict[bytes, Key] = {}
-        self.configure(settings)
-
-    def configure(self, settings: Iterable[KeySettings]) -> None:
-        """Take over the lines of a keys file. A key keeps what it has used up under the same name."""
-        known = {key.settings.name: key for key in self.by_digest.values()}
-        self.by_digest = {}
-        for line in settings:
-            key = self.by_digest[line.digest] = known.get(line.name) or Key(line)
-            key.configure(line)
-
-    def find(self, secret: bytes) -> Key | None:
-        """Return the Key whose secret this is, or None."""
-        digest = digest_of_key(secret)
-        key = self.by_digest.get(digest)
-        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
-
-
 def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
     """Yield (field name, secret) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
     if b"x-api-key" in fields:
@@ -5674,14 +5652,6 @@ def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
     elif scheme.lower() == b"basic":            # browsers send it when they are asked for the dashboard
         with contextlib.suppress(binascii.Error):
             yield b"authorization", base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
-
-
-def consume_key(keys: Keys, head: RequestHead) -> Key | None:
-    """Return the Key that a request gives, or None. Remove the fields that gave it: no node must see them."""
-    by_field = {name: key for name, secret in secrets_in(head.fields) if (key := keys.find(secret)) is not None}
-    if by_field:
-        head.lines = [line for line in head.lines if line[0] not in by_field]
-    return next(iter(by_field.values()), None)
 
 
 # Ollama's own list: any port of this machine, and what is no web page.
@@ -5804,13 +5774,35 @@ class Access:
     """Who may make which request, by the options and the keys file."""
 
     def __init__(self, options: argparse.Namespace, keys: Iterable[KeySettings]) -> None:
-        self.needs_key, self.keys = bool(options.keys), Keys(keys)
         self.readers = LOCAL_ORIGINS + options.origins      # origins of the pages that may ask
         self.changers = [origin for origin in self.readers if origin != "*"]    # and of those that may change models
+        self.checks_host = is_loopback(options.bind)        # as in Ollama: we cannot know the names of other addresses
         self.is_trusted_host = remembered(functools.partial(
             is_trusted_host, machine=socket.gethostname(), allowed=options.origins))
-        # As in Ollama: other addresses have names that we cannot know.
-        self.checks_host = is_loopback(options.bind)
+        self.needs_key = bool(options.keys)
+        self.keys: dict[bytes, Key] = {}        # by digest
+        self.configure(keys)
+
+    def configure(self, lines: Iterable[KeySettings]) -> None:
+        """Take over the lines of a keys file. A key keeps what it has used up under the same name."""
+        known = {key.settings.name: key for key in self.keys.values()}
+        self.keys = {}
+        for line in lines:
+            key = self.keys[line.digest] = known.get(line.name) or Key(line)
+            key.configure(line)
+
+    def find_key(self, secret: bytes) -> Key | None:
+        """Return the Key whose secret this is, or None."""
+        digest = digest_of_key(secret)
+        key = self.keys.get(digest)
+        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
+
+    def consume_key(self, head: RequestHead) -> Key | None:
+        """Return the Key that a request gives, or None. Remove the fields that gave it: no node must see them."""
+        by_field = {name: key for name, secret in secrets_in(head.fields) if (key := self.find_key(secret)) is not None}
+        if by_field:
+            head.lines = [line for line in head.lines if line[0] not in by_field]
+        return next(iter(by_field.values()), None)
 
     def check(self, head: RequestHead, route: Route, address: str) -> Verdict:
         """Return the Verdict on a request of a client at `address`. Takes the key out of the head: see `consume_key`.
@@ -5830,7 +5822,7 @@ class Access:
             text = "this Host is no name of this machine: --origins can allow it"
             return verdict._replace(refusal=Answer(403, text, close=has_body))
         if self.needs_key:
-            key = consume_key(self.keys, head)
+            key = self.consume_key(head)
             if key is not None:
                 verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
                                            max_priority=key.settings.max_priority)
@@ -9585,8 +9577,8 @@ class Gateway:
     def reload_keys(self) -> None:
         """Read the keys again."""
         try:
-            self.access.keys.configure(read_keys(self.options))
-            LOG.info({"event": "reload", "keys": len(self.access.keys.by_digest)})
+            self.access.configure(read_keys(self.options))
+            LOG.info({"event": "reload", "keys": len(self.access.keys)})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
 

@@ -7664,11 +7664,11 @@ async def test_who_shares_fairly_and_who_is_logged_is_the_keys_name(tmp_path, ca
 def test_key_is_kept_as_a_digest_that_nobody_can_foresee_and_compared_in_constant_time(monkeypatch):
     compared, compare = [], sollol.hmac.compare_digest
     monkeypatch.setattr(sollol.hmac, "compare_digest", lambda *given: compared.append(given) or compare(*given))
-    keys = sollol.Keys(sollol.parse_keys(KEYS, "keys"))
-    assert keys.find(b"alice-secret").settings.name == "alice" and len(compared) == 1
-    assert keys.find(b"alice-secre") is None and keys.find(b"") is None and keys.find(b"\xff" * 70_000) is None
-    assert hashlib.blake2b(b"alice-secret").digest() not in keys.by_digest
-    assert not any(b"secret" in digest for digest in keys.by_digest)
+    access = sollol.Access(sollol.parse_options(["--node", "a", "--keys", "k"], {}), sollol.parse_keys(KEYS, "keys"))
+    assert access.find_key(b"alice-secret").settings.name == "alice" and len(compared) == 1
+    assert [access.find_key(wrong) for wrong in (b"alice-secre", b"", b"\xff" * 70_000)] == [None] * 3
+    assert hashlib.blake2b(b"alice-secret").digest() not in access.keys
+    assert not any(b"secret" in digest for digest in access.keys)
 
 
 @over_sockets
@@ -7885,7 +7885,7 @@ async def test_keys_are_read_again_when_saved_and_a_bad_file_is_refused(tmp_path
         await until(lambda: "name= is missing" in caplog.text)
         assert [await status(name) for name in ("alice", "dave")] == [200, 401]
         (tmp_path / "keys").write_text("dave-secret name=dave")
-        await until(lambda: "dave" in {key.settings.name for key in gateway.access.keys.by_digest.values()})
+        await until(lambda: "dave" in {key.settings.name for key in gateway.access.keys.values()})
         assert [await status(name) for name in ("alice", "dave")] == [401, 200]
         (tmp_path / "keys").write_text(KEYS)
         gateway.reload()
