@@ -814,14 +814,16 @@ def via_after(via: bytes, own: bytes) -> bytes:
 # -----------------------------------------------------------------------------
 # Admission: what does this request want?
 #
-# Read as Ollama's own server reads it: keys in any case, the last duplicate wins, bytes after the first JSON value
-# and the Content-Type do not matter. What cannot be read is no error here: some node answers it in its own words.
+# `reading_steps` reads a body into a Reading; `read_spec` makes a RequestSpec of that and the head. A body is read as
+# Ollama's own server reads it: keys in any case are the same, the last duplicate wins, bytes after the first JSON value
+# and the Content-Type do not matter. A body that cannot be read is no error here: a node answers it in its own words.
+# A short body is read by json, a long one is skimmed.
 # -----------------------------------------------------------------------------
 
-# A body up to both bounds is read by json: 10 ms at the most. Chats with images and long prompts are below them.
+# json reads a body up to both bounds, in 10 ms at most. Chats with images and long prompts are below them.
 PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
-SHORT_BODY_BYTES = 32 * KIB         # read at once; longer ones take turns. 5 ms at the most
-MAX_NAME_CHARS = 512                # of a model's name, kept: a client can make up names of any length
+SHORT_BODY_BYTES = 32 * KIB         # read at once, in 5 ms at most; the readers of longer ones take turns
+MAX_NAME_CHARS = 512                # kept of a model's name: a client can make up names of any length
 SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
 
 
@@ -944,15 +946,13 @@ JSON_VALUE_IN_ANY_CASE = json.JSONDecoder(object_pairs_hook=lower_keys)     # fo
 
 def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
+    if type(value) is list:
+        return all(map(has_lower_keys, value))
     if type(value) is dict:
         if not all(map(str.islower, value)):
             return False
         for key in ("options", "messages", "input", "content"):
             if key in value and not has_lower_keys(value[key]):
-                return False
-    elif type(value) is list:
-        for item in value:
-            if not has_lower_keys(item):
                 return False
     return True
 
@@ -975,18 +975,18 @@ def read_object(body: Body) -> Json:
 
 
 class Prompt(NamedTuple):
-    """What is known of a prompt."""
+    """What routing needs of a prompt."""
 
-    chars: int                      # about, if its body is long
+    chars: int                      # estimated if the body is long
     prefix: Prefix
-    texts: int                      # of an embedding's input
+    texts: int                      # in an embedding's input
 
 
 class Reading(NamedTuple):
-    """What was read of a body: the fields of its JSON object, and the prompt of a long body."""
+    """What was read of a body. Without a `prompt` of its own, the prompt is in the fields."""
 
     fields: Json
-    prompt: Prompt | None = None    # None: the prompt is whole in the fields
+    prompt: Prompt | None = None
 
 
 Steps = Generator[None, None, Parsed]
@@ -1387,17 +1387,18 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     if route.kind in ("raw", "account"):
         return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                            repeatable=head.method in ("GET", "HEAD"))
-    fields, is_ollama, embeds = reading.fields, route.family is Family.OLLAMA, route.kind == "embed"
+    fields, is_inference = reading.fields, route.is_inference
+    is_ollama, embeds = route.family is Family.OLLAMA, route.kind == "embed"
     options = fields.get("options") if is_ollama else None      # /v1 has none: its fields stand alone
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
-    prompt = (reading.prompt or read_prompt(route.kind, fields)) if route.is_inference else NO_PROMPT
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else NO_PROMPT
     change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if route.is_inference else {}, route.family, default_priority),
+        priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
         prompt_chars=prompt.chars,
@@ -1407,10 +1408,10 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         prefix=prompt.prefix,
         embeds=embeds,
         inputs=prompt.texts if embeds else 1,
-        inference=route.is_inference and not change,
+        inference=is_inference and not change,
         where=route.where,
         batch=fields if embeds and is_batch(fields.get("input")) else None,
-        source=source_of(route, fields),
+        source=None if is_inference else source_of(route, fields),
         change=change,
         repeatable=route.kind not in NOT_REPEATABLE,
         deterministic=(stream and head.path in TEXT_STREAMS
