@@ -1055,7 +1055,7 @@ def value_end(body: Body, at: int) -> Steps[int]:
     at, depth, in_string, size = at + 1, int(opening != b'"'), int(opening == b'"'), 64
     while at < len(body):
         block = unescaped(body, at, at + size)
-        parts = block.split(b'"')
+        parts = block.split(b'"')   # every second one is outside of strings, from parts[in_string] on
         brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY).replace(b"[]", b"")
         closing, least = brackets.count(b"]"), 0
         if closing >= depth:        # `[` is 91, `]` is 93
@@ -5586,7 +5586,6 @@ class Upload:
 # -----------------------------------------------------------------------------
 
 OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
-PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 DIGEST_SECRET = secrets.token_bytes(32)
 
 
@@ -5812,17 +5811,17 @@ class Access:
         """
         fields, has_body = head.fields, head.length != 0
         verdict, host, origin = Verdict(address), fields.get(b"host", b""), fields.get(b"origin")
-        if origin:
+        if origin:                  # question 1
             lines = origin_lines(origin, host, self.readers)
             if lines is None:
                 return verdict._replace(page_status=403)
             verdict = verdict._replace(cors=lines)
             if lines and head.method == "OPTIONS":
                 return verdict._replace(page_status=204)
-        if self.checks_host and not self.is_trusted_host(host):
+        if self.checks_host and not self.is_trusted_host(host):     # 2
             text = "this Host is no name of this machine: --origins can allow it"
             return verdict._replace(refusal=Answer(403, text, close=has_body))
-        if self.needs_key:
+        if self.needs_key:          # 3
             key = self.consume_key(head)
             if key is not None:
                 verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
@@ -5834,7 +5833,7 @@ class Access:
                 text = "only this machine, or with --keys a key with admin=yes, may order that"
                 return verdict._replace(refusal=Answer(403, text, close=has_body))
             verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
-        if route.guarded:
+        if route.guarded:           # 4
             verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
         return verdict
 
@@ -9109,6 +9108,9 @@ async def scan_again_and_again(gateway: Gateway, _: str) -> None:
 # -----------------------------------------------------------------------------
 # The keys file: whose keys?
 # -----------------------------------------------------------------------------
+
+PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
 
 def parse_rate(text: str) -> tuple[int, float]:
     """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""

@@ -697,6 +697,16 @@ def test_priority_that_is_none_is_refused(body, fields):
     assert caught.value.status == 400 and not caught.value.close
 
 
+@pytest.mark.parametrize("path, body, change", [
+    ("/api/generate", {"keep_alive": 0}, "unload"), ("/api/generate", {"keep_alive": "0s", "prompt": ""}, "unload"),
+    ("/api/generate", {"keep_alive": 0, "prompt": "x"}, ""), ("/api/generate", {"keep_alive": 5}, ""),
+    ("/api/chat", {"keep_alive": 0, "messages": []}, "unload"), ("/api/chat", {"keep_alive": 0, "messages": [{}]}, ""),
+    ("/v1/completions", {"keep_alive": 0}, ""), ("/api/embed", {"keep_alive": 0}, ""),
+    ("/api/pull", {"keep_alive": 0}, "pull"), ("/api/push", {"keep_alive": 0}, "")])
+def test_what_changes_a_model_on_every_node(path, body, change):
+    assert asked(path, {"model": "m", **body}).change == change
+
+
 def chat(turns, system="be kind", **more):
     return asked(body={"model": "m", "system": system, **more, "messages": [
         {"role": "user", "content": f"message {number} " * 20} for number in range(turns)]})
@@ -782,6 +792,13 @@ def test_skimmed_body_is_read_as_a_whole_one(monkeypatch):
             body = json.dumps(value).encode()
             found = sollol.at_once(sollol.skimmed(body)).fields
             assert {name: json.loads(body[at.start:at.end]) for name, at in found.items()} == value
+
+
+def test_last_of_a_fields_spellings_wins_in_a_long_body_too():
+    body = b'{"model":"a","Model":"b","model":"c","prompt":"%b","MODEL":"d"}'
+    for text in (b"x", b"x " * 2**21):
+        assert asked("/api/generate", body % text).model == "d:latest"
+        assert asked("/api/generate", (body % text).replace(b"MODEL", b"MODE")).model == "c:latest"
 
 
 def test_large_body_tells_what_a_short_one_tells():
