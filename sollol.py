@@ -3073,15 +3073,6 @@ def possible_twins(node: Node) -> list[str]:
     return [model for model in found if (model, digest_of(node, model)) not in node.weights]
 
 
-BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
-
-
-def blob_in(modelfile: object) -> str:
-    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
-    found = BLOB.search(modelfile) if isinstance(modelfile, str) else None
-    return found[1] if found else ""
-
-
 def emptiest(nodes: list[Node], count: int) -> list[Node]:
     """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
     def fullness(node: Node) -> tuple[int, float]:
@@ -6557,7 +6548,7 @@ def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHe
     if error:
         record.outcome, record.reason = "error", error
         if lease.runner is not None:    # of a push, say, it is its client's own
-            gateway.record_failure(lease, Failure("model", f"broke off: {error}"))
+            gateway.node_io.record_failure(lease, Failure("model", f"broke off: {error}"))
     elif streams and not LAST_LINE.search(ending[-TAIL_BYTES:]):
         dispatcher.worked(lease, now)
     else:
@@ -6618,7 +6609,7 @@ async def relay_answer(gateway: Gateway, client: ClientConnection, head: Request
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
         record.timings = read_timings(relay.tail())
-        gateway.record_failure(lease, failure.value)
+        gateway.node_io.record_failure(lease, failure.value)
         keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.spec.family) and keep
     finally:
         client.source = None
@@ -6650,7 +6641,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
     Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
     with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
     """
-    pool, spec = gateway.pools[lease.node], lease.ticket.spec
+    pool, spec = gateway.node_io.pools[lease.node], lease.ticket.spec
 
     def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
@@ -6697,7 +6688,7 @@ async def attempt(gateway: Gateway, client: ClientConnection, head: RequestHead,
                                          head.keep_alive)
         return keep
     finally:
-        gateway.pools[lease.node].give_back(begun.connection, clean)
+        gateway.node_io.pools[lease.node].give_back(begun.connection, clean)
 
 
 class Inference:
@@ -6751,7 +6742,7 @@ class Inference:
         elif not isinstance(self.last, NodeAnswer):
             self.last = Answer(502, f"{lease.node.name}: {failed.text}")
         if failed.kind is not None:
-            self.gateway.record_failure(lease, failed)
+            self.gateway.node_io.record_failure(lease, failed)
 
     def end(self, lease: Lease) -> None:
         """End a lease, and let others have its slot. A client that left has ended what was its ticket's lease then."""
@@ -6761,7 +6752,7 @@ class Inference:
 
     def close(self, begun: Begun, clean: bool) -> None:
         """Give back what an answer was received with."""
-        self.gateway.pools[begun.lease.node].give_back(begun.connection, clean)
+        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection, clean)
         self.end(begun.lease)
 
     def race(self, lease: Lease) -> None:
@@ -6781,7 +6772,7 @@ class Inference:
             first.lost_to = Failure("raced", f"{lease.node.name} was faster")
             if first.abandon is not None:
                 first.abandon(first.lost_to)
-        self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
+        self.gateway.telemetry.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
         return begun
 
     async def rehearsed(self, begun: Begun, first: Lease) -> Begun | None:
@@ -6857,7 +6848,7 @@ class Inference:
         lease, record, clean = begun.lease, self.record, False
         record.node, record.reason = lease.node.name, lease.reason
         if lease.loads:
-            self.gateway.note_load(lease.node)
+            self.gateway.node_io.note_load(lease.node)
         if self.transcript:         # silent in its midst, it may be raced by a replay
             self.ticket.race, lease.abandon = self.race, begun.connection.fail
         try:
@@ -6926,10 +6917,10 @@ async def serve_control(gateway: Gateway, client: ClientConnection, head: Reques
     while True:
         lease = dispatcher.lease_unqueued(record.id, spec, tried, loop.time())
         try:
-            async with gateway.pools[lease.node].unqueued:
+            async with gateway.node_io.pools[lease.node].unqueued:
                 return await attempt(gateway, client, head, body, lease, record)
         except NodeFailure as failure:
-            gateway.record_failure(lease, failure.value)
+            gateway.node_io.record_failure(lease, failure.value)
             tried.add(lease.node.name)
             if failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
@@ -6950,7 +6941,7 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
     clean = False
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
-        pool = gateway.pools[lease.node]
+        pool = gateway.node_io.pools[lease.node]
         client.pause_reading()      # until the Upload takes the bytes
         async with pool.unqueued:
             connection = await pool.connect()
@@ -6965,7 +6956,7 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
             clean = clean and upload.body.done
             return keep
     except NodeFailure as failure:
-        gateway.record_failure(lease, failure.value)
+        gateway.node_io.record_failure(lease, failure.value)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         if upload is not None:
@@ -7121,7 +7112,7 @@ async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
 
     Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
     """
-    dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.pools[lease.node]
+    dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.node_io.pools[lease.node]
     connection: NodeConnection | None = None
     sink: Lines | Collector
     clean, last = False, b""
@@ -7171,7 +7162,7 @@ async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body,
             dispatcher.unloaded(node, spec.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
-        gateway.record_failure(lease, failure.value)
+        gateway.node_io.record_failure(lease, failure.value)
         return Outcome(node, None, b"", str(failure))
     except Refusal as refusal:      # the gateway's own lack of sockets
         return Outcome(node, None, b"", refusal.text)
@@ -7229,7 +7220,7 @@ async def serve_change(gateway: Gateway, client: ClientConnection, head: Request
 
     outcomes = await asyncio.gather(*map(one, nodes))
     if spec.change != "unload":
-        await gateway.look_at_changes([it.node for it in outcomes if it.answer])
+        await gateway.node_io.look_at_changes([it.node for it in outcomes if it.answer])
     gateway.pump()
     outcomes = without_absent(spec.change, outcomes)
     return answer_change(client, head, record, told, outcomes)
@@ -7390,7 +7381,7 @@ async def serve_locally(gateway: Gateway, client: ClientConnection, head: Reques
     if head.length != 0:
         await gateway.read_body(client, head)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
-        await gateway.refreshed[head.path](gateway)
+        await gateway.node_io.look_again(gateway.refreshed[head.path])
     status, body, kind, *extra = gateway.own_answer(head.path)
     return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
 
@@ -7438,7 +7429,7 @@ def admit(gateway: Gateway, client: ClientConnection, head: RequestHead, route: 
     has_body = head.length != 0
     key = consume_key(gateway.keys, head) if gateway.options.keys else None
     if key:
-        gateway.acquaint(client)
+        gateway.listener.acquaint(client)
         record.key = key.settings.name
     elif gateway.options.keys and not is_open(head.method, head.path):
         raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=has_body)
@@ -7460,7 +7451,7 @@ async def serve_events(gateway: Gateway, client: ClientConnection, head: Request
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
     while not gateway.draining:
         if not client.write_paused:     # one that does not read misses some
-            client.write(b"data: " + gateway.snapshot() + b"\n\n")
+            client.write(b"data: " + gateway.telemetry.snapshot() + b"\n\n")
         await asyncio.sleep(EVENT_S)
     return False
 
@@ -7586,7 +7577,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
                 keep = answer_refusal(client, head, record, refusal)
             except NodeRefused as refused:
                 keep = answer_whole(client, head, record, refused.value.head, refused.value.body)
-            gateway.finish(record)
+            gateway.telemetry.finish(record)
             record = None
             gateway.memory.give_back(client)
             if client.write_paused:
@@ -7610,10 +7601,10 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
                 record.outcome = "error"
     finally:
         if record:
-            gateway.finish(record)
+            gateway.telemetry.finish(record)
         gateway.memory.give_back(client)
         await client.close()
-        gateway.forget(client)
+        gateway.listener.forget(client)
 
 
 # -----------------------------------------------------------------------------
@@ -7705,147 +7696,313 @@ class ProbeFailure(Exception):
     """A node gave no usable answer to a question of the gateway's own."""
 
 
-async def fetch(pool: Pool, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
-                most_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
-    """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
-    body = b"" if value is None else json.dumps(value).encode()
-    head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
-                       len(body), True, False, pool.via)
-    connection, clean = None, False
-    try:
-        async with asyncio.timeout(timeout_s):
-            connection, answer = await pool.exchange(render_request(head, pool.settings, len(body)) + body, method)
-            collector = Collector(connection, answer, most_bytes)
-            text = await collector.collect()
-            clean = collector.clean
-    except TimeoutError:
-        raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
-    finally:
-        if connection is not None:
-            pool.give_back(connection, clean)
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    return answer.status, found if isinstance(found, dict) else None, text
+BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
 
 
-async def ask(gateway: Gateway, node: Node, method: str, path: str, value: Json | None = None,
-              timeout_s: float = PROBE_TIMEOUT_S) -> Json:
-    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
-    status, found, _ = await fetch(gateway.pools[node], method, path, value, timeout_s)
-    if status != 200 or found is None:
-        raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
-    return found
+def blob_in(modelfile: object) -> str:
+    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
+    match = BLOB.search(modelfile) if isinstance(modelfile, str) else None
+    return match[1] if match else ""
 
 
-def rows_of(found: Json) -> list[Json]:
-    """Return the rows in an answer of /api/tags or /api/ps."""
-    rows = found.get("models")
-    rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
+class OllamaApi:
+    """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
 
-
-async def look_at_models(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Find out which models a node has. Raises ProbeFailure or NodeFailure."""
-    asked_s = gateway.loop.time()
-    rows = rows_of(await ask(gateway, node, "GET", "/api/tags", timeout_s=timeout_s))
-    gateway.dispatcher.index(node, rows, asked_s)
-
-
-async def look_at_residency(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Find out which models are loaded on a node. Raises ProbeFailure or NodeFailure."""
-    asked_s = gateway.loop.time()
-    found = await ask(gateway, node, "GET", "/api/ps", timeout_s=timeout_s)
-    gateway.dispatcher.residency(node, rows_of(found), asked_s, gateway.loop.time())
-
-
-async def look_at_weights(gateway: "Gateway", node: Node) -> None:
-    """Find out which models of a node that look alike are made from the same weights; each is asked once.
-
-    Raises ProbeFailure or NodeFailure.
+    A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
+    NodeFailure without an answer, ProbeFailure after a wrong one, and Refusal if the gateway itself has no socket left.
     """
-    for model in possible_twins(node):
-        key = model, digest_of(node, model)
-        status, answer, _ = await fetch(gateway.pools[node], "POST", "/api/show", {"model": model})
-        blob = blob_in(answer.get("modelfile")) if status == 200 and answer else ""
-        gateway.dispatcher.know_weights(node, {key: blob})
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    async def fetch(self, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
+                    max_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
+        """Return (status, JSON object or None, body) of an answer of at most `max_bytes`."""
+        body = b"" if value is None else json.dumps(value).encode()
+        head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
+                           len(body), True, False, self.pool.via)
+        connection, clean = None, False
+        try:
+            async with asyncio.timeout(timeout_s):
+                request = render_request(head, self.pool.settings, len(body)) + body
+                connection, answer = await self.pool.exchange(request, method)
+                collector = Collector(connection, answer, max_bytes)
+                text = await collector.collect()
+                clean = collector.clean
+        except TimeoutError:
+            raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
+        finally:
+            if connection is not None:
+                self.pool.give_back(connection, clean)
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):
+            parsed = None
+        return answer.status, parsed if isinstance(parsed, dict) else None, text
+
+    async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
+        """Return the JSON object that a node answers with status 200."""
+        status, answer, _ = await self.fetch("GET", path, timeout_s=timeout_s)
+        if status != 200 or answer is None:
+            raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
+        return answer
+
+    async def ask_rows(self, path: str, timeout_s: float) -> list[Json]:
+        """Return those rows of a list of models that have a name."""
+        rows = (await self.ask(path, timeout_s)).get("models")
+        return [row for row in (rows if isinstance(rows, list) else [])
+                if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
+
+    async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+        """Return the version of the server: the cheapest proof that it lives."""
+        return str((await self.ask("/api/version", timeout_s)).get("version", ""))[:40]
+
+    async def models(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
+        """Return the models on disk."""
+        return await self.ask_rows("/api/tags", timeout_s)
+
+    async def loaded(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
+        """Return the models in memory."""
+        return await self.ask_rows("/api/ps", timeout_s)
+
+    async def cloud(self, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
+        """Return whether the server uses the cloud; old ones do not tell."""
+        return await self.ask("/api/status", timeout_s)
+
+    async def weights(self, model: str) -> str:
+        """Return the blob that a model is made from; "" if the server does not tell."""
+        status, answer, _ = await self.fetch("POST", "/api/show", {"model": model})
+        return blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+
+    async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
+        """Let a model continue a raw text; return what its answer tells of the work. `shift` is no option of Ollama's,
+        but a field beside them."""
+        shift = {"shift": bool(options["shift"])} if "shift" in options else {}
+        status, answer, text = await self.fetch("POST", "/api/generate", {
+            "model": model, "raw": True, "stream": False, "prompt": prompt, **shift,
+            "options": {name: value for name, value in options.items() if name != "shift"}}, timeout_s)
+        if status != 200 or answer is None:
+            raise ProbeFailure(f"the measurement was answered with {status}")
+        return read_timings(text[-TAIL_BYTES:])
+
+    async def is_there(self) -> bool:
+        """Tell whether this is an Ollama server, and not a gateway such as this one."""
+        _, health, _ = await self.fetch("GET", "/api/health", max_bytes=64 * KIB)
+        if health and health.get("service") == "SOLLOL":
+            return False
+        status, answer, _ = await self.fetch("GET", "/api/version", max_bytes=64 * KIB)
+        return status == 200 and isinstance(answer and answer.get("version"), str)
 
 
-async def look_after_load(gateway: Gateway, node: Node) -> None:
-    """See at once what a load has pushed out: the next one should know what fits together."""
-    with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
-        await look_at_residency(gateway, node)
-        gateway.pump()
+Followed = TypeVar("Followed")      # a node, or the name of a source
 
 
-async def look_at_status(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Find out whether a node uses the cloud. Raises ProbeFailure, as old nodes do not tell, or NodeFailure."""
-    gateway.dispatcher.said_status(node, await ask(gateway, node, "GET", "/api/status", timeout_s=timeout_s))
+def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
+              work: Callable[[Followed], Coroutine[Any, Any, None]], pause_s: float) -> None:
+    """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
+    loop = asyncio.get_running_loop()
+    task = tasks[key] = loop.create_task(work(key))
+
+    def again() -> None:
+        if tasks.get(key) is task:      # else dropped meanwhile
+            supervise(tasks, key, work, pause_s)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and tasks.get(key) is task:
+            LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
+            loop.call_later(pause_s, again)
+
+    task.add_done_callback(ended)
 
 
-Look = Callable[["Gateway", Node, float], Awaitable[None]]
+class NodeIO:
+    """All that the gateway does with nodes by itself: connection pools, probes, short jobs, the log of their states."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
+        self.pools: dict[Node, Pool] = {}           # of dropped nodes, too, until their last request has ended
+        self.probes: dict[Node, asyncio.Task[None]] = {}
+        self.jobs: dict[tuple[Node, Job], asyncio.Task[object]] = {}
+        self.unseen: set[Node] = set()              # not probed yet
+        self.looking: dict[Look, asyncio.Future[Any]] = {}      # under way for whoever asks; see `look_again`
+        self.logged_states: dict[Node, str] = {}
+
+    def api(self, node: Node) -> OllamaApi:
+        """Return how to ask a node."""
+        return OllamaApi(self.pools[node])
+
+    def add_pool(self, node: Node) -> None:
+        """Let a node be reached."""
+        self.pools[node] = Pool(node.settings, self.gateway.turns, self.gateway.via)
+
+    def configure(self, added: list[Node], dropped: list[Node]) -> list[Node]:
+        """Begin to probe the nodes that were added, end all work on those dropped; return those with new settings."""
+        for node in added:
+            self.add_pool(node)
+            self.unseen.add(node)
+            supervise(self.probes, node, self.probe_forever, self.gateway.options.probe_interval)
+        for node in dropped:
+            self.unseen.discard(node)
+            self.probes.pop(node).cancel()
+            for owner, work in self.jobs:
+                if owner is node:
+                    self.jobs[owner, work].cancel()
+            self.pools[node].close()
+        changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
+        for node in changed:
+            self.pools[node].configure(node.settings)
+        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
+        if insecure:
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
+        return changed
+
+    def forget_authorities(self) -> None:
+        """Read the certificates of ca= again for new connections: the files may have been renewed."""
+        for pool in self.pools.values():
+            if pool.settings.ca:
+                pool.tls = None
+
+    def begin_job(self, node: Node, work: Job) -> None:
+        """Start a short piece of work on a node, unless it is under way or the node was dropped."""
+        job = node, work
+        if job not in self.jobs and self.dispatcher.nodes.get(node.name) is node:
+            task = self.jobs[job] = self.loop.create_task(work(self, node))
+            task.add_done_callback(lambda task: self.jobs.pop(job, None))
+
+    async def look_at_models(self, node: Node) -> None:
+        """Find out which models a node has. Raises as OllamaApi."""
+        asked_s = self.loop.time()
+        self.dispatcher.index(node, await self.api(node).models(), asked_s)
+
+    async def look_at_residency(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Find out which models are loaded on a node. Raises as OllamaApi."""
+        asked_s = self.loop.time()
+        rows = await self.api(node).loaded(timeout_s)
+        self.dispatcher.residency(node, rows, asked_s, self.loop.time())
+
+    async def look_at_weights(self, node: Node) -> None:
+        """Find out which models of a node that look alike are made from the same weights; each is asked about once.
+
+        Raises as OllamaApi.
+        """
+        for model in possible_twins(node):
+            key = model, digest_of(node, model)
+            self.dispatcher.know_weights(node, {key: await self.api(node).weights(model)})
+
+    async def look_at_cloud(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Find out whether a node uses the cloud. Raises as OllamaApi."""
+        self.dispatcher.said_status(node, await self.api(node).cloud(timeout_s))
+
+    async def look_after_load(self, node: Node) -> None:
+        """See at once what a load has pushed out: the next one should know what fits together."""
+        with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
+            await self.look_at_residency(node)
+            self.gateway.pump()
+
+    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
+        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
+
+        A node that does not answer now is looked at by the next probe.
+        """
+        await asyncio.gather(*map(self.look_at_models, nodes), return_exceptions=True)
+
+    async def look_again(self, look: Look) -> None:
+        """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
+
+        Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
+        """
+        if look not in self.looking:
+            looks = [look(self, node, FRESH_S) for node in self.dispatcher.nodes.values() if node.up]
+            self.looking[look] = asyncio.gather(*looks, return_exceptions=True)
+            self.looking[look].add_done_callback(lambda looks: self.looking.pop(look, None))
+        await asyncio.shield(self.looking[look])
+
+    async def probe(self, node: Node) -> str:
+        """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, or ""."""
+        dispatcher, loop = self.dispatcher, self.loop
+        asked_s, why, answered = loop.time(), "", False
+        try:
+            version = await self.api(node).version(DEAD_S if node.up else PROBE_TIMEOUT_S)
+            answered = True
+            dispatcher.answered(node, version, loop.time() - asked_s, loop.time())
+            await self.look_at_models(node)
+            await self.look_at_residency(node)
+            await self.look_at_weights(node)
+        except (NodeFailure, ProbeFailure, Refusal) as failure:
+            why = str(failure)
+            if answered:
+                dispatcher.index_failed(node)
+            elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
+                dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
+        self.log_state(node, why)
+        self.gateway.pump()
+        return why
+
+    async def probe_forever(self, node: Node) -> None:
+        """Probe a node until it is dropped."""
+        while True:
+            await self.probe(node)
+            self.unseen.discard(node)
+            pause_s = self.gateway.options.probe_interval
+            if not node.up and self.loop.time() - node.lost_s < RETURN_S:
+                pause_s = min(pause_s, RETURN_PROBE_S)
+            await asyncio.sleep(pause_s * self.gateway.rng.uniform(0.85, 1.15))
+
+    def log_state(self, node: Node, why: str = "") -> None:
+        """Log the state of a node if it is not the one logged last."""
+        now = self.loop.time()
+        was, state = self.logged_states.get(node, "new"), node.state(now)
+        if not node.probed or state == was or node.up and not node.indexed:
+            return                      # its models are part of the line
+        self.logged_states[node] = state
+        bad, error = state in ("down", "suspect"), node.last_error
+        if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
+            why = why or error.text
+        LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
+                {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
+                 "version": node.version, "models": " ".join(sorted(node.rows)), "why": why})
+
+    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
+        """Note and log that a node failed a request, and look at once what has become of it."""
+        assert failure.kind is not None     # else it is no fault of the node's
+        self.dispatcher.fail(lease, failure.kind, self.loop.time())
+        self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
+        self.note_error(lease.node, failure)
+        if failure.kind in CONNECTION_FAILURES:
+            self.begin_job(lease.node, NodeIO.probe)
+        elif failure.kind == "model":
+            self.note_load(lease.node)
+
+    def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
+        """Note and log what a node said or did when it failed."""
+        status = failure.head.status if isinstance(failure, NodeAnswer) else None
+        self.dispatcher.note_error(node, failure.text, status, failure.kind, self.loop.time())
+        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
+
+    def note_load(self, node: Node) -> None:
+        """Find out soon what the load of a model has pushed out of a node."""
+        self.begin_job(node, NodeIO.look_after_load)
+
+    def sweep(self, now: float) -> None:
+        """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
+        for node in self.dispatcher.nodes.values():
+            self.log_state(node)
+            if not node.up or node.draining:
+                continue                # no new work, so no measuring either
+            if (node.suspect or node.speed < 0.7) and not node.leases:
+                self.begin_job(node, check)
+            elif self.gateway.options.calibrate and not node.leases and (
+                    not node.calibrated and loaded_runners(node) or self.dispatcher.is_unsure(node, now)):
+                self.begin_job(node, calibrate)
+        for node, pool in list(self.pools.items()):
+            pool.prune(now - IDLE_UPSTREAM_S)
+            if self.dispatcher.nodes.get(node.name) is not node and not node.leases:
+                del self.pools[node]
+                self.logged_states.pop(node, None)
 
 
-async def look_again(look: Look, gateway: Gateway) -> None:
-    """Let all nodes be looked at that answer at once; the rest stays as last seen.
-
-    Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
-    """
-    if look not in gateway.looking:
-        looks = [look(gateway, node, FRESH_S) for node in gateway.dispatcher.nodes.values() if node.up]
-        gateway.looking[look] = asyncio.gather(*looks, return_exceptions=True)
-        gateway.looking[look].add_done_callback(lambda looks: gateway.looking.pop(look, None))
-    await asyncio.shield(gateway.looking[look])
-
-
-def note_state(gateway: Gateway, node: Node, why: str = "") -> None:
-    """Log the state of a node if it is not the one logged last."""
-    now = gateway.loop.time()
-    was, state = gateway.states.get(node, "new"), node.state(now)
-    if not node.probed or state == was or node.up and not node.indexed:
-        return                      # its models are part of the line
-    gateway.states[node] = state
-    bad, error = state in ("down", "suspect"), node.last_error
-    if bad and error and now - error.at_s < 60:     # requests found it out
-        why = why or error.text
-    models = " ".join(sorted(node.rows))
-    LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
-            {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
-             "version": node.version, "models": models, "why": why})
-
-
-async def probe(gateway: Gateway, node: Node) -> str:
-    """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, if it did."""
-    dispatcher, loop = gateway.dispatcher, gateway.loop
-    asked_s, why, answered = loop.time(), "", False
-    try:
-        found = await ask(gateway, node, "GET", "/api/version", timeout_s=DEAD_S if node.up else PROBE_TIMEOUT_S)
-        answered = True
-        dispatcher.answered(node, str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
-        await look_at_models(gateway, node)
-        await look_at_residency(gateway, node)
-        await look_at_weights(gateway, node)
-    except (NodeFailure, ProbeFailure, Refusal) as failure:
-        why = str(failure)
-        if answered:
-            dispatcher.index_failed(node)
-        elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-            dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
-    note_state(gateway, node, why)
-    gateway.pump()
-    return why
-
-
-async def probe_forever(gateway: Gateway, node: Node) -> None:
-    """Probe a node until it is dropped."""
-    while True:
-        await probe(gateway, node)
-        gateway.first_looks.discard(node)
-        pause_s = gateway.options.probe_interval
-        if not node.up and gateway.loop.time() - node.lost_s < RETURN_S:
-            pause_s = min(pause_s, RETURN_PROBE_S)
-        await asyncio.sleep(pause_s * gateway.rng.uniform(0.85, 1.15))
+Job = Callable[[NodeIO, Node], Coroutine[Any, Any, object]]     # a method of NodeIO, or `check`, `calibrate`
+Look = Callable[[NodeIO, Node, float], Awaitable[None]]
 
 
 def loaded_options(runner: Runner) -> Json | None:
@@ -7861,42 +8018,39 @@ def loaded_runners(node: Node) -> list[Runner]:
             and not embeds_only(runner.row or runner.listed)]
 
 
-async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, timeout_s: float) -> bool | None:
+async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
     """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
 
     It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
     """
-    dispatcher, loop, node = gateway.dispatcher, gateway.loop, runner.node
+    dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
+    prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
     options = loaded_options(runner)
     assert options is not None      # as `loaded_runners` returns them
-    shift = options.pop("shift", None)
-    value = {"model": runner.listed["name"], "raw": True, "stream": False,
-             "options": {**options, "num_predict": tokens},
-             "prompt": " ".join(f"{gateway.rng.getrandbits(16):04x}" for _ in range(words)),
-             **({} if shift is None else {"shift": bool(shift)})}
-    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
+    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompt), max_output=tokens)
     lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
-    asking = loop.create_task(ask(gateway, node, "POST", "/api/generate", value, timeout_s))
+    asking = loop.create_task(nodes.api(node).generate(
+        runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
     lease.abandon = lambda failure: asking.cancel()
     try:
         await asyncio.wait([asking])
         if asking.cancelled() or asking.exception() or lease.released:
             return None
-        return dispatcher.measured(lease, read_timings(json.dumps(asking.result()).encode()), loop.time())
+        return dispatcher.measured(lease, asking.result(), loop.time())
     finally:
         asking.cancel()
         if not lease.released:
             dispatcher.release(lease, loop.time())
 
 
-async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
+async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
     """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
 
-    Meanwhile somebody may have come, or the node may not answer: then there is a pause, too.
+    Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
     """
-    dispatcher, loop = gateway.dispatcher, gateway.loop
+    dispatcher, loop = nodes.dispatcher, nodes.loop
     try:
-        await look_at_residency(gateway, node)
+        await nodes.look_at_residency(node)
     except (ProbeFailure, NodeFailure, Refusal):
         dispatcher.pause_measuring(node, loop.time())
     if not dispatcher.may_measure(node, loop.time()):
@@ -7904,46 +8058,45 @@ async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
     return min(loaded_runners(node), key=lambda runner: (runner.confirmed_s, runner.samples), default=None)
 
 
-async def calibrate(gateway: "Gateway", node: Node) -> None:
+async def calibrate(nodes: NodeIO, node: Node) -> None:
     """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
     told it for long although the model is asked for.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
     with a CPU node. One short request at a time: slots are learned from those of others.
     """
-    dispatcher = gateway.dispatcher
-    if not dispatcher.may_measure(node, gateway.loop.time()):
+    dispatcher = nodes.dispatcher
+    if not dispatcher.may_measure(node, nodes.loop.time()):
         return
     dispatcher.calibrates(node)
-    runner = await loaded_runner(gateway, node)
-    sure = runner is not None and is_confirmed(runner, gateway.loop.time())
-    if runner is None or not sure and not await measure(
-            gateway, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS, CALIBRATION_S):
+    runner = await loaded_runner(nodes, node)
+    sure = runner is not None and is_confirmed(runner, nodes.loop.time())
+    if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
         dispatcher.calibrates(node, False)          # it is tried again, after a pause
         return
     LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots,
               "decode_tok_s": round(1 / decode_s(runner), 1)})
-    gateway.pump()
+    nodes.gateway.pump()
 
 
-async def check(gateway: "Gateway", node: Node) -> None:
+async def check(nodes: NodeIO, node: Node) -> None:
     """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
-    dispatcher, loop = gateway.dispatcher, gateway.loop
+    dispatcher, loop = nodes.dispatcher, nodes.loop
     if not dispatcher.may_measure(node, loop.time()):
         return
-    runner = await loaded_runner(gateway, node)
+    runner = await loaded_runner(nodes, node)
     if not dispatcher.may_measure(node, loop.time()):
         return
     due_s = math.inf
     if runner is not None:          # else there is nothing to ask: its next request will show
         work_s = node.overhead_s + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s
         due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
-        if await measure(gateway, runner, 1, 1, CALIBRATION_S) is None:
+        if await measure(nodes, runner, 1, 1) is None:
             return
     dispatcher.trust(node, loop.time())
     if loop.time() < due_s:
         dispatcher.forget_speed(node)
-    gateway.pump()
+    nodes.gateway.pump()
 
 
 # -----------------------------------------------------------------------------
@@ -8060,8 +8213,8 @@ def decision_stats(decisions: Sequence[Decision], now: float) -> list[Json]:
 
 def answer_stats(gateway: Gateway) -> OwnAnswer:
     """Answer /api/stats: nodes, queue and the last decisions."""
-    gateway.tally()
-    dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.metrics.outcomes()
+    gateway.telemetry.tally()
+    dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.metrics.outcomes()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
@@ -8183,7 +8336,7 @@ Samples = Iterable[tuple[str, str, float]]
 
 def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]:
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
-    metrics, dispatcher, now = gateway.metrics, gateway.dispatcher, gateway.loop.time()
+    metrics, dispatcher, now = gateway.telemetry.metrics, gateway.dispatcher, gateway.loop.time()
     nodes = dispatcher.nodes.values()
     waiting = collections.Counter(ticket.spec.priority for ticket in dispatcher.queue.tickets)
 
@@ -8223,7 +8376,7 @@ def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]
 
 def answer_metrics(gateway: Gateway) -> OwnAnswer:
     """Answer /metrics in Prometheus' text format 0.0.4."""
-    gateway.tally()
+    gateway.telemetry.tally()
     lines: list[str] = []
     for name, kind, help, samples in metric_families(gateway):
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
@@ -8259,6 +8412,40 @@ def request_fields(record: Record, total_s: float) -> Json:
 
 # What a service manager, a load balancer and Prometheus ask every few seconds, for ever.
 PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
+
+
+class Telemetry:
+    """Count and log finished requests, some together and a moment late: that is much cheaper."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.loop = gateway, gateway.loop
+        self.metrics = Metrics(gateway.dispatcher)
+        self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
+        self.shown, self.shown_s = b"", -math.inf   # what dashboards were sent last, and when
+
+    def finish(self, record: Record) -> None:
+        """Let a finished request be counted and logged within TALLY_DELAY_S."""
+        record.outcome = record.outcome or ("ok" if 0 < record.status < 400 else "error")
+        if not self.finished:
+            self.loop.call_later(TALLY_DELAY_S, self.tally)
+        self.finished.append((record, self.loop.time() - record.started_s))
+
+    def tally(self) -> None:
+        """Count and log the requests that have finished since the last time."""
+        finished, self.finished = self.finished, []
+        for record, total_s in finished:
+            self.metrics.count_request(record, total_s)
+        for level, rows in itertools.groupby(finished, lambda row: log_level(row[0])):
+            if LOG.isEnabledFor(level):
+                LOG.log(level, [request_fields(record, total_s) for record, total_s in rows])
+
+    def snapshot(self) -> bytes:
+        """Return what dashboards show, as JSON; made once for all that look, however many."""
+        now = self.loop.time()
+        if now - self.shown_s >= EVENT_S / 2:
+            self.tally()
+            self.shown, self.shown_s = json.dumps(dashboard_state(self.gateway), separators=(",", ":")).encode(), now
+        return self.shown
 
 
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
@@ -8728,7 +8915,7 @@ def node_state(node: Node, now: float, tokens: int) -> Json:
 def dashboard_state(gateway: Gateway) -> Json:
     """Return what the dashboard shows now."""
     dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
-    steps = list(gateway.metrics.steps)
+    steps = list(gateway.telemetry.metrics.steps)
     recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
     tokens: collections.Counter[str] = sum((step.tokens for step in recent), collections.Counter())
     first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
@@ -8743,7 +8930,7 @@ def dashboard_state(gateway: Gateway) -> Json:
 
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
     """Answer with the page and its first state; a `<` in that must not end its script."""
-    state = gateway.snapshot().replace(b"<", b"\\u003c")
+    state = gateway.telemetry.snapshot().replace(b"<", b"\\u003c")
     return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
 
 
@@ -8929,12 +9116,12 @@ def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
 # -----------------------------------------------------------------------------
 # Sources: where do the nodes come from?
 #
-# Each source only keeps what it knows: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS
-# tells for the names in them; the servers that a scan has found. `united` makes one list of settings of it, and
-# Gateway.join takes that over whenever a source has changed.
+# From three sources: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS has for the names
+# in them; the servers that scans have found. `merge_sources` makes one list of settings of what each of them knows, and
+# Gateway.join takes that over whenever one has changed.
 # -----------------------------------------------------------------------------
 
-Told = dict[str, list[str]]         # name: its addresses
+Addresses = dict[str, list[str]]    # of names, as DNS answered last
 Server = tuple[str, int]            # address and port
 
 
@@ -8943,15 +9130,15 @@ def names_in(lines: Iterable[NodeSettings], discovering: object) -> set[str]:
     return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
 
 
-def addresses_of(line: NodeSettings, told: Told) -> list[str]:
-    """Return the addresses of a line's host, as far as DNS has told them, {name: addresses}."""
+def addresses_of(line: NodeSettings, dns: Addresses) -> list[str]:
+    """Return the addresses of a line's host, as far as they are known."""
     address = literal(line.host)
-    return [address] if address else told.get(line.host, [])
+    return [address] if address else dns.get(line.host, [])
 
 
-def expand(line: NodeSettings, told: Told) -> list[NodeSettings]:
+def expand(line: NodeSettings, dns: Addresses) -> list[NodeSettings]:
     """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
-    addresses = addresses_of(line, told)
+    addresses = addresses_of(line, dns)
     addresses = [address for address in addresses if ":" not in address] or addresses
     name = line.name.removesuffix(":11434")
     return [line._replace(name=f"{name}@{address}", address=address, resolve=False, primary=line.primary and not number)
@@ -8965,24 +9152,24 @@ class Found(NamedTuple):
     own: bool                       # an address of this machine
 
 
-def servers_in(lines: Iterable[NodeSettings], told: Told) -> set[Server]:
-    """Return the (address, port) of the servers that lines name."""
-    return {(address, line.port) for line in lines for address in addresses_of(line, told)}
+def servers_in(lines: Iterable[NodeSettings], dns: Addresses) -> set[Server]:
+    """Return the servers that lines name."""
+    return {(address, line.port) for line in lines for address in addresses_of(line, dns)}
 
 
-def merge_sources(lines: Iterable[NodeSettings], told: Told, found: dict[Server, Found]) -> list[NodeSettings]:
-    """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
+def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: dict[Server, Found]) -> list[NodeSettings]:
+    """Return the NodeSettings of all nodes that the sources know. A server that is written is not taken as found, too.
 
-    `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
+    This machine may be written as localhost.
     """
     nodes: dict[str, NodeSettings] = {}
-    written = servers_in(lines, told)
+    written = servers_in(lines, dns)
     here = {port for address, port in written if is_loopback(address)}
     for line in lines:
-        for node in expand(line, told) if line.resolve else [line]:
+        for node in expand(line, dns) if line.resolve else [line]:
             nodes.setdefault(node.name, node)
-    for (address, port), it in found.items():
-        if (address, port) not in written and not (it.own and port in here):
+    for (address, port), seen in scanned.items():
+        if (address, port) not in written and not (seen.own and port in here):
             node = parse_node(f"{bracketed(address)}:{port}")
             nodes.setdefault(node.name, node)
     return list(nodes.values())
@@ -8992,36 +9179,6 @@ async def look_up(name: str) -> list[str]:
     """Ask DNS for the addresses behind a name. Raises OSError, or UnicodeError if it cannot be one."""
     rows = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return [str(row[4][0]) for row in rows]
-
-
-async def resolve(gateway: Gateway, name: str) -> bool:
-    """Note the addresses behind a name; tell whether they have changed. If DNS fails, what it told last stays."""
-    was, failed = gateway.dns.get(name, []), name in gateway.unresolved
-    try:
-        found, why = set(await gateway.look_up(name)), "no address"
-    except (OSError, UnicodeError) as error:
-        found, why = set(), getattr(error, "strerror", None) or str(error)
-    if not found:
-        gateway.unresolved.add(name)
-        if not failed:
-            LOG.warning({"event": "dns", "name": name, "addresses": " ".join(was), "why": why})
-        return False
-    gateway.unresolved.discard(name)
-    # In the order in which they came: the first one may be the primary node.
-    gateway.dns[name] = [address for address in was if address in found] + sorted(found.difference(was))
-    if failed or gateway.dns[name] != was:
-        LOG.info({"event": "dns", "name": name, "addresses": " ".join(gateway.dns[name])})
-    return gateway.dns[name] != was
-
-
-async def follow_name(gateway: Gateway, name: str) -> None:
-    """Keep up with the addresses behind a name."""
-    while True:
-        if await resolve(gateway, name):
-            gateway.join()
-            gateway.pump()
-        gateway.first_looks.discard(name)
-        await asyncio.sleep(min(gateway.options.probe_interval, FOLLOW_S) * gateway.rng.uniform(0.85, 1.15))
 
 
 def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
@@ -9036,84 +9193,135 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return network
 
 
-async def is_ollama(pool: Pool) -> bool:
-    """Tell whether an Ollama server answers, and not a gateway such as this one. Raises ProbeFailure or NodeFailure."""
-    short = functools.partial(fetch, pool, "GET", most_bytes=64 * KIB)
-    _, found, _ = await short("/api/health")
-    if found and found.get("service") == "SOLLOL":
-        return False
-    status, _, text = await short("/")
-    if status == 200 and text.startswith(b"Ollama is running"):
-        return True
-    status, found, _ = await short("/api/version")
-    return status == 200 and isinstance(found and found.get("version"), str)
-
-
-async def is_found(gateway: Gateway, address: str) -> bool:
-    """Tell whether an Ollama server listens at an address."""
-    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.turns, gateway.via)
-    try:
-        async with asyncio.timeout(SCAN_CONNECT_S):
-            pool.give_back(await pool.connect(), clean=True)
-        return await is_ollama(pool)
-    except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
-        return False
-    finally:
-        pool.close()
-
-
 def is_own(address: str) -> bool:
     """Tell whether an address is one of this machine's: only to those can a socket be bound."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as it:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            it.bind((address, 0))
+            probe.bind((address, 0))
         except OSError:
             return False
     return not is_loopback(address)
 
 
-def after_scan(found: dict[Server, Found], answered: dict[Server, bool], up: set[Server]) -> dict[Server, Found]:
-    """Return what is found after a scan, {server: Found}. `answered`: {server: own}; `up`: servers it need not ask."""
-    still = {server: Found(0 if server in up else it.missed + 1, it.own) for server, it in found.items()}
-    still.update((server, Found(0, own)) for server, own in answered.items())
-    return {server: it for server, it in still.items() if it.missed < SCANS_KEPT}
+def after_scan(scanned: dict[Server, Found], answered: dict[Server, bool], up: set[Server]) -> dict[Server, Found]:
+    """Return what is known after a scan. `answered`: {server: own}; `up`: servers that were not asked, being nodes."""
+    known = {server: Found(0 if server in up else seen.missed + 1, seen.own) for server, seen in scanned.items()}
+    known.update((server, Found(0, own)) for server, own in answered.items())
+    return {server: seen for server, seen in known.items() if seen.missed < SCANS_KEPT}
 
 
-async def scan(gateway: Gateway) -> None:
-    """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again."""
-    networks, port, began_s = gateway.options.discover, gateway.scan_port, gateway.loop.time()
-    up = {server for node in gateway.dispatcher.nodes.values() if node.up
-          for server in [(node.settings.address or node.settings.host, node.settings.port)]}
-    needless = up | servers_in(gateway.lines, gateway.dns) | {gateway.address}
-    addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
-    LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port, "addresses": len(addresses)})
-    left = (address for address in addresses if (address, port) not in needless)
-    answered: dict[Server, bool] = {}
-
-    async def look() -> None:
-        for address in left:
-            if await is_found(gateway, address):
-                answered[address, port] = is_own(address)
-
-    await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
-    in_order = sorted(answered, key=lambda server: addresses.index(server[0]))
-    was, gateway.scanned = gateway.scanned, after_scan(gateway.scanned, {it: answered[it] for it in in_order}, up)
-    LOG.info({"event": "scan",
-              "found": " ".join(address for address, _ in gateway.scanned if (address, port) not in was),
-              "gone": " ".join(address for address, _ in was if (address, port) not in gateway.scanned),
-              "known": len(gateway.scanned), "took_s": round(gateway.loop.time() - began_s, 1)})
+SCAN = "--discover"                 # the scans' key among the tasks; no host is called so
 
 
-SCAN = "--discover"                 # among the names of sources; no host is called so
+class Sources:
+    """What the sources know, and the tasks that keep up with DNS and with the networks of --discover."""
 
+    def __init__(self, gateway: Gateway, look_up: Callable[[str], Awaitable[list[str]]], scan_port: int) -> None:
+        self.gateway, self.options, self.loop = gateway, gateway.options, gateway.loop
+        self.look_up = look_up      # name -> its addresses
+        self.scan_port = scan_port  # of the servers that are looked for
+        self.lines: list[NodeSettings] = []         # as written
+        self.dns: Addresses = {}
+        self.unresolved: set[str] = set()           # names for which DNS failed last
+        self.scanned: dict[Server, Found] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}          # by name, or SCAN
 
-async def scan_again_and_again(gateway: Gateway, _: str) -> None:
-    """Keep up with the servers in the networks of --discover."""
-    while True:
-        await scan(gateway)
-        gateway.join()
-        gateway.pump()
-        await asyncio.sleep(SCAN_S * gateway.rng.uniform(0.85, 1.15))
+    def configure(self, lines: list[NodeSettings]) -> None:
+        """Take over the lines of hosts.txt and of flags, and follow the names in them."""
+        self.lines, names = lines, names_in(lines, self.options.discover)
+        for name in self.tasks.keys() - names - {SCAN}:
+            self.tasks.pop(name).cancel()
+            self.dns.pop(name, None)
+            self.unresolved.discard(name)
+        for name in names - self.tasks.keys():
+            supervise(self.tasks, name, self.follow, self.options.probe_interval)
+
+    def settings(self) -> list[NodeSettings]:
+        """Return the NodeSettings of all nodes that are known now."""
+        return merge_sources(self.lines, self.dns, self.scanned)
+
+    def is_waiting(self) -> bool:
+        """Tell whether DNS has not answered yet for a name."""
+        return not self.tasks.keys() - {SCAN} <= self.dns.keys() | self.unresolved
+
+    def start_scans(self) -> None:
+        """Begin to look for servers, if there are networks to search."""
+        if self.options.discover:
+            supervise(self.tasks, SCAN, self.scan_forever, self.options.probe_interval)
+
+    async def resolve(self, name: str) -> bool:
+        """Note the addresses behind a name; tell whether they have changed. If DNS fails, its last answer stays."""
+        former, failed = self.dns.get(name, []), name in self.unresolved
+        try:
+            current, why = set(await self.look_up(name)), "no address"
+        except (OSError, UnicodeError) as error:
+            current, why = set(), getattr(error, "strerror", None) or str(error)
+        if not current:
+            self.unresolved.add(name)
+            if not failed:
+                LOG.warning({"event": "dns", "name": name, "addresses": " ".join(former), "why": why})
+            return False
+        self.unresolved.discard(name)
+        # In the order in which they came: the first one may be the primary node.
+        self.dns[name] = [address for address in former if address in current] + sorted(current.difference(former))
+        if failed or self.dns[name] != former:
+            LOG.info({"event": "dns", "name": name, "addresses": " ".join(self.dns[name])})
+        return self.dns[name] != former
+
+    async def follow(self, name: str) -> None:
+        """Keep up with the addresses behind a name."""
+        while True:
+            if await self.resolve(name):
+                self.gateway.join()
+                self.gateway.pump()
+            await asyncio.sleep(min(self.options.probe_interval, FOLLOW_S) * self.gateway.rng.uniform(0.85, 1.15))
+
+    async def is_ollama(self, address: str) -> bool:
+        """Tell whether an Ollama server listens at an address."""
+        pool = Pool(parse_node(f"{bracketed(address)}:{self.scan_port}"), self.gateway.turns, self.gateway.via)
+        try:
+            async with asyncio.timeout(SCAN_CONNECT_S):
+                pool.give_back(await pool.connect(), clean=True)
+            return await OllamaApi(pool).is_there()
+        except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
+            return False
+        finally:
+            pool.close()
+
+    async def scan(self) -> None:
+        """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again.
+        """
+        networks, port, began_s = self.options.discover, self.scan_port, self.loop.time()
+        up = {(node.settings.address or node.settings.host, node.settings.port)
+              for node in self.gateway.dispatcher.nodes.values() if node.up}
+        known = up | servers_in(self.lines, self.dns) | {self.gateway.listener.address}
+        addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
+        LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port,
+                  "addresses": len(addresses)})
+        unknown = (address for address in addresses if (address, port) not in known)
+        answered: set[str] = set()
+
+        async def look() -> None:
+            for address in unknown:
+                if await self.is_ollama(address):
+                    answered.add(address)
+
+        await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
+        former = self.scanned
+        own = {(address, port): is_own(address) for address in addresses if address in answered}
+        self.scanned = after_scan(former, own, up)
+        LOG.info({"event": "scan",
+                  "found": " ".join(address for address, _ in self.scanned if (address, port) not in former),
+                  "gone": " ".join(address for address, _ in former if (address, port) not in self.scanned),
+                  "known": len(self.scanned), "took_s": round(self.loop.time() - began_s, 1)})
+
+    async def scan_forever(self, _: str) -> None:
+        """Keep up with the servers in the networks of --discover."""
+        while True:
+            await self.scan()
+            self.gateway.join()
+            self.gateway.pump()
+            await asyncio.sleep(SCAN_S * self.gateway.rng.uniform(0.85, 1.15))
 
 
 # -----------------------------------------------------------------------------
@@ -9349,19 +9557,85 @@ class StateFile:
 
 
 # -----------------------------------------------------------------------------
-# Server life: start, reload, drain, stop
+# Files: what has been saved, by somebody else or by us?
 # -----------------------------------------------------------------------------
 
-def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
-    """Return what tells of a Host field whether it was led to us by DNS rebinding.
+class Files:
+    """Take over hosts.txt, keys and certificate when they have changed, and keep the state file."""
 
-    Only on a loopback address, as with Ollama: others have names that we cannot know.
-    """
-    if not is_loopback(options.bind):
-        return lambda host: False
-    machine = socket.gethostname()
-    return remembered(lambda host: not is_trusted_host(host, machine, options.origins))
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.options, self.loop = gateway, gateway.options, gateway.loop
+        self.seen = self.before = self.stamps()     # as taken over; as in the last sweep
+        self.state = StateFile(self.options.state) if self.options.state else None
+        self.saved_s = self.loop.time()
+        self.saving: asyncio.Future[None] | None = None
+        if self.state:
+            self.state.read(gateway.dispatcher)
 
+    def stamps(self) -> list[tuple[int, int, int] | None]:
+        """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
+        stamps: list[tuple[int, int, int] | None] = []
+        for path in (self.options.hosts, self.options.keys):
+            try:
+                status = os.stat(path) if path else None
+            except OSError:
+                status = None
+            stamps.append(status and (status.st_mtime_ns, status.st_size, status.st_ino))
+        return stamps
+
+    def reload(self) -> None:
+        """Read all files again. What is in a bad one is refused with one log line; what was there before stays."""
+        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
+        self.seen = self.stamps()
+        for read in (self.read_hosts, self.read_keys, self.read_certificate):
+            try:
+                if changes := read():
+                    LOG.info({"event": "reload", **changes})
+            except ConfigError as error:
+                LOG.error({"event": "reload", "refused": str(error)})
+        tell_systemd("READY=1")
+        self.gateway.pump()
+
+    def read_hosts(self) -> Json:
+        """Take over the nodes; return what to log. Raises ConfigError, as the next two do."""
+        changes = zip(("added", "dropped", "changed"), self.gateway.configure(read_nodes(self.options)), strict=True)
+        return {change: " ".join(node.name for node in nodes) for change, nodes in changes}
+
+    def read_keys(self) -> Json:
+        """Take over the keys, if there is a file of them; return what to log."""
+        if not self.options.keys:
+            return {}
+        self.gateway.keys.configure(read_keys(self.options))
+        return {"keys": len(self.gateway.keys.by_digest)}
+
+    def read_certificate(self) -> Json:
+        """Take over the certificate, if there is one, for new connections; return what to log."""
+        self.gateway.listener.tls = read_certificate(self.options)
+        return {"certificate": self.options.tls_cert} if self.options.tls_cert else {}
+
+    def sweep(self, now: float) -> None:
+        """Read files that have been saved, and save what was learned, each when it is time."""
+        former, self.before = self.before, self.stamps()
+        if former == self.before and any(       # still for SWEEP_S: nobody is writing it
+                stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
+            self.reload()
+        if now - self.saved_s >= STATE_S:
+            self.saved_s = now
+            if self.state and (self.saving is None or self.saving.done()):  # in a thread: a disk may be slow
+                learned = self.gateway.dispatcher.learned()
+                self.saving = self.loop.run_in_executor(None, self.state.write, learned)
+
+    async def close(self) -> None:
+        """Save what was learned for the last time."""
+        if self.saving:
+            await asyncio.wait([self.saving])
+        if self.state:
+            self.state.write(self.gateway.dispatcher.learned())
+
+
+# -----------------------------------------------------------------------------
+# Listener: who is connected?
+# -----------------------------------------------------------------------------
 
 def affordable_clients(asked: int, descriptors: int) -> int:
     """Return how many client connections there may be: each may need a node's connection, too."""
@@ -9370,103 +9644,30 @@ def affordable_clients(asked: int, descriptors: int) -> int:
     return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
 
 
-Job = Callable[["Gateway", Node], Coroutine[Any, Any, object]]
-Followed = TypeVar("Followed")      # a node, or the name of a source
+class Listener:
+    """Own the listening socket and the connections of clients, and keep both within their limits."""
 
-
-class Gateway:
-    """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
-
-    def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
-                 tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
-                 scan_port: int = 11434) -> None:
-        self.options, self.tls = options, tls
-        self.loop = asyncio.get_running_loop()
-        self.rng = random.Random(options.seed)
-        self.via = via_of(secrets.token_hex(4))
-        self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
-                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
-        self.origins = LOCAL_ORIGINS + options.origins
-        self.is_rebound = rebinding_check(options)
-        self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
-        self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
-        self.turns = LoopTurns(self.loop)       # of work that takes long
-        self.memory = BodyMemory(options.max_memory, self.turns)
-        self.pools: dict[Node, Pool] = {}
-        self.probes: dict[Node, asyncio.Task[None]] = {}
-        self.jobs: dict[tuple[Node, Job], asyncio.Task[object]] = {}
-        self.states: dict[Node, str] = {}           # as logged last
+    def __init__(self, gateway: Gateway, tls: ssl.SSLContext | None) -> None:
+        self.gateway, self.options, self.loop, self.tls = gateway, gateway.options, gateway.loop, tls
+        self.server: asyncio.Server | None = None
+        self.address: Server | None = None          # that it listens on
         self.clients: set[ClientConnection] = set()
         self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_clients = affordable_clients(self.options.max_connections, descriptors)
         self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
-        self.lines = lines          # NodeSettings as written
-        self.look_up = look_up      # name -> its addresses
-        self.dns: Told = {}         # as DNS told last
-        self.unresolved: set[str] = set()           # names for which DNS failed last
-        self.scan_port = scan_port  # of the Ollama servers that are looked for
-        self.scanned: dict[Server, Found] = {}
-        self.sources: dict[str, asyncio.Task[None]] = {}        # by the name, or what else is followed
-        self.first_looks: set[Node | str] = set()   # nodes and names not yet looked at since the start
-        self.started_s = self.loop.time()
-        self.server: asyncio.Server | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.address: Server | None = None          # that it listens on
-        self.looking: dict[Look, asyncio.Future[Any]] = {}      # how nodes are looked at, while somebody waits for that
-        self.metrics = Metrics(self.dispatcher)
-        self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
-        self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
-        self.draining, self.drained_s = False, -math.inf
-        self.stopped = asyncio.Event()
-        self.keys = Keys(keys)
-        self.files_seen = self.files_before = self.file_stamps()    # as taken over; as in the last sweep
-        self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
-        self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
-            "/": answer_root,
-            "/api/version": answer_version,
-            "/api/tags": answer_tags,
-            "/api/ps": answer_ps,
-            "/api/status": answer_status,
-            "/v1/models": answer_openai_models,
-            "/api/health": answer_health,
-            "/api/stats": answer_stats,
-            "/api/queue": answer_queue,
-            "/metrics": answer_metrics,
-            "/dashboard": answer_dashboard,
-        }
-        self.refreshed: dict[str, Callable[[Gateway], Awaitable[None]]] = {     # path: what is awaited before that
-            "/api/ps": functools.partial(look_again, look_at_residency),
-            "/api/status": functools.partial(look_again, look_at_status),
-        }
-        self.state: StateFile | None = None
-        self.saved_s = self.started_s
-        self.saving: asyncio.Future[None] | None = None
-        if options.state:
-            self.state = StateFile(options.state)
-            self.state.read(self.dispatcher)
-        self.configure(lines)
+        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
 
-    # Start and reload -------------------------------------------------------
-
-    async def start(self) -> Gateway:
-        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
-        deadline_s = self.loop.time() + 0.5
-        while self.first_looks and self.loop.time() < deadline_s:
-            await asyncio.sleep(0.005)
-        if self.draining:           # a signal came first
-            return self
+    async def start(self) -> None:
+        """Listen. Raises OSError if the port cannot be had."""
         self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
                                                  start_serving=True)
         self.address = self.server.sockets[0].getsockname()[:2]
-        self.timer = self.loop.call_later(SWEEP_S, self.sweep)
-        if self.options.discover:
-            self.supervise(self.sources, SCAN, scan_again_and_again)
-        return self
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
         transport: asyncio.Transport = writer.transport         # type: ignore[assignment]  # of a socket: it reads, too
-        client = ClientConnection(self.loop, lambda client: converse(self, client))
+        client = ClientConnection(self.loop, lambda client: converse(self.gateway, client))
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
@@ -9485,7 +9686,7 @@ class Gateway:
         client.is_stranger = True
         if self.tls:
             client.transport = TlsTransport(transport, self.tls, client, self.forget)
-            client.write_deadline_s = self.loop.time() + self.header_timeout_s      # of the handshake
+            client.write_deadline_s = self.loop.time() + self.options.header_timeout        # of the handshake
             transport.set_protocol(client.transport)
         else:
             client.connection_made(transport)
@@ -9513,12 +9714,8 @@ class Gateway:
         self.acquaint(client)
         self.clients.discard(client)
 
-    async def read_body(self, client: ClientConnection, head: RequestHead) -> Body:
-        """Return the whole body of a request. Raises as ClientConnection.read_body."""
-        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
-
     def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
-        """Log what went wrong outside all tasks.
+        """Log what went wrong outside all tasks: an exception handler of the loop.
 
         A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
         """
@@ -9529,113 +9726,123 @@ class Gateway:
             self.exhausted_s = now
             LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
 
+    def sweep(self, now: float) -> None:
+        """Serve the time-outs of clients."""
+        for client in list(self.clients):
+            client.expire(now)
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self.server:
+            self.server.close()
+
+    def close_idle(self) -> None:
+        """Close the connections on which no request is under way."""
+        for client in list(self.clients):
+            if not client.asking and not client.buffer:
+                client.transport.close()
+
+    def abort(self) -> list[asyncio.Task[None]]:
+        """Stop listening and cut every connection; return the tasks that served them."""
+        self.close()
+        tasks = [client.task for client in self.clients if client.task]
+        for client in list(self.clients):
+            client.transport.abort()
+        return tasks
+
+
+# -----------------------------------------------------------------------------
+# Server life: start, reload, drain, stop
+# -----------------------------------------------------------------------------
+
+def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
+    """Return what tells of a Host field whether it was led to us by DNS rebinding.
+
+    Only on a loopback address, as with Ollama: others have names that we cannot know.
+    """
+    if not is_loopback(options.bind):
+        return lambda host: False
+    machine = socket.gethostname()
+    return remembered(lambda host: not is_trusted_host(host, machine, options.origins))
+
+
+class Gateway:
+    """Start, reload, drain and stop the services that own sockets, tasks and files; all decisions are the Dispatcher's.
+    """
+
+    def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
+                 tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
+                 scan_port: int = 11434) -> None:
+        self.options = options
+        self.loop = asyncio.get_running_loop()
+        self.rng = random.Random(options.seed)
+        self.via = via_of(secrets.token_hex(4))
+        self.started_s = self.loop.time()
+        self.draining, self.drained_s = False, -math.inf
+        self.stopped = asyncio.Event()
+        self.timer: asyncio.TimerHandle | None = None
+        self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
+                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
+        self.origins = LOCAL_ORIGINS + options.origins
+        self.is_rebound = rebinding_check(options)
+        self.keys = Keys(keys)
+        self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
+        self.turns = LoopTurns(self.loop)       # of work that takes long
+        self.memory = BodyMemory(options.max_memory, self.turns)
+        self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
+        self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
+            "/": answer_root,
+            "/api/version": answer_version,
+            "/api/tags": answer_tags,
+            "/api/ps": answer_ps,
+            "/api/status": answer_status,
+            "/v1/models": answer_openai_models,
+            "/api/health": answer_health,
+            "/api/stats": answer_stats,
+            "/api/queue": answer_queue,
+            "/metrics": answer_metrics,
+            "/dashboard": answer_dashboard,
+        }
+        self.refreshed: dict[str, Look] = {     # path: what nodes are asked again before that
+            "/api/ps": NodeIO.look_at_residency,
+            "/api/status": NodeIO.look_at_cloud,
+        }
+        self.telemetry = Telemetry(self)
+        self.node_io = NodeIO(self)
+        self.sources = Sources(self, look_up, scan_port)
+        self.listener = Listener(self, tls)
+        self.files = Files(self)
+        self.configure(lines)
+
+    # Start and reload -------------------------------------------------------
+
+    async def start(self) -> Gateway:
+        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
+        deadline_s = self.loop.time() + 0.5
+        while (self.node_io.unseen or self.sources.is_waiting()) and self.loop.time() < deadline_s:
+            await asyncio.sleep(0.005)
+        if not self.draining:       # else a signal came first
+            await self.listener.start()
+            self.timer = self.loop.call_later(SWEEP_S, self.sweep)
+            self.sources.start_scans()
+        return self
+
     def configure(self, lines: list[NodeSettings]) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
-        self.lines, names = lines, names_in(lines, self.options.discover)
-        for name in self.sources.keys() - names - {SCAN}:
-            self.sources.pop(name).cancel()
-            self.dns.pop(name, None)
-            self.unresolved.discard(name)
-        for name in names - self.sources.keys():
-            self.begin_source(name)
-        for pool in self.pools.values():
-            if pool.settings.ca:
-                pool.tls = None     # the file may have been renewed
+        self.sources.configure(lines)
+        self.node_io.forget_authorities()
         return self.join()
 
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
-        added, dropped = self.dispatcher.configure(merge_sources(self.lines, self.dns, self.scanned))
-        if self.server is None:
-            self.first_looks.update(added)
-            self.first_looks.difference_update(dropped)
-        for node in added:
-            self.pools[node] = Pool(node.settings, self.turns, self.via)
-            self.begin_probes(node)
-        for node in dropped:
-            self.probes.pop(node).cancel()
-            for owner, work in self.jobs:
-                if owner is node:
-                    self.jobs[owner, work].cancel()
-            self.pools[node].close()
-        changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
-        for node in changed:
-            self.pools[node].configure(node.settings)
-        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
-        if insecure:
-            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
-        return added, dropped, changed
-
-    def begin_probes(self, node: Node) -> None:
-        """Start the task that probes a node."""
-        self.supervise(self.probes, node, probe_forever)
-
-    def begin_source(self, name: str) -> None:
-        """Start the task that follows a name."""
-        if self.server is None:
-            self.first_looks.add(name)
-        self.supervise(self.sources, name, follow_name)
-
-    def supervise(self, tasks: dict[Followed, asyncio.Task[None]], key: Followed,
-                   work: Callable[[Gateway, Followed], Coroutine[Any, Any, None]]) -> None:
-        """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
-        task = tasks[key] = self.loop.create_task(work(self, key))
-
-        def again() -> None:
-            if tasks.get(key) is task:      # else dropped meanwhile
-                self.supervise(tasks, key, work)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and tasks.get(key) is task:
-                LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
-                self.loop.call_later(self.options.probe_interval, again)
-
-        task.add_done_callback(ended)
-
-    def file_stamps(self) -> list[tuple[int, int, int] | None]:
-        """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
-        stamps: list[tuple[int, int, int] | None] = []
-        for path in (self.options.hosts, self.options.keys):
-            try:
-                it = os.stat(path) if path else None
-            except OSError:
-                it = None
-            stamps.append(it and (it.st_mtime_ns, it.st_size, it.st_ino))
-        return stamps
-
-    def reload(self) -> None:
-        """Read hosts.txt, keys and certificate again. A bad file is refused with one log line; what it said stays."""
-        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
-        self.files_seen = self.file_stamps()
-        try:
-            sorts = zip(("added", "dropped", "changed"), self.configure(read_nodes(self.options)), strict=True)
-            LOG.info({"event": "reload", **{sort: " ".join(node.name for node in nodes) for sort, nodes in sorts}})
-        except ConfigError as error:
-            LOG.error({"event": "reload", "refused": str(error)})
-        if self.options.keys:
-            self.reload_keys()
-        if self.options.tls_cert:
-            self.reload_certificate()
-        tell_systemd("READY=1")
-        self.pump()
-
-    def reload_keys(self) -> None:
-        """Read the keys again."""
-        try:
-            self.keys.configure(read_keys(self.options))
-            LOG.info({"event": "reload", "keys": len(self.keys.by_digest)})
-        except ConfigError as error:
-            LOG.error({"event": "reload", "refused": str(error)})
-
-    def reload_certificate(self) -> None:
-        """Read certificate and key again: for new connections, those that are open keep theirs."""
-        try:
-            self.tls = read_certificate(self.options)
-            LOG.info({"event": "reload", "certificate": self.options.tls_cert})
-        except ConfigError as error:
-            LOG.error({"event": "reload", "refused": str(error)})
+        added, dropped = self.dispatcher.configure(self.sources.settings())
+        return added, dropped, self.node_io.configure(added, dropped)
 
     # Work -------------------------------------------------------------------
+
+    async def read_body(self, client: ClientConnection, head: RequestHead) -> Body:
+        """Return the whole body of a request. Raises as ClientConnection.read_body."""
+        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
     def pump(self, skim: bool = False) -> None:
         """Let the dispatcher match, and wake whoever waits for what it decided."""
@@ -9659,51 +9866,13 @@ class Gateway:
             await ticket.waiter
         return ticket.lease
 
-    def begin_chore(self, node: Node, work: Job) -> None:
-        """Start a piece of work on a node, such as a check or its calibration, unless it is under way.
-
-        Not on one that was dropped.
-        """
-        chore = node, work
-        if chore not in self.jobs and self.dispatcher.nodes.get(node.name) is node:
-            task = self.jobs[chore] = self.loop.create_task(work(self, node))
-            task.add_done_callback(lambda task: self.jobs.pop(chore, None))
-
-    def note_load(self, node: Node) -> None:
-        """Note that a node has loaded a model, and soon what that has pushed out."""
-        self.begin_chore(node, look_after_load)
-
     def order(self, node: Node, verb: str) -> tuple[int, bytes, bytes]:
         """Drain or resume a node; return (status, body, content type) of the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
         self.answers.clear()        # it is to be seen at once
-        note_state(self, node, f"asked to {verb}")
+        self.node_io.log_state(node, f"asked to {verb}")
         self.pump()
         return json_answer(node_stats(node, self.loop.time()))
-
-    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
-        """Note and log that a node failed a request, and look at once what has become of it."""
-        assert failure.kind is not None     # else it is no fault of the node's
-        self.dispatcher.fail(lease, failure.kind, self.loop.time())
-        self.metrics.failovers[lease.node.name, failure.kind] += 1
-        self.note_error(lease.node, failure)
-        if failure.kind in CONNECTION_FAILURES:
-            self.begin_chore(lease.node, probe)
-        elif failure.kind == "model":
-            self.note_load(lease.node)
-
-    def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
-        """Note and log what a node said or did when it failed."""
-        status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        self.dispatcher.note_error(node, failure.text, status, failure.kind, self.loop.time())
-        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
-
-    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
-        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
-
-        A node that does not answer now is looked at by the next probe.
-        """
-        await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
     def own_answer(self, path: str) -> OwnAnswer:
         """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
@@ -9716,72 +9885,23 @@ class Gateway:
             self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
         return answer
 
-    def snapshot(self) -> bytes:
-        """Return what dashboards show, as JSON; made once for all that look, however many."""
-        now = self.loop.time()
-        if now - self.shown_s >= EVENT_S / 2:
-            self.tally()
-            self.shown, self.shown_s = json.dumps(dashboard_state(self), separators=(",", ":")).encode(), now
-        return self.shown
-
-    def finish(self, record: Record) -> None:
-        """Let a finished request be counted and logged a moment later, together with others: that is much cheaper."""
-        record.outcome = record.outcome or ("ok" if 0 < record.status < 400 else "error")
-        if not self.finished:
-            self.loop.call_later(TALLY_DELAY_S, self.tally)
-        self.finished.append((record, self.loop.time() - record.started_s))
-
-    def tally(self) -> None:
-        """Count and log the requests that have finished since the last time."""
-        finished, self.finished = self.finished, []
-        for record, total_s in finished:
-            self.metrics.count_request(record, total_s)
-        for level, some in itertools.groupby(finished, lambda it: log_level(it[0])):
-            if LOG.isEnabledFor(level):
-                LOG.log(level, [request_fields(record, total_s) for record, total_s in some])
-
     def sweep(self) -> None:
         """Serve every time-out: slow clients, late tickets, silent nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
-        now, dispatcher = self.loop.time(), self.dispatcher
-        for client in list(self.clients):
-            client.expire(now)
-        self.wake(dispatcher.expire(now))
-        lost, races = dispatcher.watch(now)
+        now = self.loop.time()
+        self.listener.sweep(now)
+        self.wake(self.dispatcher.expire(now))
+        lost, races = self.dispatcher.watch(now)
         for lease in lost:
             if lease.abandon is not None:
                 lease.abandon(Failure("lost", f"has answered nothing for {DEAD_S:g} s"))
         for lease in races:
             if lease.ticket.race is not None:
                 lease.ticket.race(lease)
-        for node in dispatcher.nodes.values():
-            note_state(self, node)
-            if not node.up or node.draining:
-                continue            # no new work, so no measuring either
-            if (node.suspect or node.speed < 0.7) and not node.leases:
-                self.begin_chore(node, check)
-            elif self.options.calibrate and not node.leases and (not node.calibrated and loaded_runners(node)
-                                                                 or dispatcher.is_unsure(node, now)):
-                self.begin_chore(node, calibrate)
-        for node, pool in list(self.pools.items()):
-            pool.prune(now - IDLE_UPSTREAM_S)
-            if dispatcher.nodes.get(node.name) is not node and not node.leases:
-                del self.pools[node]
-                self.states.pop(node, None)
-        stamps, self.files_before = self.files_before, self.file_stamps()
-        if stamps == self.files_before and any(     # still for SWEEP_S: nobody is writing it
-                stamp not in (None, seen) for stamp, seen in zip(stamps, self.files_seen, strict=True)):
-            self.reload()
-        if now - self.saved_s >= STATE_S:
-            self.save()
+        self.node_io.sweep(now)
+        self.files.sweep(now)
         tell_systemd("WATCHDOG=1")
         self.pump(skim=True)
-
-    def save(self) -> None:
-        """Begin to write what was learned into the state file, in a thread: a slow disk must not stop the streams."""
-        self.saved_s = self.loop.time()
-        if self.state and (self.saving is None or self.saving.done()):
-            self.saving = self.loop.run_in_executor(None, self.state.write, self.dispatcher.learned())
 
     # Stop -------------------------------------------------------------------
 
@@ -9794,41 +9914,31 @@ class Gateway:
         self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
         LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
-        if self.server:
-            self.server.close()
-        for client in list(self.clients):
-            if not client.asking and not client.buffer:
-                client.transport.close()
+        self.listener.close()
+        self.listener.close_idle()
         self.loop.create_task(self.wait_until_idle())
 
     async def wait_until_idle(self) -> None:
         """Set `stopped` when no client is being served any more, or the drain time is over."""
         deadline_s = self.loop.time() + self.options.drain_timeout
-        while self.clients and self.loop.time() < deadline_s:
+        while self.listener.clients and self.loop.time() < deadline_s:
             await asyncio.sleep(0.05)
         self.stopped.set()
 
     async def stop(self) -> None:
         """Close everything at once."""
         self.draining = True
-        if self.server:
-            self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.sources.values(), *self.probes.values(), *self.jobs.values(),
-                 *(client.task for client in self.clients if client.task)]
-        for client in list(self.clients):
-            client.transport.abort()
+        tasks = [*self.sources.tasks.values(), *self.node_io.probes.values(), *self.node_io.jobs.values(),
+                 *self.listener.abort()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for pool in self.pools.values():
+        for pool in self.node_io.pools.values():
             pool.prune(math.inf)
-        self.tally()
-        if self.saving:
-            await asyncio.wait([self.saving])
-        if self.state:
-            self.state.write(self.dispatcher.learned())
+        self.telemetry.tally()
+        await self.files.close()
 
 
 # -----------------------------------------------------------------------------
@@ -10060,25 +10170,25 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
                       tls: ssl.SSLContext | None, greeting: str = "") -> None:
     """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
     gateway = Gateway(options, nodes, keys, tls)
-    gateway.loop.set_exception_handler(gateway.report)
+    gateway.loop.set_exception_handler(gateway.listener.report)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
-    gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
+    gateway.loop.add_signal_handler(signal.SIGHUP, gateway.files.reload)
     try:
         await gateway.start()
         if gateway.draining:
             return
-        assert gateway.address is not None
-        host, port = gateway.address
+        assert gateway.listener.address is not None
+        host, port = gateway.listener.address
         url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
                   "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})
-        if gateway.max_clients < options.max_connections:
-            LOG.warning({"event": "start", "why": f"the limit of open files allows {gateway.max_clients} clients, not "
-                         f"{options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
+        if gateway.listener.max_clients < options.max_connections:
+            LOG.warning({"event": "start", "why": f"the limit of open files allows {gateway.listener.max_clients} "
+                         f"clients, not {options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
         tell_systemd("READY=1")
         if greeting:
             try:
@@ -10088,7 +10198,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
-        if gateway.address:         # else it did not start
+        if gateway.listener.address:         # else it did not start
             LOG.info({"event": "stop"})
 
 
@@ -10144,17 +10254,18 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
     """Print what every node answers; return the exit status."""
     options.state = None
     gateway = Gateway(options, [])
+    sources, io, dispatcher = gateway.sources, gateway.node_io, gateway.dispatcher
     LOG.setLevel(logging.CRITICAL)
-    await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings, options.discover)))
-    gateway.lines = settings
+    await asyncio.gather(*map(sources.resolve, names_in(settings, options.discover)))
+    sources.lines = settings
     if options.discover:
-        await scan(gateway)
-    gateway.dispatcher.configure(merge_sources(settings, gateway.dns, gateway.scanned))
-    nodes = list(gateway.dispatcher.nodes.values())
+        await sources.scan()
+    dispatcher.configure(sources.settings())
+    nodes = list(dispatcher.nodes.values())
     for node in nodes:
-        gateway.pools[node] = Pool(node.settings, gateway.turns, gateway.via)
-    reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
-    missing = [line for line in settings if line.resolve and not expand(line, gateway.dns)]
+        io.add_pool(node)
+    reasons = await asyncio.gather(*map(io.probe, nodes))
+    missing = [line for line in settings if line.resolve and not expand(line, sources.dns)]
     rows: list[tuple[str | list[str], ...]] = [
         ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
     for node, why in zip(nodes, reasons, strict=True):
