@@ -8136,10 +8136,7 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
-            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples,
-            "actual_over_predicted": round(math.exp(runner.bias), 3) if runner.judged else None,
-            "predicted_error": round(math.exp(runner.error), 3) if runner.judged else None,
-            "predicted_samples": runner.judged}
+            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples}
 
 
 def running_stats(lease: Lease, now: float) -> Json:
