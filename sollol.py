@@ -9466,21 +9466,19 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
 # The state file: what was learned before?
 # -----------------------------------------------------------------------------
 
-STATE_FORMAT, STATE_VERSION = "sollol-state", 1
+STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 
 def parse_state(text: bytes) -> Json:
-    """Return what is in a state file. Raises ValueError."""
+    """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
     try:
         state = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("damaged: no JSON") from None
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
+        raise ValueError("it is no JSON") from None
+    if not isinstance(state, dict) or any(state.get(name) != value for name, value in STATE_FORMAT.items()):
+        raise ValueError(f"it does not have {STATE_FORMAT}")
     if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
-        raise ValueError("damaged: no nodes or no lengths")
+        raise ValueError("it has no nodes or no lengths")
     return state
 
 
@@ -9518,7 +9516,7 @@ class StateFile:
 
     def write(self, learned: Json) -> None:
         """Write what was learned, if it has changed: whole or not at all. Logs the first of failures in a row."""
-        text = json.dumps({"format": STATE_FORMAT, "version": STATE_VERSION, **learned}, indent=1) + "\n"
+        text = json.dumps({**STATE_FORMAT, **learned}, indent=1) + "\n"
         if text == self.text:
             return
         try:
@@ -9546,11 +9544,9 @@ class StateFile:
                 os.fsync(number)    # else a power cut could leave the new name with no content
             if text is not None:
                 os.replace(temporary, self.path)
-                return
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        os.unlink(temporary)
+        finally:
+            with contextlib.suppress(FileNotFoundError):    # it has become the file
+                os.unlink(temporary)
 
 
 # -----------------------------------------------------------------------------
