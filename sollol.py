@@ -10008,105 +10008,117 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False}
+class ListFlag(argparse.Action):
+    """Collect the values of a flag that may be repeated, in place of those that its variable lists."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any,
+                 flag: str | None = None) -> None:
+        values = getattr(options, self.dest)
+        setattr(options, self.dest, [value] if values is self.default else [*values, value])
 
 
-def twin_value(parser: argparse.ArgumentParser, name: str, text: str, settings: dict[str, Any]) -> object:
-    """Return the default that an environment variable gives a flag; exits if it is none."""
-    if settings.get("action") in ("store_true", "store_false"):
-        if text.lower() not in SWITCHES:
-            parser.error(f"{name}: {text!r} is neither yes nor no")
-        return SWITCHES[text.lower()] == (settings["action"] == "store_true")
-    if settings.get("action") == "append":
-        return None                 # see parse_options: argparse would add the flag's values to these
-    if text not in settings.get("choices", (text,)):
-        parser.error(f"{name}: {text!r} is not one of {', '.join(settings['choices'])}")
-    try:
-        return settings.get("type", str)(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"{name}: {error}")
+Settings = dict[str, Any]           # arguments of argparse's add_argument
+
+FILE: Settings = {"metavar": "FILE"}
+NEEDED_FILE: Settings = {"metavar": "FILE", "type": parse_secret_file}
+TIME: Settings = {"metavar": "TIME", "type": parse_seconds}
+SIZE: Settings = {"metavar": "SIZE", "type": parse_size}
+COUNT: Settings = {"metavar": "N", "type": parse_count}
+LIST: Settings = {"action": ListFlag, "default": []}
+ON: Settings = {"action": "store_true"}
+OFF: Settings = {"action": "store_false"}
+
+# By the groups of --help. What holds without the flag stands in brackets; where that is the default, it is added.
+FLAGS: dict[str, dict[str, Settings]] = {
+    "nodes": {
+        "--hosts": dict(FILE, help="one node per line; read again when saved, or on SIGHUP (none)"),
+        "--node": dict(LIST, metavar="URL", help="a node, as on a line of --hosts; may be repeated (none)"),
+        "--discover": dict(LIST, metavar="CIDR", type=parse_network, help="network to scan for Ollama servers, such as "
+                           "192.168.1.0/24; may be repeated (none)"),
+        "--probe-interval": dict(TIME, default="5s", help="time between two looks at a node"),
+        "--state": dict(FILE, help="what is learned of nodes is kept there over restarts (nowhere)"),
+        "--no-calibrate": dict(OFF, dest="calibrate", help="do not measure idle nodes at the start (they are, with one "
+                               "short request to a model that is loaded)"),
+        "--demo": dict(ON, help="run in front of three simulated nodes (needs bench.py beside it) (no)"),
+        "--check": dict(ON, help="probe every node, print what was found, and exit: 0 all up, 1 some down, 2 bad file "
+                        "(no)"),
+    },
+    "listening": {
+        "--bind": dict(metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on"),
+        "--port": dict(metavar="N", type=parse_port, default="8000", help="port to listen on"),
+        "--drain-timeout": dict(TIME, default="300s", help="time that running requests have to finish on SIGTERM"),
+        "--no-uvloop": dict(OFF, dest="uvloop", help="use plain asyncio even if uvloop is there (uvloop)"),
+    },
+    "scheduling": {
+        "--policy": dict(choices=list(POLICIES), default="latency-weighted", help="where each request is predicted to "
+                         "finish first, or, for comparison, as plain proxies do"),
+        "--max-queue": dict(COUNT, default="1024", help="waiting requests; beyond that 503"),
+        "--queue-timeout": dict(TIME, default="240s", help="time a request may wait for a slot; then 503"),
+        "--early-refusal": dict(ON, help="503 at once for a request whose turn is predicted to come after "
+                                "--queue-timeout (it waits)"),
+        "--no-split-embed": dict(OFF, dest="split_embed", help="do not spread a long list of texts to embed over the "
+                                 "nodes (it is)"),
+        "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
+                            "temperature 0 or a seed makes it say the same (it does)"),
+        "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
+        "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
+    },
+    "limits": {
+        "--max-body": dict(SIZE, default="64MiB", help="bytes of a body that is read for routing; blobs pass without "
+                           "limit"),
+        "--max-memory": dict(SIZE, default="512MiB", help="bytes of such bodies at once; beyond that further ones wait "
+                             "unread"),
+        "--header-timeout": dict(TIME, default="10s", help="time a head may take to arrive"),
+        "--max-connections": dict(COUNT, default="4096", help="client connections"),
+    },
+    "security": {
+        "--keys": dict(NEEDED_FILE, help="one key per line, `KEY name=alice`; requests need one; read again like "
+                       "--hosts (none: everybody may ask)"),
+        "--tls-cert": dict(NEEDED_FILE, help="certificate of this port in PEM form, the chain behind it: it speaks TLS "
+                           "then; read again on SIGHUP (none: plain HTTP)"),
+        "--tls-key": dict(NEEDED_FILE, help="private key of --tls-cert, in PEM form (none)"),
+        "--origins": dict(metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides those "
+                          "of this machine, with commas; * stands for anything (none)"),
+    },
+    "log": {
+        "--log-format": dict(choices=("kv", "json"), default="kv", help="key=value or JSON lines"),
+        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
+                            "told"),
+    },
+}
 
 
-def twin_name(flag: str) -> str:
-    """Return the name of the environment variable that sets a flag."""
-    return "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
-
-
-def command_line(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the flags alone."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
                            epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
                            "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
-
-    def add(group: argparse._ArgumentGroup, flag: str, **settings: Any) -> None:
-        name = twin_name(flag)
-        twin = environ.get(name)
-        if twin is not None:
-            settings["default"] = twin_value(parser, name, twin, settings)
-        group.add_argument(flag, **settings)
-
-    group = parser.add_argument_group("nodes")
-    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP (none)")
-    add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
-    add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
-        "servers, such as 192.168.1.0/24; may be repeated (none)")
-    add(group, "--probe-interval", metavar="TIME", type=parse_seconds, default="5s", help="time between two looks at "
-        "a node (%(default)s)")
-    add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
-    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
-        "(they are, with one short request to a model that is loaded)")
-    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it) "
-        "(no)")
-    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
-        "1 some down, 2 bad file (no)")
-    group = parser.add_argument_group("listening")
-    add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
-        "(%(default)s)")
-    add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
-    add(group, "--drain-timeout", metavar="TIME", type=parse_seconds, default="300s", help="time that running requests "
-        "have to finish on SIGTERM (%(default)s)")
-    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
-        "(uvloop)")
-    group = parser.add_argument_group("scheduling")
-    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="where each request is predicted "
-        "to finish first, or, for comparison, as plain proxies do (%(default)s)")
-    add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
-        "(%(default)s)")
-    add(group, "--queue-timeout", metavar="TIME", type=parse_seconds, default="240s", help="time a request may wait "
-        "for a slot; then 503 (%(default)s)")
-    add(group, "--early-refusal", action="store_true", help="503 at once for a request whose turn is predicted to come "
-        "after --queue-timeout (it waits)")
-    add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
-        "to embed over the nodes (it is)")
-    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
-        "whose node died, if temperature 0 or a seed makes it say the same (it does)")
-    add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
-        "yet (%(default)s)")
-    add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
-    group = parser.add_argument_group("limits")
-    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
-        "routing; blobs pass without limit (%(default)s)")
-    add(group, "--max-memory", metavar="SIZE", type=parse_size, default="512MiB", help="bytes of such bodies at once; "
-        "beyond that further ones wait unread (%(default)s)")
-    add(group, "--header-timeout", metavar="TIME", type=parse_seconds, default="10s", help="time a head may take to "
-        "arrive (%(default)s)")
-    add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
-        "(%(default)s)")
-    group = parser.add_argument_group("security")
-    add(group, "--keys", metavar="FILE", type=parse_secret_file, help="one key per line, `KEY name=alice`; "
-        "requests need one; read again like --hosts (none: everybody may ask)")
-    add(group, "--tls-cert", metavar="FILE", type=parse_secret_file, help="certificate of this port in PEM form, "
-        "the chain behind it: it speaks TLS then; read again on SIGHUP (none: plain HTTP)")
-    add(group, "--tls-key", metavar="FILE", type=parse_secret_file, help="private key of --tls-cert, in PEM form "
-        "(none)")
-    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
-        "those of this machine, with commas; * stands for anything (none)")
-    group = parser.add_argument_group("log")
-    add(group, "--log-format", choices=("kv", "json"), default="kv", help="key=value or JSON lines (%(default)s)")
-    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
-        "told (%(default)s)")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, settings in flags.items():
+            default = "" if settings["help"].endswith(")") else " (%(default)s)"
+            group.add_argument(flag, **{**settings, "help": settings["help"] + default})
     parser.add_argument("--version", action="version", version=f"SOLLOL {__version__}")
     return parser
+
+
+SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False}
+
+
+def twin_value(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
+    """Return what a flag is set to by the text of its variable. Raises ArgumentError."""
+    def value_of(word: str) -> Any:
+        value = parser._get_value(action, word)
+        parser._check_value(action, value)
+        return value
+
+    if isinstance(action, ListFlag):
+        return [value_of(word) for word in text.split()]
+    if action.nargs != 0:
+        return value_of(text)
+    if text.lower() not in SWITCHES:
+        raise argparse.ArgumentError(None, f"{text!r} is neither yes nor no")
+    return action.const if SWITCHES[text.lower()] else not action.const
 
 
 # What Kubernetes sets in a pod beside a Service named sollol, or sollol-web: SOLLOL_PORT is the name of a flag, too.
@@ -10119,31 +10131,44 @@ def is_service_link(name: str, value: str) -> bool:
     return bool(SERVICE_LINK.fullmatch(name) or SERVICE_LINK.fullmatch(f"{name}={value}"))
 
 
+def twin_name(flag: str) -> str:
+    """Return the name of the environment variable that sets a flag."""
+    return "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
+
+
+def take_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    """Let what the twins of flags in the environment say be the flags' defaults. Exits at a mistake."""
+    for flag, action in parser._option_string_actions.items():
+        name = twin_name(flag)
+        if name in environ and action.dest not in ("help", "version"):
+            try:
+                action.default = twin_value(parser, action, environ[name])
+            except argparse.ArgumentError as error:
+                parser.error(f"{name}: {error.message}")
+
+
 def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Exit at the first variable that is the twin of no flag: a mistyped one would change nothing, unseen."""
-    known = {twin_name(action.option_strings[-1]) for action in parser._actions} - {"SOLLOL_HELP", "SOLLOL_VERSION"}
+    known = {twin_name(flag)[7:] for flags in FLAGS.values() for flag in flags}     # what all share is no likeness
     for name in names:
-        if name.startswith("SOLLOL_") and name not in known:
-            near = difflib.get_close_matches(name[7:], [it[7:] for it in known], 1)     # what all share is no likeness
+        if name.startswith("SOLLOL_") and name[7:] not in known:
+            near = difflib.get_close_matches(name[7:], known, 1)
             parser.error(f"unknown variable {name}: " + (f"is SOLLOL_{near[0]} meant?" if near else "see --help"))
 
 
 def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line. Exits with status 2 and one line at a mistake."""
+    """Return the options of a command line; a flag wins over its twin SOLLOL_<FLAG> in the environment.
+
+    Exits with status 2 and one line at a mistake.
+    """
     environ = os.environ if environ is None else environ
     links = [name for name, value in environ.items() if is_service_link(name, value)]
     environ = {name: value for name, value in environ.items() if name not in links}
-    parser = command_line(environ)
+    parser = command_line()
+    take_variables(parser, environ)
     options = parser.parse_args(argv)
     options.ignored = links
     refuse_unknown(parser, environ)
-    if options.node is None:
-        options.node = environ.get("SOLLOL_NODE", "").split()
-    if options.discover is None:
-        try:
-            options.discover = [parse_network(text) for text in environ.get("SOLLOL_DISCOVER", "").split()]
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"SOLLOL_DISCOVER: {error}")
     if not (options.hosts or options.node or options.discover or options.demo):
         parser.error("where are the nodes? Give --hosts FILE, --node URL or --discover CIDR, or try --demo")
     if bool(options.tls_cert) != bool(options.tls_key):

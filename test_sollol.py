@@ -3486,7 +3486,7 @@ def test_help_tells_every_flag_its_unit_and_its_default(capsys):
     assert re.findall(r"^(\w+):$", text, re.M) == [
         "options", "nodes", "listening", "scheduling", "limits", "security", "log"]
     assert text.count("SOLLOL_") == 1
-    for action in sollol.command_line({})._actions[1:-1]:
+    for action in sollol.command_line()._actions[1:-1]:
         assert re.search(r"\([^()]+\)$", action.help.replace("%(default)s", "x")), action
         if action.type is sollol.parse_size:
             assert action.help.startswith("bytes "), action
