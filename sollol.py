@@ -7856,12 +7856,6 @@ class NodeIO:
             LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
         return changed
 
-    def forget_authorities(self) -> None:
-        """Read the certificates of ca= again for new connections: the files may have been renewed."""
-        for pool in self.pools.values():
-            if pool.settings.ca:
-                pool.tls = None
-
     def begin_job(self, node: Node, work: Job) -> None:
         """Start a short piece of work on a node, unless it is under way or the node was dropped."""
         job = node, work
@@ -7967,17 +7961,13 @@ class NodeIO:
         assert failure.kind is not None     # else it is no fault of the node's
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
-        self.note_error(lease.node, failure)
+        status = failure.head.status if isinstance(failure, NodeAnswer) else None
+        self.dispatcher.note_error(lease.node, failure.text, status, failure.kind, self.loop.time())
+        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
         if failure.kind in CONNECTION_FAILURES:
             self.begin_job(lease.node, NodeIO.probe)
         elif failure.kind == "model":
             self.note_load(lease.node)
-
-    def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
-        """Note and log what a node said or did when it failed."""
-        status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        self.dispatcher.note_error(node, failure.text, status, failure.kind, self.loop.time())
-        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
 
     def note_load(self, node: Node) -> None:
         """Find out soon what the load of a model has pushed out of a node."""
@@ -8120,6 +8110,11 @@ def percentile(ordered: list[float], share: float) -> float | None:
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
+def rounded(seconds: float | None) -> float | None:
+    """Return a time to the millisecond, None for None."""
+    return None if seconds is None else round(seconds, 3)
+
+
 def shown(name: str | None) -> str | None:
     """Return a name that a client may have made up as logs and statistics show it: not longer than SHOWN_CHARS."""
     return name and name[:SHOWN_CHARS]
@@ -8128,11 +8123,9 @@ def shown(name: str | None) -> str | None:
 def runner_stats(node: Node, model: str, now: float) -> Json:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
-    resident = runner.ready_s is not None
-    return {"on_disk": has_on_disk(node, model), "resident": resident,
+    return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
-            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots,
-            "slots_known": runner.slots_known,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots, "slots_known": runner.slots_known,
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
             "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
@@ -8149,35 +8142,26 @@ def running_stats(lease: Lease, now: float) -> Json:
             "reason": lease.reason}
 
 
-def used_runner(node: Node) -> Runner | None:
-    """Return the model of a node that is resident or was last used, or None."""
-    return max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
-
-
 def node_slots(node: Node) -> tuple[int, str]:
-    """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
-    runner = used_runner(node)
+    """Return how many requests of one model a node runs at once, and how that is known: of the model that is resident,
+    or was last used."""
+    runner = max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
     return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
-
-
-def error_stats(error: NodeError | None, now: float) -> Json | None:
-    """Return what /api/stats says of a node's last error."""
-    return error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)}
 
 
 def node_stats(node: Node, now: float) -> Json:
     """Return what /api/stats says of one node."""
-    latencies = sorted(node.latencies_s)
+    latencies_s, error = sorted(node.latencies_s), node.last_error
     slots, slots_known = node_slots(node)
     return {
         "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
         "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
         "running": [running_stats(lease, now) for lease in node.leases],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
-        "error_share": node.error_share.share(now), "last_error": error_stats(node.last_error, now),
+        "error_share": node.error_share.share(now),
+        "last_error": error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)},
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
-        "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
-                      else None for share in (50, 95, 99)},
+        "latency_s": {f"p{share}": rounded(percentile(latencies_s, share / 100)) for share in (50, 95, 99)},
         "models": {model: runner_stats(node, model, now) for model in sorted(node.runners)}}
 
 
@@ -8188,11 +8172,10 @@ def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
     """
     queue, forecast = [], Forecast(dispatcher, now)
     for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
-        start_s = forecast.start_s(dispatcher.estimates.demand_of(ticket))
         queue.append({"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
                       "client": ticket.spec.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3),
-                      "predicted_start_s": None if start_s is None else round(start_s, 3)})
+                      "predicted_start_s": rounded(forecast.start_s(dispatcher.estimates.demand_of(ticket)))})
     return queue
 
 
@@ -8203,9 +8186,9 @@ def answer_queue(gateway: Gateway) -> OwnAnswer:
 
 def decision_stats(decisions: Sequence[Decision], now: float) -> list[Json]:
     """Return what is said of decisions, the last one first."""
-    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": shown(it.model), "node": it.node,
-             "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
-            for it in reversed(decisions)]
+    return [{"ago_s": round(now - made.at_s, 3), "id": made.id, "model": shown(made.model), "node": made.node,
+             "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in made.candidates}}
+            for made in reversed(decisions)]
 
 
 def answer_stats(gateway: Gateway) -> OwnAnswer:
@@ -8265,7 +8248,8 @@ Series = collections.Counter[tuple[str | int, ...]]         # values of labels: 
 
 
 class Metrics:
-    """Count what finished requests were like. Nothing is done per token; what can be asked for is not counted."""
+    """Count what finished requests were like. Nothing is done per token; names that a client can invent share a label.
+    """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -8274,7 +8258,8 @@ class Metrics:
         self.failovers: Series = collections.Counter()      # (node, reason)
         self.races: Series = collections.Counter()          # (node, yes or no: it won)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
-        self.queue_s: dict[int | str, Histogram] = {}       # by priority
+        self.queue_s: dict[int | str, Histogram] = collections.defaultdict(lambda: Histogram(TIME_BOUNDS_S))
+                                    # by priority
         self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something ended
 
     def model_label(self, model: str) -> str:
@@ -8301,10 +8286,10 @@ class Metrics:
 
     def outcomes(self) -> dict[str, collections.Counter[str]]:
         """Return how the requests that each node answered ended: {node: {outcome: count}}."""
-        found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for (node, *_, outcome), count in self.requests.items():
-            found[str(node)][str(outcome)] += count
-        return found
+            outcomes[str(node)][str(outcome)] += count
+        return outcomes
 
     def count_request(self, record: Record, total_s: float) -> None:
         """Take in a finished request."""
@@ -8318,14 +8303,10 @@ class Metrics:
         self.request_s.add(total_s)
         if first_s is not None:
             self.first_s.add(first_s)
-        waits = self.queue_s.get(record.priority)
-        if waits is None:
-            waits = self.queue_s[record.priority] = Histogram(TIME_BOUNDS_S)
-        waits.add(record.queue_s)
-        if record.timings.prompt_tokens:
-            self.count(self.tokens, record.timings.prompt_tokens, node, model, "prompt")
-        if record.timings.output_tokens:
-            self.count(self.tokens, record.timings.output_tokens, node, model, "output")
+        self.queue_s[record.priority].add(record.queue_s)
+        for kind, tokens in (("prompt", record.timings.prompt_tokens), ("output", record.timings.output_tokens)):
+            if tokens:
+                self.count(self.tokens, tokens, node, model, kind)
 
 
 Samples = Iterable[tuple[str, str, float]]
@@ -8465,11 +8446,11 @@ class LogFormat(logging.Formatter):
         self.as_json = style == "json"
 
     def format(self, record: logging.LogRecord) -> str:
-        said: Any = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
+        message: Any = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
         lead = {"ts": self.formatTime(record), "level": record.levelname.lower()}
         if record.exc_info and self.as_json:
-            said = {**said, "traceback": self.formatException(record.exc_info)}
-        lines = [self.line({**lead, **fields}) for fields in (said if isinstance(said, list) else [said])]
+            message = {**message, "traceback": self.formatException(record.exc_info)}
+        lines = [self.line({**lead, **fields}) for fields in (message if isinstance(message, list) else [message])]
         if record.exc_info and not self.as_json:
             lines.append(self.formatException(record.exc_info))
         return "\n".join(lines)
@@ -8886,27 +8867,25 @@ PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-
 
 def past(steps: list[Step], now: float) -> Json:
     """Return what the lines show: one value a step, None where nothing finished."""
-    found, last = {step.number: step for step in steps}, int(now // STEP_S)
-    shown = [found.get(number) for number in range(last - STEPS_KEPT + 1, last + 1)]
-
-    def line(values_of: Callable[[Step], Iterable[float]], share: float) -> list[float | None]:
-        values = [sorted(values_of(step)) if step else [] for step in shown]
-        return [None if (value := percentile(it, share)) is None else round(value, 3) for it in values]
-
+    by_number, last = {step.number: step for step in steps}, int(now // STEP_S)
+    recent = [by_number.get(number, Step(number)) for number in range(last - STEPS_KEPT + 1, last + 1)]
+    columns = {"total": [sorted(step.total_s) for step in recent], "first": [sorted(step.first_s) for step in recent]}
     return {"step_s": STEP_S,
-            **{f"total_p{share}_s": line(lambda step: step.total_s, share / 100) for share in (50, 95)},
-            **{f"first_p{share}_s": line(lambda step: step.first_s, share / 100) for share in (50, 95)}}
+            **{f"{name}_p{share}_s": [rounded(percentile(values, share / 100)) for values in column]
+               for name, column in columns.items() for share in (50, 95)}}
 
 
 def node_state(node: Node, now: float, tokens: int) -> Json:
     """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
     stats = node_stats(node, now)
-    used = max((it for it in node.runners.values() if it.decode_s), key=lambda it: it.used_s, default=None)
-    shown = {model: it for model, it in stats["models"].items() if it["resident"] or it["inflight"]}
-    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running", "error_share",
-                                        "last_error")}, "models": shown,
-            "on_disk": sum(it["on_disk"] for it in stats["models"].values()), "tok_s": round(tokens / 60, 2),
-            "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
+    measured = [runner for runner in node.runners.values() if runner.decode_s]
+    used = max(measured, key=lambda runner: runner.used_s, default=None)
+    fields = ("name", "state", "speed", "latency_s", "running", "error_share", "last_error")
+    models = stats["models"]
+    return {**{name: stats[name] for name in fields},
+            "models": {name: model for name, model in models.items() if model["resident"] or model["inflight"]},
+            "on_disk": sum(model["on_disk"] for model in models.values()), "tok_s": round(tokens / 60, 2),
+            "decode_tok_s": models[used.model]["decode_tok_s"] if used else None}
 
 
 def dashboard_state(gateway: Gateway) -> Json:
@@ -9823,7 +9802,9 @@ class Gateway:
     def configure(self, lines: list[NodeSettings]) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
         self.sources.configure(lines)
-        self.node_io.forget_authorities()
+        for pool in self.node_io.pools.values():
+            if pool.settings.ca:
+                pool.tls = None     # the file may have been renewed
         return self.join()
 
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
