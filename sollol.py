@@ -7977,11 +7977,11 @@ class NodeIO:
         """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
         for node in self.dispatcher.nodes.values():
             self.log_state(node)
-            if not node.up or node.draining:
-                continue                # no new work, so no measuring either
-            if (node.suspect or node.speed < 0.7) and not node.leases:
+            if not self.dispatcher.may_measure(node, now):
+                continue
+            if node.suspect or node.speed < 0.7:
                 self.begin_job(node, check)
-            elif self.gateway.options.calibrate and not node.leases and (
+            elif self.gateway.options.calibrate and (
                     not node.calibrated and loaded_runners(node) or self.dispatcher.is_unsure(node, now)):
                 self.begin_job(node, calibrate)
         for node, pool in list(self.pools.items()):
@@ -8056,8 +8056,6 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
     with a CPU node. One short request at a time: slots are learned from those of others.
     """
     dispatcher = nodes.dispatcher
-    if not dispatcher.may_measure(node, nodes.loop.time()):
-        return
     dispatcher.calibrates(node)
     runner = await loaded_runner(nodes, node)
     sure = runner is not None and is_confirmed(runner, nodes.loop.time())
@@ -8072,8 +8070,6 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
 async def check(nodes: NodeIO, node: Node) -> None:
     """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
     dispatcher, loop = nodes.dispatcher, nodes.loop
-    if not dispatcher.may_measure(node, loop.time()):
-        return
     runner = await loaded_runner(nodes, node)
     if not dispatcher.may_measure(node, loop.time()):
         return
