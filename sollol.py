@@ -8365,8 +8365,8 @@ def milliseconds(seconds: float | None) -> int | str:
 
 
 def log_level(record: Record) -> int:
-    """Return the level of a request's log line: what nodes fail after all is a warning, a probe that succeeds no news.
-    """
+    """Return the level of a request's log line: warning if the nodes failed it in the end, debug for a scrape that
+    succeeded."""
     if record.path in PROBED_PATHS and record.method in ("GET", "HEAD") and record.status < 400:
         return logging.DEBUG
     return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
@@ -8384,7 +8384,7 @@ def request_fields(record: Record, total_s: float) -> Json:
             "bytes": record.bytes, "reason": record.reason, "outcome": record.outcome}
 
 
-# What a service manager, a load balancer and Prometheus ask every few seconds, for ever.
+# Paths that a service manager, a load balancer and Prometheus ask for every few seconds.
 PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 
 
@@ -8427,12 +8427,13 @@ PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 @remembered                         # models, nodes, paths and most numbers come again and again
 def bare(text: str) -> str:
-    """Return a value as it stands in a key=value line: quoted if it could be misread."""
+    """Return a value as it is written in a key=value line: quoted if it could be misread."""
     return text if PLAIN(text) else json.dumps(text)
 
 
 class LogFormat(logging.Formatter):
-    """Write one line per event, `key=value ...` or one JSON object; the message is a dict of its fields, or several."""
+    """Write one line per event, `key=value ...` or a JSON object. A message is the dict of an event, or a list of them.
+    """
 
     converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
@@ -8459,17 +8460,17 @@ class LogFormat(logging.Formatter):
 
 
 class LogWriter(logging.Handler):
-    """Write the log to a file descriptor, in a thread: a pipe that nobody reads, or a slow disk, holds up no request.
+    """Write the log to a file descriptor, in a thread: a pipe that nobody reads, or a slow disk, delays no request.
 
-    What is over MAX_LOG_BYTES is lost; how many lines those were is told when the log flows again.
+    Lines beyond MAX_LOG_BYTES are dropped; their number is logged when the log flows again.
     """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self.descriptor = descriptor
-        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()       # None = the end
         self.taken_bytes = self.lost_lines = 0      # changed under the lock of the handler only
-        self.written_bytes = self.told_lines = 0    # changed by the thread only
+        self.written_bytes = self.reported_lines = 0        # changed by the thread only
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
@@ -8482,35 +8483,35 @@ class LogWriter(logging.Handler):
         self.queue.put(data)
 
     def run(self) -> None:
-        """Write what comes, until None does."""
+        """Write what is queued, until the end."""
         while (data := self.queue.get()) is not None:
             self.write(data)
             self.written_bytes += len(data)
             if self.queue.empty():
-                self.tell_loss()
-        self.tell_loss()
+                self.report_loss()
+        self.report_loss()
 
-    def tell_loss(self) -> None:
-        """Write how many lines were lost since that was told last, if any were."""
-        lost = self.lost_lines - self.told_lines
+    def report_loss(self) -> None:
+        """Write how many lines were dropped since the last report, if any were."""
+        lost = self.lost_lines - self.reported_lines
         if lost:
-            self.told_lines += lost
+            self.reported_lines += lost
             fields = {"event": "log", "lost": lost, "why": "nobody read the log for a while"}
             record = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, fields, (), None)
             self.write((self.format(record) + "\n").encode())
 
     def write(self, data: bytes) -> None:
-        """Write bytes, however long it takes; none if nobody is there to read them."""
+        """Write bytes, however long it takes; give up if nobody can read them any more."""
         while data:
             try:
                 data = data[os.write(self.descriptor, data):]
-            except BlockingIOError:     # whoever shares the descriptor has made it so
+            except BlockingIOError:     # another process that shares the descriptor made it non-blocking
                 time.sleep(LOG_RETRY_S)
             except OSError:
                 return
 
     def close(self) -> None:
-        """Write what is left, if that takes no longer than LOG_FLUSH_S. Called at the end of the process, too."""
+        """Write the rest, for LOG_FLUSH_S at most. Python's logging calls this at the end of the process, too."""
         self.queue.put(None)
         self.thread.join(LOG_FLUSH_S)
         super().close()
@@ -8520,7 +8521,7 @@ def start_log(style: str, level: str) -> None:
     """Send the log to standard error."""
     try:
         handler: logging.Handler = LogWriter(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):       # it is no file
+    except (OSError, ValueError, AttributeError):       # standard error has no descriptor
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormat(style))
     for former in LOG.handlers:
@@ -8531,9 +8532,9 @@ def start_log(style: str, level: str) -> None:
 
 
 def tell_systemd(message: str) -> None:
-    """Send a state to the service manager that started this process, if one did; see sd_notify(3).
+    """Send a state to the service manager, if one started this process; see sd_notify(3).
 
-    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits for NOTIFY_S.
+    Ten messages fill the socket of a busy manager: then a watchdog ping is dropped, any other message waits NOTIFY_S.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -8547,8 +8548,8 @@ def tell_systemd(message: str) -> None:
 # -----------------------------------------------------------------------------
 # Dashboard: what does a person see?
 #
-# One page that needs nothing else. It comes with the state of its moment, and then gets the whole state every second:
-# that is small, and a page that has missed something, or has seen the gateway restart, is right again at once.
+# One page without outside resources. It comes with the state of its moment, and then gets the whole state every second:
+# the state is small, and a page that missed an event, or the gateway's restart, is right again one second later.
 # -----------------------------------------------------------------------------
 
 PAGE = r'''<!doctype html>
@@ -8862,7 +8863,7 @@ PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-
 
 
 def past(steps: list[Step], now: float) -> Json:
-    """Return what the lines show: one value a step, None where nothing finished."""
+    """Return the values of the page's lines: one a step of STEP_S, None where nothing finished."""
     by_number, last = {step.number: step for step in steps}, int(now // STEP_S)
     recent = [by_number.get(number, Step(number)) for number in range(last - STEPS_KEPT + 1, last + 1)]
     columns = {"total": [sorted(step.total_s) for step in recent], "first": [sorted(step.first_s) for step in recent]}
@@ -8901,7 +8902,7 @@ def dashboard_state(gateway: Gateway) -> Json:
 
 
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
-    """Answer with the page and its first state; a `<` in that must not end its script."""
+    """Answer with the page and its first state, in which no `<` may end the page's script."""
     state = gateway.telemetry.snapshot().replace(b"<", b"\\u003c")
     return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
 
@@ -9417,11 +9418,11 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     if not options.tls_cert:
         return None
     certificate, key = options.tls_cert, options.tls_key
-    for path in (certificate, key):     # ssl would not tell which one cannot be read, and waits for a pipe's end
+    for path in (certificate, key):     # ssl does not say which one cannot be read, and waits for the end of a pipe
         os.close(open_regular(path))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION      # so that to write never waits for something to be read
+    context.options |= ssl.OP_NO_RENEGOTIATION      # else a write might have to wait for a read
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(certificate, key, no_password)
@@ -9438,7 +9439,7 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
 
 
 # -----------------------------------------------------------------------------
-# The state file: what was learned before?
+# The state file: what did an earlier run learn?
 # -----------------------------------------------------------------------------
 
 STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
@@ -9458,13 +9459,13 @@ def parse_state(text: bytes) -> Json:
 
 
 class StateFile:
-    """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
+    """Keep in a file what was learned, over restarts. A file that cannot be used is renamed, never overwritten."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
         self.text = ""              # as written last
-        self.foreign = False        # there is a file that is not ours to overwrite
-        self.failed = False         # the last write did
+        self.foreign = False        # there is a file that we must not overwrite
+        self.failed = False         # the last write failed
         try:
             self.replace_with(None)
         except OSError as error:
@@ -9490,7 +9491,7 @@ class StateFile:
         LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.kept)})
 
     def write(self, learned: Json) -> None:
-        """Write what was learned, if it has changed: whole or not at all. Logs the first of failures in a row."""
+        """Write what was learned, whole or not at all, if it has changed. Logs only the first of several failures."""
         text = json.dumps({**STATE_FORMAT, **learned}, indent=1) + "\n"
         if text == self.text:
             return
@@ -9506,7 +9507,7 @@ class StateFile:
             self.failed = True
 
     def replace_with(self, text: str | None) -> None:
-        """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
+        """Replace the file by a text in one step; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.exists(self.path) and not os.path.isfile(self.path):     # root would replace /dev/null
@@ -9952,7 +9953,7 @@ def parse_port(text: str) -> int:
 
 
 def parse_bind(text: str) -> str:
-    """Return the name or address to listen on; empty, it would be all of them."""
+    """Return the name or address to listen on. An empty one is refused: it would mean every address."""
     try:
         if text.encode("idna"):
             return text
@@ -9962,7 +9963,7 @@ def parse_bind(text: str) -> str:
 
 
 def parse_secret_file(text: str) -> str:
-    """Return the path of a file without which everybody could ask: an empty one is a variable that was not set."""
+    """Return the path of a file that protects the gateway. An empty one is refused: some variable was not set."""
     if not text:
         raise argparse.ArgumentTypeError("no file is named")
     return text
@@ -10163,7 +10164,7 @@ def raise_descriptor_limit() -> None:
 
 async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], keys: list[KeySettings],
                       tls: ssl.SSLContext | None, greeting: str = "") -> None:
-    """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
+    """Serve until a signal ends it. `greeting` is printed once the port is open, with the gateway's {url}."""
     gateway = Gateway(options, nodes, keys, tls)
     gateway.loop.set_exception_handler(gateway.listener.report)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -10188,7 +10189,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         if greeting:
             try:
                 print(greeting.format(url=url), flush=True)
-            except OSError:         # a full disk, or nobody reads it; what Python kept of it would fail at the exit
+            except OSError:         # a full disk, or a closed pipe; Python would try again at the exit, and fail
                 sys.stdout = None
         await gateway.stopped.wait()
     finally:
@@ -10228,7 +10229,8 @@ MODELS_IN_A_ROW, ROW_CHARS = 3, 120
 
 
 def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
-    """Return the lines of a table. The words of a cell that is a list stand below each other if they are many."""
+    """Return the lines of a table. A cell that is a list has one word a line if there are many, or the row is too wide.
+    """
     def cells(row: tuple[str | list[str], ...], split: bool) -> list[list[str]]:
         """Return the lines of each cell."""
         return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
@@ -10275,7 +10277,7 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
 
 
 def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
-    """Return an event loop: if `fast`, uvloop's where it can be imported; else asyncio's."""
+    """Return uvloop's event loop if `fast` and it can be imported, else asyncio's."""
     if fast:
         with contextlib.suppress(ImportError):
             import uvloop           # type: ignore[import-not-found, unused-ignore]
@@ -10285,9 +10287,9 @@ def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
 
 
 def trim_memory() -> None:
-    """Give the system back what compiling this file took: of a module 15 MiB that would stay with the process, unused.
+    """Give the system back what Python needed to compile this file: 15 MiB if it runs as a module (python3 -m sollol).
 
-    Of a script Python keeps the parse tree for as long as it runs: there it gives back next to nothing.
+    As a script it gives back next to nothing: Python keeps the parse tree for as long as the script runs.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):     # glibc has this call, others need none
         import ctypes
@@ -10313,7 +10315,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
-    except OSError as error:        # asyncio's own text says the address once more
+    except OSError as error:        # asyncio's own text would repeat the address
         number = error.errno
         text = os.strerror(number) if number is not None and number in errno.errorcode else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
@@ -10322,7 +10324,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def abandon_unwritten() -> None:
-    """Drop what standard error could not take, on a full disk say: at the exit Python would write it, and fail."""
+    """Drop what could not be written to standard error, on a full disk say: Python would fail to write it at the exit.
+    """
     try:
         if sys.stderr is not None:
             sys.stderr.flush()
