@@ -5126,7 +5126,7 @@ def overgrown(gateway, nodes):
     models = {model for node in nodes for model in node.models}
     io = gateway.node_io
     for name, table in (("pools", io.pools), ("logged_states", io.logged_states), ("probes", io.probes),
-                        ("unseen", io.unseen), ("jobs", {node for node, _ in io.jobs}),
+                        ("reasons", io.reasons), ("jobs", {node for node, _ in io.jobs}),
                         ("surroundings", dispatcher.surroundings), ("idle", dispatcher.idle)):
         if extra := set(table) - known:
             yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"

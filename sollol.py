@@ -7705,6 +7705,13 @@ def blob_in(modelfile: object) -> str:
     return match[1] if match else ""
 
 
+def rows_of(answer: Json) -> list[Json]:
+    """Return those rows of a list of models that have a name."""
+    rows = answer.get("models")
+    return [row for row in (rows if isinstance(rows, list) else [])
+            if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
+
+
 class OllamaApi:
     """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
 
@@ -7747,23 +7754,17 @@ class OllamaApi:
             raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
         return answer
 
-    async def ask_rows(self, path: str, timeout_s: float) -> list[Json]:
-        """Return those rows of a list of models that have a name."""
-        rows = (await self.ask(path, timeout_s)).get("models")
-        return [row for row in (rows if isinstance(rows, list) else [])
-                if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
-
     async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
         """Return the version of the server: the cheapest proof that it lives."""
         return str((await self.ask("/api/version", timeout_s)).get("version", ""))[:40]
 
     async def models(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
         """Return the models on disk."""
-        return await self.ask_rows("/api/tags", timeout_s)
+        return rows_of(await self.ask("/api/tags", timeout_s))
 
     async def loaded(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
         """Return the models in memory."""
-        return await self.ask_rows("/api/ps", timeout_s)
+        return rows_of(await self.ask("/api/ps", timeout_s))
 
     async def cloud(self, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
         """Return whether the server uses the cloud; old ones do not tell."""
@@ -7823,7 +7824,7 @@ class NodeIO:
         self.pools: dict[Node, Pool] = {}           # of dropped nodes, too, until their last request has ended
         self.probes: dict[Node, asyncio.Task[None]] = {}
         self.jobs: dict[tuple[Node, Job], asyncio.Task[object]] = {}
-        self.unseen: set[Node] = set()              # not probed yet
+        self.reasons: dict[Node, str] = {}          # of each node that was probed: what went wrong last, or ""
         self.looking: dict[Look, asyncio.Future[Any]] = {}      # under way for whoever asks; see `look_again`
         self.logged_states: dict[Node, str] = {}
 
@@ -7831,18 +7832,13 @@ class NodeIO:
         """Return how to ask a node."""
         return OllamaApi(self.pools[node])
 
-    def add_pool(self, node: Node) -> None:
-        """Let a node be reached."""
-        self.pools[node] = Pool(node.settings, self.gateway.turns, self.gateway.via)
-
     def configure(self, added: list[Node], dropped: list[Node]) -> list[Node]:
         """Begin to probe the nodes that were added, end all work on those dropped; return those with new settings."""
         for node in added:
-            self.add_pool(node)
-            self.unseen.add(node)
+            self.pools[node] = Pool(node.settings, self.gateway.turns, self.gateway.via)
             supervise(self.probes, node, self.probe_forever, self.gateway.options.probe_interval)
         for node in dropped:
-            self.unseen.discard(node)
+            self.reasons.pop(node, None)
             self.probes.pop(node).cancel()
             for owner, work in self.jobs:
                 if owner is node:
@@ -7935,8 +7931,7 @@ class NodeIO:
     async def probe_forever(self, node: Node) -> None:
         """Probe a node until it is dropped."""
         while True:
-            await self.probe(node)
-            self.unseen.discard(node)
+            self.reasons[node] = await self.probe(node)
             pause_s = self.gateway.options.probe_interval
             if not node.up and self.loop.time() - node.lost_s < RETURN_S:
                 pause_s = min(pause_s, RETURN_PROBE_S)
@@ -9209,13 +9204,9 @@ class Sources:
         for name in names - self.tasks.keys():
             supervise(self.tasks, name, self.follow, self.options.probe_interval)
 
-    def settings(self) -> list[NodeSettings]:
-        """Return the NodeSettings of all nodes that are known now."""
-        return merge_sources(self.lines, self.dns, self.scanned)
-
-    def is_waiting(self) -> bool:
-        """Tell whether DNS has not answered yet for a name."""
-        return not self.tasks.keys() - {SCAN} <= self.dns.keys() | self.unresolved
+    def new_names(self) -> set[str]:
+        """Return the names that were not looked up yet."""
+        return self.tasks.keys() - self.dns.keys() - self.unresolved - {SCAN}
 
     def start_scans(self) -> None:
         """Begin to look for servers, if there are networks to search."""
@@ -9787,14 +9778,19 @@ class Gateway:
 
     async def start(self) -> Gateway:
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
-        deadline_s = self.loop.time() + 0.5
-        while (self.node_io.unseen or self.sources.is_waiting()) and self.loop.time() < deadline_s:
-            await asyncio.sleep(0.005)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await self.first_looks()
         if not self.draining:       # else a signal came first
             await self.listener.start()
             self.timer = self.loop.call_later(SWEEP_S, self.sweep)
             self.sources.start_scans()
         return self
+
+    async def first_looks(self) -> None:
+        """Wait until every name has been looked up, and every node probed, at least once."""
+        while self.sources.new_names() or self.node_io.probes.keys() - self.node_io.reasons.keys():
+            await asyncio.sleep(0.005)
 
     def configure(self, lines: list[NodeSettings]) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
@@ -9806,7 +9802,8 @@ class Gateway:
 
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
-        added, dropped = self.dispatcher.configure(self.sources.settings())
+        sources = self.sources
+        added, dropped = self.dispatcher.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
         return added, dropped, self.node_io.configure(added, dropped)
 
     # Work -------------------------------------------------------------------
@@ -10250,26 +10247,22 @@ def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
 async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -> int:
     """Print what every node answers; return the exit status."""
     options.state = None
-    gateway = Gateway(options, [])
-    sources, io, dispatcher = gateway.sources, gateway.node_io, gateway.dispatcher
-    LOG.setLevel(logging.CRITICAL)
-    await asyncio.gather(*map(sources.resolve, names_in(settings, options.discover)))
-    sources.lines = settings
+    LOG.setLevel(logging.ERROR)
+    gateway = Gateway(options, settings)
+    await gateway.first_looks()
     if options.discover:
-        await sources.scan()
-    dispatcher.configure(sources.settings())
-    nodes = list(dispatcher.nodes.values())
-    for node in nodes:
-        io.add_pool(node)
-    reasons = await asyncio.gather(*map(io.probe, nodes))
-    missing = [line for line in settings if line.resolve and not expand(line, sources.dns)]
+        await gateway.sources.scan()
+        gateway.join()
+        await gateway.first_looks()
+    nodes, reasons = gateway.dispatcher.nodes.values(), gateway.node_io.reasons
+    missing = [line for line in settings if line.resolve and not expand(line, gateway.sources.dns)]
     rows: list[tuple[str | list[str], ...]] = [
-        ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
-    for node, why in zip(nodes, reasons, strict=True):
+        ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons.values()) else "")]
+    for node in nodes:
         models = sorted(node.rows)
         loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
         rows.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
-                     models or ["-"], loaded or ["-"], why))
+                     models or ["-"], loaded or ["-"], reasons[node]))
     rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
     print("\n".join(table_lines(rows)))
     await gateway.stop()
