@@ -7706,7 +7706,7 @@ def blob_in(modelfile: object) -> str:
 
 
 def rows_of(answer: Json) -> list[Json]:
-    """Return those rows of a list of models that have a name."""
+    """Return the rows of /api/tags or /api/ps, if they have a name."""
     rows = answer.get("models")
     return [row for row in (rows if isinstance(rows, list) else [])
             if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
@@ -7776,12 +7776,11 @@ class OllamaApi:
         return blob_in(answer.get("modelfile")) if status == 200 and answer else ""
 
     async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
-        """Let a model continue a raw text; return what its answer tells of the work. `shift` is no option of Ollama's,
-        but a field beside them."""
-        shift = {"shift": bool(options["shift"])} if "shift" in options else {}
-        status, answer, text = await self.fetch("POST", "/api/generate", {
-            "model": model, "raw": True, "stream": False, "prompt": prompt, **shift,
-            "options": {name: value for name, value in options.items() if name != "shift"}}, timeout_s)
+        """Let a model continue a raw text; return what its answer tells of the work."""
+        value: Json = {"model": model, "raw": True, "stream": False, "prompt": prompt, "options": dict(options)}
+        if "shift" in options:          # the only one that Ollama reads beside its options
+            value["shift"] = bool(value["options"].pop("shift"))
+        status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
         if status != 200 or answer is None:
             raise ProbeFailure(f"the measurement was answered with {status}")
         return read_timings(text[-TAIL_BYTES:])
@@ -9691,20 +9690,18 @@ class Listener:
         for client in list(self.clients):
             client.expire(now)
 
-    def close(self) -> None:
-        """Stop listening."""
+    def drain(self) -> None:
+        """Stop listening, and close the connections on which no request is under way."""
         if self.server:
             self.server.close()
-
-    def close_idle(self) -> None:
-        """Close the connections on which no request is under way."""
         for client in list(self.clients):
             if not client.asking and not client.buffer:
                 client.transport.close()
 
     def abort(self) -> list[asyncio.Task[None]]:
         """Stop listening and cut every connection; return the tasks that served them."""
-        self.close()
+        if self.server:
+            self.server.close()
         tasks = [client.task for client in self.clients if client.task]
         for client in list(self.clients):
             client.transport.abort()
@@ -9882,8 +9879,7 @@ class Gateway:
         self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
         LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
-        self.listener.close()
-        self.listener.close_idle()
+        self.listener.drain()
         self.loop.create_task(self.wait_until_idle())
 
     async def wait_until_idle(self) -> None:
