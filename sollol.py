@@ -10092,14 +10092,10 @@ def twin_value(parser: argparse.ArgumentParser, action: argparse.Action, text: s
     return action.const if SWITCHES[text.lower()] else not action.const
 
 
-# What Kubernetes sets in a pod beside a Service named sollol, or sollol-web: SOLLOL_PORT is the name of a flag, too.
-SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT=\w+://.*|"
-                          r"PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-
-
-def is_service_link(name: str, value: str) -> bool:
-    """Tell whether a variable was set for a Service of Kubernetes, and not for SOLLOL."""
-    return bool(SERVICE_LINK.fullmatch(name) or SERVICE_LINK.fullmatch(f"{name}={value}"))
+# The variables, NAME=VALUE, that Kubernetes sets in a pod for a Service named sollol, or sollol-web. SOLLOL_PORT is the
+# twin of a flag, too.
+SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(?==\w+://)|"
+                          r"PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=")
 
 
 def twin_name(flag: str) -> str:
@@ -10133,7 +10129,7 @@ def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = No
     Exits with status 2 and one line at a mistake.
     """
     environ = os.environ if environ is None else environ
-    links = [name for name, value in environ.items() if is_service_link(name, value)]
+    links = [name for name, value in environ.items() if SERVICE_LINK.match(f"{name}={value}")]
     environ = {name: value for name, value in environ.items() if name not in links}
     parser = command_line()
     take_variables(parser, environ)
