@@ -9090,6 +9090,7 @@ def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
 
 Addresses = dict[str, list[str]]    # of names, as DNS answered last
 Server = tuple[str, int]            # address and port
+Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
 
 
 def names_in(lines: Iterable[NodeSettings], discovering: object) -> set[str]:
@@ -9112,19 +9113,23 @@ def expand(line: NodeSettings, dns: Addresses) -> list[NodeSettings]:
             for number, address in enumerate(addresses)]
 
 
-class Found(NamedTuple):
-    """What scans know of a server."""
-
-    missed: int                     # scans in a row without an answer of it
-    own: bool                       # an address of this machine
-
-
 def servers_in(lines: Iterable[NodeSettings], dns: Addresses) -> set[Server]:
     """Return the servers that lines name."""
     return {(address, line.port) for line in lines for address in addresses_of(line, dns)}
 
 
-def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: dict[Server, Found]) -> list[NodeSettings]:
+def is_own(address: str) -> bool:
+    """Tell whether an address is one of this machine's: only to those can a socket be bound."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return not is_loopback(address)
+
+
+def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: Iterable[Server],
+                  is_own: Callable[[str], bool] = is_own) -> list[NodeSettings]:
     """Return the NodeSettings of all nodes that the sources know. A server that is written is not taken as found, too.
 
     This machine may be written as localhost.
@@ -9135,8 +9140,8 @@ def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: dict[S
     for line in lines:
         for node in expand(line, dns) if line.resolve else [line]:
             nodes.setdefault(node.name, node)
-    for (address, port), seen in scanned.items():
-        if (address, port) not in written and not (seen.own and port in here):
+    for address, port in scanned:
+        if (address, port) not in written and not (port in here and is_own(address)):
             node = parse_node(f"{bracketed(address)}:{port}")
             nodes.setdefault(node.name, node)
     return list(nodes.values())
@@ -9160,21 +9165,11 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return network
 
 
-def is_own(address: str) -> bool:
-    """Tell whether an address is one of this machine's: only to those can a socket be bound."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return not is_loopback(address)
-
-
-def after_scan(scanned: dict[Server, Found], answered: dict[Server, bool], up: set[Server]) -> dict[Server, Found]:
-    """Return what is known after a scan. `answered`: {server: own}; `up`: servers that were not asked, being nodes."""
-    known = {server: Found(0 if server in up else seen.missed + 1, seen.own) for server, seen in scanned.items()}
-    known.update((server, Found(0, own)) for server, own in answered.items())
-    return {server: seen for server, seen in known.items() if seen.missed < SCANS_KEPT}
+def after_scan(scanned: Scanned, answered: Iterable[Server], up: set[Server]) -> Scanned:
+    """Return what is known after a scan. `up`: servers that were not asked, because they are nodes that answer."""
+    known = {server: 0 if server in up else missed + 1 for server, missed in scanned.items()}
+    known.update(dict.fromkeys(answered, 0))
+    return {server: missed for server, missed in known.items() if missed < SCANS_KEPT}
 
 
 SCAN = "--discover"                 # the scans' key among the tasks; no host is called so
@@ -9190,7 +9185,7 @@ class Sources:
         self.lines: list[NodeSettings] = []         # as written
         self.dns: Addresses = {}
         self.unresolved: set[str] = set()           # names for which DNS failed last
-        self.scanned: dict[Server, Found] = {}
+        self.scanned: Scanned = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}          # by name, or SCAN
 
     def configure(self, lines: list[NodeSettings]) -> None:
@@ -9271,8 +9266,7 @@ class Sources:
 
         await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
         former = self.scanned
-        own = {(address, port): is_own(address) for address in addresses if address in answered}
-        self.scanned = after_scan(former, own, up)
+        self.scanned = after_scan(former, [(address, port) for address in addresses if address in answered], up)
         LOG.info({"event": "scan",
                   "found": " ".join(address for address, _ in self.scanned if (address, port) not in former),
                   "gone": " ".join(address for address, _ in former if (address, port) not in self.scanned),

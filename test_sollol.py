@@ -3306,8 +3306,7 @@ def test_nodes_come_from_file_and_flags(tmp_path):
 
 
 TOLD = {"pods": ["10.0.0.2", "10.0.0.1"], "both": ["fd00::1", "10.0.0.3"], "six": ["fd00::1"]}
-SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): sollol.Found(3, False),
-           ("10.0.0.8", 11434): sollol.Found(0, True)}
+SCANNED = {("10.0.0.2", 11434): 0, ("fd00::2", 11434): 3, ("10.0.0.8", 11434): 0}       # the last one is this machine
 
 
 @table("text, found, expected", [
@@ -3321,8 +3320,7 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
     ("found and told, found as localhost", "pods resolve=all\nhttp://127.0.0.1", SCANNED, [
         "pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
         "127.0.0.1:11434 127.0.0.1 127.0.0.1:11434", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434"]),
-    ("found behind a written name", "six:11434", {("fd00::1", 11434): sollol.Found(0, False)},
-     ["six:11434 six six:11434 *"]),
+    ("found behind a written name", "six:11434", {("fd00::1", 11434): 0}, ["six:11434 six six:11434 *"]),
     ("every address", "pods resolve=all\nb", {}, ["pods@10.0.0.2 10.0.0.2 pods:11434 *",
                                                   "pods@10.0.0.1 10.0.0.1 pods:11434", "b:11434 b b:11434"]),
     ("its own name and port", "b\npods:80 resolve=all name=p", {}, [
@@ -3338,7 +3336,8 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
 ])
 def test_nodes_that_the_sources_make_together(text, found, expected):
     dispatcher = sollol.Dispatcher()
-    dispatcher.configure(sollol.merge_sources(sollol.parse_hosts(text, "h"), TOLD, found))
+    lines = sollol.parse_hosts(text, "h")
+    dispatcher.configure(sollol.merge_sources(lines, TOLD, found, lambda address: address == "10.0.0.8"))
     found = [node.settings for node in dispatcher.nodes.values()]
     assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
             for it in found] == expected
@@ -3358,13 +3357,13 @@ def test_network_to_scan_is_small(text, addresses):
 
 def test_found_server_is_forgotten_after_ten_scans_without_it():
     a, b = ("10.0.0.1", 11434), ("10.0.0.2", 11434)
-    found = sollol.after_scan({}, {a: False, b: True}, set())
-    assert found == {a: (0, False), b: (0, True)}
+    found = sollol.after_scan({}, [a, b], set())
+    assert found == {a: 0, b: 0}
     for missed in range(1, sollol.SCANS_KEPT):
-        found = sollol.after_scan(found, {}, {b})
-        assert found == {a: (missed, False), b: (0, True)}
-    assert sollol.after_scan(found, {a: False}, set()) == {a: (0, False), b: (1, True)}
-    assert sollol.after_scan(found, {}, set()) == {b: (1, True)}
+        found = sollol.after_scan(found, [], {b})
+        assert found == {a: missed, b: 0}
+    assert sollol.after_scan(found, [a], set()) == {a: 0, b: 1}
+    assert sollol.after_scan(found, [], set()) == {b: 1}
 
 
 @table("argv, content, message", [
