@@ -7798,7 +7798,7 @@ Followed = TypeVar("Followed")      # a node, or the name of a source
 
 
 def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
-              work: Callable[[Followed], Coroutine[Any, Any, None]], pause_s: float) -> None:
+              work: Callable[[Followed], Coroutine[None, None, None]], pause_s: float) -> None:
     """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
     loop = asyncio.get_running_loop()
     task = tasks[key] = loop.create_task(work(key))
@@ -7822,9 +7822,9 @@ class NodeIO:
         self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
         self.pools: dict[Node, Pool] = {}           # of dropped nodes, too, until their last request has ended
         self.probes: dict[Node, asyncio.Task[None]] = {}
-        self.jobs: dict[tuple[Node, Job], asyncio.Task[object]] = {}
+        self.jobs: dict[tuple[Node, Job], asyncio.Task[str | None]] = {}
         self.reasons: dict[Node, str] = {}          # of each node that was probed: what went wrong last, or ""
-        self.looking: dict[Look, asyncio.Future[Any]] = {}      # under way for whoever asks; see `look_again`
+        self.looking: dict[Look, asyncio.Future[list[None | BaseException]]] = {}       # under way; see `look_again`
         self.logged_states: dict[Node, str] = {}
 
     def api(self, node: Node) -> OllamaApi:
@@ -7985,8 +7985,8 @@ class NodeIO:
                 self.logged_states.pop(node, None)
 
 
-Job = Callable[[NodeIO, Node], Coroutine[Any, Any, object]]     # a method of NodeIO, or `check`, `calibrate`
-Look = Callable[[NodeIO, Node, float], Awaitable[None]]
+Job = Callable[[NodeIO, Node], Coroutine[None, None, str | None]]       # a method of NodeIO, or `check`, `calibrate`
+Look = Callable[[NodeIO, Node, float], Coroutine[None, None, None]]
 
 
 def loaded_options(runner: Runner) -> Json | None:
@@ -9093,7 +9093,7 @@ Server = tuple[str, int]            # address and port
 Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
 
 
-def names_in(lines: Iterable[NodeSettings], discovering: object) -> set[str]:
+def names_in(lines: Iterable[NodeSettings], discovering: bool) -> set[str]:
     """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
     return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
 
@@ -9190,7 +9190,7 @@ class Sources:
 
     def configure(self, lines: list[NodeSettings]) -> None:
         """Take over the lines of hosts.txt and of flags, and follow the names in them."""
-        self.lines, names = lines, names_in(lines, self.options.discover)
+        self.lines, names = lines, names_in(lines, bool(self.options.discover))
         for name in self.tasks.keys() - names - {SCAN}:
             self.tasks.pop(name).cancel()
             self.dns.pop(name, None)
