@@ -4666,11 +4666,11 @@ class Dispatcher:
 # -----------------------------------------------------------------------------
 # Upstream: how do the bytes get to a node and back?
 #
-# A NodeConnection carries one exchange at a time and then waits in its node's pool. Until the head of the answer is
+# A NodeConnection carries one request at a time and then waits in its node's pool. Until the head of the answer is
 # complete it collects bytes; from then on every piece goes straight from the socket's callback into a sink: a Relay,
 # which writes it to the client at once, or a Collector, which keeps a short answer. Back-pressure couples the two
 # sockets directly: while the client's buffer is full nothing is read from the node, and the other way round for a
-# body on its way up. A connection is never used again whose last exchange did not end exactly where its framing said.
+# body on its way up. A connection is never used again whose last answer did not end exactly where its framing said.
 # -----------------------------------------------------------------------------
 
 def watch_for_death(sock: socket.socket) -> None:
@@ -4807,7 +4807,7 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure: Failure | Answer) -> None:
-        """End the exchange from this side: whoever waits for it gets this reason, and no answer."""
+        """End the answer from this side: whoever waits for it gets this reason, and no answer."""
         self.buffer = b""           # what has come of one may be about to be read
         if self.failure is None:
             self.failure = failure
@@ -4817,7 +4817,7 @@ class NodeConnection(asyncio.Protocol):
         self.transport.abort()
 
     def is_open(self) -> bool:
-        """Tell whether an exchange can begin here."""
+        """Tell whether a request can be sent here."""
         return self.failure is None and not self.transport.is_closing()
 
     async def response(self, method: str) -> ResponseHead:
@@ -4959,7 +4959,7 @@ class Pool:
         return None
 
     def give_back(self, connection: NodeConnection, clean: bool) -> None:
-        """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
+        """Keep a connection whose answer ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
         if (clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed
                 and connection.settings is self.settings):
@@ -4985,9 +4985,9 @@ class Pool:
         self.closed = True
         self.prune(math.inf)
 
-    async def exchange(self, data: bytes, method: str,
-                       on_connection: Callable[[NodeConnection], None] = lambda connection: None, reuse: bool = True,
-                       body: Body = b"") -> tuple[NodeConnection, ResponseHead]:
+    async def request(self, data: bytes, method: str,
+                      on_connection: Callable[[NodeConnection], None] = lambda connection: None, reuse: bool = True,
+                      body: Body = b"") -> tuple[NodeConnection, ResponseHead]:
         """Send a whole request, a head and a body; return (connection, head of the answer). Raises NodeFailure.
 
         A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
@@ -6626,18 +6626,15 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
 
     request = render_request(head, lease.node.settings, len(exchange.body))
     repeatable = spec.repeatable and not spec.change
-    connection, answer = await pool.exchange(request, head.method, on_connection, repeatable, exchange.body)
+    connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
     clean = has_begun = False
     try:
-        failed = answer.status >= 300 or answer.status == 200 and spec.inference and await shows_failure(
-            connection, answer)
-        if failed and spec.inference:
+        if spec.inference and await shows_failure(connection, answer):
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
             has_model = lease.runner is not None or spec.opaque
-            kind = failover_kind(answer.status, text, has_model)
-            raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
+            raise NodeRefused(NodeAnswer(lease.node.name, failover_kind(answer.status, text, has_model), answer, text))
         has_begun = True
         return Begun(lease, connection, answer)
     finally:
@@ -6647,7 +6644,9 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
-    """Tell whether an answer with status 200 begins with an error, or is empty. Of one in one piece only its length."""
+    """Tell whether an answer is an error, begins with one, or is empty. Of one in one piece only the head is read."""
+    if answer.status != 200:
+        return answer.status >= 300
     if is_stream(answer):
         payload = await connection.first_payload(answer)
         return not payload or FIRST_ERROR.match(payload) is not None
@@ -7526,7 +7525,7 @@ async def fetch(pool: Pool, method: str, path: str, value: Json | None = None, t
     connection, clean = None, False
     try:
         async with asyncio.timeout(timeout_s):
-            connection, answer = await pool.exchange(render_request(head, pool.settings, len(body)) + body, method)
+            connection, answer = await pool.request(render_request(head, pool.settings, len(body)) + body, method)
             collector = Collector(connection, answer, most_bytes)
             text = await collector.collect()
             clean = collector.clean
