@@ -6087,6 +6087,7 @@ class Begun:
     connection: NodeConnection
     answer: ResponseHead
     clean: bool = False             # it has ended where its framing said: the connection can be used again
+    upload: Upload | None = None    # of a body that is still going up
 
 
 class Relay(Sink):
@@ -6951,10 +6952,40 @@ class Upload:
             self.behind = b""
 
 
+async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
+    """Send a request whose body passes through as it comes, and wait until its answer has begun. Raises NodeFailure.
+
+    On a fresh connection: what has gone up cannot be sent again if an idle one turns out to be dead.
+    """
+    gateway, client, head = exchange.gateway, exchange.client, exchange.head
+    pool = gateway.pools[lease.node]
+    client.pause_reading()          # until the Upload takes the bytes
+    connection = await pool.connect()
+    lease.abandon = connection.fail
+    upload, has_begun = Upload(client, connection, head.length, gateway.turns), False
+    try:
+        client.send_continue(head)
+        connection.transport.write(render_request(head, lease.node.settings, head.length))
+        upload.start(gateway.header_timeout_s)
+        answer = await connection.response(head.method)
+        exchange.keep, has_begun = head.keep_alive and upload.body.done, True
+        return Begun(lease, connection, answer, upload=upload)
+    finally:
+        if not has_begun:
+            upload.end()
+            pool.give_back(connection, clean=False)
+
+
 async def serve_control(exchange: Exchange) -> None:
-    """Send a request without a slot to one suitable node; to another one only if the first cannot be reached."""
+    """Send a request without a slot to one suitable node; to another one only if the first cannot be reached.
+
+    One whose body is not read here is tried once, and ends the connection unless the node has got it all: what is left
+    of the body could be taken for the next request.
+    """
     gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
+    uploads = exchange.route.kind == "raw" and exchange.head.length != 0
+    exchange.keep = exchange.keep and not uploads
     tried: set[str] = set()
     while True:
         lease, begun = dispatcher.lease_unqueued(record.id, spec, tried, loop.time()), None
@@ -6963,62 +6994,21 @@ async def serve_control(exchange: Exchange) -> None:
         record.attempts += 1
         try:
             async with pool.unqueued:
-                begun = await begin(exchange, lease)
+                begun = await (begin_upload if uploads else begin)(exchange, lease)
                 await relay_answer(exchange, begun)
             return
         except NodeFailure as failure:
             gateway.record_failure(lease, failure.value)
             tried.add(lease.node.name)
-            if failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
-                raise Refusal(502, f"{lease.node.name}: {failure}") from None
+            if uploads or failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
+                raise Refusal(502, f"{lease.node.name}: {failure}", close=uploads) from None
         finally:
             if begun is not None:
+                if begun.upload is not None:
+                    begun.upload.end()
+                    begun.clean = begun.clean and begun.upload.body.done
                 pool.give_back(begun.connection, begun.clean)
             dispatcher.release(lease, loop.time())
-
-
-async def serve_raw(exchange: Exchange) -> None:
-    """Pass a request through whose body, if it has one, is of no concern here."""
-    await (serve_control if exchange.head.length == 0 else serve_upload)(exchange)
-
-
-async def serve_upload(exchange: Exchange) -> None:
-    """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
-
-    A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead. If nobody
-    reads the body the connection ends: what is left of it could be taken for the next request.
-    """
-    gateway, client, head, record = exchange.gateway, exchange.client, exchange.head, exchange.record
-    dispatcher, loop = gateway.dispatcher, gateway.loop
-    connection: NodeConnection | None = None
-    upload: Upload | None = None
-    clean, keep, exchange.keep = False, exchange.keep, False
-    lease = dispatcher.lease_unqueued(record.id, exchange.spec, set(), loop.time())
-    try:
-        record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
-        pool = gateway.pools[lease.node]
-        client.pause_reading()      # until the Upload takes the bytes
-        async with pool.unqueued:
-            connection = await pool.connect()
-            lease.abandon = connection.fail
-            client.send_continue(head)
-            connection.transport.write(render_request(head, lease.node.settings, head.length))
-            upload = Upload(client, connection, head.length, gateway.turns)
-            upload.start(gateway.header_timeout_s)
-            begun = Begun(lease, connection, await connection.response(head.method))
-            exchange.keep = keep and upload.body.done
-            await relay_answer(exchange, begun)
-            clean = begun.clean and upload.body.done
-    except NodeFailure as failure:
-        gateway.record_failure(lease, failure.value)
-        exchange.keep = False
-        raise Refusal(502, f"{lease.node.name}: {failure}") from None
-    finally:
-        if upload is not None:
-            upload.end()
-        dispatcher.release(lease, loop.time())
-        if connection is not None:
-            pool.give_back(connection, clean)
 
 
 # -----------------------------------------------------------------------------
@@ -8616,12 +8606,12 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("POST", "/v1/messages", queued("chat", Family.ANTHROPIC)),
     ("POST", "/v1/audio/transcriptions", queued("transcribe", Family.OPENAI)),
     ("POST", "/api/show", Route(serve_control, Where.ANY, "show")),
-    ("GET", "/v1/models/", Route(serve_raw, Where.ANY, family=Family.OPENAI)),
+    ("GET", "/v1/models/", Route(serve_control, Where.ANY, family=Family.OPENAI)),
     ("POST", "/api/pull", Route(serve_change, Where.EVERY, "pull", streams=True, guarded=True)),
     ("POST", "/api/copy", Route(serve_change, Where.EVERY, "copy", guarded=True)),
     ("DELETE", "/api/delete", Route(serve_change, Where.EVERY, "delete", guarded=True)),
-    ("HEAD", "/api/blobs/", Route(serve_raw, Where.PRIMARY)),
-    ("POST", "/api/blobs/", Route(serve_raw, Where.PRIMARY, guarded=True)),
+    ("HEAD", "/api/blobs/", Route(serve_control, Where.PRIMARY)),
+    ("POST", "/api/blobs/", Route(serve_control, Where.PRIMARY, guarded=True)),
     ("POST", "/api/create", Route(serve_change, Where.PRIMARY, "create", streams=True, guarded=True)),
     ("POST", "/api/push", Route(serve_control, Where.PRIMARY, "push", streams=True, guarded=True)),
     ("POST", "/api/me", Route(serve_control, Where.PRIMARY, "account", guarded=True)),
@@ -8639,7 +8629,7 @@ KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
 # Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
 # new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
-ELSEWHERE = {(family, guarded): Route(serve_raw, Where.ANY, family=family, guarded=guarded)
+ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
              for family in Family for guarded in (False, True)}
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
