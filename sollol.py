@@ -4685,10 +4685,14 @@ def watch_for_death(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
 
 
-def socket_has(transport: Transport, event: int) -> bool:
-    """Tell whether something has happened on a socket that the event loop has not come to see; True if it is closed.
+# The other side has closed its end, although nothing is read of it. A system without this tells only of a reset.
+HAS_LEFT: int = getattr(select, "POLLRDHUP", 0)
 
-    `event`: select.POLLIN, there are bytes or an end to be read; HAS_LEFT. Takes 1 us.
+
+def socket_has(transport: Transport, event: int) -> bool:
+    """Tell whether something has happened on a socket, before the event loop sees it. True if the socket is closed.
+
+    `event`: HAS_LEFT, or select.POLLIN: there are bytes or an end to be read. Takes 1 us.
     """
     poll = select.poll()            # uvloop's socket object cannot peek, and select() takes no descriptor over 1023
     try:                            # asyncio's TLS transport tells its protocol of the end one turn of the loop later
@@ -4696,10 +4700,6 @@ def socket_has(transport: Transport, event: int) -> bool:
         return bool(poll.poll(0))
     except (OSError, ValueError, AttributeError):
         return True
-
-
-# The other side has closed its end, although nothing is read of it. A system without this tells only of a reset.
-HAS_LEFT: int = getattr(select, "POLLRDHUP", 0)
 
 
 class Transport(Protocol):
