@@ -4721,7 +4721,7 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
-                 "idle_s", "source", "write_paused", "unsent", "settings")
+                 "idle_s", "source", "write_paused", "unsent", "settings", "behind", "catching_up")
 
     def __init__(self, turns: LoopTurns) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -4729,7 +4729,9 @@ class NodeConnection(asyncio.Protocol):
         self.settings: NodeSettings | None = None       # what it was made by
         self.unsent: bytes | memoryview = b""       # of a long body
         self.buffer = b""
-        self.sink: Sink | Backlog | None = None
+        self.sink: Sink | None = None
+        self.behind = b""           # what the sink has still to take in, a step per turn of the loop
+        self.catching_up: asyncio.Task[None] | None = None      # the task that sees to that
         self.waiter: asyncio.Future[None] | None = None     # of whoever waits for the head
         self.failure: Failure | Answer | None = None    # why there will be no (more) answer
         self.ended = False          # the node closed it in good order
@@ -4745,9 +4747,12 @@ class NodeConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
-            if len(data) > DECODED_BYTES and isinstance(self.sink, Sink) and self.sink.is_costly(data):
-                self.sink = Backlog(self, self.sink)
-            self.sink.data(data)
+            if self.behind or len(data) > DECODED_BYTES and self.sink.is_costly(data):
+                self.behind += data
+                self.transport.pause_reading()
+                self.catching_up = self.catching_up or self.loop.create_task(self.catch_up(self.sink))
+            else:
+                self.sink.data(data)
         elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
             self.fail(Failure("garbage", "bytes between two answers"))
         else:
@@ -4760,9 +4765,27 @@ class NodeConnection(asyncio.Protocol):
         if self.failure is None:
             self.failure = Failure("died", "closed the connection" if exc is None else f"broke off: {exc}")
             self.ended = exc is None
-        if self.sink is not None:
+        if self.sink is not None and not self.behind:
             self.sink.lost()
         self.wake()
+
+    async def catch_up(self, sink: Sink) -> None:
+        """Let the sink take in what is behind; only then read on, or tell it that the connection has closed."""
+        while self.behind and not sink.over:
+            await self.turns.take()
+            if self.sink is not sink:
+                break
+            most = sink.at_most()
+            piece, self.behind = self.behind[:most], self.behind[most:]
+            sink.data(piece)
+        sink.clean = sink.clean and not self.behind
+        self.behind, self.catching_up = b"", None
+        if self.sink is not sink:
+            return
+        if self.failure is not None:
+            sink.lost()
+        elif self.is_open() and not sink.is_held_up():
+            self.transport.resume_reading()
 
     def pause_writing(self) -> None:
         self.write_paused = True
@@ -4799,7 +4822,7 @@ class NodeConnection(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         """Read on, unless there is still something to be taken in."""
-        if not isinstance(self.sink, Backlog):
+        if not self.behind:
             self.transport.resume_reading()
 
     def wake(self) -> None:
@@ -4870,8 +4893,8 @@ class NodeConnection(asyncio.Protocol):
         data, self.buffer = self.buffer, b""
         if data:
             self.data_received(data)
-        if self.failure is not None:
-            self.sink.lost()
+        if self.failure is not None and not self.behind:
+            sink.lost()
 
 
 def trust_in(settings: NodeSettings) -> ssl.SSLContext | None:
@@ -4961,8 +4984,8 @@ class Pool:
     def give_back(self, connection: NodeConnection, clean: bool) -> None:
         """Keep a connection whose answer ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if (clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed
-                and connection.settings is self.settings):
+        is_empty = not (connection.buffer or connection.unsent or connection.behind)
+        if clean and is_empty and connection.is_open() and not self.closed and connection.settings is self.settings:
             connection.busy = False
             connection.idle_s = self.loop.time()
             connection.transport.resume_reading()       # a slow client may have stopped it; an end must be noticed
@@ -5091,47 +5114,6 @@ class Sink:
             await self.waiter
         if self.failure is not None:
             raise self.failure.error()
-
-
-class Backlog:
-    """Stand in for a sink that costly bytes have come for: it gets them in steps, one per turn of the loop.
-
-    Meanwhile nothing is read from the node. If the connection closes, the sink hears of that after its bytes.
-    """
-
-    def __init__(self, connection: NodeConnection, sink: Sink) -> None:
-        self.connection, self.sink = connection, sink
-        self.behind, self.is_lost = b"", False
-        self.task = connection.loop.create_task(self.catch_up())
-
-    def data(self, data: bytes) -> None:
-        self.behind += data
-        self.connection.pause_reading()
-
-    def lost(self) -> None:
-        self.is_lost = True
-
-    def fail(self, failure: Failure | Answer) -> None:
-        self.sink.fail(failure)
-
-    async def catch_up(self) -> None:
-        """Feed the sink, then attach it to the connection again, unless another sink is attached by now."""
-        connection, sink = self.connection, self.sink
-        while self.behind and not sink.over:
-            await connection.turns.take()
-            if connection.sink is not self:
-                break
-            most = sink.at_most()
-            piece, self.behind = self.behind[:most], self.behind[most:]
-            sink.data(piece)
-        if connection.sink is not self:
-            return
-        sink.clean = sink.clean and not self.behind
-        connection.sink = sink
-        if self.is_lost:
-            sink.lost()
-        elif connection.is_open() and not sink.is_held_up():
-            connection.resume_reading()
 
 
 class Collector(Sink):

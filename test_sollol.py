@@ -6934,8 +6934,7 @@ def test_long_answer_in_chunks_of_one_byte_to_a_client_that_does_not_read_is_hel
             held = []
             for _ in range(50):
                 await asyncio.sleep(0.02)
-                sinks = [client.source.sink for client in gateway.clients if client.source]
-                held += [len(sink.behind) for sink in sinks if isinstance(sink, sollol.Backlog)]
+                held += [len(client.source.behind) for client in gateway.clients if client.source]
             assert max(held) < 2 * sollol.READ_AHEAD_BYTES + 2**16
             caller.writer.transport.resume_reading()
             assert (await caller.answer()).body == body
