@@ -4530,11 +4530,11 @@ class Dispatcher:
 # -----------------------------------------------------------------------------
 # Upstream: how do the bytes get to a node and back?
 #
-# A NodeConnection carries one exchange at a time and then waits in its node's pool. Until the head of the answer is
+# A NodeConnection carries one request at a time and then waits in its node's pool. Until the head of the answer is
 # complete it collects bytes; from then on every piece goes straight from the socket's callback into a sink: a Relay,
 # which writes it to the client at once, or a Collector, which keeps a short answer. Back-pressure couples the two
 # sockets directly: while the client's buffer is full nothing is read from the node, and the other way round for a
-# body on its way up. A connection is never used again whose last exchange did not end exactly where its framing said.
+# body on its way up. A connection is never used again whose last answer did not end exactly where its framing said.
 # -----------------------------------------------------------------------------
 
 def watch_for_death(sock: socket.socket) -> None:
@@ -4549,10 +4549,14 @@ def watch_for_death(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
 
 
-def socket_has(transport: Transport, event: int) -> bool:
-    """Tell whether something has happened on a socket that the event loop has not come to see; True if it is closed.
+# The other side has closed its end, although nothing is read of it. A system without this tells only of a reset.
+HAS_LEFT: int = getattr(select, "POLLRDHUP", 0)
 
-    `event`: select.POLLIN, there are bytes or an end to be read; HAS_LEFT. Takes 1 us.
+
+def socket_has(transport: Transport, event: int) -> bool:
+    """Tell whether something has happened on a socket, before the event loop sees it. True if the socket is closed.
+
+    `event`: HAS_LEFT, or select.POLLIN: there are bytes or an end to be read. Takes 1 us.
     """
     poll = select.poll()            # uvloop's socket object cannot peek, and select() takes no descriptor over 1023
     try:                            # asyncio's TLS transport tells its protocol of the end one turn of the loop later
@@ -4560,10 +4564,6 @@ def socket_has(transport: Transport, event: int) -> bool:
         return bool(poll.poll(0))
     except (OSError, ValueError, AttributeError):
         return True
-
-
-# The other side has closed its end, although nothing is read of it. A system without this tells only of a reset.
-HAS_LEFT: int = getattr(select, "POLLRDHUP", 0)
 
 
 class Transport(Protocol):
@@ -4585,7 +4585,7 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
-                 "idle_s", "source", "write_paused", "unsent", "settings")
+                 "idle_s", "source", "write_paused", "unsent", "settings", "behind", "catching_up")
 
     def __init__(self, turns: LoopTurns) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -4593,7 +4593,9 @@ class NodeConnection(asyncio.Protocol):
         self.settings: NodeSettings | None = None       # what it was made by
         self.unsent: bytes | memoryview = b""       # of a long body
         self.buffer = b""
-        self.sink: Sink | Backlog | None = None
+        self.sink: Sink | None = None
+        self.behind = b""           # what the sink has still to take in, a step per turn of the loop
+        self.catching_up: asyncio.Task[None] | None = None      # the task that sees to that
         self.waiter: asyncio.Future[None] | None = None     # of whoever waits for the head
         self.failure: Failure | Answer | None = None    # why there will be no (more) answer
         self.ended = False          # the node closed it in good order
@@ -4609,9 +4611,12 @@ class NodeConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
-            if len(data) > DECODED_BYTES and isinstance(self.sink, Sink) and self.sink.is_costly(data):
-                self.sink = Backlog(self, self.sink)
-            self.sink.data(data)
+            if self.behind or len(data) > DECODED_BYTES and self.sink.is_costly(data):
+                self.behind += data
+                self.transport.pause_reading()
+                self.catching_up = self.catching_up or self.loop.create_task(self.catch_up(self.sink))
+            else:
+                self.sink.data(data)
         elif not self.busy:         # bytes that nobody asked for: they could be taken for the next answer
             self.fail(Failure("garbage", "bytes between two answers"))
         else:
@@ -4624,9 +4629,27 @@ class NodeConnection(asyncio.Protocol):
         if self.failure is None:
             self.failure = Failure("died", "closed the connection" if exc is None else f"broke off: {exc}")
             self.ended = exc is None
-        if self.sink is not None:
+        if self.sink is not None and not self.behind:
             self.sink.lost()
         self.wake()
+
+    async def catch_up(self, sink: Sink) -> None:
+        """Let the sink take in what is behind; only then read on, or tell it that the connection has closed."""
+        while self.behind and not sink.over:
+            await self.turns.take()
+            if self.sink is not sink:
+                break
+            most = sink.at_most()
+            piece, self.behind = self.behind[:most], self.behind[most:]
+            sink.data(piece)
+        sink.clean = sink.clean and not self.behind
+        self.behind, self.catching_up = b"", None
+        if self.sink is not sink:
+            return
+        if self.failure is not None:
+            sink.lost()
+        elif self.is_open() and not sink.is_held_up():
+            self.transport.resume_reading()
 
     def pause_writing(self) -> None:
         self.write_paused = True
@@ -4663,7 +4686,7 @@ class NodeConnection(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         """Read on, unless there is still something to be taken in."""
-        if not isinstance(self.sink, Backlog):
+        if not self.behind:
             self.transport.resume_reading()
 
     def wake(self) -> None:
@@ -4671,7 +4694,7 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure: Failure | Answer) -> None:
-        """End the exchange from this side: whoever waits for it gets this reason, and no answer."""
+        """End the answer from this side: whoever waits for it gets this reason, and no answer."""
         self.buffer = b""           # what has come of one may be about to be read
         if self.failure is None:
             self.failure = failure
@@ -4681,7 +4704,7 @@ class NodeConnection(asyncio.Protocol):
         self.transport.abort()
 
     def is_open(self) -> bool:
-        """Tell whether an exchange can begin here."""
+        """Tell whether a request can be sent here."""
         return self.failure is None and not self.transport.is_closing()
 
     async def response(self, method: str) -> ResponseHead:
@@ -4734,8 +4757,8 @@ class NodeConnection(asyncio.Protocol):
         data, self.buffer = self.buffer, b""
         if data:
             self.data_received(data)
-        if self.failure is not None:
-            self.sink.lost()
+        if self.failure is not None and not self.behind:
+            sink.lost()
 
 
 def trust_in(settings: NodeSettings) -> ssl.SSLContext | None:
@@ -4823,10 +4846,10 @@ class Pool:
         return None
 
     def give_back(self, connection: NodeConnection, clean: bool) -> None:
-        """Keep a connection whose exchange ended cleanly; close any other one at once, unread bytes and all."""
+        """Keep a connection whose answer ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        if (clean and connection.is_open() and not connection.buffer and not connection.unsent and not self.closed
-                and connection.settings is self.settings):
+        is_empty = not (connection.buffer or connection.unsent or connection.behind)
+        if clean and is_empty and connection.is_open() and not self.closed and connection.settings is self.settings:
             connection.busy = False
             connection.idle_s = self.loop.time()
             connection.transport.resume_reading()       # a slow client may have stopped it; an end must be noticed
@@ -4849,9 +4872,9 @@ class Pool:
         self.closed = True
         self.prune(math.inf)
 
-    async def exchange(self, data: bytes, method: str,
-                       on_connection: Callable[[NodeConnection], None] = lambda connection: None, reuse: bool = True,
-                       body: Body = b"") -> tuple[NodeConnection, ResponseHead]:
+    async def request(self, data: bytes, method: str,
+                      on_connection: Callable[[NodeConnection], None] = lambda connection: None, reuse: bool = True,
+                      body: Body = b"") -> tuple[NodeConnection, ResponseHead]:
         """Send a whole request, a head and a body; return (connection, head of the answer). Raises NodeFailure.
 
         A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
@@ -4955,47 +4978,6 @@ class Sink:
             await self.waiter
         if self.failure is not None:
             raise self.failure.error()
-
-
-class Backlog:
-    """Stand in for a sink that costly bytes have come for: it gets them in steps, one per turn of the loop.
-
-    Meanwhile nothing is read from the node. If the connection closes, the sink hears of that after its bytes.
-    """
-
-    def __init__(self, connection: NodeConnection, sink: Sink) -> None:
-        self.connection, self.sink = connection, sink
-        self.behind, self.is_lost = b"", False
-        self.task = connection.loop.create_task(self.catch_up())
-
-    def data(self, data: bytes) -> None:
-        self.behind += data
-        self.connection.pause_reading()
-
-    def lost(self) -> None:
-        self.is_lost = True
-
-    def fail(self, failure: Failure | Answer) -> None:
-        self.sink.fail(failure)
-
-    async def catch_up(self) -> None:
-        """Feed the sink, then attach it to the connection again, unless another sink is attached by now."""
-        connection, sink = self.connection, self.sink
-        while self.behind and not sink.over:
-            await connection.turns.take()
-            if connection.sink is not self:
-                break
-            most = sink.at_most()
-            piece, self.behind = self.behind[:most], self.behind[most:]
-            sink.data(piece)
-        if connection.sink is not self:
-            return
-        sink.clean = sink.clean and not self.behind
-        connection.sink = sink
-        if self.is_lost:
-            sink.lost()
-        elif connection.is_open() and not sink.is_held_up():
-            connection.resume_reading()
 
 
 class Collector(Sink):
@@ -6047,6 +6029,7 @@ class Begun:
     connection: NodeConnection
     answer: ResponseHead
     clean: bool = False             # it has ended where its framing said: the connection can be used again
+    upload: Upload | None = None    # of a body that is still going up
 
 
 class Relay(Sink):
@@ -6586,12 +6569,10 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
 
     request = render_request(head, lease.node.settings, len(exchange.body))
     repeatable = spec.repeatable and not spec.change
-    connection, answer = await pool.exchange(request, head.method, on_connection, repeatable, exchange.body)
+    connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
     clean = has_begun = False
     try:
-        failed = answer.status >= 300 or answer.status == 200 and spec.inference and await shows_failure(
-            connection, answer)
-        if failed and spec.inference:
+        if spec.inference and await shows_failure(connection, answer):
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
@@ -6606,7 +6587,9 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
-    """Tell whether an answer with status 200 begins with an error, or is empty. Of one in one piece only its length."""
+    """Tell whether an answer is an error, begins with one, or is empty. Of one in one piece only the head is read."""
+    if answer.status != 200:
+        return answer.status >= 300
     if is_stream(answer):
         payload = await connection.first_payload(answer)
         return not payload or FIRST_ERROR.match(payload) is not None
@@ -6911,10 +6894,40 @@ class Upload:
             self.behind = b""
 
 
+async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
+    """Send a request whose body passes through as it comes, and wait until its answer has begun. Raises NodeFailure.
+
+    On a fresh connection: what has gone up cannot be sent again if an idle one turns out to be dead.
+    """
+    gateway, client, head = exchange.gateway, exchange.client, exchange.head
+    pool = gateway.node_io.pools[lease.node]
+    client.pause_reading()          # until the Upload takes the bytes
+    connection = await pool.connect()
+    lease.abandon = connection.fail
+    upload, has_begun = Upload(client, connection, head.length, gateway.turns), False
+    try:
+        client.send_continue(head)
+        connection.transport.write(render_request(head, lease.node.settings, head.length))
+        upload.start(gateway.header_timeout_s)
+        answer = await connection.response(head.method)
+        exchange.keep, has_begun = head.keep_alive and upload.body.done, True
+        return Begun(lease, connection, answer, upload=upload)
+    finally:
+        if not has_begun:
+            upload.end()
+            pool.give_back(connection, clean=False)
+
+
 async def serve_control(exchange: Exchange) -> None:
-    """Send a request without a slot to one suitable node; to another one only if the first cannot be reached."""
+    """Send a request without a slot to one suitable node; to another one only if the first cannot be reached.
+
+    One whose body is not read here is tried once, and ends the connection unless the node has got it all: what is left
+    of the body could be taken for the next request.
+    """
     gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
+    uploads = exchange.route.kind == "raw" and exchange.head.length != 0
+    exchange.keep = exchange.keep and not uploads
     tried: set[str] = set()
     while True:
         lease, begun = dispatcher.lease_unqueued(record.id, spec, tried, loop.time()), None
@@ -6923,62 +6936,21 @@ async def serve_control(exchange: Exchange) -> None:
         record.attempts += 1
         try:
             async with pool.unqueued:
-                begun = await begin(exchange, lease)
+                begun = await (begin_upload if uploads else begin)(exchange, lease)
                 await relay_answer(exchange, begun)
             return
         except NodeFailure as failure:
             gateway.node_io.record_failure(lease, failure.value)
             tried.add(lease.node.name)
-            if failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
-                raise Refusal(502, f"{lease.node.name}: {failure}") from None
+            if uploads or failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
+                raise Refusal(502, f"{lease.node.name}: {failure}", close=uploads) from None
         finally:
             if begun is not None:
+                if begun.upload is not None:
+                    begun.upload.end()
+                    begun.clean = begun.clean and begun.upload.body.done
                 pool.give_back(begun.connection, begun.clean)
             dispatcher.release(lease, loop.time())
-
-
-async def serve_raw(exchange: Exchange) -> None:
-    """Pass a request through whose body, if it has one, is of no concern here."""
-    await (serve_control if exchange.head.length == 0 else serve_upload)(exchange)
-
-
-async def serve_upload(exchange: Exchange) -> None:
-    """Pass a request with a body of any size through to one node, the answer being read while the body is sent.
-
-    A fresh connection is used: what has gone up cannot be sent again if an idle one turns out to be dead. If nobody
-    reads the body the connection ends: what is left of it could be taken for the next request.
-    """
-    gateway, client, head, record = exchange.gateway, exchange.client, exchange.head, exchange.record
-    dispatcher, loop = gateway.dispatcher, gateway.loop
-    connection: NodeConnection | None = None
-    upload: Upload | None = None
-    clean, keep, exchange.keep = False, exchange.keep, False
-    lease = dispatcher.lease_unqueued(record.id, exchange.spec, set(), loop.time())
-    try:
-        record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
-        pool = gateway.node_io.pools[lease.node]
-        client.pause_reading()      # until the Upload takes the bytes
-        async with pool.unqueued:
-            connection = await pool.connect()
-            lease.abandon = connection.fail
-            client.send_continue(head)
-            connection.transport.write(render_request(head, lease.node.settings, head.length))
-            upload = Upload(client, connection, head.length, gateway.turns)
-            upload.start(gateway.header_timeout_s)
-            begun = Begun(lease, connection, await connection.response(head.method))
-            exchange.keep = keep and upload.body.done
-            await relay_answer(exchange, begun)
-            clean = begun.clean and upload.body.done
-    except NodeFailure as failure:
-        gateway.node_io.record_failure(lease, failure.value)
-        exchange.keep = False
-        raise Refusal(502, f"{lease.node.name}: {failure}") from None
-    finally:
-        if upload is not None:
-            upload.end()
-        dispatcher.release(lease, loop.time())
-        if connection is not None:
-            pool.give_back(connection, clean)
 
 
 # -----------------------------------------------------------------------------
@@ -7512,7 +7484,7 @@ class OllamaApi:
         try:
             async with asyncio.timeout(timeout_s):
                 request = render_request(head, self.pool.settings, len(body)) + body
-                connection, answer = await self.pool.exchange(request, method)
+                connection, answer = await self.pool.request(request, method)
                 collector = Collector(connection, answer, max_bytes)
                 text = await collector.collect()
                 clean = collector.clean
@@ -8739,12 +8711,12 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("POST", "/v1/messages", queued("chat", Family.ANTHROPIC)),
     ("POST", "/v1/audio/transcriptions", queued("transcribe", Family.OPENAI)),
     ("POST", "/api/show", Route(serve_control, Where.ANY, "show")),
-    ("GET", "/v1/models/", Route(serve_raw, Where.ANY, family=Family.OPENAI)),
+    ("GET", "/v1/models/", Route(serve_control, Where.ANY, family=Family.OPENAI)),
     ("POST", "/api/pull", Route(serve_change, Where.EVERY, "pull", streams=True, guarded=True)),
     ("POST", "/api/copy", Route(serve_change, Where.EVERY, "copy", guarded=True)),
     ("DELETE", "/api/delete", Route(serve_change, Where.EVERY, "delete", guarded=True)),
-    ("HEAD", "/api/blobs/", Route(serve_raw, Where.PRIMARY)),
-    ("POST", "/api/blobs/", Route(serve_raw, Where.PRIMARY, guarded=True)),
+    ("HEAD", "/api/blobs/", Route(serve_control, Where.PRIMARY)),
+    ("POST", "/api/blobs/", Route(serve_control, Where.PRIMARY, guarded=True)),
     ("POST", "/api/create", Route(serve_change, Where.PRIMARY, "create", streams=True, guarded=True)),
     ("POST", "/api/push", Route(serve_control, Where.PRIMARY, "push", streams=True, guarded=True)),
     ("POST", "/api/me", Route(serve_control, Where.PRIMARY, "account", guarded=True)),
@@ -8762,7 +8734,7 @@ KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
 # Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
 # new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
-ELSEWHERE = {(family, guarded): Route(serve_raw, Where.ANY, family=family, guarded=guarded)
+ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
              for family in Family for guarded in (False, True)}
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 

@@ -5954,6 +5954,37 @@ def test_race_that_is_lost_before_its_first_step_keeps_no_slot():
     bench.run_virtual(main())
 
 
+@pytest.mark.parametrize("moment, ended, closed", [
+    ("before its first step", 1, 0), ("under way", 1, 0), ("answered", 0, 1), ("failed", 0, 0), ("handed over", 0, 0)])
+def test_race_gives_back_what_it_holds_once(moment, ended, closed):
+    async def main():
+        done, calls = asyncio.Event(), collections.Counter()
+        answer = None if moment == "failed" else types.SimpleNamespace()
+
+        async def attempt(lease):
+            await done.wait()
+            return answer
+
+        inference = types.SimpleNamespace(
+            loop=asyncio.get_running_loop(), attempt=attempt, exchange=types.SimpleNamespace(begun_stream=None),
+            gateway=types.SimpleNamespace(telemetry=types.SimpleNamespace(
+                metrics=types.SimpleNamespace(races=collections.Counter()))),
+            end=lambda lease: calls.update(("ended",)), close=lambda begun: calls.update(("closed",)))
+        first, second = (types.SimpleNamespace(node=types.SimpleNamespace(name=name), abandon=None) for name in "ab")
+        race = sollol.Race(inference, first, second)
+        if moment != "before its first step":
+            await asyncio.sleep(0)
+        if moment in ("answered", "failed", "handed over"):
+            done.set()
+            await asyncio.sleep(0.01)
+        if moment == "handed over":
+            assert await race.winner() is answer
+        race.close()
+        race.close()
+        assert (calls["ended"], calls["closed"]) == (ended, closed)
+    asyncio.run(main())
+
+
 def test_race_is_won_even_while_the_first_attempt_still_connects():
     async def main():
         nodes = ScriptedNode(lambda request: [60.0, KEEP]), lasting("/api/generate", "a", "b")
@@ -6924,8 +6955,7 @@ def test_long_answer_in_chunks_of_one_byte_to_a_client_that_does_not_read_is_hel
             held = []
             for _ in range(50):
                 await asyncio.sleep(0.02)
-                sinks = [client.source.sink for client in gateway.listener.clients if client.source]
-                held += [len(sink.behind) for sink in sinks if isinstance(sink, sollol.Backlog)]
+                held += [len(client.source.behind) for client in gateway.listener.clients if client.source]
             assert max(held) < 2 * sollol.READ_AHEAD_BYTES + 2**16
             caller.writer.transport.resume_reading()
             assert (await caller.answer()).body == body
