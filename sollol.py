@@ -5749,13 +5749,13 @@ def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
 
 
 # A proxy on this machine adds these fields: with one of them, a loopback address does not say who asks.
-FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+FORWARDING = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
 
 
 def is_local(address: str, fields: HeadFields) -> bool:
     """Tell whether the client is on this machine and calls it by a loopback Host, which a rebound page cannot do."""
-    return (is_loopback(address) and is_loopback(host_name(fields.get(b"host", b"")))
-            and not any(field in fields for field in FORWARDING))
+    host = host_name(fields.get(b"host", b""))
+    return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
 
 
 class Verdict(NamedTuple):
