@@ -5182,13 +5182,13 @@ def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
 
 
 # A proxy on this machine adds these fields: with one of them, a loopback address does not say who asks.
-FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+FORWARDING = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
 
 
 def is_local(address: str, fields: HeadFields) -> bool:
     """Tell whether the client is on this machine and calls it by a loopback Host, which a rebound page cannot do."""
-    return (is_loopback(address) and is_loopback(host_name(fields.get(b"host", b"")))
-            and not any(field in fields for field in FORWARDING))
+    host = host_name(fields.get(b"host", b""))
+    return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
 
 
 class Verdict(NamedTuple):
@@ -8881,6 +8881,9 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
 
 # -----------------------------------------------------------------------------
 # hosts.txt: which nodes?
+#
+# A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has the same shape, with a key
+# instead of the URL: `read_file`, `parse_lines` and `parse_settings` serve both.
 # -----------------------------------------------------------------------------
 
 def parse_switch(text: str) -> bool:
@@ -8898,21 +8901,14 @@ def parse_slots(text: str) -> int:
 
 
 def parse_word(text: str) -> str:
-    """Return a text that can stand in a header field. Raises ValueError."""
-    if not text or not text.isascii() or not text.isprintable():
-        raise ValueError(f"must be printable ASCII, not {text!r}")
-    return text
-
-
-def parse_secret(text: str) -> str:
-    """Return a word that no error text may show. Raises ValueError."""
+    """Return a text that can stand in a header field. Raises ValueError, without the text: it may be a token."""
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII")
     return text
 
 
 def parse_resolve(text: str) -> bool:
-    """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
+    """Return True for `all`, the only value of resolve=. Raises ValueError."""
     if text != "all":
         raise ValueError(f"must be all, not {text!r}")
     return True
@@ -8925,13 +8921,14 @@ def parse_prefix(text: str) -> str:
     return parse_word(text).rstrip("/")
 
 
-NODE_SETTINGS: dict[str, Callable[[str], str | int]] = {
-    "name": parse_word, "slots": parse_slots, "token": parse_secret, "host": parse_word, "prefix": parse_prefix,
+SettingParsers = Mapping[str, Callable[[str], str | int | tuple[int, float]]]
+NODE_SETTINGS: SettingParsers = {
+    "name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word, "prefix": parse_prefix,
     "primary": parse_switch, "ca": parse_word, "insecure": parse_switch, "resolve": parse_resolve}
 
 
 def open_regular(path: str) -> int:
-    """Return a descriptor to read a file. Raises ConfigError for a pipe or a device: they can have no end."""
+    """Return a descriptor to read a file. Raises ConfigError, also for a pipe or a device: they may have no end."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -8945,7 +8942,7 @@ def open_regular(path: str) -> int:
 
 
 def read_file(path: str) -> tuple[str, int]:
-    """Return (text, mode) of a file that a person writes, of MAX_FILE_BYTES at the most. Raises ConfigError."""
+    """Return (text, mode) of a file that a person writes, up to MAX_FILE_BYTES long. Raises ConfigError."""
     with open(open_regular(path), "rb") as file:
         data, mode = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_mode
     try:
@@ -8955,14 +8952,6 @@ def read_file(path: str) -> tuple[str, int]:
     if len(data) > MAX_FILE_BYTES or len(text.splitlines()) > MAX_FILE_LINES:
         raise ConfigError(f"{path}: longer than {MAX_FILE_BYTES // MIB} MiB or {MAX_FILE_LINES} lines")
     return text, mode
-
-
-def mode_of(path: str) -> int:
-    """Return the mode of a file, 0 if there is none."""
-    try:
-        return os.stat(path).st_mode
-    except OSError:
-        return 0
 
 
 Settings = TypeVar("Settings", NodeSettings, KeySettings)
@@ -8993,7 +8982,7 @@ def parse_lines(text: str, place: str, kind: str, parse: Callable[[str], Setting
     return list(by_name.values())
 
 
-def parse_settings(words: list[str], parsers: Mapping[str, Callable[[str], object]], secret: bool) -> dict[str, Any]:
+def parse_settings(words: list[str], parsers: SettingParsers, secret: bool) -> dict[str, Any]:
     """Return the values of words such as slots=4, by name. Raises ValueError; it shows no word that may be `secret`."""
     values: dict[str, Any] = {}
     for word in words:
@@ -9010,7 +8999,7 @@ def parse_settings(words: list[str], parsers: Mapping[str, Callable[[str], objec
 
 def parse_url(url: str) -> tuple[str, int, bool, str]:
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
-    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)     # a password is for nobody's log
+    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)     # no log may show a password
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         port = 11434 if parts.port is None else parts.port
@@ -9044,7 +9033,7 @@ def with_authority(node: NodeSettings, folder: str) -> NodeSettings:
     if not node.ca:
         return node
     node = node._replace(ca=os.path.join(folder, node.ca))
-    if stat.S_ISFIFO(mode_of(node.ca)):
+    if os.path.exists(node.ca) and stat.S_ISFIFO(os.stat(node.ca).st_mode):     # to read it would wait for a writer
         raise ValueError(f"ca {node.ca}: this is not a regular file")
     trust_in(node)
     return node
@@ -9296,7 +9285,7 @@ def parse_most(text: str) -> int:
     return int(text)
 
 
-KEY_SETTINGS: dict[str, Callable[[str], object]] = {
+KEY_SETTINGS: SettingParsers = {
     "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
     "concurrency": parse_most, "admin": parse_switch}
 
