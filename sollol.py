@@ -9184,11 +9184,6 @@ class Sources:
         """Return the names that were not looked up yet."""
         return self.tasks.keys() - self.dns.keys() - self.unresolved - {SCAN}
 
-    def start_scans(self) -> None:
-        """Begin to look for servers, if there are networks to search."""
-        if self.options.discover:
-            supervise(self.tasks, SCAN, self.scan_forever, self.options.probe_interval)
-
     async def resolve(self, name: str) -> bool:
         """Note the addresses behind a name; tell whether they have changed. If DNS fails, its last answer stays."""
         former, failed = self.dns.get(name, []), name in self.unresolved
@@ -9720,7 +9715,8 @@ class Gateway:
         if not self.draining:       # else a signal came first
             await self.listener.start()
             self.timer = self.loop.call_later(SWEEP_S, self.sweep)
-            self.sources.start_scans()
+            if self.options.discover:
+                supervise(self.sources.tasks, SCAN, self.sources.scan_forever, self.options.probe_interval)
         return self
 
     async def first_looks(self) -> None:
@@ -10120,7 +10116,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
-        if gateway.listener.address:         # else it did not start
+        if gateway.listener.address:        # else it did not start
             LOG.info({"event": "stop"})
 
 
