@@ -5373,7 +5373,7 @@ class LoopTurns:
 
 
 class BodyMemory:
-    """Share out the memory for bodies that are read as a whole: beyond its limit they wait unread, in order.
+    """Share the memory for bodies that are read as a whole: bodies for which there is no room wait unread, in order.
 
     Short ones need not wait; one that is alone may be larger than all the memory.
     """
@@ -5629,8 +5629,7 @@ class ClientConnection(asyncio.Protocol):
         await self.read_more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
-    async def read_body(self, head: RequestHead, limit: int, grace_s: float,
-                        memory: BodyMemory) -> Body:
+    async def read_body(self, head: RequestHead, limit: int, grace_s: float, memory: BodyMemory) -> Body:
         """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
@@ -5701,11 +5700,11 @@ NOT_TLS = (b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection:
 class TlsTransport(asyncio.Protocol):
     """Speak TLS on a client's socket; to the ClientConnection this is the transport.
 
-    asyncio's own would be simpler, but it cannot close the write side alone, so that a reset could destroy an early
-    answer; it gives the reader of a closed connection so many seconds, however much is left to read; it waits for those
-    that are idle to say good-bye, too; and it hides connections until their handshake is over, so that they cannot be
-    counted. Here back-pressure, buffer and end are the socket's own. With 200 streams a token costs 25.9 us on asyncio
-    instead of 31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
+    asyncio's own would be simpler, but it cannot close the write side alone, so a reset could destroy an early answer;
+    it gives the reader of a closed connection a fixed time, however much is left to read; it waits for idle clients to
+    say good-bye, too; and it hides connections until their handshake is over, so they cannot be counted. Here
+    back-pressure, buffer and end are the socket's own. With 200 streams a token costs 25.9 us on asyncio instead of
+    31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
     `forget` is told of a client whose handshake never ended.
     """
 
@@ -5719,7 +5718,7 @@ class TlsTransport(asyncio.Protocol):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.shaken = False         # the handshake is over
-        self.ended = False          # nothing more is sent, and nothing read but to be thrown away
+        self.ended = False          # nothing more is sent, and what still comes is thrown away
         self.is_closing, self.get_extra_info = socket.is_closing, socket.get_extra_info
         self.pause_reading, self.resume_reading = socket.pause_reading, socket.resume_reading
         self.set_write_buffer_limits = socket.set_write_buffer_limits
@@ -6343,7 +6342,7 @@ class Transcript:
     """
 
     def __init__(self) -> None:
-        self.known = ""             # what the client had when the replay began; kinds of text are marked off by NULs
+        self.known = ""             # what the client had when the replay began; NULs set off kinds of text
         self.fresh: list[str] = []  # what it has got since
         self.at = 0                 # how much of the running answer has been read
         self.key = ""               # what kind of text it was last
@@ -6389,7 +6388,7 @@ class Transcript:
             self.fresh.append(spoken[len(known):])
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
-    def renamed(self, value: Json) -> bool:
+    def rename(self, value: Json) -> bool:
         """Give an event of a replay the id and the time of the stream it goes on with; tell whether they differed."""
         if not self.lost:
             if not self.name:
@@ -6400,10 +6399,10 @@ class Transcript:
         return bool(other)
 
     def unsent_part(self, line: bytes) -> bytes:
-        """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
+        """Return what the client lacks of a streamed line or event: all, nothing, or a new line with the rest.
 
-        As long as no node was lost that is the line as it came. Raises NodeFailure for a line that tells an error,
-        Refusal for a replay that says something else.
+        Before a node is lost that is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
+        for a replay that says something else.
         """
         lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
         value = {"done": True} if text == b"[DONE]" else json_of(text)
@@ -6420,7 +6419,7 @@ class Transcript:
         if self.lost and self.used and counts:
             return b""
         self.used = self.used or counts
-        if lead and self.renamed(value) and not was_behind:
+        if lead and self.rename(value) and not was_behind:
             return lead + json.dumps(value).encode() + b"\n\n"
         if not was_behind:
             return line
