@@ -5851,14 +5851,6 @@ class Record:
     cors: RawLines = ()             # raw lines of the answer that let a web page read it
 
 
-def request_id(head: RequestHead, rng: random.Random) -> str:
-    """Return the client's own X-Request-Id if it is harmless in a header and a log line, else a new one."""
-    own = head.fields.get(b"x-request-id", b"")
-    if 0 < len(own) <= 128 and TOKEN.fullmatch(own):
-        return own.decode()
-    return f"{rng.getrandbits(64):016x}"
-
-
 @dataclass(slots=True, eq=False)
 class Exchange:
     """A request under way: who asks, what for, which services answer, and what becomes known on the way."""
@@ -5887,8 +5879,13 @@ class Exchange:
 
 
 def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
-    """Return the Exchange of a request whose head has come."""
-    record = Record(request_id(head, gateway.rng), client.address, head.method, head.path, gateway.loop.time())
+    """Return the Exchange of a request whose head has come.
+
+    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
+    """
+    own = head.fields.get(b"x-request-id", b"")
+    id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
+    record = Record(id, client.address, head.method, head.path, gateway.loop.time())
     return Exchange(gateway, client, head, record, head.keep_alive)
 
 
@@ -6100,10 +6097,6 @@ class Relay(Sink):
         self.passing: ChunkedBody | None = None     # whose chunks pass to the client as they come; its head is out
         self.withheld = b""         # an error that the node told, kept from the client while another may do better
 
-    def start(self) -> None:
-        self.client.source = self.connection
-        super().start()
-
     def is_held_up(self) -> bool:
         return self.client.write_paused
 
@@ -6288,6 +6281,7 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     lease.held_up = lambda: client.write_paused
     if not isinstance(relay, LineRelay):
         lease.ticket.race = None    # no other node could go on with it
+    client.source = begun.connection
     try:
         relay.start()
         await relay.finished()
