@@ -5333,7 +5333,7 @@ class LoopTurns:
 
 
 class BodyMemory:
-    """Share out the memory for bodies that are read as a whole: beyond its limit they wait unread, in order.
+    """Share the memory for bodies that are read as a whole: bodies for which there is no room wait unread, in order.
 
     Short ones need not wait; one that is alone may be larger than all the memory.
     """
@@ -5589,8 +5589,7 @@ class ClientConnection(asyncio.Protocol):
         await self.read_more(due_s - self.loop.time())
         return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
 
-    async def read_body(self, head: RequestHead, limit: int, grace_s: float,
-                        memory: BodyMemory) -> Body:
+    async def read_body(self, head: RequestHead, limit: int, grace_s: float, memory: BodyMemory) -> Body:
         """Return the whole body of a request, for which `memory` has room.
 
         Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
@@ -5661,11 +5660,11 @@ NOT_TLS = (b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection:
 class TlsTransport(asyncio.Protocol):
     """Speak TLS on a client's socket; to the ClientConnection this is the transport.
 
-    asyncio's own would be simpler, but it cannot close the write side alone, so that a reset could destroy an early
-    answer; it gives the reader of a closed connection so many seconds, however much is left to read; it waits for those
-    that are idle to say good-bye, too; and it hides connections until their handshake is over, so that they cannot be
-    counted. Here back-pressure, buffer and end are the socket's own. With 200 streams a token costs 25.9 us on asyncio
-    instead of 31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
+    asyncio's own would be simpler, but it cannot close the write side alone, so a reset could destroy an early answer;
+    it gives the reader of a closed connection a fixed time, however much is left to read; it waits for idle clients to
+    say good-bye, too; and it hides connections until their handshake is over, so they cannot be counted. Here
+    back-pressure, buffer and end are the socket's own. With 200 streams a token costs 25.9 us on asyncio instead of
+    31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
     `forget` is told of a client whose handshake never ended.
     """
 
@@ -5679,7 +5678,7 @@ class TlsTransport(asyncio.Protocol):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.shaken = False         # the handshake is over
-        self.ended = False          # nothing more is sent, and nothing read but to be thrown away
+        self.ended = False          # nothing more is sent, and what still comes is thrown away
         self.is_closing, self.get_extra_info = socket.is_closing, socket.get_extra_info
         self.pause_reading, self.resume_reading = socket.pause_reading, socket.resume_reading
         self.set_write_buffer_limits = socket.set_write_buffer_limits
@@ -5812,14 +5811,6 @@ class Record:
     cors: RawLines = ()             # raw lines of the answer that let a web page read it
 
 
-def request_id(head: RequestHead, rng: random.Random) -> str:
-    """Return the client's own X-Request-Id if it is harmless in a header and a log line, else a new one."""
-    own = head.fields.get(b"x-request-id", b"")
-    if 0 < len(own) <= 128 and TOKEN.fullmatch(own):
-        return own.decode()
-    return f"{rng.getrandbits(64):016x}"
-
-
 @dataclass(slots=True, eq=False)
 class Exchange:
     """A request under way: who asks, what for, which services answer, and what becomes known on the way."""
@@ -5848,8 +5839,13 @@ class Exchange:
 
 
 def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
-    """Return the Exchange of a request whose head has come."""
-    record = Record(request_id(head, gateway.rng), client.address, head.method, head.path, gateway.loop.time())
+    """Return the Exchange of a request whose head has come.
+
+    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
+    """
+    own = head.fields.get(b"x-request-id", b"")
+    id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
+    record = Record(id, client.address, head.method, head.path, gateway.loop.time())
     return Exchange(gateway, client, head, record, head.keep_alive)
 
 
@@ -6061,10 +6057,6 @@ class Relay(Sink):
         self.passing: ChunkedBody | None = None     # whose chunks pass to the client as they come; its head is out
         self.withheld = b""         # an error that the node told, kept from the client while another may do better
 
-    def start(self) -> None:
-        self.client.source = self.connection
-        super().start()
-
     def is_held_up(self) -> bool:
         return self.client.write_paused
 
@@ -6249,6 +6241,7 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     lease.held_up = lambda: client.write_paused
     if not isinstance(relay, LineRelay):
         lease.ticket.race = None    # no other node could go on with it
+    client.source = begun.connection
     try:
         relay.start()
         await relay.finished()
@@ -6303,7 +6296,7 @@ class Transcript:
     """
 
     def __init__(self) -> None:
-        self.known = ""             # what the client had when the replay began; kinds of text are marked off by NULs
+        self.known = ""             # what the client had when the replay began; NULs set off kinds of text
         self.fresh: list[str] = []  # what it has got since
         self.at = 0                 # how much of the running answer has been read
         self.key = ""               # what kind of text it was last
@@ -6349,7 +6342,7 @@ class Transcript:
             self.fresh.append(spoken[len(known):])
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
-    def renamed(self, value: Json) -> bool:
+    def rename(self, value: Json) -> bool:
         """Give an event of a replay the id and the time of the stream it goes on with; tell whether they differed."""
         if not self.lost:
             if not self.name:
@@ -6360,10 +6353,10 @@ class Transcript:
         return bool(other)
 
     def unsent_part(self, line: bytes) -> bytes:
-        """Return what the client lacks of a streamed line or event; of one that it has in part a new one with the rest.
+        """Return what the client lacks of a streamed line or event: all, nothing, or a new line with the rest.
 
-        As long as no node was lost that is the line as it came. Raises NodeFailure for a line that tells an error,
-        Refusal for a replay that says something else.
+        Before a node is lost that is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
+        for a replay that says something else.
         """
         lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
         value = {"done": True} if text == b"[DONE]" else json_of(text)
@@ -6380,7 +6373,7 @@ class Transcript:
         if self.lost and self.used and counts:
             return b""
         self.used = self.used or counts
-        if lead and self.renamed(value) and not was_behind:
+        if lead and self.rename(value) and not was_behind:
             return lead + json.dumps(value).encode() + b"\n\n"
         if not was_behind:
             return line
