@@ -7199,7 +7199,7 @@ class Cut(NamedTuple):
 
 @dataclass(slots=True)
 class Share:
-    """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
+    """Some texts of a batch, a request of their own, and what a node has answered to it."""
 
     texts: list[str]
     spec: RequestSpec
@@ -8753,38 +8753,57 @@ def find_route(method: str, path: str) -> Route:
 # stands around it.
 # -----------------------------------------------------------------------------
 
-async def count_request(exchange: Exchange, key: Key) -> None:
-    """Count a request as one of its key's. Raises Refusal if that has none left."""
+async def converse(gateway: Gateway, client: ClientConnection) -> None:
+    """Serve one client connection from its first byte to its last: one request after the other."""
     try:
-        key.take(exchange.gateway.loop.time())
-    except Refusal:
-        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
-            exchange.keep = False   # rather than read all that is refused
-        else:
-            await exchange.read_body()
+        while True:
+            client.serving = client.asking = False
+            head = await client.next_head(gateway.header_timeout_s)
+            if head is None:
+                return
+            client.asking = True
+            exchange = begin_exchange(gateway, client, head)
+            await handle(exchange)
+            if client.write_paused:
+                await client.drained()
+            if client.buffer:       # it asks ahead: others come in between
+                await gateway.turns.take()
+            if not exchange.keep or gateway.draining or client.gone:
+                return
+    except Refusal as refusal:      # no head, or none that can be read
+        refuse_unread(gateway, client, refusal)
+    except (ClientGone, asyncio.CancelledError):
+        pass
+    except Exception:
+        LOG.exception({"event": "error", "id": ""})
+        client.transport.abort()
+    finally:
+        await client.close()
+        gateway.listener.forget(client)
+
+
+async def handle(exchange: Exchange) -> None:
+    """Let one request be answered, whatever happens, and count it."""
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    try:
+        await serve(exchange)
+    except Refusal as refusal:
+        answer_refusal(exchange, refusal)
+    except NodeRefused as refused:
+        await answer_whole(exchange, refused.value.head, [refused.value.body])
+    except (ClientGone, asyncio.CancelledError):
+        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
         raise
-
-
-async def read_request(exchange: Exchange) -> None:
-    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
-    gateway, head, route, verdict = exchange.gateway, exchange.head, exchange.route, exchange.verdict
-    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
-    exchange.client.serving = True
-    steps = reading_steps(head, route, body)
-    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
-    spec = exchange.spec = read_spec(head, route, reading, verdict.client, verdict.priority)
-    spec.priority = min(spec.priority, verdict.max_priority)
-    if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
-        raise refusal.error()       # only the body tells of this change
-    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
-
-
-def answer_page(exchange: Exchange, status: int) -> None:
-    """Answer a web page without a body, as Ollama does: 403 if it may not ask, 204 if it asks whether it may."""
-    if status == 403:
-        exchange.record.reason = "origin not allowed"
-    exchange.keep = exchange.keep and exchange.head.length == 0
-    answer_locally(exchange, OwnAnswer(status, lines=PREFLIGHT if status == 204 else ()))
+    except Exception:
+        LOG.exception({"event": "error", "id": record.id})
+        if record.status:
+            client.transport.abort()
+            record.outcome, exchange.keep = "error", False
+        else:
+            answer_refusal(exchange, Refusal(500, "internal error", close=True))
+    finally:
+        gateway.telemetry.finish(record)
+        gateway.memory.give_back(client)
 
 
 async def serve(exchange: Exchange) -> None:
@@ -8819,57 +8838,38 @@ async def serve(exchange: Exchange) -> None:
             key.give_back()
 
 
-async def handle(exchange: Exchange) -> None:
-    """Let one request be answered, whatever happens, and count it."""
-    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+def answer_page(exchange: Exchange, status: int) -> None:
+    """Answer a web page without a body, as Ollama does: 403 if it may not ask, 204 if it asks whether it may."""
+    if status == 403:
+        exchange.record.reason = "origin not allowed"
+    exchange.keep = exchange.keep and exchange.head.length == 0
+    answer_locally(exchange, OwnAnswer(status, lines=PREFLIGHT if status == 204 else ()))
+
+
+async def count_request(exchange: Exchange, key: Key) -> None:
+    """Count a request as one of its key's. Raises Refusal if that has none left."""
     try:
-        await serve(exchange)
-    except Refusal as refusal:
-        answer_refusal(exchange, refusal)
-    except NodeRefused as refused:
-        await answer_whole(exchange, refused.value.head, [refused.value.body])
-    except (ClientGone, asyncio.CancelledError):
-        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
-        raise
-    except Exception:
-        LOG.exception({"event": "error", "id": record.id})
-        if record.status:
-            client.transport.abort()
-            record.outcome, exchange.keep = "error", False
+        key.take(exchange.gateway.loop.time())
+    except Refusal:
+        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
+            exchange.keep = False   # rather than read all that is refused
         else:
-            answer_refusal(exchange, Refusal(500, "internal error", close=True))
-    finally:
-        gateway.telemetry.finish(record)
-        gateway.memory.give_back(client)
+            await exchange.read_body()
+        raise
 
 
-async def converse(gateway: Gateway, client: ClientConnection) -> None:
-    """Serve one client connection from its first byte to its last: one request after the other."""
-    try:
-        while True:
-            client.serving = client.asking = False
-            head = await client.next_head(gateway.header_timeout_s)
-            if head is None:
-                return
-            client.asking = True
-            exchange = begin_exchange(gateway, client, head)
-            await handle(exchange)
-            if client.write_paused:
-                await client.drained()
-            if client.buffer:       # it asks ahead: others come in between
-                await gateway.turns.take()
-            if not exchange.keep or gateway.draining or client.gone:
-                return
-    except Refusal as refusal:      # no head, or none that can be read
-        refuse_unread(gateway, client, refusal)
-    except (ClientGone, asyncio.CancelledError):
-        pass
-    except Exception:
-        LOG.exception({"event": "error", "id": ""})
-        client.transport.abort()
-    finally:
-        await client.close()
-        gateway.listener.forget(client)
+async def read_request(exchange: Exchange) -> None:
+    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
+    gateway, head, route, verdict = exchange.gateway, exchange.head, exchange.route, exchange.verdict
+    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
+    exchange.client.serving = True
+    steps = reading_steps(head, route, body)
+    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
+    spec = exchange.spec = read_spec(head, route, reading, verdict.client, verdict.priority)
+    spec.priority = min(spec.priority, verdict.max_priority)
+    if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
+        raise refusal.error()       # only the body tells of this change
+    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
 
 
 # -----------------------------------------------------------------------------
