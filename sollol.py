@@ -7239,7 +7239,7 @@ class Cut(NamedTuple):
 
 @dataclass(slots=True)
 class Share:
-    """Some texts of a batch: a request of its own. It takes the client's place when that is answered."""
+    """Some texts of a batch, a request of their own, and what a node has answered to it."""
 
     texts: list[str]
     spec: RequestSpec
@@ -8630,6 +8630,86 @@ def find_route(method: str, path: str) -> Route:
 # stands around it.
 # -----------------------------------------------------------------------------
 
+async def converse(gateway: Gateway, client: ClientConnection) -> None:
+    """Serve one client connection from its first byte to its last: one request after the other."""
+    try:
+        while True:
+            client.serving = client.asking = False
+            head = await client.next_head(gateway.header_timeout_s)
+            if head is None:
+                return
+            client.asking = True
+            exchange = begin_exchange(gateway, client, head)
+            await handle(exchange)
+            if client.write_paused:
+                await client.drained()
+            if client.buffer:       # it asks ahead: others come in between
+                await gateway.turns.take()
+            if not exchange.keep or gateway.draining or client.gone:
+                return
+    except Refusal as refusal:      # no head, or none that can be read
+        refuse_unread(gateway, client, refusal)
+    except (ClientGone, asyncio.CancelledError):
+        pass
+    except Exception:
+        LOG.exception({"event": "error", "id": ""})
+        client.transport.abort()
+    finally:
+        await client.close()
+        gateway.forget(client)
+
+
+async def handle(exchange: Exchange) -> None:
+    """Let one request be answered, whatever happens, and count it."""
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    try:
+        await serve(exchange)
+    except Refusal as refusal:
+        answer_refusal(exchange, refusal)
+    except NodeRefused as refused:
+        await answer_whole(exchange, refused.value.head, [refused.value.body])
+    except (ClientGone, asyncio.CancelledError):
+        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
+        raise
+    except Exception:
+        LOG.exception({"event": "error", "id": record.id})
+        if record.status:
+            client.transport.abort()
+            record.outcome, exchange.keep = "error", False
+        else:
+            answer_refusal(exchange, Refusal(500, "internal error", close=True))
+    finally:
+        gateway.finish(record)
+        gateway.memory.give_back(client)
+
+
+async def serve(exchange: Exchange) -> None:
+    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
+    gateway, client, head = exchange.gateway, exchange.client, exchange.head
+    if head.fields.get(b"origin") and answer_origin(exchange):
+        return
+    if gateway.is_rebound(head.fields.get(b"host", b"")):
+        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
+    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
+    route = exchange.route = find_route(head.method, head.path)
+    key = exchange.key = admit(gateway, client, head, route, exchange.record)
+    if route.where in ANSWERED_HERE:
+        if head.length != 0:
+            await exchange.read_body()
+        await route.handler(exchange)
+        return
+    if gateway.draining:
+        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
+    if key is not None:
+        await count_request(exchange, key)
+    try:
+        await read_request(exchange)
+        await (serve_change if exchange.spec.change == "unload" else route.handler)(exchange)
+    finally:
+        if key is not None:
+            key.give_back()
+
+
 async def count_request(exchange: Exchange, key: Key) -> None:
     """Count a request as one of its key's. Raises Refusal if that has none left."""
     try:
@@ -8661,86 +8741,6 @@ async def read_request(exchange: Exchange) -> None:
     if spec.change == "unload":     # which only the body tells
         guard(gateway, head, route.kind, key, close=False)
     exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
-
-
-async def serve(exchange: Exchange) -> None:
-    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
-    gateway, client, head = exchange.gateway, exchange.client, exchange.head
-    if head.fields.get(b"origin") and answer_origin(exchange):
-        return
-    if gateway.is_rebound(head.fields.get(b"host", b"")):
-        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
-    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
-    route = exchange.route = find_route(head.method, head.path)
-    key = exchange.key = admit(gateway, client, head, route, exchange.record)
-    if route.where in ANSWERED_HERE:
-        if head.length != 0:
-            await exchange.read_body()
-        await route.handler(exchange)
-        return
-    if gateway.draining:
-        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    if key is not None:
-        await count_request(exchange, key)
-    try:
-        await read_request(exchange)
-        await (serve_change if exchange.spec.change == "unload" else route.handler)(exchange)
-    finally:
-        if key is not None:
-            key.give_back()
-
-
-async def handle(exchange: Exchange) -> None:
-    """Let one request be answered, whatever happens, and count it."""
-    gateway, client, record = exchange.gateway, exchange.client, exchange.record
-    try:
-        await serve(exchange)
-    except Refusal as refusal:
-        answer_refusal(exchange, refusal)
-    except NodeRefused as refused:
-        await answer_whole(exchange, refused.value.head, [refused.value.body])
-    except (ClientGone, asyncio.CancelledError):
-        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
-        raise
-    except Exception:
-        LOG.exception({"event": "error", "id": record.id})
-        if record.status:
-            client.transport.abort()
-            record.outcome, exchange.keep = "error", False
-        else:
-            answer_refusal(exchange, Refusal(500, "internal error", close=True))
-    finally:
-        gateway.finish(record)
-        gateway.memory.give_back(client)
-
-
-async def converse(gateway: Gateway, client: ClientConnection) -> None:
-    """Serve one client connection from its first byte to its last: one request after the other."""
-    try:
-        while True:
-            client.serving = client.asking = False
-            head = await client.next_head(gateway.header_timeout_s)
-            if head is None:
-                return
-            client.asking = True
-            exchange = begin_exchange(gateway, client, head)
-            await handle(exchange)
-            if client.write_paused:
-                await client.drained()
-            if client.buffer:       # it asks ahead: others come in between
-                await gateway.turns.take()
-            if not exchange.keep or gateway.draining or client.gone:
-                return
-    except Refusal as refusal:      # no head, or none that can be read
-        refuse_unread(gateway, client, refusal)
-    except (ClientGone, asyncio.CancelledError):
-        pass
-    except Exception:
-        LOG.exception({"event": "error", "id": ""})
-        client.transport.abort()
-    finally:
-        await client.close()
-        gateway.forget(client)
 
 
 # -----------------------------------------------------------------------------
