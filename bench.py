@@ -3735,7 +3735,7 @@ class Switch(NamedTuple):
 
 SWITCHES = (
     Switch("hold", {"HOLD": math.inf}),
-    Switch("look-ahead", {"LOOK_AHEAD": 1, "SKIM_AHEAD": 0}, "load|models5|prio"),
+    Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
     Switch("harm", {"HARM": 0.0}, "models5"),
     Switch("swap", {"SWAP": 0.0}, "models5"),
     Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),

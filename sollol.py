@@ -154,9 +154,6 @@ BATCH_GAIN = 0.7                    # b requests on one model together progress 
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
-SKIM_AHEAD = 48                     # tickets behind those, skimmed every SKIM_S: else slower and cold nodes stay idle
-SKIM_S = 2.0                        # behind eight that had better wait. 40 nodes: mean 2 to 12 % shorter
-SKIM_MODELS = 4                     # at once: 2 ms, with 50 nodes
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode, before it is known
 MOST_OVERHEAD_S = 0.4               # what is longer is a wait
@@ -2992,7 +2989,6 @@ class Turn:
     """One run of `dispatch`: what it has decided so far."""
 
     now: float
-    models_to_skim: int = 0
     leases: list[Lease] = field(default_factory=list)       # given
     refused: list[Ticket] = field(default_factory=list)
     held: list[Entry] = field(default_factory=list)         # heap entries that had better wait
@@ -3008,7 +3004,6 @@ class Room:
     forced: bool                    # all fail it, and the only nodes that can serve always may
     places_left: float              # tickets that may still be sent
     looks_left: int                 # tickets that may still be held back
-    skims_left: int                 # tickets behind those that may still be skimmed
     finish_s: float = math.inf      # when the first of those would be finished, in seconds from now
 
 
@@ -3234,7 +3229,6 @@ class Dispatcher:
         self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
         self.queue = Queue()
         self.settled: dict[str | None, Settled] = {}            # by model
-        self.skimmed_s: dict[str | None, float] = {}            # when the tickets of a model were skimmed last
         self.freed: collections.Counter[str | None] = collections.Counter()     # settled model: leases ended since
         self.surroundings: dict[Node, NodeSnapshot] = {}        # until something begins or ends there
         self.rates: dict[str | None, tuple[float, list[Rates]]] = {}    # when reckoned, and what; see `rates_of`
@@ -3451,17 +3445,16 @@ class Dispatcher:
 
     # Dispatch ---------------------------------------------------------------
 
-    def dispatch(self, now: float, skim: bool = False) -> tuple[list[Lease], list[Ticket]]:
+    def dispatch(self, now: float) -> tuple[list[Lease], list[Ticket]]:
         """Match waiting tickets to nodes. Return (leases given, tickets refused).
 
         A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
-        leases ends, one ticket may go. A node that is idle even then is offered to every model. With `skim` more
-        tickets are judged: those far behind may be finished sooner on nodes that those before them had better not have.
+        leases ends, one ticket may go. A node that is idle even then is offered to every model.
         """
         if not self.queue.tickets and not self.displaced:
             self.idle.clear()       # mostly there is nothing to do when a request has ended
             return [], []
-        turn = Turn(now, SKIM_MODELS if skim else 0, refused=self.displaced)
+        turn = Turn(now, refused=self.displaced)
         self.displaced = []
         if self.queue.tickets:
             self.bind(turn)
@@ -3490,8 +3483,7 @@ class Dispatcher:
         rooms, now = [], turn.now
         for model in list(self.queue.heaps):
             settled, freed = self.settled.get(model), self.freed.pop(model, 0)
-            skim = turn.models_to_skim > 0 and now - self.skimmed_s.get(model, -math.inf) >= SKIM_S
-            again = settled and (skim or now - settled.at_s >= LOOK_AGAIN_S)
+            again = settled and now - settled.at_s >= LOOK_AGAIN_S
             if settled and not freed and not again:
                 continue
             places = freed if freed and not again else math.inf
@@ -3500,20 +3492,17 @@ class Dispatcher:
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
                 continue
-            if skim:
-                self.skimmed_s[model] = now
-                turn.models_to_skim -= 1
             usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
             alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
             if alive:
-                rooms.append(Room(model, alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
+                rooms.append(Room(model, alive, not usable, places, looks))
             elif not any(self.is_awaited(runner.node, now) for runner in holders):
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
                 self.refuse_all(turn, model, f"every node that has {model} is down or draining",
                                 last.node.drained_seq if last else 0)
                 if last and self.queue.first(model):
-                    rooms.append(Room(model, [last], True, places, looks, SKIM_AHEAD if skim else 0))
+                    rooms.append(Room(model, [last], True, places, looks))
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn: Turn, model: str | None, text: str, since_seq: int = 0) -> None:
@@ -3568,9 +3557,7 @@ class Dispatcher:
             while heads:
                 room = heapq.heappop(heads)[2]
                 entry = self.queue.pop(room.model)
-                candidates = self.place_or_hold(turn, entry, room)
-                if room.skims_left and not room.looks_left and self.skim(turn, entry, room, candidates):
-                    room.looks_left = 1
+                self.place_or_hold(turn, entry, room)
                 if (following := self.queue.first(room.model)) and self.is_open(room, turn.now):
                     heapq.heappush(heads, (*following[:2], room))
                 elif room.places_left > 0:
@@ -3589,11 +3576,8 @@ class Dispatcher:
                     return True
         return False
 
-    def place_or_hold(self, turn: Turn, entry: Entry, room: Room) -> list[Candidate]:
-        """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait.
-
-        Returns its candidates.
-        """
+    def place_or_hold(self, turn: Turn, entry: Entry, room: Room) -> None:
+        """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait."""
         ticket = entry[2]
         candidates = self.candidates(turn, ticket, room.runners)
         free = next((it for it in candidates if self.has_room(it.runner, room, turn.now)), None)
@@ -3615,7 +3599,6 @@ class Dispatcher:
         else:
             self.queue.settle(entry)
             turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
-        return candidates
 
     def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
         """Tell whether a ticket has been held back as long as the better node was first predicted to need.
@@ -3626,27 +3609,6 @@ class Dispatcher:
             sure = is_confirmed(free.runner, now) and is_confirmed(best.runner, now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
         return now >= ticket.held_until_s
-
-    def skim(self, turn: Turn, entry: Entry, room: Room, candidates: list[Candidate]) -> bool:
-        """Hold back tickets behind one that is held, as if they were like it; tell whether the next had better go now.
-
-        Each claims what is then the best, and only that is reckoned anew: a fiftieth of a look on fifty nodes.
-        """
-        demand, now = self.estimates.demand_of(entry[2]), turn.now
-        free = next((it for it in candidates if self.has_room(it.runner, room, now)), None)
-        while free and room.skims_left and self.queue.first(room.model):
-            best = candidates[0]
-            offer = turn.claimed[best.runner]
-            candidates[0] = best._replace(finish_s=offer.finish_s(demand, now) + doubt_s(best.runner.node, now),
-                                          offer=offer)
-            candidates.sort()       # all but the first are in order
-            best = candidates[0]
-            if free.finish_s <= HOLD * best.finish_s:
-                return True
-            turn.held.append(self.queue.pop(room.model))
-            turn.claimed[best.runner] = best.offer.claimed(now + best.finish_s, now)
-            room.skims_left -= 1
-        return False
 
     def has_room(self, runner: Runner, room: Room, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
@@ -4437,7 +4399,6 @@ class Dispatcher:
     def reindex(self) -> None:
         """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
         self.unsettle_all()
-        self.skimmed_s.clear()
         self.holders = {}
         for node in self.nodes.values():
             for model in node.rows:
@@ -9637,9 +9598,9 @@ class Gateway:
 
     # Work -------------------------------------------------------------------
 
-    def pump(self, skim: bool = False) -> None:
+    def pump(self) -> None:
         """Let the dispatcher match, and wake whoever waits for what it decided."""
-        leases, refused = self.dispatcher.dispatch(self.loop.time(), skim)
+        leases, refused = self.dispatcher.dispatch(self.loop.time())
         if leases or refused:
             self.wake([*(lease.ticket for lease in leases), *refused])
 
@@ -9775,7 +9736,7 @@ class Gateway:
         if now - self.saved_s >= STATE_S:
             self.save()
         tell_systemd("WATCHDOG=1")
-        self.pump(skim=True)
+        self.pump()
 
     def save(self) -> None:
         """Begin to write what was learned into the state file, in a thread: a slow disk must not stop the streams."""

@@ -1286,28 +1286,6 @@ def test_tickets_that_wait_for_another_node_stand_in_nobodys_way():
     assert placed(dispatcher, 2.0) == ["n1"] and fresh.lease
 
 
-def test_those_behind_who_wait_for_fast_nodes_take_the_slow_ones_if_that_is_sooner():
-    """Ten fast nodes are busy, fifteen are 2.2 times slower and free: the first ten had better wait, the next not."""
-    dispatcher = cluster(**{f"n{number}": ["m"] for number in range(25)})
-    for number in range(10, 25):
-        slow = runner(dispatcher, f"n{number}")
-        slow.decode_s, slow.samples = 2.2 * sollol.decode_s(slow), 9
-        slow.node.draining = True
-    running = enter(dispatcher, *[want()] * 10)
-    assert len(placed(dispatcher)) == 10
-    for it in running:
-        it.lease.lines = 145        # of 150
-        it.lease.first_s = 0.0
-    for number in range(10, 25):
-        dispatcher.drain(dispatcher.nodes[f"n{number}"], False)
-    waiting = enter(dispatcher, *[want()] * 15)
-    assert placed(dispatcher) == []
-    leases, _ = dispatcher.dispatch(0.0, skim=True)
-    assert [lease.ticket for lease in leases] == waiting[10:]
-    assert {lease.node.name for lease in leases} == {f"n{number}" for number in range(10, 15)}
-    assert dispatcher.dispatch(0.0, skim=True) == ([], [])
-
-
 def test_at_most_three_nodes_are_tried():
     dispatcher = cluster(**{f"n{number}": ["m"] for number in range(5)})
     it, = enter(dispatcher, want())
