@@ -5126,12 +5126,12 @@ def overgrown(gateway, nodes):
     models = {model for node in nodes for model in node.models}
     for name, table in (("pools", gateway.pools), ("states", gateway.states), ("probes", gateway.probes),
                         ("first_looks", gateway.first_looks), ("jobs", {node for node, _ in gateway.jobs}),
-                        ("surroundings", dispatcher.surroundings), ("idle", dispatcher.idle)):
+                        ("surroundings", dispatcher.surroundings)):
         if extra := set(table) - known:
             yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"
     for name, table in (("queue.heaps", dispatcher.queue.heaps), ("queue.marked", dispatcher.queue.marked),
                         ("estimates.lengths", dispatcher.estimates.lengths), ("holders", dispatcher.holders),
-                        ("settled", dispatcher.settled), ("freed", dispatcher.freed)):
+                        ("settled", dispatcher.settled)):
         if extra := set(table) - models:
             yield f"{name} keeps {' '.join(map(str, extra))}"
     for model, heap in dispatcher.queue.heaps.items():

@@ -3002,9 +3002,7 @@ class Room:
     model: str | None
     runners: list[Runner]           # on usable nodes, their own breakers not open
     forced: bool                    # all fail it, and the only nodes that can serve always may
-    places_left: float              # tickets that may still be sent
     looks_left: int                 # tickets that may still be held back
-    finish_s: float = math.inf      # when the first of those would be finished, in seconds from now
 
 
 class Settled(NamedTuple):
@@ -3012,7 +3010,6 @@ class Settled(NamedTuple):
 
     at_s: float
     last_key_s: float               # of the last ticket that was looked at; infinite if there was none behind it
-    finish_s: float                 # when the first one would be finished where it waits to go
 
 
 ALL_FAILED = 502, "every node that could answer has failed"
@@ -3229,10 +3226,8 @@ class Dispatcher:
         self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
         self.queue = Queue()
         self.settled: dict[str | None, Settled] = {}            # by model
-        self.freed: collections.Counter[str | None] = collections.Counter()     # settled model: leases ended since
         self.surroundings: dict[Node, NodeSnapshot] = {}        # until something begins or ends there
         self.rates: dict[str | None, tuple[float, list[Rates]]] = {}    # when reckoned, and what; see `rates_of`
-        self.idle: set[Node] = set()            # nodes whose last lease has ended since the last dispatch
         self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
         self.fair = FairShare()
@@ -3297,12 +3292,10 @@ class Dispatcher:
     def unsettle(self, model: str | None) -> None:
         """Look at all tickets of a model again, at the next dispatch."""
         self.settled.pop(model, None)
-        self.freed.pop(model, None)
 
     def unsettle_all(self) -> None:
         """Look at all tickets again, at the next dispatch: something has changed on a node."""
         self.settled.clear()
-        self.freed.clear()
         self.surroundings.clear()
         self.rates.clear()
 
@@ -3448,46 +3441,24 @@ class Dispatcher:
     def dispatch(self, now: float) -> tuple[list[Lease], list[Ticket]]:
         """Match waiting tickets to nodes. Return (leases given, tickets refused).
 
-        A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
-        leases ends, one ticket may go. A node that is idle even then is offered to every model.
+        A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. It is looked at
+        again when a lease of it ends, when a node that has it is idle, and LOOK_AGAIN_S later.
         """
         if not self.queue.tickets and not self.displaced:
-            self.idle.clear()       # mostly there is nothing to do when a request has ended
             return [], []
         turn = Turn(now, refused=self.displaced)
         self.displaced = []
         if self.queue.tickets:
             self.bind(turn)
-            if self.settled and self.tempt([node for node in self.idle if not node.leases], now):
-                self.bind(turn)
-        self.idle.clear()
         return turn.leases, turn.refused
-
-    def tempt(self, idle: list[Node], now: float) -> list[str]:
-        """Unsettle the models whose first ticket might go to an idle node; tell whether there are any."""
-        tempted = []
-        for node in idle:
-            for model, runner in node.runners.items():
-                settled, entry = self.settled.get(model), self.queue.first(model)
-                if not (settled and entry and has_on_disk(node, model)):
-                    continue
-                offer = self.snapshot(node, now).offer(runner, now)
-                finish_s = offer.finish_s(self.estimates.demand_of(entry[2]), now)
-                if finish_s <= HOLD * (settled.finish_s - now):
-                    tempted.append(model)
-                    self.unsettle(model)
-        return tempted
 
     def bind(self, turn: Turn) -> None:
         """Match the waiting tickets of all models that are not settled."""
         rooms, now = [], turn.now
         for model in list(self.queue.heaps):
-            settled, freed = self.settled.get(model), self.freed.pop(model, 0)
-            again = settled and now - settled.at_s >= LOOK_AGAIN_S
-            if settled and not freed and not again:
+            settled = self.settled.get(model)
+            if settled and now - settled.at_s < LOOK_AGAIN_S:
                 continue
-            places = freed if freed and not again else math.inf
-            looks = LOOK_AHEAD if freed or not settled else 1       # nothing happened: the first speaks for the others
             holders = self.holders.get(model)
             if not holders or self.pick:
                 self.bind_early(turn, model, holders)
@@ -3495,14 +3466,14 @@ class Dispatcher:
             usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
             alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
             if alive:
-                rooms.append(Room(model, alive, not usable, places, looks))
+                rooms.append(Room(model, alive, not usable, LOOK_AHEAD))
             elif not any(self.is_awaited(runner.node, now) for runner in holders):
                 last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                            key=lambda runner: runner.node.drained_seq, default=None)
                 self.refuse_all(turn, model, f"every node that has {model} is down or draining",
                                 last.node.drained_seq if last else 0)
                 if last and self.queue.first(model):
-                    rooms.append(Room(model, [last], True, places, looks))
+                    rooms.append(Room(model, [last], True, LOOK_AHEAD))
         self.bind_late(turn, rooms)
 
     def refuse_all(self, turn: Turn, model: str | None, text: str, since_seq: int = 0) -> None:
@@ -3560,9 +3531,8 @@ class Dispatcher:
                 self.place_or_hold(turn, entry, room)
                 if (following := self.queue.first(room.model)) and self.is_open(room, turn.now):
                     heapq.heappush(heads, (*following[:2], room))
-                elif room.places_left > 0:
-                    self.settled[room.model] = Settled(turn.now, entry[0] if following else math.inf,
-                                                       turn.now + room.finish_s)
+                else:
+                    self.settled[room.model] = Settled(turn.now, entry[0] if following else math.inf)
         finally:
             for entry in turn.held:
                 self.queue.restore(entry)
@@ -3570,7 +3540,7 @@ class Dispatcher:
 
     def is_open(self, room: Room, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
-        if room.looks_left > 0 and room.places_left > 0:
+        if room.looks_left > 0:
             for runner in room.runners:
                 if self.has_room(runner, room, now):
                     return True
@@ -3583,7 +3553,6 @@ class Dispatcher:
         free = next((it for it in candidates if self.has_room(it.runner, room, turn.now)), None)
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], turn.now)):
-            room.places_left -= 1
             self.queue.settle(entry)
             prediction = free.offer.predict(self.estimates.demand_of(ticket), turn.now)
             turn.leases.append(self.lease(ticket, free.runner.node, free.runner, turn.now, explain(candidates, free),
@@ -3595,7 +3564,6 @@ class Dispatcher:
             if candidates:
                 best = candidates[0]
                 turn.claimed[best.runner] = best.offer.claimed(turn.now + best.finish_s, turn.now)
-                room.finish_s = min(room.finish_s, best.finish_s)
         else:
             self.queue.settle(entry)
             turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
@@ -4230,10 +4198,10 @@ class Dispatcher:
                 if not runner.keep_alive_s:     # the node unloads it at once
                     self.assume_unloaded(runner)
             for model in runner.models:
-                if model in self.settled:
-                    self.freed[model] += 1
-        if not node.leases:
-            self.idle.add(node)
+                self.unsettle(model)
+        if not node.leases:         # worth a look even for what had better wait for another node
+            for model in node.rows:
+                self.unsettle(model)
         for breaker in lease.trials:
             breaker.end_trial()
         node.heard_s = now          # its silence, if any, ended with this lease
