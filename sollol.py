@@ -72,11 +72,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
-try:
-    from compression import zstd    # type: ignore[import-not-found, unused-ignore]
-except ImportError:                 # before Python 3.14
-    zstd = None                     # type: ignore[assignment, unused-ignore]
-
 __version__ = "0.1.0"
 
 # -----------------------------------------------------------------------------
@@ -98,7 +93,6 @@ ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know 
 WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 MAX_INTERIM = 16                    # 1xx answers before one request's own
-UNPACKED_BYTES = 20 * MIB           # of a compressed body; Ollama's own limit
 MAX_FIELDS = 256                    # of a request's head; browsers send twenty. Each costs a microsecond before any key
 MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
@@ -390,7 +384,6 @@ class RequestSpec:
     inputs: int = 1                 # texts to embed: each takes a slot of its own
     inference: bool = True          # takes a slot; False for show, pull and the like
     where: Where = Where.QUEUED
-    opaque: bool = False            # compressed in a way that cannot be read here: any node may have its model
     batch: Json | None = None       # the fields of an embedding's body if its input is a list of texts
     source: str | None = None       # the model, canonical, that a new one is made from
     change: str = ""                # what is done to the model on every node: unload, pull, copy, delete; create
@@ -429,15 +422,15 @@ class NodeSettings(NamedTuple):
 # -----------------------------------------------------------------------------
 # Wire: what do these bytes say?
 #
-# RFC 9112, read strictly. A gateway and a node that disagree about where a request ends are how requests are
-# smuggled, so everything that can be read in two ways is refused and never passed on: bare CR or LF, folded
+# RFC 9112, read strictly. If a gateway and a node disagree about where a request ends, a client can smuggle a request
+# past the gateway. So everything that can be read in two ways is refused and never passed on: bare CR or LF, folded
 # fields, space before a colon, two lengths, a length beside a transfer coding, any coding but chunked.
-# Bytes in, values out; nothing here knows a socket. `feed` may be given any split of the bytes.
+# Bytes in, values out; nothing here knows a socket. The bytes for `feed` may be split anywhere.
 # -----------------------------------------------------------------------------
 
-# A control character in a line, so also a bare CR or LF (RFC 9112 2.2).
+# A control character in a line. A bare CR or LF is one, too (RFC 9112 2.2).
 CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-# The same, and folded lines (5.2), while the head is still arriving: its last CR may yet be followed by LF.
+# The same in the part of a head that has arrived, and folded lines (5.2). LF may still follow a CR at the end.
 ILLEGAL_SO_FAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[\t ]")
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
@@ -446,18 +439,18 @@ ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
 HOST = re.compile(rb"[^\s/\\@?#,]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
 
-# A path's segment `.` or `..`, in any spelling that some server between here and the model reads as one: encoded once
-# or more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). A node's `prefix=` is no
-# fence against them: /ollama/../admin is /admin for whoever resolves it.
+# A segment `.` or `..` of a path, in any spelling that some server between here and the model accepts: encoded once or
+# more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). It would lead out of a node's
+# `prefix=`: a server that resolves /ollama/../admin answers for /admin.
 DOT, SLASH = rb"(?:\.|%(?:25)*2e)", rb"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(SLASH + DOT + rb"{1,2}(?:" + SLASH + rb"|[;#]|%(?:25)*(?:3b|23|3f)|\Z)", re.I)
-# A control character, encoded: it cuts the path or ends the line for a proxy that decodes what it hands on.
+# An encoded control character: a proxy that decodes it before it hands the path on cuts the path or ends the line.
 ENCODED_CONTROL = re.compile(rb"%(?:[01][0-9a-f]|7f)", re.I)
-# TRACE shows the fields that proxies have added, a node's token among them; CONNECT is not for gateways.
+# TRACE would show the client what the gateway adds, a node's token for example; CONNECT is for proxies only.
 REFUSED_METHODS = frozenset(("TRACE", "CONNECT"))
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
-# RFC 9110 7.6.1: these speak of one connection only, and are not handed on.
+# RFC 9110 7.6.1: these fields are about one connection only, and are not handed on.
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
                         b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
 ONLY_ONCE = frozenset((b"host", b"content-length", b"transfer-encoding"))
@@ -469,48 +462,45 @@ LAST_CHUNK = b"0\r\n\r\n"
 def find_head(buffer: Body, scanned: int = 0) -> int | None:
     """Return the length of the head in `buffer` with its empty line, or None if it is not complete.
 
-    `scanned` bytes are known to hold none. Raises ProtocolError at the first byte that no head can contain, so that
-    bare LF line ends are refused at once and not when a time-out ends the wait for CRLF CRLF.
+    The first `scanned` bytes were searched before. Raises ProtocolError at the first byte that no head can contain:
+    bare LF line ends are refused at once, and not by a time-out in the wait for CRLF CRLF.
     """
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
     if 0 <= end <= MAX_HEAD_BYTES:
         return end + 4
     if len(buffer) > MAX_HEAD_BYTES:
-        over = b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]    # room for the method and the version
-        raise ProtocolError("request target too long" if over else "head too long", 414 if over else 431)
+        if b"\r\n" not in buffer[:MAX_TARGET_BYTES + 64]:       # room for the method and the version
+            raise ProtocolError("request target too long", 414)
+        raise ProtocolError("head too long", 431)
     if ILLEGAL_SO_FAR.search(buffer, max(0, scanned - 2)):
         raise ProtocolError("control character, bare CR, bare LF or folded line in the head")
     return None
 
 
 class Table(dict[Line, Parsed]):
-    """What a function of one line or text returned, by that; emptied when it is full.
-
-    Only short ones, so that the table stays below some 300 KiB whatever is sent.
-    """
+    """What a function returned for each short line or text. It is emptied when it is full, at some 300 KiB."""
 
     def __init__(self, function: Callable[[Line], Parsed]) -> None:
         super().__init__()
         self.function: Callable[[Line], Parsed] = function
 
-    def __missing__(self, given: Line) -> Parsed:
-        found = self.function(given)
-        if len(given) <= 256:
+    def __missing__(self, line: Line) -> Parsed:
+        parsed = self.function(line)
+        if len(line) <= 256:
             if len(self) >= 1024:
                 self.clear()
-            self[given] = found
-        return found
+            self[line] = parsed
+        return parsed
 
 
 def remembered(parse: Callable[[Line], Parsed]) -> Callable[[Line], Parsed]:
-    """Let a parser of one line answer lines that it has seen before from a table: clients and nodes repeat themselves.
-    """
-    return Table(parse).__getitem__     # a quarter of what a function of Python's own costs
+    """Let a parser of one line answer from a Table: clients and nodes send the same lines again and again."""
+    return Table(parse).__getitem__     # a quarter of what a call of a Python function costs
 
 
 @remembered
 def parse_field(line: bytes) -> tuple[bytes, bytes]:
-    """Return (lower-case name, value) of a field line. Raises ProtocolError. Folded lines fail: they have no name."""
+    """Return (lower-case name, value) of a field line. Raises ProtocolError, also for a folded line: it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name):
         raise ProtocolError("malformed header field")
@@ -520,7 +510,9 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
-    """Return ({lower-case name: value}, [(lower-case name, raw line)]); repeated fields are joined by a comma."""
+    """Return ({lower-case name: value}, [(lower-case name, raw line)]). The values of a repeated field are joined by
+    commas. Raises ProtocolError.
+    """
     parsed = list(map(parse_field, lines))
     fields = dict(parsed)
     if len(fields) < len(parsed):
@@ -533,7 +525,7 @@ def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
-    """Return the body length that the fields declare: a number, None for chunked, or 0 if they say nothing.
+    """Return the body length that the fields declare, in bytes: None for chunked, 0 if they say nothing.
 
     RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
     """
@@ -585,15 +577,15 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, str, int]:
 
 def parse_request(head: Body) -> RequestHead:
     """Parse the head of a request: bytes up to and with its empty line. Raises ProtocolError."""
-    first, *lines = bytes(head[:-4]).split(b"\r\n")     # a long one comes in its buffer, whose lines have no hash
+    first, *lines = bytes(head[:-4]).split(b"\r\n")     # lines of a bytearray could not be looked up in a Table
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"more than {MAX_FIELDS} header fields", 431)
     method, target, path, version = parse_request_line(first)
-    fields, kept = parse_fields(lines)
+    fields, raw_lines = parse_fields(lines)
     host = fields.get(b"host")
     if host is None and version == 1 or host is not None and not HOST.fullmatch(host):
         raise ProtocolError("missing or malformed Host field")      # RFC 9112 3.2
-    return RequestHead(method, target, path, version, fields, kept, parse_length(fields, version),
+    return RequestHead(method, target, path, version, fields, raw_lines, parse_length(fields, version),
                        wants_keep_alive(fields, version),
                        version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
 
@@ -611,14 +603,14 @@ def parse_response(head: bytes, method: str) -> ResponseHead:
     """Parse the head of the answer to a `method` request. Raises ProtocolError."""
     first, *lines = head[:-4].split(b"\r\n")
     status, reason, version = parse_status_line(first)
-    fields, kept = parse_fields(lines)
+    fields, raw_lines = parse_fields(lines)
     length = parse_length(fields, version)
     if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
         length = 0
     elif length == 0 and b"content-length" not in fields:           # step 8
         length = UNTIL_CLOSE
     keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
-    return ResponseHead(status, reason, version, fields, kept, length, keep_alive)
+    return ResponseHead(status, reason, version, fields, raw_lines, length, keep_alive)
 
 
 class LengthBody:
@@ -649,26 +641,18 @@ class UntilCloseBody:
         return data, len(data)
 
 
-def parse_chunk_line(line: bytes) -> tuple[int, bool]:
-    """Return (size, whether it has an extension) of a chunk's first line with its CRLF. Raises ProtocolError."""
-    match = CHUNK_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError("malformed chunk size")
-    return int(match[1], 16), match[2] is not None
-
-
-@functools.lru_cache(maxsize=512)       # tokens come in chunks of few different sizes
+@remembered
 def plain_size(line: bytes) -> int:
-    """Return the size in a chunk's first line with its CRLF; 0 for the last chunk and all that is not plain."""
+    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
     match = CHUNK_LINE.fullmatch(line)
     return int(match[1], 16) if match and not match[2] else 0
 
 
 class ChunkedBody:
-    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are read and dropped.
+    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are dropped.
 
     After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
-    are, and whoever receives them stands between two chunks, where an error line can still be added.
+    are. Their receiver is then between two chunks, where an error line can still be added.
     """
 
     __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
@@ -679,13 +663,13 @@ class ChunkedBody:
         self.done = self.verbatim = False
 
     def at_most(self) -> int:
-        """Return how many bytes may be fed in one step: those of a chunk cost nothing, each chunk a microsecond."""
+        """Return how many bytes may be fed in one step: each chunk costs a microsecond, whatever its size."""
         return max(DECODED_BYTES, self.left)
 
     def plain_chunks(self, data: bytes) -> int:
-        """Return how many chunks `data` is, if it is nothing but whole plain ones, as tokens mostly are; else 0.
+        """Return the number of chunks in `data` if it is nothing but whole plain ones, as tokens mostly are; else 0.
 
-        Then it can be handed on as it is, and the decoder stands where it stood.
+        Such data need not be fed: it can be handed on as it is, and leaves the decoder in the same state.
         """
         if self.state or self.line:
             return 0                # in the middle of a chunk
@@ -725,11 +709,14 @@ class ChunkedBody:
         return payload[0] if len(payload) == 1 else b"".join(payload), at
 
     def take_line(self, line: bytes) -> None:
-        """Step over one CRLF-ended line of the framing."""
+        """Take one line of the framing, with its LF. Raises ProtocolError."""
         if self.state == self.SIZE:
-            self.left, extended = parse_chunk_line(line)
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise ProtocolError("malformed chunk size")
+            self.left = int(match[1], 16)
             self.state = self.DATA if self.left else self.TRAILER
-            self.verbatim = self.verbatim and not extended
+            self.verbatim = self.verbatim and not match[2]      # an extension is dropped
         elif self.state == self.DATA_END:
             if line != b"\r\n":
                 raise ProtocolError("chunk longer than its size")
@@ -754,21 +741,21 @@ def body_decoder(length: int | None) -> BodyDecoder:
 
 
 def chunk(data: bytes) -> bytes:
-    """Encode `data` as one chunk; empty data is nothing, since an empty chunk would end the body."""
+    """Encode `data` as one chunk; empty data as nothing, since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# Length and coding are written anew, Host is the node's, Expect and Origin are answered here, the rest is ours to read.
-# Answers are, too, at least their statistics: a tunnel before a node would compress them if it were allowed to.
+# The gateway writes its own length, coding, Host and Via, has answered Expect and Origin, and has read X-Priority.
+# Accept-Encoding: it reads statistics in the answers, and a tunnel in front of a node would compress them.
 NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
                              b"via"}
-# What the gateway says itself it says alone: a browser that finds two allowed origins, say, believes neither.
+# The gateway says these itself, and nobody else may: a browser that gets two allowed origins accepts neither.
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
 def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
-    """Return the raw lines that are handed on: neither `dropped` nor named by Connection."""
+    """Return the raw lines that are handed on: those neither `dropped` nor named by Connection."""
     listed = fields.get(b"connection")
     if listed:
         dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
@@ -797,51 +784,43 @@ def render_request(head: RequestHead, settings: NodeSettings, length: int | None
 def render_response(head: ResponseHead, added: list[bytes], framing: list[bytes]) -> bytes:
     """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    kept = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
-    lines += end_to_end(kept, head.fields, NOT_FOR_CLIENTS)
+    foreign = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
+    lines += end_to_end(foreign, head.fields, NOT_FOR_CLIENTS)
     return b"\r\n".join(lines + added + framing + [b"\r\n"])
 
 
-# Via tells where a request has been (RFC 9110 7.6.3). The comment is of this process: two gateways that list each
-# other, on purpose or behind a name, would else hand one request to and fro until no socket is left (8,192 were seen).
-MOST_HOPS = 8                       # over gateways of this kind; also where a proxy between them takes comments away
+# Via lists the gateways that a request came over (RFC 9110 7.6.3). The comment names this process. Without it, two
+# gateways that list each other would pass one request to and fro until no socket is left (8,192 were seen).
+MOST_HOPS = 8                       # over SOLLOLs; it also ends a loop in which a proxy removes the comments
 
 
-def via_of(id: str) -> bytes:
-    """Return what a gateway adds to Via."""
-    return b"1.1 sollol (%b)" % id.encode()
+def via_of(process: str) -> bytes:
+    """Return what the gateway of a process adds to Via."""
+    return b"1.1 sollol (%b)" % process.encode()
 
 
-def via_after(given: bytes, own: bytes) -> bytes:
-    """Return the Via of a request that came with `given`, with `own` added. Raises Refusal if it goes in a circle."""
-    if own in given:
+def via_after(via: bytes, own: bytes) -> bytes:
+    """Return `via`, as a request came with it, with `own` added. Raises Refusal if the request goes in a circle."""
+    if own in via:
         raise Refusal(508, "this request has been here before: a node of this gateway leads back to it", close=True)
-    if given.count(b"1.1 sollol") >= MOST_HOPS:
+    if via.count(b"1.1 sollol") >= MOST_HOPS:
         raise Refusal(508, f"this request has come over {MOST_HOPS} gateways", close=True)
-    return b"%b, %b" % (given, own) if given else own
+    return b"%b, %b" % (via, own) if via else own
 
 
 # -----------------------------------------------------------------------------
 # Admission: what does this request want?
 #
-# Read as Ollama's own server reads it: keys in any case, the last duplicate wins, bytes after the first JSON value
-# and the Content-Type do not matter. What cannot be read is no error here: some node answers it in its own words.
-# Whether a web page may ask at all, its Origin and the Host tell, by Ollama's rules.
+# `reading_steps` reads a body into a Reading; `read_spec` makes a RequestSpec of that and the head. A body is read as
+# Ollama's own server reads it: keys in any case are the same, the last duplicate wins, bytes after the first JSON value
+# and the Content-Type do not matter. A body that cannot be read is no error here: a node answers it in its own words.
+# A short body is read by json, a long one is skimmed.
 # -----------------------------------------------------------------------------
 
-# A body up to both bounds is read by json: 10 ms at the most. Chats with images and long prompts are below them.
+# json reads a body up to both bounds, in 10 ms at most. Chats with images and long prompts are below them.
 PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
-SHORT_BODY_BYTES = 32 * KIB         # read at once; longer ones take turns. 5 ms at the most
-SKIM_BYTES = 64 * KIB               # of a larger body, looked at in one step: 3 ms at the most
-SKIM_STRING_BYTES = 256 * KIB       # the same within one string
-SHORT_VALUE_BYTES = 32 * KIB        # of a field of a larger body that is still read exactly
-MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
-MAX_SKIMMED_KEY_BYTES = 128         # each character of a key may be written as six
-PROMPT_BLOCK_BYTES = 16 * KIB       # a prompt that is not read exactly is compared in blocks of this size
-MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
-MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
-FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
-MAX_NAME_CHARS = 512                # of a model's name, kept: a client can make up names of any length
+SHORT_BODY_BYTES = 32 * KIB         # read at once, in 5 ms at most; the readers of longer ones take turns
+MAX_NAME_CHARS = 512                # kept of a model's name: a client can make up names of any length
 SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
 
 
@@ -964,15 +943,13 @@ JSON_VALUE_IN_ANY_CASE = json.JSONDecoder(object_pairs_hook=lower_keys)     # fo
 
 def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
+    if type(value) is list:
+        return all(map(has_lower_keys, value))
     if type(value) is dict:
         if not all(map(str.islower, value)):
             return False
         for key in ("options", "messages", "input", "content"):
             if key in value and not has_lower_keys(value[key]):
-                return False
-    elif type(value) is list:
-        for item in value:
-            if not has_lower_keys(item):
                 return False
     return True
 
@@ -994,47 +971,70 @@ def read_object(body: Body) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+class Prompt(NamedTuple):
+    """What routing needs of a prompt."""
+
+    chars: int                      # estimated if the body is long
+    prefix: Prefix
+    texts: int                      # in an embedding's input
+
+
 class Reading(NamedTuple):
-    """What was read of a body. `prompt`: (characters, prefix, texts) of one that was only skimmed, else None."""
+    """What was read of a body. Without a `prompt` of its own, the prompt is in the fields."""
 
     fields: Json
-    opaque: bool = False            # it is compressed and cannot be read here
-    prompt: tuple[int, Prefix, int] | None = None
+    prompt: Prompt | None = None
 
 
-def at_once(steps: Generator[None, None, Any]) -> Any:
+Steps = Generator[None, None, Parsed]
+
+
+def at_once(steps: Steps[Parsed]) -> Parsed:
     """Run all steps of a piece of work; return its result."""
     try:
         while True:
             next(steps)
     except StopIteration as end:
-        return end.value
+        result: Parsed = end.value
+        return result
 
 
-# How a body is skimmed that is too large for json: it is looked at as bytes, in blocks, by what works at the speed of
-# C. Escapes are overwritten, so that each quote left begins or ends a string; what lies between strings is reduced to
-# its brackets, written as square ones. All work on it is a generator: it yields after some milliseconds.
+# A body that is too long for json is skimmed: it is looked at as bytes, in blocks, by operations at the speed of C.
+# They find where the values of the object are; only the short ones are read. Escapes are overwritten, so that each
+# quote left begins or ends a string; what stands between strings is reduced to its brackets, written as square ones.
+#
+# Such work is a generator, `Steps`: a step takes some milliseconds at most, and between two of them the loop serves
+# others (`LoopTurns.run`). Where little is to be done, `at_once` takes all steps.
 
+SKIM_BYTES = 64 * KIB               # looked at in one step: 3 ms at the most
+SHORT_VALUE_BYTES = 32 * KIB        # of a field that is read
+MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
+PROMPT_BLOCK_BYTES = 16 * KIB       # the prompt is compared in blocks of this size
 BRACKETS_ONLY = bytes(range(256)).translate(None, b"[]{}")
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-SPACE = re.compile(rb"[ \t\r\n]{0,65536}")
+SPACE = rb"[ \t\r\n]{0,65536}+"     # more of it, or a longer key, is read as no JSON
+MEMBER = re.compile(rb'[{,]%b"((?:[^"\\]|\\.){0,4096}+)"%b:%b' % (SPACE, SPACE, SPACE), re.S)
+MEMBER_END = re.compile(SPACE + rb"(?=([,}]))")
+OBJECT_START = re.compile(SPACE + rb"(?=\{)")
 SCALAR = re.compile(rb"[-+.0-9A-Za-z]{1,400}")
+NAME_FIELDS = ("model", "name", "source", "from")       # what a request calls its model
 LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
-SKIMMED_FIELDS = frozenset((*LONG_FIELDS, "model", "name", "source", "from", "stream", "options", "tools", "keep_alive",
-                            "priority", "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
+SKIMMED_FIELDS = frozenset((*NAME_FIELDS, *LONG_FIELDS, "stream", "options", "tools", "keep_alive", "priority",
+                            "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
                             "top_logprobs", *OUTPUT_BOUNDS.values()))
 
 
-class Long(NamedTuple):
-    """A field's value that was not read: where its bytes are."""
+class Span(NamedTuple):
+    """Where the bytes of a field's value are in a body; in a Reading, a value that is too long to be read."""
 
     start: int
     end: int
 
 
 def unescaped(body: Body, start: int, end: int) -> Body:
-    """Return bytes from `start`, where no escape is open, to `end`, or one more if that would cut one, all the escapes
-    of quotes and backslashes overwritten.
+    """Return a block of a body, the escapes of quotes and backslashes overwritten.
+
+    No escape is open at `start`. The block has one byte more if `end` would cut an escape.
     """
     block = body[start:end]
     if (len(block) - len(block.rstrip(b"\\"))) % 2:
@@ -1042,131 +1042,76 @@ def unescaped(body: Body, start: int, end: int) -> Body:
     return block.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in block else block
 
 
-def depths(brackets: bytes) -> tuple[int, int]:
-    """Return (least, last) depth after any of some square brackets, both seen from the depth before the first."""
-    for _ in range(4):
-        pairless = brackets.replace(b"[]", b"")
-        if len(pairless) == len(brackets):
-            closing = brackets.count(b"]")
-            return -closing, len(brackets) - 2 * closing
-        brackets = pairless
-    after = list(itertools.accumulate(map((92).__sub__, brackets), initial=0))      # `[` is 91, `]` is 93
-    return min(after), after[-1]
-
-
-def string_end(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the string whose text begins at `at` ends: at its quote, or with the body."""
-    size = 64
+def value_end(body: Body, at: int) -> Steps[int]:
+    """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
+    opening = body[at:at + 1]
+    if opening not in (b'"', b"[", b"{"):
+        if scalar := SCALAR.match(body, at):
+            return scalar.end()
+        raise ValueError("no value")
+    at, depth, in_string, size = at + 1, int(opening != b'"'), int(opening == b'"'), 64
     while at < len(body):
         block = unescaped(body, at, at + size)
-        quote = block.find(b'"')
-        if quote >= 0:
-            return at + quote
-        at, size = at + len(block), min(2 * size, SKIM_STRING_BYTES)
-        if size == SKIM_STRING_BYTES:
-            yield
-    return len(body)
-
-
-def list_end(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the list or object ends, the byte behind it, whose inside begins at `at`; or the end of the body."""
-    depth, in_string, size = 1, 0, 64
-    while at < len(body):
-        block = unescaped(body, at, at + size)
-        parts = block.split(b'"')
-        brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY)
-        closing = brackets.count(b"]")
-        least, last = depths(brackets) if closing >= depth else (0, len(brackets) - 2 * closing)
-        if depth + least > 0:
-            at, depth, in_string = at + len(block), depth + last, (in_string + len(parts) - 1) % 2
-            size = min(2 * size, SKIM_BYTES)
+        parts = block.split(b'"')   # every second one is outside of strings, from parts[in_string] on
+        brackets = b"".join(parts[in_string::2]).translate(AS_SQUARE, BRACKETS_ONLY).replace(b"[]", b"")
+        closing, least = brackets.count(b"]"), 0
+        if closing >= depth:        # `[` is 91, `]` is 93
+            least = min(itertools.accumulate(map((92).__sub__, brackets), initial=0))
+        if depth + least > 0 or not depth and len(parts) == 1:      # it does not end in this block
+            at, size = at + len(block), min(2 * size, SKIM_BYTES)
+            depth, in_string = depth + len(brackets) - 2 * closing, (in_string + len(parts) - 1) % 2
         elif len(block) > 64:
             size = len(block) // 2
         else:
-            return at + list_end_within(block, depth, in_string)
+            return at + end_within(block, depth, in_string)
         if len(block) >= SKIM_BYTES // 4:
             yield
-    return len(body)
+    raise ValueError("a value without an end")
 
 
-def list_end_within(block: Body, depth: int, in_string: int) -> int:
-    """Return where in a short block, without escapes, the depth of brackets reaches 0."""
+def end_within(block: Body, depth: int, in_string: int) -> int:
+    """Return where a value ends in a short block without escapes: outside of strings, at depth 0 of brackets."""
     for at, byte in enumerate(block):
-        if byte == 34:
+        if byte == 34:              # a quote
             in_string = not in_string
         elif not in_string:
             depth += (byte in b"[{") - (byte in b"]}")
-            if not depth:
-                return at + 1
+        if not depth and not in_string:
+            return at + 1
     return len(block)
 
 
-def skip_space(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the next byte that is no white space is."""
-    while (space := SPACE.match(body, at)) and space.end() - at == 65536:
-        at = space.end()
-        yield
-    return space.end() if space else at
+def spans_in(body: Body) -> Steps[dict[str, Span]]:
+    """Return where the values of the object are that `body` begins with: of the fields that are looked at, by name.
+
+    Names in any case are the same, and the last one wins. Raises ValueError if there is no object.
+    """
+    spans: dict[str, Span] = {}
+    place = OBJECT_START.match(body)
+    for count in range(MAX_SKIMMED_FIELDS):
+        member = MEMBER.match(body, place.end()) if place else None
+        if not member:
+            raise ValueError("not an object")
+        span = Span(member.end(), (yield from value_end(body, member.end())))
+        name = str(json.loads(f'"{member[1].decode(errors="replace")}"')).lower()
+        if name in SKIMMED_FIELDS:
+            spans[name] = span
+        place = MEMBER_END.match(body, span.end)
+        if place and place[1] == b"}":
+            break
+        if count % 100 == 99:
+            yield
+    return spans
 
 
-def value_end(body: Body, at: int) -> Generator[None, None, int]:
-    """Return where the value ends that begins at `at`. Raises ValueError if there is none, or no end of it."""
-    first = body[at:at + 1]
-    if first == b'"':
-        end = 1 + (yield from string_end(body, at + 1))
-    elif first and first in b"[{":
-        end = yield from list_end(body, at + 1)
-    else:
-        scalar = SCALAR.match(body, at)
-        end = scalar.end() if scalar else len(body) + 1
-    if end > len(body):
-        raise ValueError("a value without an end")
-    return end
-
-
-def read_value(body: Body, start: int, end: int, name: str) -> Any:
-    """Return a field's value: read if it is short, a name cut, else where it is. Raises ValueError."""
+def read_value(body: Body, span: Span, name: str) -> Any:
+    """Return a field's value if it is short, a model's name cut short, else its Span. Raises ValueError."""
+    start, end = span
     if end - start <= SHORT_VALUE_BYTES:
         return json_value(body[start:end].decode(errors="replace"))
-    if name in ("model", "name", "source", "from") and body[start:start + 1] == b'"':
+    if name in NAME_FIELDS and body[start:start + 1] == b'"':
         return body[start + 1:start + 1 + MAX_NAME_CHARS].decode(errors="replace")
-    return Long(start, end)
-
-
-def skimmed_object(body: Body) -> Generator[None, None, Json]:
-    """Return the fields of the JSON object that `body` begins with, of those that are looked at; {} if there is none.
-
-    Keys in any case are the same, and the last one wins.
-    """
-    fields: Json = {}
-    try:
-        at = yield from skip_space(body, 0)
-        if body[at:at + 1] != b"{":
-            return {}
-        for count in range(MAX_SKIMMED_FIELDS):
-            at = yield from skip_space(body, at + 1)
-            if body[at:at + 1] == b"}":
-                break
-            start, end = at, (yield from value_end(body, at))
-            key = body[start:end] if end - start <= MAX_SKIMMED_KEY_BYTES else b'""'
-            name = json.loads(key.decode(errors="replace"))
-            at = yield from skip_space(body, end)
-            if not isinstance(name, str) or body[at:at + 1] != b":":
-                return {}
-            at = yield from skip_space(body, at + 1)
-            start, end = at, (yield from value_end(body, at))
-            if name.lower() in SKIMMED_FIELDS:
-                fields[name.lower()] = read_value(body, start, end, name.lower())
-            at = yield from skip_space(body, end)
-            if body[at:at + 1] not in (b",", b"}"):
-                return {}
-            if body[at:at + 1] == b"}":
-                break
-            if count % 100 == 99:
-                yield
-    except (ValueError, RecursionError):
-        return {}
-    return fields
+    return span
 
 
 def text_chars(raw: bytes) -> int:
@@ -1176,56 +1121,64 @@ def text_chars(raw: bytes) -> int:
     return max(0, len(raw.decode(errors="ignore")) - 5 * raw.count(b"\\u"))
 
 
-def skimmed_prompt(body: Body, fields: Json, seed: int) -> Generator[None, None, tuple[int, Prefix, int]]:
-    """Return (characters, prefix, texts) of a prompt: about how long it is, and as if each block were a message."""
-    chars, texts = 0, 1
+def skimmed_prompt(body: Body, spans: dict[str, Span]) -> Steps[Prompt]:
+    """Return the Prompt of a long body: each block of it is taken for a message."""
+    chars, texts, seed = 0, 1, 0
     chain: list[tuple[int, int]] = []
+    if "tools" in spans:
+        start, end = spans["tools"]
+        seed = hash(bytes(body[start:min(end, start + MIB)]))
     for name in LONG_FIELDS:
-        value = fields.get(name)
-        if not isinstance(value, Long):
-            text = value if isinstance(value, str) else json.dumps(value) if value else ""
-            chars, seed = chars + len(text), hash((seed, text)) if text else seed
-            continue
-        for at in range(value.start, value.end, PROMPT_BLOCK_BYTES):
-            raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, value.end)])
+        start, end = spans.get(name, (0, 0))
+        for at in range(start, end, PROMPT_BLOCK_BYTES):
+            raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, end)])
             chars, seed = chars + text_chars(raw), hash((seed, raw))
             chain.append((seed, chars))
             if name == "input":
                 texts += raw.count(b'","') + raw.count(b'", "')
             if len(chain) % 32 == 0:
                 yield
-    return chars, tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:]), texts
+    return Prompt(chars, prefix_of(chain), texts)
 
 
-def json_steps(body: Body) -> Generator[None, None, Reading]:
-    """Read a JSON body, however large."""
-    if len(body) <= SHORT_BODY_BYTES or (
-            len(body) <= PARSED_BYTES and sum(map(body.count, (b",", b"{", b"["))) <= PARSED_VALUES):
-        return Reading(read_object(body))
-    fields = yield from skimmed_object(body)
-    tools = fields.get("tools")
-    if isinstance(tools, Long):
-        fields["tools"] = hash(bytes(body[tools.start:min(tools.end, tools.start + MIB)]))
-    seed = hash(repr(fields["tools"])) if tools else 0
-    return Reading(fields, prompt=(yield from skimmed_prompt(body, fields, seed)))
+def skimmed(body: Body) -> Steps[Reading]:
+    """Read a JSON body that is too long for json."""
+    fields: Json = {}
+    try:
+        spans = yield from spans_in(body)
+        for name, span in spans.items():
+            fields[name] = read_value(body, span, name)
+            yield
+    except (ValueError, RecursionError):
+        return Reading({})
+    return Reading(fields, (yield from skimmed_prompt(body, spans)))
 
 
+def is_long(body: Body) -> bool:
+    """Tell whether json would take too long for a body: more than 10 ms."""
+    return len(body) > PARSED_BYTES or (
+        len(body) > SHORT_BODY_BYTES and sum(map(body.count, (b",", b"{", b"["))) > PARSED_VALUES)
+
+
+MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
+MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
+FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
 BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
 FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
 
 
-def find_in_steps(body: Body, mark: bytes, at: int) -> Generator[None, None, int]:
+def find_in_steps(body: Body, mark: bytes, at: int) -> Steps[int]:
     """Return where `mark` is found from `at` on, or -1."""
     while at < len(body):
-        found = body.find(mark, at, at + FORM_SEARCH_BYTES)
-        if found >= 0:
-            return found
+        place = body.find(mark, at, at + FORM_SEARCH_BYTES)
+        if place >= 0:
+            return place
         at += FORM_SEARCH_BYTES - len(mark)
         yield
     return -1
 
 
-def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, None, str | None]:
+def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None]:
     """Return the text of a field of a multipart form (RFC 7578), or None."""
     match = BOUNDARY.search(content_type)
     if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
@@ -1237,8 +1190,8 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, 
         value = body.find(b"\r\n\r\n", start, min(max(0, end), start + MAX_HEAD_BYTES))
         if at < 0 or value < 0:
             return None
-        found = FIELD_NAME.search(body[start:min(value, start + KIB)])
-        if found and found[1] == name:
+        field_name = FIELD_NAME.search(body[start:min(value, start + KIB)])
+        if field_name and field_name[1] == name:
             return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
         at = end + 2
         if count % 100 == 99:
@@ -1246,106 +1199,14 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Generator[None, 
     return None
 
 
-def unpacked(body: Body) -> bytes | None:
-    """Return what a zstd body holds, or None: too much, no zstd, or a Python that cannot read it."""
-    if zstd is None:
-        return None
-    try:
-        decoder = zstd.ZstdDecompressor()
-        data = decoder.decompress(body, UNPACKED_BYTES)
-    except zstd.ZstdError:
-        return None
-    return data if decoder.eof else None
-
-
-def reading_steps(head: RequestHead, route: Route, body: Body) -> Generator[None, None, Reading]:
-    """Read a body, one step at a time: each takes some milliseconds at the most, whatever it holds."""
+def reading_steps(head: RequestHead, route: Route, body: Body) -> Steps[Reading]:
+    """Read a body, whatever it holds. One that cannot be read, being compressed for example, has no fields."""
     if route.kind in ("raw", "account"):
         return Reading({})
     if route.kind == "transcribe":
         model = yield from form_field(head.fields.get(b"content-type", b""), body, b"model")
         return Reading({"model": model} if model else {})
-    if head.fields.get(b"content-encoding") == b"zstd":     # in lower case, as Ollama compares it
-        plain = unpacked(body)
-        if plain is None:
-            return Reading({}, opaque=True)
-        body = plain
-    return (yield from json_steps(body))
-
-
-# Ollama's own list: any port of this machine, and what is no web page.
-LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
-                 for scheme in ("http", "https") for port in ("", ":*")] + [
-                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
-PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
-             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
-             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
-             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
-             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
-             b"X-Priority,X-Request-Id,X-Api-Key",
-             b"Access-Control-Max-Age: 43200"]
-
-
-def is_listed(origin: str, allowed: Iterable[str]) -> bool:
-    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
-                                 and origin.endswith(end)):
-            return True
-    return False
-
-
-def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
-    """Return the lines that let a web page read the answer, none if it comes from `host` itself, None if it may not."""
-    if origin in (b"http://" + host, b"https://" + host):
-        return []
-    if "*" in allowed:
-        return [b"Access-Control-Allow-Origin: *"]
-    if is_listed(origin.decode("latin-1"), allowed):
-        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
-    return None
-
-
-def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
-    """Tell whether the web page that sends a request, if one does, may change something: ours, or of an origin listed.
-
-    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
-    """
-    origin, host = fields.get(b"origin", b""), fields.get(b"host", b"")
-    if origin and is_listed(origin.decode("latin-1"), allowed):
-        return True
-    return (origin in (b"", b"http://" + host, b"https://" + host)
-            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
-
-
-def host_name(host: bytes) -> str:
-    """Return the name or address in a Host field's bytes, in lower case, without port and brackets."""
-    text = host.decode("latin-1").lower()
-    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
-    return name.removeprefix("[").removesuffix("]")
-
-
-def literal(host: str) -> str | None:
-    """Return an IP address in its usual spelling; None for a name."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return None
-
-
-def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
-    """Tell whether a Host field's bytes are a name that no stranger can have made mean this machine.
-
-    DNS rebinding: a web page of evil.example whose name leads to 127.0.0.1 all at once is of the same origin as what is
-    there, and may read it. Its Host gives it away. Ollama's own rule: no name, `machine`, localhost, and what no public
-    DNS has; addresses, as they cannot be led elsewhere; and the names in `allowed`, the origins that the user listed.
-    """
-    name = host_name(host)
-    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
-        return True
-    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
-    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
+    return (yield from skimmed(body)) if is_long(body) else Reading(read_object(body))
 
 
 @remembered
@@ -1374,20 +1235,23 @@ def is_cloud(model: str) -> bool:
 
 
 def parse_priority(text: str) -> int:
-    """Return the priority 1..10 that a header value means. Raises Refusal."""
+    """Return the priority 1..10 that a number or a name means. Raises ValueError."""
     text = text.strip().lower()
     if text in PRIORITY_NAMES:
         return PRIORITY_NAMES[text]
     if text.isascii() and text.isdigit() and len(text) <= 2 and 1 <= int(text) <= 10:
         return int(text)
-    raise Refusal(400, f"X-Priority must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
+    raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}")
 
 
-def priority_of(head: RequestHead, fields: Json, family: Family, default: int = DEFAULT_PRIORITY) -> int:
+def priority_of(head: RequestHead, fields: Json, family: Family, default: int) -> int:
     """Return the priority of a request: header, body field, OpenAI's service tier, else the default. Raises Refusal."""
     header = head.fields.get(b"x-priority")
     if header is not None:
-        return parse_priority(header.decode("latin-1"))
+        try:
+            return parse_priority(header.decode("latin-1"))
+        except ValueError as error:
+            raise Refusal(400, f"X-Priority {error}") from None
     value = fields.get("priority")
     if value is not None:
         if type(value) is not int or not 1 <= value <= 10:
@@ -1424,36 +1288,36 @@ def prompt_parts(kind: str, fields: Json) -> list[str]:
     return lead + [text_of(messages)]
 
 
-def prefix_of(parts: list[str], seed: int) -> Prefix:
-    """Return ((hash, chars), ...) of the leading parts of a prompt: equal hashes mean an equal beginning."""
-    chain: list[tuple[int, int]] = []
-    chars = 0
-    for part in parts:
-        chars += len(part)
-        seed = hash((seed, part))
-        chain.append((seed, chars))
+def prefix_of(chain: list[tuple[int, int]]) -> Prefix:
+    """Return the first and the last parts of ((hash, chars), ...) of a prompt: equal hashes mean an equal beginning."""
     return tuple(chain[:PREFIX_FIRST] + chain[PREFIX_FIRST:][-PREFIX_LAST:])
 
 
-def read_prompt(kind: str, fields: Json) -> tuple[int, Prefix, int]:
-    """Return (characters, prefix, texts) of a prompt."""
-    parts, tools, given = prompt_parts(kind, fields), fields.get("tools"), fields.get("input")
-    return (sum(map(len, parts)), prefix_of(parts, hash(repr(tools)) if tools else 0),
-            len(given) if isinstance(given, list) and given else 1)
+def read_prompt(kind: str, fields: Json) -> Prompt:
+    """Return the Prompt of a body that was read as a whole."""
+    tools, texts = fields.get("tools"), fields.get("input")
+    chars, seed = 0, hash(repr(tools)) if tools else 0
+    chain: list[tuple[int, int]] = []
+    for part in prompt_parts(kind, fields):
+        chars += len(part)
+        seed = hash((seed, part))
+        chain.append((seed, chars))
+    return Prompt(chars, prefix_of(chain), len(texts) if isinstance(texts, list) and texts else 1)
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
-    """Return how many tokens a node answers with at most, or None."""
+    """Return how many tokens a node answers with at most; None if the request sets no bound."""
     bound = fields.get(OUTPUT_BOUNDS[path]) if path in OUTPUT_BOUNDS else options.get("num_predict")
     return min(bound, MAX_OUTPUT_TOKENS) if type(bound) is int and bound > 0 else None
 
 
 def runner_options(fields: Json, options: Json) -> RunnerOptions:
-    """Return the options given that belong to a loaded model: with another value Ollama unloads and loads it again."""
+    """Return the options that belong to a loaded model: for another value Ollama unloads the model and loads it again.
+    """
     if not options and "shift" not in fields:
         return ()
-    given = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
-    return tuple((name, value) for name, value in given
+    values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
+    return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
@@ -1467,80 +1331,89 @@ def parse_keep_alive(value: object) -> float | None:
     """Return seconds for a `keep_alive`, infinite for a negative one; None for what Ollama does not understand."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return math.inf if value < 0 else float(min(value, 1e9)) if value >= 0 else None    # JSON may hold a NaN
-    read = DURATION.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
-    if read is None:
+    match = DURATION.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
+    if match is None:
         return None
-    seconds = sum(float(number) * UNIT_S[unit] for number, unit in DURATION_PART.findall(read[2]))
-    return math.inf if read[1] == "-" and seconds else seconds
+    seconds = sum(float(number) * UNIT_S[unit] for number, unit in DURATION_PART.findall(match[2]))
+    return math.inf if match[1] == "-" and seconds else seconds
 
 
-def unloads(kind: str, fields: Json) -> bool:
-    """Tell whether a request only unloads its model: an empty prompt, to be kept alive for no time."""
-    return not fields.get("messages" if kind == "chat" else "prompt") and parse_keep_alive(
-        fields.get("keep_alive")) == 0
+def change_of(route: Route, fields: Json) -> str:
+    """Return what a request does to its model on every node: pull, copy, delete, create, unload; "" for nothing.
+
+    An empty prompt that is to be kept alive for no time unloads the model (Ollama: server/routes.go).
+    """
+    if route.kind in CHANGES:
+        return route.kind
+    prompt = "messages" if route.kind == "chat" else "prompt"
+    unloads = (route.family is Family.OLLAMA and route.kind in ("generate", "chat") and not fields.get(prompt)
+               and parse_keep_alive(fields.get("keep_alive")) == 0)
+    return "unload" if unloads else ""
 
 
-def is_deterministic(fields: Json, options: Json) -> bool:
+def source_of(route: Route, fields: Json) -> str | None:
+    """Return the canonical name of the model that a request makes a new one from, if it does."""
+    source = fields.get("source") if route.kind == "copy" else None
+    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
+        source = fields.get("from")             # else it is made from blobs, and these are on the primary node
+    return canonical(source) if isinstance(source, str) else None
+
+
+def is_deterministic(fields: Json, sampling: Json) -> bool:
     """Tell whether the same request gives the same text again: temperature 0, or a seed (-1: a random one)."""
-    temperature, seed = options.get("temperature"), options.get("seed")
+    temperature, seed = sampling.get("temperature"), sampling.get("seed")
     if fields.get("logprobs") or fields.get("top_logprobs"):
         return False                # numbers that belong to whole lines, and are never quite the same
     return type(temperature) in (int, float) and temperature == 0 or type(seed) is int and seed != -1
 
 
-def is_batch(given: object) -> bool:
+def is_batch(texts: object) -> bool:
     """Tell whether an embedding's input is a list of texts, of a length that can be split."""
-    return type(given) is list and 1 < len(given) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in given)
+    return type(texts) is list and 1 < len(texts) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in texts)
 
 
-def read_raw_spec(head: RequestHead, route: Route, client: str) -> RequestSpec:
-    """Return what a request wants whose body, if any, is not read: of a model only what its path names."""
-    return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
-                 repeatable=head.method in ("GET", "HEAD"))
+NO_PROMPT = Prompt(0, (), 1)
 
 
 def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
-               default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
-    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for a priority that is none.
+              default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority.
+
+    Without a body that is read, only the path can name the model.
     """
     if route.kind in ("raw", "account"):
-        return read_raw_spec(head, route, client)
+        return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
+                           repeatable=head.method in ("GET", "HEAD"))
     fields, is_inference = reading.fields, route.is_inference
-    options = fields.get("options") if route.family is Family.OLLAMA else None      # /v1 has none
+    is_ollama, embeds = route.family is Family.OLLAMA, route.kind == "embed"
+    options = fields.get("options") if is_ollama else None      # /v1 has none: its fields stand alone
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
-    stream = fields.get("stream")
-    prompt_chars, prefix, texts = reading.prompt or read_prompt(route.kind, fields)
-    change = route.kind if route.kind in CHANGES else ""
-    if "keep_alive" in fields and route.family is Family.OLLAMA and route.streams and unloads(route.kind, fields):
-        change = "unload"
-    source = fields.get("source") if route.kind == "copy" else None
-    stream = stream if isinstance(stream, bool) else route.streams
-    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
-        source = fields.get("from")             # else it is made from blobs, and these are on the primary node
+    stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else NO_PROMPT
+    change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
         model=canonical(name) if isinstance(name, str) else None,
         priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
         client=client,
         stream=stream,
-        silent=not stream or bool(fields.get("tools")),
-        prompt_chars=prompt_chars if is_inference else 0,
+        prompt_chars=prompt.chars,
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
-        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if route.family is Family.OLLAMA else None,
-        prefix=prefix if is_inference else (),
-        embeds=route.kind == "embed",
-        inputs=texts if route.kind == "embed" else 1,
+        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
+        prefix=prompt.prefix,
+        embeds=embeds,
+        inputs=prompt.texts if embeds else 1,
         inference=is_inference and not change,
-        repeatable=route.kind not in NOT_REPEATABLE,
-        deterministic=stream and head.path in TEXT_STREAMS and is_deterministic(
-            fields, options if route.family is Family.OLLAMA else fields),
         where=route.where,
-        opaque=reading.opaque,
-        batch=fields if route.kind == "embed" and is_batch(fields.get("input")) else None,
-        source=canonical(source) if isinstance(source, str) else None,
+        batch=fields if embeds and is_batch(fields.get("input")) else None,
+        source=None if is_inference else source_of(route, fields),
         change=change,
+        repeatable=route.kind not in NOT_REPEATABLE,
+        deterministic=(stream and head.path in TEXT_STREAMS
+                       and is_deterministic(fields, options if is_ollama else fields)),
+        silent=not stream or bool(fields.get("tools")),
     )
 
 
@@ -4772,7 +4645,7 @@ class Dispatcher:
 
         Where no other is left, those whose connection failed are: what restarts comes back.
         """
-        if ticket.attempts >= MAX_ATTEMPTS and not ticket.spec.opaque:
+        if ticket.attempts >= MAX_ATTEMPTS:
             return False
         if self.cluster.is_hopeless(ticket, now):
             ticket.tried -= ticket.gone
@@ -5957,15 +5830,21 @@ class Upload:
 
 
 # -----------------------------------------------------------------------------
-# Keys: who may ask, and how much?
+# Access: may this request be made?
 #
-# A key itself is kept nowhere, only its digest under a secret of this process. A table is asked for that digest: how
-# long the look-up takes tells nothing of any key, however many there are. A rate is a bucket of tokens that is filled
-# steadily and holds those of one period, so that somebody who was quiet may ask in a burst.
+# `Access.check` asks in this order, and the first "no" is the answer:
+#
+#   1. A web page asks: may pages of its Origin ask here (CORS)?
+#   2. Is the Host a name of this machine, or one that DNS rebinding made lead here?
+#   3. With --keys: does the request give a key? Without: is an order to a node given on this machine?
+#   4. The request changes models, an account or nodes: may this key, and may this page?
+#
+# 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`).
+# A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
+# digest, so the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
 
-OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))
-PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
 DIGEST_SECRET = secrets.token_bytes(32)
 
 
@@ -5978,16 +5857,20 @@ class KeySettings(NamedTuple):
     max_priority: int = 10
     rate: tuple[int, float] = (0, 1.0)  # requests, in so many seconds; 0 = any number
     concurrency: int = 0            # requests at once; 0 = any number
-    admin: bool = False
+    admin: bool = False             # may change models, accounts and nodes
 
 
 def digest_of_key(key: bytes) -> bytes:
-    """Return what is kept of a key, given as bytes."""
+    """Return what is kept of a key."""
     return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
 
 
 class Key:
-    """Somebody who may ask: what is allowed, and how much of it is used up."""
+    """What one key allows, and how much of that is used up.
+
+    The rate is a token bucket: it fills steadily and holds the requests of one period, so that somebody who was quiet
+    may ask in a burst.
+    """
 
     def __init__(self, settings: KeySettings) -> None:
         self.settings = settings
@@ -6001,14 +5884,14 @@ class Key:
 
     def take(self, now: float) -> None:
         """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
-        it, (count, period_s) = self.settings, self.settings.rate
-        if it.concurrency and self.running >= it.concurrency:
-            raise Refusal(429, f"the key {it.name} has {it.concurrency} requests running, its most", retry_after_s=1.0)
+        name, most, (count, period_s) = self.settings.name, self.settings.concurrency, self.settings.rate
+        if most and self.running >= most:
+            raise Refusal(429, f"the key {name} has {most} requests running, its most", retry_after_s=1.0)
         if count:
             self.tokens = min(count, self.tokens + (now - self.filled_s) * count / period_s)
             self.filled_s = now
             if self.tokens < 1:
-                raise Refusal(429, f"the key {it.name} has used up its {count} requests in {period_s:g} s",
+                raise Refusal(429, f"the key {name} has used up its {count} requests in {period_s:g} s",
                               retry_after_s=(1 - self.tokens) * period_s / count)
             self.tokens -= 1
         self.running += 1
@@ -6018,56 +5901,213 @@ class Key:
         self.running -= 1
 
 
-class Keys:
-    """All who may ask. Without any, everybody may."""
-
-    def __init__(self, settings: Iterable[KeySettings] = ()) -> None:
-        self.by_digest: dict[bytes, Key] = {}
-        self.configure(settings)
-
-    def configure(self, settings: Iterable[KeySettings]) -> None:
-        """Take over the lines of a keys file; who was there before is known by name."""
-        known = {key.settings.name: key for key in self.by_digest.values()}
-        self.by_digest = {}
-        for line in settings:
-            key = known.get(line.name)
-            if key is None:
-                key = Key(line)
-            else:
-                key.configure(line)
-            self.by_digest[line.digest] = key
-
-    def find(self, given: bytes) -> Key | None:
-        """Return the Key that bytes are, or None."""
-        digest = digest_of_key(given)
-        key = self.by_digest.get(digest)
-        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
-
-
-def keys_given(fields: dict[bytes, bytes]) -> Generator[tuple[bytes, bytes], None, None]:
-    """Yield (field name, key) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
+def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (field name, secret) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
     if b"x-api-key" in fields:
         yield b"x-api-key", fields[b"x-api-key"]
-    scheme, _, given = fields.get(b"authorization", b"").partition(b" ")
+    scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
-        yield b"authorization", given.strip()
-    elif scheme.lower() == b"basic":            # what browsers send, asked for the dashboard
+        yield b"authorization", secret.strip()
+    elif scheme.lower() == b"basic":            # browsers send it when they are asked for the dashboard
         with contextlib.suppress(binascii.Error):
-            yield b"authorization", base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            yield b"authorization", base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
 
 
-def consume_key(keys: Keys, head: RequestHead) -> Key | None:
-    """Return the Key that a request gives, or None; the fields that gave it are for the gateway, and not handed on."""
-    found: Key | None = None
-    consumed: set[bytes] = set()
-    for name, given in keys_given(head.fields):
-        key = keys.find(given)
-        if key is not None:
-            found = found or key
-            consumed.add(name)
-    if consumed:
-        head.lines = [line for line in head.lines if line[0] not in consumed]
-    return found
+# Ollama's own list: any port of this machine, and what is no web page.
+LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
+                 for scheme in ("http", "https") for port in ("", ":*")] + [
+                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
+PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
+             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
+             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
+             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
+             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
+             b"X-Priority,X-Request-Id,X-Api-Key",
+             b"Access-Control-Max-Age: 43200"]
+
+
+def is_listed(origin: str, allowed: Iterable[str]) -> bool:
+    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
+    for pattern in allowed:
+        start, star, end = pattern.partition("*")
+        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
+                                 and origin.endswith(end)):
+            return True
+    return False
+
+
+def is_own_origin(origin: bytes, host: bytes) -> bool:
+    """Tell whether a page came from the Host that it asks: the dashboard does."""
+    return origin in (b"http://" + host, b"https://" + host)
+
+
+def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
+    """Return the lines that let a web page read the answer; [] if it came from `host` itself, None if it may not ask.
+
+    The nodes are not asked: they would compare the origin with a Host that no browser has seen.
+    """
+    if is_own_origin(origin, host):
+        return []
+    if "*" in allowed:
+        return [b"Access-Control-Allow-Origin: *"]
+    if is_listed(origin.decode("latin-1"), allowed):
+        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+    return None
+
+
+def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
+    """Tell whether a request comes from no web page, from one of the gateway's own, or from one of an allowed origin.
+
+    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
+    """
+    origin = fields.get(b"origin", b"")
+    if origin and is_listed(origin.decode("latin-1"), allowed):
+        return True
+    return ((not origin or is_own_origin(origin, fields.get(b"host", b"")))
+            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
+
+
+@remembered
+def host_name(host: bytes) -> str:
+    """Return the name or address in a Host field, in lower case, without port and brackets."""
+    text = host.decode("latin-1").lower()
+    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
+    return name.removeprefix("[").removesuffix("]")
+
+
+def literal(host: str) -> str | None:
+    """Return an IP address in its usual spelling; None for a name."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+@remembered
+def is_loopback(address: str) -> bool:
+    """Tell whether no other machine can reach an address."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
+    """Tell whether a Host field cannot come from DNS rebinding.
+
+    There, the name evil.example of a web page suddenly leads to 127.0.0.1: what answers there is of the same origin,
+    and the page may read it. Its Host gives it away. Trusted, by Ollama's own rule, are: no name at all, `machine`,
+    localhost, names that no public DNS has, addresses (nobody can lead them elsewhere), and hosts of `allowed` origins.
+    """
+    name = host_name(host)
+    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
+        return True
+    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
+    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
+
+
+# A proxy on this machine adds these fields: with one of them, a loopback address does not say who asks.
+FORWARDING = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
+
+
+def is_local(address: str, fields: HeadFields) -> bool:
+    """Tell whether the client is on this machine and calls it by a loopback Host, which a rebound page cannot do."""
+    host = host_name(fields.get(b"host", b""))
+    return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
+
+
+class Verdict(NamedTuple):
+    """The answer to "may this request be made?". It may if `refusal` and `page_status` are empty."""
+
+    client: str                     # who shares fairly with whom: the name of the key, or the address
+    cors: RawLines = ()             # raw lines of any answer that let a web page read it
+    key: Key | None = None          # that the request gives; None also if none is needed
+    refusal: Answer | None = None
+    page_status: int = 0            # of an answer without a body to a page: 403 it may not ask, 204 it may (preflight)
+    priority: int = DEFAULT_PRIORITY    # if the request asks for none
+    max_priority: int = 10
+
+
+class Access:
+    """Who may make which request, by the options and the keys file."""
+
+    def __init__(self, options: argparse.Namespace, keys: Iterable[KeySettings]) -> None:
+        self.readers = LOCAL_ORIGINS + options.origins      # origins of the pages that may ask
+        self.changers = [origin for origin in self.readers if origin != "*"]    # and of those that may change models
+        self.checks_host = is_loopback(options.bind)        # as in Ollama: we cannot know the names of other addresses
+        self.is_trusted_host = remembered(functools.partial(
+            is_trusted_host, machine=socket.gethostname(), allowed=options.origins))
+        self.needs_key = bool(options.keys)
+        self.keys: dict[bytes, Key] = {}        # by digest
+        self.configure(keys)
+
+    def configure(self, lines: Iterable[KeySettings]) -> None:
+        """Take over the lines of a keys file. A key keeps what it has used up under the same name."""
+        known = {key.settings.name: key for key in self.keys.values()}
+        self.keys = {}
+        for line in lines:
+            key = self.keys[line.digest] = known.get(line.name) or Key(line)
+            key.configure(line)
+
+    def find_key(self, secret: bytes) -> Key | None:
+        """Return the Key whose secret this is, or None."""
+        digest = digest_of_key(secret)
+        key = self.keys.get(digest)
+        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
+
+    def consume_key(self, head: RequestHead) -> Key | None:
+        """Return the Key that a request gives, or None. Remove the fields that gave it: no node must see them."""
+        by_field = {name: key for name, secret in secrets_in(head.fields) if (key := self.find_key(secret)) is not None}
+        if by_field:
+            head.lines = [line for line in head.lines if line[0] not in by_field]
+        return next(iter(by_field.values()), None)
+
+    def check(self, head: RequestHead, route: Route, address: str) -> Verdict:
+        """Return the Verdict on a request of a client at `address`. Takes the key out of the head: see `consume_key`.
+
+        A refused request with a body ends its connection: the body would have to be read.
+        """
+        fields, has_body = head.fields, head.length != 0
+        verdict, host, origin = Verdict(address), fields.get(b"host", b""), fields.get(b"origin")
+        if origin:                  # question 1
+            lines = origin_lines(origin, host, self.readers)
+            if lines is None:
+                return verdict._replace(page_status=403)
+            verdict = verdict._replace(cors=lines)
+            if lines and head.method == "OPTIONS":
+                return verdict._replace(page_status=204)
+        if self.checks_host and not self.is_trusted_host(host):     # 2
+            text = "this Host is no name of this machine: --origins can allow it"
+            return verdict._replace(refusal=Answer(403, text, close=has_body))
+        if self.needs_key:          # 3
+            key = self.consume_key(head)
+            if key is not None:
+                verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
+                                           max_priority=key.settings.max_priority)
+            elif head.method not in ("GET", "HEAD") or head.path not in OPEN_PATHS:
+                return verdict._replace(refusal=Answer(401, "a key is needed: Authorization: Bearer KEY", has_body))
+        elif not is_local(address, fields):
+            if route.kind == "order":
+                text = "only this machine, or with --keys a key with admin=yes, may order that"
+                return verdict._replace(refusal=Answer(403, text, close=has_body))
+            verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
+        if route.guarded:           # 4
+            verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
+        return verdict
+
+    def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
+                       close: bool = False) -> Answer | None:
+        """Return the refusal to somebody who may not change models, an account or nodes; None to others.
+
+        Pages of listed origins may change models, as in Ollama; `*` only lets read. Only the gateway's own pages may
+        give an order to a node.
+        """
+        if key is not None and not key.settings.admin:
+            return Answer(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close)
+        if not page_may_change(head.fields, () if is_order else self.changers):
+            return Answer(403, "a web page of this origin may not do that", close)
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -6926,8 +6966,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
             collector = Collector(connection, answer)
             text = await collector.collect()
             clean = collector.clean
-            has_model = lease.runner is not None or spec.opaque
-            kind = failover_kind(answer.status, text, has_model)
+            kind = failover_kind(answer.status, text, lease.runner is not None)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         begun = True
         return Begun(lease, connection, answer)
@@ -7654,60 +7693,6 @@ async def serve_locally(gateway: Gateway, client: ClientConnection, head: Reques
     return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
 
 
-def is_loopback(address: str) -> bool:
-    """Tell whether an address is this machine's own, that no other can reach."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address == "localhost"
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
-
-
-# Fields that a proxy on this machine adds: with one of them, a loopback address says nothing of who asks.
-FORWARDING = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
-
-
-def is_local(client: ClientConnection, head: RequestHead) -> bool:
-    """Tell whether somebody on this machine asks, and asks this machine: a web page can make a name of its own mean it.
-    """
-    return (is_loopback(client.address) and is_loopback(host_name(head.fields.get(b"host", b"")))
-            and not any(field in head.fields for field in FORWARDING))
-
-
-def is_open(method: str, path: str) -> bool:
-    """Tell whether a request needs no key: what a monitor asks, and the gateway answers from what it knows."""
-    return method in ("GET", "HEAD") and path in OPEN_PATHS
-
-
-def guard(gateway: Gateway, head: RequestHead, kind: str, key: Key | None, close: bool) -> None:
-    """Raise Refusal unless who asks may change models, an account or nodes: a key that may, and no page of strangers.
-
-    An order to a node is for the gateway's own pages only. A change of models is, as with Ollama, for those of the
-    origins that are listed, too, but not for those that only `*` lets read.
-    """
-    if key is not None and not key.settings.admin:
-        raise Refusal(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close=close)
-    listed = () if kind == "order" else [origin for origin in gateway.origins if origin != "*"]
-    if not page_may_change(head.fields, listed):
-        raise Refusal(403, "a web page of this origin may not do that", close=close)
-
-
-def admit(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record) -> Key | None:
-    """Return the Key of a request, None if it needs none. Raises Refusal if it needs one or may not do what it asks."""
-    has_body = head.length != 0
-    key = consume_key(gateway.keys, head) if gateway.options.keys else None
-    if key:
-        gateway.acquaint(client)
-        record.key = key.settings.name
-    elif gateway.options.keys and not is_open(head.method, head.path):
-        raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=has_body)
-    elif route.kind == "order" and not is_local(client, head):
-        raise Refusal(403, "only this machine, or with --keys a key with admin=yes, may order that", close=has_body)
-    if route.guarded:
-        guard(gateway, head, route.kind, key, close=has_body)
-    return key
-
-
 async def serve_events(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool:
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     if head.length != 0:
@@ -7735,19 +7720,12 @@ async def serve_order(gateway: Gateway, client: ClientConnection, head: RequestH
     return answer_locally(client, head, record, *gateway.order(node, verb))
 
 
-def answer_origin(gateway: Gateway, client: ClientConnection, head: RequestHead, record: Record) -> bool | None:
-    """Answer a web page that may not ask, or that asks whether it may; return None for one that goes on.
-
-    Here and not in the nodes: they would compare the origin with a Host that no browser has seen.
-    """
-    lines = origin_lines(head.fields[b"origin"], head.fields.get(b"host", b""), gateway.origins)
-    if lines is None:
+def answer_page(client: ClientConnection, head: RequestHead, record: Record, status: int) -> bool:
+    """Answer a web page without a body, as Ollama does: 403 if it may not ask, 204 if it asks whether it may."""
+    if status == 403:
         record.reason = "origin not allowed"
-        return answer_locally(client, head, record, 403, b"", b"", close=head.length != 0)
-    record.cors = lines
-    if head.method != "OPTIONS" or not lines:
-        return None
-    return answer_locally(client, head, record, 204, b"", b"", PREFLIGHT, close=head.length != 0)
+    return answer_locally(client, head, record, status, b"", b"", PREFLIGHT if status == 204 else (),
+                          close=head.length != 0)
 
 
 async def serve_by_nodes(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, body: Body,
@@ -7773,15 +7751,17 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
 
     Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one.
     """
-    if head.fields.get(b"origin"):
-        keep = answer_origin(gateway, client, head, record)
-        if keep is not None:
-            return keep
-    if gateway.is_rebound(head.fields.get(b"host", b"")):
-        raise Refusal(403, "this Host is no name of this machine: --origins can allow it", close=head.length != 0)
     head.via = via_after(head.fields.get(b"via", b""), gateway.via)
     route = find_route(head.method, head.path)
-    key = admit(gateway, client, head, route, record)
+    verdict = gateway.access.check(head, route, client.address)
+    record.cors, key = verdict.cors, verdict.key
+    if key is not None:
+        gateway.acquaint(client)
+        record.key = key.settings.name
+    if verdict.refusal is not None:
+        raise verdict.refusal.error()
+    if verdict.page_status:
+        return answer_page(client, head, record, verdict.page_status)
     if route.kind == "order":
         return await serve_order(gateway, client, head, record)
     if route.kind == "events":
@@ -7791,7 +7771,7 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
     if gateway.draining:
         raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
     if key is None:
-        return await serve_admitted(gateway, client, head, route, record, None)
+        return await serve_admitted(gateway, client, head, route, record, verdict)
     try:
         key.take(gateway.loop.time())
     except Refusal as refusal:
@@ -7801,28 +7781,22 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
             await gateway.read_body(client, head)
         raise
     try:
-        return await serve_admitted(gateway, client, head, route, record, key)
+        return await serve_admitted(gateway, client, head, route, record, verdict)
     finally:
         key.give_back()
 
 
 async def serve_admitted(gateway: Gateway, client: ClientConnection, head: RequestHead, route: Route, record: Record,
-                         key: Key | None) -> bool:
+                         verdict: Verdict) -> bool:
     """Answer a request that nodes are needed for, of somebody who may ask. Raises what `serve` raises."""
     body = b"" if route.kind == "raw" else await gateway.read_body(client, head)
     client.serving = True
     steps = reading_steps(head, route, body)
     reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
-    if key is None:
-        spec = read_spec(head, route, reading, client.address)
-        if spec.priority > MOST_FROM_AFAR and not is_local(client, head):
-            spec.priority = MOST_FROM_AFAR
-    else:
-        allowed = key.settings
-        spec = read_spec(head, route, reading, allowed.name, allowed.priority)
-        spec.priority = min(spec.priority, allowed.max_priority)
-    if spec.change == "unload":     # which only the body tells
-        guard(gateway, head, route.kind, key, close=False)
+    spec = read_spec(head, route, reading, verdict.client, verdict.priority)
+    spec.priority = min(spec.priority, verdict.max_priority)
+    if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
+        raise refusal.error()       # only the body tells of this change
     return await serve_by_nodes(gateway, client, head, route, body, spec, record)
 
 
@@ -9004,6 +8978,9 @@ def answer_dashboard(gateway: Gateway) -> OwnAnswer:
 
 # -----------------------------------------------------------------------------
 # hosts.txt: which nodes?
+#
+# A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has the same shape, with a key
+# instead of the URL: `read_file`, `parse_lines` and `parse_settings` serve both.
 # -----------------------------------------------------------------------------
 
 def parse_switch(text: str) -> bool:
@@ -9021,21 +8998,14 @@ def parse_slots(text: str) -> int:
 
 
 def parse_word(text: str) -> str:
-    """Return a text that can stand in a header field. Raises ValueError."""
-    if not text or not text.isascii() or not text.isprintable():
-        raise ValueError(f"must be printable ASCII, not {text!r}")
-    return text
-
-
-def parse_secret(text: str) -> str:
-    """Return a word that no error text may show. Raises ValueError."""
+    """Return a text that can stand in a header field. Raises ValueError, without the text: it may be a token."""
     if not text or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII")
     return text
 
 
 def parse_resolve(text: str) -> bool:
-    """Return True for all, the only way to resolve a name that is not the usual one. Raises ValueError."""
+    """Return True for `all`, the only value of resolve=. Raises ValueError."""
     if text != "all":
         raise ValueError(f"must be all, not {text!r}")
     return True
@@ -9048,13 +9018,14 @@ def parse_prefix(text: str) -> str:
     return parse_word(text).rstrip("/")
 
 
-NODE_SETTINGS: dict[str, Callable[[str], str | int]] = {
-    "name": parse_word, "slots": parse_slots, "token": parse_secret, "host": parse_word, "prefix": parse_prefix,
+SettingParsers = Mapping[str, Callable[[str], str | int | tuple[int, float]]]
+NODE_SETTINGS: SettingParsers = {
+    "name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word, "prefix": parse_prefix,
     "primary": parse_switch, "ca": parse_word, "insecure": parse_switch, "resolve": parse_resolve}
 
 
 def open_regular(path: str) -> int:
-    """Return a descriptor to read a file. Raises ConfigError for a pipe or a device: they can have no end."""
+    """Return a descriptor to read a file. Raises ConfigError, also for a pipe or a device: they may have no end."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -9068,7 +9039,7 @@ def open_regular(path: str) -> int:
 
 
 def read_file(path: str) -> tuple[str, int]:
-    """Return (text, mode) of a file that a person writes, of MAX_FILE_BYTES at the most. Raises ConfigError."""
+    """Return (text, mode) of a file that a person writes, up to MAX_FILE_BYTES long. Raises ConfigError."""
     with open(open_regular(path), "rb") as file:
         data, mode = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_mode
     try:
@@ -9080,24 +9051,52 @@ def read_file(path: str) -> tuple[str, int]:
     return text, mode
 
 
-def mode_of(path: str) -> int:
-    """Return the mode of a file, 0 if there is none."""
-    try:
-        return os.stat(path).st_mode
-    except OSError:
-        return 0
+Settings = TypeVar("Settings", NodeSettings, KeySettings)
 
 
-def bare_line(line: str) -> str:
-    """Return a line of a file without its comment. Raises ValueError if it is too long to be one."""
-    if len(line) > MAX_LINE_CHARS:
-        raise ValueError(f"a line of {len(line)} characters")
-    return re.sub(r"(^|\s)#.*", "", line).strip()
+def parse_lines(text: str, place: str, kind: str, parse: Callable[[str], Settings],
+                most: int = MAX_FILE_LINES) -> list[Settings]:
+    """Return what `parse` makes of each line that is more than a comment; `kind` is nodes or keys.
+
+    Raises ConfigError that names `place` and line, also if there are more than `most`, or two of one name.
+    """
+    by_name: dict[str, Settings] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if len(line) > MAX_LINE_CHARS:
+                raise ValueError(f"a line of {len(line)} characters")
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if not line:
+                continue
+            settings = parse(line)
+            if settings.name in by_name:
+                raise ValueError(f"there are two {kind} named {settings.name!r}; give one of them another name=")
+            if len(by_name) == most:
+                raise ValueError(f"more than {most} {kind}")
+        except ValueError as error:
+            raise ConfigError(f"{place}:{number}: {error}") from None
+        by_name[settings.name] = settings
+    return list(by_name.values())
+
+
+def parse_settings(words: list[str], parsers: SettingParsers, secret: bool) -> dict[str, Any]:
+    """Return the values of words such as slots=4, by name. Raises ValueError; it shows no word that may be `secret`."""
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in parsers:
+            complaint = "a setting is none of" if secret else f"unknown setting {name!r}; there are"
+            raise ValueError(f"{complaint} {', '.join(parsers)}")
+        try:
+            values[name.replace("-", "_")] = parsers[name](text)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    return values
 
 
 def parse_url(url: str) -> tuple[str, int, bool, str]:
     """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
-    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)     # a password is for nobody's log
+    shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)     # no log may show a password
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         port = 11434 if parts.port is None else parts.port
@@ -9113,17 +9112,9 @@ def parse_url(url: str) -> tuple[str, int, bool, str]:
 
 def parse_node(line: str) -> NodeSettings:
     """Return the NodeSettings of one line: a URL, then key=value settings. Raises ValueError."""
-    url, *settings = line.split()
+    url, *words = line.split()
     host, port, tls, prefix = parse_url(url)
-    values: dict[str, Any] = {"prefix": prefix}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in NODE_SETTINGS:
-            raise ValueError(f"unknown setting {key!r}; there are {', '.join(NODE_SETTINGS)}")
-        try:
-            values[key] = NODE_SETTINGS[key](text)
-        except ValueError as error:
-            raise ValueError(f"{key} {error}") from None
+    values = {"prefix": prefix, **parse_settings(words, NODE_SETTINGS, secret=False)}
     for key in ("ca", "insecure"):
         if key in values and not tls:
             raise ValueError(f"{key}= is for https:// only")
@@ -9139,7 +9130,7 @@ def with_authority(node: NodeSettings, folder: str) -> NodeSettings:
     if not node.ca:
         return node
     node = node._replace(ca=os.path.join(folder, node.ca))
-    if stat.S_ISFIFO(mode_of(node.ca)):
+    if os.path.exists(node.ca) and stat.S_ISFIFO(os.stat(node.ca).st_mode):     # to read it would wait for a writer
         raise ValueError(f"ca {node.ca}: this is not a regular file")
     trust_in(node)
     return node
@@ -9147,21 +9138,8 @@ def with_authority(node: NodeSettings, folder: str) -> NodeSettings:
 
 def parse_hosts(text: str, place: str) -> list[NodeSettings]:
     """Return the NodeSettings of a hosts file. Raises ConfigError that names `place` and line."""
-    nodes: dict[str, NodeSettings] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            line = bare_line(line)
-            if not line:
-                continue
-            node = with_authority(parse_node(line), os.path.dirname(place))
-            if node.name in nodes:
-                raise ValueError(f"there are two nodes named {node.name!r}; give one of them another name=")
-            if len(nodes) == MAX_NODES:
-                raise ValueError(f"more than {MAX_NODES} nodes")
-        except ValueError as error:
-            raise ConfigError(f"{place}:{number}: {error}") from None
-        nodes[node.name] = node
-    return list(nodes.values())
+    folder = os.path.dirname(place)
+    return parse_lines(text, place, "nodes", lambda line: with_authority(parse_node(line), folder), MAX_NODES)
 
 
 def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
@@ -9375,12 +9353,7 @@ async def scan_again_and_again(gateway: Gateway, _: str) -> None:
 # The keys file: whose keys?
 # -----------------------------------------------------------------------------
 
-def parse_level(text: str) -> int:
-    """Return a priority from 1 to 10. Raises ValueError."""
-    try:
-        return parse_priority(text)
-    except Refusal:
-        raise ValueError(f"must be 1 to 10 or one of {', '.join(PRIORITY_NAMES)}, not {text!r}") from None
+PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_rate(text: str) -> tuple[int, float]:
@@ -9398,53 +9371,40 @@ def parse_most(text: str) -> int:
     return int(text)
 
 
-KEY_SETTINGS: dict[str, Callable[[str], str | int | tuple[int, float]]] = {
-    "name": parse_word, "priority": parse_level, "max-priority": parse_level, "rate": parse_rate,
+KEY_SETTINGS: SettingParsers = {
+    "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
     "concurrency": parse_most, "admin": parse_switch}
 
 
 def parse_key(line: str) -> KeySettings:
     """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
-    given, *settings = line.split()
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in KEY_SETTINGS:
-            raise ValueError(f"a setting is none of {', '.join(KEY_SETTINGS)}")
-        try:
-            values[key.replace("-", "_")] = KEY_SETTINGS[key](text)
-        except ValueError as error:
-            raise ValueError(f"{key} {error}") from None
+    secret, *words = line.split()
+    values = parse_settings(words, KEY_SETTINGS, secret=True)
     if "name" not in values:
         raise ValueError("name= is missing: whose key is it?")
-    if not given.isascii() or not given.isprintable():
+    if not secret.isascii() or not secret.isprintable():
         raise ValueError("a key must be printable ASCII")
     most = values.get("max_priority", 10)
     if values.setdefault("priority", min(DEFAULT_PRIORITY, most)) > most:
         raise ValueError("priority must not be over max-priority")
-    return KeySettings(digest_of_key(given.encode()), **values)
+    return KeySettings(digest_of_key(secret.encode()), **values)
 
 
 def parse_keys(text: str, place: str) -> list[KeySettings]:
     """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
-    names: dict[str, KeySettings] = {}
-    digests: dict[bytes, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            line = bare_line(line)
-            if not line:
-                continue
-            key = parse_key(line)
-            if key.name in names:
-                raise ValueError(f"there are two keys named {key.name!r}")
-            if key.digest in digests:
-                raise ValueError(f"this is the key of {digests[key.digest]!r}, too")
-        except ValueError as error:
-            raise ConfigError(f"{place}:{number}: {error}") from None
-        names[key.name], digests[key.digest] = key, key.name
-    if not names:
+    owners: dict[bytes, str] = {}
+
+    def parse(line: str) -> KeySettings:
+        key = parse_key(line)
+        owner = owners.setdefault(key.digest, key.name)
+        if owner != key.name:
+            raise ValueError(f"this is the key of {owner!r}, too")
+        return key
+
+    keys = parse_lines(text, place, "keys", parse)
+    if not keys:
         raise ConfigError(f"{place}: there is no key in it")
-    return list(names.values())
+    return keys
 
 
 def warn_of_readers(event: str, path: str, mode: int) -> None:
@@ -9607,17 +9567,6 @@ class StateFile:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
-def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
-    """Return what tells of a Host field whether it was led to us by DNS rebinding.
-
-    Only on a loopback address, as with Ollama: others have names that we cannot know.
-    """
-    if not is_loopback(options.bind):
-        return lambda host: False
-    machine = socket.gethostname()
-    return remembered(lambda host: not is_trusted_host(host, machine, options.origins))
-
-
 def affordable_clients(asked: int, descriptors: int) -> int:
     """Return how many client connections there may be: each may need a node's connection, too."""
     if descriptors == resource.RLIM_INFINITY:
@@ -9641,8 +9590,7 @@ class Gateway:
         self.via = via_of(secrets.token_hex(4))
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
                                      queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
-        self.origins = LOCAL_ORIGINS + options.origins
-        self.is_rebound = rebinding_check(options)
+        self.access = Access(options, keys)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
@@ -9673,7 +9621,6 @@ class Gateway:
         self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
         self.draining, self.drained_s = False, -math.inf
         self.stopped = asyncio.Event()
-        self.keys = Keys(keys)
         self.files_seen = self.files_before = self.file_stamps()    # as taken over; as in the last sweep
         self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
         self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
@@ -9877,8 +9824,8 @@ class Gateway:
     def reload_keys(self) -> None:
         """Read the keys again."""
         try:
-            self.keys.configure(read_keys(self.options))
-            LOG.info({"event": "reload", "keys": len(self.keys.by_digest)})
+            self.access.configure(read_keys(self.options))
+            LOG.info({"event": "reload", "keys": len(self.access.keys)})
         except ConfigError as error:
             LOG.error({"event": "reload", "refused": str(error)})
 
