@@ -2929,7 +2929,7 @@ async def running_nodes(scenario, seed):
 async def run_policy(scenario, policy, seed):
     """Run one scenario under one policy, on nodes and a gateway of its own in this process."""
     async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, policy, seed) as gateway:
-        run = await run_works(scenario, policy, seed, gateway.address, nodes)
+        run = await run_works(scenario, policy, seed, gateway.listener.address, nodes)
         return run._replace(ratios=gateway.dispatcher.ratios)
 
 
@@ -3852,7 +3852,7 @@ async def run_misled(scenario, seed):
         mislead(gateway.dispatcher, random.Random(seed))
         watching = asyncio.create_task(watch_idle(gateway.dispatcher, longest_s))
         try:
-            run = await run_works(scenario, SOLLOL, seed, gateway.address, nodes)
+            run = await run_works(scenario, SOLLOL, seed, gateway.listener.address, nodes)
             return run, max(longest_s.values())
         finally:
             watching.cancel()
@@ -5110,9 +5110,9 @@ def leftovers(gateway, nodes):
         yield f"fair share still has an account of {account}"
     if dispatcher.cluster.leaving:
         yield f"dropped nodes are still leaving: {' '.join(node.name for node in dispatcher.cluster.leaving)}"
-    for client in gateway.clients:
+    for client in gateway.listener.clients:
         yield f"client connection of {client.address} is still open"
-    idle = collections.Counter(node.name for node, pool in gateway.pools.items() for _ in pool.idle)
+    idle = collections.Counter(node.name for node, pool in gateway.node_io.pools.items() for _ in pool.idle)
     for node in nodes:
         if len(node.connections) != idle[node.name]:
             yield f"{len(node.connections)} connections to {node.name}, {idle[node.name]} of them idle"
@@ -5124,8 +5124,9 @@ def overgrown(gateway, nodes):
     """Yield a sentence for every container of an idle gateway that holds more than nodes and models account for."""
     dispatcher, known = gateway.dispatcher, set(gateway.dispatcher.cluster.nodes.values())
     models = {model for node in nodes for model in node.models}
-    for name, table in (("pools", gateway.pools), ("states", gateway.states), ("probes", gateway.probes),
-                        ("first_looks", gateway.first_looks), ("jobs", {node for node, _ in gateway.jobs})):
+    io = gateway.node_io
+    for name, table in (("pools", io.pools), ("logged_states", io.logged_states), ("probes", io.probes),
+                        ("reasons", io.reasons), ("jobs", {node for node, _ in io.jobs})):
         if extra := set(table) - known:
             yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"
     waiting, cluster = dispatcher.waiting, dispatcher.cluster
@@ -5144,8 +5145,8 @@ def overgrown(gateway, nodes):
         for runner in node.runners.values():
             if len(runner.prefixes.prompts) > 10 or len(runner.prefixes.parts) > 160:
                 yield f"{runner.model} on {node.name} keeps {len(runner.prefixes.prompts)} prompts"
-    if len(dispatcher.policy.decisions) > sollol.DECISIONS_KEPT or gateway.finished:
-        yield f"{len(dispatcher.policy.decisions)} decisions, {len(gateway.finished)} finished requests are kept"
+    if len(dispatcher.policy.decisions) > sollol.DECISIONS_KEPT or gateway.telemetry.finished:
+        yield f"{len(dispatcher.policy.decisions)} decisions, {len(gateway.telemetry.finished)} finished requests are kept"
 
 
 def most_at_once(records):
@@ -5247,7 +5248,7 @@ class Soak:
             return
         self.listed = self.listed | {node.name} if listed else self.listed - {node.name}
         self.save_hosts()
-        self.gateway.reload()
+        self.gateway.files.reload()
 
     async def edit_hosts(self):
         """Save a bad hosts.txt now and then: the nodes stay as they are."""
@@ -5255,11 +5256,11 @@ class Soak:
             await asyncio.sleep(at_s - self.loop.time())
             before = dict(self.gateway.dispatcher.cluster.nodes)
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.reload()
+            self.gateway.files.reload()
             if self.gateway.dispatcher.cluster.nodes != before:
                 self.wrong("a bad hosts.txt changed the nodes")
             self.save_hosts()
-            self.gateway.reload()
+            self.gateway.files.reload()
 
     # Troubles
 
@@ -5378,9 +5379,9 @@ class Soak:
         options = sollol.parse_options(["--hosts", str(self.hosts), "--port", "0", "--seed", str(self.seed),
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
-        self.address = self.gateway.address
+        self.address = self.gateway.listener.address
         self.line = Line(self.gateway.dispatcher)
-        self.visitors = {client: Visitor(*self.gateway.address, source=client)
+        self.visitors = {client: Visitor(*self.gateway.listener.address, source=client)
                          for client in sorted({errand.client for errand in self.plan.errands})}
 
     async def play(self):
@@ -5998,10 +5999,10 @@ class LiveSoak(Soak):
         for at_s in self.plan.edits_s:
             await asyncio.sleep(at_s - self.loop.time())
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.reload()
+            self.gateway.files.reload()
             await asyncio.sleep(1.0)
             self.save_hosts()
-            self.gateway.reload()
+            self.gateway.files.reload()
 
     def look(self):
         self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))

@@ -2314,15 +2314,6 @@ def possible_twins(node: Node) -> list[str]:
     return [model for model in found if (model, digest_of(node, model)) not in node.weights]
 
 
-BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
-
-
-def blob_in(modelfile: object) -> str:
-    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
-    found = BLOB.search(modelfile) if isinstance(modelfile, str) else None
-    return found[1] if found else ""
-
-
 class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
 
@@ -6856,7 +6847,7 @@ def judge_end(gateway: Gateway, lease: Lease, record: Record, answer: ResponseHe
     if error:
         record.outcome, record.reason = "error", error
         if lease.runner is not None:    # of a push, say, it is its client's own
-            gateway.record_failure(lease, Failure("model", f"broke off: {error}"))
+            gateway.node_io.record_failure(lease, Failure("model", f"broke off: {error}"))
     elif streams and not LAST_LINE.search(ending[-TAIL_BYTES:]):
         lease.worked(now)
     else:
@@ -6917,7 +6908,7 @@ async def relay_answer(gateway: Gateway, client: ClientConnection, head: Request
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
         record.timings = read_timings(relay.tail())
-        gateway.record_failure(lease, failure.value)
+        gateway.node_io.record_failure(lease, failure.value)
         keep = break_off(client, record, relay, f"{lease.node.name} {failure}", lease.ticket.spec.family) and keep
     finally:
         client.source = None
@@ -6949,7 +6940,7 @@ async def begin(gateway: Gateway, head: RequestHead, body: Body, lease: Lease) -
     Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
     with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
     """
-    pool, spec = gateway.pools[lease.node], lease.ticket.spec
+    pool, spec = gateway.node_io.pools[lease.node], lease.ticket.spec
 
     def on_connection(connection: NodeConnection) -> None:
         lease.abandon = connection.fail
@@ -6995,7 +6986,7 @@ async def attempt(gateway: Gateway, client: ClientConnection, head: RequestHead,
                                          head.keep_alive)
         return keep
     finally:
-        gateway.pools[lease.node].give_back(begun.connection, clean)
+        gateway.node_io.pools[lease.node].give_back(begun.connection, clean)
 
 
 class Inference:
@@ -7049,7 +7040,7 @@ class Inference:
         elif not isinstance(self.last, NodeAnswer):
             self.last = Answer(502, f"{lease.node.name}: {failed.text}")
         if failed.kind is not None:
-            self.gateway.record_failure(lease, failed)
+            self.gateway.node_io.record_failure(lease, failed)
 
     def end(self, lease: Lease) -> None:
         """End a lease, and let others have its slot. A client that left has ended what was its ticket's lease then."""
@@ -7059,7 +7050,7 @@ class Inference:
 
     def close(self, begun: Begun, clean: bool) -> None:
         """Give back what an answer was received with."""
-        self.gateway.pools[begun.lease.node].give_back(begun.connection, clean)
+        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection, clean)
         self.end(begun.lease)
 
     def race(self, lease: Lease) -> None:
@@ -7079,7 +7070,7 @@ class Inference:
             first.lost_to = Failure("raced", f"{lease.node.name} was faster")
             if first.abandon is not None:
                 first.abandon(first.lost_to)
-        self.gateway.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
+        self.gateway.telemetry.metrics.races[lease.node.name, "yes" if begun else "no"] += 1
         return begun
 
     async def rehearsed(self, begun: Begun, first: Lease) -> Begun | None:
@@ -7155,7 +7146,7 @@ class Inference:
         lease, record, clean = begun.lease, self.record, False
         record.node, record.reason = lease.node.name, lease.reason
         if lease.loads:
-            self.gateway.note_load(lease.node)
+            self.gateway.node_io.note_load(lease.node)
         if self.transcript:         # silent in its midst, it may be raced by a replay
             self.ticket.race, lease.abandon = self.race, begun.connection.fail
         try:
@@ -7224,10 +7215,10 @@ async def serve_control(gateway: Gateway, client: ClientConnection, head: Reques
     while True:
         lease = dispatcher.lease_unqueued(record.id, spec, tried, loop.time())
         try:
-            async with gateway.pools[lease.node].unqueued:
+            async with gateway.node_io.pools[lease.node].unqueued:
                 return await attempt(gateway, client, head, body, lease, record)
         except NodeFailure as failure:
-            gateway.record_failure(lease, failure.value)
+            gateway.node_io.record_failure(lease, failure.value)
             tried.add(lease.node.name)
             if failure.kind != "refused" and not spec.repeatable or len(tried) >= MAX_ATTEMPTS:
                 raise Refusal(502, f"{lease.node.name}: {failure}") from None
@@ -7248,7 +7239,7 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
     clean = False
     try:
         record.node, record.attempts, record.reason = lease.node.name, 1, lease.reason
-        pool = gateway.pools[lease.node]
+        pool = gateway.node_io.pools[lease.node]
         client.pause_reading()      # until the Upload takes the bytes
         async with pool.unqueued:
             connection = await pool.connect()
@@ -7263,7 +7254,7 @@ async def serve_upload(gateway: Gateway, client: ClientConnection, head: Request
             clean = clean and upload.body.done
             return keep
     except NodeFailure as failure:
-        gateway.record_failure(lease, failure.value)
+        gateway.node_io.record_failure(lease, failure.value)
         raise Refusal(502, f"{lease.node.name}: {failure}") from None
     finally:
         if upload is not None:
@@ -7419,7 +7410,7 @@ async def change(gateway: Gateway, lease: Lease, head: RequestHead, body: Body,
 
     Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
     """
-    dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.pools[lease.node]
+    dispatcher, loop, pool = gateway.dispatcher, gateway.loop, gateway.node_io.pools[lease.node]
     connection: NodeConnection | None = None
     sink: Lines | Collector
     clean, last = False, b""
@@ -7469,7 +7460,7 @@ async def change_on(gateway: Gateway, node: Node, head: RequestHead, body: Body,
             node.unloaded(spec.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
-        gateway.record_failure(lease, failure.value)
+        gateway.node_io.record_failure(lease, failure.value)
         return Outcome(node, None, b"", str(failure))
     except Refusal as refusal:      # the gateway's own lack of sockets
         return Outcome(node, None, b"", refusal.text)
@@ -7527,7 +7518,7 @@ async def serve_change(gateway: Gateway, client: ClientConnection, head: Request
 
     outcomes = await asyncio.gather(*map(one, nodes))
     if spec.change != "unload":
-        await gateway.look_at_changes([it.node for it in outcomes if it.answer])
+        await gateway.node_io.look_at_changes([it.node for it in outcomes if it.answer])
     gateway.pump()
     outcomes = without_absent(spec.change, outcomes)
     return answer_change(client, head, record, told, outcomes)
@@ -7688,7 +7679,7 @@ async def serve_locally(gateway: Gateway, client: ClientConnection, head: Reques
     if head.length != 0:
         await gateway.read_body(client, head)
     if head.path in gateway.refreshed:      # somebody who asks this has often just changed it
-        await gateway.refreshed[head.path](gateway)
+        await gateway.node_io.look_again(gateway.refreshed[head.path])
     status, body, kind, *extra = gateway.own_answer(head.path)
     return answer_locally(client, head, record, status, body, kind, itertools.chain(*extra))
 
@@ -7704,7 +7695,7 @@ async def serve_events(gateway: Gateway, client: ClientConnection, head: Request
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
     while not gateway.draining:
         if not client.write_paused:     # one that does not read misses some
-            client.write(b"data: " + gateway.snapshot() + b"\n\n")
+            client.write(b"data: " + gateway.telemetry.snapshot() + b"\n\n")
         await asyncio.sleep(EVENT_S)
     return False
 
@@ -7756,7 +7747,7 @@ async def serve(gateway: Gateway, client: ClientConnection, head: RequestHead, r
     verdict = gateway.access.check(head, route, client.address)
     record.cors, key = verdict.cors, verdict.key
     if key is not None:
-        gateway.acquaint(client)
+        gateway.listener.acquaint(client)
         record.key = key.settings.name
     if verdict.refusal is not None:
         raise verdict.refusal.error()
@@ -7819,7 +7810,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
                 keep = answer_refusal(client, head, record, refusal)
             except NodeRefused as refused:
                 keep = answer_whole(client, head, record, refused.value.head, refused.value.body)
-            gateway.finish(record)
+            gateway.telemetry.finish(record)
             record = None
             gateway.memory.give_back(client)
             if client.write_paused:
@@ -7843,10 +7834,10 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
                 record.outcome = "error"
     finally:
         if record:
-            gateway.finish(record)
+            gateway.telemetry.finish(record)
         gateway.memory.give_back(client)
         await client.close()
-        gateway.forget(client)
+        gateway.listener.forget(client)
 
 
 # -----------------------------------------------------------------------------
@@ -7938,147 +7929,297 @@ class ProbeFailure(Exception):
     """A node gave no usable answer to a question of the gateway's own."""
 
 
-async def fetch(pool: Pool, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
-                most_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
-    """Return (status, JSON object or None, text) of a node's answer. Raises ProbeFailure or NodeFailure."""
-    body = b"" if value is None else json.dumps(value).encode()
-    head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
-                       len(body), True, False, pool.via)
-    connection, clean = None, False
-    try:
-        async with asyncio.timeout(timeout_s):
-            connection, answer = await pool.exchange(render_request(head, pool.settings, len(body)) + body, method)
-            collector = Collector(connection, answer, most_bytes)
-            text = await collector.collect()
-            clean = collector.clean
-    except TimeoutError:
-        raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
-    finally:
-        if connection is not None:
-            pool.give_back(connection, clean)
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    return answer.status, found if isinstance(found, dict) else None, text
+BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
 
 
-async def ask(gateway: Gateway, node: Node, method: str, path: str, value: Json | None = None,
-              timeout_s: float = PROBE_TIMEOUT_S) -> Json:
-    """Ask a node for a JSON object. Raises ProbeFailure or NodeFailure."""
-    status, found, _ = await fetch(gateway.pools[node], method, path, value, timeout_s)
-    if status != 200 or found is None:
-        raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
-    return found
+def blob_in(modelfile: object) -> str:
+    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
+    match = BLOB.search(modelfile) if isinstance(modelfile, str) else None
+    return match[1] if match else ""
 
 
-def rows_of(found: Json) -> list[Json]:
-    """Return the rows in an answer of /api/tags or /api/ps."""
-    rows = found.get("models")
-    rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
+def rows_of(answer: Json) -> list[Json]:
+    """Return the rows of /api/tags or /api/ps, if they have a name."""
+    rows = answer.get("models")
+    return [row for row in (rows if isinstance(rows, list) else [])
+            if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
 
 
-async def look_at_models(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Find out which models a node has. Raises ProbeFailure or NodeFailure."""
-    asked_s = gateway.loop.time()
-    rows = rows_of(await ask(gateway, node, "GET", "/api/tags", timeout_s=timeout_s))
-    gateway.dispatcher.cluster.take_tags(node, rows, asked_s)
+class OllamaApi:
+    """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
 
-
-async def look_at_residency(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Find out which models are loaded on a node. Raises ProbeFailure or NodeFailure."""
-    asked_s = gateway.loop.time()
-    found = await ask(gateway, node, "GET", "/api/ps", timeout_s=timeout_s)
-    node.take_ps(rows_of(found), asked_s, gateway.loop.time())
-
-
-async def look_at_weights(gateway: "Gateway", node: Node) -> None:
-    """Find out which models of a node that look alike are made from the same weights; each is asked once.
-
-    Raises ProbeFailure or NodeFailure.
+    A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
+    NodeFailure without an answer, ProbeFailure after a wrong one, and Refusal if the gateway itself has no socket left.
     """
-    for model in possible_twins(node):
-        key = model, digest_of(node, model)
-        status, answer, _ = await fetch(gateway.pools[node], "POST", "/api/show", {"model": model})
-        blob = blob_in(answer.get("modelfile")) if status == 200 and answer else ""
-        gateway.dispatcher.cluster.know_weights(node, {key: blob})
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    async def fetch(self, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
+                    max_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
+        """Return (status, JSON object or None, body) of an answer of at most `max_bytes`."""
+        body = b"" if value is None else json.dumps(value).encode()
+        head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
+                           len(body), True, False, self.pool.via)
+        connection, clean = None, False
+        try:
+            async with asyncio.timeout(timeout_s):
+                request = render_request(head, self.pool.settings, len(body)) + body
+                connection, answer = await self.pool.exchange(request, method)
+                collector = Collector(connection, answer, max_bytes)
+                text = await collector.collect()
+                clean = collector.clean
+        except TimeoutError:
+            raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
+        finally:
+            if connection is not None:
+                self.pool.give_back(connection, clean)
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):
+            parsed = None
+        return answer.status, parsed if isinstance(parsed, dict) else None, text
+
+    async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
+        """Return the JSON object that a node answers with status 200."""
+        status, answer, _ = await self.fetch("GET", path, timeout_s=timeout_s)
+        if status != 200 or answer is None:
+            raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
+        return answer
+
+    async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+        """Return the version of the server: the cheapest proof that it lives."""
+        return str((await self.ask("/api/version", timeout_s)).get("version", ""))[:40]
+
+    async def models(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
+        """Return the models on disk."""
+        return rows_of(await self.ask("/api/tags", timeout_s))
+
+    async def loaded(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
+        """Return the models in memory."""
+        return rows_of(await self.ask("/api/ps", timeout_s))
+
+    async def cloud(self, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
+        """Return whether the server uses the cloud; old ones do not tell."""
+        return await self.ask("/api/status", timeout_s)
+
+    async def weights(self, model: str) -> str:
+        """Return the blob that a model is made from; "" if the server does not tell."""
+        status, answer, _ = await self.fetch("POST", "/api/show", {"model": model})
+        return blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+
+    async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
+        """Let a model continue a raw text; return what its answer tells of the work."""
+        value: Json = {"model": model, "raw": True, "stream": False, "prompt": prompt, "options": dict(options)}
+        if "shift" in options:          # the only one that Ollama reads beside its options
+            value["shift"] = bool(value["options"].pop("shift"))
+        status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
+        if status != 200 or answer is None:
+            raise ProbeFailure(f"the measurement was answered with {status}")
+        return read_timings(text[-TAIL_BYTES:])
+
+    async def is_there(self) -> bool:
+        """Tell whether this is an Ollama server, and not a gateway such as this one."""
+        _, health, _ = await self.fetch("GET", "/api/health", max_bytes=64 * KIB)
+        if health and health.get("service") == "SOLLOL":
+            return False
+        status, answer, _ = await self.fetch("GET", "/api/version", max_bytes=64 * KIB)
+        return status == 200 and isinstance(answer and answer.get("version"), str)
 
 
-async def look_after_load(gateway: Gateway, node: Node) -> None:
-    """See at once what a load has pushed out: the next one should know what fits together."""
-    with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
-        await look_at_residency(gateway, node)
-        gateway.pump()
+Followed = TypeVar("Followed")      # a node, or the name of a source
 
 
-async def look_at_status(gateway: Gateway, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Find out whether a node uses the cloud. Raises ProbeFailure, as old nodes do not tell, or NodeFailure."""
-    node.cloud = await ask(gateway, node, "GET", "/api/status", timeout_s=timeout_s)
+def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
+              work: Callable[[Followed], Coroutine[None, None, None]], pause_s: float) -> None:
+    """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
+    loop = asyncio.get_running_loop()
+    task = tasks[key] = loop.create_task(work(key))
+
+    def again() -> None:
+        if tasks.get(key) is task:      # else dropped meanwhile
+            supervise(tasks, key, work, pause_s)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and tasks.get(key) is task:
+            LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
+            loop.call_later(pause_s, again)
+
+    task.add_done_callback(ended)
 
 
-Look = Callable[["Gateway", Node, float], Awaitable[None]]
+class NodeIO:
+    """All that the gateway does with nodes by itself: connection pools, probes, short jobs, the log of their states."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
+        self.pools: dict[Node, Pool] = {}           # of dropped nodes, too, until their last request has ended
+        self.probes: dict[Node, asyncio.Task[None]] = {}
+        self.jobs: dict[tuple[Node, Job], asyncio.Task[str | None]] = {}
+        self.reasons: dict[Node, str] = {}          # of each node that was probed: what went wrong last, or ""
+        self.looking: dict[Look, asyncio.Future[list[None | BaseException]]] = {}       # under way; see `look_again`
+        self.logged_states: dict[Node, str] = {}
+
+    def api(self, node: Node) -> OllamaApi:
+        """Return how to ask a node."""
+        return OllamaApi(self.pools[node])
+
+    def configure(self, added: list[Node], dropped: list[Node]) -> list[Node]:
+        """Begin to probe the nodes that were added, end all work on those dropped; return those with new settings."""
+        for node in added:
+            self.pools[node] = Pool(node.settings, self.gateway.turns, self.gateway.via)
+            supervise(self.probes, node, self.probe_forever, self.gateway.options.probe_interval)
+        for node in dropped:
+            self.reasons.pop(node, None)
+            self.probes.pop(node).cancel()
+            for owner, work in self.jobs:
+                if owner is node:
+                    self.jobs[owner, work].cancel()
+            self.pools[node].close()
+        changed = [node for node in self.dispatcher.cluster.nodes.values() if self.pools[node].settings != node.settings]
+        for node in changed:
+            self.pools[node].configure(node.settings)
+        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
+        if insecure:
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
+        return changed
+
+    def begin_job(self, node: Node, work: Job) -> None:
+        """Start a short piece of work on a node, unless it is under way or the node was dropped."""
+        job = node, work
+        if job not in self.jobs and self.dispatcher.cluster.nodes.get(node.name) is node:
+            task = self.jobs[job] = self.loop.create_task(work(self, node))
+            task.add_done_callback(lambda task: self.jobs.pop(job, None))
+
+    async def look_at_models(self, node: Node) -> None:
+        """Find out which models a node has. Raises as OllamaApi."""
+        asked_s = self.loop.time()
+        self.dispatcher.cluster.take_tags(node, await self.api(node).models(), asked_s)
+
+    async def look_at_residency(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Find out which models are loaded on a node. Raises as OllamaApi."""
+        asked_s = self.loop.time()
+        rows = await self.api(node).loaded(timeout_s)
+        node.take_ps(rows, asked_s, self.loop.time())
+
+    async def look_at_weights(self, node: Node) -> None:
+        """Find out which models of a node that look alike are made from the same weights; each is asked about once.
+
+        Raises as OllamaApi.
+        """
+        for model in possible_twins(node):
+            key = model, digest_of(node, model)
+            self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
+
+    async def look_at_cloud(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Find out whether a node uses the cloud. Raises as OllamaApi."""
+        node.cloud = await self.api(node).cloud(timeout_s)
+
+    async def look_after_load(self, node: Node) -> None:
+        """See at once what a load has pushed out: the next one should know what fits together."""
+        with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
+            await self.look_at_residency(node)
+            self.gateway.pump()
+
+    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
+        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
+
+        A node that does not answer now is looked at by the next probe.
+        """
+        await asyncio.gather(*map(self.look_at_models, nodes), return_exceptions=True)
+
+    async def look_again(self, look: Look) -> None:
+        """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
+
+        Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
+        """
+        if look not in self.looking:
+            looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
+            self.looking[look] = asyncio.gather(*looks, return_exceptions=True)
+            self.looking[look].add_done_callback(lambda looks: self.looking.pop(look, None))
+        await asyncio.shield(self.looking[look])
+
+    async def probe(self, node: Node) -> str:
+        """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, or ""."""
+        loop, why, answered = self.loop, "", False
+        asked_s = loop.time()
+        try:
+            version = await self.api(node).version(DEAD_S if node.up else PROBE_TIMEOUT_S)
+            answered = True
+            node.answered(version, loop.time() - asked_s, loop.time())
+            await self.look_at_models(node)
+            await self.look_at_residency(node)
+            await self.look_at_weights(node)
+        except (NodeFailure, ProbeFailure, Refusal) as failure:
+            why = str(failure)
+            if answered:
+                node.index_failed()
+            elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
+                node.missed(getattr(failure, "kind", "") == "refused", loop.time())
+        self.log_state(node, why)
+        self.gateway.pump()
+        return why
+
+    async def probe_forever(self, node: Node) -> None:
+        """Probe a node until it is dropped."""
+        while True:
+            self.reasons[node] = await self.probe(node)
+            pause_s = self.gateway.options.probe_interval
+            if not node.up and self.loop.time() - node.lost_s < RETURN_S:
+                pause_s = min(pause_s, RETURN_PROBE_S)
+            await asyncio.sleep(pause_s * self.gateway.rng.uniform(0.85, 1.15))
+
+    def log_state(self, node: Node, why: str = "") -> None:
+        """Log the state of a node if it is not the one logged last."""
+        now = self.loop.time()
+        was, state = self.logged_states.get(node, "new"), node.state(now)
+        if not node.probed or state == was or node.up and not node.indexed:
+            return                      # its models are part of the line
+        self.logged_states[node] = state
+        bad, error = state in ("down", "suspect"), node.last_error
+        if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
+            why = why or error.text
+        LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
+                {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
+                 "version": node.version, "models": " ".join(sorted(node.rows)), "why": why})
+
+    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
+        """Note and log that a node failed a request, and look at once what has become of it."""
+        assert failure.kind is not None     # else it is no fault of the node's
+        self.dispatcher.fail(lease, failure.kind, self.loop.time())
+        self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
+        status = failure.head.status if isinstance(failure, NodeAnswer) else None
+        lease.node.note_error(failure.text, status, failure.kind, self.loop.time())
+        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
+        if failure.kind in CONNECTION_FAILURES:
+            self.begin_job(lease.node, NodeIO.probe)
+        elif failure.kind == "model":
+            self.note_load(lease.node)
+
+    def note_load(self, node: Node) -> None:
+        """Find out soon what the load of a model has pushed out of a node."""
+        self.begin_job(node, NodeIO.look_after_load)
+
+    def sweep(self, now: float) -> None:
+        """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
+        for node in self.dispatcher.cluster.nodes.values():
+            self.log_state(node)
+            if not node.may_measure(now):
+                continue
+            if node.suspect or node.speed < 0.7:
+                self.begin_job(node, check)
+            elif self.gateway.options.calibrate and (
+                    not node.calibrated and loaded_runners(node) or self.dispatcher.cluster.is_unsure(node, now)):
+                self.begin_job(node, calibrate)
+        for node, pool in list(self.pools.items()):
+            pool.prune(now - IDLE_UPSTREAM_S)
+            if self.dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
+                del self.pools[node]
+                self.logged_states.pop(node, None)
 
 
-async def look_again(look: Look, gateway: Gateway) -> None:
-    """Let all nodes be looked at that answer at once; the rest stays as last seen.
-
-    Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
-    """
-    if look not in gateway.looking:
-        looks = [look(gateway, node, FRESH_S) for node in gateway.dispatcher.cluster.nodes.values() if node.up]
-        gateway.looking[look] = asyncio.gather(*looks, return_exceptions=True)
-        gateway.looking[look].add_done_callback(lambda looks: gateway.looking.pop(look, None))
-    await asyncio.shield(gateway.looking[look])
-
-
-def note_state(gateway: Gateway, node: Node, why: str = "") -> None:
-    """Log the state of a node if it is not the one logged last."""
-    now = gateway.loop.time()
-    was, state = gateway.states.get(node, "new"), node.state(now)
-    if not node.probed or state == was or node.up and not node.indexed:
-        return                      # its models are part of the line
-    gateway.states[node] = state
-    bad, error = state in ("down", "suspect"), node.last_error
-    if bad and error and now - error.at_s < 60:     # requests found it out
-        why = why or error.text
-    models = " ".join(sorted(node.rows))
-    LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
-            {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
-             "version": node.version, "models": models, "why": why})
-
-
-async def probe(gateway: Gateway, node: Node) -> str:
-    """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, if it did."""
-    loop = gateway.loop
-    asked_s, why, answered = loop.time(), "", False
-    try:
-        found = await ask(gateway, node, "GET", "/api/version", timeout_s=DEAD_S if node.up else PROBE_TIMEOUT_S)
-        answered = True
-        node.answered(str(found.get("version", ""))[:40], loop.time() - asked_s, loop.time())
-        await look_at_models(gateway, node)
-        await look_at_residency(gateway, node)
-        await look_at_weights(gateway, node)
-    except (NodeFailure, ProbeFailure, Refusal) as failure:
-        why = str(failure)
-        if answered:
-            node.index_failed()
-        elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-            node.missed(getattr(failure, "kind", "") == "refused", loop.time())
-    note_state(gateway, node, why)
-    gateway.pump()
-    return why
-
-
-async def probe_forever(gateway: Gateway, node: Node) -> None:
-    """Probe a node until it is dropped."""
-    while True:
-        await probe(gateway, node)
-        gateway.first_looks.discard(node)
-        pause_s = gateway.options.probe_interval
-        if not node.up and gateway.loop.time() - node.lost_s < RETURN_S:
-            pause_s = min(pause_s, RETURN_PROBE_S)
-        await asyncio.sleep(pause_s * gateway.rng.uniform(0.85, 1.15))
+Job = Callable[[NodeIO, Node], Coroutine[None, None, str | None]]       # a method of NodeIO, or `check`, `calibrate`
+Look = Callable[[NodeIO, Node, float], Coroutine[None, None, None]]
 
 
 def loaded_options(runner: Runner) -> Json | None:
@@ -8094,42 +8235,39 @@ def loaded_runners(node: Node) -> list[Runner]:
             and not embeds_only(runner.row or runner.listed)]
 
 
-async def measure(gateway: "Gateway", runner: Runner, words: int, tokens: int, timeout_s: float) -> bool | None:
+async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
     """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
 
     It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
     """
-    dispatcher, loop, node = gateway.dispatcher, gateway.loop, runner.node
+    dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
+    prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
     options = loaded_options(runner)
     assert options is not None      # as `loaded_runners` returns them
-    shift = options.pop("shift", None)
-    value = {"model": runner.listed["name"], "raw": True, "stream": False,
-             "options": {**options, "num_predict": tokens},
-             "prompt": " ".join(f"{gateway.rng.getrandbits(16):04x}" for _ in range(words)),
-             **({} if shift is None else {"shift": bool(shift)})}
-    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(value["prompt"]), max_output=tokens)
+    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompt), max_output=tokens)
     lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
-    asking = loop.create_task(ask(gateway, node, "POST", "/api/generate", value, timeout_s))
+    asking = loop.create_task(nodes.api(node).generate(
+        runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
     lease.abandon = lambda failure: asking.cancel()
     try:
         await asyncio.wait([asking])
         if asking.cancelled() or asking.exception() or lease.released:
             return None
-        return learn_measured(lease, read_timings(json.dumps(asking.result()).encode()), loop.time())
+        return learn_measured(lease, asking.result(), loop.time())
     finally:
         asking.cancel()
         if not lease.released:
             dispatcher.release(lease, loop.time())
 
 
-async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
+async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
     """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
 
-    Meanwhile somebody may have come, or the node may not answer: then there is a pause, too.
+    Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
     """
-    loop = gateway.loop
+    loop = nodes.loop
     try:
-        await look_at_residency(gateway, node)
+        await nodes.look_at_residency(node)
     except (ProbeFailure, NodeFailure, Refusal):
         node.pause_measuring(loop.time())
     if not node.may_measure(loop.time()):
@@ -8137,45 +8275,40 @@ async def loaded_runner(gateway: "Gateway", node: Node) -> Runner | None:
     return min(loaded_runners(node), key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples), default=None)
 
 
-async def calibrate(gateway: "Gateway", node: Node) -> None:
+async def calibrate(nodes: NodeIO, node: Node) -> None:
     """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
     told it for long although the model is asked for.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
     with a CPU node. One short request at a time: slots are learned from those of others.
     """
-    if not node.may_measure(gateway.loop.time()):
-        return
     node.calibrates()
-    runner = await loaded_runner(gateway, node)
-    sure = runner is not None and runner.speeds.is_confirmed(gateway.loop.time())
-    if runner is None or not sure and not await measure(
-            gateway, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS, CALIBRATION_S):
+    runner = await loaded_runner(nodes, node)
+    sure = runner is not None and runner.speeds.is_confirmed(nodes.loop.time())
+    if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
         node.calibrates(False)          # it is tried again, after a pause
         return
     LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots.count,
               "decode_tok_s": round(1 / runner.decode_s(), 1)})
-    gateway.pump()
+    nodes.gateway.pump()
 
 
-async def check(gateway: "Gateway", node: Node) -> None:
+async def check(nodes: NodeIO, node: Node) -> None:
     """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
-    loop = gateway.loop
-    if not node.may_measure(loop.time()):
-        return
-    runner = await loaded_runner(gateway, node)
+    loop = nodes.loop
+    runner = await loaded_runner(nodes, node)
     if not node.may_measure(loop.time()):
         return
     due_s = math.inf
     if runner is not None:          # else there is nothing to ask: its next request will show
         work_s = node.overhead_s + 8 * runner.prefill_s() + runner.decode_s() + node.rtt_s
         due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
-        if await measure(gateway, runner, 1, 1, CALIBRATION_S) is None:
+        if await measure(nodes, runner, 1, 1) is None:
             return
     node.trust(loop.time())
     if loop.time() < due_s:
         node.reset_speed()
-    gateway.pump()
+    nodes.gateway.pump()
 
 
 # -----------------------------------------------------------------------------
@@ -8199,6 +8332,11 @@ def percentile(ordered: list[float], share: float) -> float | None:
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)] if ordered else None
 
 
+def rounded(seconds: float | None) -> float | None:
+    """Return a time to the millisecond, None for None."""
+    return None if seconds is None else round(seconds, 3)
+
+
 def shown(name: str | None) -> str | None:
     """Return a name that a client may have made up as logs and statistics show it: not longer than SHOWN_CHARS."""
     return name and name[:SHOWN_CHARS]
@@ -8207,11 +8345,9 @@ def shown(name: str | None) -> str | None:
 def runner_stats(node: Node, model: str, now: float) -> Json:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
-    resident = runner.ready_s is not None
-    return {"on_disk": has_on_disk(node, model), "resident": resident,
+    return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
-            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count,
-            "slots_known": runner.slots.origin,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count, "slots_known": runner.slots.origin,
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.speeds.decode_s, 1) if runner.speeds.decode_s else None,
             "prefill_tok_s": round(1 / runner.speeds.prefill_s, 1) if runner.speeds.prefill_s else None,
@@ -8228,35 +8364,26 @@ def running_stats(lease: Lease, now: float) -> Json:
             "reason": lease.reason}
 
 
-def used_runner(node: Node) -> Runner | None:
-    """Return the model of a node that is resident or was last used, or None."""
-    return max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
-
-
 def node_slots(node: Node) -> tuple[int, str]:
-    """Return how many requests of one model a node runs at once, and how that is known: of the model last used."""
-    runner = used_runner(node)
+    """Return how many requests of one model a node runs at once, and how that is known: of the model that is resident,
+    or was last used."""
+    runner = max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
     return (runner.slots.count, runner.slots.origin) if runner else (node.settings.slots or 1, "guessed")
-
-
-def error_stats(error: NodeError | None, now: float) -> Json | None:
-    """Return what /api/stats says of a node's last error."""
-    return error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)}
 
 
 def node_stats(node: Node, now: float) -> Json:
     """Return what /api/stats says of one node."""
-    latencies = sorted(node.latencies_s)
+    latencies_s, error = sorted(node.latencies_s), node.last_error
     slots, slots_known = node_slots(node)
     return {
         "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
         "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
         "running": [running_stats(lease, now) for lease in node.leases],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
-        "error_share": node.error_share.share(now), "last_error": error_stats(node.last_error, now),
+        "error_share": node.error_share.share(now),
+        "last_error": error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)},
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
-        "latency_s": {f"p{share}": round(value, 3) if (value := percentile(latencies, share / 100)) is not None
-                      else None for share in (50, 95, 99)},
+        "latency_s": {f"p{share}": rounded(percentile(latencies_s, share / 100)) for share in (50, 95, 99)},
         "models": {model: runner_stats(node, model, now) for model in sorted(node.runners)}}
 
 
@@ -8267,11 +8394,10 @@ def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
     """
     queue, forecast = [], Forecast(dispatcher.cluster, now)
     for position, ticket in enumerate(dispatcher.waiting.in_order(), 1):
-        start_s = forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket))
         queue.append({"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
                       "client": ticket.spec.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3),
-                      "predicted_start_s": None if start_s is None else round(start_s, 3)})
+                      "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))})
     return queue
 
 
@@ -8282,15 +8408,15 @@ def answer_queue(gateway: Gateway) -> OwnAnswer:
 
 def decision_stats(decisions: Sequence[Decision], now: float) -> list[Json]:
     """Return what is said of decisions, the last one first."""
-    return [{"ago_s": round(now - it.at_s, 3), "id": it.id, "model": shown(it.model), "node": it.node,
-             "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in it.candidates}}
-            for it in reversed(decisions)]
+    return [{"ago_s": round(now - made.at_s, 3), "id": made.id, "model": shown(made.model), "node": made.node,
+             "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in made.candidates}}
+            for made in reversed(decisions)]
 
 
 def answer_stats(gateway: Gateway) -> OwnAnswer:
     """Answer /api/stats: nodes, queue and the last decisions."""
-    gateway.tally()
-    dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.metrics.outcomes()
+    gateway.telemetry.tally()
+    dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.metrics.outcomes()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
@@ -8344,7 +8470,8 @@ Series = collections.Counter[tuple[str | int, ...]]         # values of labels: 
 
 
 class Metrics:
-    """Count what finished requests were like. Nothing is done per token; what can be asked for is not counted."""
+    """Count what finished requests were like. Nothing is done per token; names that a client can invent share a label.
+    """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -8353,7 +8480,8 @@ class Metrics:
         self.failovers: Series = collections.Counter()      # (node, reason)
         self.races: Series = collections.Counter()          # (node, yes or no: it won)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
-        self.queue_s: dict[int | str, Histogram] = {}       # by priority
+        self.queue_s: dict[int | str, Histogram] = collections.defaultdict(lambda: Histogram(TIME_BOUNDS_S))
+                                    # by priority
         self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something ended
 
     def model_label(self, model: str) -> str:
@@ -8380,10 +8508,10 @@ class Metrics:
 
     def outcomes(self) -> dict[str, collections.Counter[str]]:
         """Return how the requests that each node answered ended: {node: {outcome: count}}."""
-        found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for (node, *_, outcome), count in self.requests.items():
-            found[str(node)][str(outcome)] += count
-        return found
+            outcomes[str(node)][str(outcome)] += count
+        return outcomes
 
     def count_request(self, record: Record, total_s: float) -> None:
         """Take in a finished request."""
@@ -8397,14 +8525,10 @@ class Metrics:
         self.request_s.add(total_s)
         if first_s is not None:
             self.first_s.add(first_s)
-        waits = self.queue_s.get(record.priority)
-        if waits is None:
-            waits = self.queue_s[record.priority] = Histogram(TIME_BOUNDS_S)
-        waits.add(record.queue_s)
-        if record.timings.prompt_tokens:
-            self.count(self.tokens, record.timings.prompt_tokens, node, model, "prompt")
-        if record.timings.output_tokens:
-            self.count(self.tokens, record.timings.output_tokens, node, model, "output")
+        self.queue_s[record.priority].add(record.queue_s)
+        for kind, tokens in (("prompt", record.timings.prompt_tokens), ("output", record.timings.output_tokens)):
+            if tokens:
+                self.count(self.tokens, tokens, node, model, kind)
 
 
 Samples = Iterable[tuple[str, str, float]]
@@ -8412,7 +8536,7 @@ Samples = Iterable[tuple[str, str, float]]
 
 def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]:
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
-    metrics, dispatcher, now = gateway.metrics, gateway.dispatcher, gateway.loop.time()
+    metrics, dispatcher, now = gateway.telemetry.metrics, gateway.dispatcher, gateway.loop.time()
     nodes = dispatcher.cluster.nodes.values()
     waiting = collections.Counter(ticket.spec.priority for ticket in dispatcher.waiting.tickets)
 
@@ -8452,7 +8576,7 @@ def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]
 
 def answer_metrics(gateway: Gateway) -> OwnAnswer:
     """Answer /metrics in Prometheus' text format 0.0.4."""
-    gateway.tally()
+    gateway.telemetry.tally()
     lines: list[str] = []
     for name, kind, help, samples in metric_families(gateway):
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
@@ -8467,8 +8591,8 @@ def milliseconds(seconds: float | None) -> int | str:
 
 
 def log_level(record: Record) -> int:
-    """Return the level of a request's log line: what nodes fail after all is a warning, a probe that succeeds no news.
-    """
+    """Return the level of a request's log line: warning if the nodes failed it in the end, debug for a scrape that
+    succeeded."""
     if record.path in PROBED_PATHS and record.method in ("GET", "HEAD") and record.status < 400:
         return logging.DEBUG
     return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
@@ -8486,8 +8610,42 @@ def request_fields(record: Record, total_s: float) -> Json:
             "bytes": record.bytes, "reason": record.reason, "outcome": record.outcome}
 
 
-# What a service manager, a load balancer and Prometheus ask every few seconds, for ever.
+# Paths that a service manager, a load balancer and Prometheus ask for every few seconds.
 PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
+
+
+class Telemetry:
+    """Count and log finished requests, some together and a moment late: that is much cheaper."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.loop = gateway, gateway.loop
+        self.metrics = Metrics(gateway.dispatcher)
+        self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
+        self.shown, self.shown_s = b"", -math.inf   # what dashboards were sent last, and when
+
+    def finish(self, record: Record) -> None:
+        """Let a finished request be counted and logged within TALLY_DELAY_S."""
+        record.outcome = record.outcome or ("ok" if 0 < record.status < 400 else "error")
+        if not self.finished:
+            self.loop.call_later(TALLY_DELAY_S, self.tally)
+        self.finished.append((record, self.loop.time() - record.started_s))
+
+    def tally(self) -> None:
+        """Count and log the requests that have finished since the last time."""
+        finished, self.finished = self.finished, []
+        for record, total_s in finished:
+            self.metrics.count_request(record, total_s)
+        for level, rows in itertools.groupby(finished, lambda row: log_level(row[0])):
+            if LOG.isEnabledFor(level):
+                LOG.log(level, [request_fields(record, total_s) for record, total_s in rows])
+
+    def snapshot(self) -> bytes:
+        """Return what dashboards show, as JSON; made once for all that look, however many."""
+        now = self.loop.time()
+        if now - self.shown_s >= EVENT_S / 2:
+            self.tally()
+            self.shown, self.shown_s = json.dumps(dashboard_state(self.gateway), separators=(",", ":")).encode(), now
+        return self.shown
 
 
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
@@ -8495,12 +8653,13 @@ PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
 
 @remembered                         # models, nodes, paths and most numbers come again and again
 def bare(text: str) -> str:
-    """Return a value as it stands in a key=value line: quoted if it could be misread."""
+    """Return a value as it is written in a key=value line: quoted if it could be misread."""
     return text if PLAIN(text) else json.dumps(text)
 
 
 class LogFormat(logging.Formatter):
-    """Write one line per event, `key=value ...` or one JSON object; the message is a dict of its fields, or several."""
+    """Write one line per event, `key=value ...` or a JSON object. A message is the dict of an event, or a list of them.
+    """
 
     converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
@@ -8510,11 +8669,11 @@ class LogFormat(logging.Formatter):
         self.as_json = style == "json"
 
     def format(self, record: logging.LogRecord) -> str:
-        said: Any = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
+        message: Any = record.msg if isinstance(record.msg, (dict, list)) else {"message": record.getMessage()}
         lead = {"ts": self.formatTime(record), "level": record.levelname.lower()}
         if record.exc_info and self.as_json:
-            said = {**said, "traceback": self.formatException(record.exc_info)}
-        lines = [self.line({**lead, **fields}) for fields in (said if isinstance(said, list) else [said])]
+            message = {**message, "traceback": self.formatException(record.exc_info)}
+        lines = [self.line({**lead, **fields}) for fields in (message if isinstance(message, list) else [message])]
         if record.exc_info and not self.as_json:
             lines.append(self.formatException(record.exc_info))
         return "\n".join(lines)
@@ -8527,17 +8686,17 @@ class LogFormat(logging.Formatter):
 
 
 class LogWriter(logging.Handler):
-    """Write the log to a file descriptor, in a thread: a pipe that nobody reads, or a slow disk, holds up no request.
+    """Write the log to a file descriptor, in a thread: a pipe that nobody reads, or a slow disk, delays no request.
 
-    What is over MAX_LOG_BYTES is lost; how many lines those were is told when the log flows again.
+    Lines beyond MAX_LOG_BYTES are dropped; their number is logged when the log flows again.
     """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self.descriptor = descriptor
-        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()       # None = the end
         self.taken_bytes = self.lost_lines = 0      # changed under the lock of the handler only
-        self.written_bytes = self.told_lines = 0    # changed by the thread only
+        self.written_bytes = self.reported_lines = 0        # changed by the thread only
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
@@ -8550,35 +8709,35 @@ class LogWriter(logging.Handler):
         self.queue.put(data)
 
     def run(self) -> None:
-        """Write what comes, until None does."""
+        """Write what is queued, until the end."""
         while (data := self.queue.get()) is not None:
             self.write(data)
             self.written_bytes += len(data)
             if self.queue.empty():
-                self.tell_loss()
-        self.tell_loss()
+                self.report_loss()
+        self.report_loss()
 
-    def tell_loss(self) -> None:
-        """Write how many lines were lost since that was told last, if any were."""
-        lost = self.lost_lines - self.told_lines
+    def report_loss(self) -> None:
+        """Write how many lines were dropped since the last report, if any were."""
+        lost = self.lost_lines - self.reported_lines
         if lost:
-            self.told_lines += lost
+            self.reported_lines += lost
             fields = {"event": "log", "lost": lost, "why": "nobody read the log for a while"}
             record = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, fields, (), None)
             self.write((self.format(record) + "\n").encode())
 
     def write(self, data: bytes) -> None:
-        """Write bytes, however long it takes; none if nobody is there to read them."""
+        """Write bytes, however long it takes; give up if nobody can read them any more."""
         while data:
             try:
                 data = data[os.write(self.descriptor, data):]
-            except BlockingIOError:     # whoever shares the descriptor has made it so
+            except BlockingIOError:     # another process that shares the descriptor made it non-blocking
                 time.sleep(LOG_RETRY_S)
             except OSError:
                 return
 
     def close(self) -> None:
-        """Write what is left, if that takes no longer than LOG_FLUSH_S. Called at the end of the process, too."""
+        """Write the rest, for LOG_FLUSH_S at most. Python's logging calls this at the end of the process, too."""
         self.queue.put(None)
         self.thread.join(LOG_FLUSH_S)
         super().close()
@@ -8588,7 +8747,7 @@ def start_log(style: str, level: str) -> None:
     """Send the log to standard error."""
     try:
         handler: logging.Handler = LogWriter(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):       # it is no file
+    except (OSError, ValueError, AttributeError):       # standard error has no descriptor
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormat(style))
     for former in LOG.handlers:
@@ -8599,9 +8758,9 @@ def start_log(style: str, level: str) -> None:
 
 
 def tell_systemd(message: str) -> None:
-    """Send a state to the service manager that started this process, if one did; see sd_notify(3).
+    """Send a state to the service manager, if one started this process; see sd_notify(3).
 
-    While it is busy, ten messages fill its socket: a ping is dropped then, all else waits for NOTIFY_S.
+    Ten messages fill the socket of a busy manager: then a watchdog ping is dropped, any other message waits NOTIFY_S.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -8615,8 +8774,8 @@ def tell_systemd(message: str) -> None:
 # -----------------------------------------------------------------------------
 # Dashboard: what does a person see?
 #
-# One page that needs nothing else. It comes with the state of its moment, and then gets the whole state every second:
-# that is small, and a page that has missed something, or has seen the gateway restart, is right again at once.
+# One page without outside resources. It comes with the state of its moment, and then gets the whole state every second:
+# the state is small, and a page that missed an event, or the gateway's restart, is right again one second later.
 # -----------------------------------------------------------------------------
 
 PAGE = r'''<!doctype html>
@@ -8930,34 +9089,32 @@ PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-
 
 
 def past(steps: list[Step], now: float) -> Json:
-    """Return what the lines show: one value a step, None where nothing finished."""
-    found, last = {step.number: step for step in steps}, int(now // STEP_S)
-    shown = [found.get(number) for number in range(last - STEPS_KEPT + 1, last + 1)]
-
-    def line(values_of: Callable[[Step], Iterable[float]], share: float) -> list[float | None]:
-        values = [sorted(values_of(step)) if step else [] for step in shown]
-        return [None if (value := percentile(it, share)) is None else round(value, 3) for it in values]
-
+    """Return the values of the page's lines: one a step of STEP_S, None where nothing finished."""
+    by_number, last = {step.number: step for step in steps}, int(now // STEP_S)
+    recent = [by_number.get(number, Step(number)) for number in range(last - STEPS_KEPT + 1, last + 1)]
+    columns = {"total": [sorted(step.total_s) for step in recent], "first": [sorted(step.first_s) for step in recent]}
     return {"step_s": STEP_S,
-            **{f"total_p{share}_s": line(lambda step: step.total_s, share / 100) for share in (50, 95)},
-            **{f"first_p{share}_s": line(lambda step: step.first_s, share / 100) for share in (50, 95)}}
+            **{f"{name}_p{share}_s": [rounded(percentile(values, share / 100)) for values in column]
+               for name, column in columns.items() for share in (50, 95)}}
 
 
 def node_state(node: Node, now: float, tokens: int) -> Json:
     """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
     stats = node_stats(node, now)
-    used = max((it for it in node.runners.values() if it.speeds.decode_s), key=lambda it: it.used_s, default=None)
-    shown = {model: it for model, it in stats["models"].items() if it["resident"] or it["inflight"]}
-    return {**{key: stats[key] for key in ("name", "state", "speed", "latency_s", "running", "error_share",
-                                        "last_error")}, "models": shown,
-            "on_disk": sum(it["on_disk"] for it in stats["models"].values()), "tok_s": round(tokens / 60, 2),
-            "decode_tok_s": stats["models"][used.model]["decode_tok_s"] if used else None}
+    measured = [runner for runner in node.runners.values() if runner.speeds.decode_s]
+    used = max(measured, key=lambda runner: runner.used_s, default=None)
+    fields = ("name", "state", "speed", "latency_s", "running", "error_share", "last_error")
+    models = stats["models"]
+    return {**{name: stats[name] for name in fields},
+            "models": {name: model for name, model in models.items() if model["resident"] or model["inflight"]},
+            "on_disk": sum(model["on_disk"] for model in models.values()), "tok_s": round(tokens / 60, 2),
+            "decode_tok_s": models[used.model]["decode_tok_s"] if used else None}
 
 
 def dashboard_state(gateway: Gateway) -> Json:
     """Return what the dashboard shows now."""
     dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
-    steps = list(gateway.metrics.steps)
+    steps = list(gateway.telemetry.metrics.steps)
     recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
     tokens: collections.Counter[str] = sum((step.tokens for step in recent), collections.Counter())
     first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
@@ -8971,8 +9128,8 @@ def dashboard_state(gateway: Gateway) -> Json:
 
 
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
-    """Answer with the page and its first state; a `<` in that must not end its script."""
-    state = gateway.snapshot().replace(b"<", b"\\u003c")
+    """Answer with the page and its first state, in which no `<` may end the page's script."""
+    state = gateway.telemetry.snapshot().replace(b"<", b"\\u003c")
     return 200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES
 
 
@@ -9162,60 +9319,65 @@ def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
 # -----------------------------------------------------------------------------
 # Sources: where do the nodes come from?
 #
-# Each source only keeps what it knows: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS
-# tells for the names in them; the servers that a scan has found. `united` makes one list of settings of it, and
-# Gateway.join takes that over whenever a source has changed.
+# From three sources: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS has for the names
+# in them; the servers that scans have found. `merge_sources` makes one list of settings of what each of them knows, and
+# Gateway.join takes that over whenever one has changed.
 # -----------------------------------------------------------------------------
 
-Told = dict[str, list[str]]         # name: its addresses
+Addresses = dict[str, list[str]]    # of names, as DNS answered last
 Server = tuple[str, int]            # address and port
+Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
 
 
-def names_in(lines: Iterable[NodeSettings], discovering: object) -> set[str]:
+def names_in(lines: Iterable[NodeSettings], discovering: bool) -> set[str]:
     """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
     return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
 
 
-def addresses_of(line: NodeSettings, told: Told) -> list[str]:
-    """Return the addresses of a line's host, as far as DNS has told them, {name: addresses}."""
+def addresses_of(line: NodeSettings, dns: Addresses) -> list[str]:
+    """Return the addresses of a line's host, as far as they are known."""
     address = literal(line.host)
-    return [address] if address else told.get(line.host, [])
+    return [address] if address else dns.get(line.host, [])
 
 
-def expand(line: NodeSettings, told: Told) -> list[NodeSettings]:
+def expand(line: NodeSettings, dns: Addresses) -> list[NodeSettings]:
     """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
-    addresses = addresses_of(line, told)
+    addresses = addresses_of(line, dns)
     addresses = [address for address in addresses if ":" not in address] or addresses
     name = line.name.removesuffix(":11434")
     return [line._replace(name=f"{name}@{address}", address=address, resolve=False, primary=line.primary and not number)
             for number, address in enumerate(addresses)]
 
 
-class Found(NamedTuple):
-    """What scans know of a server."""
-
-    missed: int                     # scans in a row without an answer of it
-    own: bool                       # an address of this machine
+def servers_in(lines: Iterable[NodeSettings], dns: Addresses) -> set[Server]:
+    """Return the servers that lines name."""
+    return {(address, line.port) for line in lines for address in addresses_of(line, dns)}
 
 
-def servers_in(lines: Iterable[NodeSettings], told: Told) -> set[Server]:
-    """Return the (address, port) of the servers that lines name."""
-    return {(address, line.port) for line in lines for address in addresses_of(line, told)}
+def is_own(address: str) -> bool:
+    """Tell whether an address is one of this machine's: only to those can a socket be bound."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return not is_loopback(address)
 
 
-def merge_sources(lines: Iterable[NodeSettings], told: Told, found: dict[Server, Found]) -> list[NodeSettings]:
-    """Return the NodeSettings of all nodes that the sources know; what is written is not taken as found, too.
+def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: Iterable[Server],
+                  is_own: Callable[[str], bool] = is_own) -> list[NodeSettings]:
+    """Return the NodeSettings of all nodes that the sources know. A server that is written is not taken as found, too.
 
-    `told`: {name: addresses}; `found`: {(address, port): Found}. This machine may be written as localhost.
+    This machine may be written as localhost.
     """
     nodes: dict[str, NodeSettings] = {}
-    written = servers_in(lines, told)
+    written = servers_in(lines, dns)
     here = {port for address, port in written if is_loopback(address)}
     for line in lines:
-        for node in expand(line, told) if line.resolve else [line]:
+        for node in expand(line, dns) if line.resolve else [line]:
             nodes.setdefault(node.name, node)
-    for (address, port), it in found.items():
-        if (address, port) not in written and not (it.own and port in here):
+    for address, port in scanned:
+        if (address, port) not in written and not (port in here and is_own(address)):
             node = parse_node(f"{bracketed(address)}:{port}")
             nodes.setdefault(node.name, node)
     return list(nodes.values())
@@ -9225,36 +9387,6 @@ async def look_up(name: str) -> list[str]:
     """Ask DNS for the addresses behind a name. Raises OSError, or UnicodeError if it cannot be one."""
     rows = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return [str(row[4][0]) for row in rows]
-
-
-async def resolve(gateway: Gateway, name: str) -> bool:
-    """Note the addresses behind a name; tell whether they have changed. If DNS fails, what it told last stays."""
-    was, failed = gateway.dns.get(name, []), name in gateway.unresolved
-    try:
-        found, why = set(await gateway.look_up(name)), "no address"
-    except (OSError, UnicodeError) as error:
-        found, why = set(), getattr(error, "strerror", None) or str(error)
-    if not found:
-        gateway.unresolved.add(name)
-        if not failed:
-            LOG.warning({"event": "dns", "name": name, "addresses": " ".join(was), "why": why})
-        return False
-    gateway.unresolved.discard(name)
-    # In the order in which they came: the first one may be the primary node.
-    gateway.dns[name] = [address for address in was if address in found] + sorted(found.difference(was))
-    if failed or gateway.dns[name] != was:
-        LOG.info({"event": "dns", "name": name, "addresses": " ".join(gateway.dns[name])})
-    return gateway.dns[name] != was
-
-
-async def follow_name(gateway: Gateway, name: str) -> None:
-    """Keep up with the addresses behind a name."""
-    while True:
-        if await resolve(gateway, name):
-            gateway.join()
-            gateway.pump()
-        gateway.first_looks.discard(name)
-        await asyncio.sleep(min(gateway.options.probe_interval, FOLLOW_S) * gateway.rng.uniform(0.85, 1.15))
 
 
 def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
@@ -9269,84 +9401,115 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return network
 
 
-async def is_ollama(pool: Pool) -> bool:
-    """Tell whether an Ollama server answers, and not a gateway such as this one. Raises ProbeFailure or NodeFailure."""
-    short = functools.partial(fetch, pool, "GET", most_bytes=64 * KIB)
-    _, found, _ = await short("/api/health")
-    if found and found.get("service") == "SOLLOL":
-        return False
-    status, _, text = await short("/")
-    if status == 200 and text.startswith(b"Ollama is running"):
-        return True
-    status, found, _ = await short("/api/version")
-    return status == 200 and isinstance(found and found.get("version"), str)
+def after_scan(scanned: Scanned, answered: Iterable[Server], up: set[Server]) -> Scanned:
+    """Return what is known after a scan. `up`: servers that were not asked, because they are nodes that answer."""
+    known = {server: 0 if server in up else missed + 1 for server, missed in scanned.items()}
+    known.update(dict.fromkeys(answered, 0))
+    return {server: missed for server, missed in known.items() if missed < SCANS_KEPT}
 
 
-async def is_found(gateway: Gateway, address: str) -> bool:
-    """Tell whether an Ollama server listens at an address."""
-    pool = Pool(parse_node(f"{bracketed(address)}:{gateway.scan_port}"), gateway.turns, gateway.via)
-    try:
-        async with asyncio.timeout(SCAN_CONNECT_S):
-            pool.give_back(await pool.connect(), clean=True)
-        return await is_ollama(pool)
-    except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
-        return False
-    finally:
-        pool.close()
+SCAN = "--discover"                 # the scans' key among the tasks; no host is called so
 
 
-def is_own(address: str) -> bool:
-    """Tell whether an address is one of this machine's: only to those can a socket be bound."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as it:
+class Sources:
+    """What the sources know, and the tasks that keep up with DNS and with the networks of --discover."""
+
+    def __init__(self, gateway: Gateway, look_up: Callable[[str], Awaitable[list[str]]], scan_port: int) -> None:
+        self.gateway, self.options, self.loop = gateway, gateway.options, gateway.loop
+        self.look_up = look_up      # name -> its addresses
+        self.scan_port = scan_port  # of the servers that are looked for
+        self.lines: list[NodeSettings] = []         # as written
+        self.dns: Addresses = {}
+        self.unresolved: set[str] = set()           # names for which DNS failed last
+        self.scanned: Scanned = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}          # by name, or SCAN
+
+    def configure(self, lines: list[NodeSettings]) -> None:
+        """Take over the lines of hosts.txt and of flags, and follow the names in them."""
+        self.lines, names = lines, names_in(lines, bool(self.options.discover))
+        for name in self.tasks.keys() - names - {SCAN}:
+            self.tasks.pop(name).cancel()
+            self.dns.pop(name, None)
+            self.unresolved.discard(name)
+        for name in names - self.tasks.keys():
+            supervise(self.tasks, name, self.follow, self.options.probe_interval)
+
+    def new_names(self) -> set[str]:
+        """Return the names that were not looked up yet."""
+        return self.tasks.keys() - self.dns.keys() - self.unresolved - {SCAN}
+
+    async def resolve(self, name: str) -> bool:
+        """Note the addresses behind a name; tell whether they have changed. If DNS fails, its last answer stays."""
+        former, failed = self.dns.get(name, []), name in self.unresolved
         try:
-            it.bind((address, 0))
-        except OSError:
+            current, why = set(await self.look_up(name)), "no address"
+        except (OSError, UnicodeError) as error:
+            current, why = set(), getattr(error, "strerror", None) or str(error)
+        if not current:
+            self.unresolved.add(name)
+            if not failed:
+                LOG.warning({"event": "dns", "name": name, "addresses": " ".join(former), "why": why})
             return False
-    return not is_loopback(address)
+        self.unresolved.discard(name)
+        # In the order in which they came: the first one may be the primary node.
+        self.dns[name] = [address for address in former if address in current] + sorted(current.difference(former))
+        if failed or self.dns[name] != former:
+            LOG.info({"event": "dns", "name": name, "addresses": " ".join(self.dns[name])})
+        return self.dns[name] != former
 
+    async def follow(self, name: str) -> None:
+        """Keep up with the addresses behind a name."""
+        while True:
+            if await self.resolve(name):
+                self.gateway.join()
+                self.gateway.pump()
+            await asyncio.sleep(min(self.options.probe_interval, FOLLOW_S) * self.gateway.rng.uniform(0.85, 1.15))
 
-def after_scan(found: dict[Server, Found], answered: dict[Server, bool], up: set[Server]) -> dict[Server, Found]:
-    """Return what is found after a scan, {server: Found}. `answered`: {server: own}; `up`: servers it need not ask."""
-    still = {server: Found(0 if server in up else it.missed + 1, it.own) for server, it in found.items()}
-    still.update((server, Found(0, own)) for server, own in answered.items())
-    return {server: it for server, it in still.items() if it.missed < SCANS_KEPT}
+    async def is_ollama(self, address: str) -> bool:
+        """Tell whether an Ollama server listens at an address."""
+        pool = Pool(parse_node(f"{bracketed(address)}:{self.scan_port}"), self.gateway.turns, self.gateway.via)
+        try:
+            async with asyncio.timeout(SCAN_CONNECT_S):
+                pool.give_back(await pool.connect(), clean=True)
+            return await OllamaApi(pool).is_there()
+        except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
+            return False
+        finally:
+            pool.close()
 
+    async def scan(self) -> None:
+        """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again.
+        """
+        networks, port, began_s = self.options.discover, self.scan_port, self.loop.time()
+        up = {(node.settings.address or node.settings.host, node.settings.port)
+              for node in self.gateway.dispatcher.cluster.nodes.values() if node.up}
+        known = up | servers_in(self.lines, self.dns) | {self.gateway.listener.address}
+        addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
+        LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port,
+                  "addresses": len(addresses)})
+        unknown = (address for address in addresses if (address, port) not in known)
+        answered: set[str] = set()
 
-async def scan(gateway: Gateway) -> None:
-    """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again."""
-    networks, port, began_s = gateway.options.discover, gateway.scan_port, gateway.loop.time()
-    up = {server for node in gateway.dispatcher.cluster.nodes.values() if node.up
-          for server in [(node.settings.address or node.settings.host, node.settings.port)]}
-    needless = up | servers_in(gateway.lines, gateway.dns) | {gateway.address}
-    addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
-    LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port, "addresses": len(addresses)})
-    left = (address for address in addresses if (address, port) not in needless)
-    answered: dict[Server, bool] = {}
+        async def look() -> None:
+            for address in unknown:
+                if await self.is_ollama(address):
+                    answered.add(address)
 
-    async def look() -> None:
-        for address in left:
-            if await is_found(gateway, address):
-                answered[address, port] = is_own(address)
+        await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
+        former = self.scanned
+        self.scanned = after_scan(former, [(address, port) for address in addresses if address in answered], up)
+        LOG.info({"event": "scan",
+                  "found": " ".join(address for address, _ in self.scanned if (address, port) not in former),
+                  "gone": " ".join(address for address, _ in former if (address, port) not in self.scanned),
+                  "known": len(self.scanned), "took_s": round(self.loop.time() - began_s, 1)})
 
-    await asyncio.gather(*(look() for _ in range(SCAN_AT_ONCE)))
-    in_order = sorted(answered, key=lambda server: addresses.index(server[0]))
-    was, gateway.scanned = gateway.scanned, after_scan(gateway.scanned, {it: answered[it] for it in in_order}, up)
-    LOG.info({"event": "scan",
-              "found": " ".join(address for address, _ in gateway.scanned if (address, port) not in was),
-              "gone": " ".join(address for address, _ in was if (address, port) not in gateway.scanned),
-              "known": len(gateway.scanned), "took_s": round(gateway.loop.time() - began_s, 1)})
-
-
-SCAN = "--discover"                 # among the names of sources; no host is called so
-
-
-async def scan_again_and_again(gateway: Gateway, _: str) -> None:
-    """Keep up with the servers in the networks of --discover."""
-    while True:
-        await scan(gateway)
-        gateway.join()
-        gateway.pump()
-        await asyncio.sleep(SCAN_S * gateway.rng.uniform(0.85, 1.15))
+    async def scan_forever(self, _: str) -> None:
+        """Keep up with the servers in the networks of --discover."""
+        while True:
+            await self.scan()
+            self.gateway.join()
+            self.gateway.pump()
+            await asyncio.sleep(SCAN_S * self.gateway.rng.uniform(0.85, 1.15))
 
 
 # -----------------------------------------------------------------------------
@@ -9452,11 +9615,11 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     if not options.tls_cert:
         return None
     certificate, key = options.tls_cert, options.tls_key
-    for path in (certificate, key):     # ssl would not tell which one cannot be read, and waits for a pipe's end
+    for path in (certificate, key):     # ssl does not say which one cannot be read, and waits for the end of a pipe
         os.close(open_regular(path))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION      # so that to write never waits for something to be read
+    context.options |= ssl.OP_NO_RENEGOTIATION      # else a write might have to wait for a read
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(certificate, key, no_password)
@@ -9473,35 +9636,33 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
 
 
 # -----------------------------------------------------------------------------
-# The state file: what was learned before?
+# The state file: what did an earlier run learn?
 # -----------------------------------------------------------------------------
 
-STATE_FORMAT, STATE_VERSION = "sollol-state", 1
+STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 
 def parse_state(text: bytes) -> Json:
-    """Return what is in a state file. Raises ValueError."""
+    """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
     try:
         state = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("damaged: no JSON") from None
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise ValueError(f"no state of SOLLOL: its format is not {STATE_FORMAT}")
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(f"of version {state.get('version')!r}, not {STATE_VERSION}")
+        raise ValueError("it is no JSON") from None
+    if not isinstance(state, dict) or any(state.get(name) != value for name, value in STATE_FORMAT.items()):
+        raise ValueError(f"it does not have {STATE_FORMAT}")
     if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
-        raise ValueError("damaged: no nodes or no lengths")
+        raise ValueError("it has no nodes or no lengths")
     return state
 
 
 class StateFile:
-    """What was learned, kept in a file over restarts. A file that cannot be read is put aside, never overwritten."""
+    """Keep in a file what was learned, over restarts. A file that cannot be used is renamed, never overwritten."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
         self.text = ""              # as written last
-        self.foreign = False        # there is a file that is not ours to overwrite
-        self.failed = False         # the last write did
+        self.foreign = False        # there is a file that we must not overwrite
+        self.failed = False         # the last write failed
         try:
             self.replace_with(None)
         except OSError as error:
@@ -9527,8 +9688,8 @@ class StateFile:
         LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.cluster.kept)})
 
     def write(self, learned: Json) -> None:
-        """Write what was learned, if it has changed: whole or not at all. Logs the first of failures in a row."""
-        text = json.dumps({"format": STATE_FORMAT, "version": STATE_VERSION, **learned}, indent=1) + "\n"
+        """Write what was learned, whole or not at all, if it has changed. Logs only the first of several failures."""
+        text = json.dumps({**STATE_FORMAT, **learned}, indent=1) + "\n"
         if text == self.text:
             return
         try:
@@ -9543,7 +9704,7 @@ class StateFile:
             self.failed = True
 
     def replace_with(self, text: str | None) -> None:
-        """Put a text in place of the file at one instant; None only tries whether that is possible. Raises OSError."""
+        """Replace the file by a text in one step; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.exists(self.path) and not os.path.isfile(self.path):     # root would replace /dev/null
@@ -9556,15 +9717,90 @@ class StateFile:
                 os.fsync(number)    # else a power cut could leave the new name with no content
             if text is not None:
                 os.replace(temporary, self.path)
-                return
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        os.unlink(temporary)
+        finally:
+            with contextlib.suppress(FileNotFoundError):    # it has become the file
+                os.unlink(temporary)
 
 
 # -----------------------------------------------------------------------------
-# Server life: start, reload, drain, stop
+# Files: what has been saved, by somebody else or by us?
+# -----------------------------------------------------------------------------
+
+class Files:
+    """Take over hosts.txt, keys and certificate when they have changed, and keep the state file."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.options, self.loop = gateway, gateway.options, gateway.loop
+        self.seen = self.before = self.stamps()     # as taken over; as in the last sweep
+        self.state = StateFile(self.options.state) if self.options.state else None
+        self.saved_s = self.loop.time()
+        self.saving: asyncio.Future[None] | None = None
+        if self.state:
+            self.state.read(gateway.dispatcher)
+
+    def stamps(self) -> list[tuple[int, int, int] | None]:
+        """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
+        stamps: list[tuple[int, int, int] | None] = []
+        for path in (self.options.hosts, self.options.keys):
+            try:
+                status = os.stat(path) if path else None
+            except OSError:
+                status = None
+            stamps.append(status and (status.st_mtime_ns, status.st_size, status.st_ino))
+        return stamps
+
+    def reload(self) -> None:
+        """Read all files again. What is in a bad one is refused with one log line; what was there before stays."""
+        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
+        self.seen = self.stamps()
+        for read in (self.read_hosts, self.read_keys, self.read_certificate):
+            try:
+                if changes := read():
+                    LOG.info({"event": "reload", **changes})
+            except ConfigError as error:
+                LOG.error({"event": "reload", "refused": str(error)})
+        tell_systemd("READY=1")
+        self.gateway.pump()
+
+    def read_hosts(self) -> Json:
+        """Take over the nodes; return what to log. Raises ConfigError, as the next two do."""
+        changes = zip(("added", "dropped", "changed"), self.gateway.configure(read_nodes(self.options)), strict=True)
+        return {change: " ".join(node.name for node in nodes) for change, nodes in changes}
+
+    def read_keys(self) -> Json:
+        """Take over the keys, if there is a file of them; return what to log."""
+        if not self.options.keys:
+            return {}
+        self.gateway.access.configure(read_keys(self.options))
+        return {"keys": len(self.gateway.access.keys)}
+
+    def read_certificate(self) -> Json:
+        """Take over the certificate, if there is one, for new connections; return what to log."""
+        self.gateway.listener.tls = read_certificate(self.options)
+        return {"certificate": self.options.tls_cert} if self.options.tls_cert else {}
+
+    def sweep(self, now: float) -> None:
+        """Read files that have been saved, and save what was learned, each when it is time."""
+        former, self.before = self.before, self.stamps()
+        if former == self.before and any(       # still for SWEEP_S: nobody is writing it
+                stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
+            self.reload()
+        if now - self.saved_s >= STATE_S:
+            self.saved_s = now
+            if self.state and (self.saving is None or self.saving.done()):  # in a thread: a disk may be slow
+                learned = self.gateway.dispatcher.cluster.learned()
+                self.saving = self.loop.run_in_executor(None, self.state.write, learned)
+
+    async def close(self) -> None:
+        """Save what was learned for the last time."""
+        if self.saving:
+            await asyncio.wait([self.saving])
+        if self.state:
+            self.state.write(self.gateway.dispatcher.cluster.learned())
+
+
+# -----------------------------------------------------------------------------
+# Listener: who is connected?
 # -----------------------------------------------------------------------------
 
 def affordable_clients(asked: int, descriptors: int) -> int:
@@ -9574,101 +9810,30 @@ def affordable_clients(asked: int, descriptors: int) -> int:
     return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
 
 
-Job = Callable[["Gateway", Node], Coroutine[Any, Any, object]]
-Followed = TypeVar("Followed")      # a node, or the name of a source
+class Listener:
+    """Own the listening socket and the connections of clients, and keep both within their limits."""
 
-
-class Gateway:
-    """Own the sockets, tasks and time-outs of one running gateway; all decisions are the Dispatcher's."""
-
-    def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
-                 tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
-                 scan_port: int = 11434) -> None:
-        self.options, self.tls = options, tls
-        self.loop = asyncio.get_running_loop()
-        self.rng = random.Random(options.seed)
-        self.via = via_of(secrets.token_hex(4))
-        self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
-                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
-        self.access = Access(options, keys)
-        self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
-        self.max_clients = affordable_clients(options.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
-        self.turns = LoopTurns(self.loop)       # of work that takes long
-        self.memory = BodyMemory(options.max_memory, self.turns)
-        self.pools: dict[Node, Pool] = {}
-        self.probes: dict[Node, asyncio.Task[None]] = {}
-        self.jobs: dict[tuple[Node, Job], asyncio.Task[object]] = {}
-        self.states: dict[Node, str] = {}           # as logged last
+    def __init__(self, gateway: Gateway, tls: ssl.SSLContext | None) -> None:
+        self.gateway, self.options, self.loop, self.tls = gateway, gateway.options, gateway.loop, tls
+        self.server: asyncio.Server | None = None
+        self.address: Server | None = None          # that it listens on
         self.clients: set[ClientConnection] = set()
         self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_clients = affordable_clients(self.options.max_connections, descriptors)
         self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
-        self.lines = lines          # NodeSettings as written
-        self.look_up = look_up      # name -> its addresses
-        self.dns: Told = {}         # as DNS told last
-        self.unresolved: set[str] = set()           # names for which DNS failed last
-        self.scan_port = scan_port  # of the Ollama servers that are looked for
-        self.scanned: dict[Server, Found] = {}
-        self.sources: dict[str, asyncio.Task[None]] = {}        # by the name, or what else is followed
-        self.first_looks: set[Node | str] = set()   # nodes and names not yet looked at since the start
-        self.started_s = self.loop.time()
-        self.server: asyncio.Server | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.address: Server | None = None          # that it listens on
-        self.looking: dict[Look, asyncio.Future[Any]] = {}      # how nodes are looked at, while somebody waits for that
-        self.metrics = Metrics(self.dispatcher)
-        self.shown, self.shown_s = b"", -math.inf   # what dashboards were told last, and when
-        self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
-        self.draining, self.drained_s = False, -math.inf
-        self.stopped = asyncio.Event()
-        self.files_seen = self.files_before = self.file_stamps()    # as taken over; as in the last sweep
-        self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
-        self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
-            "/": answer_root,
-            "/api/version": answer_version,
-            "/api/tags": answer_tags,
-            "/api/ps": answer_ps,
-            "/api/status": answer_status,
-            "/v1/models": answer_openai_models,
-            "/api/health": answer_health,
-            "/api/stats": answer_stats,
-            "/api/queue": answer_queue,
-            "/metrics": answer_metrics,
-            "/dashboard": answer_dashboard,
-        }
-        self.refreshed: dict[str, Callable[[Gateway], Awaitable[None]]] = {     # path: what is awaited before that
-            "/api/ps": functools.partial(look_again, look_at_residency),
-            "/api/status": functools.partial(look_again, look_at_status),
-        }
-        self.state: StateFile | None = None
-        self.saved_s = self.started_s
-        self.saving: asyncio.Future[None] | None = None
-        if options.state:
-            self.state = StateFile(options.state)
-            self.state.read(self.dispatcher)
-        self.configure(lines)
+        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
 
-    # Start and reload -------------------------------------------------------
-
-    async def start(self) -> Gateway:
-        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
-        deadline_s = self.loop.time() + 0.5
-        while self.first_looks and self.loop.time() < deadline_s:
-            await asyncio.sleep(0.005)
-        if self.draining:           # a signal came first
-            return self
+    async def start(self) -> None:
+        """Listen. Raises OSError if the port cannot be had."""
         self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
                                                  start_serving=True)
         self.address = self.server.sockets[0].getsockname()[:2]
-        self.timer = self.loop.call_later(SWEEP_S, self.sweep)
-        if self.options.discover:
-            self.supervise(self.sources, SCAN, scan_again_and_again)
-        return self
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
         transport: asyncio.Transport = writer.transport         # type: ignore[assignment]  # of a socket: it reads, too
-        client = ClientConnection(self.loop, lambda client: converse(self, client))
+        client = ClientConnection(self.loop, lambda client: converse(self.gateway, client))
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
@@ -9687,7 +9852,7 @@ class Gateway:
         client.is_stranger = True
         if self.tls:
             client.transport = TlsTransport(transport, self.tls, client, self.forget)
-            client.write_deadline_s = self.loop.time() + self.header_timeout_s      # of the handshake
+            client.write_deadline_s = self.loop.time() + self.options.header_timeout        # of the handshake
             transport.set_protocol(client.transport)
         else:
             client.connection_made(transport)
@@ -9715,12 +9880,8 @@ class Gateway:
         self.acquaint(client)
         self.clients.discard(client)
 
-    async def read_body(self, client: ClientConnection, head: RequestHead) -> Body:
-        """Return the whole body of a request. Raises as ClientConnection.read_body."""
-        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
-
     def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
-        """Log what went wrong outside all tasks.
+        """Log what went wrong outside all tasks: an exception handler of the loop.
 
         A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
         """
@@ -9731,113 +9892,117 @@ class Gateway:
             self.exhausted_s = now
             LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
 
+    def sweep(self, now: float) -> None:
+        """Serve the time-outs of clients."""
+        for client in list(self.clients):
+            client.expire(now)
+
+    def drain(self) -> None:
+        """Stop listening, and close the connections on which no request is under way."""
+        if self.server:
+            self.server.close()
+        for client in list(self.clients):
+            if not client.asking and not client.buffer:
+                client.transport.close()
+
+    def abort(self) -> list[asyncio.Task[None]]:
+        """Stop listening and cut every connection; return the tasks that served them."""
+        if self.server:
+            self.server.close()
+        tasks = [client.task for client in self.clients if client.task]
+        for client in list(self.clients):
+            client.transport.abort()
+        return tasks
+
+
+# -----------------------------------------------------------------------------
+# Server life: start, reload, drain, stop
+# -----------------------------------------------------------------------------
+
+class Gateway:
+    """Start, reload, drain and stop the services that own sockets, tasks and files; all decisions are the Dispatcher's.
+    """
+
+    def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
+                 tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
+                 scan_port: int = 11434) -> None:
+        self.options = options
+        self.loop = asyncio.get_running_loop()
+        self.rng = random.Random(options.seed)
+        self.via = via_of(secrets.token_hex(4))
+        self.started_s = self.loop.time()
+        self.draining, self.drained_s = False, -math.inf
+        self.stopped = asyncio.Event()
+        self.timer: asyncio.TimerHandle | None = None
+        self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
+                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
+        self.access = Access(options, keys)
+        self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
+        self.turns = LoopTurns(self.loop)       # of work that takes long
+        self.memory = BodyMemory(options.max_memory, self.turns)
+        self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
+        self.local: dict[str, Callable[[Gateway], OwnAnswer]] = {       # path: answer, for GET and HEAD
+            "/": answer_root,
+            "/api/version": answer_version,
+            "/api/tags": answer_tags,
+            "/api/ps": answer_ps,
+            "/api/status": answer_status,
+            "/v1/models": answer_openai_models,
+            "/api/health": answer_health,
+            "/api/stats": answer_stats,
+            "/api/queue": answer_queue,
+            "/metrics": answer_metrics,
+            "/dashboard": answer_dashboard,
+        }
+        self.refreshed: dict[str, Look] = {     # path: what nodes are asked again before that
+            "/api/ps": NodeIO.look_at_residency,
+            "/api/status": NodeIO.look_at_cloud,
+        }
+        self.telemetry = Telemetry(self)
+        self.node_io = NodeIO(self)
+        self.sources = Sources(self, look_up, scan_port)
+        self.listener = Listener(self, tls)
+        self.files = Files(self)
+        self.configure(lines)
+
+    # Start and reload -------------------------------------------------------
+
+    async def start(self) -> Gateway:
+        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await self.first_looks()
+        if not self.draining:       # else a signal came first
+            await self.listener.start()
+            self.timer = self.loop.call_later(SWEEP_S, self.sweep)
+            if self.options.discover:
+                supervise(self.sources.tasks, SCAN, self.sources.scan_forever, self.options.probe_interval)
+        return self
+
+    async def first_looks(self) -> None:
+        """Wait until every name has been looked up, and every node probed, at least once."""
+        while self.sources.new_names() or self.node_io.probes.keys() - self.node_io.reasons.keys():
+            await asyncio.sleep(0.005)
+
     def configure(self, lines: list[NodeSettings]) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over the NodeSettings of hosts.txt and of flags. Returns (added, dropped, changed) nodes."""
-        self.lines, names = lines, names_in(lines, self.options.discover)
-        for name in self.sources.keys() - names - {SCAN}:
-            self.sources.pop(name).cancel()
-            self.dns.pop(name, None)
-            self.unresolved.discard(name)
-        for name in names - self.sources.keys():
-            self.begin_source(name)
-        for pool in self.pools.values():
+        self.sources.configure(lines)
+        for pool in self.node_io.pools.values():
             if pool.settings.ca:
                 pool.tls = None     # the file may have been renewed
         return self.join()
 
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
-        added, dropped = self.dispatcher.cluster.configure(merge_sources(self.lines, self.dns, self.scanned))
-        if self.server is None:
-            self.first_looks.update(added)
-            self.first_looks.difference_update(dropped)
-        for node in added:
-            self.pools[node] = Pool(node.settings, self.turns, self.via)
-            self.begin_probes(node)
-        for node in dropped:
-            self.probes.pop(node).cancel()
-            for owner, work in self.jobs:
-                if owner is node:
-                    self.jobs[owner, work].cancel()
-            self.pools[node].close()
-        changed = [node for node in self.dispatcher.cluster.nodes.values() if self.pools[node].settings != node.settings]
-        for node in changed:
-            self.pools[node].configure(node.settings)
-        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
-        if insecure:
-            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
-        return added, dropped, changed
-
-    def begin_probes(self, node: Node) -> None:
-        """Start the task that probes a node."""
-        self.supervise(self.probes, node, probe_forever)
-
-    def begin_source(self, name: str) -> None:
-        """Start the task that follows a name."""
-        if self.server is None:
-            self.first_looks.add(name)
-        self.supervise(self.sources, name, follow_name)
-
-    def supervise(self, tasks: dict[Followed, asyncio.Task[None]], key: Followed,
-                   work: Callable[[Gateway, Followed], Coroutine[Any, Any, None]]) -> None:
-        """Start a task, `tasks[key]`; should a defect end it, start it again: nothing must be forgotten."""
-        task = tasks[key] = self.loop.create_task(work(self, key))
-
-        def again() -> None:
-            if tasks.get(key) is task:      # else dropped meanwhile
-                self.supervise(tasks, key, work)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and tasks.get(key) is task:
-                LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
-                self.loop.call_later(self.options.probe_interval, again)
-
-        task.add_done_callback(ended)
-
-    def file_stamps(self) -> list[tuple[int, int, int] | None]:
-        """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
-        stamps: list[tuple[int, int, int] | None] = []
-        for path in (self.options.hosts, self.options.keys):
-            try:
-                it = os.stat(path) if path else None
-            except OSError:
-                it = None
-            stamps.append(it and (it.st_mtime_ns, it.st_size, it.st_ino))
-        return stamps
-
-    def reload(self) -> None:
-        """Read hosts.txt, keys and certificate again. A bad file is refused with one log line; what it said stays."""
-        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
-        self.files_seen = self.file_stamps()
-        try:
-            sorts = zip(("added", "dropped", "changed"), self.configure(read_nodes(self.options)), strict=True)
-            LOG.info({"event": "reload", **{sort: " ".join(node.name for node in nodes) for sort, nodes in sorts}})
-        except ConfigError as error:
-            LOG.error({"event": "reload", "refused": str(error)})
-        if self.options.keys:
-            self.reload_keys()
-        if self.options.tls_cert:
-            self.reload_certificate()
-        tell_systemd("READY=1")
-        self.pump()
-
-    def reload_keys(self) -> None:
-        """Read the keys again."""
-        try:
-            self.access.configure(read_keys(self.options))
-            LOG.info({"event": "reload", "keys": len(self.access.keys)})
-        except ConfigError as error:
-            LOG.error({"event": "reload", "refused": str(error)})
-
-    def reload_certificate(self) -> None:
-        """Read certificate and key again: for new connections, those that are open keep theirs."""
-        try:
-            self.tls = read_certificate(self.options)
-            LOG.info({"event": "reload", "certificate": self.options.tls_cert})
-        except ConfigError as error:
-            LOG.error({"event": "reload", "refused": str(error)})
+        sources = self.sources
+        added, dropped = self.dispatcher.cluster.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
+        return added, dropped, self.node_io.configure(added, dropped)
 
     # Work -------------------------------------------------------------------
+
+    async def read_body(self, client: ClientConnection, head: RequestHead) -> Body:
+        """Return the whole body of a request. Raises as ClientConnection.read_body."""
+        return await client.read_body(head, self.max_body_bytes, self.header_timeout_s, self.memory)
 
     def pump(self) -> None:
         """Let the dispatcher match, and wake whoever waits for what it decided."""
@@ -9861,51 +10026,13 @@ class Gateway:
             await ticket.waiter
         return ticket.lease
 
-    def begin_chore(self, node: Node, work: Job) -> None:
-        """Start a piece of work on a node, such as a check or its calibration, unless it is under way.
-
-        Not on one that was dropped.
-        """
-        chore = node, work
-        if chore not in self.jobs and self.dispatcher.cluster.nodes.get(node.name) is node:
-            task = self.jobs[chore] = self.loop.create_task(work(self, node))
-            task.add_done_callback(lambda task: self.jobs.pop(chore, None))
-
-    def note_load(self, node: Node) -> None:
-        """Note that a node has loaded a model, and soon what that has pushed out."""
-        self.begin_chore(node, look_after_load)
-
     def order(self, node: Node, verb: str) -> tuple[int, bytes, bytes]:
         """Drain or resume a node; return (status, body, content type) of the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
         self.answers.clear()        # it is to be seen at once
-        note_state(self, node, f"asked to {verb}")
+        self.node_io.log_state(node, f"asked to {verb}")
         self.pump()
         return json_answer(node_stats(node, self.loop.time()))
-
-    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
-        """Note and log that a node failed a request, and look at once what has become of it."""
-        assert failure.kind is not None     # else it is no fault of the node's
-        self.dispatcher.fail(lease, failure.kind, self.loop.time())
-        self.metrics.failovers[lease.node.name, failure.kind] += 1
-        self.note_error(lease.node, failure)
-        if failure.kind in CONNECTION_FAILURES:
-            self.begin_chore(lease.node, probe)
-        elif failure.kind == "model":
-            self.note_load(lease.node)
-
-    def note_error(self, node: Node, failure: Failure | NodeAnswer) -> None:
-        """Note and log what a node said or did when it failed."""
-        status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        node.note_error(failure.text, status, failure.kind, self.loop.time())
-        LOG.warning({"event": "failure", "node": node.name, "kind": failure.kind, "why": failure.text})
-
-    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
-        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
-
-        A node that does not answer now is looked at by the next probe.
-        """
-        await asyncio.gather(*(look_at_models(self, node) for node in nodes), return_exceptions=True)
 
     def own_answer(self, path: str) -> OwnAnswer:
         """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
@@ -9918,72 +10045,23 @@ class Gateway:
             self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
         return answer
 
-    def snapshot(self) -> bytes:
-        """Return what dashboards show, as JSON; made once for all that look, however many."""
-        now = self.loop.time()
-        if now - self.shown_s >= EVENT_S / 2:
-            self.tally()
-            self.shown, self.shown_s = json.dumps(dashboard_state(self), separators=(",", ":")).encode(), now
-        return self.shown
-
-    def finish(self, record: Record) -> None:
-        """Let a finished request be counted and logged a moment later, together with others: that is much cheaper."""
-        record.outcome = record.outcome or ("ok" if 0 < record.status < 400 else "error")
-        if not self.finished:
-            self.loop.call_later(TALLY_DELAY_S, self.tally)
-        self.finished.append((record, self.loop.time() - record.started_s))
-
-    def tally(self) -> None:
-        """Count and log the requests that have finished since the last time."""
-        finished, self.finished = self.finished, []
-        for record, total_s in finished:
-            self.metrics.count_request(record, total_s)
-        for level, some in itertools.groupby(finished, lambda it: log_level(it[0])):
-            if LOG.isEnabledFor(level):
-                LOG.log(level, [request_fields(record, total_s) for record, total_s in some])
-
     def sweep(self) -> None:
         """Serve every time-out: slow clients, late tickets, silent nodes, idle connections, saved files."""
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
-        now, dispatcher = self.loop.time(), self.dispatcher
-        for client in list(self.clients):
-            client.expire(now)
-        self.wake(dispatcher.expire(now))
-        lost, races = dispatcher.watch(now)
+        now = self.loop.time()
+        self.listener.sweep(now)
+        self.wake(self.dispatcher.expire(now))
+        lost, races = self.dispatcher.watch(now)
         for lease in lost:
             if lease.abandon is not None:
                 lease.abandon(Failure("lost", f"has answered nothing for {DEAD_S:g} s"))
         for lease in races:
             if lease.ticket.race is not None:
                 lease.ticket.race(lease)
-        for node in dispatcher.cluster.nodes.values():
-            note_state(self, node)
-            if not node.up or node.draining:
-                continue            # no new work, so no measuring either
-            if (node.suspect or node.speed < 0.7) and not node.leases:
-                self.begin_chore(node, check)
-            elif self.options.calibrate and not node.leases and (not node.calibrated and loaded_runners(node)
-                                                                 or dispatcher.cluster.is_unsure(node, now)):
-                self.begin_chore(node, calibrate)
-        for node, pool in list(self.pools.items()):
-            pool.prune(now - IDLE_UPSTREAM_S)
-            if dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
-                del self.pools[node]
-                self.states.pop(node, None)
-        stamps, self.files_before = self.files_before, self.file_stamps()
-        if stamps == self.files_before and any(     # still for SWEEP_S: nobody is writing it
-                stamp not in (None, seen) for stamp, seen in zip(stamps, self.files_seen, strict=True)):
-            self.reload()
-        if now - self.saved_s >= STATE_S:
-            self.save()
+        self.node_io.sweep(now)
+        self.files.sweep(now)
         tell_systemd("WATCHDOG=1")
         self.pump()
-
-    def save(self) -> None:
-        """Begin to write what was learned into the state file, in a thread: a slow disk must not stop the streams."""
-        self.saved_s = self.loop.time()
-        if self.state and (self.saving is None or self.saving.done()):
-            self.saving = self.loop.run_in_executor(None, self.state.write, self.dispatcher.cluster.learned())
 
     # Stop -------------------------------------------------------------------
 
@@ -9996,41 +10074,30 @@ class Gateway:
         self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
         LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(), "queued": len(self.dispatcher.waiting)})
-        if self.server:
-            self.server.close()
-        for client in list(self.clients):
-            if not client.asking and not client.buffer:
-                client.transport.close()
+        self.listener.drain()
         self.loop.create_task(self.wait_until_idle())
 
     async def wait_until_idle(self) -> None:
         """Set `stopped` when no client is being served any more, or the drain time is over."""
         deadline_s = self.loop.time() + self.options.drain_timeout
-        while self.clients and self.loop.time() < deadline_s:
+        while self.listener.clients and self.loop.time() < deadline_s:
             await asyncio.sleep(0.05)
         self.stopped.set()
 
     async def stop(self) -> None:
         """Close everything at once."""
         self.draining = True
-        if self.server:
-            self.server.close()
         if self.timer:
             self.timer.cancel()
-        tasks = [*self.sources.values(), *self.probes.values(), *self.jobs.values(),
-                 *(client.task for client in self.clients if client.task)]
-        for client in list(self.clients):
-            client.transport.abort()
+        tasks = [*self.sources.tasks.values(), *self.node_io.probes.values(), *self.node_io.jobs.values(),
+                 *self.listener.abort()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for pool in self.pools.values():
+        for pool in self.node_io.pools.values():
             pool.prune(math.inf)
-        self.tally()
-        if self.saving:
-            await asyncio.wait([self.saving])
-        if self.state:
-            self.state.write(self.dispatcher.cluster.learned())
+        self.telemetry.tally()
+        await self.files.close()
 
 
 # -----------------------------------------------------------------------------
@@ -10074,7 +10141,7 @@ def parse_port(text: str) -> int:
 
 
 def parse_bind(text: str) -> str:
-    """Return the name or address to listen on; empty, it would be all of them."""
+    """Return the name or address to listen on. An empty one is refused: it would mean every address."""
     try:
         if text.encode("idna"):
             return text
@@ -10084,7 +10151,7 @@ def parse_bind(text: str) -> str:
 
 
 def parse_secret_file(text: str) -> str:
-    """Return the path of a file without which everybody could ask: an empty one is a variable that was not set."""
+    """Return the path of a file that protects the gateway. An empty one is refused: some variable was not set."""
     if not text:
         raise argparse.ArgumentTypeError("no file is named")
     return text
@@ -10107,23 +10174,123 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class ListFlag(argparse.Action):
+    """Collect the values of a flag that may be repeated, in place of those that its variable lists."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any,
+                 flag: str | None = None) -> None:
+        values = getattr(options, self.dest)
+        setattr(options, self.dest, [value] if values is self.default else [*values, value])
+
+
+FlagSettings = dict[str, Any]           # arguments of argparse's add_argument
+
+FILE: FlagSettings = {"metavar": "FILE"}
+NEEDED_FILE: FlagSettings = {"metavar": "FILE", "type": parse_secret_file}
+TIME: FlagSettings = {"metavar": "TIME", "type": parse_seconds}
+SIZE: FlagSettings = {"metavar": "SIZE", "type": parse_size}
+COUNT: FlagSettings = {"metavar": "N", "type": parse_count}
+LIST: FlagSettings = {"action": ListFlag, "default": []}
+ON: FlagSettings = {"action": "store_true"}
+OFF: FlagSettings = {"action": "store_false"}
+
+# By the groups of --help. What holds without the flag stands in brackets; where that is the default, it is added.
+FLAGS: dict[str, dict[str, FlagSettings]] = {
+    "nodes": {
+        "--hosts": dict(FILE, help="one node per line; read again when saved, or on SIGHUP (none)"),
+        "--node": dict(LIST, metavar="URL", help="a node, as on a line of --hosts; may be repeated (none)"),
+        "--discover": dict(LIST, metavar="CIDR", type=parse_network, help="network to scan for Ollama servers, such as "
+                           "192.168.1.0/24; may be repeated (none)"),
+        "--probe-interval": dict(TIME, default="5s", help="time between two looks at a node"),
+        "--state": dict(FILE, help="what is learned of nodes is kept there over restarts (nowhere)"),
+        "--no-calibrate": dict(OFF, dest="calibrate", help="do not measure idle nodes at the start (they are, with one "
+                               "short request to a model that is loaded)"),
+        "--demo": dict(ON, help="run in front of three simulated nodes (needs bench.py beside it) (no)"),
+        "--check": dict(ON, help="probe every node, print what was found, and exit: 0 all up, 1 some down, 2 bad file "
+                        "(no)"),
+    },
+    "listening": {
+        "--bind": dict(metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on"),
+        "--port": dict(metavar="N", type=parse_port, default="8000", help="port to listen on"),
+        "--drain-timeout": dict(TIME, default="300s", help="time that running requests have to finish on SIGTERM"),
+        "--no-uvloop": dict(OFF, dest="uvloop", help="use plain asyncio even if uvloop is there (uvloop)"),
+    },
+    "scheduling": {
+        "--policy": dict(choices=list(POLICIES), default="latency-weighted", help="where each request is predicted to "
+                         "finish first, or, for comparison, as plain proxies do"),
+        "--max-queue": dict(COUNT, default="1024", help="waiting requests; beyond that 503"),
+        "--queue-timeout": dict(TIME, default="240s", help="time a request may wait for a slot; then 503"),
+        "--early-refusal": dict(ON, help="503 at once for a request whose turn is predicted to come after "
+                                "--queue-timeout (it waits)"),
+        "--no-split-embed": dict(OFF, dest="split_embed", help="do not spread a long list of texts to embed over the "
+                                 "nodes (it is)"),
+        "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
+                            "temperature 0 or a seed makes it say the same (it does)"),
+        "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
+        "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
+    },
+    "limits": {
+        "--max-body": dict(SIZE, default="64MiB", help="bytes of a body that is read for routing; blobs pass without "
+                           "limit"),
+        "--max-memory": dict(SIZE, default="512MiB", help="bytes of such bodies at once; beyond that further ones wait "
+                             "unread"),
+        "--header-timeout": dict(TIME, default="10s", help="time a head may take to arrive"),
+        "--max-connections": dict(COUNT, default="4096", help="client connections"),
+    },
+    "security": {
+        "--keys": dict(NEEDED_FILE, help="one key per line, `KEY name=alice`; requests need one; read again like "
+                       "--hosts (none: everybody may ask)"),
+        "--tls-cert": dict(NEEDED_FILE, help="certificate of this port in PEM form, the chain behind it: it speaks TLS "
+                           "then; read again on SIGHUP (none: plain HTTP)"),
+        "--tls-key": dict(NEEDED_FILE, help="private key of --tls-cert, in PEM form (none)"),
+        "--origins": dict(metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides those "
+                          "of this machine, with commas; * stands for anything (none)"),
+    },
+    "log": {
+        "--log-format": dict(choices=("kv", "json"), default="kv", help="key=value or JSON lines"),
+        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
+                            "told"),
+    },
+}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the flags alone."""
+    parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
+                           epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
+                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, settings in flags.items():
+            default = "" if settings["help"].endswith(")") else " (%(default)s)"
+            group.add_argument(flag, **{**settings, "help": settings["help"] + default})
+    parser.add_argument("--version", action="version", version=f"SOLLOL {__version__}")
+    return parser
+
+
 SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False}
 
 
-def twin_value(parser: argparse.ArgumentParser, name: str, text: str, settings: dict[str, Any]) -> object:
-    """Return the default that an environment variable gives a flag; exits if it is none."""
-    if settings.get("action") in ("store_true", "store_false"):
-        if text.lower() not in SWITCHES:
-            parser.error(f"{name}: {text!r} is neither yes nor no")
-        return SWITCHES[text.lower()] == (settings["action"] == "store_true")
-    if settings.get("action") == "append":
-        return None                 # see parse_options: argparse would add the flag's values to these
-    if text not in settings.get("choices", (text,)):
-        parser.error(f"{name}: {text!r} is not one of {', '.join(settings['choices'])}")
-    try:
-        return settings.get("type", str)(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"{name}: {error}")
+def twin_value(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
+    """Return what a flag is set to by the text of its variable. Raises ArgumentError."""
+    def value_of(word: str) -> Any:
+        value = parser._get_value(action, word)
+        parser._check_value(action, value)
+        return value
+
+    if isinstance(action, ListFlag):
+        return [value_of(word) for word in text.split()]
+    if action.nargs != 0:
+        return value_of(text)
+    if text.lower() not in SWITCHES:
+        raise argparse.ArgumentError(None, f"{text!r} is neither yes nor no")
+    return action.const if SWITCHES[text.lower()] else not action.const
+
+
+# The variables, NAME=VALUE, that Kubernetes sets in a pod for a Service named sollol, or sollol-web. SOLLOL_PORT is the
+# twin of a flag, too.
+SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(?==\w+://)|"
+                          r"PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=")
 
 
 def twin_name(flag: str) -> str:
@@ -10131,118 +10298,39 @@ def twin_name(flag: str) -> str:
     return "SOLLOL_" + flag.lstrip("-").upper().replace("-", "_")
 
 
-def command_line(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """Return the parser; every flag has the environment twin SOLLOL_<FLAG>, and the flag wins."""
-    parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
-                           epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
-                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
-
-    def add(group: argparse._ArgumentGroup, flag: str, **settings: Any) -> None:
+def take_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    """Let what the twins of flags in the environment say be the flags' defaults. Exits at a mistake."""
+    for flag, action in parser._option_string_actions.items():
         name = twin_name(flag)
-        twin = environ.get(name)
-        if twin is not None:
-            settings["default"] = twin_value(parser, name, twin, settings)
-        group.add_argument(flag, **settings)
-
-    group = parser.add_argument_group("nodes")
-    add(group, "--hosts", metavar="FILE", help="one node per line; read again when saved, or on SIGHUP (none)")
-    add(group, "--node", metavar="URL", action="append", help="a node, as on a line of --hosts; may be repeated (none)")
-    add(group, "--discover", metavar="CIDR", action="append", type=parse_network, help="network to scan for Ollama "
-        "servers, such as 192.168.1.0/24; may be repeated (none)")
-    add(group, "--probe-interval", metavar="TIME", type=parse_seconds, default="5s", help="time between two looks at "
-        "a node (%(default)s)")
-    add(group, "--state", metavar="FILE", help="what is learned of nodes is kept there over restarts (nowhere)")
-    add(group, "--no-calibrate", dest="calibrate", action="store_false", help="do not measure idle nodes at the start "
-        "(they are, with one short request to a model that is loaded)")
-    add(group, "--demo", action="store_true", help="run in front of three simulated nodes (needs bench.py beside it) "
-        "(no)")
-    add(group, "--check", action="store_true", help="probe every node, print what was found, and exit: 0 all up, "
-        "1 some down, 2 bad file (no)")
-    group = parser.add_argument_group("listening")
-    add(group, "--bind", metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on "
-        "(%(default)s)")
-    add(group, "--port", metavar="N", type=parse_port, default="8000", help="port to listen on (%(default)s)")
-    add(group, "--drain-timeout", metavar="TIME", type=parse_seconds, default="300s", help="time that running requests "
-        "have to finish on SIGTERM (%(default)s)")
-    add(group, "--no-uvloop", dest="uvloop", action="store_false", help="use plain asyncio even if uvloop is there "
-        "(uvloop)")
-    group = parser.add_argument_group("scheduling")
-    add(group, "--policy", choices=list(POLICIES), default="latency-weighted", help="where each request is predicted "
-        "to finish first, or, for comparison, as plain proxies do (%(default)s)")
-    add(group, "--max-queue", metavar="N", type=parse_count, default="1024", help="waiting requests; beyond that 503 "
-        "(%(default)s)")
-    add(group, "--queue-timeout", metavar="TIME", type=parse_seconds, default="240s", help="time a request may wait "
-        "for a slot; then 503 (%(default)s)")
-    add(group, "--early-refusal", action="store_true", help="503 at once for a request whose turn is predicted to come "
-        "after --queue-timeout (it waits)")
-    add(group, "--no-split-embed", dest="split_embed", action="store_false", help="do not spread a long list of texts "
-        "to embed over the nodes (it is)")
-    add(group, "--no-rescue", dest="rescue", action="store_false", help="do not let another node go on with a stream "
-        "whose node died, if temperature 0 or a seed makes it say the same (it does)")
-    add(group, "--replicas", metavar="N", type=parse_count, default="1", help="nodes that pull a model which none has "
-        "yet (%(default)s)")
-    add(group, "--seed", metavar="N", type=int, default=None, help="of the random numbers (random)")
-    group = parser.add_argument_group("limits")
-    add(group, "--max-body", metavar="SIZE", type=parse_size, default="64MiB", help="bytes of a body that is read for "
-        "routing; blobs pass without limit (%(default)s)")
-    add(group, "--max-memory", metavar="SIZE", type=parse_size, default="512MiB", help="bytes of such bodies at once; "
-        "beyond that further ones wait unread (%(default)s)")
-    add(group, "--header-timeout", metavar="TIME", type=parse_seconds, default="10s", help="time a head may take to "
-        "arrive (%(default)s)")
-    add(group, "--max-connections", metavar="N", type=parse_count, default="4096", help="client connections "
-        "(%(default)s)")
-    group = parser.add_argument_group("security")
-    add(group, "--keys", metavar="FILE", type=parse_secret_file, help="one key per line, `KEY name=alice`; "
-        "requests need one; read again like --hosts (none: everybody may ask)")
-    add(group, "--tls-cert", metavar="FILE", type=parse_secret_file, help="certificate of this port in PEM form, "
-        "the chain behind it: it speaks TLS then; read again on SIGHUP (none: plain HTTP)")
-    add(group, "--tls-key", metavar="FILE", type=parse_secret_file, help="private key of --tls-cert, in PEM form "
-        "(none)")
-    add(group, "--origins", metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides "
-        "those of this machine, with commas; * stands for anything (none)")
-    group = parser.add_argument_group("log")
-    add(group, "--log-format", choices=("kv", "json"), default="kv", help="key=value or JSON lines (%(default)s)")
-    add(group, "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
-        "told (%(default)s)")
-    parser.add_argument("--version", action="version", version=f"SOLLOL {__version__}")
-    return parser
-
-
-# What Kubernetes sets in a pod beside a Service named sollol, or sollol-web: SOLLOL_PORT is the name of a flag, too.
-SERVICE_LINK = re.compile(r"SOLLOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT=\w+://.*|"
-                          r"PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-
-
-def is_service_link(name: str, value: str) -> bool:
-    """Tell whether a variable was set for a Service of Kubernetes, and not for SOLLOL."""
-    return bool(SERVICE_LINK.fullmatch(name) or SERVICE_LINK.fullmatch(f"{name}={value}"))
+        if name in environ and action.dest not in ("help", "version"):
+            try:
+                action.default = twin_value(parser, action, environ[name])
+            except argparse.ArgumentError as error:
+                parser.error(f"{name}: {error.message}")
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Exit at the first variable that is the twin of no flag: a mistyped one would change nothing, unseen."""
-    known = {twin_name(action.option_strings[-1]) for action in parser._actions} - {"SOLLOL_HELP", "SOLLOL_VERSION"}
+    known = {twin_name(flag)[7:] for flags in FLAGS.values() for flag in flags}     # what all share is no likeness
     for name in names:
-        if name.startswith("SOLLOL_") and name not in known:
-            near = difflib.get_close_matches(name[7:], [it[7:] for it in known], 1)     # what all share is no likeness
+        if name.startswith("SOLLOL_") and name[7:] not in known:
+            near = difflib.get_close_matches(name[7:], known, 1)
             parser.error(f"unknown variable {name}: " + (f"is SOLLOL_{near[0]} meant?" if near else "see --help"))
 
 
 def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line. Exits with status 2 and one line at a mistake."""
+    """Return the options of a command line; a flag wins over its twin SOLLOL_<FLAG> in the environment.
+
+    Exits with status 2 and one line at a mistake.
+    """
     environ = os.environ if environ is None else environ
-    links = [name for name, value in environ.items() if is_service_link(name, value)]
+    links = [name for name, value in environ.items() if SERVICE_LINK.match(f"{name}={value}")]
     environ = {name: value for name, value in environ.items() if name not in links}
-    parser = command_line(environ)
+    parser = command_line()
+    take_variables(parser, environ)
     options = parser.parse_args(argv)
     options.ignored = links
     refuse_unknown(parser, environ)
-    if options.node is None:
-        options.node = environ.get("SOLLOL_NODE", "").split()
-    if options.discover is None:
-        try:
-            options.discover = [parse_network(text) for text in environ.get("SOLLOL_DISCOVER", "").split()]
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"SOLLOL_DISCOVER: {error}")
     if not (options.hosts or options.node or options.discover or options.demo):
         parser.error("where are the nodes? Give --hosts FILE, --node URL or --discover CIDR, or try --demo")
     if bool(options.tls_cert) != bool(options.tls_key):
@@ -10260,37 +10348,37 @@ def raise_descriptor_limit() -> None:
 
 async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], keys: list[KeySettings],
                       tls: ssl.SSLContext | None, greeting: str = "") -> None:
-    """Serve until a signal ends it. `greeting` is printed once the port is open; {url} in it is ours."""
+    """Serve until a signal ends it. `greeting` is printed once the port is open, with the gateway's {url}."""
     gateway = Gateway(options, nodes, keys, tls)
-    gateway.loop.set_exception_handler(gateway.report)
+    gateway.loop.set_exception_handler(gateway.listener.report)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
-    gateway.loop.add_signal_handler(signal.SIGHUP, gateway.reload)
+    gateway.loop.add_signal_handler(signal.SIGHUP, gateway.files.reload)
     try:
         await gateway.start()
         if gateway.draining:
             return
-        assert gateway.address is not None
-        host, port = gateway.address
+        assert gateway.listener.address is not None
+        host, port = gateway.listener.address
         url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
         LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.cluster.nodes),
                   "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
                          "whoever reaches this port can use the nodes"})
-        if gateway.max_clients < options.max_connections:
-            LOG.warning({"event": "start", "why": f"the limit of open files allows {gateway.max_clients} clients, not "
-                         f"{options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
+        if gateway.listener.max_clients < options.max_connections:
+            LOG.warning({"event": "start", "why": f"the limit of open files allows {gateway.listener.max_clients} "
+                         f"clients, not {options.max_connections}: raise it (LimitNOFILE=, ulimit -n)"})
         tell_systemd("READY=1")
         if greeting:
             try:
                 print(greeting.format(url=url), flush=True)
-            except OSError:         # a full disk, or nobody reads it; what Python kept of it would fail at the exit
+            except OSError:         # a full disk, or a closed pipe; Python would try again at the exit, and fail
                 sys.stdout = None
         await gateway.stopped.wait()
     finally:
         await gateway.stop()
-        if gateway.address:         # else it did not start
+        if gateway.listener.address:        # else it did not start
             LOG.info({"event": "stop"})
 
 
@@ -10325,7 +10413,8 @@ MODELS_IN_A_ROW, ROW_CHARS = 3, 120
 
 
 def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
-    """Return the lines of a table. The words of a cell that is a list stand below each other if they are many."""
+    """Return the lines of a table. A cell that is a list has one word a line if there are many, or the row is too wide.
+    """
     def cells(row: tuple[str | list[str], ...], split: bool) -> list[list[str]]:
         """Return the lines of each cell."""
         return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
@@ -10345,25 +10434,22 @@ def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
 async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -> int:
     """Print what every node answers; return the exit status."""
     options.state = None
-    gateway = Gateway(options, [])
-    LOG.setLevel(logging.CRITICAL)
-    await asyncio.gather(*(resolve(gateway, name) for name in names_in(settings, options.discover)))
-    gateway.lines = settings
+    LOG.setLevel(logging.ERROR)
+    gateway = Gateway(options, settings)
+    await gateway.first_looks()
     if options.discover:
-        await scan(gateway)
-    gateway.dispatcher.cluster.configure(merge_sources(settings, gateway.dns, gateway.scanned))
-    nodes = list(gateway.dispatcher.cluster.nodes.values())
-    for node in nodes:
-        gateway.pools[node] = Pool(node.settings, gateway.turns, gateway.via)
-    reasons = await asyncio.gather(*(probe(gateway, node) for node in nodes))
-    missing = [line for line in settings if line.resolve and not expand(line, gateway.dns)]
+        await gateway.sources.scan()
+        gateway.join()
+        await gateway.first_looks()
+    nodes, reasons = gateway.dispatcher.cluster.nodes.values(), gateway.node_io.reasons
+    missing = [line for line in settings if line.resolve and not expand(line, gateway.sources.dns)]
     rows: list[tuple[str | list[str], ...]] = [
-        ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons) else "")]
-    for node, why in zip(nodes, reasons, strict=True):
+        ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons.values()) else "")]
+    for node in nodes:
         models = sorted(node.rows)
         loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
         rows.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
-                     models or ["-"], loaded or ["-"], why))
+                     models or ["-"], loaded or ["-"], reasons[node]))
     rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
     print("\n".join(table_lines(rows)))
     await gateway.stop()
@@ -10371,7 +10457,7 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
 
 
 def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
-    """Return an event loop: if `fast`, uvloop's where it can be imported; else asyncio's."""
+    """Return uvloop's event loop if `fast` and it can be imported, else asyncio's."""
     if fast:
         with contextlib.suppress(ImportError):
             import uvloop           # type: ignore[import-not-found, unused-ignore]
@@ -10381,9 +10467,9 @@ def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
 
 
 def trim_memory() -> None:
-    """Give the system back what compiling this file took: of a module 15 MiB that would stay with the process, unused.
+    """Give the system back what Python needed to compile this file: 15 MiB if it runs as a module (python3 -m sollol).
 
-    Of a script Python keeps the parse tree for as long as it runs: there it gives back next to nothing.
+    As a script it gives back next to nothing: Python keeps the parse tree for as long as the script runs.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):     # glibc has this call, others need none
         import ctypes
@@ -10409,7 +10495,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
-    except OSError as error:        # asyncio's own text says the address once more
+    except OSError as error:        # asyncio's own text would repeat the address
         number = error.errno
         text = os.strerror(number) if number is not None and number in errno.errorcode else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
@@ -10418,7 +10504,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def abandon_unwritten() -> None:
-    """Drop what standard error could not take, on a full disk say: at the exit Python would write it, and fail."""
+    """Drop what could not be written to standard error, on a full disk say: Python would fail to write it at the exit.
+    """
     try:
         if sys.stderr is not None:
             sys.stderr.flush()

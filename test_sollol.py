@@ -2973,7 +2973,6 @@ def test_what_was_learned_is_known_again_as_an_estimate():
 def test_new_answers_outweigh_what_was_kept():
     first = taught()
     it = runner(restarted(first.cluster.learned(), settings_of(first)), "n1")
-    dispatcher = sollol.Dispatcher()
     for _ in range(12):
         sollol.learn_decode(it, 0.02, 0.0)
     assert it.speeds.decode_s == pytest.approx(0.02, rel=0.2)
@@ -3292,8 +3291,7 @@ def test_nodes_come_from_file_and_flags(tmp_path):
 
 
 TOLD = {"pods": ["10.0.0.2", "10.0.0.1"], "both": ["fd00::1", "10.0.0.3"], "six": ["fd00::1"]}
-SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): sollol.Found(3, False),
-           ("10.0.0.8", 11434): sollol.Found(0, True)}
+SCANNED = {("10.0.0.2", 11434): 0, ("fd00::2", 11434): 3, ("10.0.0.8", 11434): 0}       # the last one is this machine
 
 
 @table("text, found, expected", [
@@ -3307,8 +3305,7 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
     ("found and told, found as localhost", "pods resolve=all\nhttp://127.0.0.1", SCANNED, [
         "pods@10.0.0.2 10.0.0.2 pods:11434 *", "pods@10.0.0.1 10.0.0.1 pods:11434",
         "127.0.0.1:11434 127.0.0.1 127.0.0.1:11434", "[fd00::2]:11434 [fd00::2] [fd00::2]:11434"]),
-    ("found behind a written name", "six:11434", {("fd00::1", 11434): sollol.Found(0, False)},
-     ["six:11434 six six:11434 *"]),
+    ("found behind a written name", "six:11434", {("fd00::1", 11434): 0}, ["six:11434 six six:11434 *"]),
     ("every address", "pods resolve=all\nb", {}, ["pods@10.0.0.2 10.0.0.2 pods:11434 *",
                                                   "pods@10.0.0.1 10.0.0.1 pods:11434", "b:11434 b b:11434"]),
     ("its own name and port", "b\npods:80 resolve=all name=p", {}, [
@@ -3324,7 +3321,8 @@ SCANNED = {("10.0.0.2", 11434): sollol.Found(0, False), ("fd00::2", 11434): soll
 ])
 def test_nodes_that_the_sources_make_together(text, found, expected):
     dispatcher = sollol.Dispatcher()
-    dispatcher.cluster.configure(sollol.merge_sources(sollol.parse_hosts(text, "h"), TOLD, found))
+    lines = sollol.parse_hosts(text, "h")
+    dispatcher.cluster.configure(sollol.merge_sources(lines, TOLD, found, lambda address: address == "10.0.0.8"))
     found = [node.settings for node in dispatcher.cluster.nodes.values()]
     assert [f"{it.name} {re.sub('^http://|:[0-9]+$', '', it.url)} {it.host_header}" + " *" * it.primary
             for it in found] == expected
@@ -3344,13 +3342,13 @@ def test_network_to_scan_is_small(text, addresses):
 
 def test_found_server_is_forgotten_after_ten_scans_without_it():
     a, b = ("10.0.0.1", 11434), ("10.0.0.2", 11434)
-    found = sollol.after_scan({}, {a: False, b: True}, set())
-    assert found == {a: (0, False), b: (0, True)}
+    found = sollol.after_scan({}, [a, b], set())
+    assert found == {a: 0, b: 0}
     for missed in range(1, sollol.SCANS_KEPT):
-        found = sollol.after_scan(found, {}, {b})
-        assert found == {a: (missed, False), b: (0, True)}
-    assert sollol.after_scan(found, {a: False}, set()) == {a: (0, False), b: (1, True)}
-    assert sollol.after_scan(found, {}, set()) == {b: (1, True)}
+        found = sollol.after_scan(found, [], {b})
+        assert found == {a: missed, b: 0}
+    assert sollol.after_scan(found, [a], set()) == {a: 0, b: 1}
+    assert sollol.after_scan(found, [], set()) == {b: 1}
 
 
 @table("argv, content, message", [
@@ -3472,7 +3470,7 @@ def test_help_tells_every_flag_its_unit_and_its_default(capsys):
     assert re.findall(r"^(\w+):$", text, re.M) == [
         "options", "nodes", "listening", "scheduling", "limits", "security", "log"]
     assert text.count("SOLLOL_") == 1
-    for action in sollol.command_line({})._actions[1:-1]:
+    for action in sollol.command_line()._actions[1:-1]:
         assert re.search(r"\([^()]+\)$", action.help.replace("%(default)s", "x")), action
         if action.type is sollol.parse_size:
             assert action.help.startswith("bytes "), action
@@ -3698,7 +3696,8 @@ class Caller:
     @classmethod
     async def to(cls, gateway):
         self = cls()
-        self.reader, self.writer = await asyncio.open_connection(*gateway.address, limit=2**26, **spoken(gateway))
+        self.reader, self.writer = await asyncio.open_connection(*gateway.listener.address, limit=2**26,
+                                                                 **spoken(gateway))
         return self
 
     async def head(self):
@@ -3962,7 +3961,7 @@ async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, 
         pems = request.getfixturevalue("pems")
         node.tls, node.line = shown(pems, certificate), f"ca={pems / certificate}.pem"
     async with gateway_for(node) as gateway:
-        pool, = gateway.pools.values()
+        pool, = gateway.node_io.pools.values()
         take = pool.take
 
         def take_late():
@@ -3992,12 +3991,12 @@ async def test_bytes_that_come_between_two_answers_are_never_the_next_one(sent, 
 async def test_connection_that_stood_still_for_a_slow_reader_at_the_end_serves_the_next_client():
     node = ScriptedNode(lambda request: [chunked(b"x" * 60_000) if b"/x" in request else OK, KEEP])
     async with gateway_for(node) as gateway:
-        pool, = gateway.pools.values()
+        pool, = gateway.node_io.pools.values()
         caller = await Caller.to(gateway)
-        await until(lambda: gateway.clients)
+        await until(lambda: gateway.listener.clients)
         caller.writer.transport.pause_reading()
         for transport, option in ((caller.writer.transport, socket.SO_RCVBUF),
-                                  (next(iter(gateway.clients)).transport, socket.SO_SNDBUF)):
+                                  (next(iter(gateway.listener.clients)).transport, socket.SO_SNDBUF)):
             with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as it:
                 it.setsockopt(socket.SOL_SOCKET, option, 4096)
         caller.writer.write(get(target=b"/x"))
@@ -4194,7 +4193,7 @@ def test_mutated_requests_harm_neither_gateway_nor_node_nor_the_next_request(cap
                 if number % 100 == 0:
                     assert (await call(gateway, "POST", "/api/generate", generate())).body == b'{"done":true}'
             await asyncio.sleep(5)
-            assert health(gateway)["inflight"] == health(gateway)["queued"] == 0 and not gateway.clients
+            assert health(gateway)["inflight"] == health(gateway)["queued"] == 0 and not gateway.listener.clients
 
     sollol.LOG.propagate = True
     bench.run_virtual(main())
@@ -4239,7 +4238,7 @@ def test_mutated_answers_become_whole_answers_errors_or_cuts_and_spoil_no_later_
                         answer = await try_it(gateway, bad, generate())
                         assert answer and answer.body == WHOLE
             assert len(bad.requests) > 600 * FUZZ
-            await until(lambda: health(gateway)["inflight"] == 0 and not gateway.clients)
+            await until(lambda: health(gateway)["inflight"] == 0 and not gateway.listener.clients)
 
     sollol.LOG.propagate = True
     bench.run_virtual(main())
@@ -4282,7 +4281,7 @@ async def test_slow_reader_slows_the_node_and_not_the_gateways_memory(node_tls=N
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         raw.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(raw, gateway.address)
+        await asyncio.get_running_loop().sock_connect(raw, gateway.listener.address)
         reader, writer = await asyncio.open_connection(sock=raw, limit=65536, **spoken(gateway))
         body = json.dumps(generate(stream=True)).encode()
         writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
@@ -4396,7 +4395,7 @@ async def test_200_clients_that_vanish_leave_nothing_behind():
 async def test_too_many_connections_are_told_so():
     async with gateway_for(bench.SimNode(**FAST), flags=["--max-connections", "2"]) as gateway:
         callers = [await Caller.to(gateway) for _ in range(2)]
-        await until(lambda: len(gateway.clients) == 2)
+        await until(lambda: len(gateway.listener.clients) == 2)
         raw = await raw_call(gateway, b"")
         assert raw.startswith(b"HTTP/1.1 503 ") and raw.endswith(b'{"error": "too many connections"}')
         for caller in callers:
@@ -4502,7 +4501,7 @@ def test_other_users_of_a_node_shrink_its_slots_for_a_while(path):
                     assert (await caller.call(json.dumps(body).encode(), path=path))[0] == 200
                 caller.close()
 
-            own = [asyncio.create_task(client(gateway.address, ended)) for _ in range(10)]
+            own = [asyncio.create_task(client(gateway.listener.address, ended)) for _ in range(10)]
             await until(lambda: known.slots.count == 4, 60)
             others_ended = asyncio.Event()
             others = [asyncio.create_task(client(("127.0.0.1", node.port), others_ended)) for _ in range(3)]
@@ -4540,7 +4539,8 @@ def test_one_clients_flood_does_not_delay_another_client_over_sockets():
     """Two clients tell each other apart by their addresses; on one slot the modest one waits for two others at most."""
     async def run():
         async with gateway_for(fixed(1, speed=20)) as gateway:
-            greedy, modest = bench.Caller(*gateway.address), bench.Caller(*gateway.address, "127.0.0.2")
+            address = gateway.listener.address
+            greedy, modest = bench.Caller(*address), bench.Caller(*address, "127.0.0.2")
             loop, ended_s = asyncio.get_running_loop(), []
 
             async def one(caller):
@@ -4694,7 +4694,7 @@ async def test_calibration_learns_an_idle_nodes_speed_from_one_short_request():
     node = measurable("rtx4090", slots=4)
     async with gateway_for(node) as gateway:
         known = next(iter(gateway.dispatcher.cluster.nodes.values()))
-        await sollol.calibrate(gateway, known)
+        await sollol.calibrate(gateway.node_io, known)
         runner = known.runners["llama3.2:latest"]
         assert 1 / runner.speeds.decode_s == pytest.approx(265, rel=0.3)
         assert (runner.slots.count, runner.slots.origin, known.calibrated, known.leases) == (1, "guessed", True, [])
@@ -4702,7 +4702,7 @@ async def test_calibration_learns_an_idle_nodes_speed_from_one_short_request():
         words = asked["prompt"].split()
         assert len(words) * 5 <= 64 and max(map(len, words)) <= 4 and node.max_in_flight == 1 and not node.loads
         assert asked["options"] == {"num_predict": 8, "num_ctx": runner.context} and runner.context
-        await sollol.calibrate(gateway, known)
+        await sollol.calibrate(gateway.node_io, known)
         assert len(measurements(node)) == 1         # its speed is known
 
 
@@ -4711,14 +4711,14 @@ async def test_measurement_gives_way_to_any_request_and_teaches_nothing():
     node = measurable("cpu", slots=1, speed=0.3)
     async with gateway_for(node) as gateway:
         known = next(iter(gateway.dispatcher.cluster.nodes.values()))
-        gateway.begin_chore(known, sollol.calibrate)
+        gateway.node_io.begin_job(known, sollol.calibrate)
         await until(lambda: node.in_flight)
         stats = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
         assert [(row["id"], row["slot"]) for row in stats["running"]] == [(f"measure-{known.name}", True)]
         assert health(gateway)["inflight"] == 1
         answer = await call(gateway, "POST", "/api/generate", generate(tokens=1, stream=True))
         assert answer.status == 200 and b'"done":true' in answer.body
-        assert node.aborted == 1 and not gateway.jobs and not known.measuring
+        assert node.aborted == 1 and not gateway.node_io.jobs and not known.measuring
         assert known.runners["llama3.2:latest"].speeds.samples == 0 and not known.calibrated
         assert known.check_s > gateway.loop.time()
 
@@ -4734,19 +4734,19 @@ async def test_only_what_ps_lists_is_measured_and_only_as_it_is_loaded():
         runner = known.runners["llama3.2:latest"]
         for loaded, options in (([], ()), ([{"name": "llama3.2:latest", "size": 5e9}], None)):
             node.loaded = loaded
-            await sollol.look_at_residency(gateway, known)
+            await gateway.node_io.look_at_residency(known)
             runner.options = options
-            await sollol.calibrate(gateway, known)
-            await sollol.check(gateway, known)
+            await sollol.calibrate(gateway.node_io, known)
+            await sollol.check(gateway.node_io, known)
             assert node.requests == [] and not known.calibrated
         node.loaded[0]["context_length"] = 8192
-        await sollol.calibrate(gateway, known)
+        await sollol.calibrate(gateway.node_io, known)
         asked = json.loads(node.requests[0].partition(b"\r\n\r\n")[2])
         assert asked["options"] == {"num_ctx": 8192, "num_predict": 8} and "keep_alive" not in asked
         assert runner.speeds.decode_s == pytest.approx(0.05) and runner.speeds.samples == 1
         runner.options = (("use_mmap", True), ("shift", False))
         known.check_s = 0.0
-        await sollol.check(gateway, known)
+        await sollol.check(gateway.node_io, known)
         asked = json.loads(node.requests[1].partition(b"\r\n\r\n")[2])
         assert (asked["options"], asked["shift"]) == ({"num_ctx": 8192, "use_mmap": True, "num_predict": 1}, False)
         assert len(asked["prompt"].split()) == 1
@@ -4760,15 +4760,15 @@ async def test_checks_are_rare_and_never_made_while_the_node_works():
         running = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=20, stream=True)))
         await until(lambda: node.in_flight)
         known.suspect = True
-        await sollol.check(gateway, known)
+        await sollol.check(gateway.node_io, known)
         assert known.suspect and not measurements(node)
         await running
         for pause_s in (5, 10, 20, 40, 80, 160, 300, 300):
             known.suspect, known.check_s = True, 0.0
-            await sollol.check(gateway, known)
+            await sollol.check(gateway.node_io, known)
             assert not known.suspect and known.check_s - gateway.loop.time() == pytest.approx(pause_s, abs=1)
             known.suspect = True
-            await sollol.check(gateway, known)
+            await sollol.check(gateway.node_io, known)
             assert known.suspect
         assert len(measurements(node)) == 8
         known.suspect = False
@@ -4785,7 +4785,7 @@ async def test_check_of_a_slow_node_tells_whether_it_still_is():
         for factor, speed in ((100.0, 0.5), (1.0, 1.0)):
             node.slow(factor)
             known.speed, known.check_s = 0.5, 0.0
-            await sollol.check(gateway, known)
+            await sollol.check(gateway.node_io, known)
             assert known.speed == speed
         node.recover()
 
@@ -5028,7 +5028,7 @@ async def test_every_node_is_logged_once_at_the_start_with_its_models(caplog):
              bench.SimNode(models=(), **FAST)]
     async with gateway_for(*nodes) as gateway:
         await until(lambda: health(gateway)["nodes"]["up"] == 3)
-        await until(lambda: len(gateway.states) == 3)
+        await until(lambda: len(gateway.node_io.logged_states) == 3)
         await asyncio.sleep(2 * sollol.SWEEP_S)
     told = [ast.literal_eval(line) for line in caplog.messages if "'event': 'node'" in line]
     assert {it["url"]: (it["state"], it["models"]) for it in told} == {
@@ -5110,7 +5110,7 @@ async def test_node_that_answers_only_errors_is_not_up_and_says_why(caplog):
         answer = await call(gateway, "GET", "/api/health")
         assert answer.status == 200 and answer.json()["status"] == "degraded"
         assert answer.json()["nodes"] == {"up": 0, "total": 1}
-        shown = json.loads(gateway.snapshot())["nodes"][0]
+        shown = json.loads(gateway.telemetry.snapshot())["nodes"][0]
         assert (shown["state"], shown["error_share"]) == ("suspect", 1.0)
         await until(lambda: "'state': 'suspect'" in caplog.text)
         node.script = lambda request: [framed(b'{"done":true}'), KEEP]
@@ -5331,7 +5331,7 @@ def test_small_requests_beside_a_silent_tool_call_take_no_longer_than_directly()
 
         node = bench.SimNode(slots=2, loaded=("llama3.2",), silent_tools=True)
         async with gateway_for(node) as gateway:
-            through = await took(gateway, gateway.address)
+            through = await took(gateway, gateway.listener.address)
             directly = await took(gateway, ("127.0.0.1", node.port))
             assert through < 1.1 * directly + 0.05
             assert not next(iter(gateway.dispatcher.cluster.nodes.values())).errors
@@ -5514,7 +5514,7 @@ async def test_finished_request_holds_nothing_however_it_ended(end):
                 await asyncio.gather(*(one() for _ in range(10)))
             for node in nodes:
                 node.recover()
-            await until(lambda: not health(gateway)["inflight"] and not gateway.clients)
+            await until(lambda: not health(gateway)["inflight"] and not gateway.listener.clients)
             assert tracemalloc.get_traced_memory()[0] - before_bytes < 20 * 2**20
 
 
@@ -5837,8 +5837,8 @@ def overdue(texts, pause_s, path="/api/generate", framing=chunked):
 async def raced_stream(*nodes):
     """Return (answer, Record, gateway) of a deterministic stream that begins on the first node."""
     async with gateway_for(*nodes) as gateway:
-        finished, finish = [], gateway.finish
-        gateway.finish = lambda record: (finished.append(record), finish(record))
+        finished, finish = [], gateway.telemetry.finish
+        gateway.telemetry.finish = lambda record: (finished.append(record), finish(record))
         answer = await call(gateway, "POST", "/api/generate", repeatable())
         await until(lambda: not health(gateway)["inflight"])
         return answer, finished[0], gateway
@@ -5916,13 +5916,13 @@ def test_race_is_won_even_while_the_first_attempt_still_connects():
         async with gateway_for(*nodes) as gateway:
             dispatcher, connects = gateway.dispatcher, asyncio.Event()
             one, two = dispatcher.cluster.nodes.values()
-            connect = gateway.pools[one].connect
+            connect = gateway.node_io.pools[one].connect
 
             async def connect_late():
                 await connects.wait()
                 return await connect()
 
-            gateway.pools[one].take, gateway.pools[one].connect = lambda: None, connect_late
+            gateway.node_io.pools[one].take, gateway.node_io.pools[one].connect = lambda: None, connect_late
             answer = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(stream=True)))
             await until(lambda: one.leases)
             ticket = one.leases[0].ticket
@@ -5993,10 +5993,10 @@ async def race_in_all_ways(seed):
             breakers = [node.breaker, *(it.breaker for it in node.runners.values())]
             assert not (node.busy or node.loading or any(breaker.trial for breaker in breakers))
             served = next(it for it in nodes if it.url == node.settings.url)
-            assert len(served.connections) <= len(gateway.pools[node].idle) + 1     # and a probe's
+            assert len(served.connections) <= len(gateway.node_io.pools[node].idle) + 1     # and a probe's
         left = {task.get_coro().__qualname__ for task in asyncio.all_tasks() - tasks}
         assert left <= {"ScriptedNode.converse", "probe"}
-        return sum(gateway.metrics.races.values())
+        return sum(gateway.telemetry.metrics.races.values())
 
 
 def test_races_end_no_answer_and_leave_nothing_behind_whenever_clients_and_nodes_leave(monkeypatch, caplog):
@@ -6157,7 +6157,7 @@ def test_node_that_is_silent_at_connect_costs_five_seconds_once():
                     filler = stack.enter_context(socket.socket())
                     filler.setblocking(False)
                     filler.connect_ex(("127.0.0.1", port))
-                for pool in gateway.pools.values():
+                for pool in gateway.node_io.pools.values():
                     pool.prune(math.inf)
                 for most_s in (5.5, 0.5, 0.5):
                     started_s = gateway.loop.time()
@@ -6183,9 +6183,9 @@ async def test_answer_that_never_ends_is_passed_on_in_bounded_memory_until_its_c
             await caller.head()
             for _ in range(8):
                 await caller.reader.readexactly(sollol.MIB)
-            assert all(client.transport.get_write_buffer_size() < 4 * sollol.MIB for client in gateway.clients)
+            assert all(client.transport.get_write_buffer_size() < 4 * sollol.MIB for client in gateway.listener.clients)
             caller.writer.transport.abort()
-            await until(lambda: health(gateway)["inflight"] == 0 and not gateway.clients)
+            await until(lambda: health(gateway)["inflight"] == 0 and not gateway.listener.clients)
 
 
 @over_sockets
@@ -6260,19 +6260,19 @@ async def test_what_fails_after_the_first_byte_counts_as_failed(
     async with gateway_for(ScriptedNode(lambda request: script)) as gateway:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             assert (await call(gateway, "POST", path, value)).status == status
-        await until(lambda: gateway.metrics.requests or gateway.finished)
+        await until(lambda: gateway.telemetry.metrics.requests or gateway.telemetry.finished)
         node, = (await call(gateway, "GET", "/api/stats")).json()["nodes"]
         tries = node["errors"]          # the only node gets what it broke off, and may be repeated, three times
         assert tries in ((1, 3) if kind == "died" else (1,) if kind else (0,)) and node["outcomes"] == {outcome: 1}
         judged = b"sollol_predicted_error_ratio_count %d\n" % teaches
         assert judged in (await call(gateway, "GET", "/metrics")).body
         assert (node["latency_s"]["p50"] is not None) == teaches
-        (name, _, route, code, ended), = (it for it in gateway.metrics.requests if it[2] == path)
+        (name, _, route, code, ended), = (it for it in gateway.telemetry.metrics.requests if it[2] == path)
         assert (name, route, code, ended) == (node["name"], path, status, outcome)
-        assert dict(gateway.metrics.failovers) == ({(node["name"], kind): tries} if kind else {})
+        assert dict(gateway.telemetry.metrics.failovers) == ({(node["name"], kind): tries} if kind else {})
         broken = gateway.dispatcher.cluster.nodes[name].runners["llama3.2:latest"].breaker.failures
         assert broken == (kind == "model")
-        assert sum(step.requests for step in gateway.metrics.steps) == (outcome == "ok")
+        assert sum(step.requests for step in gateway.telemetry.metrics.steps) == (outcome == "ok")
         (level, fields), = ((it.levelname, one) for it in caplog.records if isinstance(it.msg, list)
                             for one in it.msg if one["path"] == path)
         assert (level, fields["outcome"]) == ("INFO" if outcome == "ok" else "WARNING", outcome)
@@ -6293,8 +6293,8 @@ async def test_request_that_reached_no_node_or_whose_client_left_is_no_error(tmp
         caller.close()
         await until(lambda: not health(gateway)["inflight"])
         assert (await call(gateway, "POST", "/api/generate", generate(), **fields)).status == 429
-        gateway.tally()
-        ended = collections.Counter((code, outcome) for *_, code, outcome in gateway.metrics.requests)
+        gateway.telemetry.tally()
+        ended = collections.Counter((code, outcome) for *_, code, outcome in gateway.telemetry.metrics.requests)
         assert ended == {(401, "refused"): 1, (400, "refused"): 1, (499, "client_left"): 1, (429, "refused"): 1}
         assert all(it.levelname == "INFO" for it in caplog.records if isinstance(it.msg, list))
 
@@ -6333,7 +6333,7 @@ async def test_pipelining_without_reading_is_bounded_in_memory():
         caller.writer.transport.pause_reading()
         caller.writer.write(b"GET /api/stats HTTP/1.1\r\nHost: x\r\n\r\n" * 400_000)
         await asyncio.sleep(0.5)
-        client = next(iter(gateway.clients))
+        client = next(iter(gateway.listener.clients))
         assert len(client.buffer) < 2 * sollol.READ_AHEAD_BYTES
         assert client.transport.get_write_buffer_size() < 2**20
         caller.writer.transport.abort()
@@ -6352,7 +6352,7 @@ def test_reader_of_a_kilobyte_a_second_is_never_cut_and_one_that_reads_nothing_i
             clients = [socket.socket() for _ in range(2)]
             for client in clients:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.connect(gateway.address)
+                client.connect(gateway.listener.address)
                 client.sendall(posted(generate(stream=True)))
                 client.setblocking(False)
             await asyncio.sleep(5)
@@ -6381,7 +6381,7 @@ async def test_slow_reader_does_not_make_its_node_suspect():
         body = json.dumps(generate(stream=True)).encode()
         caller.writer.write(b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (
             len(body), body))
-        await until(lambda: any(client.write_paused for client in gateway.clients))
+        await until(lambda: any(client.write_paused for client in gateway.listener.clients))
         await asyncio.sleep(2.8)
         assert not next(iter(gateway.dispatcher.cluster.nodes.values())).suspect
         caller.writer.transport.abort()
@@ -6458,7 +6458,7 @@ async def test_dropped_node_is_forgotten_with_its_connections_once_it_is_idle(tm
         await until(lambda: list(gateway.dispatcher.cluster.nodes) == ["two"])
         assert health(gateway)["inflight"] == 1
         assert (await task).status == 200
-        await until(lambda: len(gateway.pools) == 1 and not one.connections)
+        await until(lambda: len(gateway.node_io.pools) == 1 and not one.connections)
 
 
 @over_sockets
@@ -6468,28 +6468,28 @@ async def test_node_that_is_dropped_while_it_is_measured_keeps_no_connection(tmp
     hosts.write_text(f"{one.url} name=one\n{two.url} name=two\n")
     async with gateway_for(one, two, hosts=hosts) as gateway:
         node = gateway.dispatcher.cluster.nodes["one"]
-        gateway.begin_chore(node, sollol.calibrate)
+        gateway.node_io.begin_job(node, sollol.calibrate)
         await until(lambda: one.in_flight)
         hosts.write_text(f"{two.url} name=two\n")
-        gateway.reload()
-        await until(lambda: node not in gateway.pools)
-        await until(lambda: not gateway.jobs and not one.connections and not node.leases)
+        gateway.files.reload()
+        await until(lambda: node not in gateway.node_io.pools)
+        await until(lambda: not gateway.node_io.jobs and not one.connections and not node.leases)
 
 
 def test_node_that_is_dropped_while_it_is_looked_at_is_looked_at_no_longer(caplog):
     async def main():
         one, two = bench.SimNode(**FAST), bench.SimNode(**FAST)
         async with gateway_for(one, two) as gateway:
-            gateway.loop.set_exception_handler(gateway.report)
+            gateway.loop.set_exception_handler(gateway.listener.report)
             node = next(iter(gateway.dispatcher.cluster.nodes.values()))
             one.freeze()
-            gateway.begin_chore(node, sollol.probe)
+            gateway.node_io.begin_job(node, sollol.NodeIO.probe)
             await asyncio.sleep(1)
-            gateway.configure(gateway.lines[1:])
-            await until(lambda: node not in gateway.pools)
-            gateway.begin_chore(node, sollol.probe)
+            gateway.configure(gateway.sources.lines[1:])
+            await until(lambda: node not in gateway.node_io.pools)
+            gateway.node_io.begin_job(node, sollol.NodeIO.probe)
             one.recover()
-            await until(lambda: not gateway.jobs)
+            await until(lambda: not gateway.node_io.jobs)
             gc.collect()
             await asyncio.sleep(1)
     bench.run_virtual(main())
@@ -6506,12 +6506,12 @@ async def test_node_that_comes_back_keeps_its_connections_in_one_pool(tmp_path):
         await until(lambda: node.in_flight == 1)
         for text in (f"{other.url}\n", line):
             hosts.write_text(text)
-            gateway.reload()
+            gateway.files.reload()
         queued = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=100)))
         await until(lambda: health(gateway)["queued"] == 1)
         assert {(await task).status for task in (running, queued)} == {200}
         assert node.max_in_flight == 1
-        pool, = gateway.pools.values()
+        pool, = gateway.node_io.pools.values()
         await until(lambda: len(pool.idle) == len(node.connections))
 
 
@@ -6754,12 +6754,12 @@ def test_nothing_that_a_client_sends_holds_the_loop_or_grows_it_without_bound(ma
             data = make()
             for _ in range(3):      # a busy machine may hold it once
                 async with Watch() as watch:
-                    answer = await asyncio.to_thread(blast, gateway.address, data)
+                    answer = await asyncio.to_thread(blast, gateway.listener.address, data)
                 assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:300]
                 if watch.hold_s < HOLD_S and watch.grown_mib < most_mib:
                     break
             assert watch.hold_s < HOLD_S and watch.grown_mib < most_mib
-            await until(lambda: not gateway.memory.held_bytes and not gateway.clients)
+            await until(lambda: not gateway.memory.held_bytes and not gateway.listener.clients)
     run_real(main())
 
 
@@ -6792,7 +6792,8 @@ def test_several_giant_bodies_at_once_hold_the_loop_no_longer():
             data = sent_whole(filled(LEAD + b'"messages":[0,', b"{},[],", b"0]}", 2**24))
             for _ in range(3):
                 async with Watch() as watch:
-                    answers = await asyncio.gather(*(asyncio.to_thread(blast, gateway.address, data) for _ in range(6)))
+                    answers = await asyncio.gather(*(
+                        asyncio.to_thread(blast, gateway.listener.address, data) for _ in range(6)))
                 assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
                 if watch.hold_s < HOLD_S:
                     break
@@ -6842,7 +6843,7 @@ def test_nothing_that_a_node_sends_holds_the_loop(path, fields, sent, expected):
             request = {"model": "llama3.2", **fields}
             for _ in range(3):      # a busy machine may hold it once
                 async with Watch() as watch:
-                    body = await asyncio.to_thread(whole_answer, gateway.address, path, request)
+                    body = await asyncio.to_thread(whole_answer, gateway.listener.address, path, request)
                 assert body == expected or expected is None and body.splitlines()[-1][:8] in (b'{"error"', b'{"status')
                 if watch.hold_s < HOLD_S / 2:
                     break
@@ -6879,7 +6880,7 @@ def test_long_answer_in_chunks_of_one_byte_to_a_client_that_does_not_read_is_hel
             held = []
             for _ in range(50):
                 await asyncio.sleep(0.02)
-                sinks = [client.source.sink for client in gateway.clients if client.source]
+                sinks = [client.source.sink for client in gateway.listener.clients if client.source]
                 held += [len(sink.behind) for sink in sinks if isinstance(sink, sollol.Backlog)]
             assert max(held) < 2 * sollol.READ_AHEAD_BYTES + 2**16
             caller.writer.transport.resume_reading()
@@ -6903,7 +6904,7 @@ def test_many_that_ask_ahead_delay_nobody_else():
                 took_s = await honest_s()
                 for caller in greedy:
                     caller.writer.transport.abort()
-                await until(lambda: not gateway.clients)
+                await until(lambda: not gateway.listener.clients)
                 return took_s
 
             quiet_s = await honest_s()
@@ -6928,7 +6929,7 @@ async def test_client_that_leaves_is_noticed_although_it_is_not_read():
     async with gateway_for(node) as gateway:
         caller = await Caller.to(gateway)
         caller.writer.write(posted(generate(tokens=2000)) + posted(generate(padding="x" * 10**6)))
-        await until(lambda: node.in_flight and any(client.read_paused for client in gateway.clients))
+        await until(lambda: node.in_flight and any(client.read_paused for client in gateway.listener.clients))
         caller.writer.transport.abort()
         await until(lambda: node.aborted == 1 and health(gateway)["inflight"] == 0, 2.0)
 
@@ -6964,7 +6965,7 @@ def test_bodies_beyond_the_memory_for_them_wait_unread_and_short_ones_do_not():
             second = await begun_upload(gateway, 800_000, 700_000)
             await asyncio.sleep(1)
             assert gateway.memory.held_bytes < 2**20
-            assert sum(len(client.buffer) for client in gateway.clients) < 2 * sollol.READ_AHEAD_BYTES
+            assert sum(len(client.buffer) for client in gateway.listener.clients) < 2 * sollol.READ_AHEAD_BYTES
             assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
             first.writer.write(first.rest)
             assert (await first.answer()).status == 200
@@ -7016,7 +7017,7 @@ async def test_idle_connections_to_a_node_are_bounded():
     async with gateway_for(bench.SimNode(**FAST)) as gateway:
         for number in range(sollol.MOST_IDLE_UPSTREAM + 20):
             await call(gateway, "DELETE", "/api/delete", {"model": f"none{number}"})
-        pool, = gateway.pools.values()
+        pool, = gateway.node_io.pools.values()
         assert len(pool.idle) <= sollol.MOST_IDLE_UPSTREAM
 
 
@@ -7074,17 +7075,17 @@ async def test_one_address_without_a_key_cannot_take_all_connections(tmp_path, m
     keys.chmod(0o600)
     monkeypatch.setattr(sollol, "is_loopback", lambda address: False)
     async with gateway_for(bench.SimNode(**FAST), flags=["--keys", str(keys)]) as gateway:
-        gateway.max_strangers = 3
+        gateway.listener.max_strangers = 3
         callers = [await Caller.to(gateway) for _ in range(3)]
-        await until(lambda: len(gateway.clients) == 3)
+        await until(lambda: len(gateway.listener.clients) == 3)
         assert b"too many connections from 127.0.0.1" in await raw_call(gateway, b"")
         answer = await callers[0].ask("GET", "/api/tags", Authorization="Bearer secret")
         assert answer.status == 200     # it is a stranger no longer
         callers.append(await Caller.to(gateway))
-        await until(lambda: len(gateway.clients) == 4)
+        await until(lambda: len(gateway.listener.clients) == 4)
         for caller in callers:
             caller.close()
-        await until(lambda: not gateway.strangers)
+        await until(lambda: not gateway.listener.strangers)
 
 
 @over_sockets
@@ -7676,7 +7677,7 @@ async def test_no_key_and_no_token_is_in_a_log_a_page_or_an_error(tmp_path, capl
             seen.append(await call(gateway, "GET", path, **bearer("root")))
             assert seen[-1].status == 200
         (tmp_path / "keys").write_text(KEYS + "other-secret nme=x")
-        gateway.reload()
+        gateway.files.reload()
         await asyncio.sleep(0.2)
     texts = [caplog.text, *(str(record.msg) for record in caplog.records), *(f"{it.head}{it.body}" for it in seen)]
     assert b"token-secret" in bad.requests[0] and "reload" in texts[0] + "".join(texts)
@@ -7873,7 +7874,7 @@ async def test_keys_are_read_again_when_saved_and_a_bad_file_is_refused(tmp_path
         await until(lambda: "dave" in {key.settings.name for key in gateway.access.keys.values()})
         assert [await status(name) for name in ("alice", "dave")] == [401, 200]
         (tmp_path / "keys").write_text(KEYS)
-        gateway.reload()
+        gateway.files.reload()
         assert [await status(name) for name in ("alice", "dave")] == [200, 401]
     assert "secret" not in caplog.text
 
@@ -8027,7 +8028,7 @@ async def test_dashboard_is_told_every_second_what_goes_on():
 async def test_open_dashboard_does_not_hold_up_the_end():
     async with gateway_for(fixed(1)) as gateway:
         task = asyncio.create_task(events(gateway, 100))
-        await until(lambda: len(gateway.clients) == 1)
+        await until(lambda: len(gateway.listener.clients) == 1)
         await asyncio.sleep(1.5)
         gateway.drain()
         await asyncio.wait_for(gateway.stopped.wait(), 3)
@@ -8759,7 +8760,7 @@ async def test_page_that_dns_rebinding_leads_here_is_refused_whatever_it_asks():
                 assert "access-control-allow-origin" not in answer.fields
         assert [len(node.requests) for node in gateway.nodes] == before
         assert not any(node.draining for node in gateway.dispatcher.cluster.nodes.values())
-        assert (await call(gateway, "GET", "/api/stats", Host=f"127.0.0.1:{gateway.address[1]}")).status == 200
+        assert (await call(gateway, "GET", "/api/stats", Host=f"127.0.0.1:{gateway.listener.address[1]}")).status == 200
         assert (await call(gateway, "GET", "/api/stats", Host=socket.gethostname())).status == 200
     async with surface(flags=["--origins", "https://evil.example"]) as gateway:
         assert (await call(gateway, "GET", "/api/stats", Host="evil.example")).status == 200
@@ -8769,7 +8770,7 @@ async def test_page_that_dns_rebinding_leads_here_is_refused_whatever_it_asks():
 @over_sockets
 async def test_gateway_that_is_bound_to_more_than_loopback_is_called_what_others_call_it():
     async with surface(flags=["--bind", "0.0.0.0"]) as gateway:
-        gateway.address = "127.0.0.1", gateway.address[1]
+        gateway.listener.address = "127.0.0.1", gateway.listener.address[1]
         for path in ("/dashboard", "/api/stats", "/api/tags"):
             assert (await call(gateway, "GET", path, Host="gateway.example")).status == 200
         path = f"/api/nodes/{next(iter(gateway.dispatcher.cluster.nodes))}/drain"
@@ -8802,7 +8803,7 @@ async def test_request_over_gateways_that_list_each_other_ends_at_its_second_pas
     """What is pinned to a primary node, and that is the other gateway, cannot be done; the rest a node of one does."""
     nodes = [bench.SimNode(models=("mistral",), **FAST), fixed(1)]
     async with gateway_for(nodes[0]) as first, gateway_for(nodes[1]) as second:
-        urls = [f"http://127.0.0.1:{gateway.address[1]}" for gateway in (first, second)]
+        urls = [f"http://127.0.0.1:{gateway.listener.address[1]}" for gateway in (first, second)]
         first.configure(sollol.parse_hosts(f"{urls[1]} name=second\n{nodes[0].url} name=own", "test"))
         second.configure(sollol.parse_hosts(f"{urls[0]} name=first\n{nodes[1].url} name=own", "test"))
         for gateway in (first, second):
@@ -8812,7 +8813,7 @@ async def test_request_over_gateways_that_list_each_other_ends_at_its_second_pas
             answer = await call(first, "POST", path, value)
             assert answer.status in (200, 404, 405, 508), (path, answer.head)
             assert answer.status != 508 or path in ("/api/me", "/api/nowhere"), path
-        assert len(first.clients) < 20 and len(second.clients) < 20
+        assert len(first.listener.clients) < 20 and len(second.listener.clients) < 20
         own = await call(first, "GET", "/", Via=first.via.decode())
         assert own.status == 508 and "leads back" in own.json()["error"]
 
@@ -8820,8 +8821,8 @@ async def test_request_over_gateways_that_list_each_other_ends_at_its_second_pas
 @over_sockets
 async def test_gateway_that_lists_itself_says_why_that_node_is_down(caplog):
     async with gateway_for(bench.SimNode(**FAST), flags=["--probe-interval", "0.1"]) as gateway:
-        itself = f"http://127.0.0.1:{gateway.address[1]} name=itself"
-        gateway.configure(sollol.parse_hosts(f"{next(iter(gateway.lines)).url}\n{itself}", "test"))
+        itself = f"http://127.0.0.1:{gateway.listener.address[1]} name=itself"
+        gateway.configure(sollol.parse_hosts(f"{next(iter(gateway.sources.lines)).url}\n{itself}", "test"))
         await until(lambda: "answered 508" in caplog.text)
         assert not gateway.dispatcher.cluster.nodes["itself"].up
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
@@ -9146,7 +9147,7 @@ def test_answer_of_one_node_is_what_the_node_says_byte_for_byte(asked, version):
         found = []
         direct = await node().start()
         async with gateway_for(node()) as gateway:
-            for address in ((direct.host, direct.port), gateway.address):
+            for address in ((direct.host, direct.port), gateway.listener.address):
                 caller = Caller()
                 caller.reader, caller.writer = await asyncio.open_connection(*address)
                 caller.writer.write(raw)
@@ -9370,7 +9371,7 @@ async def test_probes_that_succeed_are_logged_at_debug_only(caplog):
         node.kill()
         await until(lambda: health(gateway)["nodes"]["up"] == 0, 20)
         assert (await call(gateway, "GET", "/api/health")).status == 503
-        gateway.tally()
+        gateway.telemetry.tally()
     told = {level: [(it["method"], it["path"]) for record in caplog.records if isinstance(record.msg, list)
                     and record.levelname == level for it in record.msg] for level in ("DEBUG", "INFO")}
     assert told["INFO"] == [("GET", "/api/tags"), ("GET", "/api/health")]
@@ -9393,7 +9394,7 @@ async def test_saved_hosts_file_is_taken_over_and_a_bad_one_refused(tmp_path, ca
         await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
         hosts.write_text(f"{one.url} name=one slots=3 token=t\n{two.url} name=two slots=4\n")
         await until(lambda: first.settings.slots == 3)
-        assert gateway.dispatcher.cluster.nodes["one"] is first and gateway.pools[first].settings.token == "t"
+        assert gateway.dispatcher.cluster.nodes["one"] is first and gateway.node_io.pools[first].settings.token == "t"
         hosts.write_text(f"{two.url} name=two slots=4\n")
         await until(lambda: list(gateway.dispatcher.cluster.nodes) == ["two"])
         assert (await call(gateway, "POST", "/api/generate", generate())).fields["x-sollol-node"] == "two"
@@ -9972,10 +9973,10 @@ async def test_reload_under_load_costs_no_request(tmp_path):
         tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", value)) for value in values]
         for turn in range(20):
             hosts.write_text("".join(lines[:turn % 3] + lines[turn % 3 + 1:]) if turn % 4 else "no URL at all\n")
-            gateway.reload()
+            gateway.files.reload()
             await asyncio.sleep(0.05)
         hosts.write_text("".join(lines))
-        gateway.reload()
+        gateway.files.reload()
         answers = await asyncio.gather(*tasks)
         assert all(answer.status == 200 and b'"done":true' in answer.body for answer in answers)
         await until(lambda: health(gateway)["nodes"] == {"up": 3, "total": 3})
@@ -10301,17 +10302,17 @@ def test_over_tls_all_is_as_without(loop, test, pems, monkeypatch, caplog):
 async def test_clients_that_are_too_many_or_shake_no_hands_are_let_go(pems):
     flags = [*pair(pems), "--max-connections", "2", "--header-timeout", "1"]
     async with gateway_for(bench.SimNode(**FAST), flags=flags) as gateway:
-        silent = [await asyncio.open_connection(*gateway.address) for _ in range(2)]
+        silent = [await asyncio.open_connection(*gateway.listener.address) for _ in range(2)]
         silent[1][1].write(b"\x16\x03\x01\x02\x00")     # the beginning of a handshake
-        await until(lambda: len(gateway.clients) == 2)
-        reader, writer = await asyncio.open_connection(*gateway.address)
-        assert await reader.read() == b"" and len(gateway.clients) == 2
+        await until(lambda: len(gateway.listener.clients) == 2)
+        reader, writer = await asyncio.open_connection(*gateway.listener.address)
+        assert await reader.read() == b"" and len(gateway.listener.clients) == 2
         started_s = asyncio.get_running_loop().time()
         for reader, _ in silent:
             with contextlib.suppress(ConnectionError):
                 assert await asyncio.wait_for(reader.read(), 10) == b""
         assert asyncio.get_running_loop().time() - started_s > 0.4
-        await until(lambda: not gateway.clients)
+        await until(lambda: not gateway.listener.clients)
         assert (await call(gateway, "GET", "/")).status == 200
         for _, it in (*silent, (reader, writer)):
             it.close()
@@ -10325,7 +10326,7 @@ async def test_mutated_handshakes_and_records_harm_nobody(pems, caplog):
         """Shake hands, send so many sound bytes of a record, then something else."""
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-        reader, writer = await asyncio.open_connection(*gateway.address)
+        reader, writer = await asyncio.open_connection(*gateway.listener.address)
         with contextlib.suppress(ConnectionError):
             while before == "record":
                 with contextlib.suppress(ssl.SSLWantReadError):
@@ -10349,7 +10350,7 @@ async def test_mutated_handshakes_and_records_harm_nobody(pems, caplog):
     async with gateway_for(bench.SimNode(**FAST), flags=[*pair(pems), "--header-timeout", "0.5"]) as gateway:
         await asyncio.gather(*(attack(gateway, before, rng.choice((b"", rng.randbytes(600))))
                                for before in ("hello", "record") for _ in range(40 * FUZZ)))
-        await until(lambda: not gateway.clients)
+        await until(lambda: not gateway.listener.clients)
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
         assert health(gateway)["inflight"] == 0
     assert not [record for record in caplog.records if record.exc_info]
@@ -10364,7 +10365,7 @@ async def test_broken_record_is_answered_by_an_alert_and_ends_what_runs(version,
     async with gateway_for(fixed(1, speed=1), flags=pair(pems)) as gateway:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-        reader, writer = await asyncio.open_connection(*gateway.address)
+        reader, writer = await asyncio.open_connection(*gateway.listener.address)
 
         async def do(step):
             while True:
@@ -10390,7 +10391,7 @@ async def test_broken_record_is_answered_by_an_alert_and_ends_what_runs(version,
         with pytest.raises(ssl.SSLError, match="alert bad record mac"):
             while True:
                 await do(lambda: tls.read(65536))
-        await until(lambda: not gateway.clients and not health(gateway)["inflight"])
+        await until(lambda: not gateway.listener.clients and not health(gateway)["inflight"])
         writer.close()
 
 
@@ -10557,20 +10558,20 @@ async def test_node_over_tls_is_used_if_its_certificate_is_believed(pems, tmp_pa
         blob = os.urandom(3 * 2**20)
         path = f"/api/blobs/sha256:{hashlib.sha256(blob).hexdigest()}"
         assert (await call(gateway, "POST", path, blob)).status == 201 and nodes[0].blobs
-        for pool in gateway.pools.values():
+        for pool in gateway.node_io.pools.values():
             pool.prune(math.inf)
         shutil.copy(pems / "two.pem", tmp_path / "ca.pem")
-        gateway.reload()
+        gateway.files.reload()
         await until(lambda: not gateway.dispatcher.cluster.nodes["good"].up)
         shutil.copy(pems / "one.pem", tmp_path / "ca.pem")
-        gateway.reload()
+        gateway.files.reload()
         await until(lambda: gateway.dispatcher.cluster.nodes["good"].up)
 
 
 @over_sockets
 async def test_connection_made_by_the_settings_of_before_is_not_used_again():
     async with gateway_for(bench.SimNode(**FAST)) as gateway:
-        pool, = gateway.pools.values()
+        pool, = gateway.node_io.pools.values()
         old = await pool.connect()
         pool.configure(pool.settings._replace(token="another"))
         pool.give_back(old, clean=True)
@@ -10595,7 +10596,7 @@ async def test_authority_may_go_with_its_line_and_a_node_whose_authority_has_gon
         await until(lambda: "insecure=yes: anybody" in caplog.text)
         hosts.write_text(lines[1])
         await until(lambda: gateway.dispatcher.cluster.nodes["n2"].settings.ca)
-        gateway.pools[gateway.dispatcher.cluster.nodes["n2"]].configure(gateway.dispatcher.cluster.nodes["n2"].settings)
+        gateway.node_io.pools[gateway.dispatcher.cluster.nodes["n2"]].configure(gateway.dispatcher.cluster.nodes["n2"].settings)
         authorities[1].unlink()
         await until(lambda: not gateway.dispatcher.cluster.nodes["n2"].up)
         assert f"ca {authorities[1]}: No such file or directory" in caplog.text
@@ -10807,7 +10808,8 @@ def test_official_javascript_client(cluster_url):
 
 def directly(node):
     """Return what stands for a gateway in `call`: the node itself."""
-    return types.SimpleNamespace(address=("127.0.0.1", node.port), options=types.SimpleNamespace(tls_cert=None))
+    listener, options = types.SimpleNamespace(address=("127.0.0.1", node.port)), types.SimpleNamespace(tls_cert=None)
+    return types.SimpleNamespace(listener=listener, options=options)
 
 
 def alone(hardware="rtx3060", **settings):
