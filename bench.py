@@ -2842,7 +2842,7 @@ class Run(NamedTuple):
     policy: str
     samples: list
     elapsed_s: float
-    ratios: sollol.Ratios | None = None     # actual over predicted times, where the gateway runs in this process
+    ratios: sollol.Histogram | None = None     # actual over predicted times, where the gateway runs in this process
 
 
 def cluster_nodes(scenario, seed):
@@ -3717,7 +3717,7 @@ def run_matrix(seed, pattern):
 
 async def no_calibration(gateway, node):
     """Take a node for measured without measuring it."""
-    gateway.dispatcher.calibrates(node)
+    node.calibrates()
 
 
 def charge_nothing(fair, spec, now, cost_s, charge=sollol.FairShare.charge):
@@ -3735,7 +3735,7 @@ class Switch(NamedTuple):
 
 SWITCHES = (
     Switch("hold", {"HOLD": math.inf}),
-    Switch("look-ahead", {"LOOK_AHEAD": 1, "SKIM_AHEAD": 0}, "load|models5|prio"),
+    Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
     Switch("harm", {"HARM": 0.0}, "models5"),
     Switch("swap", {"SWAP": 0.0}, "models5"),
     Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),
@@ -3818,14 +3818,14 @@ LOOK_S = 0.25
 
 def mislead(dispatcher, rng):
     """Let a dispatcher believe speeds up to 100 times off, any number of slots, and lengths up to 50 times off."""
-    for node in dispatcher.nodes.values():
+    for node in dispatcher.cluster.nodes.values():
         for runner in node.runners.values():
-            runner.decode_s = sollol.decode_s(runner) * 100 ** rng.uniform(-1, 1)
-            runner.prefill_s = sollol.prefill_s(runner) * 100 ** rng.uniform(-1, 1)
-            runner.samples, runner.slots_known = rng.choice((0, 3, 50)), "learned"
-            runner.slots = runner.proven = runner.max_proven = rng.randint(1, 8)
-            runner.confirmed_s = -math.inf
-            lengths = dispatcher.estimates.lengths[runner.model]
+            runner.speeds.decode_s = runner.decode_s() * 100 ** rng.uniform(-1, 1)
+            runner.speeds.prefill_s = runner.prefill_s() * 100 ** rng.uniform(-1, 1)
+            runner.speeds.samples, runner.slots.origin = rng.choice((0, 3, 50)), "learned"
+            runner.slots.count = runner.slots.proven = runner.slots.max_proven = rng.randint(1, 8)
+            runner.speeds.confirmed_s = -math.inf
+            lengths = dispatcher.cluster.estimates.lengths[runner.model]
             lengths.mean, lengths.samples = sollol.PRIOR_OUTPUT_TOKENS * 50 ** rng.uniform(-1, 1), rng.choice((0, 50))
 
 
@@ -3836,8 +3836,8 @@ async def watch_idle(dispatcher, longest_s):
     """
     idle_s = collections.Counter()
     while True:
-        waiting = {ticket.spec.model for ticket in dispatcher.queue.tickets}
-        for node in dispatcher.nodes.values():
+        waiting = {ticket.spec.model for ticket in dispatcher.waiting.tickets}
+        for node in dispatcher.cluster.nodes.values():
             idle = node.up and not node.on_cpu and not any(runner.leases for runner in node.runners.values())
             idle_s[node] = idle_s[node] + LOOK_S if idle and waiting & node.rows.keys() else 0.0
             longest_s[node] = max(longest_s[node], idle_s[node])
@@ -5084,8 +5084,8 @@ def verdict(errand, answer):
 def shunned(gateway):
     """Yield a sentence for every node, and every model on a node, that would get no work now."""
     now = gateway.loop.time()
-    for node in gateway.dispatcher.nodes.values():
-        if not sollol.is_usable(node, now):
+    for node in gateway.dispatcher.cluster.nodes.values():
+        if not node.is_usable(now):
             yield (f"{node.name} is shunned: {node.state(now)}, breaker {node.breaker.state(now)}"
                    f"{', its trial never ended' * node.breaker.trial}")
         for runner in node.runners.values():
@@ -5096,7 +5096,7 @@ def shunned(gateway):
 def leftovers(gateway, nodes):
     """Yield a sentence for everything that a gateway without requests and clients still holds of them."""
     dispatcher = gateway.dispatcher
-    for node in (*dispatcher.nodes.values(), *dispatcher.leaving):
+    for node in (*dispatcher.cluster.nodes.values(), *dispatcher.cluster.leaving):
         for lease in node.leases:
             yield f"lease of {lease.ticket.id} on {node.name} was never released"
         for runner in node.busy:
@@ -5104,12 +5104,12 @@ def leftovers(gateway, nodes):
         for runner in node.runners.values():
             if runner.leases and runner not in node.busy:
                 yield f"{runner.model} on {node.name} has leases and is not busy"
-    for ticket in dispatcher.queue.tickets:
+    for ticket in dispatcher.waiting.tickets:
         yield f"ticket of {ticket.id} still waits"
-    for account in {*dispatcher.fair.active, *dispatcher.fair.next_s}:
+    for account in {*dispatcher.waiting.fair.active, *dispatcher.waiting.fair.next_s}:
         yield f"fair share still has an account of {account}"
-    if dispatcher.leaving:
-        yield f"dropped nodes are still leaving: {' '.join(node.name for node in dispatcher.leaving)}"
+    if dispatcher.cluster.leaving:
+        yield f"dropped nodes are still leaving: {' '.join(node.name for node in dispatcher.cluster.leaving)}"
     for client in gateway.listener.clients:
         yield f"client connection of {client.address} is still open"
     idle = collections.Counter(node.name for node, pool in gateway.node_io.pools.items() for _ in pool.idle)
@@ -5122,30 +5122,31 @@ def leftovers(gateway, nodes):
 
 def overgrown(gateway, nodes):
     """Yield a sentence for every container of an idle gateway that holds more than nodes and models account for."""
-    dispatcher, known = gateway.dispatcher, set(gateway.dispatcher.nodes.values())
+    dispatcher, known = gateway.dispatcher, set(gateway.dispatcher.cluster.nodes.values())
     models = {model for node in nodes for model in node.models}
     io = gateway.node_io
     for name, table in (("pools", io.pools), ("logged_states", io.logged_states), ("probes", io.probes),
-                        ("reasons", io.reasons), ("jobs", {node for node, _ in io.jobs}),
-                        ("surroundings", dispatcher.surroundings), ("idle", dispatcher.idle)):
+                        ("reasons", io.reasons), ("jobs", {node for node, _ in io.jobs})):
         if extra := set(table) - known:
             yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"
-    for name, table in (("queue.heaps", dispatcher.queue.heaps), ("queue.marked", dispatcher.queue.marked),
-                        ("estimates.lengths", dispatcher.estimates.lengths), ("holders", dispatcher.holders),
-                        ("settled", dispatcher.settled), ("freed", dispatcher.freed)):
+    waiting, cluster = dispatcher.waiting, dispatcher.cluster
+    for name, table in (("waiting.heaps", waiting.heaps), ("waiting.marked", waiting.marked),
+                        ("estimates.lengths", cluster.estimates.lengths), ("holders", cluster.holders),
+                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models),
+                        ("rates", dispatcher.rates.rates)):
         if extra := set(table) - models:
             yield f"{name} keeps {' '.join(map(str, extra))}"
-    for model, heap in dispatcher.queue.heaps.items():
+    for model, heap in waiting.heaps.items():
         if len(heap) > 40:          # with no waiting ticket, 16 marked ones and half of the heap may be left
-            yield f"queue.heaps keeps {len(heap)} dead tickets of {model}"
+            yield f"waiting.heaps keeps {len(heap)} dead tickets of {model}"
     for node in known:
         if extra := set(node.runners) - models:
             yield f"{node.name} keeps runners {' '.join(extra)}"
         for runner in node.runners.values():
             if len(runner.prefixes.prompts) > 10 or len(runner.prefixes.parts) > 160:
                 yield f"{runner.model} on {node.name} keeps {len(runner.prefixes.prompts)} prompts"
-    if len(dispatcher.decisions) > sollol.DECISIONS_KEPT or gateway.telemetry.finished:
-        yield f"{len(dispatcher.decisions)} decisions, {len(gateway.telemetry.finished)} finished requests are kept"
+    if len(dispatcher.policy.decisions) > sollol.DECISIONS_KEPT or gateway.telemetry.finished:
+        yield f"{len(dispatcher.policy.decisions)} decisions, {len(gateway.telemetry.finished)} finished requests are kept"
 
 
 def most_at_once(records):
@@ -5173,25 +5174,29 @@ class Line:
     """
 
     def __init__(self, dispatcher):
-        self.dispatcher, self.lease = dispatcher, dispatcher.lease
+        self.policy_assigns = dispatcher.policy.assign
         self.since_s = {}           # first in line: when it was overtaken first
         self.longest_s = 0.0
-        dispatcher.lease = self.give
+        dispatcher.policy.assign = self.assign
 
-    def give(self, ticket, node, runner, now, *more):
-        """Give a lease as the dispatcher does."""
-        if not ticket.spec.inference:
-            return self.lease(ticket, node, runner, now, *more)
+    def assign(self, waiting, cluster, now):
+        """Give leases as the policy does."""
+        leases, refused = self.policy_assigns(waiting, cluster, now)
+        tickets = [lease.ticket for lease in leases]
+        for number, ticket in enumerate(tickets):
+            self.note(ticket, [*waiting.tickets, *tickets[number + 1:]], now)
+        return leases, refused
+
+    def note(self, ticket, waiting, now):
+        """Note that a ticket got a lease while others waited."""
         self.longest_s = max(self.longest_s, now - self.since_s.pop(ticket, now))
-        rivals = [other for other in self.dispatcher.queue.tickets
-                  if other.spec.model == ticket.spec.model and not other.tried]
+        rivals = [other for other in waiting if other.spec.model == ticket.spec.model and not other.tried]
         first = min(rivals, key=lambda other: (other.key_s, other.seq), default=ticket)
         if (first.key_s, first.seq) < (ticket.key_s, ticket.seq):
             self.since_s.setdefault(first, now)
         else:
             for other in rivals:
                 self.since_s.pop(other, None)
-        return self.lease(ticket, node, runner, now, *more)
 
 
 class SoakLog(logging.Handler):
@@ -5249,10 +5254,10 @@ class Soak:
         """Save a bad hosts.txt now and then: the nodes stay as they are."""
         for at_s in self.plan.edits_s:
             await asyncio.sleep(at_s - self.loop.time())
-            before = dict(self.gateway.dispatcher.nodes)
+            before = dict(self.gateway.dispatcher.cluster.nodes)
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
             self.gateway.files.reload()
-            if self.gateway.dispatcher.nodes != before:
+            if self.gateway.dispatcher.cluster.nodes != before:
                 self.wrong("a bad hosts.txt changed the nodes")
             self.save_hosts()
             self.gateway.files.reload()
@@ -5328,26 +5333,26 @@ class Soak:
 
     def is_ignored(self, ticket, now):
         """Tell whether there are nodes for a ticket, and none of them does anything."""
-        runners = [runner for runner in self.gateway.dispatcher.holders.get(ticket.spec.model, ())
-                   if sollol.is_usable(runner.node, now) and runner.breaker.allows(now)
+        runners = [runner for runner in self.gateway.dispatcher.cluster.holders.get(ticket.spec.model, ())
+                   if runner.node.is_usable(now) and runner.breaker.allows(now)
                    and runner.node.name not in ticket.tried]
         return bool(runners) and not any(runner.node.leases for runner in runners)
 
     def look(self):
         """Check what must hold at any time."""
         dispatcher, now = self.gateway.dispatcher, self.loop.time()
-        waiting = sum(1 for ticket in dispatcher.queue.tickets if not ticket.tried)     # others keep their place
+        waiting = sum(1 for ticket in dispatcher.waiting.tickets if not ticket.tried)     # others keep their place
         if waiting > SOAK_QUEUE:
             self.wrong(f"{waiting} requests wait, --max-queue is {SOAK_QUEUE}")
-        for ticket in dispatcher.queue.tickets:
+        for ticket in dispatcher.waiting.tickets:
             if now - ticket.since_s > SOAK_WAIT_S + 2 * sollol.SWEEP_S:
                 self.wrong(f"{ticket.id} has waited {now - ticket.since_s:.1f} s")
-        self.ignored = {ticket: self.ignored.get(ticket, now) for ticket in dispatcher.queue.tickets
+        self.ignored = {ticket: self.ignored.get(ticket, now) for ticket in dispatcher.waiting.tickets
                         if self.is_ignored(ticket, now)}
         for ticket, since_s in self.ignored.items():
             if now - since_s > 2 * sollol.SWEEP_S:
                 self.wrong(f"{ticket.id} waits although every node for it is idle")
-        for node in dispatcher.nodes.values():
+        for node in dispatcher.cluster.nodes.values():
             if node.name in self.drained and not node.draining:
                 self.wrong(f"{node.name} is not drained any more")
             sent = [lease for lease in node.leases
@@ -5355,8 +5360,9 @@ class Soak:
             if sent:
                 self.wrong(f"{node.name} got {sent[0].ticket.id} while it was drained")
             for runner in node.runners.values():
-                if node.name in self.plan.fixed and len(runner.leases) > runner.slots:
-                    self.wrong(f"{len(runner.leases)} leases for {runner.model} on {node.name}, slots={runner.slots}")
+                if node.name in self.plan.fixed and len(runner.leases) > runner.slots.count:
+                    self.wrong(f"{len(runner.leases)} leases for {runner.model} on {node.name}, "
+                               f"slots={runner.slots.count}")
 
     async def keep_looking(self):
         while True:
@@ -6079,17 +6085,18 @@ LIKELY = sollol.Timings(total_s=5.0, prompt_s=1.0, prompt_tokens=500, output_s=4
 def crowded(nodes, models, held, rng):
     """Return a Dispatcher over `nodes` that hold `held` of `models` each, two of them loaded, and its full queue."""
     dispatcher = sollol.Dispatcher(max_queue=DECISION_TICKETS)
-    dispatcher.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
+    dispatcher.cluster.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
     names = [f"m{number}:latest" for number in range(models)]
-    for number, node in enumerate(dispatcher.nodes.values()):
+    for number, node in enumerate(dispatcher.cluster.nodes.values()):
         mine = [names[(number * held + place) % models] for place in range(held)]
-        dispatcher.answered(node, "0.33.0", 0.001, 0.0)
-        dispatcher.index(node, [{"name": name, "size": 4e9} for name in mine])
-        dispatcher.residency(node, [{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
-        node.vram_limit_bytes = 14e9
+        node.answered("0.33.0", 0.001, 0.0)
+        dispatcher.cluster.take_tags(node, [{"name": name, "size": 4e9} for name in mine])
+        node.take_ps([{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
+        node.memory.limit_bytes = 14e9
         for runner in node.runners.values():
-            runner.slots, runner.proven, runner.slots_known, runner.probe_s = 2, 2, "learned", math.inf
-            runner.decode_s, runner.prefill_s, runner.samples = 0.02 * (1 + number % 5), 0.0005, 5
+            slots = runner.slots
+            slots.count, slots.proven, slots.origin, slots.retry_at_s = 2, 2, "learned", math.inf
+            runner.speeds.decode_s, runner.speeds.prefill_s, runner.speeds.samples = 0.02 * (1 + number % 5), 0.0005, 5
     for number in range(DECISION_TICKETS):
         spec = sollol.RequestSpec(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
                              prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
@@ -6110,7 +6117,7 @@ def decision_times_s(nodes, models, held, seed):
     for _ in range(DECISIONS):
         now, _, lease = heapq.heappop(running)
         start_s = time.perf_counter()
-        dispatcher.heard(lease, 1, now)
+        lease.heard(1, now)
         dispatcher.observe(lease, LIKELY, now)
         dispatcher.release(lease, now)
         dispatcher.leave(lease.ticket, now)
@@ -6191,10 +6198,10 @@ def remarks(scenario, runs, bound):
     if bound:
         notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
                      f"SOLLOL is {change(mine.mean_s, bound)} from that.")
-    if runs[-1].policy == SOLLOL and runs[-1].ratios and runs[-1].ratios.steps:
+    if runs[-1].policy == SOLLOL and runs[-1].ratios and any(runs[-1].ratios.counts):
         middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
-        notes.append("From sending to finish SOLLOL's requests took "
-                     f"x{middle:.2f} (median) and x{most:.2f} (P90) of what was predicted.")
+        notes.append("From sending to finish half of SOLLOL's requests took at most "
+                     f"x{middle:g} of what was predicted, nine of ten at most x{most:g}.")
     if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
         notes.append("These nodes are equal: there is little to gain by choosing among them.")
     return notes

@@ -148,9 +148,6 @@ BATCH_GAIN = 0.7                    # b requests on one model together progress 
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
-SKIM_AHEAD = 48                     # tickets behind those, skimmed every SKIM_S: else slower and cold nodes stay idle
-SKIM_S = 2.0                        # behind eight that had better wait. 40 nodes: mean 2 to 12 % shorter
-SKIM_MODELS = 4                     # at once: 2 ms, with 50 nodes
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode, before it is known
 MOST_OVERHEAD_S = 0.4               # what is longer is a wait
@@ -1339,16 +1336,32 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
 
 
 # -----------------------------------------------------------------------------
-# Queue: who is next?
+# Waiting room: who is next?
 #
 # The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. A key never
 # changes, so the order of two waiting tickets never changes: a heap suffices, and ageing costs nothing. A batch
 # request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
 #
 # Fair share is start-time fair queueing (Goyal 1996): each request of a client starts, virtually, when that client's
-# previous one ends that is as urgent or more. So one client's many requests stand in nobody else's way, nor its batch
-# work in the way of its own urgent work. A client with nothing waiting or running owes nothing.
+# previous request of the same or a higher priority ends. So the many requests of one client delay nobody else, and
+# its batch work does not delay its own urgent work. A client with nothing waiting or running owes nothing.
 # -----------------------------------------------------------------------------
+
+class TicketState(enum.Enum):
+    """Where a ticket stands. These changes are legal, and no other:
+
+    WAITING -> LEASED (a policy gave it a node), REFUSED, LEFT
+    LEASED  -> IDLE (its last lease has ended), LEFT
+    IDLE    -> WAITING (its first or its next attempt), LEASED (without a slot), LEFT
+    REFUSED -> LEFT
+    """
+
+    IDLE = enum.auto()              # neither in the waiting room nor on a node
+    WAITING = enum.auto()
+    LEASED = enum.auto()
+    REFUSED = enum.auto()           # it will never run: `Ticket.refusal` says why
+    LEFT = enum.auto()              # its client has got its answer, or has gone
+
 
 @dataclass(slots=True, eq=False)
 class Ticket:
@@ -1362,101 +1375,80 @@ class Ticket:
     since_s: float = 0.0            # when it began to wait, this time
     cost_s: float = 0.0             # how long it will keep the whole cluster busy
     demand: Demand | None = None    # what it is expected to cost; None for what does not queue
-    waiting: bool = False
-    left: bool = False
+    state: TicketState = TicketState.IDLE
     begun: bool = False             # its client has a part of the answer
-    version: str | None = ""        # digest of its model that it runs with; "" = any, None = one that nobody has
+    version: str | None = ""        # digest of its model that it is pinned to; "" = any, None = one that nobody has
     lease: Lease | None = None      # while it runs
     rival: Lease | None = None      # a second one that races the first
-    race: Callable[[Lease], None] | None = None     # how the I/O side is given one
+    race: Callable[[Lease], None] | None = None     # tells the I/O side to begin a race
     attempts: int = 0               # leases whose node has got the request
     tried: set[str] = field(default_factory=set)    # nodes that failed it
     gone: set[str] = field(default_factory=set)     # of `tried`: those whose connection failed, and which may come back
-    blamed: list[Breaker] = field(default_factory=list)     # that its failures were counted by
+    blamed: list[Breaker] = field(default_factory=list)     # which counted its failures
     differed: bool = False          # a node with another window or version was tried in place of one that refused it
     held_until_s: float | None = None           # until when it may be held back for a better node
     refusal: Answer | None = None   # why it will never run
     waiter: asyncio.Future[None] | None = None      # what the I/O side waits with
 
+    @property
+    def is_waiting(self) -> bool:
+        """Tell whether it waits for a node."""
+        return self.state is TicketState.WAITING
+
+    def may_use(self, node: Node) -> bool:
+        """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
+        return node.name not in self.tried and (self.version == "" or (
+            has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) == self.version))
+
+    def take(self, lease: Lease) -> None:
+        """Note a lease: its only one, or one that races the first."""
+        self.state = TicketState.LEASED
+        if self.lease is None:
+            self.lease = lease
+        else:
+            self.rival = lease
+
+    def give_back(self, lease: Lease) -> None:
+        """Note that a lease has ended; a rival goes on alone."""
+        if self.lease is lease:
+            self.lease = self.rival
+        self.rival = None
+        if self.lease is None and self.state is TicketState.LEASED:
+            self.state = TicketState.IDLE
+
+    def pin_version_of(self, node: Node) -> None:
+        """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
+        self.begun = True
+        self.version = has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) or None
+
+    def exclude_alike(self, kind: str, failed: Node, others: Iterable[Node]) -> None:
+        """Keep it from the nodes that would refuse it as `failed` did. After a 400 one more is tried at most.
+
+        `kind`: length, feature or route; see failover_kind.
+        """
+        for other in others:
+            if kind == "length":
+                here, there = window_of(failed, self.spec.model), window_of(other, self.spec.model)
+                alike = 0 < there <= here
+            else:
+                alike = other.version == failed.version
+            if alike or self.differed:
+                self.tried.add(other.name)
+        self.differed = self.differed or kind != "route"
+
+    def record_failure(self, breaker: Breaker, now: float) -> None:
+        """Let a breaker count a failure, until it turns out to be the request's own."""
+        if breaker.fail(now):
+            self.blamed.append(breaker)
+
+    def forgive(self) -> None:
+        """Take its failures back from the breakers: all nodes have failed this request, so the fault is its own."""
+        for breaker in self.blamed:
+            breaker.forgive()
+        self.blamed.clear()
+
 
 Entry = tuple[float, int, Ticket]   # in a heap: (key_s, seq, ticket)
-
-
-class Queue:
-    """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
-
-    def __init__(self) -> None:
-        self.heaps: dict[str | None, list[Entry]] = {}      # by model
-        self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
-        self.tickets: dict[Ticket, None] = {}   # that wait, as they came
-
-    def __len__(self) -> int:
-        return len(self.tickets)
-
-    def push(self, ticket: Ticket) -> None:
-        """Put a ticket at the place its key gives it."""
-        ticket.waiting = True
-        self.tickets[ticket] = None
-        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
-
-    def discard(self, ticket: Ticket) -> None:
-        """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
-        if not ticket.waiting:
-            return
-        ticket.waiting = False
-        del self.tickets[ticket]
-        model = ticket.spec.model
-        self.marked[model] += 1
-        heap = self.heaps.get(model, [])
-        if self.marked[model] > 16 + len(heap) // 2:
-            heap[:] = [entry for entry in heap if entry[2].waiting]
-            heapq.heapify(heap)
-            del self.marked[model]
-
-    def first(self, model: str | None) -> Entry | None:
-        """Return the first waiting entry of a model, or None."""
-        heap = self.heaps.get(model, ())
-        while heap and not heap[0][2].waiting:
-            heapq.heappop(heap)
-            self.marked[model] -= 1
-        if not heap:
-            self.heaps.pop(model, None)
-            self.marked.pop(model, None)
-            return None
-        return heap[0]
-
-    def pop(self, model: str | None) -> Entry:
-        """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `settle`."""
-        self.first(model)           # takes those out that do not wait
-        return heapq.heappop(self.heaps[model])
-
-    def restore(self, entry: Entry) -> None:
-        """Put an entry that `pop` returned back to its place."""
-        heapq.heappush(self.heaps.setdefault(entry[2].spec.model, []), entry)
-
-    def settle(self, entry: Entry) -> None:
-        """Let an entry that `pop` returned wait no longer."""
-        entry[2].waiting = False
-        del self.tickets[entry[2]]
-
-    def to_displace(self, client: str, key_s: float) -> Ticket | None:
-        """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
-
-        It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
-        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
-        has begun stays. O(n), so for a full queue only.
-        """
-        waiting = [ticket for ticket in self.tickets if not ticket.begun]
-        counts = collections.Counter(ticket.spec.client for ticket in waiting)
-        counts[client] += 1
-        most = max(counts.values())
-        last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
-                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
-        return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
-
-    def in_order(self) -> list[Ticket]:
-        """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
-        return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
 
 
 class FairShare:
@@ -1502,23 +1494,515 @@ class FairShare:
                 del self.next_s[spec.client]
 
 
+class WaitingRoom:
+    """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
+
+    def __init__(self, max_tickets: int = 1024, timeout_s: float = 240.0) -> None:
+        self.max_tickets, self.timeout_s = max_tickets, timeout_s
+        self.heaps: dict[str | None, list[Entry]] = {}      # by model
+        self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
+        self.tickets: dict[Ticket, None] = {}   # that wait, in the order of their coming
+        self.fair = FairShare()
+        self.seq = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self.tickets)
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether a new ticket has to displace another one."""
+        return len(self.tickets) >= self.max_tickets
+
+    def key_s(self, spec: RequestSpec, now: float) -> float:
+        """Return the key that a new request would have: when it starts virtually, less its head start."""
+        return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
+
+    def enter(self, id: str, demand: Demand, cost_s: float, now: float) -> Ticket:
+        """Return a waiting ticket for a request that will keep the whole cluster busy for `cost_s`."""
+        spec = demand.spec
+        key_s = self.fair.charge(spec, now, cost_s) - HEAD_START_S * spec.priority
+        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand)
+        self.push(ticket)
+        return ticket
+
+    def unqueued(self, id: str, spec: RequestSpec, now: float) -> Ticket:
+        """Return a ticket for a request that takes no slot: it never waits."""
+        return Ticket(id, spec, now, now, next(self.seq))
+
+    def push(self, ticket: Ticket) -> None:
+        """Put a ticket at the place that its key gives it."""
+        ticket.state = TicketState.WAITING
+        self.tickets[ticket] = None
+        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
+
+    def discard(self, ticket: Ticket) -> None:
+        """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
+        if ticket.state is not TicketState.WAITING:
+            return
+        ticket.state = TicketState.IDLE
+        del self.tickets[ticket]
+        model = ticket.spec.model
+        self.marked[model] += 1
+        heap = self.heaps.get(model, [])
+        if self.marked[model] > 16 + len(heap) // 2:
+            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
+            heapq.heapify(heap)
+            del self.marked[model]
+
+    def first(self, model: str | None) -> Entry | None:
+        """Return the first waiting entry of a model, or None."""
+        heap = self.heaps.get(model, ())
+        while heap and heap[0][2].state is not TicketState.WAITING:
+            heapq.heappop(heap)
+            self.marked[model] -= 1
+        if not heap:
+            self.heaps.pop(model, None)
+            self.marked.pop(model, None)
+            return None
+        return heap[0]
+
+    def pop(self, model: str | None) -> Entry:
+        """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `take`."""
+        self.first(model)           # takes those out that do not wait
+        return heapq.heappop(self.heaps[model])
+
+    def restore(self, entry: Entry) -> None:
+        """Put an entry that `pop` returned back to its place."""
+        heapq.heappush(self.heaps.setdefault(entry[2].spec.model, []), entry)
+
+    def take(self, ticket: Ticket) -> None:
+        """Let a ticket whose entry was popped wait no longer."""
+        ticket.state = TicketState.IDLE
+        del self.tickets[ticket]
+
+    def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
+        """Take a waiting ticket out with the answer that its client gets. Its entry may have been popped or not."""
+        self.discard(ticket)
+        ticket.state, ticket.refusal = TicketState.REFUSED, refusal
+        return ticket
+
+    def late(self, now: float) -> list[Ticket]:
+        """Return the tickets that have waited for too long."""
+        return [ticket for ticket in self.tickets if now - ticket.since_s >= self.timeout_s]
+
+    def leave(self, ticket: Ticket) -> bool:
+        """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
+        if ticket.state is TicketState.LEFT:
+            return False
+        self.discard(ticket)
+        ticket.state = TicketState.LEFT
+        self.fair.settle(ticket.spec)
+        return True
+
+    def to_displace(self, client: str, key_s: float) -> Ticket | None:
+        """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
+
+        It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
+        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
+        has begun stays. O(n), so for a full queue only.
+        """
+        waiting = [ticket for ticket in self.tickets if not ticket.begun]
+        counts = collections.Counter(ticket.spec.client for ticket in waiting)
+        counts[client] += 1
+        most = max(counts.values())
+        last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
+                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+        return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
+
+    def in_order(self) -> list[Ticket]:
+        """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
+        return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
+
+
 # -----------------------------------------------------------------------------
-# Nodes: what is known of each?
+# Estimates: what do answers teach, one number at a time?
 #
-# Ollama tells neither its slots nor its queue, but the last line of an answer gives both away:
-#     hidden wait = total_duration - load_duration - prompt_eval_duration - eval_duration
-# Requests that overlap without hidden wait prove slots; hidden wait disproves them.
+# Slots: requests that ran at once prove so many; one that had to wait inside the node rejects more. What was rejected
+# is tried again after a pause, for somebody else may have had the slot.
 #
-# Embeddings and the answers of /v1 tell no durations. There a node's order tells: it serves first come, first served,
-# so when a request shows its first byte all that were sent before it have begun, and those of them that still run, run
-# beside it. That is proof. If one of them left before, it may have waited for that one: then its latency is nearer to
-# its work counted from its sending (it ran beside them) or from that one's end (it waited). Work is by its tokens, as
-# long as a request sent alone takes for so many. Such an answer is only a sign; a few that agree decide.
-#
-# Speeds are what a lone request would see. An answer is no sample of them if a stall, a load or somebody else's request
-# fell into it; a neighbour's prefill bounds what it says; and of prefill only the slow samples count, as the node's own
-# cache makes others faster than true.
+# Speeds are what a lone request would see. They are averages that two samples which agree can replace, if they are
+# far off. Of prefill only the slow samples count, as the node's own cache makes the others faster than true.
 # -----------------------------------------------------------------------------
+
+class SlotEstimate:
+    """How many requests a model works on at once on its node (OLLAMA_NUM_PARALLEL).
+
+    Methods that may change `count` return whether they did.
+    """
+
+    __slots__ = ("count", "origin", "proven", "max_proven", "retry_at_s", "seen", "seen_s", "rejections", "rejected_s",
+                 "waits", "votes")
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.origin = "guessed"     # guessed, learned, or set: in hosts.txt, or to one for what only embeds
+        self.proven = 1             # most that were proved to run at once, less what was taken back since
+        self.max_proven = 1         # the same, nothing taken back
+        self.retry_at_s = 0.0       # from then on one more than `count` may be tried
+        self.seen, self.seen_s = 0, -math.inf   # most that ran at once lately, and when that was seen
+        self.rejections, self.rejected_s = 0, -math.inf     # in a row; when `count` was lowered last
+        self.waits = 0              # hidden waits in a row, among no more requests than were proved to run
+        self.votes = 0              # answers whose latency speaks for one slot more, less those that speak against it
+
+    @property
+    def is_set(self) -> bool:
+        """Tell whether the count is given, so that answers change nothing."""
+        return self.origin == "set"
+
+    def lately_seen(self, now: float) -> int:
+        """Return how many were seen to run at once within CONFIRMED_S; 0 = none."""
+        return self.seen if now - self.seen_s < CONFIRMED_S else 0
+
+    def confirm(self, running: int, now: float) -> bool:
+        """Note that so many requests ran at once."""
+        self.seen, self.seen_s = max(running, self.lately_seen(now)), now
+        self.proven, self.max_proven = max(self.proven, running), max(self.max_proven, running)
+        if self.is_set or self.proven <= self.count:
+            return False
+        self.count, self.origin, self.rejections, self.votes = self.proven, "learned", 0, 0
+        return True
+
+    def suspect(self, running: int, now: float, strangers_s: float) -> bool:
+        """Note that a request waited although more than `running` were proved to run: somebody else uses the node, or
+        it has changed. A few such waits in a row take back what was proved."""
+        self.waits += 1
+        if self.waits < WAITS_TO_SHRINK or not running:
+            return False
+        self.proven, self.waits = running, 0
+        return self.reject(now, strangers_s)
+
+    def reject(self, now: float, strangers_s: float) -> bool:
+        """Note that a request had to wait inside the node: no more than were proved, until a pause is over.
+
+        The pause grows only where the node is ours alone; a stranger, last seen at `strangers_s`, will give its slots
+        back.
+        """
+        if self.is_set:
+            return False
+        self.count, self.origin = self.proven, "learned"
+        ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
+        doubled = min(self.rejections, 6) if ours else 0
+        self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** doubled, now
+        self.rejections += ours
+        return True
+
+    def vote(self, position: int, vote: int, now: float, strangers_s: float) -> bool:
+        """Count a latency that speaks for (1) or against (-1) `position` slots; decide once enough of them agree.
+
+        Where they decide against, the pause stays short: the evidence is weak.
+        """
+        if position <= self.proven:
+            if vote < 0:
+                return self.suspect(position - 1, now, strangers_s)
+            self.waits = 0
+            return False
+        self.votes += vote
+        if self.votes >= SIGNS_FOR:
+            return self.confirm(position, now)
+        if self.votes <= -SIGNS_AGAINST:
+            self.votes, self.rejections = 0, min(self.rejections, LAST_SHORT_PAUSE)
+            return self.reject(now, strangers_s)
+        return False
+
+    def configure(self, slots: int | None, embeds: bool) -> None:
+        """Take over the slots of hosts.txt; where it has none any more, those that were proved. One if it `embeds`."""
+        if slots:
+            self.count = self.proven = slots
+            self.origin = "set"
+        elif self.is_set:
+            self.count = self.proven = 1 if embeds else self.max_proven
+            self.origin = "set" if embeds else "learned" if self.max_proven > 1 else "guessed"
+
+    def forget(self) -> None:
+        """Forget what was learned: the node may come back with another OLLAMA_NUM_PARALLEL."""
+        if not self.is_set:
+            self.count = self.proven = self.max_proven = 1
+            self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
+
+    def limit(self, now: float) -> int:
+        """Return how many may run at once, one more than are known while another is tried.
+
+        What nobody has lately seen is tried one by one.
+        """
+        if self.is_set:
+            return self.count
+        seen = self.lately_seen(now)
+        if self.count > max(2, seen + 1):
+            return max(2, seen + 1)
+        return self.count + (self.retry_at_s <= now)
+
+    def recall(self, kept: Json, indexed_s: float) -> None:
+        """Take over what an earlier run has kept. The first hidden wait takes one of the slots back."""
+        if "count" not in kept or self.origin != "guessed":
+            return
+        self.count = self.proven = kept["count"]
+        self.max_proven = max(self.count, kept.get("max_proven", 1))
+        self.origin, self.rejections = "learned", min(kept.get("rejections", 0), LAST_SHORT_PAUSE)
+        self.waits = WAITS_TO_SHRINK - 1
+        if self.rejections:
+            self.retry_at_s = max(0.0, indexed_s + RETRY_SLOT_S)
+
+
+def blend(estimate: float, sample: float, gain: float) -> float:
+    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
+    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
+
+
+def scaled(estimate: float, ratio: float, gain: float) -> float:
+    """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
+    return blend(estimate, max(ratio, 1e-6) * estimate, gain)
+
+
+def usual_prefill_s(samples: collections.deque[float]) -> float:
+    """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
+
+    A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
+    one agrees with. Of twenty samples the slowest may be an outlier, too.
+    """
+    ordered = sorted(samples, reverse=True)
+    ordered = ordered[(len(ordered) - 1) // 10:]
+    mean = next((slow for slow, next_s in itertools.pairwise(ordered) if slow <= SPREAD * next_s), ordered[0])
+    for _ in range(2):
+        near = [sample for sample in ordered if mean / SPREAD <= sample <= mean * SPREAD]
+        mean = sum(near) / len(near)
+    return mean
+
+
+def beyond(estimate: float, least: float, most: float) -> float:
+    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
+    return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
+
+
+class SpeedEstimate:
+    """How fast a model is on its node, as measured; 0 = not yet. All for a lone request."""
+
+    __slots__ = ("prefill_s", "prefills", "slow_prefill_s", "decode_s", "off_decode_s", "input_s", "samples",
+                 "confirmed_s", "load_s", "lines_per_token", "streams")
+
+    def __init__(self) -> None:
+        self.prefill_s = 0.0        # a prompt token
+        self.prefills: collections.deque[float] = collections.deque(maxlen=PREFILLS_KEPT)   # samples of it
+        self.decode_s = 0.0         # an output token
+        self.slow_prefill_s = self.off_decode_s = 0.0   # the last samples, if they were grossly off
+        self.input_s = 0.0          # a text to embed, beside its tokens
+        self.samples = 0            # behind decode_s, or behind input_s of what only embeds
+        self.confirmed_s = -math.inf        # when an answer last agreed with decode_s
+        self.load_s = 0.0
+        self.lines_per_token = 1.0  # streamed lines, as this model sends them
+        self.streams = 0            # behind that
+
+    @property
+    def gain(self) -> float:
+        """Return the weight of one more sample."""
+        return max(SPEED_GAIN, 1 / (self.samples + 1))
+
+    def is_confirmed(self, now: float) -> bool:
+        """Tell whether an answer has lately agreed with it."""
+        return now - self.confirmed_s < CONFIRMED_S
+
+    def learn_prefill(self, known: float, sample: float, tokens: float) -> None:
+        """Take in the seconds a token that a prompt of so many tokens took, in place of `known`.
+
+        Two samples that agree and are grossly slower replace all before them.
+        """
+        if tokens <= FULL_PROMPT_TOKENS:
+            if not self.prefills:
+                self.prefill_s = blend(known, sample, self.gain * tokens / FULL_PROMPT_TOKENS)
+            return
+        before, self.slow_prefill_s = self.slow_prefill_s, sample if sample > GROSS * known else 0.0
+        if before and self.slow_prefill_s and 1 / ALIKE <= sample / before <= ALIKE:
+            self.prefills.clear()
+            self.prefills.append(before)
+        self.prefills.append(sample)
+        self.prefill_s = usual_prefill_s(self.prefills)
+
+    def learn_decode(self, known: float, sample: float, now: float) -> tuple[float, float]:
+        """Take in the seconds that an output token took, in place of `known`; return (sample, gain) that count.
+
+        Two samples that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
+        """
+        gain = self.gain
+        before, self.off_decode_s = self.off_decode_s, 0.0
+        if not self.samples:
+            self.decode_s = sample
+        elif 1 / GROSS <= sample / known <= GROSS:
+            self.decode_s = blend(known, sample, gain)
+            if 1 / ALIKE <= sample / known <= ALIKE:
+                self.confirmed_s = now
+        elif (before and 1 / ALIKE <= sample / before <= ALIKE
+              and (self.samples < MANY_SAMPLES or now - self.confirmed_s > LATELY_S)):
+            sample = self.decode_s = math.sqrt(before * sample)
+            self.samples, self.confirmed_s, gain = 1, now, 1.0
+        else:
+            self.decode_s, self.off_decode_s = blend(known, sample, gain), sample
+        self.samples += 1
+        return sample, gain
+
+    def learn_lines(self, lines: int, tokens: int) -> None:
+        """Take in how many lines a stream had for its tokens."""
+        if lines > 8 and tokens > 8:
+            self.streams += 1
+            self.lines_per_token += max(SPEED_GAIN, 1 / self.streams) * (lines / tokens - self.lines_per_token)
+
+    def recall(self, kept: Json) -> None:
+        """Take over what an earlier run has kept; it counts as no more than a few samples."""
+        for name in KEPT_OF_SPEEDS.keys() & kept.keys():
+            setattr(self, name, kept[name])
+        self.samples, self.streams = min(self.samples, KEPT_SAMPLES), min(self.streams, KEPT_SAMPLES)
+        if self.prefill_s:
+            self.prefills.extend([self.prefill_s] * KEPT_SAMPLES)
+
+
+class OutputLengths:
+    """Learn how many tokens a model answers with, by size of the prompt."""
+
+    def __init__(self) -> None:
+        self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
+        self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
+        self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
+        self.chars_per_token = CHARS_PER_TOKEN
+
+    def expect(self, prompt_tokens: float) -> float:
+        """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
+        mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
+        weight = min(samples, 50)
+        return (weight * mean + 4 * self.mean) / (weight + 4)
+
+    def learn(self, prompt_tokens: float, output_tokens: float) -> None:
+        """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
+        expected = max(1.0, self.expect(prompt_tokens))
+        if self.off and (self.off[-1] > expected) != (output_tokens > expected):
+            self.off.clear()
+        self.off = [*self.off, output_tokens] if not 1 / GROSS <= output_tokens / expected <= GROSS else []
+        if len(self.off) >= OFF_LENGTHS:
+            self.mean, self.samples = sum(self.off) / len(self.off), len(self.off)
+            self.buckets.clear()
+            self.off = []
+            return
+        self.samples += 1
+        self.mean += max(OUTPUT_GAIN, 1 / self.samples) * (output_tokens - self.mean)
+        bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
+        bucket[1] += 1
+        bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
+
+
+class Demand(NamedTuple):
+    """What a request asks for, in the tokens that it is expected to cost."""
+
+    spec: RequestSpec
+    prompt_tokens: float
+    output_tokens: float
+    samples: int                    # answers that the model's lengths were learned from
+    inputs: int = 0                 # texts to embed
+
+
+class Estimates:
+    """What the cluster has learned of models, whichever node they ran on."""
+
+    def __init__(self) -> None:
+        self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
+
+    def demand(self, spec: RequestSpec) -> Demand:
+        """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
+        lengths = self.lengths.get(spec.model)
+        if lengths is None:
+            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
+        else:
+            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
+            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
+        if spec.embeds:
+            output_tokens = 0.0
+        elif spec.max_output is not None:
+            output_tokens = min(output_tokens, spec.max_output)
+        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
+
+    def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
+        """Take in how many tokens a prompt was, if its answer told."""
+        if prompt_tokens and spec.prompt_chars > 200:
+            lengths = self.lengths[spec.model]
+            lengths.chars_per_token = blend(lengths.chars_per_token, spec.prompt_chars / prompt_tokens, 0.1)
+
+    def demand_of(self, ticket: Ticket) -> Demand:
+        """Return the Demand of a ticket, reckoned anew if its model has answered since."""
+        lengths = self.lengths.get(ticket.spec.model)
+        demand = ticket.demand
+        if demand is None or lengths is not None and lengths.samples != demand.samples:
+            demand = ticket.demand = self.demand(ticket.spec)
+        return demand
+
+
+class MemoryEstimate:
+    """What fits into a node's memory, as far as its evictions have shown."""
+
+    __slots__ = ("seen_bytes", "limit_bytes", "loaded_seen", "most_loaded")
+
+    def __init__(self) -> None:
+        self.seen_bytes = 0.0       # most that was resident at once
+        self.limit_bytes = math.inf         # an eviction was seen when this much was asked for
+        self.loaded_seen = 0        # most models that were resident at once
+        self.most_loaded = math.inf         # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
+
+    def is_overfilled(self, held_bytes: float, wanted_bytes: float, count: int) -> bool:
+        """Tell whether to load `wanted_bytes` would evict one of `count` other models that take `held_bytes`."""
+        total = held_bytes + wanted_bytes
+        return (held_bytes > 0 and total > self.seen_bytes and total >= self.limit_bytes or count >= self.most_loaded)
+
+    def learn(self, before: dict[str, Json], after: dict[str, Json], loading_bytes: float) -> None:
+        """Learn from two looks at /api/ps, {model: row}; a model that still loads is not listed, but has its room.
+
+        What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
+        Where three are left, and never were more, the node may have reached its count of models: that says nothing of
+        its memory.
+        """
+        held_bytes, count = sum(map(row_vram_bytes, after.values())), len(after)
+        self.seen_bytes, self.loaded_seen = max(self.seen_bytes, held_bytes), max(self.loaded_seen, count)
+        if self.most_loaded < self.loaded_seen:
+            self.most_loaded = math.inf
+        gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
+        if not gone or not any(model not in before for model in after):
+            return
+        if count >= max(LEAST_COUNT_LIMIT, self.loaded_seen):
+            self.most_loaded = float(count)
+        else:
+            self.limit_bytes = min(self.limit_bytes, held_bytes + loading_bytes + max(gone))
+
+
+class Prefixes:
+    """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
+
+    def __init__(self) -> None:
+        self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
+        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
+
+    def remember(self, prefix: Prefix, most: int) -> None:
+        """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
+        whole = prefix[-1][0]
+        if whole in self.prompts:
+            self.prompts.move_to_end(whole)
+            return
+        self.prompts[whole] = prefix
+        for part, _ in prefix:
+            self.parts[part] = self.parts.get(part, 0) + 1
+        while len(self.prompts) > most:
+            _, prefix = self.prompts.popitem(last=False)
+            for part, _ in prefix:
+                self.parts[part] -= 1
+                if not self.parts[part]:
+                    del self.parts[part]
+
+    def common_chars(self, prefix: Prefix) -> int:
+        """Return how many leading characters a prompt shares with one of those remembered."""
+        if self.parts:
+            for part, chars in reversed(prefix):
+                if part in self.parts:
+                    return chars
+        return 0
+
+    def clear(self) -> None:
+        """Forget all: the model was unloaded."""
+        self.prompts.clear()
+        self.parts.clear()
+
 
 class Breaker:
     """Keep work away from what fails: closed, then open for growing pauses, then half-open for one trial."""
@@ -1573,6 +2057,83 @@ class Breaker:
         self.failures, self.trial = 0, False
 
 
+class NodeError(NamedTuple):
+    """What a node said, or did, when it failed last."""
+
+    text: str
+    status: int | None              # of its answer, if it was one
+    at_s: float
+
+
+class ErrorShare:
+    """How many of a node's answers in the last minute were errors, counted in steps of STEP_S."""
+
+    STEPS = 6
+    LEAST = 3                       # answers from which on a node is said to answer nothing but errors
+
+    def __init__(self) -> None:
+        self.steps: collections.deque[list[int]] = collections.deque(maxlen=self.STEPS)     # [number, errors, answers]
+
+    def add(self, error: bool, now: float) -> None:
+        """Count an answer, or the lack of one."""
+        number = int(now // STEP_S)
+        if not self.steps or self.steps[-1][0] != number:
+            self.steps.append([number, 0, 0])
+        self.steps[-1][1] += error
+        self.steps[-1][2] += 1
+
+    def share(self, now: float) -> float | None:
+        """Return the share of errors, None if there was no answer."""
+        errors, answers = self.counts(now)
+        return errors / answers if answers else None
+
+    def counts(self, now: float) -> tuple[int, int]:
+        """Return (errors, answers)."""
+        recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
+        return sum(step[1] for step in recent), sum(step[2] for step in recent)
+
+    def is_all(self, now: float) -> bool:
+        """Tell whether there was nothing but errors."""
+        errors, answers = self.counts(now)
+        return errors == answers >= self.LEAST
+
+
+class Histogram:
+    """Count values by upper bounds, as Prometheus wants them."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float, count: int = 1) -> None:
+        """Take in a value that was seen so often."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+    def share(self, share: float) -> float | None:
+        """Return the bound that so many of the values do not exceed; None without any."""
+        total = sum(self.counts)
+        for bound, count in zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True):
+            if total and count >= share * total:
+                return bound
+        return None
+
+    def samples(self, labels: str = "") -> Iterator[tuple[str, str, float]]:
+        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
+        lead = labels + "," if labels else ""
+        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
+            yield "_bucket", f'{lead}le="{bound}"', count
+        yield "_sum", labels, self.sum
+        yield "_count", labels, sum(self.counts)
+
+
+# -----------------------------------------------------------------------------
+# Nodes: what is known of each?
+#
+# A node's state is changed by its own methods and by those of its runners and leases. Whatever they change that could
+# let a waiting ticket run, they note in `Changes`, which the policy reads at the next dispatch.
+# -----------------------------------------------------------------------------
+
+
 def row_name(row: Json) -> str:
     """Return the canonical name in a row of /api/tags or /api/ps."""
     return canonical(row["name"])
@@ -1617,1203 +2178,10 @@ def row_vram_bytes(row: Json) -> float:
     return row_bytes(row, "size_vram") or row_bytes(row, "size")
 
 
-class Prefixes:
-    """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
-
-    def __init__(self) -> None:
-        self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
-        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
-
-    def remember(self, prefix: Prefix, most: int) -> None:
-        """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
-        whole = prefix[-1][0]
-        if whole in self.prompts:
-            self.prompts.move_to_end(whole)
-            return
-        self.prompts[whole] = prefix
-        for part, _ in prefix:
-            self.parts[part] = self.parts.get(part, 0) + 1
-        while len(self.prompts) > most:
-            _, prefix = self.prompts.popitem(last=False)
-            for part, _ in prefix:
-                self.parts[part] -= 1
-                if not self.parts[part]:
-                    del self.parts[part]
-
-    def common_chars(self, prefix: Prefix) -> int:
-        """Return how many leading characters a prompt shares with one of those remembered."""
-        if self.parts:
-            for part, chars in reversed(prefix):
-                if part in self.parts:
-                    return chars
-        return 0
-
-    def clear(self) -> None:
-        """Forget all: the model was unloaded."""
-        self.prompts.clear()
-        self.parts.clear()
-
-
-@dataclass(slots=True, eq=False)
-class Runner:
-    """One model on one node: its residency, its slots and its speed, as far as they are known.
-
-    Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
-    """
-
-    node: Node
-    model: str                      # one of its names
-    models: list[str] = field(default_factory=list)     # all of them
-    disk_bytes: float = PRIOR_MODEL_BYTES
-    vram_bytes: float = 0.0         # when resident; 0 = never seen
-    cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
-    ready_s: float | None = None    # when it is or will be loaded; None = not resident
-    options: RunnerOptions | None = None    # those it was loaded with; None = unknown, taken to match
-    context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
-    own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
-    keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
-    listed: Json = field(default_factory=dict)  # its row in the last /api/ps
-    leases: list[Lease] = field(default_factory=list)
-    used_s: float = -math.inf       # last sent to
-
-    slots: int = 1
-    slots_known: str = "guessed"    # guessed, learned, or set: in hosts.txt, or to one for what only embeds
-    proven: int = 1                 # most that were ever proved to run at once
-    probe_s: float = 0.0            # from then on one more than `slots` may be tried
-    seen: int = 0                   # most that ran at once lately, and when that was seen
-    seen_s: float = -math.inf
-    max_proven: int = 1             # the same, without what was taken back since
-    disproofs: int = 0
-    disproved_s: float = -math.inf  # when `slots` was lowered last
-    waits: int = 0                  # hidden waits in a row, among no more requests than were proved to run
-    signs: int = 0                  # answers whose latency speaks for one slot more, less those that speak against it
-    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to its first byte, if it
-                                    # need not wait, over what its tokens let expect
-
-    progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
-    shared_s: float = 0.0           # the same, had the node run at its usual speed
-    prefill_s: float = 0.0          # seconds a token
-    prefills: collections.deque[float] = field(             # samples
-        default_factory=lambda: collections.deque(maxlen=PREFILLS_KEPT))
-    decode_s: float = 0.0
-    slow_prefill_s: float = 0.0     # the last samples, if they were grossly off: one more that agrees with them, and
-    off_decode_s: float = 0.0       # they count more than the estimate
-    input_s: float = 0.0            # seconds a text to embed, beside its tokens
-    samples: int = 0                # behind those two
-    confirmed_s: float = -math.inf  # when an answer last agreed with decode_s
-    load_s: float = 0.0
-    lines_per_token: float = 1.0    # streamed lines, as this model sends them
-    streams: int = 0                # behind that
-    bias: float = 0.0               # EWMA of ln(actual / predicted time) of its answers
-    error: float = 0.0              # EWMA of the absolute value of that
-    judged: int = 0                 # answers behind those two
-    prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
-    beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
-    breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
-
-    @property
-    def row(self) -> Json:
-        """Its entry in the node's /api/tags; {} if it has none."""
-        return self.node.rows.get(self.model, {})
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether the node has it, under any name."""
-        return any(model in self.node.rows for model in self.models)
-
-
-class NodeError(NamedTuple):
-    """What a node said, or did, when it failed last."""
-
-    text: str
-    status: int | None              # of its answer, if it was one
-    at_s: float
-
-
-class ErrorShare:
-    """How many of a node's answers in the last minute were errors, counted in steps of STEP_S."""
-
-    STEPS = 6
-    LEAST = 3                       # answers from which on a node is said to answer nothing but errors
-
-    def __init__(self) -> None:
-        self.steps: collections.deque[list[int]] = collections.deque(maxlen=self.STEPS)     # [number, errors, answers]
-
-    def add(self, error: bool, now: float) -> None:
-        """Count an answer, or the lack of one."""
-        number = int(now // STEP_S)
-        if not self.steps or self.steps[-1][0] != number:
-            self.steps.append([number, 0, 0])
-        self.steps[-1][1] += error
-        self.steps[-1][2] += 1
-
-    def share(self, now: float) -> float | None:
-        """Return the share of errors, None if there was no answer."""
-        errors, answers = self.counts(now)
-        return errors / answers if answers else None
-
-    def counts(self, now: float) -> tuple[int, int]:
-        """Return (errors, answers)."""
-        recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
-        return sum(step[1] for step in recent), sum(step[2] for step in recent)
-
-    def is_all(self, now: float) -> bool:
-        """Tell whether there was nothing but errors."""
-        errors, answers = self.counts(now)
-        return errors == answers >= self.LEAST
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One Ollama server. Only the Dispatcher writes to it."""
-
-    settings: NodeSettings
-    name: str = field(init=False)
-    rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
-    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # (model, digest): the blob with its weights;
-                                    # "" = untold
-    runners: dict[str, Runner] = field(default_factory=dict)    # by model
-    leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
-    busy: list[Runner] = field(default_factory=list)        # those with leases
-    loading: list[Lease] = field(default_factory=list)      # those that wait for their model to load
-
-    probed: bool = False            # has answered, or failed to, at least once
-    indexed: bool = False           # its models are known
-    indexed_s: float = -math.inf    # and were asked for then
-    up: bool = False
-    draining: bool = False
-    drained_seq: int = 0            # tickets with a lower `seq` waited before that
-    calibrated: bool = False        # measured, or being measured, since it came up
-    measuring: Lease | None = None      # among its leases: the gateway's own, which gives way to any other
-    check_s: float = -math.inf      # from then on it may be measured
-    check_pause_s: float = CHECK_PAUSE_S    # after the next measurement
-    misses: int = 0                 # probes in a row without an answer
-    answered_s: float = -math.inf   # when it answered one last
-    lost_s: float = -math.inf       # when it was found to be unreachable last
-    breaker: Breaker = field(default_factory=Breaker)
-    suspect: bool = False           # in doubt: far more silent than predicted. It comes last; any byte ends that
-    heard_s: float = 0.0            # last byte of any inference answer
-    doubted_s: float = -math.inf    # last time it was in doubt
-    advanced_s: float = 0.0         # up to when the runners' progress is counted
-    loaded_s: float = -math.inf     # when a load ended last
-    strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
-    speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
-    size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
-    overheads_s: collections.deque[float] = field(          # samples
-        default_factory=lambda: collections.deque(maxlen=OVERHEADS_KEPT))
-    overhead_s: float = OVERHEAD_S  # what a lone request takes outside prefill and decode
-    on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
-    rtt_s: float = 0.0
-    answer_s: float = 0.0           # EWMA of its answer times
-    vram_seen_bytes: float = 0.0    # most that was resident at once
-    vram_limit_bytes: float = math.inf      # an eviction was seen when this much was asked for
-    loaded_seen: int = 0            # most models that were resident at once
-    most_loaded: float = math.inf   # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
-
-    kept: dict[str, Json] = field(default_factory=dict)     # what was kept of its models, see "Memory"
-
-    version: str = ""
-    cloud: Json = field(default_factory=dict)   # its /api/status
-    running: list[Json] = field(default_factory=list)       # rows of its /api/ps
-    requests: int = 0
-    errors: int = 0
-    last_error: NodeError | None = None
-    error_share: ErrorShare = field(default_factory=ErrorShare)
-    latencies_s: collections.deque[float] = field(default_factory=lambda: collections.deque(maxlen=500))
-
-    def __post_init__(self) -> None:
-        self.name = self.settings.name
-
-    def state(self, now: float) -> str:
-        """Return up, suspect, down or draining."""
-        if self.draining:
-            return "draining"
-        if not self.up or self.breaker.state(now) == "open":
-            return "down"
-        return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
-
-    def is_alive(self, now: float) -> bool:
-        """Tell whether it can be expected to answer: up, or no worse than suspect."""
-        return self.up and not self.draining and self.breaker.state(now) != "open"
-
-    def learn_overhead(self, hidden_s: float, alone: bool) -> None:
-        """Take in what an answer spent outside load, prefill and decode. Beside others it may have waited."""
-        if 0.0 <= hidden_s <= MOST_OVERHEAD_S and (alone or hidden_s < self.overhead_s):
-            self.overheads_s.append(hidden_s)
-            self.overhead_s = sorted(self.overheads_s)[len(self.overheads_s) // 4]
-
-    @property
-    def most_overhead_s(self) -> float:
-        """Return what may still be overhead: beside others up to twice as much as alone."""
-        return max(2 * self.overhead_s, OVERHEAD_S) if self.overheads_s else MOST_OVERHEAD_S
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """The right to run one request on one node. Given by `dispatch`, ended exactly once by `Dispatcher.release`."""
-
-    ticket: Ticket
-    node: Node
-    runner: Runner | None           # None: takes no slot
-    sent_s: float
-    reason: str = ""
-    position: int = 0               # how many of its model ran there, itself included
-    start_progress_s: float = 0.0   # the runner's progress when it was sent
-    start_shared_s: float = 0.0
-    ready_s: float = 0.0            # when its model is there
-    loads: bool = False             # its model was not
-    output_tokens: float = 0.0      # expected
-    prompt_tokens: float = 0.0
-    new_tokens: float = 0.0         # what the prefix cache does not hold
-    fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
-    stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
-    crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
-    predicted_end_s: float = 0.0
-    quiet_s: float = 0.0            # silence that is no reason for doubt
-    race_s: float = 0.0             # and for a race, before its first byte
-    first_s: float | None = None
-    first_progress_s: float = 0.0   # the runner's progress then
-    predecessor_left_progress_s: float | None = None  # the same when, before that, the first of those sent before it left
-    left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
-    order_unknown: bool = False         # another was sent at the same time: nobody knows which the node took first
-    has_list_input: bool = False    # a list of inputs, or sent behind one: it takes more slots than requests
-    overlapping: int = 1            # how many ran at its first byte, itself included, if the node keeps their order
-    heard_s: float = 0.0
-    lines: int = 0
-    watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
-    watched_lines: int = 0
-    watched_stall_tokens: float = 0.0
-    trials: Sequence[Breaker] = ()  # half-open breakers that this lease is the trial of
-    charged: bool = False           # its client was charged for what it has really cost
-    released: bool = False
-    measures: bool = False          # the gateway's own request: it takes no slot from others
-    abandon: Callable[[Failure], object] | None = None      # how the I/O side is told that another node does this
-    lost_to: Failure | None = None  # the rival that has won, if its own connection is still to come
-    held_up: Callable[[], bool] | None = None   # how it is asked whether the answer waits for its client to read
-
-
-def is_held_up(lease: Lease) -> bool:
-    """Tell whether an answer waits for its client to read."""
-    return lease.held_up is not None and lease.held_up()
-
-
-class Timings(NamedTuple):
-    """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
-
-    total_s: float = 0.0
-    load_s: float = 0.0
-    prompt_s: float = 0.0
-    prompt_tokens: int = 0
-    output_s: float = 0.0
-    output_tokens: int = 0
-
-    @property
-    def hidden_wait_s(self) -> float:
-        """Time spent in the node's own queue, with templating and tokenising."""
-        return self.total_s - self.load_s - self.prompt_s - self.output_s
-
-    @property
-    def tell_durations(self) -> bool:
-        """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
-        return self.prompt_s > 0 or self.output_s > 0
-
-    def show_a_wait(self, took_s: float, overhead_s: float = OVERHEAD_S) -> bool:
-        """Tell whether the hidden wait of a request that took so long is more than overhead and noise."""
-        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
-
-
-TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
-
-
-def read_timings(tail: bytes) -> Timings:
-    """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
-    found = dict(TIMING.findall(tail))
-    given = found.get
-    return Timings(
-        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
-        int(given(b"eval_duration", 0)) / 1e9,
-        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
-
-
-EVENT_LINES = 2                     # an event of OpenAI's is a line and an empty one
-EVENTS_AFTER = 2                    # the last token: finish and [DONE]
-
-
-def counted(lease: Lease, timings: Timings) -> Timings:
-    """Return the Timings of an answer, a stream's output counted by its events where no usage was asked for."""
-    if timings.output_tokens or not lease.ticket.spec.stream:
-        return timings
-    return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
-
-
-def blend(estimate: float, sample: float, gain: float) -> float:
-    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
-    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
-
-
-def usual_prefill_s(samples: collections.deque[float]) -> float:
-    """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
-
-    A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
-    one agrees with. Of twenty samples the slowest may be an outlier, too.
-    """
-    ordered = sorted(samples, reverse=True)
-    ordered = ordered[(len(ordered) - 1) // 10:]
-    mean = next((slow for slow, next_s in itertools.pairwise(ordered) if slow <= SPREAD * next_s), ordered[0])
-    for _ in range(2):
-        near = [sample for sample in ordered if mean / SPREAD <= sample <= mean * SPREAD]
-        mean = sum(near) / len(near)
-    return mean
-
-
-def beyond(estimate: float, least: float, most: float) -> float:
-    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
-    return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
-
-
-class OutputLengths:
-    """Learn how many tokens a model answers with, by size of the prompt."""
-
-    def __init__(self) -> None:
-        self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
-        self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
-        self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
-        self.chars_per_token = CHARS_PER_TOKEN
-
-    def expect(self, prompt_tokens: float) -> float:
-        """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
-        mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
-        weight = min(samples, 50)
-        return (weight * mean + 4 * self.mean) / (weight + 4)
-
-    def learn(self, prompt_tokens: float, output_tokens: float) -> None:
-        """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
-        expected = max(1.0, self.expect(prompt_tokens))
-        if self.off and (self.off[-1] > expected) != (output_tokens > expected):
-            self.off.clear()
-        self.off = [*self.off, output_tokens] if not 1 / GROSS <= output_tokens / expected <= GROSS else []
-        if len(self.off) >= OFF_LENGTHS:
-            self.mean, self.samples = sum(self.off) / len(self.off), len(self.off)
-            self.buckets.clear()
-            self.off = []
-            return
-        self.samples += 1
-        self.mean += max(OUTPUT_GAIN, 1 / self.samples) * (output_tokens - self.mean)
-        bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
-        bucket[1] += 1
-        bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
-
-
-class Histogram:
-    """Count values by upper bounds, as Prometheus wants them."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float, count: int = 1) -> None:
-        """Take in a value that was seen so often."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += count
-        self.sum += value * count
-
-    def samples(self, labels: str = "") -> Iterator[tuple[str, str, float]]:
-        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
-        lead = labels + "," if labels else ""
-        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
-            yield "_bucket", f'{lead}le="{bound}"', count
-        yield "_sum", labels, self.sum
-        yield "_count", labels, sum(self.counts)
-
-
-class Ratios:
-    """Count actual over predicted times, in steps of 5 %."""
-
-    STEP = math.log(1.05)
-    MOST = 200                      # steps; what is 17,000 times off counts as that
-
-    def __init__(self) -> None:
-        self.steps: collections.Counter[int] = collections.Counter()
-
-    def learn(self, log_ratio: float) -> None:
-        """Count a ratio, given as its logarithm."""
-        self.steps[min(max(round(log_ratio / self.STEP), -self.MOST), self.MOST)] += 1
-
-    def share(self, share: float) -> float | None:
-        """Return the ratio that so many of them do not exceed, within 2.5 %; None without any."""
-        rank = max(1, math.ceil(share * self.steps.total()))
-        for step in sorted(self.steps):
-            rank -= self.steps[step]
-            if rank <= 0:
-                return math.exp(step * self.STEP)
-        return None
-
-    def histogram(self, bounds: tuple[float, ...]) -> Histogram:
-        """Return the ratios counted by upper bounds, each within 2.5 %."""
-        found = Histogram(bounds)
-        for step, count in self.steps.items():
-            found.add(math.exp(step * self.STEP), count)
-        return found
-
-
-# -----------------------------------------------------------------------------
-# Routing: when would this request be finished there?
-#
-#     finish = wait for a slot or for the model, whichever is longer
-#            + prefill of what the prefix cache lacks + decode of the expected output
-#            + harm to other models that run there + the load that an eviction will cost somebody later
-#
-# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
-# speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
-# All of these only read the nodes; an Offer and its NodeSnapshot keep what was reckoned until something happens there.
-# The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
-# -----------------------------------------------------------------------------
-
-class Demand(NamedTuple):
-    """What a request wants, in the tokens that it is expected to cost."""
-
-    spec: RequestSpec
-    prompt_tokens: float
-    output_tokens: float
-    samples: int                    # answers that the model's lengths were learned from
-    inputs: int = 0                 # texts to embed
-
-
-class Estimates:
-    """What the cluster has learned of models, whichever node they ran on."""
-
-    def __init__(self) -> None:
-        self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
-
-    def demand(self, spec: RequestSpec) -> Demand:
-        """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
-        lengths = self.lengths.get(spec.model)
-        if lengths is None:
-            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
-        else:
-            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
-            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
-        if spec.embeds:
-            output_tokens = 0.0
-        elif spec.max_output is not None:
-            output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
-
-    def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
-        """Take in how many tokens a prompt was, if its answer told."""
-        if prompt_tokens and spec.prompt_chars > 200:
-            lengths = self.lengths[spec.model]
-            lengths.chars_per_token = blend(lengths.chars_per_token, spec.prompt_chars / prompt_tokens, 0.1)
-
-    def demand_of(self, ticket: Ticket) -> Demand:
-        """Return the Demand of a ticket, reckoned anew if its model has answered since."""
-        lengths = self.lengths.get(ticket.spec.model)
-        demand = ticket.demand
-        if demand is None or lengths is not None and lengths.samples != demand.samples:
-            demand = ticket.demand = self.demand(ticket.spec)
-        return demand
-
-
-# By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
-BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
-
-
-def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
-    """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
-    running, models = len(runner.leases), len(node.busy)
-    if extra and not running:
-        models += 1
-    together = runner.slots if full else min(runner.slots, running + extra)
-    return BATCH_SLOWDOWN[min(together, 256)] * (models or 1) / node.speed
-
-
-def cpu_factor(runner: Runner) -> float:
-    """Return how many times slower than on a card a model must be expected to run, by where its memory is."""
-    share = float(runner.node.on_cpu) if runner.cpu_share is None else runner.cpu_share
-    return 1.0 + (CPU_SLOWDOWN - 1.0) * share
-
-
-def decode_s(runner: Runner) -> float:
-    """Return seconds per output token, alone; the prior scaled by the node's other models while unmeasured."""
-    return runner.decode_s or (runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.node.size_factor
-                               * cpu_factor(runner))
-
-
-def prefill_s(runner: Runner) -> float:
-    """Return seconds per prompt token, alone."""
-    return runner.prefill_s or (runner.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * runner.node.size_factor
-                                * cpu_factor(runner))
-
-
-def input_s(runner: Runner) -> float:
-    """Return seconds per text to embed, alone, beside what its tokens take."""
-    return runner.input_s or PRIOR_INPUT_S * runner.node.size_factor * cpu_factor(runner)
-
-
-def to_first_byte_s(runner: Runner, new_tokens: float, spec: RequestSpec) -> float:
-    """Return how long a request takes alone to its first byte; the prefix cache lacks `new_tokens` of its prompt."""
-    texts_s = spec.inputs * input_s(runner) if spec.embeds else 0.0
-    return runner.node.overhead_s + new_tokens * prefill_s(runner) + texts_s
-
-
-def alone_s(runner: Runner, demand: Demand) -> float:
-    """Return how long a request takes alone, if the prefix cache holds nothing of it."""
-    return to_first_byte_s(runner, demand.prompt_tokens, demand.spec) + demand.output_tokens * decode_s(runner)
-
-
-def load_s(runner: Runner) -> float:
-    """Return how long the model takes to load."""
-    return runner.load_s or PRIOR_LOAD_S + runner.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
-
-
-def runner_of(lease: Lease) -> Runner:
-    """Return the runner of a lease that takes a slot."""
-    assert lease.runner is not None
-    return lease.runner
-
-
-def solo_left_s(lease: Lease, now: float) -> float:
-    """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
-    runner = runner_of(lease)
-    tokens_left = max(lease.output_tokens - lease.lines / runner.lines_per_token, 0.3 * lease.output_tokens)
-    decode_left_s = tokens_left * decode_s(runner)
-    if lease.first_s is not None:
-        return decode_left_s
-    advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.spec) - advanced_s)
-    return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
-
-
-def meet(lease: Lease) -> None:
-    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
-
-    Of a request that does not stream nobody sees the end of its prefill.
-    """
-    runner, new_tokens, crowd_tokens = runner_of(lease), lease.new_tokens, 0.0
-    overhead_s, token_s, progress_s = lease.node.overhead_s, prefill_s(runner), runner.progress_s
-    stalling_tokens = new_tokens if len(runner.leases) < runner.slots else 0.0      # else it waits in the node
-    for other in runner.leases:
-        other.stall_tokens += stalling_tokens
-        if other.first_s is None and (other.ticket.spec.stream or
-                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
-            crowd_tokens += other.new_tokens
-            other.crowd_tokens += new_tokens
-    lease.crowd_tokens = crowd_tokens
-
-
-def stall(lease: Lease) -> None:
-    """Note that a lease's prefill has fallen into the answers of the others on its runner."""
-    for other in runner_of(lease).leases:
-        if other is not lease:
-            other.stall_tokens += lease.new_tokens
-
-
-def waits_long(timings: Timings, took_s: float) -> bool:
-    """Tell whether an answer waited in its node for longer than the overhead of several requests."""
-    return timings.tell_durations and timings.hidden_wait_s > max(STRANGER_WAIT_S, 0.05 * took_s)
-
-
-def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
-    """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
-    loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return (waits_long(timings, took_s) and not loading and lease.position <= runner_of(lease).proven
-            and not ran_at_once(lease, timings))
-
-
-def ran_at_once(lease: Lease, timings: Timings) -> int:
-    """Return how many requests of ours ran on a node when one that had waited there began, itself included.
-
-    0 if none of ours left then: it waited for somebody else's.
-    """
-    began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
-    leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
-    if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
-        return 0
-    return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
-
-
-def is_disturbed(lease: Lease) -> bool:
-    """Tell whether an answer's time says nothing of its runner's speed: a stall, a load or somebody else fell into it.
-
-    A node that others use for ever is measured in spite of them, a few times.
-    """
-    node, runner = lease.node, runner_of(lease)
-    if lease.sent_s <= node.doubted_s or node.speed < 0.6:
-        return True
-    if node.loading and node.loading != [lease] or lease.sent_s < node.loaded_s and not lease.loads:
-        return True
-    if lease.sent_s <= node.strangers_s and runner.proven > 1:
-        return True                 # with one slot somebody else's request ran before it, not beside it
-    return lease.sent_s - node.strangers_s < STRANGERS_S and runner.samples >= KEPT_SAMPLES
-
-
-def certainly_beside(lease: Lease) -> int:
-    """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
-    sent_s = lease.sent_s - lease.node.rtt_s - UNORDERED_S
-    return 1 + sum(1 for other in runner_of(lease).leases if other.sent_s <= sent_s and not is_held_up(other))
-
-
-def is_answer(lease: Lease, timings: Timings) -> bool:
-    """Tell whether an answer took a slot: a request without a prompt only loads the model."""
-    spec = lease.ticket.spec
-    told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
-    return bool(told or spec.embeds and spec.prompt_chars)
-
-
-def first_work_s(lease: Lease, timings: Timings) -> float:
-    """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
-    runner, spec, prompt_tokens = runner_of(lease), lease.ticket.spec, lease.new_tokens
-    if timings.prompt_tokens and lease.prompt_tokens:
-        prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
-    unseen = 0 if spec.stream else timings.output_tokens
-    return to_first_byte_s(runner, prompt_tokens, spec) + unseen * decode_s(runner)
-
-
-def served_beside_s(lease: Lease) -> float:
-    """Return the solo-seconds that a lease took to its first byte if it ran beside all that were sent before it."""
-    slots = runner_of(lease).slots
-    first_s = max(1e-6, lease.first_progress_s - lease.start_progress_s)
-    if lease.position <= slots:
-        return first_s
-    # Progress was counted as if only slots were used.
-    return first_s * BATCH_SLOWDOWN[slots] / BATCH_SLOWDOWN[min(lease.position, 256)]
-
-
-def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
-    """Tell by its latency whether a lease that one sent before it has left since waited for that one; None: unclear.
-
-    Both explanations are weighed by how far they are from its work, as factors. What is far too long for either has
-    waited for even more.
-    """
-    assert lease.predecessor_left_progress_s is not None    # else there was nobody to wait for
-    beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.predecessor_left_progress_s)
-    if waited_s > WAITED_RATIO * work_s:
-        return True
-    return beside_s * waited_s > work_s * work_s if beside_s > LEAST_WAIT_RATIO * waited_s else None
-
-
 def context_of(row: Json | None) -> int:
     """Return `context_length` of a row of /api/ps, or of the details in one of /api/tags; 0 if it does not tell."""
     value = row.get("context_length") if isinstance(row, dict) else None
     return value if type(value) is int and 0 < value < 2**40 else 0
-
-
-def clamped_context(runner: Runner, num_ctx: float) -> float:
-    """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
-    most = context_of(runner.row.get("details"))
-    return min(num_ctx, most) if most else num_ctx
-
-
-def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
-    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
-    """
-    if not wanted and not loaded and runner.options is not None:
-        return True                 # the server's default, whatever that is
-    there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
-    needed = clamped_context(runner, wanted) if wanted else runner.own_context
-    if there and needed:
-        return there == needed
-    return runner.options is None or wanted == loaded
-
-
-def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
-    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
-
-    What is unknown is taken to suit.
-    """
-    if runner.ready_s is None:
-        return False
-    if runner.options == spec.options or runner.options is None and not runner.context:
-        return True
-    wanted, loaded = {**USUAL_OPTIONS, **dict(spec.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
-    if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
-        return False
-    return runner.options is None or wanted == loaded
-
-
-def resident_bytes(runner: Runner) -> float:
-    """Return the memory that the model takes when resident; weights and some context if never seen."""
-    return runner.vram_bytes or runner.disk_bytes * 1.2
-
-
-def overfills(runner: Runner, held_bytes: float, count: int) -> bool:
-    """Tell whether loading the model beside `count` others that take `held_bytes` would push one of them out."""
-    wanted = held_bytes + resident_bytes(runner)
-    return (held_bytes > 0 and wanted > runner.node.vram_seen_bytes and wanted >= runner.node.vram_limit_bytes
-            or count >= runner.node.most_loaded)
-
-
-def each_runner(node: Node) -> list[Runner]:
-    """Return the runners of a node, each once however many names it has."""
-    return list(dict.fromkeys(node.runners.values()))
-
-
-def resident_runners(node: Node, exclude: Runner | None = None) -> list[Runner]:
-    """Return the runners of a node whose models are loaded or loading, `exclude` not among them."""
-    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not exclude]
-
-
-def must_evict(runner: Runner) -> bool:
-    """Tell whether loading the model would push another one out."""
-    others = resident_runners(runner.node, exclude=runner)
-    return overfills(runner, sum(map(resident_bytes, others)), len(others))
-
-
-def victim(runner: Runner) -> Runner:
-    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
-
-    When it was last used plays no part.
-    """
-    return min(resident_runners(runner.node, exclude=runner),
-               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
-
-
-def last_end_s(runner: Runner, now: float) -> float:
-    """Return when the last request that runs there would be finished, in seconds from now."""
-    slow = slowdown(runner.node, runner)
-    return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
-
-
-def cached_tokens(runner: Runner, demand: Demand) -> float:
-    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
-    if runner.ready_s is None:
-        return 0.0
-    chars = runner.prefixes.common_chars(demand.spec.prefix)
-    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
-
-
-def harm_s(node: Node, now: float) -> float:
-    """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
-               for other in node.busy)
-
-
-class MemoryLoad(NamedTuple):
-    """What a model that is to be loaded meets in a node's memory."""
-
-    held_bytes: float
-    count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
-    loaded_at_s: float              # loads come one after the other
-    drained_at_s: float             # one of the others can be evicted
-
-
-def memory_load(node: Node, now: float) -> MemoryLoad:
-    """Return the MemoryLoad of a node."""
-    there = resident_runners(node)
-    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
-    return MemoryLoad(sum(map(resident_bytes, there)), len(there), max(ready_s, default=now),
-                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
-
-
-class Prediction(NamedTuple):
-    """What will become of a request on a node, in seconds from now."""
-
-    demand: Demand
-    start_s: float                  # a slot is free and the model there
-    ready_s: float                  # the model is there
-    prefill_s: float                # the request's own work, alone
-    decode_s: float
-    slow: float                     # times longer, with those that run beside it
-    new_tokens: float               # what the prefix cache lacks
-    loads: bool
-
-
-class Offer:
-    """What a runner can do for one more request, as long as nothing begins or ends on its node.
-
-    A ticket that is held back for it claims the first slot until it would be finished. What runs there now is looked
-    at only if no slot is free: mostly it is not needed.
-    """
-
-    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
-                 "decode_s", "input_s", "loading", "neighbours")
-
-    def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
-        node = runner.node
-        self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
-        self.free = runner.slots - len(runner.leases) - len(claims_at_s)
-        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
-                                    # needed
-        self.slow = slowdown(node, runner, 1)
-        self.prefill_s, self.decode_s, self.input_s = prefill_s(runner), decode_s(runner), input_s(runner)
-        self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
-        if node.busy and not runner.leases:
-            self.fixed_s += snapshot.harm_s(now)
-        self.loading: tuple[float, float, float] | None = None      # see `load`
-        self.neighbours = len(runner.leases)
-
-    def first_s(self, now: float) -> float:
-        """Return when the first slot is free, in seconds from now."""
-        if self.free > 0:
-            return 0.0
-        if self.ends_at_s is None:
-            slow = slowdown(self.runner.node, self.runner)
-            self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
-                                    + [*self.claims_at_s])
-        return max(0.0, self.ends_at_s[-self.runner.slots] - now)
-
-    def claimed(self, at_s: float, now: float) -> Offer:
-        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
-        offer = Offer(self.runner, self.snapshot, now, (*self.claims_at_s, at_s))
-        if self.ends_at_s is not None:
-            offer.ends_at_s = sorted([*self.ends_at_s, at_s])
-        return offer
-
-    def load(self, now: float) -> tuple[float, float]:
-        """Return (when the model would be loaded, what that costs others later), in seconds from now."""
-        if self.loading is None or self.loading[0] != now:
-            runner, there = self.runner, self.snapshot.memory_load(now)
-            first_s, swaps = there.loaded_at_s - now, True
-            if runner.ready_s is not None:      # loaded with other options
-                first_s = max(first_s, 1.5 * last_end_s(runner, now))
-            elif overfills(runner, there.held_bytes, there.count):
-                first_s = max(first_s, 1.5 * (there.drained_at_s - now))
-            else:
-                swaps = False
-            load = load_s(runner)   # what is evicted will have to come back
-            self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
-        return self.loading[1:]
-
-    def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
-        """Return when a request would begin, when its model would be there, and what a load costs others later."""
-        ready_at_s = self.runner.ready_s
-        if ready_at_s is not None and is_loaded_for(self.runner, demand.spec):
-            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
-        else:
-            ready_s, swap_s = self.load(now)
-        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
-
-    def slowed(self) -> float:
-        """Return how many times longer than alone a request would take, with those that run beside it."""
-        return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
-
-    def new_tokens(self, demand: Demand) -> float:
-        """Return how many tokens of a prompt the prefix cache lacks."""
-        if not self.runner.prefixes.parts:
-            return demand.prompt_tokens
-        return demand.prompt_tokens - cached_tokens(self.runner, demand)
-
-    def finish_s(self, demand: Demand, now: float) -> float:
-        """Return when a request would be finished, with what it costs others: what nodes are compared by.
-
-        Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
-        """
-        start_s, _, swap_s = self.start(demand, now)
-        prompt_s = self.new_tokens(demand) * self.prefill_s
-        work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
-        stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
-
-    def predict(self, demand: Demand, now: float) -> Prediction:
-        """Return the Prediction for a request that is to go here."""
-        start_s, ready_s, _ = self.start(demand, now)
-        new_tokens = self.new_tokens(demand)
-        prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
-        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
-                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
-                          not is_loaded_for(self.runner, demand.spec))
-
-
-class NodeSnapshot:
-    """What a request meets on a node, as long as nothing there begins or ends.
-
-    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
-    """
-
-    __slots__ = ("node", "at_s", "offers", "harmed_s", "memory")
-
-    def __init__(self, node: Node, now: float) -> None:
-        self.node, self.at_s = node, now
-        self.offers: dict[Runner, Offer] = {}
-        self.harmed_s: float | None = None
-        self.memory: MemoryLoad | None = None
-
-    def harm_s(self, now: float) -> float:
-        """Return what a request of a model that does not run there costs those that do."""
-        if self.harmed_s is None:
-            self.harmed_s = harm_s(self.node, now)
-        return self.harmed_s
-
-    def memory_load(self, now: float) -> MemoryLoad:
-        """Return the MemoryLoad that a model to be loaded meets."""
-        if self.memory is None:
-            self.memory = memory_load(self.node, now)
-        return self.memory
-
-    def offer(self, runner: Runner, now: float) -> Offer:
-        """Return the Offer of one of the node's runners."""
-        offer = self.offers.get(runner)
-        if offer is None:
-            offer = self.offers[runner] = Offer(runner, self, now)
-        return offer
-
-
-class Candidate(NamedTuple):
-    """A node for a ticket; sorts by when it would be finished there, in seconds from now; those in doubt come last."""
-
-    in_doubt: bool
-    finish_s: float
-    order: int                      # ties go to the node listed first
-    offer: Offer
-
-    @property
-    def runner(self) -> Runner:
-        return self.offer.runner
-
-
-def overdue_s(prediction: Prediction, times: float = 1) -> float:
-    """Return after how many seconds without a byte an answer is `times` far later than predicted."""
-    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.spec.silent else 0.0)
-    return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
-
-
-def quiet_s(runner: Runner, prediction: Prediction) -> float:
-    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known.
-
-    A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
-    """
-    unsure = 1 if runner.samples >= 3 else 4 if runner.samples else 10      # a CPU is 30 times slower than the prior
-    return overdue_s(prediction, unsure)
-
-
-def is_usable(node: Node, now: float) -> bool:
-    """Tell whether a node may get new work."""
-    return node.up and not node.draining and node.breaker.allows(now)
-
-
-def may_return(node: Node, now: float, patience_s: float) -> bool:
-    """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
-    return not node.draining and (not node.probed or now - node.lost_s < patience_s)
-
-
-def yields(node: Node, now: float) -> bool:
-    """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
-    """
-    return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
-
-
-def doubt_s(node: Node, now: float) -> float:
-    """Return what is added to a finish on a node in doubt: as long as it has been silent, it may be silent still."""
-    return max(0.0, now - node.heard_s) if node.suspect else 0.0
-
-
-def slot_limit(node: Node, runner: Runner, now: float, others: list[Runner]) -> int:
-    """Return how many may run at once: the slots, one more while another is tried or while the way there is long.
-
-    Over a long way a slot would stand empty for a round trip between two requests, unless the next one waits there.
-    One of `others` that has a free slot had better be taken then.
-    """
-    if runner.slots_known == "set":
-        return runner.slots
-    seen = runner.seen if now - runner.seen_s < CONFIRMED_S else 0
-    if runner.slots > max(2, seen + 1):
-        return max(2, seen + 1)     # what nobody has lately seen is tried one by one
-    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s) and not any(
-        len(other.leases) < other.slots for other in others)
-    return runner.slots + (1 if runner.probe_s <= now or far else 0)
-
-
-def pick_least_inflight(nodes: list[Node], turn: int) -> Node:
-    """Return the node with the fewest requests; ties go to the node listed first."""
-    return min(nodes, key=lambda node: len(node.leases))
-
-
-def pick_round_robin(nodes: list[Node], turn: int) -> Node:
-    """Return the nodes in turn."""
-    return nodes[turn % len(nodes)]
-
-
-# A policy is a function (usable nodes, count of picks so far) -> node, asked when the request arrives, as a plain proxy
-# does; None binds late, by predicted completion time, when a slot is free.
-POLICIES: dict[str, Callable[[list[Node], int], Node] | None] = {
-    "latency-weighted": None,
-    "least-inflight": pick_least_inflight,
-    "round-robin": pick_round_robin,
-}
-
-
-def size_factor(runner: Runner, decode_s: float) -> float:
-    """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
-    expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * cpu_factor(runner)
-    return min(max(decode_s / expected_s, 0.01), 100.0)
-
-
-def share_sizes(count: int, rates: list[float]) -> list[int]:
-    """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
-
-    Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
-    node too slow for a share worth its while gets none.
-    """
-    rates = sorted(rates, reverse=True)
-    while len(rates) > 1 and rates[-1] * count < max(MIN_SHARE_TEXTS, rates[-1] * MIN_SHARE_S) * sum(rates):
-        rates.pop()
-    shares = []
-    for rate in rates:
-        texts = count * rate / sum(rates)
-        pieces = max(1, min(round(texts / (rate * SHARE_S)), int(texts / MIN_SHARE_TEXTS)))
-        shares += [((number + 1) / pieces, texts / pieces) for number in range(pieces)]
-    shares.sort(key=lambda share: share[0])
-    ends = [round(end) for end in itertools.accumulate(texts for _, texts in shares)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def scaled(estimate: float, ratio: float, gain: float) -> float:
-    """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
-    return blend(estimate, max(ratio, 1e-6) * estimate, gain)
-
-
-# -----------------------------------------------------------------------------
-# Memory: what is worth keeping of what was learned?
-#
-# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
-# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
-# than a few samples, which new ones soon outweigh.
-# -----------------------------------------------------------------------------
-
-Range = tuple[type[float], float, float]        # kind of number, least, most
-
-KEPT_OF_NODE: dict[str, Range] = {
-    "size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S),
-    "vram_seen_bytes": (float, 0.0, 1e15), "vram_limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
-KEPT_OF_RUNNER: dict[str, Range] = {
-    "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
-    "load_s": (float, 1e-3, 1e4), "vram_bytes": (float, 1.0, 1e15), "lines_per_token": (float, 1e-3, 1e3),
-    "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
-KEPT_OF_SLOTS: dict[str, Range] = {"slots": (int, 1, 256), "max_proven": (int, 1, 256), "disproofs": (int, 0, 1000)}
-KEPT_OF_LENGTHS: dict[str, Range] = {
-    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
-LONE: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
-BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
-MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
-
-
-def within(values: Any, ranges: dict[str, Range]) -> Json:
-    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
-    found = {}
-    for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
-        value = values.get(name)
-        if type(value) in (int, kind) and least <= value <= most:
-            found[name] = kind(value)
-    return found
-
-
-def attributes(thing: object, ranges: dict[str, Range]) -> Json:
-    """Return the attributes of a thing that are worth keeping."""
-    return within({name: getattr(thing, name) for name in ranges}, ranges)
-
-
-def learned_of_runner(runner: Runner, digest: str) -> Json:
-    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
-    kept = attributes(runner, KEPT_OF_RUNNER)
-    if not runner.samples:
-        kept.pop("lines_per_token", None)
-    if runner.slots_known == "learned":
-        kept.update(attributes(runner, KEPT_OF_SLOTS))
-    if runner.unqueued_ratio:
-        kept["unqueued_ratio"] = within(
-            {str(streams).lower(): ratio for streams, ratio in runner.unqueued_ratio.items()}, LONE)
-    return {**kept, "digest": digest} if kept else {}
-
-
-def learned_of_node(node: Node) -> Json:
-    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
-    models = {model: learned for model, runner in node.runners.items()
-              if (learned := learned_of_runner(runner, digest_of(node, model)))}
-    kept = {model: learned for model, learned in node.kept.items() if model not in models}
-    models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
-    if not models:
-        return {}
-    return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE), "models": models}
-
-
-def learned_of_lengths(lengths: OutputLengths) -> Json:
-    """Return what is to be kept of a model's lengths."""
-    return {**attributes(lengths, KEPT_OF_LENGTHS),
-            "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
-
-
-def read_node(entry: Any) -> Json | None:
-    """Return what was kept of a node, in range; None for what is no such thing."""
-    if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
-            and isinstance(entry.get("models"), dict)):
-        return None
-    models = {}
-    for model, it in itertools.islice(entry["models"].items(), MOST_KEPT):
-        read = {**within(it, KEPT_OF_RUNNER), **within(it, KEPT_OF_SLOTS)}
-        if not read:
-            continue
-        lone = within(it.get("unqueued_ratio"), LONE)
-        models[model] = {**read, **({"unqueued_ratio": lone} if lone else {}),
-                         "digest": str(it.get("digest") or "")[:100]}
-    return {"name": entry["name"], "url": entry["url"], **within(entry, KEPT_OF_NODE), "models": models}
-
-
-def read_lengths(entry: Any) -> OutputLengths:
-    """Return the OutputLengths that were kept of a model, as far as they are in range."""
-    lengths = OutputLengths()
-    for name, value in within(entry, KEPT_OF_LENGTHS).items():
-        setattr(lengths, name, value)
-    lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
-    means = within(entry["buckets"], BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
-    lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
-    return lengths
-
-
-def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
-    """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
-    def likeness(entry: Json) -> int:
-        return int(entry["url"] == settings.url) * 2 + int(entry["name"] == settings.name)
-
-    best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
-    return best if best and likeness(best) else {}
-
-
-# -----------------------------------------------------------------------------
-# Dispatcher: which ticket goes to which node, now?
-#
-# The one owner of tickets, leases and nodes: everything that changes one of them is a method here. `dispatch` is called
-# whenever something changed that could let a ticket run: an arrival, the end of a lease, a node that came back. It
-# walks the queue in order, gives each ticket the node that is predicted to finish it first, and holds a ticket back
-# when the only free node would be 1.4 times slower than waiting for a better one. What is held still takes its virtual
-# place on that better node, so those behind it see it as taken.
-# -----------------------------------------------------------------------------
-
-@dataclass(slots=True)
-class Turn:
-    """One run of `dispatch`: what it has decided so far."""
-
-    now: float
-    models_to_skim: int = 0
-    leases: list[Lease] = field(default_factory=list)       # given
-    refused: list[Ticket] = field(default_factory=list)
-    held: list[Entry] = field(default_factory=list)         # heap entries that had better wait
-    claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
-
-
-@dataclass(slots=True)
-class Room:
-    """Where the tickets of one model can go during one run of `dispatch`."""
-
-    model: str | None
-    runners: list[Runner]           # on usable nodes, their own breakers not open
-    forced: bool                    # all fail it, and the only nodes that can serve always may
-    places_left: float              # tickets that may still be sent
-    looks_left: int                 # tickets that may still be held back
-    skims_left: int                 # tickets behind those that may still be skimmed
-    finish_s: float = math.inf      # when the first of those would be finished, in seconds from now
-
-
-class Settled(NamedTuple):
-    """A model whose first tickets had all better wait: nothing to decide, until something happens."""
-
-    at_s: float
-    last_key_s: float               # of the last ticket that was looked at; infinite if there was none behind it
-    finish_s: float                 # when the first one would be finished where it waits to go
-
-
-ALL_FAILED = 502, "every node that could answer has failed"
-CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
-DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
 
 
 def window_of(node: Node, model: str | None) -> int:
@@ -2864,6 +2232,908 @@ def possible_twins(node: Node) -> list[str]:
     return [model for model in found if (model, digest_of(node, model)) not in node.weights]
 
 
+class Changes:
+    """What has happened on the nodes since a policy looked last: which models are worth another look."""
+
+    __slots__ = ("models", "everything", "count")
+
+    def __init__(self) -> None:
+        self.models: set[str | None] = set()
+        self.everything = True
+        self.count = 0              # of `note_all`: what was reckoned before is out of date
+
+    def note(self, models: Iterable[str]) -> None:
+        """Note that a slot may have become free for some models."""
+        self.models.update(models)
+
+    def note_all(self) -> None:
+        """Note that a node has changed, so that every prediction may be different."""
+        self.everything = True
+        self.count += 1
+
+    def forget(self) -> None:
+        """Begin anew: all waiting tickets that this concerns are being looked at."""
+        self.models.clear()
+        self.everything = False
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The right to run one request on one node, from `give_lease` to `end`, which is called exactly once."""
+
+    ticket: Ticket
+    node: Node
+    runner: Runner | None           # None: takes no slot
+    sent_s: float
+    reason: str = ""
+    position: int = 0               # how many of its model ran there, itself included
+    start_progress_s: float = 0.0   # the runner's progress when it was sent
+    start_shared_s: float = 0.0
+    ready_s: float = 0.0            # when its model is there
+    loads: bool = False             # its model was not
+    output_tokens: float = 0.0      # expected
+    prompt_tokens: float = 0.0
+    new_tokens: float = 0.0         # what the prefix cache does not hold
+    fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
+    stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
+    crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
+    predicted_end_s: float = 0.0
+    quiet_s: float = 0.0            # silence that is no reason for doubt
+    race_s: float = 0.0             # silence before its first byte that is no reason for a race
+    first_s: float | None = None
+    first_progress_s: float = 0.0   # the runner's progress then
+    predecessor_left_progress_s: float | None = None    # and when the first request sent before it left, if that was
+                                    # earlier
+    left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
+    order_unknown: bool = False     # another was sent at the same time: nobody knows which the node took first
+    has_list_input: bool = False    # or was sent behind one: it takes more slots than requests
+    overlapping: int = 1            # how many ran at its first byte, itself included, if the node keeps their order
+    heard_s: float = 0.0
+    lines: int = 0
+    watched_s: float = 0.0          # up to when, and to which line, its progress has been judged
+    watched_lines: int = 0
+    watched_stall_tokens: float = 0.0
+    trials: Sequence[Breaker] = ()  # half-open breakers that this lease is the trial of
+    charged: bool = False           # its client was charged for what it has really cost
+    released: bool = False
+    measures: bool = False          # the gateway's own request: it takes no slot from others
+    abandon: Callable[[Failure], object] | None = None      # tells the I/O side that another node does this
+    lost_to: Failure | None = None  # the rival that has won, if its own connection is still to come
+    held_up: Callable[[], bool] | None = None   # tells whether the answer waits for its client to read
+
+    @property
+    def is_held_up(self) -> bool:
+        """Tell whether the answer waits for its client to read."""
+        return self.held_up is not None and self.held_up()
+
+    @property
+    def slot(self) -> Runner:
+        """Return the runner of a lease that takes a slot."""
+        assert self.runner is not None
+        return self.runner
+
+    def expect(self, prediction: Prediction, now: float) -> None:
+        """Note when it should end, and for how long it need not show anything."""
+        runner = self.slot
+        self.ready_s, self.loads = now + prediction.ready_s, prediction.loads
+        self.prompt_tokens, self.output_tokens = prediction.demand.prompt_tokens, prediction.demand.output_tokens
+        self.new_tokens = prediction.new_tokens
+        work_s = prediction.prefill_s + prediction.decode_s
+        self.predicted_end_s = now + prediction.start_s + work_s * prediction.slow
+        self.race_s, self.quiet_s = overdue_s(prediction), quiet_s(runner, prediction)
+        self.start_progress_s, self.start_shared_s = runner.progress_s, runner.shared_s
+
+    def heard(self, lines: int, now: float) -> None:
+        """Note bytes of the answer; `lines` streamed lines were among them."""
+        self.heard_s = self.node.heard_s = now
+        if self.node.suspect:
+            self.node.trust(now)
+        if self.first_s is None:
+            self.first_byte(now)
+        self.lines += lines
+
+    def first_byte(self, now: float) -> None:
+        """Note the first byte: of a stream, the first token. Streams that overlap prove slots."""
+        self.first_s = now
+        if self.runner is None:
+            return
+        runner, node, spec = self.runner, self.node, self.ticket.spec
+        node.end_load(self, now)
+        node.advance(now)
+        if self.position > runner.slots.count:
+            stall(self)
+        self.first_progress_s, self.overlapping = runner.progress_s, certainly_beside(self)
+        if runner.ready_s is not None:
+            runner.ready_s = min(runner.ready_s, now)
+            if runner.options is None and not (runner.context and dict(spec.options).get("num_ctx")):
+                runner.options = spec.options       # else it may have been loaded so by default
+        if spec.stream:
+            runner.confirm_slots(sum(1 for other in runner.leases if other.first_s is not None
+                                     and other.ticket.spec.stream and not other.is_held_up), now)
+
+    def worked(self, now: float) -> None:
+        """Note that the node has answered. Before `end`."""
+        if self.trials:
+            self.node.changes.note_all()
+        self.node.worked(now)
+        if self.runner is not None:
+            self.runner.breaker.succeed()
+
+    def give_way(self, now: float) -> None:
+        """End a measurement: somebody's request goes to its node."""
+        self.end(now)
+        if self.abandon is not None:
+            self.abandon(Failure("lost", "gives way"))
+
+    def end(self, now: float) -> None:
+        """End it, exactly once."""
+        if self.released:
+            raise AssertionError(f"lease of {self.ticket.id} on {self.node.name} ended twice")
+        self.released = True
+        self.ticket.give_back(self)
+        self.node.end(self, now)
+
+
+class Timings(NamedTuple):
+    """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
+
+    total_s: float = 0.0
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    prompt_tokens: int = 0
+    output_s: float = 0.0
+    output_tokens: int = 0
+
+    @property
+    def hidden_wait_s(self) -> float:
+        """Time spent in the node's own queue, with templating and tokenising."""
+        return self.total_s - self.load_s - self.prompt_s - self.output_s
+
+    @property
+    def tell_durations(self) -> bool:
+        """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
+        return self.prompt_s > 0 or self.output_s > 0
+
+    def show_a_wait(self, took_s: float, overhead_s: float = OVERHEAD_S) -> bool:
+        """Tell whether the hidden wait of a request that took so long is more than overhead and noise."""
+        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
+
+
+TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
+
+
+def read_timings(tail: bytes) -> Timings:
+    """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
+    found = dict(TIMING.findall(tail))
+    given = found.get
+    return Timings(
+        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
+        int(given(b"prompt_eval_duration", 0)) / 1e9,
+        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
+        int(given(b"eval_duration", 0)) / 1e9,
+        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """One model on one node: its residency, its slots and its speed, as far as they are known.
+
+    Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
+    """
+
+    node: Node
+    model: str                      # one of its names
+    models: list[str] = field(default_factory=list)     # all of them
+    disk_bytes: float = PRIOR_MODEL_BYTES
+    vram_bytes: float = 0.0         # when resident; 0 = never seen
+    cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
+    ready_s: float | None = None    # when it is or will be loaded; None = not resident
+    options: RunnerOptions | None = None    # those it was loaded with; None = unknown, taken to match
+    context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
+    own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
+    keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
+    listed: Json = field(default_factory=dict)  # its row in the last /api/ps
+    leases: list[Lease] = field(default_factory=list)
+    used_s: float = -math.inf       # last sent to
+    slots: SlotEstimate = field(default_factory=SlotEstimate)
+    speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
+    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to the first byte of what
+                                    # need not wait, over what its tokens let expect
+    progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
+    shared_s: float = 0.0           # the same, had the node run at its usual speed
+    prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
+    beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
+    breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
+
+    @property
+    def row(self) -> Json:
+        """Its entry in the node's /api/tags; {} if it has none."""
+        return self.node.rows.get(self.model, {})
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the node has it, under any name."""
+        return any(model in self.node.rows for model in self.models)
+
+    # Speeds, the priors scaled by the node's other models while nothing was measured.
+
+    def cpu_factor(self) -> float:
+        """Return how many times slower than on a card it must be expected to run, by where its memory is."""
+        share = float(self.node.on_cpu) if self.cpu_share is None else self.cpu_share
+        return 1.0 + (CPU_SLOWDOWN - 1.0) * share
+
+    def decode_s(self) -> float:
+        """Return seconds per output token, alone."""
+        return self.speeds.decode_s or (self.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * self.node.size_factor
+                                        * self.cpu_factor())
+
+    def prefill_s(self) -> float:
+        """Return seconds per prompt token, alone."""
+        return self.speeds.prefill_s or (self.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * self.node.size_factor
+                                         * self.cpu_factor())
+
+    def input_s(self) -> float:
+        """Return seconds per text to embed, alone, beside what its tokens take."""
+        return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
+
+    def load_s(self) -> float:
+        """Return how long it takes to load."""
+        return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
+
+    def resident_bytes(self) -> float:
+        """Return the memory that it takes when resident; weights and some context if never seen."""
+        return self.vram_bytes or self.disk_bytes * 1.2
+
+    # Requests.
+
+    def begin(self, lease: Lease, now: float) -> None:
+        """Note that a request is sent."""
+        spec = lease.ticket.spec
+        if lease.loads:
+            self.assume_loaded(spec.options, lease.ready_s)
+        if spec.keep_alive_s is not None:
+            self.keep_alive_s = spec.keep_alive_s
+        if spec.prefix and not spec.embeds:
+            shared_chars = self.beginnings.common_chars(spec.prefix)
+            lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
+            self.prefixes.remember(spec.prefix, self.slots.count + 2)
+            ends = spec.prefix
+            if len(ends) > PREFIX_FIRST:
+                ends = (*ends[:PREFIX_FIRST], ends[-1])
+            self.beginnings.remember(ends, BEGINNINGS_KEPT)     # a kilobyte each
+        if not self.leases:
+            self.node.busy.append(self)
+        elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
+            lease.order_unknown = self.leases[-1].order_unknown = True
+        if spec.embeds:
+            lease.has_list_input = any(other.ticket.spec.inputs > 1 for other in (lease, *self.leases))
+        meet(lease)
+        self.leases.append(lease)
+        lease.position = len(self.leases)
+        self.used_s = now
+        if lease.loads:
+            self.node.loading.append(lease)
+
+    def end(self, lease: Lease, now: float) -> None:
+        """Note that a request has ended; those sent after it may have waited for that."""
+        place = self.leases.index(lease)
+        del self.leases[place]
+        for later in self.leases[place:]:
+            later.left_s += (now,)
+            if later.first_s is None and later.predecessor_left_progress_s is None:
+                later.predecessor_left_progress_s = self.progress_s
+        self.used_s = now
+        self.node.end_load(lease, now)
+        if not self.leases:
+            self.node.busy.remove(self)
+            if not self.keep_alive_s:       # the node unloads it at once
+                self.assume_unloaded()
+        self.node.changes.note(self.models)
+
+    def confirm_slots(self, running: int, now: float) -> None:
+        """Note that so many requests ran at once."""
+        self.note_slots(self.slots.confirm(running, now))
+
+    def note_slots(self, changed: bool) -> None:
+        """Forget what was reckoned with another count of slots, if it has changed."""
+        if changed:
+            self.node.kept_snapshot = None
+            self.node.changes.note(self.models)
+
+    def set_slots(self) -> None:
+        """Take over the slots that hosts.txt tells."""
+        self.slots.configure(self.node.settings.slots, bool(self.row) and embeds_only(self.row))
+
+    # Residency.
+
+    def assume_loaded(self, options: RunnerOptions, ready_s: float) -> None:
+        """Note that a request makes the node load it, and what Ollama will evict for it."""
+        while must_evict(self):
+            victim(self).assume_unloaded()
+        self.assume_unloaded()
+        self.ready_s, self.options = ready_s, options
+
+    def assume_unloaded(self) -> None:
+        """Note that it is no longer resident; its prefix cache went with it."""
+        self.ready_s, self.options, self.listed = None, None, {}
+        self.context, self.keep_alive_s = 0, KEEP_LOADED_S
+        self.prefixes.clear()
+        self.beginnings.clear()
+
+    def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
+        """Take over its row of /api/ps, None if it has none; tell whether predictions change.
+
+        What was placed since `asked_s` is trusted without it.
+        """
+        self.listed = row or {}
+        if row:
+            changed = self.cpu_share != cpu_share(row)
+            self.vram_bytes, self.cpu_share = row_vram_bytes(row), cpu_share(row)
+            if self.ready_s is None or self.ready_s <= asked_s:     # else it may be of what ran before
+                if self.context and self.context != context_of(row):
+                    self.options = None     # somebody else has had it loaded anew
+                self.context = context_of(row)
+                if self.options is not None and not dict(self.options).get("num_ctx"):
+                    self.own_context = self.context
+            if self.ready_s is None:
+                self.ready_s, self.options = now, None
+                return True
+            return changed
+        if self.ready_s is None:
+            return False
+        if not self.leases and self.used_s < asked_s - 1.0:
+            self.assume_unloaded()
+            return True
+        if not any(lease in self.node.loading or lease.first_s is not None or lease.sent_s >= asked_s - 1.0
+                   for lease in self.leases):
+            self.wait_for_load(now)
+            return True
+        return False
+
+    def wait_for_load(self, now: float) -> None:
+        """Note that it was taken for loaded and is not: what was sent waits for it, behind what loads already."""
+        self.ready_s = now + self.load_s()
+        for lease in self.leases:
+            lease.ready_s = self.ready_s
+        self.node.loading += self.leases
+
+    def recall(self, kept: Json) -> None:
+        """Take over what was kept of it, if it is the same version."""
+        digest = digest_of(self.node, self.model)
+        if kept.get("digest") and digest and kept["digest"] != digest:
+            return
+        self.vram_bytes = kept.get("vram_bytes", self.vram_bytes)
+        self.speeds.recall(kept)
+        self.unqueued_ratio = {name == "true": ratio for name, ratio in kept.get("unqueued_ratio", {}).items()}
+        self.slots.recall(kept, self.node.indexed_s)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One Ollama server."""
+
+    settings: NodeSettings
+    changes: Changes = field(default_factory=Changes)       # the cluster's
+    name: str = field(init=False)
+    rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
+    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # (model, digest): the blob with its weights;
+                                    # "" = untold
+    runners: dict[str, Runner] = field(default_factory=dict)    # by model
+    leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
+    busy: list[Runner] = field(default_factory=list)        # those with leases
+    loading: list[Lease] = field(default_factory=list)      # those that wait for their model to load
+    kept_snapshot: NodeSnapshot | None = None       # see `snapshot`
+
+    probed: bool = False            # has answered, or failed to, at least once
+    indexed: bool = False           # its models are known
+    indexed_s: float = -math.inf    # and were asked for then
+    up: bool = False
+    draining: bool = False
+    drained_seq: int = 0            # tickets with a lower `seq` waited before that
+    calibrated: bool = False        # measured, or being measured, since it came up
+    measuring: Lease | None = None      # among its leases: the gateway's own, which gives way to any other
+    check_s: float = -math.inf      # from then on it may be measured
+    check_pause_s: float = CHECK_PAUSE_S    # after the next measurement
+    misses: int = 0                 # probes in a row without an answer
+    answered_s: float = -math.inf   # when it answered one last
+    lost_s: float = -math.inf       # when it was found to be unreachable last
+    breaker: Breaker = field(default_factory=Breaker)
+    suspect: bool = False           # in doubt: far more silent than predicted. It comes last; any byte ends that
+    heard_s: float = 0.0            # last byte of any inference answer
+    doubted_s: float = -math.inf    # last time it was in doubt
+    advanced_s: float = 0.0         # up to when the runners' progress is counted
+    loaded_s: float = -math.inf     # when a load ended last
+    strangers_s: float = -math.inf  # when a request last had to wait for somebody else's
+    speed: float = 1.0              # share of its usual speed that it runs at now, 0.03..1
+    size_factor: float = 1.0        # its seconds per token over the prior's, over all its models
+    overheads_s: collections.deque[float] = field(          # samples
+        default_factory=lambda: collections.deque(maxlen=OVERHEADS_KEPT))
+    overhead_s: float = OVERHEAD_S  # what a lone request takes outside prefill and decode
+    on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
+    rtt_s: float = 0.0
+    answer_s: float = 0.0           # EWMA of its answer times
+    memory: MemoryEstimate = field(default_factory=MemoryEstimate)
+
+    kept: dict[str, Json] = field(default_factory=dict)     # what was kept of its models, see "Memory"
+
+    version: str = ""
+    cloud: Json = field(default_factory=dict)   # its /api/status
+    running: list[Json] = field(default_factory=list)       # rows of its /api/ps
+    requests: int = 0
+    errors: int = 0
+    last_error: NodeError | None = None
+    error_share: ErrorShare = field(default_factory=ErrorShare)
+    latencies_s: collections.deque[float] = field(default_factory=lambda: collections.deque(maxlen=500))
+
+    def __post_init__(self) -> None:
+        self.name = self.settings.name
+
+    def state(self, now: float) -> str:
+        """Return up, suspect, down or draining."""
+        if self.draining:
+            return "draining"
+        if not self.up or self.breaker.state(now) == "open":
+            return "down"
+        return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
+
+    def is_alive(self, now: float) -> bool:
+        """Tell whether it can be expected to answer: up, or no worse than suspect."""
+        return self.up and not self.draining and self.breaker.state(now) != "open"
+
+    def is_usable(self, now: float) -> bool:
+        """Tell whether it may get new work."""
+        return self.up and not self.draining and self.breaker.allows(now)
+
+    def may_return(self, now: float, patience_s: float) -> bool:
+        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
+        return not self.draining and (not self.probed or now - self.lost_s < patience_s)
+
+    def doubt_s(self, now: float) -> float:
+        """Return what is added to a finish there: while in doubt, as long as it has been silent, it may be still."""
+        return max(0.0, now - self.heard_s) if self.suspect else 0.0
+
+    def snapshot(self, now: float) -> NodeSnapshot:
+        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
+
+        So old is what an Offer says of the work that still runs.
+        """
+        known = self.kept_snapshot
+        if known is None or known.changes != self.changes.count or now - known.at_s > LOOK_AGAIN_S:
+            known = self.kept_snapshot = NodeSnapshot(self, now)
+        return known
+
+    # Requests.
+
+    def begin(self, lease: Lease, now: float) -> None:
+        """Note that a request is sent."""
+        if not self.leases:
+            self.heard_s = now
+        self.leases.append(lease)
+        self.requests += 1
+        breakers = (self.breaker,) if lease.runner is None else (self.breaker, lease.runner.breaker)
+        lease.trials = [breaker for breaker in breakers if breaker.failures and breaker.begin()]
+
+    def end(self, lease: Lease, now: float) -> None:
+        """Note that a request has ended."""
+        self.advance(now)
+        self.leases.remove(lease)
+        if lease.measures:
+            self.measuring = None
+        elif lease.runner is not None:
+            lease.runner.end(lease, now)
+        if not self.leases:         # it is worth a look even for what had better wait for another node
+            self.changes.note(self.rows)
+        for breaker in lease.trials:
+            breaker.end_trial()
+        self.heard_s = now          # its silence, if any, ended with this lease
+
+    def advance(self, now: float) -> None:
+        """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
+        self.kept_snapshot = None
+        elapsed_s = now - self.advanced_s
+        if elapsed_s > 0:
+            for runner in self.busy:
+                progress_s = elapsed_s / slowdown(self, runner)
+                runner.progress_s += progress_s
+                runner.shared_s += progress_s / self.speed
+            self.advanced_s = now
+
+    def end_load(self, lease: Lease, now: float) -> None:
+        """Note that a lease does not wait for its model any more, if it did."""
+        if lease in self.loading:
+            self.loading.remove(lease)
+            self.loaded_s = now
+
+    def worked(self, now: float) -> None:
+        """Note that it has answered a request."""
+        self.breaker.succeed()
+        self.error_share.add(False, now)
+        self.heard_s = now
+        self.misses, self.check_pause_s = 0, CHECK_PAUSE_S
+
+    def note_error(self, text: str, status: int | None, kind: str | None, now: float) -> None:
+        """Note an error that it answered, or how else it failed. What follows from that is the part of `fail`."""
+        self.last_error = NodeError(text, status, now)
+        if kind not in DIFFERENCES:
+            self.error_share.add(True, now)
+
+    def learn_overhead(self, hidden_s: float, alone: bool) -> None:
+        """Take in what an answer spent outside load, prefill and decode. Beside others it may have waited."""
+        if 0.0 <= hidden_s <= MOST_OVERHEAD_S and (alone or hidden_s < self.overhead_s):
+            self.overheads_s.append(hidden_s)
+            self.overhead_s = sorted(self.overheads_s)[len(self.overheads_s) // 4]
+
+    @property
+    def most_overhead_s(self) -> float:
+        """Return what may still be overhead: beside others up to twice as much as alone."""
+        return max(2 * self.overhead_s, OVERHEAD_S) if self.overheads_s else MOST_OVERHEAD_S
+
+    # Doubt and speed.
+
+    def doubt(self, now: float) -> None:
+        """Note that it is in doubt."""
+        self.doubted_s = now
+        if not self.suspect:
+            self.suspect = True
+            self.changes.note_all()
+
+    def trust(self, now: float) -> None:
+        """End the doubt: it has sent something of an answer, or a check has found it idle."""
+        self.suspect = False
+        self.heard_s = now
+        self.changes.note_all()
+
+    def slow_down(self, seen: float) -> None:
+        """Take in that a stream had `seen` of the lines expected of it: the node's speed just now."""
+        self.speed = min(1.0, max(0.03, self.speed + 0.4 * (seen - self.speed)))
+        self.kept_snapshot = None
+
+    def reset_speed(self) -> None:
+        """Reset its speed factor to 1."""
+        self.speed = 1.0
+        self.changes.note_all()
+
+    def may_measure(self, now: float) -> bool:
+        """Tell whether it may be measured: it does nothing for us, and its pause is over."""
+        return self.up and not self.draining and not self.leases and now >= self.check_s
+
+    def calibrates(self, done: bool = True) -> None:
+        """Note that it is being measured; that is done once each time it comes up. Or that it was in vain."""
+        self.calibrated = done
+
+    def pause_measuring(self, now: float) -> None:
+        """Let it be measured again only after a pause, twice as long as the last one."""
+        self.check_s = now + self.check_pause_s
+        self.check_pause_s = min(2 * self.check_pause_s, LAST_CHECK_PAUSE_S)
+
+    # Probes.
+
+    def answered(self, version: str, rtt_s: float, now: float) -> None:
+        """Note that it answered a probe; one that was down starts afresh."""
+        if not self.up:
+            self.breaker.succeed()
+            self.changes.note_all()
+        self.probed, self.up, self.misses, self.version, self.answered_s = True, True, 0, version, now
+        self.rtt_s += (0.3 if self.rtt_s else 1.0) * (rtt_s - self.rtt_s)
+
+    def missed(self, refused: bool, now: float) -> None:
+        """Note a probe without an answer: dead is what refuses a connection, or has not answered for DEAD_S."""
+        self.misses += 1
+        self.indexed = self.indexed and not refused
+        if refused or not self.probed or now - self.answered_s >= DEAD_S:
+            self.lost(now)
+
+    def lost(self, now: float) -> None:
+        """Note that it cannot be reached: its models are gone from memory."""
+        if self.up:
+            self.lost_s = now
+        self.probed, self.up, self.suspect, self.calibrated = True, False, False, False
+        self.speed = 1.0
+        self.check_s, self.check_pause_s = -math.inf, CHECK_PAUSE_S
+        self.changes.note_all()
+        for runner in self.runners.values():
+            runner.assume_unloaded()
+            runner.slots.forget()
+
+    def refused(self, now: float) -> None:
+        """Note that it refuses connections: no new work. Whether what runs there is lost, the next probe tells."""
+        self.up, self.lost_s = False, now
+
+    def configure(self, settings: NodeSettings) -> None:
+        """Take over the settings of a node whose server is the same."""
+        was, self.settings, self.name = self.settings, settings, settings.name
+        if was.slots != settings.slots:
+            for runner in self.runners.values():
+                runner.set_slots()
+
+    # Models.
+
+    def runner_for(self, model: str) -> Runner:
+        """Return what is known of a model there, from now on."""
+        runner = self.runners.get(model)
+        if runner is None:
+            runner = self.runners[model] = Runner(self, model, [model])
+            runner.set_slots()
+        return runner
+
+    def take_tags(self, rows: list[Json], asked_s: float) -> bool:
+        """Take over its /api/tags, unless what was asked for later has come before it; tell whether it was."""
+        if asked_s < self.indexed_s:
+            return False
+        self.indexed_s = asked_s if asked_s < math.inf else self.indexed_s
+        named = {row_name(row): row for row in rows}
+        gone = [model for model in self.runners if model not in named]
+        if gone:
+            self.kept = learned_of_node(self).get("models", {})
+        self.rows = named
+        for model, row in named.items():
+            is_new = model not in self.runners
+            runner = self.runner_for(model)
+            if is_new:
+                runner.recall(self.kept.get(model, {}))
+            runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
+            if embeds_only(row) and runner.slots.origin == "guessed":
+                runner.slots.origin = "set"     # to one, by Ollama itself
+        for model in gone:
+            if not any(lease.ticket.spec.model == model for lease in self.runners[model].leases):
+                del self.runners[model]
+        self.share_runners()
+        self.indexed = True
+        return True
+
+    def share_runners(self) -> None:
+        """Give its models that are made from the same weights one runner, and only those.
+
+        One that works stays as it is until it is idle, when the models are looked at next.
+        """
+        sharing: dict[str, list[str]] = {}
+        taken: set[Runner] = set()
+        for model in self.rows:
+            sharing.setdefault(weights_of(self, model), []).append(model)
+        for models in sharing.values():
+            free = dict.fromkeys(runner for model in models if (runner := self.runners[model]) not in taken)
+            kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
+                       default=None)
+            for model in models:
+                known = self.runners[model]
+                if kept is None:
+                    del self.runners[model]
+                    kept = self.runner_for(model)
+                    kept.disk_bytes = known.disk_bytes
+                elif known in taken or not known.leases:
+                    if kept.ready_s is None and known not in taken:
+                        kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
+                    self.runners[model] = kept
+            assert kept is not None     # no list of `sharing` is empty
+            taken.update([kept], free)
+        for runner in each_runner(self):
+            runner.models = [model for model, other in self.runners.items() if other is runner]
+            runner.model = runner.model if runner.model in runner.models else runner.models[0]
+
+    def index_failed(self) -> None:
+        """Note that it lives but does not say what it has: what it said last counts."""
+        self.indexed = True
+
+    def unloaded(self, model: str) -> None:
+        """Note that it has promised to unload a model."""
+        runner = self.runners.get(model)
+        if runner is not None and not runner.leases:
+            runner.assume_unloaded()
+
+    def know_weights(self, blobs: dict[tuple[str, str], str]) -> None:
+        """Take over which blobs its models are made from: {(model, digest): blob}."""
+        self.weights = {**self.weights, **blobs}
+        known = {(model, digest_of(self, model)) for model in self.rows}
+        self.weights = {key: blob for key, blob in self.weights.items() if key in known}
+        self.share_runners()
+
+    def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
+        """Take over its /api/ps, asked for at `asked_s`. Of the names of one runner it shows the first asked for."""
+        names = {row_name(row): row for row in rows}
+        loading = {lease.slot for lease in self.loading}
+        loading_bytes = sum(runner.resident_bytes() for runner in loading
+                            if not any(model in names for model in runner.models))
+        self.memory.learn({row_name(row): row for row in self.running}, names, loading_bytes)
+        self.running = rows
+        digests = {str(row["digest"]): row for row in rows if row.get("digest")}
+        on_cpu = all(cpu_share(row) == 1.0 for row in rows) if rows else self.on_cpu
+        changed, self.on_cpu = on_cpu != self.on_cpu, on_cpu
+        for runner in each_runner(self):
+            row = (next((names[model] for model in runner.models if model in names), None)
+                   or digests.get(digest_of(self, runner.model)))
+            changed = runner.take_row(row, asked_s, now) or changed
+        if changed:
+            self.changes.note_all()
+
+
+def each_runner(node: Node) -> list[Runner]:
+    """Return the runners of a node, each once however many names it has."""
+    return list(dict.fromkeys(node.runners.values()))
+
+
+def resident_runners(node: Node, exclude: Runner | None = None) -> list[Runner]:
+    """Return the runners of a node whose models are loaded or loading, `exclude` not among them."""
+    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not exclude]
+
+
+def must_evict(runner: Runner) -> bool:
+    """Tell whether loading the model would push another one out."""
+    others = resident_runners(runner.node, exclude=runner)
+    held_bytes = sum(other.resident_bytes() for other in others)
+    return runner.node.memory.is_overfilled(held_bytes, runner.resident_bytes(), len(others))
+
+
+def victim(runner: Runner) -> Runner:
+    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
+
+    When it was last used plays no part.
+    """
+    return min(resident_runners(runner.node, exclude=runner),
+               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
+
+
+def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, reason: str,
+               prediction: Prediction | None = None) -> Lease:
+    """Give a ticket its lease, and note what the node will now be doing.
+
+    `runner`: None takes no slot. `prediction`: None is made here.
+    """
+    lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+    if node.measuring is not None:
+        node.measuring.give_way(now)
+    node.advance(now)
+    if runner is not None:
+        if prediction is None:
+            assert ticket.demand is not None        # it has waited for a slot
+            prediction = NodeSnapshot(node, now).offer(runner, now).predict(ticket.demand, now)
+        lease.expect(prediction, now)
+        runner.begin(lease, now)
+    node.begin(lease, now)
+    ticket.take(lease)
+    return lease
+
+
+def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
+    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
+
+    After it the node has a pause, which is doubled until it answers somebody.
+    """
+    node = runner.node
+    lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
+    node.advance(now)
+    node.heard_s, node.measuring = now, lease
+    node.leases.append(lease)
+    node.pause_measuring(now)
+    return lease
+
+
+# -----------------------------------------------------------------------------
+# Memory: what is worth keeping of what was learned?
+#
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
+# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
+# than a few samples, which new ones soon outweigh.
+# -----------------------------------------------------------------------------
+
+Range = tuple[type[float], float, float]        # kind of number, least, most
+
+KEPT_OF_NODE: dict[str, Range] = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S)}
+KEPT_OF_MEMORY: dict[str, Range] = {
+    "seen_bytes": (float, 0.0, 1e15), "limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
+KEPT_OF_RUNNER: dict[str, Range] = {"vram_bytes": (float, 1.0, 1e15)}
+KEPT_OF_SPEEDS: dict[str, Range] = {
+    "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
+    "load_s": (float, 1e-3, 1e4), "lines_per_token": (float, 1e-3, 1e3),
+    "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
+KEPT_OF_SLOTS: dict[str, Range] = {"count": (int, 1, 256), "max_proven": (int, 1, 256), "rejections": (int, 0, 1000)}
+KEPT_OF_LENGTHS: dict[str, Range] = {
+    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
+KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
+KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
+MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
+
+
+def within(values: Any, ranges: dict[str, Range]) -> Json:
+    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
+    found = {}
+    for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
+        value = values.get(name)
+        if type(value) in (int, kind) and least <= value <= most:
+            found[name] = kind(value)
+    return found
+
+
+def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths,
+               ranges: dict[str, Range]) -> Json:
+    """Return the attributes of an estimate that are worth keeping."""
+    return within({name: getattr(owner, name) for name in ranges}, ranges)
+
+
+def learned_of_runner(runner: Runner, digest: str) -> Json:
+    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
+    kept = {**attributes(runner, KEPT_OF_RUNNER), **attributes(runner.speeds, KEPT_OF_SPEEDS)}
+    if not runner.speeds.samples:
+        kept.pop("lines_per_token", None)
+    if runner.slots.origin == "learned":
+        kept.update(attributes(runner.slots, KEPT_OF_SLOTS))
+    if runner.unqueued_ratio:
+        ratios = {str(streams).lower(): ratio for streams, ratio in runner.unqueued_ratio.items()}
+        kept["unqueued_ratio"] = within(ratios, KEPT_RATIOS)
+    return {**kept, "digest": digest} if kept else {}
+
+
+def learned_of_node(node: Node) -> Json:
+    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
+    models = {model: learned for model, runner in node.runners.items()
+              if (learned := learned_of_runner(runner, digest_of(node, model)))}
+    kept = {model: learned for model, learned in node.kept.items() if model not in models}
+    models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
+    if not models:
+        return {}
+    return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE),
+            **attributes(node.memory, KEPT_OF_MEMORY), "models": models}
+
+
+def learned_of_lengths(lengths: OutputLengths) -> Json:
+    """Return what is to be kept of a model's lengths."""
+    return {**attributes(lengths, KEPT_OF_LENGTHS),
+            "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
+
+
+def read_node(entry: Any) -> Json | None:
+    """Return what was kept of a node, in range; None for what is no such thing."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
+            and isinstance(entry.get("models"), dict)):
+        return None
+    models = {}
+    for model, kept in itertools.islice(entry["models"].items(), MOST_KEPT):
+        if read := within(kept, {**KEPT_OF_RUNNER, **KEPT_OF_SPEEDS, **KEPT_OF_SLOTS}):
+            ratios = within(kept.get("unqueued_ratio"), KEPT_RATIOS)
+            models[model] = {**read, **({"unqueued_ratio": ratios} if ratios else {}),
+                             "digest": str(kept.get("digest") or "")[:100]}
+    return {"name": entry["name"], "url": entry["url"], **within(entry, {**KEPT_OF_NODE, **KEPT_OF_MEMORY}),
+            "models": models}
+
+
+def read_lengths(entry: Any) -> OutputLengths:
+    """Return the OutputLengths that were kept of a model, as far as they are in range."""
+    lengths = OutputLengths()
+    for name, value in within(entry, KEPT_OF_LENGTHS).items():
+        setattr(lengths, name, value)
+    lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
+    means = within(entry["buckets"], KEPT_BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
+    lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
+    return lengths
+
+
+def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
+    """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
+    def likeness(entry: Json) -> int:
+        return int(entry["url"] == settings.url) * 2 + int(entry["name"] == settings.name)
+
+    best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
+    return best if best and likeness(best) else {}
+
+
+def recall(entries: list[Json], node: Node) -> Node:
+    """Return a new node, with what was kept of its server. It need not be calibrated then."""
+    entry = kept_of(entries, node.settings)
+    node.kept = entry.get("models", {})
+    for owner, names in ((node, KEPT_OF_NODE), (node.memory, KEPT_OF_MEMORY)):
+        for name in names.keys() & entry.keys():
+            setattr(owner, name, entry[name])
+    node.calibrated = any("decode_s" in learned for learned in node.kept.values())
+    return node
+
+
+# -----------------------------------------------------------------------------
+# Cluster: which nodes are there, and which of them have a model?
+# -----------------------------------------------------------------------------
+
+DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
+ALL_FAILED = 502, "every node that could answer has failed"
+
+
 def emptiest(nodes: list[Node], count: int) -> list[Node]:
     """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
     def fullness(node: Node) -> tuple[int, float]:
@@ -2894,22 +3164,247 @@ def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
     return found
 
 
-def untried(nodes: Iterable[Node], tried: set[str]) -> list[Node]:
-    """Return the nodes that can be reached, busy or failing perhaps, and have not failed a request yet."""
-    return [node for node in nodes if node.up and not node.draining and node.name not in tried]
+def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
+    """Return the nodes that can be reached, busy or failing perhaps, and that a ticket may use."""
+    return [node for node in nodes if node.up and not node.draining and ticket.may_use(node)]
 
 
-def is_confirmed(runner: Runner, now: float) -> bool:
-    """Tell whether an answer has lately agreed with what is believed of a runner's speed."""
-    return now - runner.confirmed_s < CONFIRMED_S
+def share_sizes(count: int, rates: list[float]) -> list[int]:
+    """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
+
+    Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
+    node too slow for a share worth its while gets none.
+    """
+    rates = sorted(rates, reverse=True)
+    while len(rates) > 1 and rates[-1] * count < max(MIN_SHARE_TEXTS, rates[-1] * MIN_SHARE_S) * sum(rates):
+        rates.pop()
+    shares = []
+    for rate in rates:
+        texts = count * rate / sum(rates)
+        pieces = max(1, min(round(texts / (rate * SHARE_S)), int(texts / MIN_SHARE_TEXTS)))
+        shares += [((number + 1) / pieces, texts / pieces) for number in range(pieces)]
+    shares.sort(key=lambda share: share[0])
+    ends = [round(end) for end in itertools.accumulate(texts for _, texts in shares)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def explain(candidates: list[Candidate], chosen: Candidate) -> str:
-    """Return why a node was chosen, in a few words."""
-    if len(candidates) == 1:
-        return f"only choice, {chosen.finish_s:.2f} s predicted"
-    other = candidates[1] if candidates[0] is chosen else candidates[0]
-    return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
+class Cluster:
+    """The nodes, and what is known of models wherever they are."""
+
+    def __init__(self, patience_s: float = 240.0) -> None:
+        self.patience_s = patience_s            # for so long what waits may wait for a node that has gone
+        self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
+        self.leaving: list[Node] = []           # dropped nodes that still work
+        self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
+        self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
+        self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
+        self.estimates = Estimates()
+        self.changes = Changes()
+
+    # Which nodes?
+
+    def configure(self, settings: list[NodeSettings]) -> tuple[list[Node], list[Node]]:
+        """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
+
+        Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
+        its slots are taken. Returns (added, dropped) nodes.
+        """
+        old = list(self.nodes.values())
+        if settings and not any(line.primary for line in settings):
+            settings = [settings[0]._replace(primary=True), *settings[1:]]
+        known = matched(settings, [*old, *self.leaving])
+        self.nodes = {}
+        for line in settings:
+            node = self.nodes[line.name] = known.get(line.name) or recall(self.kept, Node(line, self.changes))
+            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
+            node.configure(line)
+        dropped = [node for node in old if self.nodes.get(node.name) is not node]
+        self.keep(dropped)
+        for node in dropped:
+            node.draining = True
+            if node.measuring is not None:
+                node.measuring.give_way(node.measuring.sent_s)
+        self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
+        self.reindex()
+        return [node for node in self.nodes.values() if node not in old], dropped
+
+    def drain(self, node: Node, draining: bool, seq: int) -> None:
+        """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else.
+
+        `seq`: that of the next ticket.
+        """
+        if draining and not node.draining:
+            node.drained_seq = seq
+        node.draining = draining
+        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
+        self.changes.note_all()
+
+    def take_tags(self, node: Node, rows: list[Json], asked_s: float = math.inf) -> None:
+        """Take over a node's /api/tags."""
+        if node.take_tags(rows, asked_s):
+            self.reindex()
+
+    def know_weights(self, node: Node, blobs: dict[tuple[str, str], str]) -> None:
+        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
+        node.know_weights(blobs)
+        self.reindex()
+
+    def lacks(self, node: Node, runner: Runner, model: str | None) -> None:
+        """Note that a node has not a model that its index names."""
+        if model in node.rows:
+            del node.rows[model]
+        if not runner.on_disk:
+            runner.assume_unloaded()
+        self.reindex()
+
+    def reindex(self) -> None:
+        """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
+        self.changes.note_all()
+        self.holders = {}
+        for node in self.nodes.values():
+            for model in node.rows:
+                if not is_cloud(model):
+                    self.holders.setdefault(model, []).append(node.runners[model])
+
+    def in_flight(self) -> int:
+        """Return how many requests run, on dropped nodes, too."""
+        return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
+
+    # For a model.
+
+    def nodes_for(self, model: str | None) -> list[Node]:
+        """Return the nodes that have a model; all of them if none is known to."""
+        return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
+
+    def count_with(self, model: str | None, digest: str | None) -> int:
+        """Return how many nodes have a version of a model."""
+        return sum(has_on_disk(node, model) and digest_of(node, model) == digest for node in self.nodes.values())
+
+    def servers(self, model: str | None, now: float) -> list[Runner]:
+        """Return the runners that can serve a model now; if there are none, those that it waits for."""
+        up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
+        return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
+                and runner.breaker.state(now) != "open"] or up
+
+    def is_hopeless(self, ticket: Ticket, now: float) -> bool:
+        """Tell whether no node is left that could serve a ticket, now or when it has come back."""
+        nodes = self.nodes_for(ticket.spec.model)
+        return not untried(nodes, ticket) and not any(
+            ticket.may_use(node) and self.is_awaited(node, now) for node in nodes)
+
+    def is_awaited(self, node: Node, now: float) -> bool:
+        """Tell whether a node that cannot be reached may come back in time for what waits."""
+        return not node.up and node.may_return(now, self.patience_s)
+
+    def is_asked_for(self, runner: Runner, now: float) -> bool:
+        """Tell whether somebody has lately asked for a model, of whichever node."""
+        return any(now - other.used_s < LATELY_S for model in runner.models for other in self.holders.get(model, ()))
+
+    def is_unsure(self, node: Node, now: float) -> bool:
+        """Tell whether a model is asked for of which no answer of a node has lately said how fast it is there."""
+        return any(runner.listed and not runner.speeds.is_confirmed(now) and self.is_asked_for(runner, now)
+                   for runner in node.runners.values())
+
+    # For what takes no slot.
+
+    def node_unqueued(self, spec: RequestSpec, tried: set[str], now: float) -> tuple[Node, str]:
+        """Return (node, why it) for a request that only one suitable node need answer. Raises Refusal.
+
+        Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
+        """
+        up = [node for node in self.nodes.values() if node.up and not node.draining and node.name not in tried]
+        if not up:
+            if tried:
+                raise Refusal(*ALL_FAILED)
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        up = [node for node in up if node.breaker.allows(now)] or up
+        holders = [node for node in up if has_on_disk(node, spec.model)]
+        if spec.where is Where.PRIMARY:
+            node = self.primary_for(spec, holders, now)
+            return node, "primary node" if node.settings.primary else "has the model"
+        if holders:
+            newest = max(version_of(node, spec.model) for node in holders)
+            holders = [node for node in holders if version_of(node, spec.model) == newest]
+        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
+        return node, "has the model" if holders else "any node"
+
+    def primary_for(self, spec: RequestSpec, holders: list[Node], now: float) -> Node:
+        """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
+        primary = next(node for node in self.nodes.values() if node.settings.primary)
+        in_cloud = is_cloud(spec.model or "")
+        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
+            return primary
+        if holders and not in_cloud:
+            return holders[0]
+        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
+
+    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
+        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
+
+        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
+        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
+        node to refuse.
+        """
+        up = [node for node in self.nodes.values() if node.up]
+        if not up:
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        model = spec.source if spec.change in ("copy", "create") else spec.model
+        holders = [node for node in up if has_on_disk(node, model)]
+        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
+            return [self.primary_for(spec, holders, now)]
+        if spec.change == "copy" and holders:
+            newest = max(holders, key=lambda node: version_of(node, model))
+            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
+        if spec.change == "pull" and not holders:
+            return emptiest([node for node in up if not node.draining] or up, replicas)
+        return holders or [min(up, key=lambda node: not node.settings.primary)]
+
+    def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
+        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
+
+        Only nodes with the same version take part: the one that most have.
+        """
+        versions: dict[str, list[Runner]] = {}
+        for runner in self.holders.get(spec.model, ()):
+            if runner.node.is_alive(now):
+                versions.setdefault(digest_of(runner.node, spec.model), []).append(runner)
+        versions.pop("", None)      # what does not tell its version is mixed with nothing
+        chosen = max(versions.values(), key=len, default=[])
+        if not chosen:
+            return [], ""
+        assert spec.batch is not None
+        count = len(spec.batch["input"])
+        tokens = max(1.0, self.estimates.demand(spec).prompt_tokens / count)
+        sizes = share_sizes(count, [runner.node.speed / (tokens * runner.prefill_s() + runner.input_s())
+                                    for runner in chosen])
+        return sizes, digest_of(chosen[0].node, spec.model)
+
+    # What is kept.
+
+    def learned(self) -> Json:
+        """Return all that is worth keeping, as plain values."""
+        self.keep(self.nodes.values())
+        lengths = [(model, learned_of_lengths(known)) for model, known in self.estimates.lengths.items()
+                   if known.samples]
+        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
+
+    def keep(self, nodes: Iterable[Node]) -> None:
+        """Keep what was learned of nodes, in place of what was kept of them before."""
+        for node in nodes:
+            learned = learned_of_node(node)
+            if learned:
+                server = learned["name"], learned["url"]
+                self.kept = [entry for entry in self.kept if (entry["name"], entry["url"]) != server]
+                self.kept.append(learned)
+        del self.kept[:-MOST_KEPT]
+
+    def remember(self, learned: Json) -> None:
+        """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
+        self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
+        for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
+            lengths = read_lengths(entry)
+            if lengths.samples:
+                self.estimates.lengths[model] = lengths
 
 
 def left_s(lease: Lease, slow: float, now: float) -> float:
@@ -2929,8 +3424,8 @@ class Forecast:
     A slot of a node is taken by one request after the other, of any model, and is busy at first with what runs there.
     """
 
-    def __init__(self, dispatcher: "Dispatcher", now: float) -> None:
-        self.dispatcher, self.now = dispatcher, now
+    def __init__(self, cluster: Cluster, now: float) -> None:
+        self.cluster, self.now = cluster, now
         self.slots: dict[Node, list[list[float]]] = {}      # [[when a slot is free, in seconds from now], ...]
         self.heaps: dict[str | None, list[Place]] = {}      # of each model
         self.costs_s: dict[tuple[Runner, int, int], float] = {}     # by the size of a demand: its time in a slot
@@ -2938,7 +3433,7 @@ class Forecast:
     def slots_of(self, node: Node) -> list[list[float]]:
         """Return the slots of a node, busy until what runs there now is predicted to end."""
         if node not in self.slots:
-            count = max((runner.slots for runner in node.runners.values() if runner.on_disk), default=1)
+            count = max((runner.slots.count for runner in node.runners.values() if runner.on_disk), default=1)
             ends_s = sorted(left_s(lease, slowdown(node, runner), self.now)
                             for runner in node.busy for lease in runner.leases)[-count:]
             self.slots[node] = [[end_s] for end_s in [0.0] * (count - len(ends_s)) + ends_s]
@@ -2947,10 +3442,10 @@ class Forecast:
     def heap_for(self, demand: Demand) -> list[Place]:
         """Return the slots where a model can run, the first one free on top; none before the model is there."""
         heap = []
-        for runner in self.dispatcher.servers(demand.spec.model, self.now):
+        for runner in self.cluster.servers(demand.spec.model, self.now):
             slots = self.slots_of(runner.node)
             start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
-            least_s = start_s if runner.slots < len(slots) else ready_s     # its own slots, or all of the node's
+            least_s = start_s if runner.slots.count < len(slots) else ready_s     # its own slots, or all of the node's
             heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
         heapq.heapify(heap)
         return heap
@@ -2989,200 +3484,12 @@ class Rates(NamedTuple):
     input_s: float                  # a text to embed
 
 
-NO_RATES: tuple[float, list[Rates]] = (-math.inf, [])       # when reckoned, Rates
+class ClusterRates:
+    """How fast the whole cluster is with a model: what fair share charges by."""
 
-
-class Decision(NamedTuple):
-    """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
-
-    at_s: float
-    id: str
-    model: str | None
-    node: str
-    candidates: list[Candidate]     # best first
-
-
-class Dispatcher:
-    """Own the queue and the nodes, and match them. Never waits, never looks at a clock."""
-
-    def __init__(self, policy: str = "latency-weighted", *, max_queue: int = 1024, queue_timeout_s: float = 240.0,
-                 early_refusal: bool = False) -> None:
-        self.pick = POLICIES[policy]
-        self.max_queue, self.queue_timeout_s, self.early_refusal = max_queue, queue_timeout_s, early_refusal
-        self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
-        self.leaving: list[Node] = []           # dropped nodes that still work
-        self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
-        self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
-        self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
-        self.queue = Queue()
-        self.settled: dict[str | None, Settled] = {}            # by model
-        self.skimmed_s: dict[str | None, float] = {}            # when the tickets of a model were skimmed last
-        self.freed: collections.Counter[str | None] = collections.Counter()     # settled model: leases ended since
-        self.surroundings: dict[Node, NodeSnapshot] = {}        # until something begins or ends there
-        self.rates: dict[str | None, tuple[float, list[Rates]]] = {}    # when reckoned, and what; see `rates_of`
-        self.idle: set[Node] = set()            # nodes whose last lease has ended since the last dispatch
-        self.displaced: list[Ticket] = []       # refused since the last dispatch
-        self.forecast = -math.inf, 0.0      # when `drain_s` was reckoned last, and what came out
-        self.fair = FairShare()
-        self.estimates = Estimates()
-        self.decisions: collections.deque[Decision] = collections.deque(maxlen=DECISIONS_KEPT)
-        self.ratios = Ratios()      # of all answers
-        self.picks = itertools.count()      # made by a plain policy so far
-        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams that another node was to go on
-                                    # with: whole, broken
-        self.seq = itertools.count()
-
-    # Tickets ----------------------------------------------------------------
-
-    def enter(self, id: str, spec: RequestSpec, now: float, version: str = "") -> Ticket:
-        """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
-
-        If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
-        Refusal if it is the new one, or with --early-refusal if its turn would come too late.
-        """
-        if self.early_refusal:
-            self.refuse_early(spec, now)
-        if len(self.queue) >= self.max_queue:
-            self.displace(spec.client, self.fair.start_s(spec, now) - HEAD_START_S * spec.priority, now)
-        demand = self.estimates.demand(spec)
-        cost_s = self.cost_s(demand, now)
-        key_s = self.fair.charge(spec, now, cost_s) - HEAD_START_S * spec.priority
-        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand)
-        if version:
-            self.pin_version(ticket, version)
-        self.push(ticket)
-        return ticket
-
-    def refuse_early(self, spec: RequestSpec, now: float) -> None:
-        """Raise Refusal if a new request is predicted to begin only when it would have waited too long."""
-        if self.drain_s(now) <= self.queue_timeout_s:
-            return
-        forecast = Forecast(self, now)
-        key_s = self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
-        for ticket in self.queue.in_order():
-            if ticket.key_s <= key_s:
-                forecast.start_s(self.estimates.demand_of(ticket))
-        start_s = forecast.start_s(self.estimates.demand(spec)) or 0.0
-        if start_s > self.queue_timeout_s:
-            raise Refusal(503, f"no slot is predicted to become free within {self.queue_timeout_s:g} s",
-                          retry_after_s=start_s - self.queue_timeout_s)
-
-    def displace(self, client: str, key_s: float, now: float) -> None:
-        """Refuse a ticket of a full queue for one of `client` with this key. Raises Refusal if that has to go."""
-        refusal = Answer(503, "the queue is full", retry_after_s=self.drain_s(now))
-        last = self.queue.to_displace(client, key_s)
-        if last is None:
-            raise refusal.error()
-        self.displaced.append(self.refuse(last, refusal))
-
-    def push(self, ticket: Ticket) -> None:
-        """Let a ticket wait."""
-        self.queue.push(ticket)
-        settled = self.settled.get(ticket.spec.model)
-        if settled and ticket.key_s < settled.last_key_s:
-            self.unsettle(ticket.spec.model)
-
-    def unsettle(self, model: str | None) -> None:
-        """Look at all tickets of a model again, at the next dispatch."""
-        self.settled.pop(model, None)
-        self.freed.pop(model, None)
-
-    def unsettle_all(self) -> None:
-        """Look at all tickets again, at the next dispatch: something has changed on a node."""
-        self.settled.clear()
-        self.freed.clear()
-        self.surroundings.clear()
-        self.rates.clear()
-
-    def leave(self, ticket: Ticket, now: float) -> bool:
-        """End a ticket, whatever has become of it: waiting, running, refused or already left. Tell whether others may
-        have its place."""
-        if ticket.left:
-            return False
-        ticket.left, had_place = True, ticket.waiting or ticket.lease is not None
-        self.queue.discard(ticket)
-        if ticket.lease is not None:
-            self.release(ticket.lease, now)
-        self.fair.settle(ticket.spec)
-        return had_place
-
-    def retry(self, ticket: Ticket, now: float) -> bool:
-        """Put a failed ticket back at its old place, if a node is left for it; tell whether.
-
-        Where no other is left, those whose connection failed are: what restarts comes back.
-        """
-        self.exclude_other_versions(ticket)
-        if ticket.attempts >= MAX_ATTEMPTS:
-            return False
-        if self.is_hopeless(ticket, now):
-            ticket.tried -= ticket.gone
-            ticket.gone.clear()
-            if self.is_hopeless(ticket, now):
-                return False
-        self.push(ticket)
-        return True
-
-    def forgive(self, ticket: Ticket) -> None:
-        """Take back what nodes were blamed for: all have failed this request, so that the fault is its own."""
-        for breaker in ticket.blamed:
-            breaker.forgive()
-        ticket.blamed.clear()
-
-    def pin_version_of(self, ticket: Ticket, node: Node) -> None:
-        """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
-        ticket.begun = True
-        self.pin_version(ticket, has_on_disk(node, ticket.spec.model) and digest_of(node, ticket.spec.model) or None)
-
-    def exclude(self, ticket: Ticket, node: Node) -> None:
-        """Keep a ticket whose stream has begun from a node that says something else."""
-        ticket.tried.add(node.name)
-
-    def pin_version(self, ticket: Ticket, version: str | None) -> None:
-        """Let a ticket run only where its model has a digest, whatever joins or changes while it waits."""
-        ticket.version = version
-        self.exclude_other_versions(ticket)
-
-    def exclude_other_versions(self, ticket: Ticket) -> None:
-        """Keep a ticket from the nodes that do not have the version that it is held to, if it is."""
-        if ticket.version != "":
-            ticket.tried |= self.without(ticket.spec.model, ticket.version)
-
-    def in_flight(self) -> int:
-        """Return how many requests run, on dropped nodes, too."""
-        return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
-
-    def rescued(self, whole: bool) -> None:
-        """Count a broken stream that another node was to go on with, and whether it came to its end."""
-        self.rescues["whole" if whole else "broken"] += 1
-
-    def nodes_for(self, model: str | None) -> list[Node]:
-        """Return the nodes that have a model; all of them if none is known to."""
-        return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
-
-    def is_hopeless(self, ticket: Ticket, now: float) -> bool:
-        """Tell whether no node is left that could serve a ticket, now or when it has come back."""
-        nodes = self.nodes_for(ticket.spec.model)
-        return not untried(nodes, ticket.tried) and not any(
-            node.name not in ticket.tried and self.is_awaited(node, now) for node in nodes)
-
-    def is_awaited(self, node: Node, now: float) -> bool:
-        """Tell whether a node that cannot be reached may come back in time for what waits."""
-        return not node.up and may_return(node, now, self.queue_timeout_s)
-
-    def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
-        """Take a waiting ticket out with the answer that its client gets."""
-        self.queue.discard(ticket)
-        ticket.refusal = refusal
-        return ticket
-
-    def expire(self, now: float) -> list[Ticket]:
-        """Refuse and return the tickets that have waited too long."""
-        late = [ticket for ticket in self.queue.tickets if now - ticket.since_s >= self.queue_timeout_s]
-        if not late:
-            return []
-        refusal = Answer(503, f"no slot became free within {self.queue_timeout_s:g} s",
-                         retry_after_s=self.drain_s(now))
-        return [self.refuse(ticket, refusal) for ticket in late]
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.rates: dict[str | None, tuple[float, int, list[Rates]]] = {}       # when reckoned, after which changes
 
     def cost_s(self, demand: Demand, now: float) -> float:
         """Return how long a request would keep the whole cluster busy, with all slots of all nodes at work on it.
@@ -3196,207 +3503,960 @@ class Dispatcher:
 
     def rates_of(self, model: str | None, now: float) -> list[Rates]:
         """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
-        at_s, rates = self.rates.get(model, NO_RATES)
-        if now - at_s > LOOK_AGAIN_S and model in self.holders:     # nothing is kept of names that clients make up
-            rates = [Rates(runner.slots / BATCH_SLOWDOWN[min(runner.slots, 256)], runner.node.overhead_s,
-                           prefill_s(runner), decode_s(runner), input_s(runner)) for runner in self.holders[model]]
-            self.rates[model] = now, rates
+        at_s, changes, rates = self.rates.get(model, (-math.inf, -1, []))
+        holders = self.cluster.holders.get(model)
+        if not holders:             # nothing is kept of names that clients make up
+            self.rates.pop(model, None)
+            return []
+        if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
+            rates = [Rates(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
+                           runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
+            self.rates[model] = now, self.cluster.changes.count, rates
         return rates
 
-    def settle_cost(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
-        """Charge the client of a lease for what its request has really cost, in place of what was expected."""
-        ticket = lease.ticket
-        assert ticket.demand is not None        # it has waited for a slot
-        cost_s = self.cost_s(Demand(ticket.spec, min(prompt_tokens, MAX_OUTPUT_TOKENS),
-                                    min(output_tokens, MAX_OUTPUT_TOKENS), 0, ticket.demand.inputs), now)
-        self.fair.correct(ticket.spec, cost_s - ticket.cost_s)
-        ticket.cost_s, lease.charged = cost_s, True
 
-    def drain_s(self, now: float) -> float:
-        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
+# -----------------------------------------------------------------------------
+# Prediction: when would this request be finished there?
+#
+#     finish = wait for a slot or for the model, whichever is longer
+#            + prefill of what the prefix cache lacks + decode of the expected output
+#            + harm to other models that run there + the load that an eviction will cost somebody later
+#
+# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
+# speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
+# All of these only read the nodes; an Offer and its NodeSnapshot keep what was reckoned until something happens there.
+# The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
+# -----------------------------------------------------------------------------
 
-        Reckoned anew once a second: a full queue asks for it at every refusal.
+# By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
+BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
+
+
+def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
+    """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
+    running, models = len(runner.leases), len(node.busy)
+    if extra and not running:
+        models += 1
+    together = runner.slots.count if full else min(runner.slots.count, running + extra)
+    return BATCH_SLOWDOWN[min(together, 256)] * (models or 1) / node.speed
+
+
+def to_first_byte_s(runner: Runner, new_tokens: float, spec: RequestSpec) -> float:
+    """Return how long a request takes alone to its first byte; the prefix cache lacks `new_tokens` of its prompt."""
+    texts_s = spec.inputs * runner.input_s() if spec.embeds else 0.0
+    return runner.node.overhead_s + new_tokens * runner.prefill_s() + texts_s
+
+
+def alone_s(runner: Runner, demand: Demand) -> float:
+    """Return how long a request takes alone, if the prefix cache holds nothing of it."""
+    return to_first_byte_s(runner, demand.prompt_tokens, demand.spec) + demand.output_tokens * runner.decode_s()
+
+
+def solo_left_s(lease: Lease, now: float) -> float:
+    """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
+    runner = lease.slot
+    tokens_left = max(lease.output_tokens - lease.lines / runner.speeds.lines_per_token, 0.3 * lease.output_tokens)
+    decode_left_s = tokens_left * runner.decode_s()
+    if lease.first_s is not None:
+        return decode_left_s
+    advanced_s = runner.progress_s - lease.start_progress_s
+    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.spec) - advanced_s)
+    return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
+
+
+def meet(lease: Lease) -> None:
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
+
+    Of a request that does not stream nobody sees the end of its prefill.
+    """
+    runner, new_tokens, crowd_tokens = lease.slot, lease.new_tokens, 0.0
+    overhead_s, token_s, progress_s = lease.node.overhead_s, runner.prefill_s(), runner.progress_s
+    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0      # else it waits in the node
+    for other in runner.leases:
+        other.stall_tokens += stalling_tokens
+        if other.first_s is None and (other.ticket.spec.stream or
+                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
+            crowd_tokens += other.new_tokens
+            other.crowd_tokens += new_tokens
+    lease.crowd_tokens = crowd_tokens
+
+
+def stall(lease: Lease) -> None:
+    """Note that a lease's prefill has fallen into the answers of the others on its runner."""
+    for other in lease.slot.leases:
+        if other is not lease:
+            other.stall_tokens += lease.new_tokens
+
+
+def clamped_context(runner: Runner, num_ctx: float) -> float:
+    """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
+    most = context_of(runner.row.get("details"))
+    return min(num_ctx, most) if most else num_ctx
+
+
+def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
+    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
+    """
+    if not wanted and not loaded and runner.options is not None:
+        return True                 # the server's default, whatever that is
+    there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
+    needed = clamped_context(runner, wanted) if wanted else runner.own_context
+    if there and needed:
+        return there == needed
+    return runner.options is None or wanted == loaded
+
+
+def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
+    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
+
+    What is unknown is taken to suit.
+    """
+    if runner.ready_s is None:
+        return False
+    if runner.options == spec.options or runner.options is None and not runner.context:
+        return True
+    wanted, loaded = {**USUAL_OPTIONS, **dict(spec.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
+    if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
+        return False
+    return runner.options is None or wanted == loaded
+
+
+def last_end_s(runner: Runner, now: float) -> float:
+    """Return when the last request that runs there would be finished, in seconds from now."""
+    slow = slowdown(runner.node, runner)
+    return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
+
+
+def cached_tokens(runner: Runner, demand: Demand) -> float:
+    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
+    if runner.ready_s is None:
+        return 0.0
+    chars = runner.prefixes.common_chars(demand.spec.prefix)
+    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
+
+
+def harm_s(node: Node, now: float) -> float:
+    """Return what one more model at work costs the requests that run on a node: each gets slower."""
+    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
+               for other in node.busy)
+
+
+class MemoryLoad(NamedTuple):
+    """What a model that is to be loaded meets in a node's memory."""
+
+    held_bytes: float
+    count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
+    loaded_at_s: float              # loads come one after the other
+    drained_at_s: float             # one of the others can be evicted
+
+
+def memory_load(node: Node, now: float) -> MemoryLoad:
+    """Return the MemoryLoad of a node."""
+    there = resident_runners(node)
+    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+    return MemoryLoad(sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
+                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
+
+
+class Prediction(NamedTuple):
+    """What will become of a request on a node, in seconds from now."""
+
+    demand: Demand
+    start_s: float                  # a slot is free and the model there
+    ready_s: float                  # the model is there
+    prefill_s: float                # the request's own work, alone
+    decode_s: float
+    slow: float                     # times longer, with those that run beside it
+    new_tokens: float               # what the prefix cache lacks
+    loads: bool
+
+
+class Offer:
+    """What a runner can do for one more request, as long as nothing begins or ends on its node.
+
+    A ticket that is held back for it claims the first slot until it would be finished. What runs there now is looked
+    at only if no slot is free: mostly it is not needed.
+    """
+
+    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
+                 "decode_s", "input_s", "loading", "neighbours")
+
+    def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
+        node = runner.node
+        self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
+        self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
+        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
+                                    # needed
+        self.slow = slowdown(node, runner, 1)
+        self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
+        self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
+        if node.busy and not runner.leases:
+            self.fixed_s += snapshot.harm_s(now)
+        self.loading: tuple[float, float, float] | None = None      # see `load`
+        self.neighbours = len(runner.leases)
+
+    def first_s(self, now: float) -> float:
+        """Return when the first slot is free, in seconds from now."""
+        if self.free > 0:
+            return 0.0
+        if self.ends_at_s is None:
+            slow = slowdown(self.runner.node, self.runner)
+            self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
+                                    + [*self.claims_at_s])
+        return max(0.0, self.ends_at_s[-self.runner.slots.count] - now)
+
+    def claimed(self, at_s: float, now: float) -> Offer:
+        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
+        offer = Offer(self.runner, self.snapshot, now, (*self.claims_at_s, at_s))
+        if self.ends_at_s is not None:
+            offer.ends_at_s = sorted([*self.ends_at_s, at_s])
+        return offer
+
+    def load(self, now: float) -> tuple[float, float]:
+        """Return (when the model would be loaded, what that costs others later), in seconds from now."""
+        if self.loading is None or self.loading[0] != now:
+            runner, there = self.runner, self.snapshot.memory_load(now)
+            first_s, swaps = there.loaded_at_s - now, True
+            if runner.ready_s is not None:      # loaded with other options
+                first_s = max(first_s, 1.5 * last_end_s(runner, now))
+            elif runner.node.memory.is_overfilled(there.held_bytes, runner.resident_bytes(), there.count):
+                first_s = max(first_s, 1.5 * (there.drained_at_s - now))
+            else:
+                swaps = False
+            load = runner.load_s()   # what is evicted will have to come back
+            self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
+        return self.loading[1:]
+
+    def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
+        """Return when a request would begin, when its model would be there, and what a load costs others later."""
+        ready_at_s = self.runner.ready_s
+        if ready_at_s is not None and is_loaded_for(self.runner, demand.spec):
+            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
+        else:
+            ready_s, swap_s = self.load(now)
+        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
+
+    def slowed(self) -> float:
+        """Return how many times longer than alone a request would take, with those that run beside it."""
+        return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
+
+    def new_tokens(self, demand: Demand) -> float:
+        """Return how many tokens of a prompt the prefix cache lacks."""
+        if not self.runner.prefixes.parts:
+            return demand.prompt_tokens
+        return demand.prompt_tokens - cached_tokens(self.runner, demand)
+
+    def finish_s(self, demand: Demand, now: float) -> float:
+        """Return when a request would be finished, with what it costs others: what nodes are compared by.
+
+        Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
         """
-        at_s, drained_s = self.forecast
-        if not at_s <= now < at_s + FORECAST_S:
-            forecast = Forecast(self, now)
-            drained_s = max([forecast.start_s(self.estimates.demand_of(ticket)) or 0.0
-                             for ticket in self.queue.in_order()], default=0.0)
-            self.forecast = now, drained_s
-        return max(1.0, drained_s)
+        start_s, _, swap_s = self.start(demand, now)
+        prompt_s = self.new_tokens(demand) * self.prefill_s
+        work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
+        stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
+        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
 
-    def servers(self, model: str | None, now: float) -> list[Runner]:
-        """Return the runners that can serve a model now; if there are none, those that it waits for."""
-        up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
-        return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
-                and runner.breaker.state(now) != "open"] or up
+    def predict(self, demand: Demand, now: float) -> Prediction:
+        """Return the Prediction for a request that is to go here."""
+        start_s, ready_s, _ = self.start(demand, now)
+        new_tokens = self.new_tokens(demand)
+        prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
+        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
+                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
+                          not is_loaded_for(self.runner, demand.spec))
 
-    # Dispatch ---------------------------------------------------------------
 
-    def dispatch(self, now: float, skim: bool = False) -> tuple[list[Lease], list[Ticket]]:
-        """Match waiting tickets to nodes. Return (leases given, tickets refused).
+class NodeSnapshot:
+    """What a request meets on a node, as long as nothing there begins or ends.
 
-        A model is not looked at while it is settled: 10,000 tickets that have to wait cost nothing. When one of its
-        leases ends, one ticket may go. A node that is idle even then is offered to every model. With `skim` more
-        tickets are judged: those far behind may be finished sooner on nodes that those before them had better not have.
-        """
-        if not self.queue.tickets and not self.displaced:
-            self.idle.clear()       # mostly there is nothing to do when a request has ended
-            return [], []
-        turn = Turn(now, SKIM_MODELS if skim else 0, refused=self.displaced)
-        self.displaced = []
-        if self.queue.tickets:
-            self.bind(turn)
-            if self.settled and self.tempt([node for node in self.idle if not node.leases], now):
-                self.bind(turn)
-        self.idle.clear()
-        return turn.leases, turn.refused
+    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
+    """
 
-    def tempt(self, idle: list[Node], now: float) -> list[str]:
-        """Unsettle the models whose first ticket might go to an idle node; tell whether there are any."""
-        tempted = []
-        for node in idle:
-            for model, runner in node.runners.items():
-                settled, entry = self.settled.get(model), self.queue.first(model)
-                if not (settled and entry and has_on_disk(node, model)):
-                    continue
-                offer = self.snapshot(node, now).offer(runner, now)
-                finish_s = offer.finish_s(self.estimates.demand_of(entry[2]), now)
-                if finish_s <= HOLD * (settled.finish_s - now):
-                    tempted.append(model)
-                    self.unsettle(model)
-        return tempted
+    __slots__ = ("node", "at_s", "changes", "offers", "harmed_s", "memory")
 
-    def bind(self, turn: Turn) -> None:
-        """Match the waiting tickets of all models that are not settled."""
-        rooms, now = [], turn.now
-        for model in list(self.queue.heaps):
-            settled, freed = self.settled.get(model), self.freed.pop(model, 0)
-            skim = turn.models_to_skim > 0 and now - self.skimmed_s.get(model, -math.inf) >= SKIM_S
-            again = settled and (skim or now - settled.at_s >= LOOK_AGAIN_S)
-            if settled and not freed and not again:
-                continue
-            places = freed if freed and not again else math.inf
-            looks = LOOK_AHEAD if freed or not settled else 1       # nothing happened: the first speaks for the others
-            holders = self.holders.get(model)
-            if not holders or self.pick:
-                self.bind_early(turn, model, holders)
-                continue
-            if skim:
-                self.skimmed_s[model] = now
-                turn.models_to_skim -= 1
-            usable = [runner for runner in holders if is_usable(runner.node, now) and runner.breaker.allows(now)]
-            alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
-            if alive:
-                rooms.append(Room(model, alive, not usable, places, looks, SKIM_AHEAD if skim else 0))
-            elif not any(self.is_awaited(runner.node, now) for runner in holders):
-                last = max((runner for runner in holders if runner.node.draining and runner.node.up),
-                           key=lambda runner: runner.node.drained_seq, default=None)
-                self.refuse_all(turn, model, f"every node that has {model} is down or draining",
-                                last.node.drained_seq if last else 0)
-                if last and self.queue.first(model):
-                    rooms.append(Room(model, [last], True, places, looks, SKIM_AHEAD if skim else 0))
-        self.bind_late(turn, rooms)
+    def __init__(self, node: Node, now: float) -> None:
+        self.node, self.at_s, self.changes = node, now, node.changes.count
+        self.offers: dict[Runner, Offer] = {}
+        self.harmed_s: float | None = None
+        self.memory: MemoryLoad | None = None
 
-    def refuse_all(self, turn: Turn, model: str | None, text: str, since_seq: int = 0) -> None:
-        """Refuse every ticket of a model that waits since `since_seq`, unless a node has not been looked at yet."""
-        if any(not node.probed for node in self.nodes.values()):
+    def harm_s(self, now: float) -> float:
+        """Return what a request of a model that does not run there costs those that do."""
+        if self.harmed_s is None:
+            self.harmed_s = harm_s(self.node, now)
+        return self.harmed_s
+
+    def memory_load(self, now: float) -> MemoryLoad:
+        """Return the MemoryLoad that a model to be loaded meets."""
+        if self.memory is None:
+            self.memory = memory_load(self.node, now)
+        return self.memory
+
+    def offer(self, runner: Runner, now: float) -> Offer:
+        """Return the Offer of one of the node's runners."""
+        offer = self.offers.get(runner)
+        if offer is None:
+            offer = self.offers[runner] = Offer(runner, self, now)
+        return offer
+
+
+class Candidate(NamedTuple):
+    """A node for a ticket; sorts by when it would be finished there, in seconds from now; those in doubt come last."""
+
+    in_doubt: bool
+    finish_s: float
+    order: int                      # ties go to the node listed first
+    offer: Offer
+
+    @property
+    def runner(self) -> Runner:
+        return self.offer.runner
+
+
+def overdue_s(prediction: Prediction, times: float = 1) -> float:
+    """Return after how many seconds without a byte an answer is `times` far later than predicted."""
+    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.spec.silent else 0.0)
+    return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
+
+
+def quiet_s(runner: Runner, prediction: Prediction) -> float:
+    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known.
+
+    A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
+    """
+    unsure = 1 if runner.speeds.samples >= 3 else 4 if runner.speeds.samples else 10      # a CPU is 30 times slower than the prior
+    return overdue_s(prediction, unsure)
+
+
+# -----------------------------------------------------------------------------
+# Learning: what does a finished answer teach about its node?
+#
+# Ollama tells neither its slots nor its queue, but the last line of an answer gives both away:
+#     hidden wait = total_duration - load_duration - prompt_eval_duration - eval_duration
+# Requests that overlap without hidden wait prove slots; hidden wait rejects them.
+#
+# Embeddings and the answers of /v1 tell no durations. There a node's order tells: it serves first come, first served,
+# so when a request shows its first byte all that were sent before it have begun, and those of them that still run, run
+# beside it. That is proof. If one of them left before, it may have waited for that one: then its latency is nearer to
+# its work counted from its sending (it ran beside them) or from that one's end (it waited). Work is by its tokens, as
+# long as a request sent alone takes for so many. Such an answer is only a vote; a few that agree decide.
+#
+# An answer is no sample of speed if a stall, a load or somebody else's request fell into it; a neighbour's prefill
+# bounds what it says.
+# -----------------------------------------------------------------------------
+
+
+def waits_long(timings: Timings, took_s: float) -> bool:
+    """Tell whether an answer waited in its node for longer than the overhead of several requests."""
+    return timings.tell_durations and timings.hidden_wait_s > max(STRANGER_WAIT_S, 0.05 * took_s)
+
+
+def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
+    """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
+    loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
+    return (waits_long(timings, took_s) and not loading and lease.position <= lease.slot.slots.proven
+            and not ran_at_once(lease, timings))
+
+
+def ran_at_once(lease: Lease, timings: Timings) -> int:
+    """Return how many requests of ours ran on a node when one that had waited there began, itself included.
+
+    0 if none of ours left then: it waited for somebody else's.
+    """
+    began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
+    leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
+    if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
+        return 0
+    return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
+
+
+def is_disturbed(lease: Lease) -> bool:
+    """Tell whether an answer's time says nothing of its runner's speed: a stall, a load or somebody else fell into it.
+
+    A node that others use for ever is measured in spite of them, a few times.
+    """
+    node, runner = lease.node, lease.slot
+    if lease.sent_s <= node.doubted_s or node.speed < 0.6:
+        return True
+    if node.loading and node.loading != [lease] or lease.sent_s < node.loaded_s and not lease.loads:
+        return True
+    if lease.sent_s <= node.strangers_s and runner.slots.proven > 1:
+        return True                 # with one slot somebody else's request ran before it, not beside it
+    return lease.sent_s - node.strangers_s < STRANGERS_S and runner.speeds.samples >= KEPT_SAMPLES
+
+
+def certainly_beside(lease: Lease) -> int:
+    """Return how many run at the first byte of a lease, itself included, and were sent before it beyond any doubt."""
+    sent_s = lease.sent_s - lease.node.rtt_s - UNORDERED_S
+    return 1 + sum(1 for other in lease.slot.leases if other.sent_s <= sent_s and not other.is_held_up)
+
+
+def is_answer(lease: Lease, timings: Timings) -> bool:
+    """Tell whether an answer took a slot: a request without a prompt only loads the model."""
+    spec = lease.ticket.spec
+    told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
+    return bool(told or spec.embeds and spec.prompt_chars)
+
+
+def first_work_s(lease: Lease, timings: Timings) -> float:
+    """Return the solo-seconds that an answer without durations should have taken to its first byte, by its tokens."""
+    runner, spec, prompt_tokens = lease.slot, lease.ticket.spec, lease.new_tokens
+    if timings.prompt_tokens and lease.prompt_tokens:
+        prompt_tokens *= timings.prompt_tokens / lease.prompt_tokens
+    unseen = 0 if spec.stream else timings.output_tokens
+    return to_first_byte_s(runner, prompt_tokens, spec) + unseen * runner.decode_s()
+
+
+def served_beside_s(lease: Lease) -> float:
+    """Return the solo-seconds that a lease took to its first byte if it ran beside all that were sent before it."""
+    slots = lease.slot.slots.count
+    first_s = max(1e-6, lease.first_progress_s - lease.start_progress_s)
+    if lease.position <= slots:
+        return first_s
+    # Progress was counted as if only slots were used.
+    return first_s * BATCH_SLOWDOWN[slots] / BATCH_SLOWDOWN[min(lease.position, 256)]
+
+
+def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
+    """Tell by its latency whether a lease that one sent before it has left since waited for that one; None: unclear.
+
+    Both explanations are weighed by how far they are from its work, as factors. What is far too long for either has
+    waited for even more.
+    """
+    assert lease.predecessor_left_progress_s is not None    # else there was nobody to wait for
+    beside_s, waited_s = served_beside_s(lease), max(1e-6, lease.first_progress_s - lease.predecessor_left_progress_s)
+    if waited_s > WAITED_RATIO * work_s:
+        return True
+    return beside_s * waited_s > work_s * work_s if beside_s > LEAST_WAIT_RATIO * waited_s else None
+
+
+EVENT_LINES = 2                     # an event of OpenAI's is a line and an empty one
+EVENTS_AFTER = 2                    # the last token: finish and [DONE]
+
+
+def counted(lease: Lease, timings: Timings) -> Timings:
+    """Return the Timings of an answer, a stream's output counted by its events where no usage was asked for."""
+    if timings.output_tokens or not lease.ticket.spec.stream:
+        return timings
+    return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
+
+
+def learn_from(lease: Lease, timings: Timings, now: float, estimates: Estimates) -> Timings:
+    """Learn slots and speeds from a complete answer; return its Timings with what could be counted."""
+    node, took_s = lease.node, now - lease.sent_s
+    node.advance(now)
+    if waited_for_strangers(lease, timings, took_s):
+        node.strangers_s = now
+    if timings.tell_durations:
+        learn_slots(lease, timings, took_s, now)
+        learn_speed(lease, timings, took_s, now, estimates)
+    elif is_answer(lease, timings):
+        timings = counted(lease, timings)
+        learn_by_latency(lease, timings, now, estimates)
+    lease.slot.speeds.learn_lines(lease.lines, timings.output_tokens)
+    return timings
+
+
+def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> None:
+    """Take an answer with durations as proof that `lease.position` requests run at once, or that they do not."""
+    runner, node, alone = lease.slot, lease.node, lease.position == 1
+    slots = runner.slots
+    if lease.loads or timings.load_s > 1.0:
+        return                      # requests that came with a load also wait for it
+    if timings.prompt_tokens:
+        share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
+        node.learn_overhead(timings.hidden_wait_s * share, alone)
+    if slots.is_set:
+        return
+    if not timings.show_a_wait(took_s, node.overhead_s):
+        # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
+        unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
+        if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + UNORDERED_S:
+            runner.confirm_slots(lease.position, now)
+        if not alone:               # it could not have waited anyway
+            slots.waits = 0
+    elif lease.sent_s <= slots.rejected_s:
+        return                      # sent while more were believed to fit: what it says is known by now
+    elif not timings.show_a_wait(took_s, node.most_overhead_s):
+        return                      # neither overhead nor a wait beyond doubt
+    elif lease.position > slots.proven:
+        runner.note_slots(slots.reject(now, node.strangers_s))
+    else:
+        ran = ran_at_once(lease, timings) or lease.position - 1
+        runner.note_slots(slots.suspect(ran, now, node.strangers_s))
+
+
+def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float, estimates: Estimates) -> None:
+    """Take an answer's durations as samples of the speeds that a lone request would see."""
+    runner, tokens = lease.slot, timings.output_tokens
+    if timings.load_s > 1.0:
+        runner.speeds.load_s = timings.load_s
+    estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
+    if not timings.prompt_tokens or is_disturbed(lease):
+        return
+    share = (runner.shared_s - lease.start_shared_s) / took_s if took_s else 1.0
+    learn_prefill(lease, timings.prompt_s, timings.prompt_tokens)
+    if tokens >= 8 and timings.output_s > 1e-4:
+        stalled_s = lease.stall_tokens * runner.prefill_s()
+        learn_decode(runner, timings.output_s * share / tokens, now, stalled_s * share / tokens)
+
+
+def learn_by_latency(lease: Lease, timings: Timings, now: float, estimates: Estimates) -> None:
+    """Learn slots and speeds from an answer that tells no durations."""
+    node, runner = lease.node, lease.slot
+    if timings.load_s > 1.0:
+        runner.speeds.load_s = timings.load_s
+    loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
+    if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
+        return                      # it may have waited for other things than a slot
+    estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
+    if not is_disturbed(lease):
+        if lease.predecessor_left_progress_s is None and not lease.order_unknown:       # it waited for nobody
+            learn_speed_by_latency(lease, timings, now)
+        if lease.ticket.spec.stream:        # once it has begun it waits for nobody either
+            learn_decode_by_latency(lease, timings, now)
+    weigh_latency(lease, timings, now)
+
+
+def weigh_latency(lease: Lease, timings: Timings, now: float) -> None:
+    """Take an answer without durations as proof of slots, or as a vote for or against them."""
+    runner, streams, strangers_s = lease.slot, lease.ticket.spec.stream, lease.node.strangers_s
+    slots, ratio, work_s = runner.slots, runner.unqueued_ratio.get(streams), first_work_s(lease, timings)
+    if lease.overlapping >= lease.position:
+        if not (lease.order_unknown or lease.has_list_input):
+            sample = served_beside_s(lease) / work_s
+            runner.unqueued_ratio[streams] = blend(ratio or sample, sample, SPEED_GAIN)
+            if ratio is None and not slots.rejections:
+                slots.retry_at_s = 0.0
+        runner.confirm_slots(lease.overlapping, now)
+        if lease.position > 1:      # alone it could not have waited anyway
+            slots.waits = 0
+    elif slots.is_set or lease.position > slots.proven + 1 or lease.has_list_input:
+        return
+    elif lease.predecessor_left_progress_s is None:
+        return                      # sent at the same time as another one, and nobody knows which came first
+    elif lease.sent_s <= slots.rejected_s:
+        return                      # sent while more were believed to fit: what it says is known by now
+    elif ratio is None:             # nothing to compare with: let one be alone
+        slots.retry_at_s = max(slots.retry_at_s, now + RETRY_SLOT_S)
+    elif served_beside_s(lease) < FASTER_RATIO * work_s * ratio:    # whoever slowed the node down is gone
+        runner.unqueued_ratio[streams] = blend(ratio, served_beside_s(lease) / work_s, 2 * SPEED_GAIN)
+    else:
+        waited = sign_of_wait(lease, work_s * ratio)
+        if waited and lease.stall_tokens * runner.prefill_s() < STALL_SHARE * work_s * ratio:   # else for those
+            runner.note_slots(slots.vote(lease.position, -1, now, strangers_s))
+        elif waited is False and not streams:       # streams that really overlap show it
+            runner.note_slots(slots.vote(lease.position, 1, now, strangers_s))
+
+
+def learn_decode_by_latency(lease: Lease, timings: Timings, now: float) -> None:
+    """Take the time between a stream's first byte and its end as a sample of decode speed."""
+    runner, tokens = lease.slot, timings.output_tokens
+    later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * runner.prefill_s()
+    if tokens >= 8 and later_s > 1e-4:
+        learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
+
+
+def learn_speed_by_latency(lease: Lease, timings: Timings, now: float) -> None:
+    """Take the latency of a request that waited for nobody as a sample of speed."""
+    runner, overhead_s, tokens = lease.slot, lease.node.overhead_s, timings.output_tokens
+    speeds, spec = runner.speeds, lease.ticket.spec
+    first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
+    computed_s = max(first_s - overhead_s, 0.1 * first_s)
+    if spec.stream:
+        learn_prefill(lease, computed_s, timings.prompt_tokens or lease.prompt_tokens)
+        return
+    expected_s = max(first_work_s(lease, timings) - overhead_s, 1e-6)
+    ratio, known_s, gain = computed_s / expected_s, runner.decode_s(), speeds.gain
+    if spec.embeds:
+        speeds.input_s = scaled(runner.input_s(), ratio, gain)
+    if lease.new_tokens > 0.9 * lease.prompt_tokens and lease.fresh and not speeds.prefills:
+        speeds.prefill_s = scaled(runner.prefill_s(), ratio, gain)
+    if tokens >= 8:
+        stalled_s = lease.stall_tokens * runner.prefill_s()
+        learn_decode(runner, known_s * ratio, now, known_s * stalled_s / expected_s)
+    elif spec.embeds:
+        speeds.samples += 1
+
+
+def learn_prefill(lease: Lease, seconds: float, tokens: float) -> None:
+    """Take in the seconds that a lone prompt of so many tokens would have taken.
+
+    What the node's cache held makes it faster than true, neighbours in prefill and other models slower; those that
+    decode beside it hardly do: a batch of a prompt carries their tokens along.
+    """
+    runner = lease.slot
+    if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
+        return
+    known, sample = runner.prefill_s(), seconds / tokens
+    if not lease.fresh and sample < LEEWAY * known:
+        return
+    models = len(runner.node.busy) or 1
+    if lease.crowd_tokens > STALL_SHARE * tokens or models > 1:
+        sample = beyond(known, sample * tokens / (tokens + lease.crowd_tokens) / models, sample)
+        if not sample:
             return
-        pauses_s = [node.breaker.until_s - turn.now for node in self.nodes_for(model) if node.up]
+    runner.speeds.learn_prefill(known, sample, tokens)
+
+
+def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0.0) -> None:
+    """Take in the seconds per output token that a lone request would have seen.
+
+    `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only a
+    bound.
+    """
+    node, known = runner.node, runner.decode_s()
+    if stalled_s <= STALL_SHARE * sample or not runner.speeds.samples:
+        sample -= min(stalled_s, sample) / 2
+    else:
+        sample = beyond(known, max(sample - stalled_s, 0.1 * sample), sample)
+        if not sample:
+            return
+    others = any(other.speeds.decode_s for other in node.runners.values() if other is not runner)
+    sample, gain = runner.speeds.learn_decode(known, sample, now)
+    factor = size_factor(runner, sample)
+    node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
+
+
+def size_factor(runner: Runner, decode_s: float) -> float:
+    """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
+    expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.cpu_factor()
+    return min(max(decode_s / expected_s, 0.01), 100.0)
+
+
+def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
+    """Learn from the answer to a measuring request; tell whether it says anything. Before its end.
+
+    It does not if somebody else used the node, or the model was loaded for it.
+    """
+    node, runner = lease.node, lease.slot
+    speeds = runner.speeds
+    node.heard_s = now
+    if waits_long(timings, now - lease.sent_s):
+        node.strangers_s = now
+        return False
+    if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
+        return False
+    node.learn_overhead(timings.hidden_wait_s, True)
+    learn_prefill(lease, timings.prompt_s, timings.prompt_tokens)
+    decode, prefill = timings.output_s / timings.output_tokens, timings.prompt_s / max(1, timings.prompt_tokens)
+    if not speeds.samples or not 1 / ALIKE <= decode / runner.decode_s() <= ALIKE:
+        speeds.samples = 0          # what was believed is of no use
+        learn_decode(runner, decode, now)
+    if prefill > GROSS * runner.prefill_s() or prefill and lease.fresh and runner.prefill_s() > GROSS * prefill:
+        speeds.prefill_s = prefill
+        speeds.prefills.clear()
+    speeds.confirmed_s = now
+    node.changes.note_all()
+    return True
+
+
+# -----------------------------------------------------------------------------
+# Policies: which waiting ticket goes to which node, now?
+#
+# A policy is asked whenever something has changed that could let a ticket run: an arrival, the end of a lease, a node
+# that came back. Plain policies send a request on when it arrives, as a plain proxy does; it then waits in the node.
+#
+# CompletionTime walks the queue in order, gives each ticket the node that is predicted to finish it first, and holds a
+# ticket back when the only free node would be 1.4 times slower than waiting for a better one. A ticket that is held
+# takes its virtual place on that better node, so those behind it see it as taken.
+# -----------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class DispatchPass:
+    """One run of a policy: what it reads, and what it has decided so far."""
+
+    waiting: WaitingRoom
+    cluster: Cluster
+    now: float
+    leases: list[Lease] = field(default_factory=list)       # given
+    refused: list[Ticket] = field(default_factory=list)
+    held: list[Entry] = field(default_factory=list)         # heap entries that had better wait
+    claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
+
+    def refuse(self, ticket: Ticket, refusal: Answer) -> None:
+        """Refuse a ticket."""
+        self.refused.append(self.waiting.refuse(ticket, refusal))
+
+    def refuse_model(self, model: str | None, text: str, since_seq: int = 0) -> None:
+        """Refuse every ticket of a model that waits since `since_seq`, unless a node has not been looked at yet."""
+        if any(not node.probed for node in self.cluster.nodes.values()):
+            return
+        pauses_s = [node.breaker.until_s - self.now for node in self.cluster.nodes_for(model) if node.up]
         refusal = Answer(503, text, retry_after_s=max(1.0, min(pauses_s, default=1.0)))
-        turn.refused += [self.refuse(ticket, refusal) for ticket in list(self.queue.tickets)
-                         if ticket.spec.model == model and ticket.seq >= since_seq]
+        for ticket in list(self.waiting.tickets):
+            if ticket.spec.model == model and ticket.seq >= since_seq:
+                self.refuse(ticket, refusal)
 
-    def bind_early(self, turn: Turn, model: str | None, holders: list[Runner] | None) -> None:
-        """Send every waiting ticket of a model at once: under plain policies, and if no node is known to have it.
+    def give(self, ticket: Ticket, runner: Runner, reason: str, prediction: Prediction) -> None:
+        """Give a ticket a slot of a runner."""
+        self.leases.append(give_lease(ticket, runner.node, runner, self.now, reason, prediction))
 
-        A model that nobody has goes to any node, without a slot: the refusal must be Ollama's own.
-        """
-        if not holders and any(not (node.indexed or node.probed and not node.up) for node in self.nodes.values()):
+
+class Decision(NamedTuple):
+    """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
+
+    at_s: float
+    id: str
+    model: str | None
+    node: str
+    candidates: list[Candidate]     # best first
+
+
+class Policy:
+    """Match waiting tickets to nodes."""
+
+    binds_early = False             # requests wait in the nodes: silence there says nothing
+
+    def __init__(self) -> None:
+        self.decisions: collections.deque[Decision] = collections.deque(maxlen=DECISIONS_KEPT)
+
+    def assign(self, waiting: WaitingRoom, cluster: Cluster, now: float) -> tuple[list[Lease], list[Ticket]]:
+        """Return (leases given, tickets refused)."""
+        raise NotImplementedError
+
+    def arrived(self, ticket: Ticket) -> None:
+        """Note that a ticket waits from now on."""
+
+
+class EarlyBinding(Policy):
+    """Send every ticket at once to the node that `choose` names. What no node is known to have goes to any of them."""
+
+    binds_early = True
+    reason = ""                     # why a node was chosen, for X-SOLLOL-Reason
+
+    def choose(self, nodes: list[Node]) -> Node:
+        """Return one of the nodes that can be reached."""
+        raise NotImplementedError
+
+    def assign(self, waiting: WaitingRoom, cluster: Cluster, now: float) -> tuple[list[Lease], list[Ticket]]:
+        work = DispatchPass(waiting, cluster, now)
+        for model in list(waiting.heaps):
+            self.assign_model(work, model)
+        return work.leases, work.refused
+
+    def assign_model(self, work: DispatchPass, model: str | None) -> None:
+        """Send every waiting ticket of a model. Without a slot if nobody has it: the refusal must be Ollama's own."""
+        waiting, cluster, now = work.waiting, work.cluster, work.now
+        holders = cluster.holders.get(model)
+        if not holders and any(not (node.indexed or node.probed and not node.up) for node in cluster.nodes.values()):
             return                  # somebody may have it; wait for the answer
-        nodes = self.nodes_for(model)
+        nodes = cluster.nodes_for(model)
         if not holders and model and is_cloud(model):
             nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
-        waiting = []                # entries of those that only a node can serve that may come back
-        while entry := self.queue.first(model):
+        kept = []                   # entries of those that only a node can serve that may come back
+        while entry := waiting.first(model):
             ticket = entry[2]
-            alive = untried(nodes, ticket.tried)
-            free = [node for node in alive if node.breaker.allows(turn.now)] or alive
-            if not alive and not self.is_hopeless(ticket, turn.now):
-                if not untried(nodes, set()):
+            alive = untried(nodes, ticket)
+            if not alive and not cluster.is_hopeless(ticket, now):
+                if not any(node.up and not node.draining for node in nodes):
                     break           # so nobody else can be served either
-                waiting.append(self.queue.pop(model))
-            elif not alive and ticket.tried:
-                turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
+                kept.append(waiting.pop(model))
+            elif not alive and (ticket.tried or ticket.version != ""):
+                work.refuse(ticket, Answer(*ALL_FAILED))
             elif not alive:
-                self.refuse_all(turn, model, "no node is up")
+                work.refuse_model(model, "no node is up")
                 break
             else:
-                pick = self.pick if self.pick and holders else pick_least_inflight
-                node = pick(free, next(self.picks))
-                reason = "only choice" if len(free) == 1 else pick.__name__.removeprefix("pick_")
-                self.queue.discard(ticket)
-                runner = node.runners[model] if holders and model in node.runners else None
-                turn.leases.append(self.lease(ticket, node, runner, turn.now, reason))
-        for entry in waiting:
-            self.queue.restore(entry)
+                free = [node for node in alive if node.breaker.allows(now)] or alive
+                node, reason = self.choose(free), "only choice" if len(free) == 1 else self.reason
+                waiting.take(waiting.pop(model)[2])
+                cluster.estimates.demand_of(ticket)     # as it is expected now
+                runner = node.runners.get(model) if holders and model else None
+                work.leases.append(give_lease(ticket, node, runner, now, reason))
+        for entry in kept:
+            waiting.restore(entry)
 
-    def bind_late(self, turn: Turn, rooms: list[Room]) -> None:
-        """Give free slots to waiting tickets, in the order of their keys, by predicted completion time."""
-        heads = [(*entry[:2], room) for room in rooms
-                 if (entry := self.queue.first(room.model)) and self.is_open(room, turn.now)]
-        heapq.heapify(heads)
-        try:
-            while heads:
-                room = heapq.heappop(heads)[2]
-                entry = self.queue.pop(room.model)
-                candidates = self.place_or_hold(turn, entry, room)
-                if room.skims_left and not room.looks_left and self.skim(turn, entry, room, candidates):
-                    room.looks_left = 1
-                if (following := self.queue.first(room.model)) and self.is_open(room, turn.now):
-                    heapq.heappush(heads, (*following[:2], room))
-                elif room.places_left > 0:
-                    self.settled[room.model] = Settled(turn.now, entry[0] if following else math.inf,
-                                                       turn.now + room.finish_s)
-        finally:
-            for entry in turn.held:
-                self.queue.restore(entry)
-            turn.held.clear()
 
-    def is_open(self, room: Room, now: float) -> bool:
+class LeastInflight(EarlyBinding):
+    """The node with the fewest requests; of equals the one that is listed first."""
+
+    reason = "least_inflight"
+
+    def choose(self, nodes: list[Node]) -> Node:
+        return min(nodes, key=lambda node: len(node.leases))
+
+
+class RoundRobin(EarlyBinding):
+    """The nodes in turn."""
+
+    reason = "round_robin"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picks = itertools.count()
+
+    def choose(self, nodes: list[Node]) -> Node:
+        return nodes[next(self.picks) % len(nodes)]
+
+
+@dataclass(slots=True)
+class ModelPass:
+    """Where the tickets of one model can go during one run of CompletionTime."""
+
+    model: str | None
+    runners: list[Runner]           # on usable nodes, their own breakers not open
+    forced: bool                    # all fail it, and the only nodes that can serve always may
+    looks_left: int                 # tickets that may still be held back
+
+    def has_room(self, runner: Runner, now: float) -> bool:
+        """Tell whether one more request may be sent to a runner."""
+        running, node = len(runner.leases), runner.node
+        if running >= min(runner.slots.count, 2) and running >= slot_limit(runner, self.runners, now):
+            return False
+        if node.loading and yields(node, now):
+            return False
+        return self.forced or runner.breaker.allows(now) and node.breaker.allows(now)
+
+    def is_open(self, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
-        if room.looks_left > 0 and room.places_left > 0:
-            for runner in room.runners:
-                if self.has_room(runner, room, now):
+        if self.looks_left > 0:
+            for runner in self.runners:
+                if self.has_room(runner, now):
                     return True
         return False
 
-    def place_or_hold(self, turn: Turn, entry: Entry, room: Room) -> list[Candidate]:
-        """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait.
 
-        Returns its candidates.
-        """
-        ticket = entry[2]
-        candidates = self.candidates(turn, ticket, room.runners)
-        free = next((it for it in candidates if self.has_room(it.runner, room, turn.now)), None)
+def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
+    """Return how many may run at once: one more than the slots while the way to the node is long.
+
+    Over a long way a slot would stand empty for a round trip between two requests, unless the next one waits there.
+    One of `others` that has a free slot had better be taken then.
+    """
+    limit, count, node = runner.slots.limit(now), runner.slots.count, runner.node
+    if limit != count or runner.slots.is_set:
+        return limit
+    far = node.rtt_s > max(FAR_S, 0.03 * node.answer_s)
+    return count + (far and not any(len(other.leases) < other.slots.count for other in others))
+
+
+def yields(node: Node, now: float) -> bool:
+    """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
+    """
+    return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
+
+
+def explain(candidates: list[Candidate], chosen: Candidate) -> str:
+    """Return why a node was chosen, in a few words."""
+    if len(candidates) == 1:
+        return f"only choice, {chosen.finish_s:.2f} s predicted"
+    other = candidates[1] if candidates[0] is chosen else candidates[0]
+    return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
+
+
+class Parked(NamedTuple):
+    """A model whose first tickets had all better wait: nothing to decide, until something happens."""
+
+    at_s: float
+    last_key_s: float               # of the last ticket that was looked at; infinite if there was none behind it
+
+
+class CompletionTime(Policy):
+    """Bind late, when a slot is free, by predicted completion time.
+
+    A model whose first tickets were all held back is parked: 10,000 tickets that have to wait cost nothing. It is
+    looked at again when a slot may have become free for it, when a node has changed, or LOOK_AGAIN_S later.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anywhere = LeastInflight()         # for models that no node is known to have
+        self.parked: dict[str | None, Parked] = {}          # by model
+
+    def arrived(self, ticket: Ticket) -> None:
+        parked = self.parked.get(ticket.spec.model)
+        if parked and ticket.key_s < parked.last_key_s:
+            del self.parked[ticket.spec.model]
+
+    def assign(self, waiting: WaitingRoom, cluster: Cluster, now: float) -> tuple[list[Lease], list[Ticket]]:
+        work, models = DispatchPass(waiting, cluster, now), []
+        if cluster.changes.everything:
+            self.parked.clear()
+        for changed in cluster.changes.models:
+            self.parked.pop(changed, None)
+        cluster.changes.forget()
+        for model in list(waiting.heaps):
+            parked = self.parked.get(model)
+            if parked and now - parked.at_s < LOOK_AGAIN_S:
+                continue
+            holders = cluster.holders.get(model)
+            if not holders:
+                self.anywhere.assign_model(work, model)
+            elif can_go := self.open(work, model, holders):
+                models.append(can_go)
+        self.place_all(work, models)
+        return work.leases, work.refused
+
+    def open(self, work: DispatchPass, model: str | None, holders: list[Runner]) -> ModelPass | None:
+        """Return where the tickets of a model can go; None if they wait for a node to come back, or were refused."""
+        usable = [runner for runner in holders if runner.node.is_usable(work.now) and runner.breaker.allows(work.now)]
+        alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
+        if alive:
+            return ModelPass(model, alive, not usable, LOOK_AHEAD)
+        if any(work.cluster.is_awaited(runner.node, work.now) for runner in holders):
+            return None
+        last = max((runner for runner in holders if runner.node.draining and runner.node.up),
+                   key=lambda runner: runner.node.drained_seq, default=None)
+        work.refuse_model(model, f"every node that has {model} is down or draining",
+                          last.node.drained_seq if last else 0)
+        return ModelPass(model, [last], True, LOOK_AHEAD) if last and work.waiting.first(model) else None
+
+    def place_all(self, work: DispatchPass, models: list[ModelPass]) -> None:
+        """Give free slots to waiting tickets, in the order of their keys."""
+        waiting = work.waiting
+        heads = [(*entry[:2], model) for model in models
+                 if (entry := waiting.first(model.model)) and model.is_open(work.now)]
+        heapq.heapify(heads)
+        try:
+            while heads:
+                model = heapq.heappop(heads)[2]
+                entry = waiting.pop(model.model)
+                self.place_or_hold(work, entry, model)
+                following = waiting.first(model.model)
+                if following and model.is_open(work.now):
+                    heapq.heappush(heads, (*following[:2], model))
+                else:
+                    self.parked[model.model] = Parked(work.now, entry[0] if following else math.inf)
+        finally:
+            for entry in work.held:
+                waiting.restore(entry)
+
+    def place_or_hold(self, work: DispatchPass, entry: Entry, model: ModelPass) -> None:
+        """Give a ticket the node that finishes it first, or hold it back if a better one is worth the wait."""
+        ticket, now = entry[2], work.now
+        demand = work.cluster.estimates.demand_of(ticket)
+        candidates = self.candidates(work, ticket, demand, model.runners)
+        free = next((candidate for candidate in candidates if model.has_room(candidate.runner, now)), None)
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
-                     or self.has_waited_enough(ticket, free, candidates[0], turn.now)):
-            room.places_left -= 1
-            self.queue.settle(entry)
-            prediction = free.offer.predict(self.estimates.demand_of(ticket), turn.now)
-            turn.leases.append(self.lease(ticket, free.runner.node, free.runner, turn.now, explain(candidates, free),
-                                          prediction))
-            self.decisions.append(Decision(turn.now, ticket.id, room.model, free.runner.node.name, candidates))
-        elif candidates or not self.is_hopeless(ticket, turn.now):
-            turn.held.append(entry)
-            room.looks_left -= free is not None     # one that has tried all free nodes stands in nobody's way
+                     or self.has_waited_enough(ticket, free, candidates[0], now)):
+            work.waiting.take(ticket)
+            work.give(ticket, free.runner, explain(candidates, free), free.offer.predict(demand, now))
+            self.decisions.append(Decision(now, ticket.id, model.model, free.runner.node.name, candidates))
+        elif candidates or not work.cluster.is_hopeless(ticket, now):
+            work.held.append(entry)
+            model.looks_left -= free is not None    # one that has tried all free nodes stands in nobody's way
             if candidates:
                 best = candidates[0]
-                turn.claimed[best.runner] = best.offer.claimed(turn.now + best.finish_s, turn.now)
-                room.finish_s = min(room.finish_s, best.finish_s)
+                work.claimed[best.runner] = best.offer.claimed(now + best.finish_s, now)
         else:
-            self.queue.settle(entry)
-            turn.refused.append(self.refuse(ticket, Answer(*ALL_FAILED)))
+            work.waiting.take(ticket)
+            work.refuse(ticket, Answer(*ALL_FAILED))
+
+    def candidates(self, work: DispatchPass, ticket: Ticket, demand: Demand, runners: list[Runner]) -> list[Candidate]:
+        """Return a Candidate for each node that a ticket may use, best first."""
+        candidates, now = [], work.now
+        for order, runner in enumerate(runners):
+            node = runner.node
+            if (ticket.tried or ticket.version != "") and not ticket.may_use(node):
+                continue
+            snapshot, offer = node.snapshot(now), work.claimed.get(runner)
+            if offer is None:
+                offer = snapshot.offer(runner, now)
+            elif offer.snapshot is not snapshot:    # a lease was given there
+                offer = work.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
+            candidates.append(Candidate(node.suspect, offer.finish_s(demand, now) + node.doubt_s(now), order, offer))
+        candidates.sort()
         return candidates
 
     def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
@@ -3405,658 +4465,189 @@ class Dispatcher:
         Beliefs that no answer has confirmed lately hold it for MOST_HELD_S at most: nothing stands idle for an error.
         """
         if ticket.held_until_s is None:
-            sure = is_confirmed(free.runner, now) and is_confirmed(best.runner, now)
+            sure = free.runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
         return now >= ticket.held_until_s
 
-    def skim(self, turn: Turn, entry: Entry, room: Room, candidates: list[Candidate]) -> bool:
-        """Hold back tickets behind one that is held, as if they were like it; tell whether the next had better go now.
 
-        Each claims what is then the best, and only that is reckoned anew: a fiftieth of a look on fifty nodes.
+POLICIES: dict[str, type[Policy]] = {
+    "latency-weighted": CompletionTime,
+    "least-inflight": LeastInflight,
+    "round-robin": RoundRobin,
+}
+
+
+# -----------------------------------------------------------------------------
+# Dispatcher: what becomes of a ticket, from its arrival to its end?
+#
+# The thin owner that ties waiting room, cluster and policy together.
+# -----------------------------------------------------------------------------
+
+CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
+
+
+class Dispatcher:
+    """Own the waiting room, the cluster and the policy. Never waits, never looks at a clock."""
+
+    def __init__(self, policy: str = "latency-weighted", *, max_queue: int = 1024, queue_timeout_s: float = 240.0,
+                 early_refusal: bool = False) -> None:
+        self.waiting, self.cluster = WaitingRoom(max_queue, queue_timeout_s), Cluster(queue_timeout_s)
+        self.policy = POLICIES[policy]()
+        self.rates, self.early_refusal = ClusterRates(self.cluster), early_refusal
+        self.displaced: list[Ticket] = []       # refused since the last dispatch
+        self.forecast = -math.inf, 0.0          # when `drain_s` was reckoned last, and what came out
+        self.ratios = Histogram(ERROR_BOUNDS)   # time taken over time predicted, of all answers
+        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams that another node was to go on
+                                    # with: whole, broken
+
+    # Tickets.
+
+    def enter(self, id: str, spec: RequestSpec, now: float, version: str = "") -> Ticket:
+        """Return a waiting ticket for a request; only nodes whose model has the digest `version`, if any, get it.
+
+        If the queue is full, whoever has most waiting loses a ticket: it is refused by the next `dispatch`. Raises
+        Refusal if it is the new one, or with --early-refusal if its turn would come too late.
         """
-        demand, now = self.estimates.demand_of(entry[2]), turn.now
-        free = next((it for it in candidates if self.has_room(it.runner, room, now)), None)
-        while free and room.skims_left and self.queue.first(room.model):
-            best = candidates[0]
-            offer = turn.claimed[best.runner]
-            candidates[0] = best._replace(finish_s=offer.finish_s(demand, now) + doubt_s(best.runner.node, now),
-                                          offer=offer)
-            candidates.sort()       # all but the first are in order
-            best = candidates[0]
-            if free.finish_s <= HOLD * best.finish_s:
-                return True
-            turn.held.append(self.queue.pop(room.model))
-            turn.claimed[best.runner] = best.offer.claimed(now + best.finish_s, now)
-            room.skims_left -= 1
-        return False
+        if self.early_refusal:
+            self.refuse_early(spec, now)
+        if self.waiting.is_full:
+            self.displace(spec, now)
+        demand = self.cluster.estimates.demand(spec)
+        ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now)
+        ticket.version = version
+        self.policy.arrived(ticket)
+        return ticket
 
-    def has_room(self, runner: Runner, room: Room, now: float) -> bool:
-        """Tell whether one more request may be sent to a runner."""
-        running = len(runner.leases)
-        if running >= min(runner.slots, 2) and running >= slot_limit(runner.node, runner, now, room.runners):
+    def refuse_early(self, spec: RequestSpec, now: float) -> None:
+        """Raise Refusal if a new request is predicted to begin only when it would have waited too long."""
+        timeout_s, estimates = self.waiting.timeout_s, self.cluster.estimates
+        if self.drain_s(now) <= timeout_s:
+            return
+        forecast, key_s = Forecast(self.cluster, now), self.waiting.key_s(spec, now)
+        for ticket in self.waiting.in_order():
+            if ticket.key_s <= key_s:
+                forecast.start_s(estimates.demand_of(ticket))
+        start_s = forecast.start_s(estimates.demand(spec)) or 0.0
+        if start_s > timeout_s:
+            raise Refusal(503, f"no slot is predicted to become free within {timeout_s:g} s",
+                          retry_after_s=start_s - timeout_s)
+
+    def displace(self, spec: RequestSpec, now: float) -> None:
+        """Refuse a ticket of a full queue for a new one. Raises Refusal if that has to go."""
+        refusal = Answer(503, "the queue is full", retry_after_s=self.drain_s(now))
+        last = self.waiting.to_displace(spec.client, self.waiting.key_s(spec, now))
+        if last is None:
+            raise refusal.error()
+        self.displaced.append(self.waiting.refuse(last, refusal))
+
+    def expire(self, now: float) -> list[Ticket]:
+        """Refuse and return the tickets that have waited too long."""
+        late = self.waiting.late(now)
+        if not late:
+            return []
+        refusal = Answer(503, f"no slot became free within {self.waiting.timeout_s:g} s",
+                         retry_after_s=self.drain_s(now))
+        return [self.waiting.refuse(ticket, refusal) for ticket in late]
+
+    def retry(self, ticket: Ticket, now: float) -> bool:
+        """Put a failed ticket back at its old place, if a node is left for it; tell whether.
+
+        Where no other is left, those whose connection failed are: what restarts comes back.
+        """
+        if ticket.attempts >= MAX_ATTEMPTS:
             return False
-        if runner.node.loading and yields(runner.node, now):
-            return False
-        return room.forced or runner.breaker.allows(now) and runner.node.breaker.allows(now)
+        if self.cluster.is_hopeless(ticket, now):
+            ticket.tried -= ticket.gone
+            ticket.gone.clear()
+            if self.cluster.is_hopeless(ticket, now):
+                return False
+        self.waiting.push(ticket)
+        self.policy.arrived(ticket)
+        return True
 
-    def candidates(self, turn: Turn, ticket: Ticket, runners: list[Runner]) -> list[Candidate]:
-        """Return a Candidate for each node that has not failed a ticket, best first."""
-        found, demand, now = [], self.estimates.demand_of(ticket), turn.now
-        for order, runner in enumerate(runners):
-            if ticket.tried and runner.node.name in ticket.tried:
-                continue
-            snapshot, offer = self.snapshot(runner.node, now), turn.claimed.get(runner)
-            if offer is None:
-                offer = snapshot.offer(runner, now)
-            elif offer.snapshot is not snapshot:    # a lease was given there
-                offer = turn.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
-            node = runner.node
-            finish_s = offer.finish_s(demand, now)
-            if node.suspect:
-                finish_s += doubt_s(node, now)
-            found.append(Candidate(node.suspect, finish_s, order, offer))
-        found.sort()
-        return found
+    def leave(self, ticket: Ticket, now: float) -> bool:
+        """End a ticket, whatever has become of it: waiting, running, refused or already left. Tell whether others may
+        have its place."""
+        had_place = ticket.state in (TicketState.WAITING, TicketState.LEASED)
+        if ticket.lease is not None:
+            self.release(ticket.lease, now)
+        return self.waiting.leave(ticket) and had_place
 
-    def race(self, ticket: Ticket, now: float) -> Lease | None:
-        """Return a second lease for a ticket whose answer is far overdue, where another node would end it well before.
+    def drain_s(self, now: float) -> float:
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
 
-        Only on a slot that is free and that no waiting ticket could use; three nodes at most, a race at a time. A
-        stream that has begun is raced by a replay, so that it must be deterministic and its model the same there.
+        Reckoned anew once a second: a full queue asks for it at every refusal.
         """
-        first, model, found = ticket.lease, ticket.spec.model, []
-        if first is None or ticket.race is None or ticket.rival is not None or not ticket.spec.repeatable:
-            return None
-        silent_s, least_s = now - first.heard_s, RACE_LOAD_S if first in first.node.loading else 0.0
-        allowed_s = first.race_s if first.first_s is None else self.allowed_s(first)
-        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= max(least_s, allowed_s):
-            return None
-        digest = "" if first.first_s is None else digest_of(first.node, model)
-        if first.first_s is not None and not (ticket.spec.deterministic and digest):
-            return None
-        demand = self.estimates.demand_of(ticket)
-        for order, runner in enumerate(self.holders.get(model, ())):
-            node = runner.node
-            if (node is first.node or node.name in ticket.tried or node.suspect or not is_usable(node, now)
-                    or not runner.breaker.allows(now) or len(runner.leases) >= runner.slots or self.is_wanted(node)
-                    or digest and digest_of(node, model) != digest):
-                continue
-            offer = self.snapshot(node, now).offer(runner, now)
-            found.append(Candidate(False, offer.finish_s(demand, now), order, offer))
-        best = min(found, default=None)
-        if best is None or best.finish_s > RACE_GAIN * silent_s:
-            return None
-        reason = f"races {first.node.name}, silent for {silent_s:.1f} s"
-        return self.lease(ticket, best.runner.node, best.runner, now, reason, best.offer.predict(demand, now))
+        at_s, drained_s = self.forecast
+        if not at_s <= now < at_s + FORECAST_S:
+            forecast = Forecast(self.cluster, now)
+            drained_s = max([forecast.start_s(self.cluster.estimates.demand_of(ticket)) or 0.0
+                             for ticket in self.waiting.in_order()], default=0.0)
+            self.forecast = now, drained_s
+        return max(1.0, drained_s)
 
-    def is_wanted(self, node: Node) -> bool:
-        """Tell whether a waiting ticket could use a node."""
-        return any(self.queue.first(model) for model in node.rows)
+    def rescued(self, whole: bool) -> None:
+        """Count a broken stream that another node was to go on with, and whether it came to its end."""
+        self.rescues["whole" if whole else "broken"] += 1
 
-    def snapshot(self, node: Node, now: float) -> NodeSnapshot:
-        """Return the NodeSnapshot on a node: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
+    # Leases.
 
-        So old is what an Offer says of the work that still runs. All that changes a speed or the slots ends it at once.
-        """
-        known = self.surroundings.get(node)
-        if known is None or now - known.at_s > LOOK_AGAIN_S:
-            known = self.surroundings[node] = NodeSnapshot(node, now)
-        return known
+    def dispatch(self, now: float) -> tuple[list[Lease], list[Ticket]]:
+        """Match waiting tickets to nodes. Return (leases given, tickets refused)."""
+        displaced, self.displaced = self.displaced, []
+        if not self.waiting.tickets:    # mostly there is nothing to do when a request has ended
+            return [], displaced
+        leases, refused = self.policy.assign(self.waiting, self.cluster, now)
+        return leases, displaced + refused
 
     def lease_unqueued(self, id: str, spec: RequestSpec, tried: set[str], now: float) -> Lease:
-        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal.
+        """Return a lease without a slot for a request that only one suitable node need answer. Raises Refusal."""
+        return self.lease_on(id, spec, *self.cluster.node_unqueued(spec, tried, now), now=now)
 
-        Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
-        """
-        up = untried(self.nodes.values(), tried)
-        if not up:
-            if tried:
-                raise Refusal(*ALL_FAILED)
-            raise Refusal(503, "no node is up", retry_after_s=1.0)
-        up = [node for node in up if node.breaker.allows(now)] or up
-        holders = [node for node in up if has_on_disk(node, spec.model)]
-        if spec.where is Where.PRIMARY:
-            node = self.primary_for(spec, holders, now)
-            return self.lease_on(id, spec, node, now, "primary node" if node.settings.primary else "has the model")
-        if holders:
-            newest = max(version_of(node, spec.model) for node in holders)
-            holders = [node for node in holders if version_of(node, spec.model) == newest]
-        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
-        return self.lease_on(id, spec, node, now, "has the model" if holders else "any node")
-
-    def primary_for(self, spec: RequestSpec, holders: list[Node], now: float) -> Node:
-        """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
-        primary = next(node for node in self.nodes.values() if node.settings.primary)
-        in_cloud = is_cloud(spec.model or "")
-        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
-            return primary
-        if holders and not in_cloud:
-            return holders[0]
-        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
-
-    def lease_on(self, id: str, spec: RequestSpec, node: Node, now: float, reason: str) -> Lease:
+    def lease_on(self, id: str, spec: RequestSpec, node: Node, reason: str, now: float) -> Lease:
         """Return a lease without a slot on a given node."""
-        return self.lease(Ticket(id, spec, now, now, next(self.seq)), node, None, now, reason)
-
-    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
-        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
-
-        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
-        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
-        node to refuse.
-        """
-        up = [node for node in self.nodes.values() if node.up]
-        if not up:
-            raise Refusal(503, "no node is up", retry_after_s=1.0)
-        model = spec.source if spec.change in ("copy", "create") else spec.model
-        holders = [node for node in up if has_on_disk(node, model)]
-        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
-            return [self.primary_for(spec, holders, now)]
-        if spec.change == "copy" and holders:
-            newest = max(holders, key=lambda node: version_of(node, model))
-            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
-        if spec.change == "pull" and not holders:
-            return emptiest([node for node in up if not node.draining] or up, replicas)
-        return holders or [min(up, key=lambda node: not node.settings.primary)]
-
-    def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
-        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
-
-        Only nodes with the same version take part: the one that most have.
-        """
-        holders = [runner for runner in self.holders.get(spec.model, ()) if runner.node.is_alive(now)]
-        if self.pick or not holders:
-            return [], ""
-        versions: dict[str, list[Runner]] = {}
-        for runner in holders:
-            versions.setdefault(digest_of(runner.node, spec.model), []).append(runner)
-        versions.pop("", None)      # what does not tell its version is mixed with nothing
-        chosen = max(versions.values(), key=len, default=[])
-        if not chosen:
-            return [], ""
-        assert spec.batch is not None
-        count = len(spec.batch["input"])
-        tokens = max(1.0, self.estimates.demand(spec).prompt_tokens / count)
-        sizes = share_sizes(count, [runner.node.speed / (tokens * prefill_s(runner) + input_s(runner))
-                                    for runner in chosen])
-        return sizes, digest_of(chosen[0].node, spec.model)
-
-    def without(self, model: str | None, digest: str | None) -> set[str]:
-        """Return the names of the nodes that do not have a version of a model."""
-        return {node.name for node in self.nodes.values()
-                if not has_on_disk(node, model) or digest_of(node, model) != digest}
-
-    def unloaded(self, node: Node, model: str) -> None:
-        """Note that a node has promised to unload a model."""
-        runner = node.runners.get(model)
-        if runner is not None and not runner.leases:
-            self.assume_unloaded(runner)
-
-    # Leases -----------------------------------------------------------------
-
-    def lease(self, ticket: Ticket, node: Node, runner: Runner | None, now: float, reason: str,
-              prediction: Prediction | None = None) -> Lease:
-        """Give a ticket its lease, and note what the node will now be doing, as believed."""
-        lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
-        if node.measuring is not None:
-            self.give_way(node.measuring, now)
-        self.advance(node, now)
-        if runner is not None:
-            self.expect(lease, prediction, now)
-            if lease.loads:
-                self.assume_loaded(runner, ticket.spec, lease.ready_s)
-            if ticket.spec.keep_alive_s is not None:
-                runner.keep_alive_s = ticket.spec.keep_alive_s
-            if ticket.spec.prefix and not ticket.spec.embeds:
-                shared_chars = runner.beginnings.common_chars(ticket.spec.prefix)
-                lease.fresh = shared_chars <= FRESH_SHARE * ticket.spec.prompt_chars
-                runner.prefixes.remember(ticket.spec.prefix, runner.slots + 2)
-                ends = ticket.spec.prefix
-                if len(ends) > PREFIX_FIRST:
-                    ends = (*ends[:PREFIX_FIRST], ends[-1])
-                runner.beginnings.remember(ends, BEGINNINGS_KEPT)   # a kilobyte each
-            if not runner.leases:
-                node.busy.append(runner)
-            elif now - runner.leases[-1].sent_s <= node.rtt_s + UNORDERED_S:
-                lease.order_unknown = runner.leases[-1].order_unknown = True
-            if ticket.spec.embeds:
-                lease.has_list_input = any(other.ticket.spec.inputs > 1 for other in (lease, *runner.leases))
-            meet(lease)
-            runner.leases.append(lease)
-            lease.position = len(runner.leases)
-            runner.used_s = now
-            if lease.loads:
-                node.loading.append(lease)
-        if not node.leases:
-            node.heard_s = now
-        node.leases.append(lease)
-        node.requests += 1
-        breakers = (node.breaker,) if runner is None else (node.breaker, runner.breaker)
-        lease.trials = [breaker for breaker in breakers if breaker.failures and breaker.begin()]
-        if ticket.lease is None:
-            ticket.lease = lease
-        else:
-            ticket.rival = lease
-        return lease
-
-    def may_measure(self, node: Node, now: float) -> bool:
-        """Tell whether a node may be measured: it does nothing for us, and its pause is over."""
-        return node.up and not node.draining and not node.leases and now >= node.check_s
+        return give_lease(self.waiting.unqueued(id, spec, now), node, None, now, reason)
 
     def lease_for_measuring(self, runner: Runner, spec: RequestSpec, now: float) -> Lease:
-        """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
-
-        After it the node has a pause, which is doubled until it answers somebody.
-        """
-        node = runner.node
-        lease = Lease(Ticket(f"measure-{node.name}", spec, now, now, next(self.seq)), node, runner, now,
-                      "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
-        self.advance(node, now)
-        node.heard_s, node.measuring = now, lease
-        node.leases.append(lease)
-        self.pause_measuring(node, now)
-        return lease
-
-    def pause_measuring(self, node: Node, now: float) -> None:
-        """Let a node be measured again only after a pause, twice as long as the last one."""
-        node.check_s = now + node.check_pause_s
-        node.check_pause_s = min(2 * node.check_pause_s, LAST_CHECK_PAUSE_S)
-
-    def give_way(self, lease: Lease, now: float) -> None:
-        """End the measurement of a node: somebody's request goes there."""
-        self.release(lease, now)
-        if lease.abandon is not None:
-            lease.abandon(Failure("lost", "gives way"))
-
-    def expect(self, lease: Lease, prediction: Prediction | None, now: float) -> None:
-        """Note when a lease about to be given should end, and for how long it need not show anything."""
-        runner, spec = runner_of(lease), lease.ticket.spec
-        it = prediction or NodeSnapshot(runner.node, now).offer(runner, now).predict(self.estimates.demand(spec), now)
-        lease.ready_s, lease.loads = now + it.ready_s, it.loads
-        lease.prompt_tokens, lease.output_tokens = it.demand.prompt_tokens, it.demand.output_tokens
-        lease.new_tokens = it.new_tokens
-        lease.predicted_end_s = now + it.start_s + (it.prefill_s + it.decode_s) * it.slow
-        lease.race_s, lease.quiet_s = overdue_s(it), quiet_s(runner, it)
-        lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
-
-    def assume_loaded(self, runner: Runner, spec: RequestSpec, ready_s: float) -> None:
-        """Note that a request makes a node load a model, and what Ollama will evict for it."""
-        while must_evict(runner):
-            self.assume_unloaded(victim(runner))
-        self.assume_unloaded(runner)
-        runner.ready_s, runner.options = ready_s, spec.options
-
-    def assume_unloaded(self, runner: Runner) -> None:
-        """Note that a model is no longer resident; its prefix cache went with it."""
-        runner.ready_s, runner.options, runner.listed = None, None, {}
-        runner.context, runner.keep_alive_s = 0, KEEP_LOADED_S
-        runner.prefixes.clear()
-        runner.beginnings.clear()
-
-    def advance(self, node: Node, now: float) -> None:
-        """Count the solo-seconds that running requests have progressed. Before every change of who runs there."""
-        self.surroundings.pop(node, None)
-        elapsed_s = now - node.advanced_s
-        if elapsed_s > 0:
-            for runner in node.busy:
-                progress_s = elapsed_s / slowdown(node, runner)
-                runner.progress_s += progress_s
-                runner.shared_s += progress_s / node.speed
-            node.advanced_s = now
-
-    def heard(self, lease: Lease, lines: int, now: float) -> None:
-        """Note bytes of an answer; `lines` streamed lines were among them."""
-        lease.heard_s = lease.node.heard_s = now
-        if lease.node.suspect:
-            self.trust(lease.node, now)
-        if lease.first_s is None:
-            self.first_byte(lease, now)
-        lease.lines += lines
-
-    def first_byte(self, lease: Lease, now: float) -> None:
-        """Note the first byte of an answer: of a stream, the first token. Streams that overlap prove slots."""
-        lease.first_s = now
-        runner = lease.runner
-        if runner is None:
-            return
-        self.loaded(lease, now)
-        self.advance(lease.node, now)
-        if lease.position > runner.slots:
-            stall(lease)
-        lease.first_progress_s, lease.overlapping = runner.progress_s, certainly_beside(lease)
-        if runner.ready_s is not None:
-            runner.ready_s = min(runner.ready_s, now)
-            if runner.options is None and not (runner.context and dict(lease.ticket.spec.options).get("num_ctx")):
-                runner.options = lease.ticket.spec.options  # else it may have been loaded so by default
-        if not lease.ticket.spec.stream:
-            return
-        self.prove_slots(runner, sum(1 for other in runner.leases if other.first_s is not None
-                                     and other.ticket.spec.stream and not is_held_up(other)), now)
-
-    def loaded(self, lease: Lease, now: float) -> None:
-        """Note that a lease does not wait for its model any more, if it did."""
-        if lease in lease.node.loading:
-            lease.node.loading.remove(lease)
-            lease.node.loaded_s = now
-
-    def prove_slots(self, runner: Runner, count: int, now: float = 0.0) -> None:
-        """Raise what is known of a runner's slots: `count` requests ran at once."""
-        runner.seen = max(count, runner.seen if now - runner.seen_s < CONFIRMED_S else 0)
-        runner.seen_s = now
-        runner.proven, runner.max_proven = max(runner.proven, count), max(runner.max_proven, count)
-        if runner.slots_known != "set" and runner.proven > runner.slots:
-            runner.slots, runner.slots_known, runner.disproofs, runner.signs = runner.proven, "learned", 0, 0
-            self.surroundings.pop(runner.node, None)
-            for model in runner.models:
-                self.unsettle(model)
-
-    def doubt_slots(self, runner: Runner, count: int, now: float) -> None:
-        """Note that a request waited although more than `count` were proved to run: somebody else uses the node, or it
-        has changed."""
-        runner.waits += 1
-        if runner.waits >= WAITS_TO_SHRINK and count:
-            runner.proven, runner.waits = count, 0
-            self.disprove_slots(runner, now)
-
-    def disprove_slots(self, runner: Runner, now: float) -> None:
-        """Note that a request had to wait inside the node: no more than what was proved; try again after a pause.
-
-        The pause grows only where the node is ours alone: somebody else who has its slots now will give them back.
-        """
-        if runner.slots_known == "set":
-            return
-        runner.slots, runner.slots_known = runner.proven, "learned"
-        self.surroundings.pop(runner.node, None)
-        ours = runner.proven >= runner.max_proven and now - runner.node.strangers_s > LATELY_S
-        doubled = min(runner.disproofs, 6) if ours else 0
-        runner.probe_s, runner.disproved_s = now + RETRY_SLOT_S * 2 ** doubled, now
-        runner.disproofs += ours
-
-    def worked(self, lease: Lease, now: float) -> None:
-        """Note that a node has answered. Before the lease's release."""
-        if lease.trials:
-            self.unsettle_all()
-        lease.node.breaker.succeed()
-        lease.node.error_share.add(False, now)
-        lease.node.heard_s = now
-        lease.node.misses, lease.node.check_pause_s = 0, CHECK_PAUSE_S
-        if lease.runner is not None:
-            lease.runner.breaker.succeed()
+        """Return the lease of the gateway's own request on an idle node."""
+        return lease_for_measuring(runner, self.waiting.unqueued(f"measure-{runner.node.name}", spec, now), now)
 
     def observe(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn from a complete answer. Before its release."""
-        node, runner = lease.node, lease.runner
-        took_s = now - lease.sent_s
-        self.worked(lease, now)
-        if runner is None:
+        node, took_s, lengths = lease.node, now - lease.sent_s, self.cluster.estimates.lengths
+        lease.worked(now)
+        if lease.runner is None:
             return
         node.latencies_s.append(took_s)
-        self.judge_prediction(lease, took_s)
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
-        self.advance(node, now)
-        if waited_for_strangers(lease, timings, took_s):
-            node.strangers_s = now
-        if timings.tell_durations:
-            self.learn_slots(lease, timings, took_s, now)
-            self.learn_speed(lease, timings, took_s, now)
-        elif is_answer(lease, timings):
-            timings = counted(lease, timings)
-            self.learn_by_latency(lease, timings, now)
+        if lease.predicted_end_s > lease.sent_s and took_s > 0:
+            self.ratios.add(took_s / (lease.predicted_end_s - lease.sent_s))
+        timings = learn_from(lease, timings, now, self.cluster.estimates)
         if timings.output_tokens or timings.prompt_tokens:
-            self.settle_cost(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
+            self.charge(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
         if timings.output_tokens and not lease.ticket.spec.embeds:
-            self.estimates.lengths[lease.ticket.spec.model].learn(lease.prompt_tokens, timings.output_tokens)
-        if lease.lines > 8 and timings.output_tokens > 8:
-            runner.streams += 1
-            gain = max(SPEED_GAIN, 1 / runner.streams)
-            runner.lines_per_token += gain * (lease.lines / timings.output_tokens - runner.lines_per_token)
+            lengths[lease.ticket.spec.model].learn(lease.prompt_tokens, timings.output_tokens)
 
-    def judge_prediction(self, lease: Lease, took_s: float) -> None:
-        """Learn how wrong the predicted end of an answer was, counted from its sending.
+    def charge(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
+        """Charge the client of a lease for what its request has really cost, in place of what was expected."""
+        ticket = lease.ticket
+        assert ticket.demand is not None        # it has waited for a slot
+        cost_s = self.rates.cost_s(Demand(ticket.spec, min(prompt_tokens, MAX_OUTPUT_TOKENS),
+                                          min(output_tokens, MAX_OUTPUT_TOKENS), 0, ticket.demand.inputs), now)
+        self.waiting.fair.correct(ticket.spec, cost_s - ticket.cost_s)
+        ticket.cost_s, lease.charged = cost_s, True
 
-        As |ln(actual / predicted)|: half and twice as long are equally wrong, and one stall does not outweigh the rest.
-        """
-        predicted_s = lease.predicted_end_s - lease.sent_s
-        if predicted_s <= 0 or took_s <= 0:
-            return
-        runner, off = runner_of(lease), math.log(took_s / predicted_s)
-        runner.judged += 1
-        gain = max(ERROR_GAIN, 1 / runner.judged)
-        runner.bias += gain * (off - runner.bias)
-        runner.error += gain * (abs(off) - runner.error)
-        self.ratios.learn(off)
-
-    def learn_slots(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
-        """Take an answer as proof or disproof that `lease.position` requests run at once."""
-        runner, alone = runner_of(lease), lease.position == 1
-        if lease.loads or timings.load_s > 1.0:
-            return                  # requests that came with a load also wait for it
-        if timings.prompt_tokens:
-            share = (runner.progress_s - lease.start_progress_s) / took_s if took_s else 1.0
-            lease.node.learn_overhead(timings.hidden_wait_s * share, alone)
-        if runner.slots_known == "set":
-            return
-        if not timings.show_a_wait(took_s, lease.node.overhead_s):
-            # Had it waited for the first of those sent before it to leave, so much time would be unexplained.
-            unexplained_s = took_s - timings.load_s - timings.prompt_s - timings.output_s
-            if not lease.left_s or lease.left_s[0] - lease.sent_s > unexplained_s + UNORDERED_S:
-                self.prove_slots(runner, lease.position, now)
-            if not alone:           # it could not have waited anyway
-                runner.waits = 0
-        elif lease.sent_s <= runner.disproved_s:
-            return                  # sent while more were believed to fit: what it says is known by now
-        elif not timings.show_a_wait(took_s, lease.node.most_overhead_s):
-            return                  # neither overhead nor a wait beyond doubt
-        elif lease.position > runner.proven:
-            self.disprove_slots(runner, now)
-        else:
-            self.doubt_slots(runner, ran_at_once(lease, timings) or lease.position - 1, now)
-
-    def learn_speed(self, lease: Lease, timings: Timings, took_s: float, now: float) -> None:
-        """Take an answer's durations as samples of the speeds that a lone request would see."""
-        runner, tokens = runner_of(lease), timings.output_tokens
-        if timings.load_s > 1.0:
-            runner.load_s = timings.load_s
-        self.estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
-        if not timings.prompt_tokens or is_disturbed(lease):
-            return
-        share = (runner.shared_s - lease.start_shared_s) / took_s if took_s else 1.0
-        gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
-        self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, gain)
-        if tokens >= 8 and timings.output_s > 1e-4:
-            stalled_s = lease.stall_tokens * prefill_s(runner)
-            self.learn_decode(runner, timings.output_s * share / tokens, gain, now, stalled_s * share / tokens)
-
-    def learn_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
-        """Learn slots and speeds from an answer that tells no durations."""
-        node, runner = lease.node, runner_of(lease)
-        if timings.load_s > 1.0:
-            runner.load_s = timings.load_s
-        loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
-        if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
-            return                  # it may have waited for other things than a slot
-        self.estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
-        if not is_disturbed(lease):
-            if lease.predecessor_left_progress_s is None and not lease.order_unknown:   # it waited for nobody
-                self.learn_speed_by_latency(lease, timings, now)
-            if lease.ticket.spec.stream:    # once it has begun it waits for nobody either
-                self.learn_decode_by_latency(lease, timings, now)
-        self.weigh_signs(lease, timings, now)
-
-    def weigh_signs(self, lease: Lease, timings: Timings, now: float) -> None:
-        """Take an answer without durations as proof of slots, or as a sign for or against them."""
-        runner, streams = runner_of(lease), lease.ticket.spec.stream
-        lone, work_s = runner.unqueued_ratio.get(streams), first_work_s(lease, timings)
-        if lease.overlapping >= lease.position:
-            if not (lease.order_unknown or lease.has_list_input):
-                ratio = served_beside_s(lease) / work_s
-                runner.unqueued_ratio[streams] = blend(lone or ratio, ratio, SPEED_GAIN)
-                if lone is None and not runner.disproofs:
-                    runner.probe_s = 0.0
-            self.prove_slots(runner, lease.overlapping, now)
-            if lease.position > 1:  # alone it could not have waited anyway
-                runner.waits = 0
-        elif runner.slots_known == "set" or lease.position > runner.proven + 1 or lease.has_list_input:
-            return
-        elif lease.predecessor_left_progress_s is None:
-            return                  # sent at the same time as another one, and nobody knows which came first
-        elif lease.sent_s <= runner.disproved_s:
-            return                  # sent while more were believed to fit: what it says is known by now
-        elif lone is None:          # nothing to compare with: let one be alone
-            runner.probe_s = max(runner.probe_s, now + RETRY_SLOT_S)
-        elif served_beside_s(lease) < FASTER_RATIO * work_s * lone:     # whoever slowed the node down is gone
-            runner.unqueued_ratio[streams] = blend(lone, served_beside_s(lease) / work_s, 2 * SPEED_GAIN)
-        else:
-            waited = sign_of_wait(lease, work_s * lone)
-            if waited and lease.stall_tokens * prefill_s(runner) < STALL_SHARE * work_s * lone:     # else for those
-                self.count_sign(runner, lease.position, -1, now)
-            elif waited is False and not streams:       # streams that really overlap show it
-                self.count_sign(runner, lease.position, 1, now)
-
-    def count_sign(self, runner: Runner, position: int, sign: int, now: float) -> None:
-        """Count a sign for (1) or against (-1) `position` slots, and decide once enough of them agree."""
-        if position <= runner.proven:
-            if sign < 0:
-                self.doubt_slots(runner, position - 1, now)
-            else:
-                runner.waits = 0
-            return
-        runner.signs += sign
-        if runner.signs >= SIGNS_FOR:
-            self.prove_slots(runner, position, now)
-        elif runner.signs <= -SIGNS_AGAINST:
-            runner.signs, runner.disproofs = 0, min(runner.disproofs, LAST_SHORT_PAUSE)
-            self.disprove_slots(runner, now)
-
-    def learn_decode_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
-        """Take the time between a stream's first byte and its end as a sample of decode speed."""
-        runner, tokens = runner_of(lease), timings.output_tokens
-        later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * prefill_s(runner)
-        if tokens >= 8 and later_s > 1e-4:
-            gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
-            self.learn_decode(runner, later_s / (tokens - 1), gain, now, stalled_s / (tokens - 1))
-
-    def learn_speed_by_latency(self, lease: Lease, timings: Timings, now: float) -> None:
-        """Take the latency of a request that waited for nobody as a sample of speed."""
-        runner = runner_of(lease)
-        stalled_s = lease.stall_tokens * prefill_s(runner)
-        gain = max(SPEED_GAIN, 1 / (runner.samples + 1))
-        first_s = max(1e-6, served_beside_s(lease) - lease.node.rtt_s)
-        work_s, tokens = first_work_s(lease, timings), timings.output_tokens
-        if lease.ticket.spec.stream:
-            self.learn_prefill(lease, max(first_s - lease.node.overhead_s, 0.1 * first_s),
-                               timings.prompt_tokens or lease.prompt_tokens, gain)
-            return
-        overhead_s = lease.node.overhead_s
-        ratio = max(first_s - overhead_s, 0.1 * first_s) / max(work_s - overhead_s, 1e-6)
-        if lease.ticket.spec.embeds:
-            runner.input_s = scaled(input_s(runner), ratio, gain)
-        known_s, expected_s = decode_s(runner), max(work_s - overhead_s, 1e-6)
-        if lease.new_tokens > 0.9 * lease.prompt_tokens and lease.fresh and not runner.prefills:
-            runner.prefill_s = scaled(prefill_s(runner), ratio, gain)
-        if tokens >= 8:
-            self.learn_decode(runner, known_s * ratio, gain, now, known_s * stalled_s / expected_s)
-        elif lease.ticket.spec.embeds:
-            runner.samples += 1
-
-    def learn_prefill(self, lease: Lease, seconds: float, tokens: float, gain: float) -> None:
-        """Take in the seconds that a lone prompt of so many tokens would have taken.
-
-        What the node's cache held makes it faster than true, neighbours in prefill and other models slower; those that
-        decode beside it hardly do: a batch of a prompt carries their tokens along.
-        """
-        runner = runner_of(lease)
-        if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
-            return
-        known, sample = prefill_s(runner), seconds / tokens
-        if not lease.fresh and sample < LEEWAY * known:
-            return
-        models = len(runner.node.busy) or 1
-        if lease.crowd_tokens > STALL_SHARE * tokens or models > 1:
-            sample = beyond(known, sample * tokens / (tokens + lease.crowd_tokens) / models, sample)
-            if not sample:
-                return
-        if tokens <= FULL_PROMPT_TOKENS:
-            if not runner.prefills:
-                runner.prefill_s = blend(known, sample, gain * tokens / FULL_PROMPT_TOKENS)
-            return
-        before, runner.slow_prefill_s = runner.slow_prefill_s, sample if sample > GROSS * known else 0.0
-        if before and runner.slow_prefill_s and 1 / ALIKE <= sample / before <= ALIKE:
-            runner.prefills.clear()
-            runner.prefills.append(before)
-        runner.prefills.append(sample)
-        runner.prefill_s = usual_prefill_s(runner.prefills)
-
-    def learn_decode(self, runner: Runner, sample: float, gain: float, now: float = 0.0,
-                     stalled_s: float = 0.0) -> None:
-        """Take in the seconds per output token that a lone request would have seen.
-
-        `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only
-        a bound. Two that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
-        """
-        node, known = runner.node, decode_s(runner)
-        if stalled_s <= STALL_SHARE * sample or not runner.samples:
-            sample -= min(stalled_s, sample) / 2
-        else:
-            sample = beyond(known, max(sample - stalled_s, 0.1 * sample), sample)
-            if not sample:
-                return
-        others = any(other.decode_s for other in node.runners.values() if other is not runner)
-        before, runner.off_decode_s = runner.off_decode_s, 0.0
-        if not runner.samples:
-            runner.decode_s = sample
-        elif 1 / GROSS <= sample / known <= GROSS:
-            runner.decode_s = blend(known, sample, gain)
-            if 1 / ALIKE <= sample / known <= ALIKE:
-                runner.confirmed_s = now
-        elif (before and 1 / ALIKE <= sample / before <= ALIKE
-              and (runner.samples < MANY_SAMPLES or now - runner.confirmed_s > LATELY_S)):
-            sample = runner.decode_s = math.sqrt(before * sample)
-            runner.samples, runner.confirmed_s, gain = 1, now, 1.0
-        else:
-            runner.decode_s, runner.off_decode_s = blend(known, sample, gain), sample
-        factor = size_factor(runner, sample)
-        node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
-        runner.samples += 1
+    def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
+        """Return how a batch is cut, as Cluster.split does; not at all where requests are bound early."""
+        return ([], "") if self.policy.binds_early else self.cluster.split(spec, now)
 
     def release(self, lease: Lease, now: float) -> None:
-        """End a lease, exactly once."""
-        if lease.released:
-            raise AssertionError(f"lease of {lease.ticket.id} on {lease.node.name} released twice")
-        lease.released = True
-        ticket, node, runner = lease.ticket, lease.node, lease.runner
-        if ticket.lease is lease:
-            ticket.lease = ticket.rival
-        ticket.rival = None
-        if runner is not None and not lease.charged:        # broken off, or its answer told nothing
-            tokens = lease.lines / runner.lines_per_token
+        """End a lease. One that was broken off, or whose answer told nothing, is charged by its lines."""
+        if lease.runner is not None and not lease.charged:
+            tokens = lease.lines / lease.runner.speeds.lines_per_token
             if tokens > lease.output_tokens:
-                self.settle_cost(lease, lease.prompt_tokens, tokens, now)
-        self.advance(node, now)
-        node.leases.remove(lease)
-        if lease.measures:
-            node.measuring = None
-        elif runner is not None:
-            place = runner.leases.index(lease)
-            del runner.leases[place]
-            for later in runner.leases[place:]:
-                later.left_s += (now,)
-                if later.first_s is None and later.predecessor_left_progress_s is None:
-                    later.predecessor_left_progress_s = runner.progress_s
-            runner.used_s = now
-            self.loaded(lease, now)
-            if not runner.leases:
-                node.busy.remove(runner)
-                if not runner.keep_alive_s:     # the node unloads it at once
-                    self.assume_unloaded(runner)
-            for model in runner.models:
-                if model in self.settled:
-                    self.freed[model] += 1
-        if not node.leases:
-            self.idle.add(node)
-        for breaker in lease.trials:
-            breaker.end_trial()
-        node.heard_s = now          # its silence, if any, ended with this lease
+                self.charge(lease, lease.prompt_tokens, tokens, now)
+        lease.end(now)
 
     def fail(self, lease: Lease, kind: str, now: float) -> None:
         """Note that a node failed a request; see failover_kind and Failure for the kinds."""
@@ -4068,339 +4659,24 @@ class Dispatcher:
             ticket.attempts += 1
             ticket.since_s = now
         if kind in DIFFERENCES:
-            self.exclude_alike(ticket, kind, node)
+            ticket.exclude_alike(kind, node, self.cluster.nodes_for(ticket.spec.model))
             return
         node.errors += 1
-        self.unsettle_all()
+        self.cluster.changes.note_all()
         if kind == "missing" and runner is not None:    # the index was wrong
-            if ticket.spec.model in node.rows:
-                del node.rows[ticket.spec.model]
-            if not runner.on_disk:
-                self.assume_unloaded(runner)
-            self.reindex()
+            self.cluster.lacks(node, runner, ticket.spec.model)
         elif kind == "refused":
-            node.up, node.lost_s = False, now   # no new work; whether what runs there is lost, the next probe tells
+            node.refused(now)
         elif kind == "model" and runner is not None:
-            self.record_failure(ticket, runner.breaker, now)
+            ticket.record_failure(runner.breaker, now)
         elif kind in ("died", "garbage") or kind in ("busy", "proxy") and runner is not None:
-            self.record_failure(ticket, node.breaker, now)
-
-    def exclude_alike(self, ticket: Ticket, kind: str, node: Node) -> None:
-        """Keep a ticket from the nodes that would refuse it as this one did. After a 400 one more is tried at most."""
-        for other in self.nodes_for(ticket.spec.model):
-            if kind == "length":
-                here, there = window_of(node, ticket.spec.model), window_of(other, ticket.spec.model)
-                alike = 0 < there <= here
-            else:
-                alike = other.version == node.version
-            if alike or ticket.differed:
-                ticket.tried.add(other.name)
-        ticket.differed = ticket.differed or kind != "route"
-
-    def record_failure(self, ticket: Ticket, breaker: Breaker, now: float) -> None:
-        """Count a failure, until it turns out to be the request's own."""
-        if breaker.fail(now):
-            ticket.blamed.append(breaker)
-
-    def note_error(self, node: Node, text: str, status: int | None, kind: str | None, now: float) -> None:
-        """Note an error that a node answered, or how else it failed. What follows from it is the part of `fail`."""
-        node.last_error = NodeError(text, status, now)
-        if kind not in DIFFERENCES:
-            node.error_share.add(True, now)
-
-    # Nodes ------------------------------------------------------------------
-
-    def configure(self, settings: list[NodeSettings]) -> tuple[list[Node], list[Node]]:
-        """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
-
-        Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
-        its slots are taken. Returns (added, dropped) nodes.
-        """
-        old = list(self.nodes.values())
-        if settings and not any(line.primary for line in settings):
-            settings = [settings[0]._replace(primary=True), *settings[1:]]
-        known = matched(settings, [*old, *self.leaving])
-        self.nodes = {}
-        for line in settings:
-            node = self.nodes[line.name] = known.get(line.name) or self.recall(Node(line))
-            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
-            self.change_settings(node, line)
-        dropped = [node for node in old if self.nodes.get(node.name) is not node]
-        self.keep(dropped)
-        for node in dropped:
-            node.draining = True
-            if node.measuring is not None:
-                self.give_way(node.measuring, node.measuring.sent_s)
-        self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
-        self.reindex()
-        return [node for node in self.nodes.values() if node not in old], dropped
-
-    # Memory -----------------------------------------------------------------
-
-    def learned(self) -> Json:
-        """Return all that is worth keeping, as plain values."""
-        self.keep(self.nodes.values())
-        lengths = [(model, learned_of_lengths(it)) for model, it in self.estimates.lengths.items() if it.samples]
-        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
-
-    def keep(self, nodes: Iterable[Node]) -> None:
-        """Keep what was learned of nodes, in place of what was kept of them before."""
-        for node in nodes:
-            learned = learned_of_node(node)
-            if learned:
-                server = learned["name"], learned["url"]
-                self.kept = [entry for entry in self.kept if (entry["name"], entry["url"]) != server]
-                self.kept.append(learned)
-        del self.kept[:-MOST_KEPT]
-
-    def remember(self, learned: Json) -> None:
-        """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
-        self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
-        for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
-            lengths = read_lengths(entry)
-            if lengths.samples:
-                self.estimates.lengths[model] = lengths
-
-    def recall(self, node: Node) -> Node:
-        """Return a new node, with what was kept of its server. It need not be calibrated."""
-        entry = kept_of(self.kept, node.settings)
-        node.kept = entry.get("models", {})
-        for name in KEPT_OF_NODE.keys() & entry.keys():
-            setattr(node, name, entry[name])
-        node.calibrated = any("decode_s" in learned for learned in node.kept.values())
-        return node
-
-    def recall_runner(self, runner: Runner) -> None:
-        """Take over what was kept of a model on a node, if it is the same version."""
-        kept, digest = runner.node.kept.get(runner.model, {}), digest_of(runner.node, runner.model)
-        if kept.get("digest") and digest and kept["digest"] != digest:
-            return
-        for name in KEPT_OF_RUNNER.keys() & kept.keys():
-            setattr(runner, name, kept[name])
-        runner.samples, runner.streams = min(runner.samples, KEPT_SAMPLES), min(runner.streams, KEPT_SAMPLES)
-        if runner.prefill_s:
-            runner.prefills.extend([runner.prefill_s] * KEPT_SAMPLES)
-        runner.unqueued_ratio = {name == "true": ratio for name, ratio in kept.get("unqueued_ratio", {}).items()}
-        if "slots" in kept and runner.slots_known == "guessed":
-            runner.slots = runner.proven = kept["slots"]
-            runner.max_proven = max(kept["slots"], kept.get("max_proven", 1))
-            runner.slots_known, runner.disproofs = "learned", min(kept.get("disproofs", 0), LAST_SHORT_PAUSE)
-            runner.waits = WAITS_TO_SHRINK - 1      # the first hidden wait takes one of them back
-            if runner.disproofs:
-                runner.probe_s = max(0.0, runner.node.indexed_s + RETRY_SLOT_S)
-
-    # Settings ---------------------------------------------------------------
-
-    def change_settings(self, node: Node, settings: NodeSettings) -> None:
-        """Take over the settings of a node whose server is the same."""
-        was, node.settings, node.name = node.settings, settings, settings.name
-        if was.slots != settings.slots:
-            for runner in node.runners.values():
-                self.set_slots(runner)
-
-    def set_slots(self, runner: Runner) -> None:
-        """Take over the slots that hosts.txt tells; where it tells none any more, those that were proved."""
-        slots, embeds = runner.node.settings.slots, bool(runner.row) and embeds_only(runner.row)
-        if slots:
-            runner.slots = runner.proven = slots
-            runner.slots_known = "set"
-        elif runner.slots_known == "set":
-            runner.slots = runner.proven = 1 if embeds else runner.max_proven
-            runner.slots_known = "set" if embeds else "learned" if runner.max_proven > 1 else "guessed"
+            ticket.record_failure(node.breaker, now)
 
     def drain(self, node: Node, draining: bool) -> None:
-        """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else."""
-        if draining and not node.draining:
-            node.drained_seq = next(self.seq)
-        node.draining = draining
-        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
-        self.unsettle_all()
+        """Give a node no new work, or again some."""
+        self.cluster.drain(node, draining, next(self.waiting.seq))
 
-    def reindex(self) -> None:
-        """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
-        self.unsettle_all()
-        self.skimmed_s.clear()
-        self.holders = {}
-        for node in self.nodes.values():
-            for model in node.rows:
-                if not is_cloud(model):
-                    self.holders.setdefault(model, []).append(node.runners[model])
-        for ticket in self.queue.tickets:
-            self.exclude_other_versions(ticket)
-
-    def lost(self, node: Node, now: float) -> None:
-        """Note that a node cannot be reached: its models are gone from memory."""
-        if node.up:
-            node.lost_s = now
-        node.probed, node.up, node.suspect, node.calibrated = True, False, False, False
-        node.speed = 1.0
-        node.check_s, node.check_pause_s = -math.inf, CHECK_PAUSE_S
-        self.unsettle_all()
-        for runner in node.runners.values():
-            self.assume_unloaded(runner)
-            if runner.slots_known != "set":     # it may come back with another OLLAMA_NUM_PARALLEL
-                runner.slots = runner.proven = runner.max_proven = 1
-                runner.slots_known, runner.probe_s, runner.disproofs = "guessed", 0.0, 0
-
-    def answered(self, node: Node, version: str, rtt_s: float, now: float) -> None:
-        """Note that a node answered a probe; one that was down starts afresh."""
-        if not node.up:
-            node.breaker.succeed()
-            self.unsettle_all()
-        node.probed, node.up, node.misses, node.version, node.answered_s = True, True, 0, version, now
-        node.rtt_s += (0.3 if node.rtt_s else 1.0) * (rtt_s - node.rtt_s)
-
-    def missed(self, node: Node, refused: bool, now: float) -> None:
-        """Note a probe without an answer: dead is what refuses a connection, or has not answered for DEAD_S."""
-        node.misses += 1
-        node.indexed = node.indexed and not refused
-        if refused or not node.probed or now - node.answered_s >= DEAD_S:
-            self.lost(node, now)
-
-    def index(self, node: Node, rows: list[Json], asked_s: float = math.inf) -> None:
-        """Take over a node's /api/tags, unless what was asked for later has come before it."""
-        if asked_s < node.indexed_s:
-            return
-        node.indexed_s = asked_s if asked_s < math.inf else node.indexed_s
-        named = {row_name(row): row for row in rows}
-        gone = [model for model in node.runners if model not in named]
-        if gone:
-            node.kept = learned_of_node(node).get("models", {})
-        node.rows = named
-        for model, row in named.items():
-            is_new = model not in node.runners
-            runner = self.runner(node, model)
-            if is_new:
-                self.recall_runner(runner)
-            runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
-            if embeds_only(row) and runner.slots_known == "guessed":
-                runner.slots_known = "set"      # to one, by Ollama itself
-        for model in gone:
-            if not any(lease.ticket.spec.model == model for lease in node.runners[model].leases):
-                del node.runners[model]
-        self.share_runners(node)
-        node.indexed = True
-        self.reindex()
-
-    def share_runners(self, node: Node) -> None:
-        """Give the models of a node that are made from the same weights one runner, and only those.
-
-        One that works stays as it is until it is idle, when the models are looked at next.
-        """
-        sharing: dict[str, list[str]] = {}
-        taken: set[Runner] = set()
-        for model in node.rows:
-            sharing.setdefault(weights_of(node, model), []).append(model)
-        for models in sharing.values():
-            free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
-            kept = max(free, key=lambda runner: (len(runner.leases), runner.samples, runner.used_s), default=None)
-            for model in models:
-                known = node.runners[model]
-                if kept is None:
-                    del node.runners[model]
-                    kept = self.runner(node, model)
-                    kept.disk_bytes = known.disk_bytes
-                elif known in taken or not known.leases:
-                    if kept.ready_s is None and known not in taken:
-                        kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
-                    node.runners[model] = kept
-            assert kept is not None     # no list of `sharing` is empty
-            taken.update([kept], free)
-        for runner in each_runner(node):
-            runner.models = [model for model, it in node.runners.items() if it is runner]
-            runner.model = runner.model if runner.model in runner.models else runner.models[0]
-
-    def know_weights(self, node: Node, found: dict[tuple[str, str], str]) -> None:
-        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
-        node.weights = {**node.weights, **found}
-        known = {(model, digest_of(node, model)) for model in node.rows}
-        node.weights = {key: blob for key, blob in node.weights.items() if key in known}
-        self.share_runners(node)
-        self.reindex()
-
-    def index_failed(self, node: Node) -> None:
-        """Note that a node lives but does not say what it has: what it said last counts."""
-        node.indexed = True
-
-    def said_status(self, node: Node, found: Json) -> None:
-        """Take over a node's /api/status."""
-        node.cloud = found
-
-    def runner(self, node: Node, model: str) -> Runner:
-        """Return what is known of a model on a node, from now on."""
-        runner = node.runners.get(model)
-        if runner is None:
-            runner = node.runners[model] = Runner(node, model, [model])
-            self.set_slots(runner)
-        return runner
-
-    def residency(self, node: Node, rows: list[Json], asked_s: float, now: float) -> None:
-        """Take over a node's /api/ps, asked for at `asked_s`. What was placed since then is trusted without it.
-
-        Of the names of one runner it shows the first that was asked for.
-        """
-        names = {row_name(row): row for row in rows}
-        self.learn_memory(node, {row_name(row): row for row in node.running}, names)
-        node.running = rows
-        digests = {str(row["digest"]): row for row in rows if row.get("digest")}
-        on_cpu = all(cpu_share(row) == 1.0 for row in rows) if rows else node.on_cpu
-        changed, node.on_cpu = on_cpu != node.on_cpu, on_cpu
-        for runner in each_runner(node):
-            row = (next((names[model] for model in runner.models if model in names), None)
-                   or digests.get(digest_of(node, runner.model)))
-            runner.listed = row or {}
-            if row:
-                runner.vram_bytes = row_vram_bytes(row)
-                changed = changed or runner.cpu_share != cpu_share(row)
-                runner.cpu_share = cpu_share(row)
-                if runner.ready_s is None or runner.ready_s <= asked_s:     # else it may be of what ran before
-                    if runner.context and runner.context != context_of(row):
-                        runner.options = None       # somebody else has had it loaded anew
-                    runner.context = context_of(row)
-                    if runner.options is not None and not dict(runner.options).get("num_ctx"):
-                        runner.own_context = runner.context
-                if runner.ready_s is None:
-                    runner.ready_s, runner.options = now, None
-                    changed = True
-            elif runner.ready_s is not None and not runner.leases and runner.used_s < asked_s - 1.0:
-                self.assume_unloaded(runner)
-                changed = True
-            elif runner.ready_s is not None and not any(
-                    lease in node.loading or lease.first_s is not None or lease.sent_s >= asked_s - 1.0
-                    for lease in runner.leases):
-                self.wait_for_load(runner, now)
-                changed = True
-        if changed:
-            self.unsettle_all()
-
-    def wait_for_load(self, runner: Runner, now: float) -> None:
-        """Note that a model that was taken for loaded is not: what was sent there waits for it behind what is."""
-        runner.ready_s = now + load_s(runner)
-        for lease in runner.leases:
-            lease.ready_s = runner.ready_s
-        runner.node.loading += runner.leases
-
-    def learn_memory(self, node: Node, before: dict[str, Json], after: dict[str, Json]) -> None:
-        """Learn what fits into a node's memory from two looks at its /api/ps, {model: row}.
-
-        What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
-        A model that still loads is not listed, but has its room. Where three are left, and never were more, the node
-        may have reached its count of models: that says nothing of its memory.
-        """
-        held_bytes, count = sum(map(row_vram_bytes, after.values())), len(after)
-        node.vram_seen_bytes, node.loaded_seen = max(node.vram_seen_bytes, held_bytes), max(node.loaded_seen, count)
-        if node.most_loaded < node.loaded_seen:
-            node.most_loaded = math.inf
-        loading = {runner for runner in map(runner_of, node.loading)
-                   if not any(model in after for model in runner.models)}
-        held_bytes += sum(map(resident_bytes, loading))
-        gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
-        if not gone or not any(model not in before for model in after):
-            return
-        if count >= max(LEAST_COUNT_LIMIT, node.loaded_seen):
-            node.most_loaded = float(count)
-        else:
-            node.vram_limit_bytes = min(node.vram_limit_bytes, held_bytes + max(gone))
+    # Silence.
 
     def watch(self, now: float) -> tuple[list[Lease], list[Lease]]:
         """Look at who is silent. Return (leases whose node is dead and whose request can go elsewhere, races begun).
@@ -4408,43 +4684,20 @@ class Dispatcher:
         Silence ends nothing: a silent node is in doubt, and what is far overdue there may be raced. With a plain
         proxy's policy requests queue in the node, and silence means nothing at all.
         """
-        self.leaving = [node for node in self.leaving if node.leases]
-        nodes = (*self.nodes.values(), *self.leaving)
+        cluster = self.cluster
+        cluster.leaving = [node for node in cluster.leaving if node.leases]
+        nodes = (*cluster.nodes.values(), *cluster.leaving)
         leases = [lease for node in nodes for lease in node.leases
-                  if lease.runner and not (lease.measures or self.pick)]
+                  if lease.runner and not (lease.measures or self.policy.binds_early)]
         for lease in leases:
-            if self.is_overdue(lease, now):
-                self.doubt(lease.node, now)
+            if is_overdue(lease, now):
+                lease.node.doubt(now)
             elif lease.first_s is not None and lease.ticket.spec.stream:
-                self.judge_speed(lease, now)
+                judge_speed(lease, now)
         lost = [lease for node in nodes if node.misses and not node.up for lease in node.leases
                 if self.is_lost(lease, now)]
         raced = [self.race(lease.ticket, now) for lease in leases if lease not in lost]
         return lost, [lease for lease in raced if lease is not None]
-
-    def is_overdue(self, lease: Lease, now: float) -> bool:
-        """Tell whether a node has shown nothing of anything for much longer than predicted for one of its answers."""
-        node = lease.node
-        if is_held_up(lease):       # nobody listens to the node
-            lease.heard_s = lease.watched_s = node.heard_s = now
-            lease.watched_lines = lease.lines
-            return False
-        return now - max(lease.heard_s, node.heard_s) > self.allowed_s(lease)
-
-    def allowed_s(self, lease: Lease) -> float:
-        """Return for how long an answer may show nothing until it is overdue."""
-        if lease.first_s is None or lease.ticket.spec.silent:
-            return lease.quiet_s
-        runner = runner_of(lease)
-        gap_s = decode_s(runner) * slowdown(lease.node, runner) / runner.lines_per_token
-        return max(SILENT_S, 10 * gap_s, 10 * (lease.heard_s - lease.first_s) / max(1, lease.lines))
-
-    def doubt(self, node: Node, now: float) -> None:
-        """Note that a node is in doubt."""
-        node.doubted_s = now
-        if not node.suspect:
-            node.suspect = True
-            self.unsettle_all()
 
     def is_lost(self, lease: Lease, now: float) -> bool:
         """Tell whether a request leaves a dead node: nothing of its answer was seen, and another node can serve.
@@ -4456,75 +4709,81 @@ class Dispatcher:
             return False
         if lease.runner is None:
             return ticket.spec.repeatable or bool(ticket.spec.change)
-        others = untried(self.nodes_for(ticket.spec.model), ticket.tried | {lease.node.name})
+        others = [node for node in untried(self.cluster.nodes_for(ticket.spec.model), ticket) if node is not lease.node]
         return lease.first_s is None and ticket.rival is None and bool(others)
 
-    def judge_speed(self, lease: Lease, now: float) -> None:
-        """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
-        node, runner = lease.node, runner_of(lease)
-        stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * prefill_s(runner)
-        assert lease.first_s is not None        # its stream has begun
-        elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
-        if elapsed_s < JUDGE_S or runner.samples < 3:
-            return
-        expected = elapsed_s / (decode_s(runner) * slowdown(node, runner) * node.speed) * runner.lines_per_token
-        if expected < 4:
-            return
-        seen = (lease.lines - lease.watched_lines) / expected
-        if seen > STREAM_ON_TIME_SHARE:
-            seen = 1.0              # above 1 nothing counts, so noise below it must not either: speeds would drift
-        node.speed = min(1.0, max(0.03, node.speed + 0.4 * (seen - node.speed)))
-        self.surroundings.pop(node, None)
-        lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
+    def race(self, ticket: Ticket, now: float) -> Lease | None:
+        """Return a second lease for a ticket whose answer is far overdue, where another node would end it well before.
 
-    def trust(self, node: Node, now: float) -> None:
-        """End the suspicion: the node has sent something of an answer, or a check has found it idle."""
-        node.suspect = False
-        node.heard_s = now
-        self.unsettle_all()
-
-    def calibrates(self, node: Node, done: bool = True) -> None:
-        """Note that a node is being measured; that is done once each time it comes up. Or that it was in vain."""
-        node.calibrated = done
-
-    def forget_speed(self, node: Node) -> None:
-        """Take a node for as fast as ever."""
-        node.speed = 1.0
-        self.unsettle_all()
-
-    def measured(self, lease: Lease, timings: Timings, now: float) -> bool:
-        """Learn from the answer to a measuring request; tell whether it says anything. Before its release.
-
-        It does not if somebody else used the node, or the model was loaded for it.
+        Only on a slot that is free and that no waiting ticket could use; three nodes at most, a race at a time. A
+        stream that has begun is raced by a replay, so that it must be deterministic and its model the same there.
         """
-        node, runner = lease.node, runner_of(lease)
-        node.heard_s = now
-        if waits_long(timings, now - lease.sent_s):
-            node.strangers_s = now
-            return False
-        if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
-            return False
-        node.learn_overhead(timings.hidden_wait_s, True)
-        self.learn_prefill(lease, timings.prompt_s, timings.prompt_tokens, max(SPEED_GAIN, 1 / (runner.samples + 1)))
-        decode, prefill = timings.output_s / timings.output_tokens, timings.prompt_s / max(1, timings.prompt_tokens)
-        if not runner.samples or not 1 / ALIKE <= decode / decode_s(runner) <= ALIKE:
-            runner.samples = 0      # what was believed is of no use
-            self.learn_decode(runner, decode, 1.0, now)
-        if prefill > GROSS * prefill_s(runner) or prefill and lease.fresh and prefill_s(runner) > GROSS * prefill:
-            runner.prefill_s = prefill
-            runner.prefills.clear()
-        runner.confirmed_s = now
-        self.unsettle_all()
-        return True
+        first, model, spec = ticket.lease, ticket.spec.model, ticket.spec
+        if first is None or ticket.race is None or ticket.rival is not None or not spec.repeatable:
+            return None
+        silent_s, least_s = now - first.heard_s, RACE_LOAD_S if first in first.node.loading else 0.0
+        patience_s = first.race_s if first.first_s is None else allowed_s(first)
+        if ticket.attempts + 2 > MAX_ATTEMPTS or silent_s <= max(least_s, patience_s):
+            return None
+        digest = "" if first.first_s is None else digest_of(first.node, model)
+        if first.first_s is not None and not (spec.deterministic and digest):
+            return None
+        demand, rivals = self.cluster.estimates.demand_of(ticket), []
+        for order, runner in enumerate(self.cluster.holders.get(model, ())):
+            if self.may_race(runner, ticket, now) and (not digest or digest_of(runner.node, model) == digest):
+                offer = runner.node.snapshot(now).offer(runner, now)
+                rivals.append(Candidate(False, offer.finish_s(demand, now), order, offer))
+        best = min(rivals, default=None)
+        if best is None or best.finish_s > RACE_GAIN * silent_s:
+            return None
+        reason = f"races {first.node.name}, silent for {silent_s:.1f} s"
+        return give_lease(ticket, best.runner.node, best.runner, now, reason, best.offer.predict(demand, now))
 
-    def is_unsure(self, node: Node, now: float) -> bool:
-        """Tell whether a model is asked for of which no answer of a node has lately said how fast it is there."""
-        return any(runner.listed and not is_confirmed(runner, now) and self.is_asked_for(runner, now)
-                   for runner in node.runners.values())
+    def may_race(self, runner: Runner, ticket: Ticket, now: float) -> bool:
+        """Tell whether a ticket's second attempt may go to a runner: nobody else waits for its free slot."""
+        node = runner.node
+        assert ticket.lease is not None
+        return (node is not ticket.lease.node and ticket.may_use(node) and not node.suspect and node.is_usable(now)
+                and runner.breaker.allows(now) and len(runner.leases) < runner.slots.count
+                and not any(self.waiting.first(model) for model in node.rows))
 
-    def is_asked_for(self, runner: Runner, now: float) -> bool:
-        """Tell whether somebody has lately asked for a model, of whichever node."""
-        return any(now - other.used_s < LATELY_S for model in runner.models for other in self.holders.get(model, ()))
+
+def is_overdue(lease: Lease, now: float) -> bool:
+    """Tell whether a node has shown nothing of anything for much longer than predicted for one of its answers."""
+    node = lease.node
+    if lease.is_held_up:            # nobody listens to the node
+        lease.heard_s = lease.watched_s = node.heard_s = now
+        lease.watched_lines = lease.lines
+        return False
+    return now - max(lease.heard_s, node.heard_s) > allowed_s(lease)
+
+
+def allowed_s(lease: Lease) -> float:
+    """Return for how long an answer may show nothing until it is overdue."""
+    if lease.first_s is None or lease.ticket.spec.silent:
+        return lease.quiet_s
+    runner = lease.slot
+    gap_s = runner.decode_s() * slowdown(lease.node, runner) / runner.speeds.lines_per_token
+    return max(SILENT_S, 10 * gap_s, 10 * (lease.heard_s - lease.first_s) / max(1, lease.lines))
+
+
+def judge_speed(lease: Lease, now: float) -> None:
+    """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
+    node, runner = lease.node, lease.slot
+    stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * runner.prefill_s()
+    assert lease.first_s is not None        # its stream has begun
+    elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
+    if elapsed_s < JUDGE_S or runner.speeds.samples < 3:
+        return
+    line_s = runner.decode_s() * slowdown(node, runner) * node.speed / runner.speeds.lines_per_token
+    expected = elapsed_s / line_s
+    if expected < 4:
+        return
+    seen = (lease.lines - lease.watched_lines) / expected
+    if seen > STREAM_ON_TIME_SHARE:
+        seen = 1.0                  # above 1 nothing counts, so noise below it must not either: speeds would drift
+    node.slow_down(seen)
+    lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
 
 
 # -----------------------------------------------------------------------------
@@ -6044,7 +6303,7 @@ class Relay(Sink):
         self.client, self.hold = exchange.client, hold
         self.framing, prelude = client_head(exchange, head)
         self.prelude: Body = bytearray(prelude)
-        self.heard = functools.partial(exchange.gateway.dispatcher.heard, begun.lease)
+        self.heard = begun.lease.heard
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
         self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
@@ -6172,7 +6431,7 @@ def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
     body, connection.buffer = connection.buffer, b""
     connection.transport.resume_reading()       # with its head it may have been more than is read ahead
     if body:
-        exchange.gateway.dispatcher.heard(lease, body.count(b"\n"), connection.loop.time())
+        lease.heard(body.count(b"\n"), connection.loop.time())
     _, head = client_head(exchange, begun.answer)
     exchange.client.write(head + body)
     record.status, record.bytes, record.first_s = begun.answer.status, len(body), lease.first_s
@@ -6197,7 +6456,7 @@ def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
         if lease.runner is not None:    # of a push, say, it is its client's own
             gateway.node_io.record_failure(lease, Failure("model", f"broke off: {error}"))
     elif streams and not LAST_LINE.search(ending[-TAIL_BYTES:]):
-        dispatcher.worked(lease, now)
+        lease.worked(now)
     else:
         dispatcher.observe(lease, record.timings, now)
 
@@ -6629,7 +6888,7 @@ class Race:
         except NodeFailure as failed:
             inference.note(begun.lease, failed.value)
         except Refusal:
-            inference.dispatcher.exclude(inference.ticket, begun.lease.node)
+            inference.ticket.tried.add(begun.lease.node.name)
         finally:
             if not is_taken:
                 inference.close(begun)
@@ -6680,12 +6939,12 @@ class Inference:
                         return
                     if stream := self.exchange.begun_stream:
                         stream.transcript.rewind(begun.lease.node.name)
-                        self.dispatcher.pin_version_of(self.ticket, begun.lease.node)
+                        self.ticket.pin_version_of(begun.lease.node)
                 is_final = isinstance(self.last, NodeAnswer) and self.last.kind is None
                 if self.race is None and (is_final or not self.dispatcher.retry(self.ticket, self.loop.time())):
                     break
             if isinstance(self.last, NodeAnswer):
-                self.dispatcher.forgive(self.ticket)
+                self.ticket.forgive()
             raise self.last.error()
         finally:
             self.ticket.race = None
@@ -7094,10 +7353,10 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
     """
     gateway, spec = exchange.gateway, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
-    lease, begun = dispatcher.lease_on(exchange.record.id, spec, node, loop.time(), spec.change), None
+    lease, begun = dispatcher.lease_on(exchange.record.id, spec, node, spec.change, loop.time()), None
 
     def on_line(line: bytes) -> None:
-        dispatcher.heard(lease, 0, loop.time())
+        lease.heard(0, loop.time())
         hear(node, answer, line)
 
     try:
@@ -7111,7 +7370,7 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
             dispatcher.observe(lease, Timings(), loop.time())
         error = error_in(spec.change, answer.status, last)
         if not error and spec.change == "unload" and spec.model is not None:
-            dispatcher.unloaded(node, spec.model)
+            node.unloaded(spec.model)
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
         gateway.node_io.record_failure(lease, failure.value)
@@ -7149,7 +7408,7 @@ async def answer_change(exchange: Exchange, lines: LineAnswer, outcomes: list[Ou
 async def serve_change(exchange: Exchange) -> None:
     """Change a model on all nodes concerned; succeed only if all of them do."""
     gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
-    nodes = gateway.dispatcher.nodes_to_change(spec, gateway.options.replicas, gateway.loop.time())
+    nodes = gateway.dispatcher.cluster.nodes_to_change(spec, gateway.options.replicas, gateway.loop.time())
     record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
     record.reason = f"{spec.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
     lines, progress = LineAnswer(exchange), Progress(node.name for node in nodes)
@@ -7265,7 +7524,7 @@ def cut_batch(spec: RequestSpec, sizes: list[int], record: Record) -> list[Share
 async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
     """Keep a node's answer to a share. Raises NodeFailure or NodeRefused."""
     dispatcher, loop, lease = exchange.gateway.dispatcher, exchange.gateway.loop, begun.lease
-    dispatcher.heard(lease, 0, loop.time())
+    lease.heard(0, loop.time())
     collector = Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES)
     body = await collector.collect()
     if begun.answer.status != 200:
@@ -7296,7 +7555,7 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
         for share in left:
             await serve_share(exchange, share, version)
 
-    nodes = len(dispatcher.nodes) - len(dispatcher.without(exchange.spec.model, version))
+    nodes = dispatcher.cluster.count_with(exchange.spec.model, version)
     tasks = [loop.create_task(work()) for _ in range(min(SHARES_AHEAD * nodes, len(shares)))]
     try:
         await asyncio.gather(*tasks)
@@ -7306,7 +7565,7 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
         await asyncio.gather(*tasks, return_exceptions=True)
         records = [share.record for share in shares]
         used = {part.node for part in records}
-        record.node = ",".join(name for name in dispatcher.nodes if name in used)
+        record.node = ",".join(name for name in dispatcher.cluster.nodes if name in used)
         record.attempts = sum(part.attempts for part in records)
         record.queue_s = min(part.queue_s for part in records)
         record.reason = f"{len(shares)} shares"
@@ -7338,7 +7597,7 @@ async def serve_embedding(exchange: Exchange) -> None:
 
 def live_nodes(gateway: Gateway) -> list[Node]:
     """Return the nodes that are up. Raises Refusal if there is none."""
-    nodes = [node for node in gateway.dispatcher.nodes.values() if node.up]
+    nodes = [node for node in gateway.dispatcher.cluster.nodes.values() if node.up]
     if not nodes:
         raise Refusal(503, "no node is up", retry_after_s=gateway.options.probe_interval)
     return nodes
@@ -7411,7 +7670,7 @@ async def serve_own(exchange: Exchange) -> None:
 async def serve_order(exchange: Exchange) -> None:
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = exchange.head.path.removeprefix("/api/nodes/").rpartition("/")
-    nodes = exchange.gateway.dispatcher.nodes
+    nodes = exchange.gateway.dispatcher.cluster.nodes
     if name not in nodes or verb not in ("drain", "resume"):
         raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {', '.join(nodes)}")
     answer_locally(exchange, exchange.gateway.order(nodes[name], verb))
@@ -7588,7 +7847,7 @@ class NodeIO:
                 if owner is node:
                     self.jobs[owner, work].cancel()
             self.pools[node].close()
-        changed = [node for node in self.dispatcher.nodes.values() if self.pools[node].settings != node.settings]
+        changed = [node for node in self.dispatcher.cluster.nodes.values() if self.pools[node].settings != node.settings]
         for node in changed:
             self.pools[node].configure(node.settings)
         insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
@@ -7599,20 +7858,20 @@ class NodeIO:
     def begin_job(self, node: Node, work: Job) -> None:
         """Start a short piece of work on a node, unless it is under way or the node was dropped."""
         job = node, work
-        if job not in self.jobs and self.dispatcher.nodes.get(node.name) is node:
+        if job not in self.jobs and self.dispatcher.cluster.nodes.get(node.name) is node:
             task = self.jobs[job] = self.loop.create_task(work(self, node))
             task.add_done_callback(lambda task: self.jobs.pop(job, None))
 
     async def look_at_models(self, node: Node) -> None:
         """Find out which models a node has. Raises as OllamaApi."""
         asked_s = self.loop.time()
-        self.dispatcher.index(node, await self.api(node).models(), asked_s)
+        self.dispatcher.cluster.take_tags(node, await self.api(node).models(), asked_s)
 
     async def look_at_residency(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         """Find out which models are loaded on a node. Raises as OllamaApi."""
         asked_s = self.loop.time()
         rows = await self.api(node).loaded(timeout_s)
-        self.dispatcher.residency(node, rows, asked_s, self.loop.time())
+        node.take_ps(rows, asked_s, self.loop.time())
 
     async def look_at_weights(self, node: Node) -> None:
         """Find out which models of a node that look alike are made from the same weights; each is asked about once.
@@ -7621,11 +7880,11 @@ class NodeIO:
         """
         for model in possible_twins(node):
             key = model, digest_of(node, model)
-            self.dispatcher.know_weights(node, {key: await self.api(node).weights(model)})
+            self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
 
     async def look_at_cloud(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         """Find out whether a node uses the cloud. Raises as OllamaApi."""
-        self.dispatcher.said_status(node, await self.api(node).cloud(timeout_s))
+        node.cloud = await self.api(node).cloud(timeout_s)
 
     async def look_after_load(self, node: Node) -> None:
         """See at once what a load has pushed out: the next one should know what fits together."""
@@ -7646,28 +7905,28 @@ class NodeIO:
         Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
         """
         if look not in self.looking:
-            looks = [look(self, node, FRESH_S) for node in self.dispatcher.nodes.values() if node.up]
+            looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
             self.looking[look] = asyncio.gather(*looks, return_exceptions=True)
             self.looking[look].add_done_callback(lambda looks: self.looking.pop(look, None))
         await asyncio.shield(self.looking[look])
 
     async def probe(self, node: Node) -> str:
         """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, or ""."""
-        dispatcher, loop = self.dispatcher, self.loop
-        asked_s, why, answered = loop.time(), "", False
+        loop, why, answered = self.loop, "", False
+        asked_s = loop.time()
         try:
             version = await self.api(node).version(DEAD_S if node.up else PROBE_TIMEOUT_S)
             answered = True
-            dispatcher.answered(node, version, loop.time() - asked_s, loop.time())
+            node.answered(version, loop.time() - asked_s, loop.time())
             await self.look_at_models(node)
             await self.look_at_residency(node)
             await self.look_at_weights(node)
         except (NodeFailure, ProbeFailure, Refusal) as failure:
             why = str(failure)
             if answered:
-                dispatcher.index_failed(node)
+                node.index_failed()
             elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-                dispatcher.missed(node, getattr(failure, "kind", "") == "refused", loop.time())
+                node.missed(getattr(failure, "kind", "") == "refused", loop.time())
         self.log_state(node, why)
         self.gateway.pump()
         return why
@@ -7701,7 +7960,7 @@ class NodeIO:
         self.dispatcher.fail(lease, failure.kind, self.loop.time())
         self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
         status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        self.dispatcher.note_error(lease.node, failure.text, status, failure.kind, self.loop.time())
+        lease.node.note_error(failure.text, status, failure.kind, self.loop.time())
         LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
         if failure.kind in CONNECTION_FAILURES:
             self.begin_job(lease.node, NodeIO.probe)
@@ -7714,18 +7973,18 @@ class NodeIO:
 
     def sweep(self, now: float) -> None:
         """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
-        for node in self.dispatcher.nodes.values():
+        for node in self.dispatcher.cluster.nodes.values():
             self.log_state(node)
-            if not self.dispatcher.may_measure(node, now):
+            if not node.may_measure(now):
                 continue
             if node.suspect or node.speed < 0.7:
                 self.begin_job(node, check)
             elif self.gateway.options.calibrate and (
-                    not node.calibrated and loaded_runners(node) or self.dispatcher.is_unsure(node, now)):
+                    not node.calibrated and loaded_runners(node) or self.dispatcher.cluster.is_unsure(node, now)):
                 self.begin_job(node, calibrate)
         for node, pool in list(self.pools.items()):
             pool.prune(now - IDLE_UPSTREAM_S)
-            if self.dispatcher.nodes.get(node.name) is not node and not node.leases:
+            if self.dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.logged_states.pop(node, None)
 
@@ -7765,7 +8024,7 @@ async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> boo
         await asyncio.wait([asking])
         if asking.cancelled() or asking.exception() or lease.released:
             return None
-        return dispatcher.measured(lease, asking.result(), loop.time())
+        return learn_measured(lease, asking.result(), loop.time())
     finally:
         asking.cancel()
         if not lease.released:
@@ -7777,14 +8036,14 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
 
     Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
     """
-    dispatcher, loop = nodes.dispatcher, nodes.loop
+    loop = nodes.loop
     try:
         await nodes.look_at_residency(node)
     except (ProbeFailure, NodeFailure, Refusal):
-        dispatcher.pause_measuring(node, loop.time())
-    if not dispatcher.may_measure(node, loop.time()):
+        node.pause_measuring(loop.time())
+    if not node.may_measure(loop.time()):
         return None
-    return min(loaded_runners(node), key=lambda runner: (runner.confirmed_s, runner.samples), default=None)
+    return min(loaded_runners(node), key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples), default=None)
 
 
 async def calibrate(nodes: NodeIO, node: Node) -> None:
@@ -7794,33 +8053,32 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
     with a CPU node. One short request at a time: slots are learned from those of others.
     """
-    dispatcher = nodes.dispatcher
-    dispatcher.calibrates(node)
+    node.calibrates()
     runner = await loaded_runner(nodes, node)
-    sure = runner is not None and is_confirmed(runner, nodes.loop.time())
+    sure = runner is not None and runner.speeds.is_confirmed(nodes.loop.time())
     if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
-        dispatcher.calibrates(node, False)          # it is tried again, after a pause
+        node.calibrates(False)          # it is tried again, after a pause
         return
-    LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots,
-              "decode_tok_s": round(1 / decode_s(runner), 1)})
+    LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots.count,
+              "decode_tok_s": round(1 / runner.decode_s(), 1)})
     nodes.gateway.pump()
 
 
 async def check(nodes: NodeIO, node: Node) -> None:
     """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
-    dispatcher, loop = nodes.dispatcher, nodes.loop
+    loop = nodes.loop
     runner = await loaded_runner(nodes, node)
-    if not dispatcher.may_measure(node, loop.time()):
+    if not node.may_measure(loop.time()):
         return
     due_s = math.inf
     if runner is not None:          # else there is nothing to ask: its next request will show
-        work_s = node.overhead_s + 8 * prefill_s(runner) + decode_s(runner) + node.rtt_s
+        work_s = node.overhead_s + 8 * runner.prefill_s() + runner.decode_s() + node.rtt_s
         due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
         if await measure(nodes, runner, 1, 1) is None:
             return
-    dispatcher.trust(node, loop.time())
+    node.trust(loop.time())
     if loop.time() < due_s:
-        dispatcher.forget_speed(node)
+        node.reset_speed()
     nodes.gateway.pump()
 
 
@@ -7830,14 +8088,14 @@ async def check(nodes: NodeIO, node: Node) -> None:
 
 def answer_health(gateway: Gateway) -> OwnAnswer:
     """Answer /api/health: 200 while at least one node is alive; one that answers only errors is not counted as up."""
-    now, nodes = gateway.loop.time(), gateway.dispatcher.nodes.values()
+    now, nodes = gateway.loop.time(), gateway.dispatcher.cluster.nodes.values()
     alive = [node for node in nodes if node.is_alive(now)]
     up = sum(1 for node in alive if not node.error_share.is_all(now))
     status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
-        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.queue),
-        "inflight": gateway.dispatcher.in_flight()}, 200 if alive else 503)
+        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.waiting),
+        "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if alive else 503)
 
 
 def percentile(ordered: list[float], share: float) -> float | None:
@@ -7860,11 +8118,11 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
     runner = node.runners[model]
     return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
-            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots, "slots_known": runner.slots_known,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count, "slots_known": runner.slots.origin,
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
-            "decode_tok_s": round(1 / runner.decode_s, 1) if runner.decode_s else None,
-            "prefill_tok_s": round(1 / runner.prefill_s, 1) if runner.prefill_s else None,
-            "load_s": round(runner.load_s, 2) or None, "samples": runner.samples}
+            "decode_tok_s": round(1 / runner.speeds.decode_s, 1) if runner.speeds.decode_s else None,
+            "prefill_tok_s": round(1 / runner.speeds.prefill_s, 1) if runner.speeds.prefill_s else None,
+            "load_s": round(runner.speeds.load_s, 2) or None, "samples": runner.speeds.samples}
 
 
 def running_stats(lease: Lease, now: float) -> Json:
@@ -7881,7 +8139,7 @@ def node_slots(node: Node) -> tuple[int, str]:
     """Return how many requests of one model a node runs at once, and how that is known: of the model that is resident,
     or was last used."""
     runner = max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
-    return (runner.slots, runner.slots_known) if runner else (node.settings.slots or 1, "guessed")
+    return (runner.slots.count, runner.slots.origin) if runner else (node.settings.slots or 1, "guessed")
 
 
 def node_stats(node: Node, now: float) -> Json:
@@ -7905,12 +8163,12 @@ def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
 
     What a ticket costs is reckoned by what is known now, not when it came.
     """
-    queue, forecast = [], Forecast(dispatcher, now)
-    for position, ticket in enumerate(dispatcher.queue.in_order(), 1):
+    queue, forecast = [], Forecast(dispatcher.cluster, now)
+    for position, ticket in enumerate(dispatcher.waiting.in_order(), 1):
         queue.append({"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
                       "client": ticket.spec.client, "position": position,
                       "waited_s": round(now - ticket.arrived_s, 3),
-                      "predicted_start_s": rounded(forecast.start_s(dispatcher.estimates.demand_of(ticket)))})
+                      "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))})
     return queue
 
 
@@ -7933,10 +8191,10 @@ def answer_stats(gateway: Gateway) -> OwnAnswer:
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
-        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]} for node in dispatcher.nodes.values()],
+        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]} for node in dispatcher.cluster.nodes.values()],
         "queue": queue_stats(dispatcher, now),
         "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
-        "decisions": decision_stats(dispatcher.decisions, now)})
+        "decisions": decision_stats(dispatcher.policy.decisions, now)})
 
 
 def escaped(text: str) -> str:
@@ -7995,11 +8253,11 @@ class Metrics:
 
     def model_label(self, model: str) -> str:
         """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
-        return model if not model or model in self.dispatcher.holders else "other"
+        return model if not model or model in self.dispatcher.cluster.holders else "other"
 
     def node_label(self, names: str) -> str:
         """Return the name of a node, `several` for more than one."""
-        return names if not names or names in self.dispatcher.nodes else "several" if "," in names else "other"
+        return names if not names or names in self.dispatcher.cluster.nodes else "several" if "," in names else "other"
 
     def count(self, counter: Series, amount: int, node: str, model: str, *more: str | int) -> None:
         """Add to a counter; once it has MOST_SERIES, new models are folded."""
@@ -8046,8 +8304,8 @@ Samples = Iterable[tuple[str, str, float]]
 def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]:
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
     metrics, dispatcher, now = gateway.telemetry.metrics, gateway.dispatcher, gateway.loop.time()
-    nodes = dispatcher.nodes.values()
-    waiting = collections.Counter(ticket.spec.priority for ticket in dispatcher.queue.tickets)
+    nodes = dispatcher.cluster.nodes.values()
+    waiting = collections.Counter(ticket.spec.priority for ticket in dispatcher.waiting.tickets)
 
     def counted(counter: Series, *names: str) -> Samples:
         return [("", labelled(**dict(zip(names, key, strict=True))), value) for key, value in counter.items()]
@@ -8077,7 +8335,7 @@ def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]
     yield ("sollol_races_total", "counter", "Second attempts beside one that was far overdue, by whether they won.",
            counted(metrics.races, "node", "won"))
     yield ("sollol_predicted_error_ratio", "histogram", "Time that an answer took, over the time predicted for it.",
-           dispatcher.ratios.histogram(ERROR_BOUNDS).samples())
+           dispatcher.ratios.samples())
     yield ("sollol_rescues_total", "counter", "Broken streams that another node was to go on with.",
            [("", labelled(result=result), dispatcher.rescues[result]) for result in ("whole", "broken")])
     yield "sollol_build_info", "gauge", "The version that runs.", [("", labelled(version=__version__), 1)]
@@ -8610,7 +8868,7 @@ def past(steps: list[Step], now: float) -> Json:
 def node_state(node: Node, now: float, tokens: int) -> Json:
     """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
     stats = node_stats(node, now)
-    measured = [runner for runner in node.runners.values() if runner.decode_s]
+    measured = [runner for runner in node.runners.values() if runner.speeds.decode_s]
     used = max(measured, key=lambda runner: runner.used_s, default=None)
     fields = ("name", "state", "speed", "latency_s", "running", "error_share", "last_error")
     models = stats["models"]
@@ -8631,9 +8889,9 @@ def dashboard_state(gateway: Gateway) -> Json:
         "version": f"version {__version__}", "policy": options.policy, "draining": gateway.draining,
         "uptime_s": round(now - gateway.started_s), "per_min": sum(step.requests for step in recent),
         "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
-        "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.nodes.values()],
-        "queued": len(dispatcher.queue), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
-        "decisions": decision_stats(list(dispatcher.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
+        "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.cluster.nodes.values()],
+        "queued": len(dispatcher.waiting), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
+        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
 
 
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
@@ -9221,7 +9479,7 @@ class Sources:
         """
         networks, port, began_s = self.options.discover, self.scan_port, self.loop.time()
         up = {(node.settings.address or node.settings.host, node.settings.port)
-              for node in self.gateway.dispatcher.nodes.values() if node.up}
+              for node in self.gateway.dispatcher.cluster.nodes.values() if node.up}
         known = up | servers_in(self.lines, self.dns) | {self.gateway.listener.address}
         addresses = list(dict.fromkeys(str(address) for network in networks for address in network.hosts()))
         LOG.info({"event": "scan", "networks": " ".join(map(str, networks)), "port": port,
@@ -9414,7 +9672,7 @@ class StateFile:
                 text = file.read(MOST_STATE_BYTES + 1)
             if len(text) > MOST_STATE_BYTES:
                 raise ValueError(f"larger than {MOST_STATE_BYTES // MIB} MiB")
-            dispatcher.remember(parse_state(text))
+            dispatcher.cluster.remember(parse_state(text))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -9424,7 +9682,7 @@ class StateFile:
             LOG.warning({"event": "state", "file": self.path, "ignored": str(error)[:200],
                          "why": f"it will be kept as {self.path}.ignored"})
             return
-        LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.kept)})
+        LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.cluster.kept)})
 
     def write(self, learned: Json) -> None:
         """Write what was learned, whole or not at all, if it has changed. Logs only the first of several failures."""
@@ -9527,7 +9785,7 @@ class Files:
         if now - self.saved_s >= STATE_S:
             self.saved_s = now
             if self.state and (self.saving is None or self.saving.done()):  # in a thread: a disk may be slow
-                learned = self.gateway.dispatcher.learned()
+                learned = self.gateway.dispatcher.cluster.learned()
                 self.saving = self.loop.run_in_executor(None, self.state.write, learned)
 
     async def close(self) -> None:
@@ -9535,7 +9793,7 @@ class Files:
         if self.saving:
             await asyncio.wait([self.saving])
         if self.state:
-            self.state.write(self.gateway.dispatcher.learned())
+            self.state.write(self.gateway.dispatcher.cluster.learned())
 
 
 # -----------------------------------------------------------------------------
@@ -9658,17 +9916,6 @@ class Listener:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
-def rebinding_check(options: argparse.Namespace) -> Callable[[bytes], bool]:
-    """Return what tells of a Host field whether it was led to us by DNS rebinding.
-
-    Only on a loopback address, as with Ollama: others have names that we cannot know.
-    """
-    if not is_loopback(options.bind):
-        return lambda host: False
-    machine = socket.gethostname()
-    return remembered(lambda host: not is_trusted_host(host, machine, options.origins))
-
-
 class Gateway:
     """Start, reload, drain and stop the services that own sockets, tasks and files; all decisions are the Dispatcher's.
     """
@@ -9728,14 +9975,14 @@ class Gateway:
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
         sources = self.sources
-        added, dropped = self.dispatcher.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
+        added, dropped = self.dispatcher.cluster.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
         return added, dropped, self.node_io.configure(added, dropped)
 
     # Work -------------------------------------------------------------------
 
-    def pump(self, skim: bool = False) -> None:
+    def pump(self) -> None:
         """Let the dispatcher match, and wake whoever waits for what it decided."""
-        leases, refused = self.dispatcher.dispatch(self.loop.time(), skim)
+        leases, refused = self.dispatcher.dispatch(self.loop.time())
         if leases or refused:
             self.wake([*(lease.ticket for lease in leases), *refused])
 
@@ -9792,7 +10039,7 @@ class Gateway:
         self.node_io.sweep(now)
         self.files.sweep(now)
         tell_systemd("WATCHDOG=1")
-        self.pump(skim=True)
+        self.pump()
 
     # Stop -------------------------------------------------------------------
 
@@ -9804,7 +10051,7 @@ class Gateway:
             return
         self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
-        LOG.info({"event": "drain", "running": self.dispatcher.in_flight(), "queued": len(self.dispatcher.queue)})
+        LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(), "queued": len(self.dispatcher.waiting)})
         self.listener.drain()
         self.loop.create_task(self.wait_until_idle())
 
@@ -10092,7 +10339,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         assert gateway.listener.address is not None
         host, port = gateway.listener.address
         url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
-        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.nodes),
+        LOG.info({"event": "start", "version": __version__, "url": url, "nodes": len(gateway.dispatcher.cluster.nodes),
                   "policy": options.policy, "loop": type(gateway.loop).__module__})
         if not is_loopback(options.bind) and not options.keys:
             LOG.warning({"event": "start", "why": f"listening on {options.bind} without keys: "
@@ -10172,7 +10419,7 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
         await gateway.sources.scan()
         gateway.join()
         await gateway.first_looks()
-    nodes, reasons = gateway.dispatcher.nodes.values(), gateway.node_io.reasons
+    nodes, reasons = gateway.dispatcher.cluster.nodes.values(), gateway.node_io.reasons
     missing = [line for line in settings if line.resolve and not expand(line, gateway.sources.dns)]
     rows: list[tuple[str | list[str], ...]] = [
         ("NODE", "URL", "STATE", "VERSION", ["MODELS"], ["LOADED"], "WHY" if any(reasons.values()) else "")]
