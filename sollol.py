@@ -2525,7 +2525,7 @@ class Runner:
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
-    breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
+    breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
 
     @property
     def row(self) -> Json:
@@ -2766,10 +2766,6 @@ class Node:
         """Tell whether it may get new work."""
         return self.up and not self.draining and self.breaker.allows(now)
 
-    def may_return(self, now: float, patience_s: float) -> bool:
-        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
-        return not self.draining and (not self.probed or now - self.lost_s < patience_s)
-
     def doubt_s(self, now: float) -> float:
         """Return what is added to a finish there: while in doubt, as long as it has been silent, it may be still."""
         return max(0.0, now - self.heard_s) if self.suspect else 0.0
@@ -2844,11 +2840,6 @@ class Node:
         if 0.0 <= hidden_s <= MOST_OVERHEAD_S and (alone or hidden_s < self.overhead_s):
             self.overheads_s.append(hidden_s)
             self.overhead_s = sorted(self.overheads_s)[len(self.overheads_s) // 4]
-
-    @property
-    def most_overhead_s(self) -> float:
-        """Return what may still be overhead: beside others up to twice as much as alone."""
-        return max(2 * self.overhead_s, OVERHEAD_S) if self.overheads_s else MOST_OVERHEAD_S
 
     # Doubt and speed.
 
@@ -2959,38 +2950,9 @@ class Node:
         for model in gone:
             if not any(lease.ticket.spec.model == model for lease in self.runners[model].leases):
                 del self.runners[model]
-        self.share_runners()
+        share_runners(self)
         self.indexed = True
         return True
-
-    def share_runners(self) -> None:
-        """Give its models that are made from the same weights one runner, and only those.
-
-        One that works stays as it is until it is idle, when the models are looked at next.
-        """
-        sharing: dict[str, list[str]] = {}
-        taken: set[Runner] = set()
-        for model in self.rows:
-            sharing.setdefault(weights_of(self, model), []).append(model)
-        for models in sharing.values():
-            free = dict.fromkeys(runner for model in models if (runner := self.runners[model]) not in taken)
-            kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
-                       default=None)
-            for model in models:
-                known = self.runners[model]
-                if kept is None:
-                    del self.runners[model]
-                    kept = self.runner_for(model)
-                    kept.disk_bytes = known.disk_bytes
-                elif known in taken or not known.leases:
-                    if kept.ready_s is None and known not in taken:
-                        kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
-                    self.runners[model] = kept
-            assert kept is not None     # no list of `sharing` is empty
-            taken.update([kept], free)
-        for runner in each_runner(self):
-            runner.models = [model for model, other in self.runners.items() if other is runner]
-            runner.model = runner.model if runner.model in runner.models else runner.models[0]
 
     def index_failed(self) -> None:
         """Note that it lives but does not say what it has: what it said last counts."""
@@ -3007,7 +2969,7 @@ class Node:
         self.weights = {**self.weights, **blobs}
         known = {(model, digest_of(self, model)) for model in self.rows}
         self.weights = {key: blob for key, blob in self.weights.items() if key in known}
-        self.share_runners()
+        share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
         """Take over its /api/ps, asked for at `asked_s`. Of the names of one runner it shows the first asked for."""
@@ -3026,6 +2988,36 @@ class Node:
             changed = runner.take_row(row, asked_s, now) or changed
         if changed:
             self.changes.note_all()
+
+
+def share_runners(node: Node) -> None:
+    """Give the models of a node that are made from the same weights one runner, and only those.
+
+    One that works stays as it is until it is idle, when the models are looked at next.
+    """
+    sharing: dict[str, list[str]] = {}
+    taken: set[Runner] = set()
+    for model in node.rows:
+        sharing.setdefault(weights_of(node, model), []).append(model)
+    for models in sharing.values():
+        free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
+        kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
+                   default=None)
+        for model in models:
+            known = node.runners[model]
+            if kept is None:
+                del node.runners[model]
+                kept = node.runner_for(model)
+                kept.disk_bytes = known.disk_bytes
+            elif known in taken or not known.leases:
+                if kept.ready_s is None and known not in taken:
+                    kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
+                node.runners[model] = kept
+        assert kept is not None     # no list of `sharing` is empty
+        taken.update([kept], free)
+    for runner in each_runner(node):
+        runner.models = [model for model, other in node.runners.items() if other is runner]
+        runner.model = runner.model if runner.model in runner.models else runner.models[0]
 
 
 def each_runner(node: Node) -> list[Runner]:
@@ -3375,8 +3367,8 @@ class Cluster:
             ticket.may_use(node) and self.is_awaited(node, now) for node in nodes)
 
     def is_awaited(self, node: Node, now: float) -> bool:
-        """Tell whether a node that cannot be reached may come back in time for what waits."""
-        return not node.up and node.may_return(now, self.patience_s)
+        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
+        return not node.up and not node.draining and (not node.probed or now - node.lost_s < self.patience_s)
 
     def is_asked_for(self, runner: Runner, now: float) -> bool:
         """Tell whether somebody has lately asked for a model, of whichever node."""
@@ -3527,7 +3519,7 @@ class Forecast:
         for runner in self.cluster.servers(demand.spec.model, self.now):
             slots = self.slots_of(runner.node)
             start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
-            least_s = start_s if runner.slots.count < len(slots) else ready_s     # its own slots, or all of the node's
+            least_s = start_s if runner.slots.count < len(slots) else ready_s   # its own slots, or all of the node's
             heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
         heapq.heapify(heap)
         return heap
@@ -3653,7 +3645,7 @@ def meet(lease: Lease) -> None:
     """
     runner, new_tokens, crowd_tokens = lease.slot, lease.new_tokens, 0.0
     overhead_s, token_s, progress_s = lease.node.overhead_s, runner.prefill_s(), runner.progress_s
-    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0      # else it waits in the node
+    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0    # else it waits in the node
     for other in runner.leases:
         other.stall_tokens += stalling_tokens
         if other.first_s is None and (other.ticket.spec.stream or
@@ -3805,7 +3797,7 @@ class Offer:
                 first_s = max(first_s, 1.5 * (there.drained_at_s - now))
             else:
                 swaps = False
-            load = runner.load_s()   # what is evicted will have to come back
+            load = runner.load_s()  # what is evicted will have to come back
             self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
         return self.loading[1:]
 
@@ -3907,7 +3899,8 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 
     A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
     """
-    unsure = 1 if runner.speeds.samples >= 3 else 4 if runner.speeds.samples else 10      # a CPU is 30 times slower than the prior
+    samples = runner.speeds.samples
+    unsure = 1 if samples >= 3 else 4 if samples else 10        # a CPU is 30 times slower than the prior
     return overdue_s(prediction, unsure)
 
 
@@ -4060,8 +4053,8 @@ def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> No
             slots.waits = 0
     elif lease.sent_s <= slots.rejected_s:
         return                      # sent while more were believed to fit: what it says is known by now
-    elif not timings.show_a_wait(took_s, node.most_overhead_s):
-        return                      # neither overhead nor a wait beyond doubt
+    elif not timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
+        return                      # beside others up to twice the lone overhead is no wait beyond doubt
     elif lease.position > slots.proven:
         runner.note_slots(slots.reject(now, node.strangers_s))
     else:
@@ -8076,7 +8069,8 @@ class NodeIO:
                 if owner is node:
                     self.jobs[owner, work].cancel()
             self.pools[node].close()
-        changed = [node for node in self.dispatcher.cluster.nodes.values() if self.pools[node].settings != node.settings]
+        nodes = self.dispatcher.cluster.nodes.values()
+        changed = [node for node in nodes if self.pools[node].settings != node.settings]
         for node in changed:
             self.pools[node].configure(node.settings)
         insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
@@ -8272,7 +8266,8 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
         node.pause_measuring(loop.time())
     if not node.may_measure(loop.time()):
         return None
-    return min(loaded_runners(node), key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples), default=None)
+    return min(loaded_runners(node), default=None,
+               key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples))
 
 
 async def calibrate(nodes: NodeIO, node: Node) -> None:
@@ -8323,7 +8318,8 @@ def answer_health(gateway: Gateway) -> OwnAnswer:
     status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
-        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.waiting),
+        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)},
+        "queued": len(gateway.dispatcher.waiting),
         "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if alive else 503)
 
 
@@ -8347,7 +8343,8 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
     runner = node.runners[model]
     return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
-            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count, "slots_known": runner.slots.origin,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count,
+            "slots_known": runner.slots.origin,
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.speeds.decode_s, 1) if runner.speeds.decode_s else None,
             "prefill_tok_s": round(1 / runner.speeds.prefill_s, 1) if runner.speeds.prefill_s else None,
@@ -8420,7 +8417,8 @@ def answer_stats(gateway: Gateway) -> OwnAnswer:
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
-        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]} for node in dispatcher.cluster.nodes.values()],
+        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]}
+                  for node in dispatcher.cluster.nodes.values()],
         "queue": queue_stats(dispatcher, now),
         "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
         "decisions": decision_stats(dispatcher.policy.decisions, now)})
@@ -9124,7 +9122,8 @@ def dashboard_state(gateway: Gateway) -> Json:
         "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
         "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.cluster.nodes.values()],
         "queued": len(dispatcher.waiting), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
-        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
+        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now),
+        "past": past(steps, now)}
 
 
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
@@ -10073,7 +10072,8 @@ class Gateway:
             return
         self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
-        LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(), "queued": len(self.dispatcher.waiting)})
+        LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(),
+                  "queued": len(self.dispatcher.waiting)})
         self.listener.drain()
         self.loop.create_task(self.wait_until_idle())
 
