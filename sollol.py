@@ -176,7 +176,6 @@ LEEWAY = 1.3                        # times beyond a bound is noise: without it 
 STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
-ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
@@ -1619,7 +1618,7 @@ class WaitingRoom:
 
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
-        if ticket.state is not TicketState.WAITING:
+        if not ticket.is_waiting:
             return
         ticket.state = TicketState.IDLE
         del self.tickets[ticket]
@@ -1627,14 +1626,14 @@ class WaitingRoom:
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
         if self.marked[model] > 16 + len(heap) // 2:
-            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
+            heap[:] = [entry for entry in heap if entry[2].is_waiting]
             heapq.heapify(heap)
             del self.marked[model]
 
     def first(self, model: str | None) -> Entry | None:
         """Return the first waiting entry of a model, or None."""
         heap = self.heaps.get(model, ())
-        while heap and heap[0][2].state is not TicketState.WAITING:
+        while heap and not heap[0][2].is_waiting:
             heapq.heappop(heap)
             self.marked[model] -= 1
         if not heap:
