@@ -10482,7 +10482,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.ignored:
         LOG.info({"event": "start", "ignored": " ".join(options.ignored), "why": "set for a Service of Kubernetes"})
     raise_descriptor_limit()
-    gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
+    if sys.implementation.name == "cpython":    # PyPy has no thresholds
+        gc.set_threshold(20_000, 20, 20)    # the default of 700 costs 6 % of the relay's time, and finds little
     try:
         nodes = [] if options.demo else read_nodes(options)
         keys, tls = read_keys(options), read_certificate(options)
