@@ -2316,16 +2316,21 @@ def possible_twins(node: Node) -> list[str]:
 class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
 
-    __slots__ = ("models", "everything", "count")
+    __slots__ = ("models", "idle_models", "everything", "count")
 
     def __init__(self) -> None:
         self.models: set[str | None] = set()
+        self.idle_models: set[str | None] = set()       # that an idle node could load
         self.everything = True
         self.count = 0              # of `note_all`: what was reckoned before is out of date
 
     def note(self, models: Iterable[str]) -> None:
         """Note that a slot may have become free for some models."""
         self.models.update(models)
+
+    def note_idle(self, models: Iterable[str]) -> None:
+        """Note that a node with these models has nothing to do."""
+        self.idle_models.update(models)
 
     def note_all(self) -> None:
         """Note that a node has changed, so that every prediction may be different."""
@@ -2335,6 +2340,7 @@ class Changes:
     def forget(self) -> None:
         """Begin anew: all waiting tickets that this concerns are being looked at."""
         self.models.clear()
+        self.idle_models.clear()
         self.everything = False
 
 
@@ -2799,7 +2805,7 @@ class Node:
         elif lease.runner is not None:
             lease.runner.end(lease, now)
         if not self.leases:         # it is worth a look even for what had better wait for another node
-            self.changes.note(self.rows)
+            self.changes.note_idle(self.rows)
         for breaker in lease.trials:
             breaker.end_trial()
         self.heard_s = now          # its silence, if any, ended with this lease
@@ -4444,37 +4450,35 @@ class CompletionTime(Policy):
             del self.parked[ticket.spec.model]
 
     def assign(self, waiting: WaitingRoom, cluster: Cluster, now: float) -> tuple[list[Lease], list[Ticket]]:
-        work, models = DispatchPass(waiting, cluster, now), []
-        if cluster.changes.everything:
-            self.parked.clear()
-        for changed in cluster.changes.models:
-            self.parked.pop(changed, None)
-        cluster.changes.forget()
+        work, models, changes = DispatchPass(waiting, cluster, now), [], cluster.changes
         for model in list(waiting.heaps):
-            parked = self.parked.get(model)
-            if parked and now - parked.at_s < LOOK_AGAIN_S:
-                continue
+            looks, parked = LOOK_AHEAD, self.parked.get(model)
+            if parked and not changes.everything and model not in changes.models:
+                looks = 1           # the first ticket speaks for the others
+                if model not in changes.idle_models and now - parked.at_s < LOOK_AGAIN_S:
+                    continue
             holders = cluster.holders.get(model)
             if not holders:
                 self.anywhere.assign_model(work, model)
-            elif can_go := self.open(work, model, holders):
+            elif can_go := self.open(work, model, holders, looks):
                 models.append(can_go)
+        changes.forget()
         self.place_all(work, models)
         return work.leases, work.refused
 
-    def open(self, work: DispatchPass, model: str | None, holders: list[Runner]) -> ModelPass | None:
+    def open(self, work: DispatchPass, model: str | None, holders: list[Runner], looks: int) -> ModelPass | None:
         """Return where the tickets of a model can go; None if they wait for a node to come back, or were refused."""
         usable = [runner for runner in holders if runner.node.is_usable(work.now) and runner.breaker.allows(work.now)]
         alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
         if alive:
-            return ModelPass(model, alive, not usable, LOOK_AHEAD)
+            return ModelPass(model, alive, not usable, looks)
         if any(work.cluster.is_awaited(runner.node, work.now) for runner in holders):
             return None
         last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                    key=lambda runner: runner.node.drained_seq, default=None)
         work.refuse_model(model, f"every node that has {model} is down or draining",
                           last.node.drained_seq if last else 0)
-        return ModelPass(model, [last], True, LOOK_AHEAD) if last and work.waiting.first(model) else None
+        return ModelPass(model, [last], True, looks) if last and work.waiting.first(model) else None
 
     def place_all(self, work: DispatchPass, models: list[ModelPass]) -> None:
         """Give free slots to waiting tickets, in the order of their keys."""
