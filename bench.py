@@ -5132,7 +5132,7 @@ def overgrown(gateway, nodes):
     waiting, cluster = dispatcher.waiting, dispatcher.cluster
     for name, table in (("waiting.heaps", waiting.heaps), ("waiting.marked", waiting.marked),
                         ("estimates.lengths", cluster.estimates.lengths), ("holders", cluster.holders),
-                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models),
+                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models | cluster.changes.idle_models),
                         ("rates", dispatcher.rates.rates)):
         if extra := set(table) - models:
             yield f"{name} keeps {' '.join(map(str, extra))}"
@@ -5146,7 +5146,8 @@ def overgrown(gateway, nodes):
             if len(runner.prefixes.prompts) > 10 or len(runner.prefixes.parts) > 160:
                 yield f"{runner.model} on {node.name} keeps {len(runner.prefixes.prompts)} prompts"
     if len(dispatcher.policy.decisions) > sollol.DECISIONS_KEPT or gateway.telemetry.finished:
-        yield f"{len(dispatcher.policy.decisions)} decisions, {len(gateway.telemetry.finished)} finished requests are kept"
+        yield (f"{len(dispatcher.policy.decisions)} decisions, {len(gateway.telemetry.finished)} finished requests "
+               "are kept")
 
 
 def most_at_once(records):

@@ -176,7 +176,6 @@ LEEWAY = 1.3                        # times beyond a bound is noise: without it 
 STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
-ERROR_GAIN = 0.05                   # of how wrong predictions were: about the last twenty
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
@@ -1537,7 +1536,7 @@ class WaitingRoom:
 
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
-        if ticket.state is not TicketState.WAITING:
+        if not ticket.is_waiting:
             return
         ticket.state = TicketState.IDLE
         del self.tickets[ticket]
@@ -1545,14 +1544,14 @@ class WaitingRoom:
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
         if self.marked[model] > 16 + len(heap) // 2:
-            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
+            heap[:] = [entry for entry in heap if entry[2].is_waiting]
             heapq.heapify(heap)
             del self.marked[model]
 
     def first(self, model: str | None) -> Entry | None:
         """Return the first waiting entry of a model, or None."""
         heap = self.heaps.get(model, ())
-        while heap and heap[0][2].state is not TicketState.WAITING:
+        while heap and not heap[0][2].is_waiting:
             heapq.heappop(heap)
             self.marked[model] -= 1
         if not heap:
@@ -2235,16 +2234,21 @@ def possible_twins(node: Node) -> list[str]:
 class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
 
-    __slots__ = ("models", "everything", "count")
+    __slots__ = ("models", "idle_models", "everything", "count")
 
     def __init__(self) -> None:
         self.models: set[str | None] = set()
+        self.idle_models: set[str | None] = set()       # that an idle node could load
         self.everything = True
         self.count = 0              # of `note_all`: what was reckoned before is out of date
 
     def note(self, models: Iterable[str]) -> None:
         """Note that a slot may have become free for some models."""
         self.models.update(models)
+
+    def note_idle(self, models: Iterable[str]) -> None:
+        """Note that a node with these models has nothing to do."""
+        self.idle_models.update(models)
 
     def note_all(self) -> None:
         """Note that a node has changed, so that every prediction may be different."""
@@ -2254,6 +2258,7 @@ class Changes:
     def forget(self) -> None:
         """Begin anew: all waiting tickets that this concerns are being looked at."""
         self.models.clear()
+        self.idle_models.clear()
         self.everything = False
 
 
@@ -2443,7 +2448,7 @@ class Runner:
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
-    breaker: Breaker = field(default_factory=Breaker)    # answers 500 for this model
+    breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
 
     @property
     def row(self) -> Json:
@@ -2684,10 +2689,6 @@ class Node:
         """Tell whether it may get new work."""
         return self.up and not self.draining and self.breaker.allows(now)
 
-    def may_return(self, now: float, patience_s: float) -> bool:
-        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
-        return not self.draining and (not self.probed or now - self.lost_s < patience_s)
-
     def doubt_s(self, now: float) -> float:
         """Return what is added to a finish there: while in doubt, as long as it has been silent, it may be still."""
         return max(0.0, now - self.heard_s) if self.suspect else 0.0
@@ -2722,7 +2723,7 @@ class Node:
         elif lease.runner is not None:
             lease.runner.end(lease, now)
         if not self.leases:         # it is worth a look even for what had better wait for another node
-            self.changes.note(self.rows)
+            self.changes.note_idle(self.rows)
         for breaker in lease.trials:
             breaker.end_trial()
         self.heard_s = now          # its silence, if any, ended with this lease
@@ -2762,11 +2763,6 @@ class Node:
         if 0.0 <= hidden_s <= MOST_OVERHEAD_S and (alone or hidden_s < self.overhead_s):
             self.overheads_s.append(hidden_s)
             self.overhead_s = sorted(self.overheads_s)[len(self.overheads_s) // 4]
-
-    @property
-    def most_overhead_s(self) -> float:
-        """Return what may still be overhead: beside others up to twice as much as alone."""
-        return max(2 * self.overhead_s, OVERHEAD_S) if self.overheads_s else MOST_OVERHEAD_S
 
     # Doubt and speed.
 
@@ -2877,38 +2873,9 @@ class Node:
         for model in gone:
             if not any(lease.ticket.spec.model == model for lease in self.runners[model].leases):
                 del self.runners[model]
-        self.share_runners()
+        share_runners(self)
         self.indexed = True
         return True
-
-    def share_runners(self) -> None:
-        """Give its models that are made from the same weights one runner, and only those.
-
-        One that works stays as it is until it is idle, when the models are looked at next.
-        """
-        sharing: dict[str, list[str]] = {}
-        taken: set[Runner] = set()
-        for model in self.rows:
-            sharing.setdefault(weights_of(self, model), []).append(model)
-        for models in sharing.values():
-            free = dict.fromkeys(runner for model in models if (runner := self.runners[model]) not in taken)
-            kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
-                       default=None)
-            for model in models:
-                known = self.runners[model]
-                if kept is None:
-                    del self.runners[model]
-                    kept = self.runner_for(model)
-                    kept.disk_bytes = known.disk_bytes
-                elif known in taken or not known.leases:
-                    if kept.ready_s is None and known not in taken:
-                        kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
-                    self.runners[model] = kept
-            assert kept is not None     # no list of `sharing` is empty
-            taken.update([kept], free)
-        for runner in each_runner(self):
-            runner.models = [model for model, other in self.runners.items() if other is runner]
-            runner.model = runner.model if runner.model in runner.models else runner.models[0]
 
     def index_failed(self) -> None:
         """Note that it lives but does not say what it has: what it said last counts."""
@@ -2925,7 +2892,7 @@ class Node:
         self.weights = {**self.weights, **blobs}
         known = {(model, digest_of(self, model)) for model in self.rows}
         self.weights = {key: blob for key, blob in self.weights.items() if key in known}
-        self.share_runners()
+        share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
         """Take over its /api/ps, asked for at `asked_s`. Of the names of one runner it shows the first asked for."""
@@ -2944,6 +2911,36 @@ class Node:
             changed = runner.take_row(row, asked_s, now) or changed
         if changed:
             self.changes.note_all()
+
+
+def share_runners(node: Node) -> None:
+    """Give the models of a node that are made from the same weights one runner, and only those.
+
+    One that works stays as it is until it is idle, when the models are looked at next.
+    """
+    sharing: dict[str, list[str]] = {}
+    taken: set[Runner] = set()
+    for model in node.rows:
+        sharing.setdefault(weights_of(node, model), []).append(model)
+    for models in sharing.values():
+        free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
+        kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
+                   default=None)
+        for model in models:
+            known = node.runners[model]
+            if kept is None:
+                del node.runners[model]
+                kept = node.runner_for(model)
+                kept.disk_bytes = known.disk_bytes
+            elif known in taken or not known.leases:
+                if kept.ready_s is None and known not in taken:
+                    kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
+                node.runners[model] = kept
+        assert kept is not None     # no list of `sharing` is empty
+        taken.update([kept], free)
+    for runner in each_runner(node):
+        runner.models = [model for model, other in node.runners.items() if other is runner]
+        runner.model = runner.model if runner.model in runner.models else runner.models[0]
 
 
 def each_runner(node: Node) -> list[Runner]:
@@ -3293,8 +3290,8 @@ class Cluster:
             ticket.may_use(node) and self.is_awaited(node, now) for node in nodes)
 
     def is_awaited(self, node: Node, now: float) -> bool:
-        """Tell whether a node that cannot be reached may come back in time for what waits."""
-        return not node.up and node.may_return(now, self.patience_s)
+        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
+        return not node.up and not node.draining and (not node.probed or now - node.lost_s < self.patience_s)
 
     def is_asked_for(self, runner: Runner, now: float) -> bool:
         """Tell whether somebody has lately asked for a model, of whichever node."""
@@ -3445,7 +3442,7 @@ class Forecast:
         for runner in self.cluster.servers(demand.spec.model, self.now):
             slots = self.slots_of(runner.node)
             start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
-            least_s = start_s if runner.slots.count < len(slots) else ready_s     # its own slots, or all of the node's
+            least_s = start_s if runner.slots.count < len(slots) else ready_s   # its own slots, or all of the node's
             heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
         heapq.heapify(heap)
         return heap
@@ -3571,7 +3568,7 @@ def meet(lease: Lease) -> None:
     """
     runner, new_tokens, crowd_tokens = lease.slot, lease.new_tokens, 0.0
     overhead_s, token_s, progress_s = lease.node.overhead_s, runner.prefill_s(), runner.progress_s
-    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0      # else it waits in the node
+    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0    # else it waits in the node
     for other in runner.leases:
         other.stall_tokens += stalling_tokens
         if other.first_s is None and (other.ticket.spec.stream or
@@ -3723,7 +3720,7 @@ class Offer:
                 first_s = max(first_s, 1.5 * (there.drained_at_s - now))
             else:
                 swaps = False
-            load = runner.load_s()   # what is evicted will have to come back
+            load = runner.load_s()  # what is evicted will have to come back
             self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
         return self.loading[1:]
 
@@ -3825,7 +3822,8 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 
     A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
     """
-    unsure = 1 if runner.speeds.samples >= 3 else 4 if runner.speeds.samples else 10      # a CPU is 30 times slower than the prior
+    samples = runner.speeds.samples
+    unsure = 1 if samples >= 3 else 4 if samples else 10        # a CPU is 30 times slower than the prior
     return overdue_s(prediction, unsure)
 
 
@@ -3978,8 +3976,8 @@ def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> No
             slots.waits = 0
     elif lease.sent_s <= slots.rejected_s:
         return                      # sent while more were believed to fit: what it says is known by now
-    elif not timings.show_a_wait(took_s, node.most_overhead_s):
-        return                      # neither overhead nor a wait beyond doubt
+    elif not timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
+        return                      # beside others up to twice the lone overhead is no wait beyond doubt
     elif lease.position > slots.proven:
         runner.note_slots(slots.reject(now, node.strangers_s))
     else:
@@ -4370,37 +4368,35 @@ class CompletionTime(Policy):
             del self.parked[ticket.spec.model]
 
     def assign(self, waiting: WaitingRoom, cluster: Cluster, now: float) -> tuple[list[Lease], list[Ticket]]:
-        work, models = DispatchPass(waiting, cluster, now), []
-        if cluster.changes.everything:
-            self.parked.clear()
-        for changed in cluster.changes.models:
-            self.parked.pop(changed, None)
-        cluster.changes.forget()
+        work, models, changes = DispatchPass(waiting, cluster, now), [], cluster.changes
         for model in list(waiting.heaps):
-            parked = self.parked.get(model)
-            if parked and now - parked.at_s < LOOK_AGAIN_S:
-                continue
+            looks, parked = LOOK_AHEAD, self.parked.get(model)
+            if parked and not changes.everything and model not in changes.models:
+                looks = 1           # the first ticket speaks for the others
+                if model not in changes.idle_models and now - parked.at_s < LOOK_AGAIN_S:
+                    continue
             holders = cluster.holders.get(model)
             if not holders:
                 self.anywhere.assign_model(work, model)
-            elif can_go := self.open(work, model, holders):
+            elif can_go := self.open(work, model, holders, looks):
                 models.append(can_go)
+        changes.forget()
         self.place_all(work, models)
         return work.leases, work.refused
 
-    def open(self, work: DispatchPass, model: str | None, holders: list[Runner]) -> ModelPass | None:
+    def open(self, work: DispatchPass, model: str | None, holders: list[Runner], looks: int) -> ModelPass | None:
         """Return where the tickets of a model can go; None if they wait for a node to come back, or were refused."""
         usable = [runner for runner in holders if runner.node.is_usable(work.now) and runner.breaker.allows(work.now)]
         alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
         if alive:
-            return ModelPass(model, alive, not usable, LOOK_AHEAD)
+            return ModelPass(model, alive, not usable, looks)
         if any(work.cluster.is_awaited(runner.node, work.now) for runner in holders):
             return None
         last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                    key=lambda runner: runner.node.drained_seq, default=None)
         work.refuse_model(model, f"every node that has {model} is down or draining",
                           last.node.drained_seq if last else 0)
-        return ModelPass(model, [last], True, LOOK_AHEAD) if last and work.waiting.first(model) else None
+        return ModelPass(model, [last], True, looks) if last and work.waiting.first(model) else None
 
     def place_all(self, work: DispatchPass, models: list[ModelPass]) -> None:
         """Give free slots to waiting tickets, in the order of their keys."""
@@ -7847,7 +7843,8 @@ class NodeIO:
                 if owner is node:
                     self.jobs[owner, work].cancel()
             self.pools[node].close()
-        changed = [node for node in self.dispatcher.cluster.nodes.values() if self.pools[node].settings != node.settings]
+        nodes = self.dispatcher.cluster.nodes.values()
+        changed = [node for node in nodes if self.pools[node].settings != node.settings]
         for node in changed:
             self.pools[node].configure(node.settings)
         insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
@@ -8043,7 +8040,8 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
         node.pause_measuring(loop.time())
     if not node.may_measure(loop.time()):
         return None
-    return min(loaded_runners(node), key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples), default=None)
+    return min(loaded_runners(node), default=None,
+               key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples))
 
 
 async def calibrate(nodes: NodeIO, node: Node) -> None:
@@ -8094,7 +8092,8 @@ def answer_health(gateway: Gateway) -> OwnAnswer:
     status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
-        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)}, "queued": len(gateway.dispatcher.waiting),
+        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)},
+        "queued": len(gateway.dispatcher.waiting),
         "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if alive else 503)
 
 
@@ -8118,7 +8117,8 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
     runner = node.runners[model]
     return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
-            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count, "slots_known": runner.slots.origin,
+            "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count,
+            "slots_known": runner.slots.origin,
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.speeds.decode_s, 1) if runner.speeds.decode_s else None,
             "prefill_tok_s": round(1 / runner.speeds.prefill_s, 1) if runner.speeds.prefill_s else None,
@@ -8191,7 +8191,8 @@ def answer_stats(gateway: Gateway) -> OwnAnswer:
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
-        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]} for node in dispatcher.cluster.nodes.values()],
+        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]}
+                  for node in dispatcher.cluster.nodes.values()],
         "queue": queue_stats(dispatcher, now),
         "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
         "decisions": decision_stats(dispatcher.policy.decisions, now)})
@@ -8891,7 +8892,8 @@ def dashboard_state(gateway: Gateway) -> Json:
         "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
         "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.cluster.nodes.values()],
         "queued": len(dispatcher.waiting), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
-        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now), "past": past(steps, now)}
+        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now),
+        "past": past(steps, now)}
 
 
 def answer_dashboard(gateway: Gateway) -> OwnAnswer:
@@ -10051,7 +10053,8 @@ class Gateway:
             return
         self.draining, self.drained_s = True, self.loop.time()
         tell_systemd("STOPPING=1")
-        LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(), "queued": len(self.dispatcher.waiting)})
+        LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(),
+                  "queued": len(self.dispatcher.waiting)})
         self.listener.drain()
         self.loop.create_task(self.wait_until_idle())
 
@@ -10461,7 +10464,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.ignored:
         LOG.info({"event": "start", "ignored": " ".join(options.ignored), "why": "set for a Service of Kubernetes"})
     raise_descriptor_limit()
-    gc.set_threshold(20_000, 20, 20)        # the default of 700 costs 6 % of the relay's time, and finds little
+    if sys.implementation.name == "cpython":    # PyPy has no thresholds
+        gc.set_threshold(20_000, 20, 20)    # the default of 700 costs 6 % of the relay's time, and finds little
     try:
         nodes = [] if options.demo else read_nodes(options)
         keys, tls = read_keys(options), read_certificate(options)
