@@ -11323,8 +11323,8 @@ async def test_simulated_node_resets_garbles_and_tears():
     async with gateway_for(node) as gateway:
         for fault in (node.reset, lambda: node.garble(b"zz\r\n")):
             stream = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=400, stream=True)))
-            nodes = gateway.dispatcher.cluster.nodes
-            await until(lambda: any(lease.lines > 3 for node in nodes.values() for lease in node.leases))
+            alive = gateway.dispatcher.cluster.nodes.values()
+            await until(lambda: any(lease.lines > 3 for node in alive for lease in node.leases))
             fault()
             assert json.loads((await stream).body.splitlines()[-1])["error"].startswith("127.0.0.1:")
             node.recover()
