@@ -1301,7 +1301,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     if route.kind in ("raw", "account"):
         return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                            repeatable=head.method in ("GET", "HEAD"))
-    fields, is_inference = reading.fields, route.is_inference
+    fields, is_inference = reading.fields, route.where is Where.QUEUED
     is_ollama, embeds = route.family is Family.OLLAMA, route.kind == "embed"
     options = fields.get("options") if is_ollama else None      # /v1 has none: its fields stand alone
     options = options if isinstance(options, dict) else {}
@@ -1388,11 +1388,6 @@ class Ticket:
     held_until_s: float | None = None           # until when it may be held back for a better node
     refusal: Answer | None = None   # why it will never run
     waiter: asyncio.Future[None] | None = None      # what the I/O side waits with
-
-    @property
-    def is_waiting(self) -> bool:
-        """Tell whether it waits for a node."""
-        return self.state is TicketState.WAITING
 
     def may_use(self, node: Node) -> bool:
         """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
@@ -1536,7 +1531,7 @@ class WaitingRoom:
 
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
-        if not ticket.is_waiting:
+        if ticket.state is not TicketState.WAITING:
             return
         ticket.state = TicketState.IDLE
         del self.tickets[ticket]
@@ -1544,14 +1539,14 @@ class WaitingRoom:
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
         if self.marked[model] > 16 + len(heap) // 2:
-            heap[:] = [entry for entry in heap if entry[2].is_waiting]
+            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
             heapq.heapify(heap)
             del self.marked[model]
 
     def first(self, model: str | None) -> Entry | None:
         """Return the first waiting entry of a model, or None."""
         heap = self.heaps.get(model, ())
-        while heap and not heap[0][2].is_waiting:
+        while heap and heap[0][2].state is not TicketState.WAITING:
             heapq.heappop(heap)
             self.marked[model] -= 1
         if not heap:
@@ -2690,8 +2685,8 @@ class Node:
         return self.up and not self.draining and self.breaker.allows(now)
 
     def doubt_s(self, now: float) -> float:
-        """Return what is added to a finish there: while in doubt, as long as it has been silent, it may be still."""
-        return max(0.0, now - self.heard_s) if self.suspect else 0.0
+        """Return what is added to a finish there while it is in doubt: as long as it has been silent, it may be again."""
+        return max(0.0, now - self.heard_s)
 
     def snapshot(self, now: float) -> NodeSnapshot:
         """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
@@ -3940,7 +3935,7 @@ def counted(lease: Lease, timings: Timings) -> Timings:
     return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
 
 
-def learn_from(lease: Lease, timings: Timings, now: float, estimates: Estimates) -> Timings:
+def learn_from(lease: Lease, timings: Timings, now: float) -> Timings:
     """Learn slots and speeds from a complete answer; return its Timings with what could be counted."""
     node, took_s = lease.node, now - lease.sent_s
     node.advance(now)
@@ -3948,10 +3943,10 @@ def learn_from(lease: Lease, timings: Timings, now: float, estimates: Estimates)
         node.strangers_s = now
     if timings.tell_durations:
         learn_slots(lease, timings, took_s, now)
-        learn_speed(lease, timings, took_s, now, estimates)
+        learn_speed(lease, timings, took_s, now)
     elif is_answer(lease, timings):
         timings = counted(lease, timings)
-        learn_by_latency(lease, timings, now, estimates)
+        learn_by_latency(lease, timings, now)
     lease.slot.speeds.learn_lines(lease.lines, timings.output_tokens)
     return timings
 
@@ -3985,12 +3980,11 @@ def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> No
         runner.note_slots(slots.suspect(ran, now, node.strangers_s))
 
 
-def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float, estimates: Estimates) -> None:
+def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float) -> None:
     """Take an answer's durations as samples of the speeds that a lone request would see."""
     runner, tokens = lease.slot, timings.output_tokens
     if timings.load_s > 1.0:
         runner.speeds.load_s = timings.load_s
-    estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
     if not timings.prompt_tokens or is_disturbed(lease):
         return
     share = (runner.shared_s - lease.start_shared_s) / took_s if took_s else 1.0
@@ -4000,7 +3994,7 @@ def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float, estim
         learn_decode(runner, timings.output_s * share / tokens, now, stalled_s * share / tokens)
 
 
-def learn_by_latency(lease: Lease, timings: Timings, now: float, estimates: Estimates) -> None:
+def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
     """Learn slots and speeds from an answer that tells no durations."""
     node, runner = lease.node, lease.slot
     if timings.load_s > 1.0:
@@ -4008,7 +4002,6 @@ def learn_by_latency(lease: Lease, timings: Timings, now: float, estimates: Esti
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
     if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
         return                      # it may have waited for other things than a slot
-    estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
     if not is_disturbed(lease):
         if lease.predecessor_left_progress_s is None and not lease.order_unknown:       # it waited for nobody
             learn_speed_by_latency(lease, timings, now)
@@ -4451,7 +4444,10 @@ class CompletionTime(Policy):
                 offer = snapshot.offer(runner, now)
             elif offer.snapshot is not snapshot:    # a lease was given there
                 offer = work.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
-            candidates.append(Candidate(node.suspect, offer.finish_s(demand, now) + node.doubt_s(now), order, offer))
+            finish_s = offer.finish_s(demand, now)
+            if node.suspect:
+                finish_s += node.doubt_s(now)
+            candidates.append(Candidate(node.suspect, finish_s, order, offer))
         candidates.sort()
         return candidates
 
@@ -4610,7 +4606,7 @@ class Dispatcher:
 
     def observe(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn from a complete answer. Before its release."""
-        node, took_s, lengths = lease.node, now - lease.sent_s, self.cluster.estimates.lengths
+        node, took_s, estimates = lease.node, now - lease.sent_s, self.cluster.estimates
         lease.worked(now)
         if lease.runner is None:
             return
@@ -4618,11 +4614,12 @@ class Dispatcher:
         node.answer_s += (0.1 if node.answer_s else 1.0) * (took_s - node.answer_s)
         if lease.predicted_end_s > lease.sent_s and took_s > 0:
             self.ratios.add(took_s / (lease.predicted_end_s - lease.sent_s))
-        timings = learn_from(lease, timings, now, self.cluster.estimates)
+        timings = learn_from(lease, timings, now)
+        estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
         if timings.output_tokens or timings.prompt_tokens:
             self.charge(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
         if timings.output_tokens and not lease.ticket.spec.embeds:
-            lengths[lease.ticket.spec.model].learn(lease.prompt_tokens, timings.output_tokens)
+            estimates.lengths[lease.ticket.spec.model].learn(lease.prompt_tokens, timings.output_tokens)
 
     def charge(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
@@ -6082,11 +6079,6 @@ class Exchange:
     version: str = ""               # digest of the model that must answer; "" = any
     transcript: Transcript | None = None    # of a stream that another node may go on with
 
-    @property
-    def begun_stream(self) -> LineRelay | None:
-        """The relay that gave the client a part of a stream which another node may go on with; None before that."""
-        return self.transcript.relay if self.transcript else None
-
     async def read_body(self) -> Body:
         """Return the whole body of the request. Raises as ClientConnection.read_body."""
         gateway = self.gateway
@@ -6457,9 +6449,14 @@ def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
         dispatcher.observe(lease, record.timings, now)
 
 
+def begun_stream(exchange: Exchange) -> LineRelay | None:
+    """Return the relay that gave the client a part of a stream which another node may go on with; None before that."""
+    return exchange.transcript.relay if exchange.transcript else None
+
+
 def make_relay(exchange: Exchange, begun: Begun) -> Relay:
     """Return the Relay for an answer. Raises NodeFailure if it cannot go on with what the client has of another."""
-    answer, transcript, before = begun.answer, exchange.transcript, exchange.begun_stream
+    answer, transcript, before = begun.answer, exchange.transcript, begun_stream(exchange)
     kind = answer.fields.get(b"content-type", b"")
     if before and (answer.status != 200 or kind != before.head.fields.get(b"content-type")):
         raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
@@ -6488,7 +6485,7 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     Any other failure ends the answer here.
     """
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
-    before = exchange.begun_stream
+    before = begun_stream(exchange)
     if begun.answer.length == len(begun.connection.buffer) <= READ_AHEAD_BYTES and not before:
         pass_on_whole(exchange, begun)
         return
@@ -6844,6 +6841,31 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
     return answer.length == 0
 
 
+def pump(gateway: Gateway) -> None:
+    """Let the dispatcher match, and wake whoever waits for what it decided."""
+    leases, refused = gateway.dispatcher.dispatch(gateway.loop.time())
+    if leases or refused:
+        wake([*(lease.ticket for lease in leases), *refused])
+
+
+def wake(tickets: Iterable[Ticket]) -> None:
+    """Wake whoever waits for tickets: each has a lease or a refusal now."""
+    for ticket in tickets:
+        if ticket.waiter is not None and not ticket.waiter.done():
+            ticket.waiter.set_result(None)
+
+
+async def acquire_lease(gateway: Gateway, ticket: Ticket) -> Lease:
+    """Return the lease of a ticket, once it has one. Raises Refusal."""
+    pump(gateway)
+    while ticket.lease is None:
+        if ticket.refusal is not None:
+            raise ticket.refusal.error()
+        ticket.waiter = gateway.loop.create_future()
+        await ticket.waiter
+    return ticket.lease
+
+
 class Race:
     """A second attempt beside one that is far overdue, on another node: the first byte wins.
 
@@ -6860,7 +6882,7 @@ class Race:
         inference, begun = self.inference, None
         with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
             begun = await inference.attempt(self.lease)
-        stream = inference.exchange.begun_stream
+        stream = begun_stream(inference.exchange)
         if begun is not None and stream is not None:
             begun = await self.rehearsed(begun, stream)
         if begun is not None:
@@ -6933,7 +6955,7 @@ class Inference:
                 if begun is not None:
                     if await self.pass_on(begun, take):
                         return
-                    if stream := self.exchange.begun_stream:
+                    if stream := begun_stream(self.exchange):
                         stream.transcript.rewind(begun.lease.node.name)
                         self.ticket.pin_version_of(begun.lease.node)
                 is_final = isinstance(self.last, NodeAnswer) and self.last.kind is None
@@ -6949,7 +6971,7 @@ class Inference:
     async def next_answer(self) -> Begun | None:
         """Wait for what begins to answer; None if that has failed, and the request may move on."""
         if self.race is None:
-            lease = await self.gateway.acquire_lease(self.ticket)
+            lease = await acquire_lease(self.gateway, self.ticket)
             if not self.record.attempts:
                 self.record.queue_s = lease.sent_s - self.ticket.arrived_s
             self.record.node, self.record.reason = lease.node.name, lease.reason
@@ -7020,7 +7042,7 @@ class Inference:
         """End a lease, unless it ended with the ticket of a client that left, and let others have its slot."""
         if not lease.released:
             self.dispatcher.release(lease, self.loop.time())
-            self.gateway.pump()
+            pump(self.gateway)
 
     def close(self, begun: Begun) -> None:
         """Give back what an answer was received with."""
@@ -7044,14 +7066,14 @@ async def serve_inference(exchange: Exchange, take: Take = relay_answer) -> None
     try:
         await Inference(exchange, ticket).run(take)
     except (Refusal, NodeRefused) as ended:
-        stream = exchange.begun_stream
+        stream = begun_stream(exchange)
         if stream is None:
             raise
         dispatcher.rescued(whole=False)
         break_off(exchange, stream, str(ended))
     finally:
         if dispatcher.leave(ticket, loop.time()):
-            gateway.pump()
+            pump(gateway)
 
 
 # -----------------------------------------------------------------------------
@@ -7427,7 +7449,7 @@ async def serve_change(exchange: Exchange) -> None:
     outcomes = await asyncio.gather(*map(one, nodes))
     if spec.change != "unload":
         await gateway.node_io.look_at_changes([outcome.node for outcome in outcomes if outcome.answer])
-    gateway.pump()
+    pump(gateway)
     await answer_change(exchange, lines, without_absent(spec.change, outcomes))
 
 
@@ -7887,7 +7909,7 @@ class NodeIO:
         """See at once what a load has pushed out: the next one should know what fits together."""
         with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
             await self.look_at_residency(node)
-            self.gateway.pump()
+            pump(self.gateway)
 
     async def look_at_changes(self, nodes: Iterable[Node]) -> None:
         """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
@@ -7925,7 +7947,7 @@ class NodeIO:
             elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
                 node.missed(getattr(failure, "kind", "") == "refused", loop.time())
         self.log_state(node, why)
-        self.gateway.pump()
+        pump(self.gateway)
         return why
 
     async def probe_forever(self, node: Node) -> None:
@@ -8059,7 +8081,7 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
         return
     LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots.count,
               "decode_tok_s": round(1 / runner.decode_s(), 1)})
-    nodes.gateway.pump()
+    pump(nodes.gateway)
 
 
 async def check(nodes: NodeIO, node: Node) -> None:
@@ -8077,7 +8099,7 @@ async def check(nodes: NodeIO, node: Node) -> None:
     node.trust(loop.time())
     if loop.time() < due_s:
         node.reset_speed()
-    nodes.gateway.pump()
+    pump(nodes.gateway)
 
 
 # -----------------------------------------------------------------------------
@@ -8928,11 +8950,6 @@ class Route(NamedTuple):
     own: Callable[[Gateway], OwnAnswer] | None = None   # what `serve_own` answers
     look: Look | None = None        # and how it lets the nodes be looked at before that
 
-    @property
-    def is_inference(self) -> bool:
-        """Tell whether a request takes a slot of a model."""
-        return self.where is Where.QUEUED
-
 
 def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> Route:
     """Return the Route of a request that waits for a slot."""
@@ -8984,7 +9001,7 @@ ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for metho
 ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
 ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 KNOWN_PATHS = frozenset(path for _, path in ROUTES)
-INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.is_inference)
+INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.where is Where.QUEUED)
 # Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
 # new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
 ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
@@ -9461,7 +9478,7 @@ class Sources:
         while True:
             if await self.resolve(name):
                 self.gateway.join()
-                self.gateway.pump()
+                pump(self.gateway)
             await asyncio.sleep(min(self.options.probe_interval, FOLLOW_S) * self.gateway.rng.uniform(0.85, 1.15))
 
     async def is_ollama(self, address: str) -> bool:
@@ -9507,7 +9524,7 @@ class Sources:
         while True:
             await self.scan()
             self.gateway.join()
-            self.gateway.pump()
+            pump(self.gateway)
             await asyncio.sleep(SCAN_S * self.gateway.rng.uniform(0.85, 1.15))
 
 
@@ -9759,7 +9776,7 @@ class Files:
             except ConfigError as error:
                 LOG.error({"event": "reload", "refused": str(error)})
         tell_systemd("READY=1")
-        self.gateway.pump()
+        pump(self.gateway)
 
     def read_hosts(self) -> Json:
         """Take over the nodes; return what to log. Raises ConfigError, as the next two do."""
@@ -9982,34 +9999,12 @@ class Gateway:
 
     # Work -------------------------------------------------------------------
 
-    def pump(self) -> None:
-        """Let the dispatcher match, and wake whoever waits for what it decided."""
-        leases, refused = self.dispatcher.dispatch(self.loop.time())
-        if leases or refused:
-            self.wake([*(lease.ticket for lease in leases), *refused])
-
-    def wake(self, tickets: Iterable[Ticket]) -> None:
-        """Wake whoever waits for tickets: each has a lease or a refusal now."""
-        for ticket in tickets:
-            if ticket.waiter is not None and not ticket.waiter.done():
-                ticket.waiter.set_result(None)
-
-    async def acquire_lease(self, ticket: Ticket) -> Lease:
-        """Return the lease of a ticket, once it has one. Raises Refusal."""
-        self.pump()
-        while ticket.lease is None:
-            if ticket.refusal is not None:
-                raise ticket.refusal.error()
-            ticket.waiter = self.loop.create_future()
-            await ticket.waiter
-        return ticket.lease
-
     def order(self, node: Node, verb: str) -> OwnAnswer:
         """Drain or resume a node; return the answer: its state."""
         self.dispatcher.drain(node, verb == "drain")
         self.answers.clear()        # it is to be seen at once
         self.node_io.log_state(node, f"asked to {verb}")
-        self.pump()
+        pump(self)
         return json_answer(node_stats(node, self.loop.time()))
 
     def own_answer(self, path: str) -> OwnAnswer:
@@ -10030,7 +10025,7 @@ class Gateway:
         self.timer = self.loop.call_later(SWEEP_S, self.sweep)
         now = self.loop.time()
         self.listener.sweep(now)
-        self.wake(self.dispatcher.expire(now))
+        wake(self.dispatcher.expire(now))
         lost, races = self.dispatcher.watch(now)
         for lease in lost:
             if lease.abandon is not None:
@@ -10041,7 +10036,7 @@ class Gateway:
         self.node_io.sweep(now)
         self.files.sweep(now)
         tell_systemd("WATCHDOG=1")
-        self.pump()
+        pump(self)
 
     # Stop -------------------------------------------------------------------
 

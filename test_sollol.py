@@ -47,7 +47,7 @@ import pytest
 
 import bench
 import sollol
-from sollol import Family, NodeSettings, ProtocolError, Refusal, Ticket, Timings, RequestSpec, Where
+from sollol import Family, NodeSettings, ProtocolError, Refusal, RequestSpec, Ticket, TicketState, Timings, Where
 
 HERE = pathlib.Path(__file__).parent
 # How many times as many random cases are tried as in a quick run of the tests.
@@ -916,7 +916,7 @@ def test_many_addresses_with_urgent_requests_displace_each_others_and_nobodys_on
         with contextlib.suppress(Refusal):
             dispatcher.enter("flood", want(client=f"flood {number % 250}", priority=10), number / 1000)
     late, = enter(dispatcher, want(client="late"), now=5.0)
-    assert all(it.is_waiting for it in (late, *modest)) and len(dispatcher.waiting) == 1000
+    assert all(it.state is TicketState.WAITING for it in (late, *modest)) and len(dispatcher.waiting) == 1000
 
 
 def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
@@ -1092,7 +1092,7 @@ def test_request_that_waits_for_a_node_to_come_back_is_in_nobodys_way(policy, mo
     dispatcher.cluster.nodes["n1"].lost(1.0)
     assert fail(dispatcher, first, "busy", 1.0)
     other, = enter(dispatcher, want(), now=2.0)
-    assert placed(dispatcher, 2.0) == ["n2"] and first.is_waiting and other.lease
+    assert placed(dispatcher, 2.0) == ["n2"] and first.state is TicketState.WAITING and other.lease
     dispatcher.cluster.nodes["n1"].answered("0.33.0", 0.001, 3.0)
     assert placed(dispatcher, 3.0) == ["n1"] and first.lease
 
@@ -1177,7 +1177,7 @@ def test_ticket_is_held_back_for_a_much_better_node():
     dispatcher = unequal()
     first, second = enter(dispatcher, want(), want())
     assert placed(dispatcher) == ["fast"]
-    assert placed(dispatcher, 0.5) == [] and second.is_waiting
+    assert placed(dispatcher, 0.5) == [] and second.state is TicketState.WAITING
     finish(dispatcher, first, 1.5)
     assert placed(dispatcher, 1.5) == ["fast"]
 
@@ -1286,7 +1286,7 @@ def test_failed_ticket_skips_the_nodes_it_tried_and_keeps_its_place():
     assert placed(dispatcher) == ["n1", "n2"]
     assert fail(dispatcher, first, "busy")
     assert [it.id for it in dispatcher.waiting.in_order()] == [first.id, third.id]
-    assert placed(dispatcher) == ["n1"] and third.lease and first.is_waiting
+    assert placed(dispatcher) == ["n1"] and third.lease and first.state is TicketState.WAITING
     finish(dispatcher, second, 1.0)
     assert placed(dispatcher, 1.0) == ["n2"] and first.lease.node.name == "n2"
     assert not fail(dispatcher, first, "busy", now=1.0)
@@ -1335,7 +1335,7 @@ def test_request_of_the_only_holder_that_restarts_is_sent_again():
         it, = enter(dispatcher, want())
         assert placed(dispatcher) == ["n1"] and fail(dispatcher, it, kind, 1.0)
         node.missed(True, 1.1)
-        assert placed(dispatcher, 1.2) == [] and it.is_waiting
+        assert placed(dispatcher, 1.2) == [] and it.state is TicketState.WAITING
         node.answered("0.33.0", 0.001, 3.0)
         assert placed(dispatcher, 3.0) == ["n1"]
 
@@ -1353,9 +1353,9 @@ def test_nobody_is_refused_before_every_node_was_looked_at():
     dispatcher.cluster.configure([NodeSettings("n1", "a", 1), NodeSettings("n2", "b", 2)])
     it, = enter(dispatcher, want())
     dispatcher.cluster.nodes["n1"].missed(True, 0.0)
-    assert dispatcher.dispatch(0.0) == ([], []) and it.is_waiting
+    assert dispatcher.dispatch(0.0) == ([], []) and it.state is TicketState.WAITING
     dispatcher.cluster.nodes["n2"].answered("1", 0.001, 0.0)
-    assert dispatcher.dispatch(0.0) == ([], []) and it.is_waiting
+    assert dispatcher.dispatch(0.0) == ([], []) and it.state is TicketState.WAITING
     dispatcher.cluster.take_tags(dispatcher.cluster.nodes["n2"], rows("m"))
     assert placed(dispatcher) == ["n2"]
 
@@ -1441,7 +1441,7 @@ def test_urgent_newcomer_displaces_the_least_urgent_of_a_full_queue():
     dispatcher = cluster(max_queue=3, n1=["m"])
     low, batch, normal = enter(dispatcher, want(priority=3), want(priority=1), want(priority=5, client="flood"))
     urgent, = enter(dispatcher, want(priority=8), now=1.0)
-    assert dispatcher.waiting.in_order() == [urgent, normal, low] and not batch.is_waiting
+    assert dispatcher.waiting.in_order() == [urgent, normal, low] and batch.state is not TicketState.WAITING
     assert batch.refusal.status == 503 and batch.refusal.retry_after_s >= 1
     assert dispatcher.dispatch(1.0) == ([urgent.lease], [batch]) and batch.lease is None
     assert dispatcher.dispatch(1.0) == ([], [])
@@ -1466,9 +1466,9 @@ def test_stream_that_has_begun_is_not_displaced_while_it_waits_for_its_rescue():
     assert fail(dispatcher, begun)
     low, = enter(dispatcher, want(priority=3))
     urgent, = enter(dispatcher, want(priority=8))
-    assert low.refusal and begun.is_waiting and urgent.is_waiting
+    assert low.refusal and begun.state is TicketState.WAITING and urgent.state is TicketState.WAITING
     enter(dispatcher, want(priority=9))
-    assert urgent.refusal and begun.is_waiting
+    assert urgent.refusal and begun.state is TicketState.WAITING
     with pytest.raises(Refusal):
         enter(dispatcher, want(priority=8))
 
@@ -1490,7 +1490,7 @@ def test_what_is_held_to_a_version_goes_to_no_node_that_joins_or_changes_with_an
     for name in ("n3", "n2"):
         dispatcher.cluster.nodes[name].answered("0.33.0", 0.001, 0.0)
         dispatcher.cluster.take_tags(dispatcher.cluster.nodes[name], [{**rows("m")[0], "digest": "new"}])
-    assert placed(dispatcher) == [] and held.is_waiting
+    assert placed(dispatcher) == [] and held.state is TicketState.WAITING
     for ticket in others:
         if ticket.lease and ticket.lease.node.name == "n2":
             finish(dispatcher, ticket, 1.0)
@@ -1521,7 +1521,7 @@ def test_waiting_too_long_is_refused_with_503():
     enter(dispatcher, want(priority=10), now=100.0)
     assert dispatcher.expire(239.9) == []
     assert dispatcher.expire(240.0) == [old] and len(dispatcher.waiting) == 1
-    assert old.refusal.status == 503 and old.refusal.retry_after_s >= 1 and not old.is_waiting
+    assert old.refusal.status == 503 and old.refusal.retry_after_s >= 1 and old.state is not TicketState.WAITING
 
 
 def test_failed_ticket_that_waits_again_is_late_by_its_own_waiting():
@@ -1530,7 +1530,7 @@ def test_failed_ticket_that_waits_again_is_late_by_its_own_waiting():
     placed(dispatcher)
     enter(dispatcher, *[want()] * 2, now=100.0)
     assert fail(dispatcher, failed, "busy", now=200.0)
-    assert placed(dispatcher, 200.0) == ["n1"] and failed.is_waiting
+    assert placed(dispatcher, 200.0) == ["n1"] and failed.state is TicketState.WAITING
     younger, = dispatcher.expire(340.0)
     assert younger is not failed and dispatcher.expire(440.0) == [failed]
 
@@ -3102,9 +3102,9 @@ class Walk:
         try:
             self.tickets += enter(self.dispatcher, spec, now=self.now)
         except Refusal:
-            assert full and [it for it in waiting if not it.is_waiting] == []
+            assert full and [it for it in waiting if it.state is not TicketState.WAITING] == []
             return
-        displaced = [it.spec.client for it in waiting if not it.is_waiting]
+        displaced = [it.spec.client for it in waiting if it.state is not TicketState.WAITING]
         clients = [spec.client, *(it.spec.client for it in waiting)]
         assert len(displaced) == full and all(
             clients.count(client) == max(map(clients.count, "xyz")) for client in displaced)
@@ -3189,8 +3189,10 @@ class Walk:
             assert all(1 <= it.slots.proven <= it.slots.count for it in node.runners.values())
         leases = [lease for node in self.nodes for lease in node.leases]
         assert sorted(map(id, leases)) == sorted(id(it.lease) for it in running)
-        assert set(queue.tickets) == {it for it in self.tickets if it.is_waiting}
-        assert all(bool(it.is_waiting) + bool(it.lease) + bool(it.refusal) == 1 for it in self.tickets)
+        assert set(queue.tickets) == {it for it in self.tickets if it.state is TicketState.WAITING}
+        states = {TicketState.WAITING: "", TicketState.LEASED: "lease", TicketState.REFUSED: "refusal"}
+        assert all(it.state in states and [name for name in ("lease", "refusal") if getattr(it, name)]
+                   == [name for name in [states[it.state]] if name] for it in self.tickets)
         fair = self.dispatcher.waiting.fair
         assert sum(fair.active.values()) == len(self.tickets) and fair.begun_s.keys() == fair.active.keys()
         assert all(fair.next_s[client][priority] >= begun_s for (client, priority), begun_s in fair.begun_s.items())
@@ -7461,7 +7463,7 @@ def test_what_waits_for_the_only_node_with_its_model_is_still_served_there_when_
         assert placed(dispatcher, 1.0) == ["a"] and following.lease
     another, = enter(dispatcher, want("other"))
     finish(dispatcher, second, 2.0)
-    assert placed(dispatcher, 2.0) == [] and another.is_waiting
+    assert placed(dispatcher, 2.0) == [] and another.state is TicketState.WAITING
     finish(dispatcher, other, 3.0)
     assert placed(dispatcher, 3.0) == ["b"]
 
