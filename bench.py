@@ -131,6 +131,13 @@ def run_virtual(main_coroutine):
         return runner.run(main_coroutine)
 
 
+# ============================================================================================================
+# Simulated nodes: `serve`, `demo`
+#
+# Ollama as it is on the wire. Only the GPU is made up.
+# ============================================================================================================
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Hardware and models: how fast is what?
 #
@@ -2452,6 +2459,13 @@ async def serve(nodes):
             await node.stop()
 
 
+# ============================================================================================================
+# The benchmark: `compare`, `matrix`, `agents`, `ablate`, `misled`, `check`
+#
+# The same requests through each policy of the gateway, in virtual time; tables, JSON and a page of HTML.
+# ============================================================================================================
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Workloads: what do real services ask for, and when?
 #
@@ -2825,6 +2839,16 @@ async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
     return [sample for samples in await asyncio.gather(*sessions) for sample in samples]
 
 
+async def get_json(host, port, path):
+    """Return the JSON at a path of a node or gateway. Raises OSError, or ValueError for what is none."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
+        return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    finally:
+        writer.close()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Comparison: the same requests through each policy
 #
@@ -2832,6 +2856,15 @@ async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
 # least-inflight skip nodes that are down and retry what was refused, as a good plain proxy does, and send
 # every request on at once.
 # ------------------------------------------------------------------------------------------------------------
+
+class BadArgument(Exception):
+    """A mistake in what was asked, in one line."""
+
+
+def say(text):
+    """Show progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
 
 PLAIN, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
 
@@ -2936,6 +2969,38 @@ async def run_policy(scenario, policy, seed):
 def simulate(scenario, seed, policies=(*PLAIN, SOLLOL)):
     """Return one Run a policy, in virtual time."""
     return [run_virtual(run_policy(scenario, policy, seed)) for policy in policies]
+
+
+@contextlib.asynccontextmanager
+async def gateway_process(policy, nodes):
+    """Run the gateway as a process of its own; yield its (host, port). Nothing of it is left behind."""
+    argv = [sys.executable, str(pathlib.Path(__file__).with_name("sollol.py")), "--port", "0", "--policy", policy,
+            "--max-queue", "100000", "--queue-timeout", "100000"]
+    for node in nodes:
+        argv += ["--node", f"{node.url} name={node.name}"]
+    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
+    try:
+        while not (match := re.search(rb"event=start .*url=http://([^:]+):(\d+)", await process.stderr.readline())):
+            if process.returncode is not None:
+                raise BadArgument("the gateway did not start")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10):
+                for _ in nodes:     # the gateway measures idle nodes at its start
+                    while b"event=calibrated" not in await process.stderr.readline():
+                        pass
+        reading = asyncio.create_task(process.stderr.read())
+        yield match[1].decode(), int(match[2])
+        reading.cancel()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def run_in_real_time(scenario, policy, seed):
+    """Run one scenario under one policy on the wall clock, the gateway being a process of its own."""
+    async with running_nodes(scenario, seed) as nodes, gateway_process(policy, nodes) as address:
+        return await run_works(scenario, policy, seed, address, nodes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3627,18 +3692,69 @@ def html_page(report):
             f"{charts}{notes_section(report.get('notes', []))}</main></body></html>\n")
 
 
+# What is printed and written.
+
+def remarks(scenario, runs, bound):
+    """Return what a reader must know of these figures, in sentences."""
+    mine = figures(runs[-1])
+    notes = ["Latency counts from the intended send time. A failed request counts as the time after which its client "
+             f"gives up ({scenario.timeout_s:g} s), in every figure."]
+    if bound:
+        notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
+                     f"SOLLOL is {change(mine.mean_s, bound)} from that.")
+    if runs[-1].policy == SOLLOL and runs[-1].ratios and any(runs[-1].ratios.counts):
+        middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
+        notes.append("From sending to finish half of SOLLOL's requests took at most "
+                     f"x{middle:g} of what was predicted, nine of ten at most x{most:g}.")
+    if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
+        notes.append("These nodes are equal: there is little to gain by choosing among them.")
+    return notes
+
+
+def report_of(options, scenario, runs, bound):
+    """Return everything about a comparison as plain data, for JSON and HTML."""
+    return {
+        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
+        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
+        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
+                  "samples": [sample._asdict() for sample in run.samples]} for run in runs],
+        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
+
+
+def print_report(report, runs):
+    """Print a comparison as text."""
+    print(f"$ {report['command']}")
+    print(f"seed {report['seed']}, Python {report['python']}, {report['loop']}")
+    print(report["scenario"] + "\n")
+    for rows in (report["table"], node_table(runs), class_table(runs)):
+        if rows:
+            print(aligned(rows) + "\n")
+    for note in report["notes"]:
+        print(note)
+
+
+def write_file(path, text, mode="w"):
+    """Write a text file. Raises BadArgument if that cannot be done."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+
+
+def finish(options, scenario, runs, bound):
+    """Print a comparison and write the files that were asked for."""
+    report = report_of(options, scenario, runs, bound)
+    print_report(report, runs)
+    if options.output:
+        write_file(options.output, json.dumps(report, indent=1))
+    if options.html:
+        write_file(options.html, html_page(report))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Scenarios: one dimension at a time, and the crossings that matter
 # ------------------------------------------------------------------------------------------------------------
-
-class BadArgument(Exception):
-    """A mistake in what was asked, in one line."""
-
-
-def say(text):
-    """Show progress, apart from the results."""
-    print(text, file=sys.stderr, flush=True)
-
 
 SMALL = ("llama3.2:latest",)
 DEFAULT = Scenario("seed/mild3", "mild3", "mixed", clients=10, models=SMALL, timeout_s=60.0)
@@ -3931,6 +4047,53 @@ def agents_table(counts, clusters, seed):
     return rows
 
 
+def read_trace(path):
+    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+    except (KeyError, ValueError, TypeError):
+        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
+    if not pairs:
+        raise BadArgument(f"{path}: it has no rows")
+    return pairs
+
+
+def agree(scenario, runs, seed):
+    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
+    print("\nMean latency on the wall clock, over the virtual clock's:")
+    for run, other in zip(runs, simulate(scenario, seed), strict=True):
+        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
+
+
+def compare(options):
+    """Compare all policies on the default scenario, or another one."""
+    named = {scenario.name: scenario for scenario in MATRIX}
+    scenario = named.get(options.scenario)
+    if scenario is None:
+        raise BadArgument(f"there is no scenario {options.scenario!r}; there are {' '.join(named)}")
+    if options.trace:
+        scenario = scenario._replace(name="trace", clients=0, load=0.6, lengths="trace")
+        LENGTHS["trace"] = read_trace(options.trace)
+    runs = []
+    try:
+        for policy in (*PLAIN, SOLLOL):
+            if options.realtime:
+                runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
+            else:
+                runs += simulate(scenario, options.seed, (policy,))
+            say(f"{policy} done")
+    except KeyboardInterrupt:
+        say("stopped")
+    if runs:
+        finish(options, scenario, runs, bound_s(scenario, options.seed))
+    if options.realtime and len(runs) == 3:
+        agree(scenario, runs, options.seed)
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Check: are the claims true, and has routing become worse?
 #
@@ -4000,209 +4163,11 @@ def check_claims(seed):
     return good and held
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Real time and real clusters
-# ------------------------------------------------------------------------------------------------------------
-
-@contextlib.asynccontextmanager
-async def gateway_process(policy, nodes):
-    """Run the gateway as a process of its own; yield its (host, port). Nothing of it is left behind."""
-    argv = [sys.executable, str(pathlib.Path(__file__).with_name("sollol.py")), "--port", "0", "--policy", policy,
-            "--max-queue", "100000", "--queue-timeout", "100000"]
-    for node in nodes:
-        argv += ["--node", f"{node.url} name={node.name}"]
-    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
-    try:
-        while not (match := re.search(rb"event=start .*url=http://([^:]+):(\d+)", await process.stderr.readline())):
-            if process.returncode is not None:
-                raise BadArgument("the gateway did not start")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
-                for _ in nodes:     # the gateway measures idle nodes at its start
-                    while b"event=calibrated" not in await process.stderr.readline():
-                        pass
-        reading = asyncio.create_task(process.stderr.read())
-        yield match[1].decode(), int(match[2])
-        reading.cancel()
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def run_in_real_time(scenario, policy, seed):
-    """Run one scenario under one policy on the wall clock, the gateway being a process of its own."""
-    async with running_nodes(scenario, seed) as nodes, gateway_process(policy, nodes) as address:
-        return await run_works(scenario, policy, seed, address, nodes)
-
-
-def read_address(text):
-    """Return (host, port) of a node or gateway: `host`, `host:port` or a URL. Raises BadArgument."""
-    try:
-        host, port, tls, _ = sollol.parse_url(text)
-    except ValueError as error:
-        raise BadArgument(str(error)) from None
-    if tls:
-        raise BadArgument(f"{text}: only http is measured")
-    return host, port
-
-
-async def get_json(host, port, path):
-    """Return the JSON at a path of a node or gateway. Raises OSError, or ValueError for what is none."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
-        return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
-    finally:
-        writer.close()
-
-
-async def hosts_model(address, model):
-    """Return the model to ask a host for: the one named, or the first it has. Raises BadArgument."""
-    host, port = address
-    try:
-        async with asyncio.timeout(5):
-            names = [row["name"] for row in (await get_json(host, port, "/api/tags"))["models"]]
-    except (OSError, TimeoutError):
-        raise BadArgument(f"{host}:{port} cannot be reached") from None
-    except (ValueError, KeyError, TypeError):
-        raise BadArgument(f"{host}:{port} does not answer as Ollama does") from None
-    if model and sollol.canonical(model) not in map(sollol.canonical, names):
-        raise BadArgument(f"{host}:{port} has no model {model!r}; it has {' '.join(names) or 'none'}")
-    texts = [name for name in names if "embed" not in name]
-    if not model and not texts:
-        raise BadArgument(f"{host}:{port} has no model")
-    return model or texts[0]
-
-
-class Rotation:
-    """Call several hosts in turn, as a client with a list of nodes does."""
-
-    def __init__(self, addresses):
-        self.callers = [Caller(*address) for address in addresses]
-        self.names = [f"{host}:{port}" for host, port in addresses]
-        self.turn = itertools.count()
-
-    async def call(self, body, priority=None):
-        number = next(self.turn) % len(self.callers)
-        status, _, first_s, tail = await self.callers[number].call(body, None)
-        return status, self.names[number], first_s, tail
-
-    def close(self):
-        for caller in self.callers:
-            caller.close()
-
-
-async def measure_cluster(options):
-    """Measure a live gateway against round-robin over its hosts, in alternating slices; return the Runs."""
-    gateway, hosts = read_address(options.sollol_url), [read_address(host) for host in options.hosts]
-    model = await hosts_model(gateway, options.model)
-    for host in hosts:
-        await hosts_model(host, model)
-    about = (f"{options.sollol_url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
-             f"{options.concurrency} clients, in alternating slices")
-    scenario = DEFAULT._replace(name="live", cluster="", models=(model,), clients=options.concurrency,
-                                timeout_s=options.timeout, about=about)
-    works = iter(make_work(scenario, options.seed))
-    callers = {"round-robin": Rotation(hosts), SOLLOL: Caller(*gateway)}
-    for host in hosts:              # neither side is to pay for loading the model
-        work = next(works)
-        body = chat_body(work, bounded=True)
-        await make_request(Caller(*host), work, asyncio.get_running_loop().time(), options.timeout, body)
-    slice_s = max(1.0, min(15.0, options.duration / 4))
-    samples, spent_s = {name: [] for name in callers}, dict.fromkeys(callers, 0.0)
-    loop = asyncio.get_running_loop()
-    try:
-        for turn in itertools.count():
-            if min(spent_s.values()) >= options.duration:
-                break
-            for name in sorted(callers, reverse=turn % 2 == 0):
-                start_s = loop.time()
-                found = await closed_loop(callers[name], works, options.concurrency, slice_s, options.timeout,
-                                          bounded=True)
-                shift_s = spent_s[name] - start_s
-                samples[name] += [moved(sample, shift_s) for sample in found]
-                spent_s[name] += loop.time() - start_s
-                say(f"{name}: {len(samples[name])} requests in {spent_s[name]:.0f} s")
-    except asyncio.CancelledError:          # Ctrl-C: what there is counts
-        say("stopped")
-    finally:
-        for caller in callers.values():
-            caller.close()
-    return scenario, [Run(name, found, spent_s[name]) for name, found in samples.items() if found]
-
-
-async def measure_baseline(options):
-    """Measure each host alone, one request after the other; return rows of text."""
-    model, count = options.baseline[0], int(options.baseline[1])
-    rows = [["host", "requests", "mean s", "P95 s", "TTFT s", "tokens/s"]]
-    for text in options.hosts:
-        address = read_address(text)
-        scenario = DEFAULT._replace(models=(await hosts_model(address, model),))
-        works = make_work(scenario, options.seed)[:count]
-        caller, loop = Caller(*address), asyncio.get_running_loop()
-        samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
-                   for work in works]
-        caller.close()
-        found = figures(Run(text, samples, 1.0))
-        tokens = sum(sample.output_tokens for sample in samples)
-        rows.append([text, str(count), f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
-                     f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
-        say(f"{text} done")
-    return rows
-
-
-async def small_calls_s(caller, path, body, count):
-    """Return the ascending round-trip times of `count` small requests, one after the other."""
-    loop, times_s = asyncio.get_running_loop(), []
-    for _ in range(count):
-        start_s = loop.time()
-        await caller.call(body, path=path)
-        times_s.append(loop.time() - start_s)
-    return sorted(times_s)
-
-
-async def token_gaps_s(caller, body):
-    """Return the ascending times between the chunks of one stream."""
-    loop, gaps_s = asyncio.get_running_loop(), []
-    reader, writer = await asyncio.open_connection(caller.host, caller.port)
-    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-    await reader.readuntil(b"\r\n\r\n")
-    last_s = loop.time()
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        await reader.readexactly(size + 2)
-        gaps_s.append(loop.time() - last_s)
-        last_s = loop.time()
-    writer.transport.abort()
-    return sorted(gaps_s[1:])
-
-
-async def measure_overhead(options):
-    """Measure what a gateway adds to small requests and between tokens; return rows of text.
-
-    Direct and through, in turn, so that a change of the machine's speed hits both.
-    """
-    through, direct = read_address(options.overhead), read_address(options.hosts[0])
-    model = await hosts_model(through, options.model)
-    await hosts_model(direct, model)
-    small = json.dumps({"model": model}).encode()
-    stream = chat_body(Work(0, 0.0, model, 20, 100), bounded=True)
-    callers = {"direct": Caller(*direct), "through": Caller(*through)}
-    times_s, gaps_s = {name: [] for name in callers}, {name: [] for name in callers}
-    for turn in range(5):
-        for name, caller in callers.items():
-            times_s[name] += await small_calls_s(caller, "/api/show", small, 200)
-            gaps_s[name] += await token_gaps_s(caller, stream)
-        say(f"{turn + 1} of 5 turns")
-    rows = [["", "direct", "through", "added"]]
-    for label, found in (("POST /api/show", times_s), ("gap between tokens", gaps_s)):
-        for share in (0.5, 0.99):
-            values = [share_of(sorted(found[name]), share) * 1000 for name in callers]
-            rows.append([f"{label}, P{share * 100:.0f}", *(f"{value:.3f} ms" for value in values),
-                         f"{values[1] - values[0]:+.3f} ms"])
-    for caller in callers.values():
-        caller.close()
-    return rows
+# ============================================================================================================
+# The cost of the gateway: `overhead`, `streams`, `decisions`
+#
+# CPU time, memory and latency of the gateway itself, on the wall clock.
+# ============================================================================================================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4365,7 +4330,6 @@ class Contender(NamedTuple):
     def resident_mib(self):
         """Return the memory that the process holds now."""
         return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
-
 
     def forget_peak(self):
         """Let the greatest memory held be counted anew."""
@@ -4697,6 +4661,44 @@ async def measure_waiting(streams, rate, waiting, rounds):
     return rows
 
 
+BLOB_MIB = 1024
+
+
+def upload_s(port):
+    """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
+    block, start_s = bytes(2**20), time.perf_counter()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (
+            b"0" * 64, BLOB_MIB * len(block)))
+        for _ in range(BLOB_MIB):
+            connection.sendall(block)
+        if connection.recv(4096)[9:12] != b"201":
+            raise BadArgument("a blob was not taken")
+    return time.perf_counter() - start_s
+
+
+async def blob(contender):
+    """Upload a blob through a contender; return (MiB/s, CPU seconds, MiB more held at the peak)."""
+    held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
+    contender.forget_peak()
+    taken_s = await asyncio.to_thread(upload_s, contender.port)
+    return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
+
+
+async def measure_blobs(rounds):
+    """Measure blobs through every contender, in turn; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        found, seen = await contenders(stack, 1, kind=BlobNode), collections.defaultdict(list)
+        for turn in range(rounds):
+            for it, _ in found:
+                seen[it.name].append(await blob(it))
+            say(f"{turn + 1} of {rounds} rounds")
+    ratios = ratio_column(seen, "node itself", lambda it: it[0])
+    return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
+        [name, f"{middle(it[0] for it in runs):.0f}", f"x{ratios[name]:.2f}", f"{middle(it[1] for it in runs):.2f}",
+         f"{max(it[2] for it in runs):.1f}"] for name, runs in seen.items()]
+
+
 # Generous: machines that run checks are slow and shared. What is guarded is a step in the wrong direction.
 LEAST_CALLS, MOST_TOKEN_CPU = 0.05, 4.0     # of the pump's
 
@@ -4713,6 +4715,90 @@ async def check_weight():
           f"x{LEAST_CALLS:g}\n{'held' if cpu <= MOST_TOKEN_CPU else 'MISSED'}  CPU a token: x{cpu:.2f} of a bare "
           f"pump's, at most x{MOST_TOKEN_CPU:g}", flush=True)
     return rate >= LEAST_CALLS and cpu <= MOST_TOKEN_CPU
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decisions: what does one dispatch cost when the queue is long?
+#
+# No sockets: the gateway's own Dispatcher, every slot taken, and 10,000 tickets waiting. The lease that is predicted to
+# end first ends, its answer is learned from, and a waiting ticket takes its place: that is one decision.
+# ------------------------------------------------------------------------------------------------------------
+
+DECISION_TICKETS, DECISIONS = 10_000, 300
+LIKELY = sollol.Timings(total_s=5.0, prompt_s=1.0, prompt_tokens=500, output_s=4.0, output_tokens=150)
+
+
+def crowded(nodes, models, held, rng):
+    """Return a Dispatcher over `nodes` that hold `held` of `models` each, two of them loaded, and its full queue."""
+    dispatcher = sollol.Dispatcher(max_queue=DECISION_TICKETS)
+    dispatcher.cluster.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
+    names = [f"m{number}:latest" for number in range(models)]
+    for number, node in enumerate(dispatcher.cluster.nodes.values()):
+        mine = [names[(number * held + place) % models] for place in range(held)]
+        node.answered("0.33.0", 0.001, 0.0)
+        dispatcher.cluster.take_tags(node, [{"name": name, "size": 4e9} for name in mine])
+        node.take_ps([{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
+        node.memory.limit_bytes = 14e9
+        for runner in node.runners.values():
+            slots = runner.slots
+            slots.count, slots.proven, slots.origin, slots.retry_at_s = 2, 2, "learned", math.inf
+            runner.speeds.decode_s, runner.speeds.prefill_s, runner.speeds.samples = 0.02 * (1 + number % 5), 0.0005, 5
+    for number in range(DECISION_TICKETS):
+        spec = sollol.RequestSpec(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
+                             prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
+        dispatcher.enter(str(number), spec, 1.0)
+    return dispatcher
+
+
+def decision_times_s(nodes, models, held, seed):
+    """Return the ascending times that decisions took."""
+    dispatcher, running, times_s, number = crowded(nodes, models, held, random.Random(seed)), [], [], itertools.count()
+
+    def dispatch(now):
+        for lease in dispatcher.dispatch(now)[0]:
+            heapq.heappush(running, (max(now + 0.5, lease.predicted_end_s), next(number), lease))
+
+    dispatch(1.0)
+    gc.freeze()                     # 10,000 tickets would be looked through again and again; see sollol.main
+    for _ in range(DECISIONS):
+        now, _, lease = heapq.heappop(running)
+        start_s = time.perf_counter()
+        lease.heard(1, now)
+        dispatcher.observe(lease, LIKELY, now)
+        dispatcher.release(lease, now)
+        dispatcher.leave(lease.ticket, now)
+        dispatch(now)
+        times_s.append(time.perf_counter() - start_s)
+    return sorted(times_s)
+
+
+def heap_step_s():
+    """Return the time of one pop and push on a heap as long as the queue: a yardstick for this machine."""
+    heap = [(number * 7919 % DECISION_TICKETS, number, None) for number in range(DECISION_TICKETS)]
+    heapq.heapify(heap)
+    start_s = time.perf_counter()
+    for _ in range(DECISION_TICKETS):
+        heapq.heapreplace(heap, (heap[0][0] + 5000, 0, None))
+    return (time.perf_counter() - start_s) / DECISION_TICKETS
+
+
+def measure_decisions(seed):
+    """Return rows of text: what a decision costs, by size of the cluster."""
+    step_s = heap_step_s()
+    rows = [[f"{DECISION_TICKETS} tickets", "each holds", "median us", "mean us", "P99 us", "median, heap steps"]]
+    for nodes, models, held in ((5, 5, 5), (12, 20, 5), (25, 20, 5), (50, 20, 5), (100, 20, 5), (50, 20, 20)):
+        times_s = decision_times_s(nodes, models, held, seed)
+        rows.append([f"{nodes} nodes, {models} models", str(held), f"{middle(times_s) * 1e6:.0f}",
+                     f"{sum(times_s) / len(times_s) * 1e6:.0f}", f"{share_of(times_s, 0.99) * 1e6:.0f}",
+                     f"{middle(times_s) / step_s:.0f}"])
+    return rows
+
+
+# ============================================================================================================
+# Soaks and sieges: `soak`, `kills`, `siege`
+#
+# Random faults and hostile clients. Each returns what was violated; nothing may be.
+# ============================================================================================================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6072,229 +6158,175 @@ def live_soak_held(first, count, minutes):
     return held
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Decisions: what does one dispatch cost when the queue is long?
+# ============================================================================================================
+# Live clusters: `live`, `baseline`, `overhead URL`
 #
-# No sockets: the gateway's own Dispatcher, every slot taken, and 10,000 tickets waiting. The lease that is predicted to
-# end first ends, its answer is learned from, and a waiting ticket takes its place: that is one decision.
-# ------------------------------------------------------------------------------------------------------------
-
-DECISION_TICKETS, DECISIONS = 10_000, 300
-LIKELY = sollol.Timings(total_s=5.0, prompt_s=1.0, prompt_tokens=500, output_s=4.0, output_tokens=150)
+# A gateway and nodes that run already.
+# ============================================================================================================
 
 
-def crowded(nodes, models, held, rng):
-    """Return a Dispatcher over `nodes` that hold `held` of `models` each, two of them loaded, and its full queue."""
-    dispatcher = sollol.Dispatcher(max_queue=DECISION_TICKETS)
-    dispatcher.cluster.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
-    names = [f"m{number}:latest" for number in range(models)]
-    for number, node in enumerate(dispatcher.cluster.nodes.values()):
-        mine = [names[(number * held + place) % models] for place in range(held)]
-        node.answered("0.33.0", 0.001, 0.0)
-        dispatcher.cluster.take_tags(node, [{"name": name, "size": 4e9} for name in mine])
-        node.take_ps([{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
-        node.memory.limit_bytes = 14e9
-        for runner in node.runners.values():
-            slots = runner.slots
-            slots.count, slots.proven, slots.origin, slots.retry_at_s = 2, 2, "learned", math.inf
-            runner.speeds.decode_s, runner.speeds.prefill_s, runner.speeds.samples = 0.02 * (1 + number % 5), 0.0005, 5
-    for number in range(DECISION_TICKETS):
-        spec = sollol.RequestSpec(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
-                             prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
-        dispatcher.enter(str(number), spec, 1.0)
-    return dispatcher
+def read_address(text):
+    """Return (host, port) of a node or gateway: `host`, `host:port` or a URL. Raises BadArgument."""
+    try:
+        host, port, tls, _ = sollol.parse_url(text)
+    except ValueError as error:
+        raise BadArgument(str(error)) from None
+    if tls:
+        raise BadArgument(f"{text}: only http is measured")
+    return host, port
 
 
-def decision_times_s(nodes, models, held, seed):
-    """Return the ascending times that decisions took."""
-    dispatcher, running, times_s, number = crowded(nodes, models, held, random.Random(seed)), [], [], itertools.count()
-
-    def dispatch(now):
-        for lease in dispatcher.dispatch(now)[0]:
-            heapq.heappush(running, (max(now + 0.5, lease.predicted_end_s), next(number), lease))
-
-    dispatch(1.0)
-    gc.freeze()                     # 10,000 tickets would be looked through again and again; see sollol.main
-    for _ in range(DECISIONS):
-        now, _, lease = heapq.heappop(running)
-        start_s = time.perf_counter()
-        lease.heard(1, now)
-        dispatcher.observe(lease, LIKELY, now)
-        dispatcher.release(lease, now)
-        dispatcher.leave(lease.ticket, now)
-        dispatch(now)
-        times_s.append(time.perf_counter() - start_s)
-    return sorted(times_s)
+async def hosts_model(address, model):
+    """Return the model to ask a host for: the one named, or the first it has. Raises BadArgument."""
+    host, port = address
+    try:
+        async with asyncio.timeout(5):
+            names = [row["name"] for row in (await get_json(host, port, "/api/tags"))["models"]]
+    except (OSError, TimeoutError):
+        raise BadArgument(f"{host}:{port} cannot be reached") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadArgument(f"{host}:{port} does not answer as Ollama does") from None
+    if model and sollol.canonical(model) not in map(sollol.canonical, names):
+        raise BadArgument(f"{host}:{port} has no model {model!r}; it has {' '.join(names) or 'none'}")
+    texts = [name for name in names if "embed" not in name]
+    if not model and not texts:
+        raise BadArgument(f"{host}:{port} has no model")
+    return model or texts[0]
 
 
-def heap_step_s():
-    """Return the time of one pop and push on a heap as long as the queue: a yardstick for this machine."""
-    heap = [(number * 7919 % DECISION_TICKETS, number, None) for number in range(DECISION_TICKETS)]
-    heapq.heapify(heap)
-    start_s = time.perf_counter()
-    for _ in range(DECISION_TICKETS):
-        heapq.heapreplace(heap, (heap[0][0] + 5000, 0, None))
-    return (time.perf_counter() - start_s) / DECISION_TICKETS
+class Rotation:
+    """Call several hosts in turn, as a client with a list of nodes does."""
+
+    def __init__(self, addresses):
+        self.callers = [Caller(*address) for address in addresses]
+        self.names = [f"{host}:{port}" for host, port in addresses]
+        self.turn = itertools.count()
+
+    async def call(self, body, priority=None):
+        number = next(self.turn) % len(self.callers)
+        status, _, first_s, tail = await self.callers[number].call(body, None)
+        return status, self.names[number], first_s, tail
+
+    def close(self):
+        for caller in self.callers:
+            caller.close()
 
 
-def measure_decisions(seed):
-    """Return rows of text: what a decision costs, by size of the cluster."""
-    step_s = heap_step_s()
-    rows = [[f"{DECISION_TICKETS} tickets", "each holds", "median us", "mean us", "P99 us", "median, heap steps"]]
-    for nodes, models, held in ((5, 5, 5), (12, 20, 5), (25, 20, 5), (50, 20, 5), (100, 20, 5), (50, 20, 20)):
-        times_s = decision_times_s(nodes, models, held, seed)
-        rows.append([f"{nodes} nodes, {models} models", str(held), f"{middle(times_s) * 1e6:.0f}",
-                     f"{sum(times_s) / len(times_s) * 1e6:.0f}", f"{share_of(times_s, 0.99) * 1e6:.0f}",
-                     f"{middle(times_s) / step_s:.0f}"])
+async def measure_cluster(options):
+    """Measure a live gateway against round-robin over its hosts, in alternating slices; return the Runs."""
+    gateway, hosts = read_address(options.sollol_url), [read_address(host) for host in options.hosts]
+    model = await hosts_model(gateway, options.model)
+    for host in hosts:
+        await hosts_model(host, model)
+    about = (f"{options.sollol_url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
+             f"{options.concurrency} clients, in alternating slices")
+    scenario = DEFAULT._replace(name="live", cluster="", models=(model,), clients=options.concurrency,
+                                timeout_s=options.timeout, about=about)
+    works = iter(make_work(scenario, options.seed))
+    callers = {"round-robin": Rotation(hosts), SOLLOL: Caller(*gateway)}
+    for host in hosts:              # neither side is to pay for loading the model
+        work = next(works)
+        body = chat_body(work, bounded=True)
+        await make_request(Caller(*host), work, asyncio.get_running_loop().time(), options.timeout, body)
+    slice_s = max(1.0, min(15.0, options.duration / 4))
+    samples, spent_s = {name: [] for name in callers}, dict.fromkeys(callers, 0.0)
+    loop = asyncio.get_running_loop()
+    try:
+        for turn in itertools.count():
+            if min(spent_s.values()) >= options.duration:
+                break
+            for name in sorted(callers, reverse=turn % 2 == 0):
+                start_s = loop.time()
+                found = await closed_loop(callers[name], works, options.concurrency, slice_s, options.timeout,
+                                          bounded=True)
+                shift_s = spent_s[name] - start_s
+                samples[name] += [moved(sample, shift_s) for sample in found]
+                spent_s[name] += loop.time() - start_s
+                say(f"{name}: {len(samples[name])} requests in {spent_s[name]:.0f} s")
+    except asyncio.CancelledError:          # Ctrl-C: what there is counts
+        say("stopped")
+    finally:
+        for caller in callers.values():
+            caller.close()
+    return scenario, [Run(name, found, spent_s[name]) for name, found in samples.items() if found]
+
+
+async def measure_baseline(options):
+    """Measure each host alone, one request after the other; return rows of text."""
+    model, count = options.baseline[0], int(options.baseline[1])
+    rows = [["host", "requests", "mean s", "P95 s", "TTFT s", "tokens/s"]]
+    for text in options.hosts:
+        address = read_address(text)
+        scenario = DEFAULT._replace(models=(await hosts_model(address, model),))
+        works = make_work(scenario, options.seed)[:count]
+        caller, loop = Caller(*address), asyncio.get_running_loop()
+        samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
+                   for work in works]
+        caller.close()
+        found = figures(Run(text, samples, 1.0))
+        tokens = sum(sample.output_tokens for sample in samples)
+        rows.append([text, str(count), f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
+                     f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
+        say(f"{text} done")
     return rows
 
 
-BLOB_MIB = 1024
+async def small_calls_s(caller, path, body, count):
+    """Return the ascending round-trip times of `count` small requests, one after the other."""
+    loop, times_s = asyncio.get_running_loop(), []
+    for _ in range(count):
+        start_s = loop.time()
+        await caller.call(body, path=path)
+        times_s.append(loop.time() - start_s)
+    return sorted(times_s)
 
 
-def upload_s(port):
-    """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
-    block, start_s = bytes(2**20), time.perf_counter()
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (
-            b"0" * 64, BLOB_MIB * len(block)))
-        for _ in range(BLOB_MIB):
-            connection.sendall(block)
-        if connection.recv(4096)[9:12] != b"201":
-            raise BadArgument("a blob was not taken")
-    return time.perf_counter() - start_s
+async def token_gaps_s(caller, body):
+    """Return the ascending times between the chunks of one stream."""
+    loop, gaps_s = asyncio.get_running_loop(), []
+    reader, writer = await asyncio.open_connection(caller.host, caller.port)
+    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    await reader.readuntil(b"\r\n\r\n")
+    last_s = loop.time()
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        await reader.readexactly(size + 2)
+        gaps_s.append(loop.time() - last_s)
+        last_s = loop.time()
+    writer.transport.abort()
+    return sorted(gaps_s[1:])
 
 
-async def blob(contender):
-    """Upload a blob through a contender; return (MiB/s, CPU seconds, MiB more held at the peak)."""
-    held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
-    contender.forget_peak()
-    taken_s = await asyncio.to_thread(upload_s, contender.port)
-    return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
+async def measure_overhead(options):
+    """Measure what a gateway adds to small requests and between tokens; return rows of text.
+
+    Direct and through, in turn, so that a change of the machine's speed hits both.
+    """
+    through, direct = read_address(options.overhead), read_address(options.hosts[0])
+    model = await hosts_model(through, options.model)
+    await hosts_model(direct, model)
+    small = json.dumps({"model": model}).encode()
+    stream = chat_body(Work(0, 0.0, model, 20, 100), bounded=True)
+    callers = {"direct": Caller(*direct), "through": Caller(*through)}
+    times_s, gaps_s = {name: [] for name in callers}, {name: [] for name in callers}
+    for turn in range(5):
+        for name, caller in callers.items():
+            times_s[name] += await small_calls_s(caller, "/api/show", small, 200)
+            gaps_s[name] += await token_gaps_s(caller, stream)
+        say(f"{turn + 1} of 5 turns")
+    rows = [["", "direct", "through", "added"]]
+    for label, found in (("POST /api/show", times_s), ("gap between tokens", gaps_s)):
+        for share in (0.5, 0.99):
+            values = [share_of(sorted(found[name]), share) * 1000 for name in callers]
+            rows.append([f"{label}, P{share * 100:.0f}", *(f"{value:.3f} ms" for value in values),
+                         f"{values[1] - values[0]:+.3f} ms"])
+    for caller in callers.values():
+        caller.close()
+    return rows
 
 
-async def measure_blobs(rounds):
-    """Measure blobs through every contender, in turn; return rows of text."""
-    with contextlib.ExitStack() as stack:
-        found, seen = await contenders(stack, 1, kind=BlobNode), collections.defaultdict(list)
-        for turn in range(rounds):
-            for it, _ in found:
-                seen[it.name].append(await blob(it))
-            say(f"{turn + 1} of {rounds} rounds")
-    ratios = ratio_column(seen, "node itself", lambda it: it[0])
-    return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
-        [name, f"{middle(it[0] for it in runs):.0f}", f"x{ratios[name]:.2f}", f"{middle(it[1] for it in runs):.2f}",
-         f"{max(it[2] for it in runs):.1f}"] for name, runs in seen.items()]
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # Command line
-# ------------------------------------------------------------------------------------------------------------
-
-def remarks(scenario, runs, bound):
-    """Return what a reader must know of these figures, in sentences."""
-    mine = figures(runs[-1])
-    notes = ["Latency counts from the intended send time. A failed request counts as the time after which its client "
-             f"gives up ({scenario.timeout_s:g} s), in every figure."]
-    if bound:
-        notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
-                     f"SOLLOL is {change(mine.mean_s, bound)} from that.")
-    if runs[-1].policy == SOLLOL and runs[-1].ratios and any(runs[-1].ratios.counts):
-        middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
-        notes.append("From sending to finish half of SOLLOL's requests took at most "
-                     f"x{middle:g} of what was predicted, nine of ten at most x{most:g}.")
-    if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
-        notes.append("These nodes are equal: there is little to gain by choosing among them.")
-    return notes
-
-
-def report_of(options, scenario, runs, bound):
-    """Return everything about a comparison as plain data, for JSON and HTML."""
-    return {
-        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
-        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
-        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
-                  "samples": [sample._asdict() for sample in run.samples]} for run in runs],
-        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
-
-
-def print_report(report, runs):
-    """Print a comparison as text."""
-    print(f"$ {report['command']}")
-    print(f"seed {report['seed']}, Python {report['python']}, {report['loop']}")
-    print(report["scenario"] + "\n")
-    for rows in (report["table"], node_table(runs), class_table(runs)):
-        if rows:
-            print(aligned(rows) + "\n")
-    for note in report["notes"]:
-        print(note)
-
-
-def write_file(path, text, mode="w"):
-    """Write a text file. Raises BadArgument if that cannot be done."""
-    try:
-        with open(path, mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise BadArgument(f"{path}: {error.strerror}") from None
-
-
-def finish(options, scenario, runs, bound):
-    """Print a comparison and write the files that were asked for."""
-    report = report_of(options, scenario, runs, bound)
-    print_report(report, runs)
-    if options.output:
-        write_file(options.output, json.dumps(report, indent=1))
-    if options.html:
-        write_file(options.html, html_page(report))
-
-
-def read_trace(path):
-    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
-    except OSError as error:
-        raise BadArgument(f"{path}: {error.strerror}") from None
-    except (KeyError, ValueError, TypeError):
-        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
-    if not pairs:
-        raise BadArgument(f"{path}: it has no rows")
-    return pairs
-
-
-def agree(scenario, runs, seed):
-    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
-    print("\nMean latency on the wall clock, over the virtual clock's:")
-    for run, other in zip(runs, simulate(scenario, seed), strict=True):
-        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
-
-
-def compare(options):
-    """Compare all policies on the default scenario, or another one."""
-    named = {scenario.name: scenario for scenario in MATRIX}
-    scenario = named.get(options.scenario)
-    if scenario is None:
-        raise BadArgument(f"there is no scenario {options.scenario!r}; there are {' '.join(named)}")
-    if options.trace:
-        scenario = scenario._replace(name="trace", clients=0, load=0.6, lengths="trace")
-        LENGTHS["trace"] = read_trace(options.trace)
-    runs = []
-    try:
-        for policy in (*PLAIN, SOLLOL):
-            if options.realtime:
-                runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
-            else:
-                runs += simulate(scenario, options.seed, (policy,))
-            say(f"{policy} done")
-    except KeyboardInterrupt:
-        say("stopped")
-    if runs:
-        finish(options, scenario, runs, bound_s(scenario, options.seed))
-    if options.realtime and len(runs) == 3:
-        agree(scenario, runs, options.seed)
-    return 0
-
+# ============================================================================================================
 
 def positive(text):
     """Return a positive number."""
