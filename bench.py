@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """The proof: SOLLOL against round-robin and least-inflight, on simulated Ollama nodes or on real ones.
 
-    python bench.py                             # the comparison table, on three simulated nodes, in seconds
-    python bench.py --matrix                    # all scenarios: clusters, loads, models, bursts, faults; minutes
-    python bench.py --agents 10,40              # parallel agents against one call after the other
-    python bench.py --check                     # are the claims true? exit status 1 if one is not
-    python bench.py --soak 20                   # 20 seeds of random faults; exit status 1 if something did not hold
-    python bench.py --kills 60                  # node processes killed under load, likewise, on the wall clock
-    python bench.py --siege                     # what others notice of 300 half heads, 200 slow readers and worse
-    python bench.py --overhead                  # small calls and blobs beside nginx and HAProxy, on the wall clock
-    python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
-    python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
-    python bench.py --nodes 3 --port 11434      # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
+    python bench.py                             # compare: the table, on three simulated nodes, in seconds
+    python bench.py matrix                      # all scenarios: clusters, loads, models, bursts, faults; minutes
+    python bench.py agents 10,40                # parallel agents against one call after the other
+    python bench.py check                       # are the claims true? exit status 1 if one is not
+    python bench.py soak 20                     # 20 seeds of random faults; exit status 1 if something did not hold
+    python bench.py kills 60                    # node processes killed under load, likewise, on the wall clock
+    python bench.py siege                       # what others notice of 300 half heads, 200 slow readers and worse
+    python bench.py overhead                    # small calls and blobs beside nginx and HAProxy, on the wall clock
+    python bench.py streams 300                 # so many token streams, likewise: CPU, gaps, memory
+    python bench.py live http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
+    python bench.py serve 3 --port 11434        # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
+
+The flags that stood for commands before, such as `--matrix` or `--nodes 3`, still do: see OLD_FLAGS.
 
 Each simulated node is a real HTTP/1.1 server on a real socket that behaves as Ollama does on the wire: slots with a
 hidden FIFO in front, model loads and evictions, keep-alive, prefix cache, batching slow-down, honest
@@ -19,6 +21,7 @@ timings in the last line, and faults on demand. Only the GPU is made up. Under `
 is made up as well.
 """
 
+import argparse
 import asyncio
 import base64
 import bisect
@@ -50,6 +53,7 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -2417,6 +2421,15 @@ DEMO = (
 )
 
 
+DEMO_HINTS = """\
+Three simulated nodes are running. Try, in another terminal:
+
+  curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
+  curl {url}/api/tags
+
+and open {url}/dashboard
+"""
+
 BENCH_CONTEXT = 65_536              # tokens: the longest chat of a benchmark fits; windows by memory would refuse it
 
 
@@ -2454,6 +2467,19 @@ async def serve(nodes):
             print(f"{node.url}  {node.name}, {node.engine.slots} slots, {node.engine.vram_gb:g} GB: "
                   f"{', '.join(node.models)}", flush=True)
         await stopped.wait()
+    finally:
+        for node in nodes:
+            await node.stop()
+
+
+async def run_demo(options: argparse.Namespace, keys: list[sollol.KeySettings], tls: ssl.SSLContext | None) -> None:
+    """Serve a gateway in front of three simulated nodes in this process: what `sollol.py --demo` calls."""
+    nodes = demo_nodes()
+    for node in nodes:
+        await node.start()
+    lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
+    try:
+        await sollol.run_gateway(options, sollol.parse_hosts(lines, "demo"), keys, tls, DEMO_HINTS)
     finally:
         for node in nodes:
             await node.stop()
@@ -3713,9 +3739,11 @@ def remarks(scenario, runs, bound):
 
 def report_of(options, scenario, runs, bound):
     """Return everything about a comparison as plain data, for JSON and HTML."""
+    real = scenario.about or options.realtime
+    loop = "asyncio in real time" if real else "virtual clock: the same seed gives the same figures"
     return {
         "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
-        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
+        "python": sys.version.split()[0], "loop": loop, "scenario": str(scenario), "bound_s": bound,
         "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
                   "samples": [sample._asdict() for sample in run.samples]} for run in runs],
         "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
@@ -3740,6 +3768,12 @@ def write_file(path, text, mode="w"):
             file.write(text)
     except OSError as error:
         raise BadArgument(f"{path}: {error.strerror}") from None
+
+
+def try_outputs(options):
+    """Raise BadArgument if a file that is asked for cannot be written: better to know now than after minutes."""
+    for path in filter(None, (options.output, options.html)):
+        write_file(path, "", "a")
 
 
 def finish(options, scenario, runs, bound):
@@ -4070,6 +4104,7 @@ def agree(scenario, runs, seed):
 
 def compare(options):
     """Compare all policies on the default scenario, or another one."""
+    try_outputs(options)
     named = {scenario.name: scenario for scenario in MATRIX}
     scenario = named.get(options.scenario)
     if scenario is None:
@@ -5643,7 +5678,7 @@ class NodeProcess:
 
     def __init__(self, stack, rng, speed):
         self.port = unused_low_port(rng)
-        self.argv = [sys.executable, "bench.py", "--nodes", "1", "--port", str(self.port), "--speed", str(speed)]
+        self.argv = [sys.executable, "bench.py", "serve", "1", "--port", str(self.port), "--speed", str(speed)]
         self.process = None
         stack.callback(self.kill)
 
@@ -6214,11 +6249,11 @@ class Rotation:
 
 async def measure_cluster(options):
     """Measure a live gateway against round-robin over its hosts, in alternating slices; return the Runs."""
-    gateway, hosts = read_address(options.sollol_url), [read_address(host) for host in options.hosts]
+    gateway, hosts = read_address(options.url), [read_address(host) for host in options.hosts]
     model = await hosts_model(gateway, options.model)
     for host in hosts:
         await hosts_model(host, model)
-    about = (f"{options.sollol_url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
+    about = (f"{options.url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
              f"{options.concurrency} clients, in alternating slices")
     scenario = DEFAULT._replace(name="live", cluster="", models=(model,), clients=options.concurrency,
                                 timeout_s=options.timeout, about=about)
@@ -6253,19 +6288,18 @@ async def measure_cluster(options):
 
 async def measure_baseline(options):
     """Measure each host alone, one request after the other; return rows of text."""
-    model, count = options.baseline[0], int(options.baseline[1])
     rows = [["host", "requests", "mean s", "P95 s", "TTFT s", "tokens/s"]]
     for text in options.hosts:
         address = read_address(text)
-        scenario = DEFAULT._replace(models=(await hosts_model(address, model),))
-        works = make_work(scenario, options.seed)[:count]
+        scenario = DEFAULT._replace(models=(await hosts_model(address, options.model),))
+        works = make_work(scenario, options.seed)[:int(options.count)]
         caller, loop = Caller(*address), asyncio.get_running_loop()
         samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
                    for work in works]
         caller.close()
         found = figures(Run(text, samples, 1.0))
         tokens = sum(sample.output_tokens for sample in samples)
-        rows.append([text, str(count), f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
+        rows.append([text, options.count, f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
                      f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
         say(f"{text} done")
     return rows
@@ -6296,13 +6330,13 @@ async def token_gaps_s(caller, body):
     return sorted(gaps_s[1:])
 
 
-async def measure_overhead(options):
+async def measure_overhead(url, host, model):
     """Measure what a gateway adds to small requests and between tokens; return rows of text.
 
     Direct and through, in turn, so that a change of the machine's speed hits both.
     """
-    through, direct = read_address(options.overhead), read_address(options.hosts[0])
-    model = await hosts_model(through, options.model)
+    through, direct = read_address(url), read_address(host)
+    model = await hosts_model(through, model)
     await hosts_model(direct, model)
     small = json.dumps({"model": model}).encode()
     stream = chat_body(Work(0, 0.0, model, 20, 100), bounded=True)
@@ -6328,132 +6362,191 @@ async def measure_overhead(options):
 # Command line
 # ============================================================================================================
 
-def positive(text):
-    """Return a positive number."""
+def positive(text: str) -> float:
+    """Return a positive number. Raises ValueError."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError
     return value
 
 
-def command_line():
-    """Return the parser."""
-    about = "Measure SOLLOL against plain proxies; without arguments on three simulated nodes, in virtual time."
-    parser = sollol.OneLineParser(prog="bench.py", description=about)
-    add = parser.add_argument_group("simulated clusters").add_argument
-    add("--scenario", default=DEFAULT.name, metavar="NAME", help="what is run; a wrong name lists all (%(default)s)")
-    add("--seed", type=int, default=1, metavar="N", help="of lengths, arrivals and noise (%(default)s)")
-    add("--trace", metavar="FILE", help="take token lengths from a whole trace (CSV)")
-    add("--realtime", action="store_true", help="on the wall clock, the gateway being a process of its own")
-    add("--matrix", nargs="?", const=".", metavar="PATTERN", help="run all scenarios, or those that match; minutes")
-    add("--agents", metavar="N,N", help="so many parallel agents, against one call after the other")
-    add("--soak", type=sollol.parse_count, metavar="N", help="run N seeds of random traffic and faults, from --seed "
-        "on: exit status 1 if what must always hold does not")
-    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M",
-        help="minutes of each, virtual or with --realtime real (%(default)g)")
-    add("--kills", type=positive, metavar="S", help="S seconds of SIGKILL to node processes in turn, on the wall "
-        "clock: exit status 1 if a request is lost that must not be")
-    add("--siege", type=positive, nargs="?", const=12.0, metavar="S", help="300 clients that never finish their head "
-        "and 200 slow readers, and what is worse beside them: what do others notice? slices of S seconds (12)")
-    add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
-    add("--misled", type=sollol.parse_count, metavar="N", help="N seeds of wrong beliefs at the start, against "
-        "least-inflight: exit status 1 if they cost more than 15 %% or a request")
-    add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
-    add = parser.add_argument_group("real clusters").add_argument
-    add("--sollol-url", metavar="URL", help="a running gateway, measured against round-robin over --hosts")
-    add("--hosts", type=lambda text: text.split(","), default=[], metavar="H,H", help="its nodes, host:port")
-    add("--model", metavar="NAME", help="what to ask for (the first model there is)")
-    add("--duration", type=positive, default=60.0, metavar="S", help="seconds for each side (%(default)g)")
-    add("--concurrency", type=sollol.parse_count, default=10, metavar="N", help="parallel clients (%(default)s)")
-    add("--timeout", type=positive, default=120.0, metavar="S", help="when a client gives up (%(default)g)")
-    add("--baseline", nargs=2, metavar=("MODEL", "N"), help="N requests one by one on each of --hosts")
-    add("--overhead", metavar="URL", help="what a gateway adds to small requests and tokens, against --hosts; without "
-        "URL small calls beside nginx and HAProxy, on this machine", nargs="?", const="here")
-    add("--streams", type=sollol.parse_count, metavar="N", help="CPU, gaps and memory of N token streams, beside nginx "
-        "and HAProxy")
-    add("--rounds", type=sollol.parse_count, default=3, metavar="N", help="turns of --overhead, --streams and --siege "
-        "(%(default)s)")
-    add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each stream (%(default)s)")
-    add("--waiting", type=sollol.parse_count, metavar="N", help="with --streams: what N waiting requests and 50 "
-        "nodes cost them")
-    add("--decisions", action="store_true", help="what a dispatch costs while 10,000 tickets wait")
-    add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="FILE", help="write every request as JSON")
-    add("--html", metavar="FILE", help="write one page with curves, timeline and table")
-    add = parser.add_argument_group("simulated nodes for other programs").add_argument
-    add("--nodes", type=sollol.parse_count, metavar="N", help="serve so many simulated nodes until Ctrl-C")
-    add("--port", type=sollol.parse_port, default=11434, metavar="PORT",
-        help="port of the first, the others follow (%(default)s; 0: any)")
-    add("--speed", type=positive, default=1.0, metavar="X", help="times as fast as what they imitate (%(default)g)")
-    return parser
-
-
-def run(options):
-    """Do what the command line asks for; return the exit status. Raises BadArgument."""
-    if (options.sollol_url or options.baseline or options.overhead not in (None, "here")) and not options.hosts:
+def named_hosts(options: argparse.Namespace) -> list[str]:
+    """Return what --hosts says. Raises BadArgument if it says nothing."""
+    if not options.hosts:
         raise BadArgument("which nodes? Give --hosts H,H")
-    if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
-                                             or options.ablate or options.baseline or options.overhead
-                                             or options.kills or options.siege or options.misled
-                                             or options.nodes):
-        raise BadArgument("--output and --html go with a comparison only")
-    for path in filter(None, (options.output, options.html)):
-        write_file(path, "", "a")   # can it be written? Better to know now than after minutes
-    if options.nodes:
-        asyncio.run(serve(demo_nodes(options.nodes, options.port, options.speed)))
-    elif options.sollol_url:
-        scenario, runs = asyncio.run(measure_cluster(options))
-        finish(options, scenario, runs, None)
-    elif options.baseline:
-        if not options.baseline[1].isdigit() or not int(options.baseline[1]):
-            raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
-        print(aligned(asyncio.run(measure_baseline(options))))
-    elif options.overhead == "here":
-        print(aligned(run_quick(measure_weight(options.rounds))), aligned(run_quick(measure_blobs(options.rounds))),
-              sep="\n\n")
-    elif options.decisions:
-        print(aligned(measure_decisions(options.seed)))
-    elif options.streams:
-        measure = (measure_waiting(options.streams, options.rate, options.waiting, options.rounds) if options.waiting
-                   else measure_streams(options.streams, options.rate, options.rounds))
-        print(aligned(run_quick(measure)))
-    elif options.overhead:
-        print(aligned(asyncio.run(measure_overhead(options))))
-    elif options.soak:
-        run_seeds = live_soak_held if options.realtime else soak_seeds
-        return 0 if run_seeds(options.seed, options.soak, options.minutes) else 1
-    elif options.kills:
-        return 0 if kills_held(options.kills, options.seed) else 1
-    elif options.siege:
-        return 0 if siege_held(options.siege, options.rounds, options.seed) else 1
-    elif options.check:
-        held = [check_claims(options.seed), run_quick(check_weight())]
-        return 0 if all(held) else 1
-    elif options.misled:
-        return 0 if misled_held(options.seed, options.misled) else 1
-    elif options.ablate:
-        print(aligned(ablation_table(ABLATED, options.seed)))
-    elif options.matrix:
-        print(aligned(run_matrix(options.seed, options.matrix)))
-    elif options.agents:
-        counts = [int(count) for count in options.agents.split(",") if count.isdigit() and int(count)]
-        if len(counts) != len(options.agents.split(",")):
-            raise BadArgument(f"--agents: {options.agents!r} is not a list of numbers")
-        print(aligned(agents_table(counts, ("hom5", "mild5", "het5", "hom10"), options.seed)))
-    else:
-        return compare(options)
+    return options.hosts
+
+
+def show(*tables: list[list[str]]) -> int:
+    """Print tables; return the exit status of a command that cannot fail."""
+    print("\n\n".join(map(aligned, tables)))
     return 0
 
 
-def main(argv=None):
+def run_agents(options: argparse.Namespace) -> int:
+    counts = [int(count) for count in options.counts.split(",") if count.isdigit() and int(count)]
+    if len(counts) != len(options.counts.split(",")):
+        raise BadArgument(f"agents: {options.counts!r} is not a list of numbers")
+    return show(agents_table(counts, ("hom5", "mild5", "het5", "hom10"), options.seed))
+
+
+def run_check(options: argparse.Namespace) -> int:
+    return int(not all([check_claims(options.seed), run_quick(check_weight())]))
+
+
+def run_overhead(options: argparse.Namespace) -> int:
+    if options.url:
+        return show(asyncio.run(measure_overhead(options.url, named_hosts(options)[0], options.model)))
+    return show(run_quick(measure_weight(options.rounds)), run_quick(measure_blobs(options.rounds)))
+
+
+def run_streams(options: argparse.Namespace) -> int:
+    if options.waiting:
+        return show(run_quick(measure_waiting(options.count, options.rate, options.waiting, options.rounds)))
+    return show(run_quick(measure_streams(options.count, options.rate, options.rounds)))
+
+
+def run_soaks(options: argparse.Namespace) -> int:
+    return int(not (live_soak_held if options.realtime else soak_seeds)(options.seed, options.count, options.minutes))
+
+
+def run_live(options: argparse.Namespace) -> int:
+    named_hosts(options)
+    try_outputs(options)
+    scenario, runs = asyncio.run(measure_cluster(options))
+    finish(options, scenario, runs, None)
+    return 0
+
+
+def run_baseline(options: argparse.Namespace) -> int:
+    named_hosts(options)
+    if not options.count.isdigit() or not int(options.count):
+        raise BadArgument(f"baseline: {options.count!r} is not a number of requests")
+    return show(asyncio.run(measure_baseline(options)))
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    asyncio.run(serve(demo_nodes(options.count, options.port, options.speed)))
+    return 0
+
+
+COUNT = {"nargs": "?", "type": sollol.parse_count, "metavar": "N"}
+FLAGS = {                           # those of several commands
+    "--seed": {"type": int, "default": 1, "metavar": "N", "help": "of lengths, arrivals and noise (%(default)s)"},
+    "--realtime": {"action": "store_true", "help": "on the wall clock, the gateway being a process of its own"},
+    "--output": {"metavar": "FILE", "help": "write every request as JSON"},
+    "--html": {"metavar": "FILE", "help": "write one page with curves, timeline and table"},
+    "--rounds": {"type": sollol.parse_count, "default": 3, "metavar": "N", "help": "turns of each (%(default)s)"},
+    "--hosts": {"type": lambda text: text.split(","), "default": [], "metavar": "H,H", "help": "nodes, host:port"},
+    "--model": {"metavar": "NAME", "help": "what to ask for (the first model there is)"},
+    "--timeout": {"type": positive, "default": 120.0, "metavar": "S", "help": "when a client gives up (%(default)g)"},
+}
+
+
+def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """Add the commands that compare policies in virtual time."""
+    add = command("compare", compare, "all policies on one scenario, in virtual time", "--seed", "--realtime",
+                  "--output", "--html")
+    add("--scenario", default=DEFAULT.name, metavar="NAME", help="a wrong name lists all (%(default)s)")
+    add("--trace", metavar="FILE", help="take token lengths from a whole trace (CSV)")
+    add = command("matrix", lambda options: show(run_matrix(options.seed, options.pattern)),
+                  "all scenarios, or those that match; minutes", "--seed")
+    add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of scenarios (all)")
+    add = command("agents", run_agents, "parallel agents, against one call after the other", "--seed")
+    add("counts", metavar="N,N", help="so many agents")
+    command("ablate", lambda options: show(ablation_table(ABLATED, options.seed)),
+            "switch off one term of routing at a time: what is each worth?", "--seed")
+    add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "
+                  "start: exit status 1 if they cost more than 15 % or a request", "--seed")
+    add("count", default=20, help="seeds (%(default)s)", **COUNT)
+    command("check", run_check, "check the claims and guard routing: exit status 1 if one is missed", "--seed")
+
+
+def other_commands(command: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """Add the commands of the other programs."""
+    add = command("overhead", run_overhead, "what a gateway adds to small requests: SOLLOL, nginx and HAProxy on this "
+                  "machine, or the one at URL beside --hosts", "--rounds", "--hosts", "--model")
+    add("url", nargs="?", metavar="URL", help="a running gateway")
+    add = command("streams", run_streams, "CPU, gaps and memory of token streams, beside nginx and HAProxy", "--rounds")
+    add("count", default=300, help="streams (%(default)s)", **COUNT)
+    add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each (%(default)s)")
+    add("--waiting", type=sollol.parse_count, metavar="N", help="what N waiting requests and 50 nodes cost them")
+    command("decisions", lambda options: show(measure_decisions(options.seed)),
+            "what a dispatch costs while 10,000 tickets wait", "--seed")
+    add = command("soak", run_soaks, "random traffic and faults: exit status 1 if what must always hold does not",
+                  "--seed", "--realtime")
+    add("count", default=20, help="seeds, from --seed on (%(default)s)", **COUNT)
+    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M", help="of each, virtual or real (%(default)g)")
+    add = command("kills", lambda options: int(not kills_held(options.span_s, options.seed)), "SIGKILL to one node "
+                  "process after the other: exit status 1 if a request is lost that must not be", "--seed")
+    add("span_s", nargs="?", type=positive, default=60.0, metavar="S", help="seconds (%(default)g)")
+    add = command("siege", lambda options: int(not siege_held(options.span_s, options.rounds, options.seed)), "clients "
+                  "that never finish their head, slow readers, and worse: what do others notice?", "--seed", "--rounds")
+    add("span_s", nargs="?", type=positive, default=12.0, metavar="S", help="seconds of a slice (%(default)g)")
+    add = command("live", run_live, "a running gateway, against round-robin over its nodes", "--hosts", "--model",
+                  "--timeout", "--seed", "--output", "--html")
+    add("url", metavar="URL", help="the gateway")
+    add("--duration", type=positive, default=60.0, metavar="S", help="seconds for each side (%(default)g)")
+    add("--concurrency", type=sollol.parse_count, default=10, metavar="N", help="parallel clients (%(default)s)")
+    add = command("baseline", run_baseline, "requests one by one on each node", "--hosts", "--timeout", "--seed")
+    add("model", metavar="MODEL", help="what to ask for")
+    add("count", metavar="N", help="requests")
+    add = command("serve", run_serve, "serve simulated nodes until Ctrl-C")
+    add("count", default=3, help="nodes (%(default)s)", **COUNT)
+    add("--port", type=sollol.parse_port, default=11434, metavar="PORT", help="of the first, the others follow "
+        "(%(default)s; 0: any)")
+    add("--speed", type=positive, default=1.0, metavar="X", help="times as fast as what they imitate (%(default)g)")
+    command("demo", None, "a gateway in front of three simulated nodes; takes the flags of sollol.py")   # see main
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser: a command, and the options of its own."""
+    about = "Measure SOLLOL against plain proxies. Without a command: compare, on three simulated nodes."
+    parser = sollol.OneLineParser(prog="bench.py", description=about, epilog="bench.py COMMAND --help tells more.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int] | None, about: str,
+                *flags: str) -> Callable[..., argparse.Action]:
+        """Add a command, with some of FLAGS; return what adds further options to it."""
+        about = about.replace("%", "%%")
+        one = commands.add_parser(name, help=about, description=about)
+        one.set_defaults(run=run)
+        for flag in flags:
+            one.add_argument(flag, **FLAGS[flag])
+        return one.add_argument
+
+    benchmark_commands(command)
+    other_commands(command)
+    return parser
+
+
+# The flags that chose a program before there were commands. A flag's value is the first argument of its command.
+OLD_FLAGS = {"--matrix": "matrix", "--agents": "agents", "--ablate": "ablate", "--misled": "misled", "--check": "check",
+             "--overhead": "overhead", "--streams": "streams", "--decisions": "decisions", "--soak": "soak",
+             "--kills": "kills", "--siege": "siege", "--sollol-url": "live", "--baseline": "baseline",
+             "--nodes": "serve"}
+
+
+def with_command(argv: list[str]) -> list[str]:
+    """Return a command line that begins with its command: the first one itself, that of an old flag, or compare."""
+    if argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-")):
+        return argv
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in OLD_FLAGS:
+            return [OLD_FLAGS[flag], *argv[:number], *([value] if equals else []), *argv[number + 1:]]
+    return ["compare", *argv]
+
+
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    options = command_line().parse_args(argv)
+    if argv[:1] == ["demo"]:
+        return sollol.main(["--demo", *argv[1:]], run_demo)
+    options = command_line().parse_args(with_command(argv))
     options.argv = argv
-    live = options.sollol_url or options.realtime
-    options.loop = "asyncio in real time" if live else "virtual clock: the same seed gives the same figures"
     try:
-        return run(options)
+        return options.run(options)
     except (BadArgument, PortTaken) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
@@ -6462,4 +6555,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        sollol.abandon_unwritten()

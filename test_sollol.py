@@ -9900,6 +9900,17 @@ def test_demo_answers_and_sigterm_ends_it_cleanly():
         assert demo.wait(10) == 0
 
 
+def test_demo_without_bench_beside_it_is_one_clear_line(tmp_path):
+    shutil.copy(HERE / "sollol.py", tmp_path)
+    done = subprocess.run([sys.executable, tmp_path / "sollol.py", "--demo"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "sollol.py: --demo: bench.py must be beside sollol.py\n"
+
+
+def test_demo_takes_its_flags_from_the_environment_too():
+    with program("sollol.py", env={"SOLLOL_DEMO": "1", "SOLLOL_PORT": "0", "SOLLOL_LOG_FORMAT": "json"}) as demo:
+        assert json.loads(read_until(demo, '.*"event": "start".*')[0])["nodes"] == 3
+
+
 def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
     hosts = tmp_path / "hosts.txt"
     with program("bench.py", "--nodes", 1, "--port", 0) as node:
@@ -10156,25 +10167,24 @@ def readme_commands():
     """Return every command in the README, without its comment."""
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^(?:    |\$ )((?:python3|curl|sudo|docker|journalctl) .*)", text, re.M)
-    spans = re.findall(r"`((?:python3 )?(?:bench|sollol)\.py(?: --.*?)?)`", text)
+    spans = re.findall(r"`((?:python3 )?(?:bench|sollol)\.py(?: .*?)?)`", text)
     commands = {re.sub(r" +#.*", "", command) for command in (*lines, *spans)}
     return sorted(command if not command.startswith(("bench", "sollol")) else f"python3 {command}"
                   for command in commands if command not in ("bench.py", "sollol.py"))
 
 
-SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py --nodes 3"}
+SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py serve 3"}
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
         "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
-        "python3 bench.py --matrix": (0,)}
-SMALLER = {"python3 bench.py --matrix": ["seed/hom3"]}
+        "python3 bench.py matrix": (0,)}
+SMALLER = {"python3 bench.py matrix": ["seed/hom3"]}
 # What runs the others: a test, or a line of .ci/run with these words.
 ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
-             "python3 bench.py --sollol-url": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
-             "python3 -m venv": "'^    python3 -m venv '", "python3 bench.py --check": "bench.py --check",
-             "python3 bench.py --overhead": "bench.py --overhead", "python3 bench.py --streams": "bench.py --streams",
-             "python3 bench.py --kills": "bench.py --kills", "python3 bench.py --siege": "bench.py --siege",
-             "python3 bench.py --soak": "bench.py --soak"}
+             "python3 bench.py live": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
+             "python3 -m venv": "'^    python3 -m venv '",
+             **{f"python3 bench.py {name}": f"bench.py {name}" for name in (
+                 "check", "overhead", "streams", "kills", "siege", "soak")}}
 NEEDS_SYSTEMD = ("sudo systemctl daemon-reload", "sudo systemctl enable --now sollol", "journalctl -u sollol -f")
 
 
@@ -11480,14 +11490,48 @@ def test_live_cluster_is_measured_against_round_robin_over_its_hosts(capsys):
             assert "gap between tokens, P99" in capsys.readouterr().out
 
 
+OLD_AND_NEW = (
+    ("", "compare"), ("--seed 2 --html x", "compare --seed 2 --html x"), ("--realtime", "compare --realtime"),
+    ("--scenario seed/hom3", "compare --scenario seed/hom3"), ("--trace x --output y", "compare --trace x --output y"),
+    ("--matrix", "matrix"), ("--matrix seed/ --seed 2", "matrix seed/ --seed 2"), ("--matrix=seed/", "matrix seed/"),
+    ("--agents 10,40", "agents 10,40"), ("--ablate", "ablate"), ("--seed 3 --misled 9", "misled 9 --seed 3"),
+    ("--check", "check"), ("--overhead --rounds 1", "overhead --rounds 1"), ("--decisions", "decisions"),
+    ("--hosts a,b --model m --overhead http://c", "overhead http://c --hosts a,b --model m"),
+    ("--rate 15 --streams 50 --waiting 9 --rounds 1", "streams 50 --rate 15 --waiting 9 --rounds 1"),
+    ("--soak 60 --minutes 1 --realtime", "soak 60 --minutes 1 --realtime"), ("--siege", "siege"),
+    ("--kills 60 --seed 2", "kills 60 --seed 2"), ("--rounds 1 --siege 10", "siege 10 --rounds 1"), ("--nodes 3", "serve 3"),
+    ("--speed 2 --port 0 --nodes 3", "serve 3 --port 0 --speed 2"),
+    ("--hosts a,b --sollol-url http://c --duration 60 --concurrency 9 --timeout 9 --model m --output x",
+     "live http://c --hosts a,b --duration 60 --concurrency 9 --timeout 9 --model m --output x"),
+    ("--timeout 9 --baseline m 3 --hosts a,b", "baseline m 3 --hosts a,b --timeout 9"))
+
+
+@pytest.mark.parametrize("old, new", OLD_AND_NEW)
+def test_flags_of_before_there_were_commands_mean_what_they_meant(old, new):
+    parser = bench.command_line()
+    assert parser.parse_args(bench.with_command(old.split())) == parser.parse_args(new.split())
+    assert bench.with_command(new.split()) == new.split()
+
+
+def test_every_old_flag_is_tried_above():
+    assert bench.OLD_FLAGS.keys() <= {word.partition("=")[0] for old, _ in OLD_AND_NEW for word in old.split()}
+
+
+@pytest.mark.parametrize("command, foreign", [("compare", "--minutes=1"), ("soak", "--html=x"), ("serve", "--seed=1")])
+def test_command_of_bench_takes_only_options_of_its_own(command, foreign, capsys):
+    with pytest.raises(SystemExit) as exit:
+        bench.main([command, *foreign.split()])
+    assert exit.value.code == 2 and "unrecognized arguments: " + foreign in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--sollol-url", "http://127.0.0.1:1", "--hosts", "127.0.0.1:1"], "127.0.0.1:1 cannot be reached"),
     (["--sollol-url", "http://127.0.0.1:1"], "which nodes? Give --hosts H,H"),
     (["--overhead", "ftp://x", "--hosts", "x"], "'ftp://x' is not the URL of a node"),
     (["--scenario", "none"], "there is no scenario 'none'"), (["--matrix", "none"], "no scenario matches 'none'"),
-    (["--agents", "ten"], "--agents: 'ten' is not a list of numbers"),
+    (["--agents", "ten"], "agents: 'ten' is not a list of numbers"),
     (["--trace", "/no/such/file"], "/no/such/file: No such file or directory"),
-    (["--baseline", "m", "many", "--hosts", "x"], "--baseline: 'many' is not a number"),
+    (["--baseline", "m", "many", "--hosts", "x"], "baseline: 'many' is not a number"),
     (["--output", "/no/such/folder/x"], "/no/such/folder/x: No such file or directory"),
 ])
 def test_mistake_is_one_clear_line(argv, message, capsys):
