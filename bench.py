@@ -2714,13 +2714,103 @@ class Sample(NamedTuple):
         return self.end_s - self.scheduled_s
 
 
+class Response:
+    """A response as far as its client has read it."""
+
+    def __init__(self, head=b""):
+        self.head = head            # raw; empty before it has come
+        self.pieces = []            # chunks, or the whole body
+        self.first_s = math.nan     # loop time of the head
+        self.whole = False          # it has ended where its framing says
+        self.node = ""              # which node it is from, where that is known
+
+    @property
+    def status(self):
+        return int(self.head[9:12]) if self.head else 0
+
+    @property
+    def fields(self):
+        """Return {lower-case name: value}."""
+        lines = self.head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")[1:]
+        return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    @property
+    def body(self):
+        return b"".join(self.pieces)
+
+    def json(self):
+        return json.loads(self.body)
+
+
+class HttpClient:
+    """One connection of a client, with a reading of HTTP/1.1 that is its own and simpler than the gateway's."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def to(cls, host, port, **settings):
+        return cls(*await asyncio.open_connection(host, port, **settings))
+
+    async def head(self):
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def chunk(self):
+        """Return the next chunk of a chunked body, b"" at its end."""
+        size = int(await self.reader.readuntil(b"\r\n"), 16)
+        return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def chunks(self):
+        """Yield the chunks of a chunked body as they come."""
+        while piece := await self.chunk():
+            yield piece
+
+    async def read(self, response, method="POST", most=math.inf):
+        """Read into a Response: all of it, or `most` chunks. Raises OSError, ValueError, IncompleteReadError."""
+        response.head = await self.head()
+        response.first_s = asyncio.get_running_loop().time()
+        fields = response.fields
+        if method == "HEAD" or response.status in (204, 304):
+            pass
+        elif "content-length" in fields:
+            response.pieces.append(await self.reader.readexactly(int(fields["content-length"])))
+        elif fields.get("transfer-encoding") == "chunked":
+            while piece := await self.chunk():
+                response.pieces.append(piece)
+                if len(response.pieces) >= most:
+                    return
+        else:
+            response.pieces.append(await self.reader.read())
+            return                  # whether it is whole nobody can tell
+        response.whole = True
+
+    async def answer(self, method="POST"):
+        """Return the next Response."""
+        response = Response()
+        await self.read(response, method)
+        return response
+
+    async def ask(self, method, path, value=None, **fields):
+        """Make a request, with JSON or bytes for its body; return its Response."""
+        body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
+        fields = {"Host": "localhost", **fields}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {text}" for name, text in fields.items())]
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        return await self.answer(method)
+
+    def close(self):
+        self.writer.close()
+
+
 class Caller:
     """Make requests to one address over connections that are kept."""
 
     def __init__(self, host, port, source=None):
         self.host, self.port = host, port
         self.source = source and (source, 0)        # the address to call from
-        self.idle = []
+        self.idle = []                              # HttpClients
         self.others = {}                            # Callers from other addresses, made when needed
 
     def at(self, source):
@@ -2730,49 +2820,39 @@ class Caller:
         return self.others[source]
 
     async def call(self, body, priority=None, path="/api/chat"):
-        """Make one request; return (status, node, time of the first byte, last bytes of the body)."""
-        loop = asyncio.get_running_loop()
-        reader, writer = await self.connection()
-        whole = False
+        """Make one request; return its Response. Raises OSError, ValueError, IncompleteReadError."""
+        client, response = await self.connection(), Response()
         try:
             field = b"" if priority is None else b"X-Priority: %d\r\n" % priority
-            writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
+            client.writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
                 path.encode(), self.host.encode(), self.port, field, len(body), body))
-            head = await reader.readuntil(b"\r\n\r\n")
-            first_s = loop.time()
-            tail = await self.read_body(reader, head)
-            whole = b"\r\nconnection: close" not in head.lower()
-            node = re.search(rb"\r\nX-SOLLOL-Node: ([^\r]*)", head)
-            return int(head[9:12]), node[1].decode() if node else "", first_s, tail
+            await client.read(response)
+            response.node = response.fields.get("x-sollol-node", "")
+            return response
         finally:
-            if whole:
-                self.idle.append((reader, writer))
-            else:
-                writer.transport.abort()
+            self.keep(client, response)
 
     async def connection(self):
         """Return a connection that the other side has not closed meanwhile."""
         while self.idle:
-            reader, writer = self.idle.pop()
-            if not reader.at_eof():
-                return reader, writer
-            writer.transport.abort()
-        return await asyncio.open_connection(self.host, self.port, local_addr=self.source)
+            client = self.idle.pop()
+            if not client.reader.at_eof():
+                return client
+            client.writer.transport.abort()
+        return await HttpClient.to(self.host, self.port, local_addr=self.source)
 
-    async def read_body(self, reader, head):
-        """Read a body to its end; return its last bytes."""
-        length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.I)
-        if length:
-            return (await reader.readexactly(int(length[1])))[-2000:]
-        tail = b""
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            tail = (tail + await reader.readexactly(size + 2))[-2000:]
-        await reader.readexactly(2)
-        return tail
+    def keep(self, client, response, resets=False):
+        """Keep a connection for the next request if this one's response is whole, else end it, with RST if `resets`."""
+        if response.whole and response.fields.get("connection") != "close":
+            self.idle.append(client)
+            return
+        if resets:
+            reset_on_close(client.writer.transport)
+        client.writer.transport.abort()
 
     def close(self):
-        for _, writer in self.idle:
-            writer.transport.abort()
+        for client in self.idle:
+            client.writer.transport.abort()
         for other in self.others.values():
             other.close()
 
@@ -2797,22 +2877,17 @@ def chat_body(work, history=(), bounded=False):
 
 async def make_request(caller, work, scheduled_s, timeout_s, body=None):
     """Make one request and return its Sample, whatever comes of it."""
-    loop = asyncio.get_running_loop()
-    sent_s, first_s, node, status, ok = loop.time(), None, "", 0, False
+    loop, response = asyncio.get_running_loop(), Response()
+    sent_s = loop.time()
     caller = caller.at(MODEST_ADDRESS) if work.modest else caller
-    try:
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):      # TimeoutError is an OSError
         async with asyncio.timeout_at(scheduled_s + timeout_s):
-            status, node, first_s, tail = await caller.call(body or chat_body(work), work.priority)
-            ok = status == 200 and b'"done":true' in tail
-    except TimeoutError:
-        pass
-    except (OSError, asyncio.IncompleteReadError):
-        # A failure counts as the time-out: refusing fast must not look like answering fast.
-        return Sample(scheduled_s, sent_s, None, scheduled_s + timeout_s, node, status, False, work.priority, 0,
-                      work.modest)
+            response = await caller.call(body or chat_body(work), work.priority)
+    ok = response.status == 200 and b'"done":true' in response.body[-2000:]
+    # A failure counts as the time-out: refusing fast must not look like answering fast.
     end_s = loop.time() if ok else scheduled_s + timeout_s
-    return Sample(scheduled_s, sent_s, first_s if ok else None, end_s, node, status, ok, work.priority,
-                  work.output_tokens if ok else 0, work.modest)
+    return Sample(scheduled_s, sent_s, response.first_s if ok else None, end_s, response.node, response.status, ok,
+                  work.priority, work.output_tokens if ok else 0, work.modest)
 
 
 async def open_loop(caller, works, timeout_s):
@@ -2867,12 +2942,13 @@ async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
 
 async def get_json(host, port, path):
     """Return the JSON at a path of a node or gateway. Raises OSError, or ValueError for what is none."""
-    reader, writer = await asyncio.open_connection(host, port)
+    client = await HttpClient.to(host, port)
     try:
-        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
-        return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+        return (await client.ask("GET", path, Host=f"{host}:{port}")).json()
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        raise ValueError("no HTTP") from error
     finally:
-        writer.close()
+        client.close()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5053,74 +5129,40 @@ def draw_plan(seed, minutes):
 
 # What a client sees.
 
-class Answer:
-    """What has come of an answer so far."""
-
-    def __init__(self):
-        self.head, self.body, self.pieces = b"", b"", 0
-        self.whole = self.left = False      # ended where its framing says; its client gave up
-
-    @property
-    def status(self):
-        return int(self.head[9:12]) if self.head else 0
-
-    def field(self, name):
-        found = re.search(rb"\r\n%b: *([^\r]*)" % name, self.head, re.I)
-        return found[1].decode() if found else ""
-
-    async def read(self, reader, most=math.inf):
-        """Take in an answer, or so many pieces of it."""
-        self.head = await reader.readuntil(b"\r\n\r\n")
-        if length := self.field(b"content-length"):
-            self.body = await reader.readexactly(int(length))
-            self.pieces = 1
-        else:
-            while self.pieces < most and (size := int(await reader.readuntil(b"\r\n"), 16)):
-                self.body += (await reader.readexactly(size + 2))[:-2]
-                self.pieces += 1
-            if self.pieces >= most:
-                self.left = True
-                return
-            await reader.readexactly(2)
-        self.whole = True
-
-
 class Visitor(Caller):
     """A client of the soak. Keeps its connections; what comes on one unasked shows at the next head, or at its end."""
 
     async def visit(self, errand):
-        """Run an errand; return its Answer, whatever comes of it."""
-        answer, leaving = Answer(), errand.leaving or Leaving("", 0.0, False)
-        reader, writer = await self.connection()
+        """Run an errand; return (its Response, whatever came of it; whether the client left before its end)."""
+        response, leaving, left = Response(), errand.leaving or Leaving("", 0.0, False), False
+        client = await self.connection()
         data = errand.request()
         if leaving.phase == "sending":
             data = data[:int(leaving.after * len(data))]
         try:
             async with asyncio.timeout(0.5 if leaving.phase == "sending" else
                                        leaving.after if leaving.phase == "waiting" else None):
-                writer.write(data)
-                await answer.read(reader, leaving.after if leaving.phase == "reading" else math.inf)
+                client.writer.write(data)
+                await client.read(response, most=leaving.after if leaving.phase == "reading" else math.inf)
+                left = leaving.phase == "reading" and not response.whole
         except TimeoutError:
-            answer.left = True
+            left = True
         except (OSError, ValueError, asyncio.IncompleteReadError):
             pass                    # closed, or no chunk: `whole` tells
-        if answer.whole and answer.field(b"connection") != "close":
-            self.idle.append((reader, writer))
-        elif answer.left and not leaving.resets:
-            writer.close()
+        if left and not leaving.resets:
+            client.writer.close()
         else:
-            reset_on_close(writer.transport)
-            writer.transport.abort()
-        return answer
+            self.keep(client, response, resets=True)
+        return response, left
 
     async def farewell(self):
         """Close every connection; return the bytes that came unasked."""
         unasked = b""
-        for reader, writer in self.idle:
-            if not reader.at_eof():
-                writer.write_eof()
-                unasked += await reader.read()
-            writer.transport.abort()
+        for client in self.idle:
+            if not client.reader.at_eof():
+                client.writer.write_eof()
+                unasked += await client.reader.read()
+            client.writer.transport.abort()
         self.idle.clear()
         return unasked
 
@@ -5176,8 +5218,8 @@ def verdict(errand, answer):
     """Return (how an errand ended, its text). Raises Violation if it may not end so, whatever the nodes did."""
     if not answer.head:
         raise Violation("connection closed without an answer")
-    if answer.field(b"x-request-id") != errand.id:
-        raise Violation(f"got the answer to {answer.field(b'x-request-id') or 'nobody'}")
+    if answer.fields.get("x-request-id") != errand.id:
+        raise Violation(f"got the answer to {answer.fields.get('x-request-id', 'nobody')}")
     if answer.status != 200:
         text = error_in(errand.path, read_value(answer.body)) if answer.whole else None
         if text is None or answer.status not in (500, 502, 503) and (answer.status, errand.path) != (404, "/api/show"):
@@ -5390,9 +5432,9 @@ class Soak:
         """Have a node drained or resumed."""
         if what == "resume":
             del self.drained[node.name]
-        status, *_ = await Caller(*self.address).call(b"{}", path=f"/api/nodes/{node.name}/{what}")
-        if status != 200:
-            self.wrong(f"{what} of {node.name} was answered with {status}")
+        answer = await Caller(*self.address).call(b"{}", path=f"/api/nodes/{node.name}/{what}")
+        if answer.status != 200:
+            self.wrong(f"{what} of {node.name} was answered with {answer.status}")
         if what == "drain":
             self.drained[node.name] = self.loop.time()
 
@@ -5422,10 +5464,10 @@ class Soak:
         """Run an errand at its time, and judge what became of it."""
         await asyncio.sleep(errand.at_s - self.loop.time())
         sent_s = self.loop.time()
-        answer = await self.visitors[errand.client].visit(errand)
+        answer, left = await self.visitors[errand.client].visit(errand)
         try:
-            how, text = ("left", "") if answer.left else verdict(errand, answer)
-            outcome = Outcome(errand.number, sent_s, self.loop.time(), answer.status, answer.field(b"x-sollol-node"),
+            how, text = ("left", "") if left else verdict(errand, answer)
+            outcome = Outcome(errand.number, sent_s, self.loop.time(), answer.status, answer.fields.get("x-sollol-node", ""),
                               how, len(text))
             self.outcomes.append(outcome)
             self.judge(errand, answer, outcome, text)
@@ -5440,7 +5482,7 @@ class Soak:
             raise Violation(f"its answer was {outcome.how} although {outcome.node} was well: {answer.body[-200:]!r}")
         if outcome.how != "refused":
             return
-        if not outcome.node and outcome.status == 503 and not answer.field(b"retry-after").isdigit():
+        if not outcome.node and outcome.status == 503 and not answer.fields.get("retry-after", "").isdigit():
             raise Violation("503 without Retry-After")
         if text == "the queue is full" or text.startswith("no slot became free"):
             return
@@ -5775,7 +5817,7 @@ async def ask_in_turn(front, kind, number, until_s, seen):
         start_s, how, complaint = clock(), "hung", ""
         try:
             async with asyncio.timeout(HANG_S):
-                answer = await visitor.visit(errand)
+                answer, _ = await visitor.visit(errand)
             how, text = verdict(errand, answer)
             complaint = text if how == "refused" else ""
         except TimeoutError:
@@ -6239,8 +6281,9 @@ class Rotation:
 
     async def call(self, body, priority=None):
         number = next(self.turn) % len(self.callers)
-        status, _, first_s, tail = await self.callers[number].call(body, None)
-        return status, self.names[number], first_s, tail
+        response = await self.callers[number].call(body)
+        response.node = self.names[number]
+        return response
 
     def close(self):
         for caller in self.callers:
@@ -6318,15 +6361,15 @@ async def small_calls_s(caller, path, body, count):
 async def token_gaps_s(caller, body):
     """Return the ascending times between the chunks of one stream."""
     loop, gaps_s = asyncio.get_running_loop(), []
-    reader, writer = await asyncio.open_connection(caller.host, caller.port)
-    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-    await reader.readuntil(b"\r\n\r\n")
+    client = await HttpClient.to(caller.host, caller.port)
+    client.writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body), body))
+    await client.head()
     last_s = loop.time()
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        await reader.readexactly(size + 2)
+    while await client.chunk():
         gaps_s.append(loop.time() - last_s)
         last_s = loop.time()
-    writer.transport.abort()
+    client.writer.transport.abort()
     return sorted(gaps_s[1:])
 
 

@@ -3683,63 +3683,12 @@ async def gateway_for(*nodes, flags=(), hosts=None, lines=None, **given):
             await node.stop()
 
 
-class Answer:
-    """A response as a client sees it."""
-
-    def __init__(self, head, body):
-        first, *lines = head[:-4].split(b"\r\n")
-        self.status = int(first.split(b" ")[1])
-        self.fields = {name.lower().decode("latin-1"): value.strip().decode("latin-1") for name, _, value in
-                       (line.partition(b":") for line in lines)}
-        self.head, self.body = head, body
-
-    def json(self):
-        return json.loads(self.body)
-
-
-class Caller:
-    """One client connection, on the test's own and simpler reading of HTTP."""
+class Caller(bench.HttpClient):
+    """One client connection to a gateway."""
 
     @classmethod
     async def to(cls, gateway):
-        self = cls()
-        self.reader, self.writer = await asyncio.open_connection(*gateway.listener.address, limit=2**26,
-                                                                 **spoken(gateway))
-        return self
-
-    async def head(self):
-        return await self.reader.readuntil(b"\r\n\r\n")
-
-    async def chunks(self):
-        """Yield the chunks of a chunked body as they come."""
-        while size := int(await self.reader.readuntil(b"\r\n"), 16):
-            yield (await self.reader.readexactly(size + 2))[:-2]
-        await self.reader.readexactly(2)
-
-    async def answer(self, method="POST"):
-        head = await self.head()
-        answer = Answer(head, b"")
-        if method == "HEAD" or answer.status in (204, 304):
-            return answer
-        if "content-length" in answer.fields:
-            answer.body = await self.reader.readexactly(int(answer.fields["content-length"]))
-        elif answer.fields.get("transfer-encoding") == "chunked":
-            answer.body = b"".join([piece async for piece in self.chunks()])
-        else:
-            answer.body = await self.reader.read()
-        return answer
-
-    async def ask(self, method, path, value=None, **fields):
-        body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-        fields = {"Host": "localhost", **fields}
-        lines = [f"{method} {path} HTTP/1.1", *(f"{k.replace('_', '-')}: {v}" for k, v in fields.items())]
-        if body:
-            lines.append(f"Content-Length: {len(body)}")
-        self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-        return await self.answer(method)
-
-    def close(self):
-        self.writer.close()
+        return await super().to(*gateway.listener.address, limit=2**26, **spoken(gateway))
 
 
 async def call(gateway, method, path, value=None, **fields):
@@ -3823,7 +3772,7 @@ async def test_stream_reaches_the_client_byte_for_byte_and_piece_by_piece(path, 
         caller = await Caller.to(gateway)
         caller.writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (
             path.encode(), len(body), body))
-        head = Answer(await caller.head(), b"")
+        head = bench.Response(await caller.head())
         assert head.fields["content-type"].encode() == kind
         assert [piece async for piece in caller.chunks()] == list(pieces)
         assert node.requests[0].endswith(b"\r\n\r\n" + body)
@@ -3852,7 +3801,7 @@ async def test_first_run_of_a_stream_passes_as_it_comes_whoever_could_rescue_it(
     async with gateway_for(node) as gateway:
         caller = await Caller.to(gateway)
         caller.writer.write(posted(value, path.encode()))
-        fields = Answer(await caller.head(), b"").fields
+        fields = bench.Response(await caller.head()).fields
         assert fields["content-type"].encode() == kind and fields["x-accel-buffering"] == "no"
         assert [piece async for piece in caller.chunks()] == list(pieces)
         caller.close()
@@ -4506,7 +4455,7 @@ def test_other_users_of_a_node_shrink_its_slots_for_a_while(path):
                 caller = bench.Caller(*address)
                 while not ended.is_set():
                     body = {**draw(rng)[1], "stream": False}
-                    assert (await caller.call(json.dumps(body).encode(), path=path))[0] == 200
+                    assert (await caller.call(json.dumps(body).encode(), path=path)).status == 200
                 caller.close()
 
             own = [asyncio.create_task(client(gateway.listener.address, ended)) for _ in range(10)]
@@ -4552,8 +4501,8 @@ def test_one_clients_flood_does_not_delay_another_client_over_sockets():
             loop, ended_s = asyncio.get_running_loop(), []
 
             async def one(caller):
-                status, *_ = await caller.call(json.dumps(generate(tokens=100)).encode(), path="/api/generate")
-                assert status == 200
+                answer = await caller.call(json.dumps(generate(tokens=100)).encode(), path="/api/generate")
+                assert answer.status == 200
                 ended_s.append(loop.time())
 
             flood = [asyncio.create_task(one(greedy)) for _ in range(60)]
@@ -5324,9 +5273,9 @@ def test_small_requests_beside_a_silent_tool_call_take_no_longer_than_directly()
         async def small(address):
             started_s = asyncio.get_running_loop().time()
             caller = bench.Caller(*address)
-            status, *_ = await caller.call(json.dumps(said("short <out=5>", model="llama3.2")).encode())
+            answer = await caller.call(json.dumps(said("short <out=5>", model="llama3.2")).encode())
             caller.close()
-            assert status == 200
+            assert answer.status == 200
             return asyncio.get_running_loop().time() - started_s
 
         async def took(gateway, address):
@@ -9199,8 +9148,7 @@ def test_answer_of_one_node_is_what_the_node_says_byte_for_byte(asked, version):
         direct = await node().start()
         async with gateway_for(node()) as gateway:
             for address in ((direct.host, direct.port), gateway.listener.address):
-                caller = Caller()
-                caller.reader, caller.writer = await asyncio.open_connection(*address)
+                caller = await bench.HttpClient.to(*address)
                 caller.writer.write(raw)
                 found.append(alike(await caller.answer(method)))
                 caller.close()
