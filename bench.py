@@ -241,7 +241,7 @@ def batch_gain(count, exponent=BATCHING_EXPONENT):
     return count ** exponent
 
 
-class Progress:
+class WorkClock:
     """Solo-seconds that somebody has progressed, at a rate that changes, and who waits for how many."""
 
     def __init__(self):
@@ -257,7 +257,7 @@ class Progress:
                 future.set_result(None)
 
 
-class Share:
+class DeviceShare:
     """The part of the device that one model gets."""
 
     def __init__(self, token_s, batch_s):
@@ -265,12 +265,12 @@ class Share:
         self.batch_s = batch_s
         self.turns = 0
         self.decoders = 0               # turns that decode
-        self.decode = Progress()        # of each of them
+        self.decode = WorkClock()       # of each of them
         self.prompts = asyncio.Lock()   # FIFO; its holder's prompt is evaluated
-        self.prompt = Progress()        # of that one
+        self.prompt = WorkClock()       # of that one
 
 
-class Turn:
+class DeviceTurn:
     """One caller's membership in a share, left exactly once at the end of a `with` block."""
 
     def __init__(self, device, share):
@@ -348,9 +348,9 @@ class Device:
 
     def enter(self, model, token_s=0.0, batch_s=1.0):
         self.advance()
-        share = self._shares.setdefault(model, Share(token_s, batch_s))
+        share = self._shares.setdefault(model, DeviceShare(token_s, batch_s))
         share.turns += 1
-        return Turn(self, share)
+        return DeviceTurn(self, share)
 
     def leave(self, share, decodes):
         self.advance()
@@ -436,7 +436,7 @@ class Refused(Exception):
 BUSY = "server busy, please try again.  maximum pending requests exceeded"  # two spaces, as in Ollama
 STOPPED = ("model runner has unexpectedly stopped, this may be due to resource limitations or an internal "
            "error, check ollama server logs for details")
-TOO_LONG = "input length exceeds the context length"
+INPUT_TOO_LONG = "input length exceeds the context length"
 RUNNER_ERRORS = (           # of status 500: this runner is broken, another node may do it. Never all that there are
     STOPPED, "an error was encountered while running the model: unexpected EOF",
     "an error was encountered while running the model: read tcp 127.0.0.1:50001->127.0.0.1:50002: wsarecv: An existing "
@@ -455,7 +455,7 @@ def any_case(pairs):
     return {key.casefold(): value for key, value in pairs}
 
 
-JSON_VALUE = json.JSONDecoder(object_pairs_hook=any_case)
+LENIENT_JSON = json.JSONDecoder(object_pairs_hook=any_case)
 
 
 def read_json(body):
@@ -464,7 +464,7 @@ def read_json(body):
     if not text:
         raise Refused(400, "missing request body")
     try:
-        value, _ = JSON_VALUE.raw_decode(text)
+        value, _ = LENIENT_JSON.raw_decode(text)
     except json.JSONDecodeError as error:
         found = text[error.pos:error.pos + 1]
         raise Refused(400, f"invalid character '{found}' looking for beginning of value" if found
@@ -743,7 +743,7 @@ def drawn_machine(seed):
     return Machine(rng.triangular(0.5, 0.9, BATCHING_EXPONENT), 0.01 * 20 ** rng.random(), 0.5 * 4 ** rng.random())
 
 
-class Runner:
+class SimRunner:
     """A file of weights in memory."""
 
     def __init__(self, model, settings, slots, keep_alive_s, need_gb, vram_gb, cache_tokens):
@@ -813,7 +813,7 @@ class Engine:
         self.device = Device(machine.exponent)
         self.host = Device(1.0)         # what is done beside the engine, for all requests at once
         self.disk = Device()            # loads run beside inference, but a fault stops them too
-        self.runners = {}               # blob -> Runner
+        self.runners = {}               # blob -> SimRunner
         self.moving = asyncio.Lock()    # held while a model is loaded: some versions' /api/ps waits for it
         self.pending = 0                # requests in the line, its head included
         self.loads = 0
@@ -913,7 +913,7 @@ class Engine:
         window = min(settings["num_ctx"], COUNTED_CONTEXT) if own_window else settings["num_ctx"]
         kv_gb = kv_gb_per_token(model)
         cache_tokens = 0 if model.embedding else int(self.prompt_cache_gb / kv_gb)
-        return Runner(model, settings, slots, self.keep_alive_s, model.size_gb * 1.2 + slots * window * kv_gb,
+        return SimRunner(model, settings, slots, self.keep_alive_s, model.size_gb * 1.2 + slots * window * kv_gb,
                       self.vram_gb, cache_tokens)
 
     async def _make_room(self, newcomer):
@@ -1061,7 +1061,7 @@ def read_head(raw):
     return Head(words[0], urllib.parse.unquote(target.path) or "/", words[2] != "HTTP/1.0", fields)
 
 
-class Record:
+class Trace:
     """What a node remembers of one request, for tests and reports. Times are loop times in seconds."""
 
     __slots__ = ("number", "time_s", "method", "path", "head", "body", "body_bytes", "model", "status",
@@ -1082,12 +1082,12 @@ class Record:
         self.aborted = False
 
 
-class Exchange:
+class SimExchange:
     """One request on a connection, and the means to answer it."""
 
-    def __init__(self, reader, writer, head, record, latency_s):
+    def __init__(self, reader, writer, head, trace, latency_s):
         self.head = head
-        self.record = record
+        self.trace = trace
         self.body = b""
         self.close = self._wants_close()
         self._reader = reader
@@ -1132,13 +1132,13 @@ class Exchange:
             if not part:
                 raise asyncio.IncompleteReadError(b"", left)
             left -= len(part)
-            self.record.body_bytes += len(part)
+            self.trace.body_bytes += len(part)
             yield part
 
     async def read_body(self):
         self.body = b"".join([part async for part in self.parts()])
         if len(self.body) <= KEPT_BODY_BYTES:
-            self.record.body = self.body
+            self.trace.body = self.body
 
     # The answer.
 
@@ -1187,7 +1187,7 @@ class Exchange:
             lines.append("Connection: close")
         elif not self.head.http_1_1:
             lines.append("Connection: keep-alive")
-        self.record.status = status
+        self.trace.status = status
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
 
     def send(self, status, body=b"", media_type="", **extra):
@@ -1226,7 +1226,7 @@ class Exchange:
         kind = refusal.kind or {400: "invalid_request_error", 404: "not_found_error"}.get(refusal.status, "api_error")
         if self.head.path.startswith("/v1/messages"):
             self.send_json({"type": "error", "error": {"type": kind, "message": refusal.text},
-                            "request_id": f"req_{self.record.number}"}, refusal.status)
+                            "request_id": f"req_{self.trace.number}"}, refusal.status)
             return
         self.send_json({"error": {"message": refusal.text, "type": kind, "param": None, "code": None}},
                        refusal.status)
@@ -1298,7 +1298,7 @@ class GenerateLines:
     media_type = "application/x-ndjson"
     before, after = b'","response":', b',"done":false}\n'
 
-    def __init__(self, ask, _record):
+    def __init__(self, ask, _trace):
         self.ask = ask
         self._start = b'{"model":%b,"created_at":"' % compact(ask.name)
 
@@ -1350,10 +1350,10 @@ class ChatEvents:
     later = b'{"index":0,"delta":{"content":%b},"finish_reason":null}'
     finish = {"delta": {}}
 
-    def __init__(self, ask, record):
+    def __init__(self, ask, trace):
         self.ask = ask
-        created = epoch_at(record.time_s)
-        self._about = {"id": f"{self.id_prefix}-{record.number % 999}", "object": self.chunk_kind,
+        created = epoch_at(trace.time_s)
+        self._about = {"id": f"{self.id_prefix}-{trace.number % 999}", "object": self.chunk_kind,
                        "created": created, "model": ask.name, "system_fingerprint": "fp_ollama"}
         self._start = b"data: " + compact(self._about)[:-1] + b',"choices":['
         self._end = b"]" + self.extra() + b"}\n\n"
@@ -1418,10 +1418,10 @@ class ResponseEvents:
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask, record):
+    def __init__(self, ask, trace):
         self.ask = ask
-        self._id, self._item_id = f"resp_{record.number}", f"msg_{record.number}"
-        self._created, self._text, self._numbers = epoch_at(record.time_s), [], itertools.count()
+        self._id, self._item_id = f"resp_{trace.number}", f"msg_{trace.number}"
+        self._created, self._text, self._numbers = epoch_at(trace.time_s), [], itertools.count()
 
     def _response(self, status, output, usage=None):
         return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
@@ -1490,9 +1490,9 @@ class MessageEvents:
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask, record):
+    def __init__(self, ask, trace):
         self.ask = ask
-        self._id, self._begun = f"msg_{record.number}", False
+        self._id, self._begun = f"msg_{trace.number}", False
 
     def _message(self, content, reason, usage):
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.ask.name, "content": content,
@@ -1531,9 +1531,9 @@ class MessageEvents:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Routes: what does each path answer?
+# Endpoints: what does each path answer?
 #
-# A route is a coroutine function of (node, exchange), or for inference of (node, exchange, body), and one
+# An endpoint is a coroutine function of (node, exchange), or for inference of (node, exchange, body), and one
 # line in the table at the end.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1587,7 +1587,7 @@ def fitting_tokens(node, runner, prompt):
         return min(tokens, window)
     error = {"code": 400, "message": f"request ({tokens} tokens) exceeds the available context size ({window} tokens), "
              "try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": tokens, "n_ctx": window}
-    raise Refused(400, TOO_LONG if node.too_long == "refuse" else json.dumps({"error": error}))
+    raise Refused(400, INPUT_TOO_LONG if node.too_long == "refuse" else json.dumps({"error": error}))
 
 
 async def decode(turn, token_s, tokens, exchange, dialect, tokens_per_line):
@@ -1611,7 +1611,7 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
     cached = min(token_count(ask.prompt[:shared]), prompt_tokens - 1) if shared else 0      # the last one is evaluated
     pictures = ask.prompt.count(PICTURE, shared)
     prompt_rate_s, token_s = engine.prefill_s(runner), jitter * engine.decode_s(runner)
-    exchange.record.started_s = now_s()
+    exchange.trace.started_s = now_s()
     try:
         await engine.host.work("", jitter * engine.overhead_s())
         begun_s = now_s()
@@ -1634,7 +1634,7 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
 
 async def infer(node, exchange, dialect):
     """Answer an Ask: wait for the model, for a slot, for the prompt, then for each token."""
-    ask, arrived_s, now_s = dialect.ask, exchange.record.time_s, asyncio.get_running_loop().time
+    ask, arrived_s, now_s = dialect.ask, exchange.trace.time_s, asyncio.get_running_loop().time
     engine = node.engine
     async with engine.runner(ask.model, ask.options, ask.keep_alive_s) as runner:
         load_s = now_s() - arrived_s
@@ -1668,13 +1668,13 @@ async def generate(node, exchange, body):
     pictures = "".join(map(picture, field(body, "images", list, [])))
     whole_prompt = "\n".join(filter(None, (field(body, "system", str, ""), pictures + prompt)))
     ask = read_ask(node, body, "generate", whole_prompt, EMPTY_NAME)
-    await (infer if prompt else load_or_unload)(node, exchange, GenerateLines(ask, exchange.record))
+    await (infer if prompt else load_or_unload)(node, exchange, GenerateLines(ask, exchange.trace))
 
 
 async def chat(node, exchange, body):
     messages = field(body, "messages", list, [])
     ask = read_ask(node, body, "chat", rendered(messages, body.get("tools")), NO_NAME)
-    await (infer if messages else load_or_unload)(node, exchange, ChatLines(ask, exchange.record))
+    await (infer if messages else load_or_unload)(node, exchange, ChatLines(ask, exchange.trace))
 
 
 async def openai_chat(node, exchange, body):
@@ -1682,12 +1682,12 @@ async def openai_chat(node, exchange, body):
     if not messages:
         raise Refused(400, "[] is too short - 'messages'")
     ask = read_openai_ask(node, body, "chat", rendered(messages, body.get("tools")), NO_NAME)
-    await infer(node, exchange, ChatEvents(ask, exchange.record))
+    await infer(node, exchange, ChatEvents(ask, exchange.trace))
 
 
 async def openai_completion(node, exchange, body):
     ask = read_openai_ask(node, body, "generate", field(body, "prompt", str, ""), EMPTY_NAME)
-    await infer(node, exchange, CompletionEvents(ask, exchange.record))
+    await infer(node, exchange, CompletionEvents(ask, exchange.trace))
 
 
 async def openai_response(node, exchange, body):
@@ -1695,7 +1695,7 @@ async def openai_response(node, exchange, body):
     prompt = given if isinstance(given, str) else rendered(given, body.get("tools"))
     limit = {"max_tokens": body.get("max_output_tokens")}
     ask = read_openai_ask(node, body | limit, "chat", field(body, "instructions", str, "") + prompt, NO_NAME)
-    await infer(node, exchange, ResponseEvents(ask, exchange.record))
+    await infer(node, exchange, ResponseEvents(ask, exchange.trace))
 
 
 async def anthropic_message(node, exchange, body):
@@ -1705,7 +1705,7 @@ async def anthropic_message(node, exchange, body):
     lead = system if isinstance(system, str) else rendered_parts(system)
     prompt = lead + rendered(field(body, "messages", list, []), body.get("tools"))
     ask = read_openai_ask(node, body, "chat", prompt, NO_NAME)
-    await infer(node, exchange, MessageEvents(ask, exchange.record))
+    await infer(node, exchange, MessageEvents(ask, exchange.trace))
 
 
 async def transcribe(node, exchange, body):
@@ -1724,12 +1724,12 @@ class Embeddings(NamedTuple):
 
 async def embed_all(node, exchange, body, model, texts):
     """Return the Embeddings of all texts; each text waits for a slot of its own."""
-    engine, now_s, arrived_s = node.engine, asyncio.get_running_loop().time, exchange.record.time_s
+    engine, now_s, arrived_s = node.engine, asyncio.get_running_loop().time, exchange.trace.time_s
     options = runner_key(field(body, "options", dict, {}))
 
     async def one(count):
         async with runner.slots:
-            exchange.record.started_s = exchange.record.started_s or now_s()
+            exchange.trace.started_s = exchange.trace.started_s or now_s()
             solo_s = engine.embed_call_s() + count * engine.prefill_s(runner)
             await engine.device.work(model.blob, solo_s * engine.jitter())
 
@@ -1737,7 +1737,7 @@ async def embed_all(node, exchange, body, model, texts):
         load_s = now_s() - arrived_s
         counts = [token_count(text) for text in texts]
         if body.get("truncate") is False and max(counts, default=0) > runner.context_length:
-            raise Refused(400, f"the {TOO_LONG}")
+            raise Refused(400, f"the {INPUT_TOO_LONG}")
         counts = [min(count, runner.context_length) for count in counts]
         await engine.host.work("", engine.overhead_s() * engine.jitter())
         async with asyncio.TaskGroup() as group:
@@ -1892,7 +1892,7 @@ async def store_blob(node, exchange):
         hashed.update(part)
     if hashed.hexdigest() != digest:
         raise Refused(400, f"digest mismatch, expected sha256:{digest}, got sha256:{hashed.hexdigest()}")
-    node.blobs[digest] = exchange.record.body_bytes
+    node.blobs[digest] = exchange.trace.body_bytes
     exchange.send(201)
 
 
@@ -2025,7 +2025,7 @@ async def web_search(node, exchange):
     exchange.send_json({"results": [{"title": "Llamas", "url": "https://llama.example/", "content": node.account}]})
 
 
-class Route(NamedTuple):
+class Endpoint(NamedTuple):
     methods: str
     path: str               # one that ends with "/" stands for all below it
     answer: Callable
@@ -2036,38 +2036,38 @@ class Route(NamedTuple):
         return below or path == self.path
 
 
-ROUTES = (
-    Route("GET HEAD", "/", root),
-    Route("GET HEAD", "/api/version", version),
-    Route("GET HEAD", "/api/tags", tags),
-    Route("GET", "/api/ps", resident),
-    Route("GET", "/api/status", status),
-    Route("POST", "/api/show", show),
-    Route("POST", "/api/generate", generate, "inference"),
-    Route("POST", "/api/chat", chat, "inference"),
-    Route("POST", "/api/embed", embed, "inference"),
-    Route("POST", "/api/embeddings", embed_one, "inference"),
-    Route("HEAD", "/api/blobs/", find_blob),
-    Route("POST", "/api/blobs/", store_blob, "upload"),
-    Route("GET", "/v1/models", openai_models),
-    Route("GET", "/v1/models/", openai_one_model),
-    Route("POST", "/v1/chat/completions", openai_chat, "inference"),
-    Route("POST", "/v1/completions", openai_completion, "inference"),
-    Route("POST", "/v1/embeddings", openai_embed, "inference"),
-    Route("POST", "/v1/responses", openai_response, "inference"),
-    Route("POST", "/v1/messages", anthropic_message, "inference"),
-    Route("POST", "/v1/audio/transcriptions", transcribe, "inference"),
-    Route("POST", "/api/pull", pull),
-    Route("POST", "/api/push", push),
-    Route("POST", "/api/create", create),
-    Route("POST", "/api/copy", copy),
-    Route("DELETE", "/api/delete", delete),
-    Route("POST", "/api/me", me),
-    Route("POST", "/api/signout", sign_out),
-    Route("DELETE", "/api/user/keys/", sign_out),
-    Route("POST", "/api/experimental/web_search", web_search),
-    Route("POST", "/api/experimental/web_fetch", web_search),
-    Route("GET", "/api/experimental/model-recommendations", web_search),
+ENDPOINTS = (
+    Endpoint("GET HEAD", "/", root),
+    Endpoint("GET HEAD", "/api/version", version),
+    Endpoint("GET HEAD", "/api/tags", tags),
+    Endpoint("GET", "/api/ps", resident),
+    Endpoint("GET", "/api/status", status),
+    Endpoint("POST", "/api/show", show),
+    Endpoint("POST", "/api/generate", generate, "inference"),
+    Endpoint("POST", "/api/chat", chat, "inference"),
+    Endpoint("POST", "/api/embed", embed, "inference"),
+    Endpoint("POST", "/api/embeddings", embed_one, "inference"),
+    Endpoint("HEAD", "/api/blobs/", find_blob),
+    Endpoint("POST", "/api/blobs/", store_blob, "upload"),
+    Endpoint("GET", "/v1/models", openai_models),
+    Endpoint("GET", "/v1/models/", openai_one_model),
+    Endpoint("POST", "/v1/chat/completions", openai_chat, "inference"),
+    Endpoint("POST", "/v1/completions", openai_completion, "inference"),
+    Endpoint("POST", "/v1/embeddings", openai_embed, "inference"),
+    Endpoint("POST", "/v1/responses", openai_response, "inference"),
+    Endpoint("POST", "/v1/messages", anthropic_message, "inference"),
+    Endpoint("POST", "/v1/audio/transcriptions", transcribe, "inference"),
+    Endpoint("POST", "/api/pull", pull),
+    Endpoint("POST", "/api/push", push),
+    Endpoint("POST", "/api/create", create),
+    Endpoint("POST", "/api/copy", copy),
+    Endpoint("DELETE", "/api/delete", delete),
+    Endpoint("POST", "/api/me", me),
+    Endpoint("POST", "/api/signout", sign_out),
+    Endpoint("DELETE", "/api/user/keys/", sign_out),
+    Endpoint("POST", "/api/experimental/web_search", web_search),
+    Endpoint("POST", "/api/experimental/web_fetch", web_search),
+    Endpoint("GET", "/api/experimental/model-recommendations", web_search),
 )
 
 
@@ -2328,9 +2328,9 @@ class SimNode:
             writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % code)
             return False
         now_s = asyncio.get_running_loop().time
-        record = Record(next(self._numbers), now_s(), head.method, head.path, raw)
-        self.requests.append(record)
-        exchange = Exchange(reader, writer, head, record, self.latency_s)
+        trace = Trace(next(self._numbers), now_s(), head.method, head.path, raw)
+        self.requests.append(trace)
+        exchange = SimExchange(reader, writer, head, trace, self.latency_s)
         exchange.extra, exchange.compresses = self.fields, self.gzips
         reader.worker = asyncio.current_task()
         try:
@@ -2338,18 +2338,18 @@ class SimNode:
             await exchange.delivered()
         except asyncio.CancelledError:
             self.aborted += 1
-            record.aborted, record.status = True, 499
+            trace.aborted, trace.status = True, 499
             raise
         finally:
             reader.worker = None
-            record.finished_s = now_s()
+            trace.finished_s = now_s()
         return not exchange.close
 
     async def _answer(self, exchange):
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
         await self._awake.wait()
-        exchange.record.time_s = asyncio.get_running_loop().time()
+        exchange.trace.time_s = asyncio.get_running_loop().time()
         try:
             await self._route(exchange)
         except Refused as refusal:
@@ -2357,39 +2357,39 @@ class SimNode:
 
     async def _route(self, exchange):
         head = exchange.head
-        routes = [route for route in ROUTES if route.matches(head.path)]
-        route = next((route for route in routes if head.method in route.methods.split()), None)
-        if not route or route.kind != "upload":
+        endpoints = [endpoint for endpoint in ENDPOINTS if endpoint.matches(head.path)]
+        endpoint = next((endpoint for endpoint in endpoints if head.method in endpoint.methods.split()), None)
+        if not endpoint or endpoint.kind != "upload":
             await exchange.read_body()
         if refused_origin(head):
             exchange.send(403)
         elif head.path in self.lacks:
             exchange.send(404, b"404 page not found", "text/plain")
-        elif route and route.kind == "inference":
-            await self._infer(route, exchange)
-        elif route:
-            if not (self._failing and self._failing.paths and self._fails(route.path, "", exchange)):
-                await route.answer(self, exchange)
-        elif routes:
-            allowed = ", ".join(method for route in routes for method in route.methods.split())
+        elif endpoint and endpoint.kind == "inference":
+            await self._infer(endpoint, exchange)
+        elif endpoint:
+            if not (self._failing and self._failing.paths and self._fails(endpoint.path, "", exchange)):
+                await endpoint.answer(self, exchange)
+        elif endpoints:
+            allowed = ", ".join(method for endpoint in endpoints for method in endpoint.methods.split())
             exchange.send(405, b"405 method not allowed", "text/plain", Allow=allowed)
         else:
             exchange.send(404, b"404 page not found", "text/plain")
 
-    async def _infer(self, route, exchange):
+    async def _infer(self, endpoint, exchange):
         body = read_fields(exchange)
-        model = exchange.record.model = canonical(field(body, "model", str, ""))
+        model = exchange.trace.model = canonical(field(body, "model", str, ""))
         self.in_flight += 1
         self.in_flight_by_model[model] += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             exchange.torn = self._tearing
-            if self._fails(route.path, model, exchange):
+            if self._fails(endpoint.path, model, exchange):
                 pass
             elif self._garbage:
                 exchange.send_garbage(self._garbage)
             else:
-                await route.answer(self, exchange, body)
+                await endpoint.answer(self, exchange, body)
         finally:
             self.in_flight -= 1
             self.in_flight_by_model[model] -= 1
@@ -2456,7 +2456,7 @@ async def start_or_explain(node):
         raise PortTaken(f"port {node.port} is already in use" if taken else str(error)) from None
 
 
-async def serve(nodes):
+async def serve_nodes(nodes):
     """Serve until SIGINT or SIGTERM. Raises PortTaken."""
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -2968,7 +2968,7 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-PLAIN, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
+RIVALS, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
 
 
 class Run(NamedTuple):
@@ -3068,7 +3068,7 @@ async def run_policy(scenario, policy, seed):
         return run._replace(ratios=gateway.dispatcher.ratios)
 
 
-def simulate(scenario, seed, policies=(*PLAIN, SOLLOL)):
+def simulate(scenario, seed, policies=(*RIVALS, SOLLOL)):
     """Return one Run a policy, in virtual time."""
     return [run_virtual(run_policy(scenario, policy, seed)) for policy in policies]
 
@@ -3215,7 +3215,7 @@ def figures(run, keep=lambda sample: True):
                    good / run.elapsed_s)
 
 
-def change(new, old):
+def change_text(new, old):
     """Return how much a figure has changed, as text."""
     return f"{(new / old - 1) * 100:+.1f} %" if old else "-"
 
@@ -3224,7 +3224,7 @@ ROWS = (("Success Rate", "success"), ("Avg Latency", "mean_s"), ("P50 Latency", 
         ("P99 Latency", "p99_s"), ("TTFT", "ttft_s"), ("Requests/sec", "per_s"))
 
 
-def shown(name, value):
+def figure_text(name, value):
     """Return a figure with its unit."""
     if name == "success":
         return f"{value * 100:.1f} %"
@@ -3238,10 +3238,10 @@ def comparison_table(runs):
     rows = [["", *(run.policy if run.policy != SOLLOL else "SOLLOL" for run in runs),
              *(f"against {run.policy}" for run in runs[:-1])]]
     for label, name in ROWS:
-        row = [label, *(shown(name, getattr(found[run.policy], name)) for run in runs)]
+        row = [label, *(figure_text(name, getattr(found[run.policy], name)) for run in runs)]
         for run in runs[:-1]:
             old, new = getattr(found[run.policy], name), getattr(mine, name)
-            row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change(new, old))
+            row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change_text(new, old))
         rows.append(row)
     return rows
 
@@ -3416,7 +3416,7 @@ def seconds(time_s):
     return f"{time_s:.{2 if time_s < 9.995 else 1 if time_s < 99.95 else 0}f} s"
 
 
-def counted(number, noun):
+def number_of(number, noun):
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -3537,7 +3537,7 @@ class Spread(NamedTuple):
         return "never" if time_s is None and self.failed else seconds(time_s)
 
 
-def expand(policy, samples, times_of):
+def spread_of(policy, samples, times_of):
     given_up_s = [sample["end_s"] - sample["scheduled_s"] for sample in samples if not sample["ok"]]
     return Spread(policy, times_of(samples), given_up_s)
 
@@ -3601,7 +3601,7 @@ def spread_legend(spreads):
 
 
 def cdf_figure(title, runs, times_of, bound_s=None):
-    spreads = [expand(run["policy"], run["samples"], times_of) for run in runs]
+    spreads = [spread_of(run["policy"], run["samples"], times_of) for run in runs]
     notes = ["Triangles: means."] * (bound_s is not None)
     if any(one.failed for one in spreads):
         notes.append("Dashed: failed requests, which never finish; the mean counts them until they were given up.")
@@ -3625,7 +3625,7 @@ def priority_figure(priority, runs, axis):
     spreads = []
     for run in runs:
         samples = [sample for sample in run["samples"] if sample["priority"] == priority]
-        spreads += [expand(run["policy"], samples, latencies_s)] * bool(samples)
+        spreads += [spread_of(run["policy"], samples, latencies_s)] * bool(samples)
     height_px = ROW_PX * len(spreads) + 10
     rows = "".join(priority_row_svg(one, axis, 14 + ROW_PX * number) for number, one in enumerate(spreads))
     label = f"Latency of priority {priority}"
@@ -3671,7 +3671,7 @@ def bar_svg(sample, axis, y_px, height_px):
     left, right = axis.percent(sample["sent_s"]), axis.percent(sample["end_s"])
     first = axis.percent(sample["end_s"] if sample["first_s"] is None else sample["first_s"])
     status = "" if sample["ok"] else f", failed: {sample['status'] or 'no answer'}"
-    said = (f"{sample['sent_s']:.2f}–{sample['end_s']:.2f} s, {counted(sample['output_tokens'], 'token')}, "
+    said = (f"{sample['sent_s']:.2f}–{sample['end_s']:.2f} s, {number_of(sample['output_tokens'], 'token')}, "
             f"priority {sample['priority']}{status}")
     at = f'y="{y_px}" height="{height_px}"'
     parts = [f'<title>{escaped(said)}</title>',
@@ -3714,7 +3714,7 @@ def node_label(node):
 def lane_svg(node, lane, y_px, height_px, content):
     """Return a node's name, what it served, and its requests."""
     failed = len(lane.samples) - len(ok_samples(lane.samples))
-    noun = counted(len(lane.samples), "request").removeprefix(str(len(lane.samples)))
+    noun = number_of(len(lane.samples), "request").removeprefix(str(len(lane.samples)))
     bad = f'<tspan class="bad-text"> · {failed} failed</tspan>' if failed else ""
     return (f'<text class="name" y="{y_px + 14}">{escaped(node_label(node))}</text>'
             f'<text class="end" x="100%" y="{y_px + 14}">{len(lane.samples)}'
@@ -3734,7 +3734,7 @@ def timeline_figure(run, lanes, depths, axis, as_bars):
         y_px = top_px + height_px + 8
     label = f"{policy_label(run['policy'])}: requests at each node over {run['elapsed_s']:.0f} s"
     chart = svg_chart(y_px, label, axis_svg(axis, y_px) + "".join(parts))
-    about = (f"{counted(len(run['samples']), 'request')} in {seconds(run['elapsed_s'])}, "
+    about = (f"{number_of(len(run['samples']), 'request')} in {seconds(run['elapsed_s'])}, "
              f"{failures_text(run['samples'])}")
     return (f'<figure class="{policy_class(run["policy"])}"><h3>{policy_key(run["policy"])}</h3>'
             f'<figcaption class="about">{escaped(about)}</figcaption>'
@@ -3803,7 +3803,7 @@ def remarks(scenario, runs, bound):
              f"gives up ({scenario.timeout_s:g} s), in every figure."]
     if bound:
         notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
-                     f"SOLLOL is {change(mine.mean_s, bound)} from that.")
+                     f"SOLLOL is {change_text(mine.mean_s, bound)} from that.")
     if runs[-1].policy == SOLLOL and runs[-1].ratios and any(runs[-1].ratios.counts):
         middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
         notes.append("From sending to finish half of SOLLOL's requests took at most "
@@ -3911,9 +3911,9 @@ def matrix_row(scenario, seed):
     base, other, mine = (figures(run) for run in runs)
     bound = bound_s(scenario, seed)
     return [scenario.name, f"{base.success * 100:.1f} > {mine.success * 100:.1f}", f"{base.mean_s:.2f}",
-            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change(mine.mean_s, base.mean_s),
-            change(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change(mine.p95_s, base.p95_s),
-            change(mine.p95_s, other.p95_s), change(mine.per_s, base.per_s), change(mine.mean_s, bound)
+            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change_text(mine.mean_s, base.mean_s),
+            change_text(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change_text(mine.p95_s, base.p95_s),
+            change_text(mine.p95_s, other.p95_s), change_text(mine.per_s, base.per_s), change_text(mine.mean_s, bound)
             if bound else "-"]
 
 
@@ -3959,7 +3959,7 @@ class Switch(NamedTuple):
     where: str = "."                # pattern of scenarios
 
 
-SWITCHES = (
+ABLATIONS = (
     Switch("hold", {"HOLD": math.inf}),
     Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
     Switch("harm", {"HARM": 0.0}, "models5"),
@@ -3986,7 +3986,7 @@ ABLATION_SEEDS = 3                  # pooled: one alone is off by a tenth and mo
 def switched_off(term):
     """Run without a term of routing. A name that is gone from sollol.py raises AttributeError."""
     with contextlib.ExitStack() as stack:
-        for path, value in next((it.values for it in SWITCHES if it.term == term), {}).items():
+        for path, value in next((it.values for it in ABLATIONS if it.term == term), {}).items():
             *owners, name = path.split(".")
             owner = functools.reduce(getattr, owners, sollol)
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -4011,7 +4011,7 @@ def ablated(scenario, term, seed):
 def ablation_table(scenarios, seed):
     """Return rows of text: mean and P95 of the whole, and how they change without each term."""
     wanted = [(scenario, None) for scenario in scenarios] + [
-        (scenario, it.term) for it in SWITCHES for scenario in scenarios if re.search(it.where, scenario.name)]
+        (scenario, it.term) for it in ABLATIONS for scenario in scenarios if re.search(it.where, scenario.name)]
     with concurrent.futures.ProcessPoolExecutor() as pool:
         tasks = {pool.submit(ablated, *names, seed): names for names in wanted}
         for count, _ in enumerate(concurrent.futures.as_completed(tasks), 1):
@@ -4029,7 +4029,7 @@ def ablation_table(scenarios, seed):
              for scenario in scenarios]
     return [["mean / P95", *names],
             ["whole", *("{:.2f} / {:.2f} s".format(*found[scenario, None]) for scenario in scenarios)],
-            *([f"no {it.term}", *(changed(scenario, it.term) for scenario in scenarios)] for it in SWITCHES)]
+            *([f"no {it.term}", *(changed(scenario, it.term) for scenario in scenarios)] for it in ABLATIONS)]
 
 
 # Wrong beliefs: what does it cost if all that the gateway believes at its start is nonsense?
@@ -4096,7 +4096,7 @@ class Misled(NamedTuple):
 def misled(seed):
     """Return the Misled of one seed."""
     scenario = MISLED[seed % len(MISLED)]
-    rival, = simulate(scenario, seed, PLAIN[1:])
+    rival, = simulate(scenario, seed, RIVALS[1:])
     run, idle_s = run_virtual(run_misled(scenario, seed))
     failed = sum(not sample.ok for sample in run.samples)
     return Misled(scenario.name, figures(run).mean_s / figures(rival).mean_s, failed, idle_s)
@@ -4141,7 +4141,7 @@ def makespan_bound_s(scenario, seed):
 
 def agents_table(counts, clusters, seed):
     """Return rows of text: makespan of parallel agents against the same calls one after the other."""
-    rows = [["agents/cluster", "one by one, fastest", "median node", *PLAIN, "SOLLOL", "to fastest", "to median",
+    rows = [["agents/cluster", "one by one, fastest", "median node", *RIVALS, "SOLLOL", "to fastest", "to median",
              "bound s"]]
     for count in counts:
         for cluster in clusters:
@@ -4190,7 +4190,7 @@ def compare(options):
         LENGTHS["trace"] = read_trace(options.trace)
     runs = []
     try:
-        for policy in (*PLAIN, SOLLOL):
+        for policy in (*RIVALS, SOLLOL):
             if options.realtime:
                 runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
             else:
@@ -5028,7 +5028,7 @@ class Plan(NamedTuple):
     edits_s: list                   # when a bad hosts.txt is saved, and read again by force
 
 
-class Outcome(NamedTuple):
+class ErrandOutcome(NamedTuple):
     """What became of an errand. `how`: whole, refused, broken, cut or left."""
 
     number: int
@@ -5179,7 +5179,7 @@ def vector_in(value):
     return value["embeddings"][0] if "embeddings" in value else value["data"][0]["embedding"]
 
 
-def error_in(path, value):
+def error_text(path, value):
     """Return the text of an error object in the shape of its path's family, or None."""
     error = value.get("error") if isinstance(value, dict) else None
     if path.startswith("/v1/"):
@@ -5187,7 +5187,7 @@ def error_in(path, value):
     return error if isinstance(error, str) else None
 
 
-def read_value(data):
+def json_object(data):
     """Return the JSON object that bytes are. Raises Violation."""
     try:
         return json.loads(data)
@@ -5202,12 +5202,12 @@ def read_stream(path, body):
     if rest or not lines or not all(line.startswith(lead) for line in lines):
         raise Violation(f"stream is no sequence of lines: ...{body[-200:]!r}")
     if lines[-1] == b"data: [DONE]":
-        values, how = [read_value(line.removeprefix(lead)) for line in lines[:-1]], "whole"
+        values, how = [json_object(line.removeprefix(lead)) for line in lines[:-1]], "whole"
     else:
-        values = [read_value(line.removeprefix(lead)) for line in lines]
+        values = [json_object(line.removeprefix(lead)) for line in lines]
         done = not lead and values[-1].get("done") is True
         how = "whole" if done else "broken"
-    if how == "broken" and error_in(path, values.pop()) is None:
+    if how == "broken" and error_text(path, values.pop()) is None:
         raise Violation(f"stream has no end: ...{body[-200:]!r}")
     if any(value.get("done") is True for value in (values[:-1] if how == "whole" else values)):
         raise Violation("stream goes on behind its last line")
@@ -5221,7 +5221,7 @@ def verdict(errand, answer):
     if answer.fields.get("x-request-id") != errand.id:
         raise Violation(f"got the answer to {answer.fields.get('x-request-id', 'nobody')}")
     if answer.status != 200:
-        text = error_in(errand.path, read_value(answer.body)) if answer.whole else None
+        text = error_text(errand.path, json_object(answer.body)) if answer.whole else None
         if text is None or answer.status not in (500, 502, 503) and (answer.status, errand.path) != (404, "/api/show"):
             raise Violation(f"error answer {answer.status} of the wrong kind: {answer.body[:200]!r}")
         return "refused", text
@@ -5230,11 +5230,11 @@ def verdict(errand, answer):
     if not answer.whole:
         raise Violation(f"stream ended without a word: ...{answer.body[-200:]!r}")
     if errand.path in LOOK_PATHS:
-        return "whole", str(len(read_value(answer.body)))
+        return "whole", str(len(json_object(answer.body)))
     expected = errand.expected()
     try:
         text, how = read_stream(errand.path, answer.body) if errand.stream else (
-            (vector_in if errand.path in EMBED_PATHS else text_in)(read_value(answer.body)), "whole")
+            (vector_in if errand.path in EMBED_PATHS else text_in)(json_object(answer.body)), "whole")
     except (KeyError, IndexError, AttributeError):
         raise Violation(f"an answer of another kind: {answer.body[:200]!r}") from None
     if text != expected and (how == "whole" or not expected.startswith(text)):
@@ -5330,7 +5330,7 @@ def is_troubled(troubles, kinds, since_s, until_s):
     return any(trouble.kind in kinds and trouble.at_s <= until_s and trouble.end_s >= since_s for trouble in troubles)
 
 
-class Line:
+class OvertakingWatch:
     """Watch how long a ticket that is first in line for its model is overtaken by those behind it.
 
     That happens while it is held back for a better node: until a slot there is free. Who has the smaller key overtakes
@@ -5467,8 +5467,8 @@ class Soak:
         answer, left = await self.visitors[errand.client].visit(errand)
         try:
             how, text = ("left", "") if left else verdict(errand, answer)
-            outcome = Outcome(errand.number, sent_s, self.loop.time(), answer.status, answer.fields.get("x-sollol-node", ""),
-                              how, len(text))
+            outcome = ErrandOutcome(errand.number, sent_s, self.loop.time(), answer.status,
+                                    answer.fields.get("x-sollol-node", ""), how, len(text))
             self.outcomes.append(outcome)
             self.judge(errand, answer, outcome, text)
         except Violation as violation:
@@ -5544,7 +5544,7 @@ class Soak:
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
         self.address = self.gateway.listener.address
-        self.line = Line(self.gateway.dispatcher)
+        self.line = OvertakingWatch(self.gateway.dispatcher)
         self.visitors = {client: Visitor(*self.gateway.listener.address, source=client)
                          for client in sorted({errand.client for errand in self.plan.errands})}
 
@@ -5706,7 +5706,7 @@ def soak_seeds(first, count, minutes):
 # ------------------------------------------------------------------------------------------------------------
 
 HANG_S = 60.0                       # no request lasts so long here
-KILL_GAP_S, DEAD_S = 4.0, 1.5       # from one SIGKILL to the next, and until its node is started again
+KILL_GAP_S, RESTART_S = 4.0, 1.5    # from one SIGKILL to the next, and until its node is started again
 KILL_CLIENTS = 4                    # of each kind
 KINDS = {                           # (stream, deterministic): how its requests may end; the first is as it should be
     "stream:false": (False, False, ("whole",)),
@@ -5833,11 +5833,11 @@ async def kill_in_turn(front, nodes, until_s):
     """Kill one node after the other and start it again, with a reload of hosts.txt each time; return how often."""
     clock = asyncio.get_running_loop().time
     for kills, node in enumerate(itertools.cycle(nodes)):
-        await asyncio.sleep(KILL_GAP_S - DEAD_S)
-        if clock() + DEAD_S > until_s:
+        await asyncio.sleep(KILL_GAP_S - RESTART_S)
+        if clock() + RESTART_S > until_s:
             return kills
         node.kill()
-        await asyncio.sleep(DEAD_S)
+        await asyncio.sleep(RESTART_S)
         front.reload()
         await node.start()
 
@@ -5882,7 +5882,7 @@ def kills_held(span_s, seed):
 
 HALF_HEADS, SLOW_READERS = 300, 200
 HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nX-Filler: "
-BYTE_GAP_S, READ_GAP_S, READ_BYTES = 0.5, 1.0, 1024
+BYTE_GAP_S, SIP_GAP_S, SIP_BYTES = 0.5, 1.0, 1024
 SIEGE_CLIENTS, SIEGE_SETTLE_S = 8, 4.0
 FILLED_S = 60.0                     # within which every buffer between node and slow reader is full
 MOST_GROWN_MIB, MOST_LATER_S = 64.0, 0.2    # of the gateway, by one kind of hostility; the P95 of others during it
@@ -5937,8 +5937,8 @@ class Siege:
         for part in itertools.cycle(range(10)):
             for reader in self.readers[part::10]:
                 with contextlib.suppress(BlockingIOError):
-                    self.read_bytes += len(reader.recv(READ_BYTES))
-            await asyncio.sleep(READ_GAP_S / 10)
+                    self.read_bytes += len(reader.recv(SIP_BYTES))
+            await asyncio.sleep(SIP_GAP_S / 10)
 
     def lift(self):
         """Close everything."""
@@ -6489,7 +6489,7 @@ def run_baseline(options: argparse.Namespace) -> int:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    asyncio.run(serve(demo_nodes(options.count, options.port, options.speed)))
+    asyncio.run(serve_nodes(demo_nodes(options.count, options.port, options.speed)))
     return 0
 
 

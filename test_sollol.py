@@ -5013,7 +5013,7 @@ async def test_bad_nodes_at_the_start_delay_nobody():
         assert (await call(gateway, "GET", "/api/tags")).status == 200
 
 
-EVERY_PATH = [route.path for route in bench.ROUTES]
+EVERY_PATH = [route.path for route in bench.ENDPOINTS]
 
 
 @pytest.mark.parametrize("paths", [None, EVERY_PATH], ids=["inference", "everything"])
@@ -11388,7 +11388,7 @@ def test_urgent_requests_in_bursts_take_at_most_half_as_long_as_the_others():
 def test_every_term_of_routing_can_be_switched_off_and_is_on_again_afterwards():
     scenario = bench.load_scenario("models5", "hom3", models=bench.FIVE_MODELS, requests=30)
     whole = bench.simulate(scenario, 1, (bench.SOLLOL,))
-    for switch in bench.SWITCHES:
+    for switch in bench.ABLATIONS:
         with bench.switched_off(switch.term):
             run, = bench.simulate(scenario, 1, (bench.SOLLOL,))
             assert bench.figures(run).success == 1.0
