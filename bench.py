@@ -2952,11 +2952,7 @@ async def get_json(host, port, path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Comparison: the same requests through each policy
-#
-# All policies are entries of the gateway's own table, behind the same parser and relay: round-robin and
-# least-inflight skip nodes that are down and retry what was refused, as a good plain proxy does, and send
-# every request on at once.
+# Processes: nodes and gateways on the wall clock, each with the memory and the CPU time that are its own
 # ------------------------------------------------------------------------------------------------------------
 
 class BadArgument(Exception):
@@ -2967,6 +2963,160 @@ def say(text):
     """Show progress, apart from the results."""
     print(text, file=sys.stderr, flush=True)
 
+
+class Contender(NamedTuple):
+    """A proxy under test, or the node itself."""
+
+    name: str
+    port: int
+    process: subprocess.Popen
+
+    def cpu_s(self):
+        """Return the CPU seconds that the process has used, user and system."""
+        text = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_mib(self):
+        """Return the memory that the process holds now."""
+        return self._status_mib("VmRSS")
+
+    def forget_peak(self):
+        """Let the greatest memory held be counted anew."""
+        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def peak_mib(self):
+        """Return the most memory that the process has held since."""
+        return self._status_mib("VmHWM")
+
+    def _status_mib(self, name):
+        text = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+)", text)[1]) / 1024
+
+
+def free_port():
+    """Return a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def begin_process(stack, argv, **more):
+    """Start a process that ends with `stack`."""
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=pathlib.Path(__file__).parent, **more)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoing connections
+
+
+async def start_below_ephemeral(node, rng):
+    """Start a node on a port that no connection can take while it is dead."""
+    while True:
+        node.port = rng.choice(LOW_PORTS)
+        try:
+            return await node.start()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+
+
+class NodeProcess:
+    """A simulated node as a process, which can be killed and come back on its port."""
+
+    def __init__(self, stack, rng, speed):
+        self.port = unused_low_port(rng)
+        self.argv = [sys.executable, "bench.py", "serve", "1", "--port", str(self.port), "--speed", str(speed)]
+        self.process = None
+        stack.callback(self.kill)
+
+    async def start(self):
+        """Start it, and wait until it listens. Returns self."""
+        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        cwd=pathlib.Path(__file__).parent)
+        if not await asyncio.to_thread(self.process.stdout.readline):
+            raise BadArgument(f"no node on port {self.port}")
+        return self
+
+    def kill(self):
+        """End it with SIGKILL."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+
+def unused_low_port(rng):
+    """Return a port that no outgoing connection can take while its node is dead."""
+    while True:
+        port = rng.choice(LOW_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class GatewayProcess(Contender):
+    """The gateway as a process, its hosts.txt and its log in a folder."""
+
+    @classmethod
+    def of(cls, stack, hosts, *flags):
+        """Start it with a hosts.txt: a path, or the lines of one."""
+        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
+        if isinstance(hosts, list):
+            hosts, lines = folder / "hosts.txt", hosts
+            hosts.write_text("\n".join(lines), encoding="utf-8")
+        log = stack.enter_context((folder / "log").open("wb"))
+        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
+                                   stderr=log, cwd=pathlib.Path(__file__).parent)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        front = cls("SOLLOL", port, process)
+        front.folder = folder
+        return front
+
+    def reload(self):
+        """Have it read its hosts.txt again."""
+        self.process.send_signal(signal.SIGHUP)
+
+    def descriptors(self):
+        """Return how many files and sockets the process has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def log(self):
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+
+    async def answers(self, path):
+        """Return the JSON at a path of the gateway's own."""
+        return await get_json("127.0.0.1", self.port, path)
+
+    async def ready(self, nodes, patience_s=15.0):
+        """Wait until so many nodes are up. Raises BadArgument."""
+        deadline_s = time.monotonic() + patience_s
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(OSError, ValueError):
+                if (await self.answers("/api/health"))["nodes"]["up"] == nodes:
+                    return self
+            await asyncio.sleep(0.05)
+        raise BadArgument("the gateway or a node did not start")
+
+    async def end(self):
+        """Stop it with SIGTERM; return what is to be said against it: its exit, and errors in its log."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self.process.wait, 30)
+        complaints = [] if self.process.returncode == 0 else [f"the gateway ended with {self.process.returncode}"]
+        return complaints + [line for line in self.log().splitlines() if "event=error" in line or "Traceback" in line]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparison: the same requests through each policy
+#
+# All policies are entries of the gateway's own table, behind the same parser and relay: round-robin and
+# least-inflight skip nodes that are down and retry what was refused, as a good plain proxy does, and send
+# every request on at once.
+# ------------------------------------------------------------------------------------------------------------
 
 RIVALS, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
 
@@ -3073,36 +3223,18 @@ def simulate(scenario, seed, policies=(*RIVALS, SOLLOL)):
     return [run_virtual(run_policy(scenario, policy, seed)) for policy in policies]
 
 
-@contextlib.asynccontextmanager
-async def gateway_process(policy, nodes):
-    """Run the gateway as a process of its own; yield its (host, port). Nothing of it is left behind."""
-    argv = [sys.executable, str(pathlib.Path(__file__).with_name("sollol.py")), "--port", "0", "--policy", policy,
-            "--max-queue", "100000", "--queue-timeout", "100000"]
-    for node in nodes:
-        argv += ["--node", f"{node.url} name={node.name}"]
-    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
-    try:
-        while not (match := re.search(rb"event=start .*url=http://([^:]+):(\d+)", await process.stderr.readline())):
-            if process.returncode is not None:
-                raise BadArgument("the gateway did not start")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
-                for _ in nodes:     # the gateway measures idle nodes at its start
-                    while b"event=calibrated" not in await process.stderr.readline():
-                        pass
-        reading = asyncio.create_task(process.stderr.read())
-        yield match[1].decode(), int(match[2])
-        reading.cancel()
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
 async def run_in_real_time(scenario, policy, seed):
     """Run one scenario under one policy on the wall clock, the gateway being a process of its own."""
-    async with running_nodes(scenario, seed) as nodes, gateway_process(policy, nodes) as address:
-        return await run_works(scenario, policy, seed, address, nodes)
+    async with running_nodes(scenario, seed) as nodes:
+        with contextlib.ExitStack() as stack:
+            lines = [f"{node.url} name={node.name}" for node in nodes]
+            gateway = await GatewayProcess.of(stack, lines, "--policy", policy, "--max-queue", "100000",
+                                              "--queue-timeout", "100000").ready(len(nodes))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(10):     # it measures idle nodes at its start
+                    while gateway.log().count("event=calibrated") < len(nodes):
+                        await asyncio.sleep(0.05)
+            return await run_works(scenario, policy, seed, ("127.0.0.1", gateway.port), nodes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4426,31 +4558,6 @@ async def serve_light(protocol, *address):
     await server.serve_forever()
 
 
-class Contender(NamedTuple):
-    """A proxy under test, or the node itself."""
-
-    name: str
-    port: int
-    process: subprocess.Popen
-
-    def cpu_s(self):
-        """Return the CPU seconds that the process has used, user and system."""
-        text = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK")
-
-    def resident_mib(self):
-        """Return the memory that the process holds now."""
-        return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
-
-    def forget_peak(self):
-        """Let the greatest memory held be counted anew."""
-        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
-
-    def peak_mib(self):
-        """Return the most memory that the process has held since."""
-        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
-
-
 class Calls(asyncio.Protocol):
     """Make one small call after the other on a connection; keep the round-trip times."""
 
@@ -4519,8 +4626,18 @@ def post_chat(number, **fields):
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
 
+class Cost(NamedTuple):
+    """What some traffic through a contender was, and what it cost."""
+
+    rate: float                     # requests, tokens or MiB a second
+    cpu_s: float                    # of the contender's process: for a request or token, or for a blob
+    time_s: float = 0.0             # median round trip, or P99 gap between tokens
+    mib: float = 0.0                # held, or for a blob grown by
+    count: int = 0                  # tokens
+
+
 async def small_calls(contender, connections, span_s):
-    """Make small calls for a while; return (requests/s, median round trip in s, CPU seconds a request)."""
+    """Make small calls for a while; return their Cost."""
     loop = asyncio.get_running_loop()
     requests = itertools.cycle([post_chat(number, stream=False) for number in range(97)])
     start_s, cpu_s = time.perf_counter(), contender.cpu_s()
@@ -4533,12 +4650,12 @@ async def small_calls(contender, connections, span_s):
         caller.over.cancel()
         caller.transport.abort()
     times_s = sorted(itertools.chain.from_iterable(caller.times_s for caller in callers))
-    return (len(times_s) / (time.perf_counter() - start_s), share_of(times_s, 0.5),
-            (contender.cpu_s() - cpu_s) / len(times_s))
+    return Cost(len(times_s) / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / len(times_s),
+                share_of(times_s, 0.5))
 
 
 async def many_streams(contender, count, rate):
-    """Listen to `count` streams at once; return (tokens, P99 gap in s, CPU seconds a token, MiB held)."""
+    """Listen to `count` streams of `rate` tokens/s at once; return their Cost."""
     loop = asyncio.get_running_loop()
     cpu_s, listeners, options = contender.cpu_s(), [], {"num_predict": round(STREAM_S * rate), "gap_ms": 1000 // rate}
     begun_s = time.perf_counter()
@@ -4548,10 +4665,11 @@ async def many_streams(contender, count, rate):
                                                        contender.port))[1])
         await asyncio.sleep(begun_s + RAMP_S * number / count - time.perf_counter())
     held_mib = contender.resident_mib()
-    found = await asyncio.gather(*(listener.over for listener in listeners))
-    tokens = sum(one for one, _ in found)
-    gaps_s = sorted(itertools.chain.from_iterable(gaps for _, gaps in found))
-    return tokens, share_of(gaps_s, 0.99), (contender.cpu_s() - cpu_s) / tokens, held_mib
+    heard = await asyncio.gather(*(listener.over for listener in listeners))
+    tokens = sum(tokens for tokens, _ in heard)
+    gaps_s = sorted(itertools.chain.from_iterable(gaps for _, gaps in heard))
+    return Cost(tokens / (time.perf_counter() - begun_s), (contender.cpu_s() - cpu_s) / tokens, share_of(gaps_s, 0.99),
+                held_mib, tokens)
 
 
 NGINX_CONF = """\
@@ -4583,21 +4701,6 @@ listen gateway
   bind 127.0.0.1:{port} backlog 4096
   server node 127.0.0.1:{node}
 """
-
-
-def free_port():
-    """Return a port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def begin_process(stack, argv, **more):
-    """Start a process that ends with `stack`."""
-    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=pathlib.Path(__file__).parent, **more)
-    stack.callback(process.wait)
-    stack.callback(process.kill)
-    return process
 
 
 def light_process(stack, name, call):
@@ -4640,7 +4743,7 @@ async def first_answer_s(contender, patience_s=10.0):
 async def contenders(stack, nodes, only=(), kind=LightNode):
     """Start the node, and every proxy that is installed or `only` those named, SOLLOL in front of `nodes` names of it.
 
-    Return [(Contender, seconds from its start to its first answer)].
+    Return {Contender: seconds from its start to its first answer}.
     """
     node = light_process(stack, "node itself", f"bench.serve_light(bench.{kind.__name__})")
     starts = {
@@ -4651,11 +4754,22 @@ async def contenders(stack, nodes, only=(), kind=LightNode):
         "SOLLOL": lambda name: sollol_process(stack, name, node, nodes)}
     if importlib.util.find_spec("uvloop"):
         starts["on asyncio"] = lambda name: sollol_process(stack, name, node, nodes, "--no-uvloop")
-    found = []
+    started = {}
     for name in only or starts:
         if contender := starts[name](name):
-            found.append((contender, await first_answer_s(contender)))
-    return found
+            started[contender] = await first_answer_s(contender)
+    return started
+
+
+async def in_turn(contenders, rounds, *measures):
+    """Take every measure of one contender after the other, so many rounds; return {name: [Cost]} for each measure."""
+    tables = [collections.defaultdict(list) for _ in measures]
+    for turn in range(rounds):
+        for contender in contenders:
+            for costs, measure in zip(tables, measures, strict=True):
+                costs[contender.name].append(await measure(contender))
+        say(f"{turn + 1} of {rounds} rounds")
+    return tables
 
 
 def middle(values):
@@ -4663,10 +4777,15 @@ def middle(values):
     return share_of(sorted(values), 0.5)
 
 
-def ratio_column(rows, base, value):
-    """Return the median over rounds of a contender's value over the base's in the same round, by contender."""
-    return {name: middle(value(one) / value(two) for one, two in zip(rows[name], rows[base], strict=True))
-            for name in rows}
+def median_cost(costs, field):
+    """Return the median over rounds of a field of Cost."""
+    return middle(getattr(cost, field) for cost in costs)
+
+
+def ratios_to(costs, base, field):
+    """Return {name: median over rounds of a field over that of `base` in the same round}."""
+    return {name: middle(getattr(cost, field) / getattr(other, field) for cost, other
+                         in zip(costs[name], costs[base], strict=True)) for name in costs}
 
 
 def run_quick(coroutine):
@@ -4682,45 +4801,35 @@ def base_of(runs):
 
 async def measure_weight(rounds, span_s=SLICE_S):
     """Measure small calls through every contender, in turn; return rows of text."""
-    many, one = collections.defaultdict(list), collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
-        found = await contenders(stack, nodes=3)
-        for turn in range(rounds):
-            for it, _ in found:
-                many[it.name].append(await small_calls(it, 32, span_s))
-                one[it.name].append(await small_calls(it, 1, span_s / 2))
-            say(f"{turn + 1} of {rounds} rounds")
+        many, one = await in_turn(await contenders(stack, nodes=3), rounds,
+                                  lambda contender: small_calls(contender, 32, span_s),
+                                  lambda contender: small_calls(contender, 1, span_s / 2))
     base = base_of(many)
-    rates, trips = ratio_column(many, base, lambda it: it[0]), ratio_column(one, base, lambda it: it[1])
+    rates, trips = ratios_to(many, base, "rate"), ratios_to(one, base, "time_s")
     rows = [["small POST", "32 clients: /s", f"to {base}", "CPU us", "1 client: us", f"to {base}", "CPU us"]]
     for name in many:
-        rows.append([name, f"{middle(it[0] for it in many[name]):.0f}", f"x{rates[name]:.2f}",
-                     f"{middle(it[2] for it in many[name]) * 1e6:.0f}",
-                     f"{middle(it[1] for it in one[name]) * 1e6:.0f}", f"x{trips[name]:.2f}",
-                     f"{middle(it[2] for it in one[name]) * 1e6:.0f}"])
+        rows.append([name, f"{median_cost(many[name], 'rate'):.0f}", f"x{rates[name]:.2f}",
+                     f"{median_cost(many[name], 'cpu_s') * 1e6:.0f}", f"{median_cost(one[name], 'time_s') * 1e6:.0f}",
+                     f"x{trips[name]:.2f}", f"{median_cost(one[name], 'cpu_s') * 1e6:.0f}"])
     return rows
 
 
 async def measure_streams(count, rate, rounds):
     """Measure `count` concurrent streams of `rate` tokens/s through every contender, in turn; return rows of text."""
-    seen = collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
-        found = await contenders(stack, nodes=-(-count // NODE_SLOTS))
-        idle = {it.name: (start_s, it.resident_mib()) for it, start_s in found}
-        for turn in range(rounds):
-            for it, _ in found:
-                seen[it.name].append(await many_streams(it, count, rate))
-            say(f"{turn + 1} of {rounds} rounds")
+        started = await contenders(stack, nodes=-(-count // NODE_SLOTS))
+        idle = {contender.name: (start_s, contender.resident_mib()) for contender, start_s in started.items()}
+        seen, = await in_turn(started, rounds, lambda contender: many_streams(contender, count, rate))
     base = base_of(seen)
-    costs = ratio_column(seen, base, lambda it: it[2])
-    own_s = middle(it[1] for it in seen["node itself"])
+    ratios, own_s = ratios_to(seen, base, "cpu_s"), median_cost(seen["node itself"], "time_s")
     rows = [[f"{count} streams, {rate}/s each", "tokens", "CPU us a token", f"to {base}", "P99 gap ms", "over node's",
              "start s", "MiB idle", "MiB"]]
-    for name, runs in seen.items():
-        gap_s = middle(it[1] for it in runs)
-        rows.append([name, str(sum(it[0] for it in runs)), f"{middle(it[2] for it in runs) * 1e6:.1f}",
-                     f"x{costs[name]:.2f}", f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}",
-                     f"{idle[name][0]:.2f}", f"{idle[name][1]:.0f}", f"{max(it[3] for it in runs):.0f}"])
+    for name, costs in seen.items():
+        gap_s = median_cost(costs, "time_s")
+        rows.append([name, str(sum(cost.count for cost in costs)), f"{median_cost(costs, 'cpu_s') * 1e6:.1f}",
+                     f"x{ratios[name]:.2f}", f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}",
+                     f"{idle[name][0]:.2f}", f"{idle[name][1]:.0f}", f"{max(cost.mib for cost in costs):.0f}"])
     return rows
 
 
@@ -4734,7 +4843,8 @@ class Customer(Listening):
 
 
 async def crowd_cost(contender, customers, rate, span_s):
-    """Let `customers` ask for streams without end; return (tokens/s, CPU seconds a token, MiB held)."""
+    """Wait until a contender answers, and let `customers` ask it for streams without end; return their Cost."""
+    await first_answer_s(contender)
     loop = asyncio.get_running_loop()
     options = {"num_predict": round(STREAM_S * rate), "gap_ms": 1000 // rate}
     crowd = [(await loop.create_connection(functools.partial(Customer, post_chat(number, stream=True, options=options)),
@@ -4743,11 +4853,12 @@ async def crowd_cost(contender, customers, rate, span_s):
     tokens, cpu_s, start_s = sum(one.tokens for one in crowd), contender.cpu_s(), time.perf_counter()
     await asyncio.sleep(span_s)
     tokens = sum(one.tokens for one in crowd) - tokens
-    found = tokens / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / tokens, contender.resident_mib()
+    cost = Cost(tokens / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / tokens,
+                mib=contender.resident_mib())
     for one in crowd:
         one.over.cancel()
         one.transport.abort()
-    return found
+    return cost
 
 
 async def measure_waiting(streams, rate, waiting, rounds):
@@ -4755,20 +4866,16 @@ async def measure_waiting(streams, rate, waiting, rounds):
     with contextlib.ExitStack() as stack:
         node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
         flags = "--max-queue", str(waiting + streams), "--queue-timeout", "100000", "--log-level", "warning"
-        few = sollol_process(stack, f"{-(-streams // NODE_SLOTS)} nodes, nobody waits", node, -(-streams // NODE_SLOTS),
-                             *flags)
+        least = -(-streams // NODE_SLOTS)
+        few = sollol_process(stack, f"{least} nodes, nobody waits", node, least, *flags)
         many = sollol_process(stack, f"50 nodes, {waiting} wait", node, 50, *flags, slots=-(-streams // 50))
-        seen = {few: [], many: []}
-        for turn in range(rounds):
-            for it in seen:
-                await first_answer_s(it)
-                seen[it].append(await crowd_cost(it, streams + (waiting if it is many else 0), rate, 2 * STREAM_S))
-            say(f"{turn + 1} of {rounds} rounds")
+        seen, = await in_turn((few, many), rounds, lambda contender: crowd_cost(
+            contender, streams + (waiting if contender is many else 0), rate, 2 * STREAM_S))
+    ratios = ratios_to(seen, few.name, "cpu_s")
     rows = [[f"{streams} streams, {rate}/s each", "tokens/s", "CPU us a token", "to the first", "MiB"]]
-    for it, found in seen.items():
-        ratio = middle(one[1] / two[1] for one, two in zip(found, seen[few], strict=True))
-        rows.append([it.name, f"{middle(one[0] for one in found):.0f}", f"{middle(one[1] for one in found) * 1e6:.1f}",
-                     f"x{ratio:.2f}", f"{max(one[2] for one in found):.0f}"])
+    for name, costs in seen.items():
+        rows.append([name, f"{median_cost(costs, 'rate'):.0f}", f"{median_cost(costs, 'cpu_s') * 1e6:.1f}",
+                     f"x{ratios[name]:.2f}", f"{max(cost.mib for cost in costs):.0f}"])
     return rows
 
 
@@ -4789,25 +4896,21 @@ def upload_s(port):
 
 
 async def blob(contender):
-    """Upload a blob through a contender; return (MiB/s, CPU seconds, MiB more held at the peak)."""
+    """Upload a blob through a contender; return its Cost."""
     held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
     contender.forget_peak()
     taken_s = await asyncio.to_thread(upload_s, contender.port)
-    return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
+    return Cost(BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, mib=contender.peak_mib() - held_mib)
 
 
 async def measure_blobs(rounds):
     """Measure blobs through every contender, in turn; return rows of text."""
     with contextlib.ExitStack() as stack:
-        found, seen = await contenders(stack, 1, kind=BlobNode), collections.defaultdict(list)
-        for turn in range(rounds):
-            for it, _ in found:
-                seen[it.name].append(await blob(it))
-            say(f"{turn + 1} of {rounds} rounds")
-    ratios = ratio_column(seen, "node itself", lambda it: it[0])
+        seen, = await in_turn(await contenders(stack, 1, kind=BlobNode), rounds, blob)
+    ratios = ratios_to(seen, "node itself", "rate")
     return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
-        [name, f"{middle(it[0] for it in runs):.0f}", f"x{ratios[name]:.2f}", f"{middle(it[1] for it in runs):.2f}",
-         f"{max(it[2] for it in runs):.1f}"] for name, runs in seen.items()]
+        [name, f"{median_cost(costs, 'rate'):.0f}", f"x{ratios[name]:.2f}", f"{median_cost(costs, 'cpu_s'):.2f}",
+         f"{max(cost.mib for cost in costs):.1f}"] for name, costs in seen.items()]
 
 
 # Generous: machines that run checks are slow and shared. What is guarded is a step in the wrong direction.
@@ -4817,11 +4920,11 @@ LEAST_CALLS, MOST_TOKEN_CPU = 0.05, 4.0     # of the pump's
 async def check_weight():
     """Print how SOLLOL compares with the bare pump; return whether it is as light as it should be."""
     with contextlib.ExitStack() as stack:
-        (pump, _), (gateway, _) = await contenders(stack, nodes=3, only=("pump", "SOLLOL"))
-        calls = [await small_calls(it, 32, 1.0) for it in (pump, gateway, pump, gateway)]
-        streams = [await many_streams(it, 100, 20) for it in (pump, gateway)]
-    rate = (calls[1][0] + calls[3][0]) / (calls[0][0] + calls[2][0])
-    cpu = streams[1][2] / streams[0][2]
+        pump, gateway = await contenders(stack, nodes=3, only=("pump", "SOLLOL"))
+        calls, = await in_turn((pump, gateway), 2, lambda contender: small_calls(contender, 32, 1.0))
+        streams, = await in_turn((pump, gateway), 1, lambda contender: many_streams(contender, 100, 20))
+    rate = sum(cost.rate for cost in calls["SOLLOL"]) / sum(cost.rate for cost in calls["pump"])
+    cpu = streams["SOLLOL"][0].cpu_s / streams["pump"][0].cpu_s
     print(f"{'held' if rate >= LEAST_CALLS else 'MISSED'}  small calls: x{rate:.2f} of a bare pump's, at least "
           f"x{LEAST_CALLS:g}\n{'held' if cpu <= MOST_TOKEN_CPU else 'MISSED'}  CPU a token: x{cpu:.2f} of a bare "
           f"pump's, at most x{MOST_TOKEN_CPU:g}", flush=True)
@@ -5625,20 +5728,6 @@ class Soak:
             self.wrong(f"a task is left: {task.get_coro()}")
 
 
-LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoing connections
-
-
-async def start_below_ephemeral(node, rng):
-    """Start a node on a port that no connection can take while it is dead."""
-    while True:
-        node.port = rng.choice(LOW_PORTS)
-        try:
-            return await node.start()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-
-
 @contextlib.contextmanager
 def log_sent_to(handler):
     """Send the gateway's log to a handler for a while."""
@@ -5715,94 +5804,6 @@ KINDS = {                           # (stream, deterministic): how its requests 
 }
 
 
-class NodeProcess:
-    """A simulated node as a process, which can be killed and come back on its port."""
-
-    def __init__(self, stack, rng, speed):
-        self.port = unused_low_port(rng)
-        self.argv = [sys.executable, "bench.py", "serve", "1", "--port", str(self.port), "--speed", str(speed)]
-        self.process = None
-        stack.callback(self.kill)
-
-    async def start(self):
-        """Start it, and wait until it listens. Returns self."""
-        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                        cwd=pathlib.Path(__file__).parent)
-        if not await asyncio.to_thread(self.process.stdout.readline):
-            raise BadArgument(f"no node on port {self.port}")
-        return self
-
-    def kill(self):
-        """End it with SIGKILL."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
-            self.process = None
-
-
-def unused_low_port(rng):
-    """Return a port that no outgoing connection can take while its node is dead."""
-    while True:
-        port = rng.choice(LOW_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-class Front(Contender):
-    """The gateway as a process, its hosts.txt and its log in a folder."""
-
-    @classmethod
-    def of(cls, stack, hosts, *flags):
-        """Start it with a hosts.txt: a path, or the lines of one."""
-        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
-        if isinstance(hosts, list):
-            hosts, lines = folder / "hosts.txt", hosts
-            hosts.write_text("\n".join(lines), encoding="utf-8")
-        log = stack.enter_context((folder / "log").open("wb"))
-        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
-                                   stderr=log, cwd=pathlib.Path(__file__).parent)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        front = cls("SOLLOL", port, process)
-        front.folder = folder
-        return front
-
-    def reload(self):
-        """Have it read its hosts.txt again."""
-        self.process.send_signal(signal.SIGHUP)
-
-    def descriptors(self):
-        """Return how many files and sockets the process has open."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def log(self):
-        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
-
-    async def answers(self, path):
-        """Return the JSON at a path of the gateway's own."""
-        return await get_json("127.0.0.1", self.port, path)
-
-    async def ready(self, nodes, patience_s=15.0):
-        """Wait until so many nodes are up. Raises BadArgument."""
-        deadline_s = time.monotonic() + patience_s
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(OSError, ValueError):
-                if (await self.answers("/api/health"))["nodes"]["up"] == nodes:
-                    return self
-            await asyncio.sleep(0.05)
-        raise BadArgument("the gateway or a node did not start")
-
-    async def end(self):
-        """Stop it with SIGTERM; return what is to be said against it: its exit, and errors in its log."""
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self.process.wait, 30)
-        complaints = [] if self.process.returncode == 0 else [f"the gateway ended with {self.process.returncode}"]
-        return complaints + [line for line in self.log().splitlines() if "event=error" in line or "Traceback" in line]
-
-
 async def ask_in_turn(front, kind, number, until_s, seen):
     """Make requests of a kind one after the other; add (kind, how, seconds, complaint) to `seen` for each."""
     stream, deterministic, allowed = KINDS[kind]
@@ -5847,8 +5848,8 @@ async def run_kills(span_s, seed):
     rng = random.Random(f"kills {seed}")
     with contextlib.ExitStack() as stack:
         nodes = await asyncio.gather(*(NodeProcess(stack, rng, 1.0).start() for _ in range(3)))
-        front = await Front.of(stack, [f"http://127.0.0.1:{node.port} name=n{number}"
-                                       for number, node in enumerate(nodes)]).ready(len(nodes))
+        lines = [f"http://127.0.0.1:{node.port} name=n{number}" for number, node in enumerate(nodes)]
+        front = await GatewayProcess.of(stack, lines).ready(len(nodes))
         seen, until = [], asyncio.get_running_loop().time() + span_s
         _, kills = await asyncio.gather(
             asyncio.gather(*(ask_in_turn(front, kind, number, until, seen)
@@ -6123,7 +6124,7 @@ async def run_siege(span_s, rounds, seed, names=tuple(HOSTILITIES), readers=SLOW
         lines = [f"http://127.0.0.1:{node.port} name=n{number} slots=4" for number, node in enumerate(nodes)]
         lines += [f"http://127.0.0.1:{endless.port} name=endless{number} slots={NODE_SLOTS}"
                   for number in range(-(-readers // NODE_SLOTS))]
-        front = await Front.of(stack, lines, "--no-calibrate", *flags).ready(len(lines))
+        front = await GatewayProcess.of(stack, lines, "--no-calibrate", *flags).ready(len(lines))
         await siege_slice(front, SIEGE_SETTLE_S)
         for turn in range(rounds):
             await siege_round(front, span_s, names, readers, seen)
@@ -6197,7 +6198,8 @@ class LiveSoak(Soak):
             await start_below_ephemeral(node, self.rng)
         self.save_hosts()
         self.sizes = []
-        self.gateway = Front.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S))
+        self.gateway = GatewayProcess.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout",
+                                         str(SOAK_WAIT_S))
         self.address = "127.0.0.1", self.gateway.port
         await self.gateway.ready(len(self.nodes))
         self.visitors = {client: Visitor(*self.address, source=client)

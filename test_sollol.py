@@ -9210,8 +9210,8 @@ def test_big_blob_passes_in_constant_memory():
         node = bench.light_process(stack, "node", "bench.serve_light(bench.BlobNode)")
         gateway = bench.sollol_process(stack, "gateway", node, 1)
         await bench.first_answer_s(gateway)
-        speed_mib_s, _, grown_mib = await bench.blob(gateway)
-        assert grown_mib < 32 and speed_mib_s > 50
+        cost = await bench.blob(gateway)
+        assert cost.mib < 32 and cost.rate > 50
 
     with contextlib.ExitStack() as stack:
         bench.run_quick(run(stack))
