@@ -466,8 +466,8 @@ def read_json(body):
     try:
         value, _ = LENIENT_JSON.raw_decode(text)
     except json.JSONDecodeError as error:
-        found = text[error.pos:error.pos + 1]
-        raise Refused(400, f"invalid character '{found}' looking for beginning of value" if found
+        letter = text[error.pos:error.pos + 1]
+        raise Refused(400, f"invalid character '{letter}' looking for beginning of value" if letter
                       else "unexpected EOF") from None
     except RecursionError:
         raise Refused(400, "exceeded max depth") from None
@@ -480,13 +480,13 @@ def plain(data):
     """Return what a zstd frame holds: of one segment and raw blocks only, as tests write it. Raises Refused(400)."""
     if data[:5] != b"\x28\xb5\x2f\xfd\xa0":     # magic; single segment, a content size of four bytes
         raise Refused(400, "unsupported zstd frame")
-    found, at, last = [], 9, False
+    blocks, at, last = [], 9, False
     while not last:
         head = int.from_bytes(data[at:at + 3], "little")
         last, size = head & 1, head >> 3
-        found.append(data[at + 3:at + 3 + size])
+        blocks.append(data[at + 3:at + 3 + size])
         at += 3 + size
-    return b"".join(found)
+    return b"".join(blocks)
 
 
 MOST_OBJECTS = 500_000  # of a body; Go reads more in one of its threads, here that would stop the whole node
@@ -746,17 +746,22 @@ def drawn_machine(seed):
 class SimRunner:
     """A file of weights in memory."""
 
-    def __init__(self, model, settings, slots, keep_alive_s, need_gb, vram_gb, cache_tokens):
+    def __init__(self, engine, model, settings):
+        one_by_one = model.embedding or model.format == "safetensors"       # Ollama gives these one slot
+        slots = 1 if one_by_one else engine.slots
+        own_window = settings["num_ctx"] == engine.context_length(model)
+        window = min(settings["num_ctx"], COUNTED_CONTEXT) if own_window else settings["num_ctx"]
+        kv_gb = kv_gb_per_token(model)
         self.model = model              # the first tag that was asked for: the one that /api/ps lists
         self.settings = settings        # the values it was started with
         self.slots = asyncio.Semaphore(slots)
         self.texts = [""] * slots       # what each free slot has in its KV cache, least recently used first
         self.kept = []                  # (text, tokens) of the prompt cache in RAM, least recently used first
-        self.cache_tokens = cache_tokens
-        self.keep_alive_s = keep_alive_s
-        self.need_gb = need_gb
-        self.vram_gb = min(need_gb, vram_gb)
-        self.speed = model.speed * (1.0 if need_gb <= vram_gb else SPILL)
+        self.cache_tokens = 0 if model.embedding else int(engine.traits.prompt_cache_gb / kv_gb)
+        self.keep_alive_s = engine.traits.keep_alive_s
+        self.need_gb = model.size_gb * 1.2 + slots * window * kv_gb
+        self.vram_gb = min(self.need_gb, engine.vram_gb)
+        self.speed = model.speed * (1.0 if self.need_gb <= engine.vram_gb else SPILL)
         self.users = 0                  # requests running or in the FIFO
         self.used_s = 0.0               # loop time of the last use
         self.expiry = None              # timer, only while idle
@@ -796,21 +801,49 @@ class SimRunner:
             del self.kept[0]
 
 
+class Traits(NamedTuple):
+    """What may be chosen of a simulated node, beside its hardware and its models."""
+
+    name: str = ""                  # the hardware's, if empty
+    host: str = "127.0.0.1"
+    port: int = 0                   # 0: any
+    seed: int = 0
+    slots: int | None = None        # None: the hardware's; so for vram_gb
+    vram_gb: float | None = None
+    loaded: tuple = ()              # models in memory at the start
+    keep_alive_s: float = 300.0
+    latency_s: float = 0.0          # one way
+    noise: float = 0.0              # sigma of ln(time) of a request
+    speed: float = 1.0              # times as fast as the hardware
+    tokens_per_line: int = 1        # of a stream
+    version: str = "0.33.0"
+    max_queue: int = 512            # requests that wait for a load
+    drawn: bool = False             # its Machine comes from the seed, else it is the usual one,
+    machine: Machine | None = None  # or this one
+    context: int | None = None      # tokens of a window; None: by memory
+    too_long: str = "refuse"        # a prompt that does not fit; or "cut", or "exceed": the engine's own error
+    max_loaded: int = MAX_LOADED
+    prompt_cache_gb: float = 0.0    # of each runner, in RAM; newer versions have 8
+    ps_blocks: bool = False         # /api/ps and /api/tags wait while a model loads
+    silent_tools: bool = False      # every answer to a body with tools is a call, shown only when it is whole
+    picture_s: float = PICTURE_S    # to encode a picture on a CPU
+    mlx: bool = False               # one slot, whatever `slots` says
+    lacks: tuple = ()               # paths that this version does not know
+    gzips: bool = False             # a tunnel compresses answers,
+    fields: dict = {}               # and adds these
+
+
 class Engine:
     """The part of a node behind its HTTP server. Needs a running loop once it is used."""
 
-    def __init__(self, hardware, slots, vram_gb, keep_alive_s, speed, noise, max_queue, seed, machine=USUAL_MACHINE,
-                 context=None, max_loaded=MAX_LOADED, prompt_cache_gb=0.0, picture_s=PICTURE_S):
+    def __init__(self, hardware, traits):
         self.hardware = hardware
-        self.machine = machine
-        self.slots = slots
-        self.vram_gb = vram_gb
-        self.keep_alive_s = keep_alive_s
-        self.speed = speed
-        self.max_queue = max_queue
-        self.max_loaded = max_loaded
-        self.prompt_cache_gb = prompt_cache_gb      # in RAM, for each runner; older engines have none
-        self.device = Device(machine.exponent)
+        self.traits = traits
+        self.machine = traits.machine or (drawn_machine(traits.seed) if traits.drawn else USUAL_MACHINE)
+        self.slots = traits.slots or hardware.slots
+        self.vram_gb = traits.vram_gb or hardware.vram_gb
+        self.speed = traits.speed
+        self.device = Device(self.machine.exponent)
         self.host = Device(1.0)         # what is done beside the engine, for all requests at once
         self.disk = Device()            # loads run beside inference, but a fault stops them too
         self.runners = {}               # blob -> SimRunner
@@ -818,10 +851,7 @@ class Engine:
         self.pending = 0                # requests in the line, its head included
         self.loads = 0
         self.evictions = 0
-        self._context = context
-        self._picture_s = picture_s
-        self._noise = noise
-        self._rng = random.Random(seed)
+        self._rng = random.Random(traits.seed)
         self._line = asyncio.Lock()     # FIFO; whoever holds it is the head
         self._idle = asyncio.Event()    # some runner became idle or left
 
@@ -833,7 +863,7 @@ class Engine:
     def context_length(self, model, explicit=None):
         """Return the tokens of a window: those asked for or Ollama's default for so much VRAM, at most the model's."""
         vram_gb = 0 if self.hardware.on_cpu else self.vram_gb
-        default = self._context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
+        default = self.traits.context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
         return min(model.max_context, max(4, int(explicit)) if isinstance(explicit, (int, float)) else default)
 
     def settings(self, model, options):
@@ -854,7 +884,7 @@ class Engine:
         return EMBED_CALL_S * math.sqrt(HARDWARE["cpu"].decode_tok_s / self.hardware.decode_tok_s) / self.speed
 
     def picture_s(self):
-        return self._picture_s * HARDWARE["cpu"].prefill_tok_s / self.hardware.prefill_tok_s / self.speed
+        return self.traits.picture_s * HARDWARE["cpu"].prefill_tok_s / self.hardware.prefill_tok_s / self.speed
 
     def gain(self):
         """Return how many times the decoding of one request full slots do together."""
@@ -862,7 +892,7 @@ class Engine:
 
     def jitter(self):
         """Return a factor around 1 by which this request takes longer than computed."""
-        return math.exp(self._rng.gauss(0.0, self._noise)) if self._noise else 1.0
+        return math.exp(self._rng.gauss(0.0, self.traits.noise)) if self.traits.noise else 1.0
 
     @contextlib.asynccontextmanager
     async def runner(self, model, options, keep_alive_s):
@@ -883,7 +913,7 @@ class Engine:
         runner = self._hot(model, settings)
         if runner:
             return runner
-        if self.pending > self.max_queue:
+        if self.pending > self.traits.max_queue:
             raise Refused(503, BUSY)
         self.pending += 1
         try:
@@ -897,7 +927,7 @@ class Engine:
         return runner if runner and runner.serves(settings) else None
 
     async def _load(self, model, settings):
-        runner = self._runner(model, settings)
+        runner = SimRunner(self, model, settings)
         evicted = await self._make_room(runner)
         load_s = LOAD_START_S + model.size_gb / self.hardware.load_gb_s + (EVICTION_S if evicted else 0.0)
         async with self.moving:
@@ -906,23 +936,13 @@ class Engine:
         self.runners[model.blob] = runner
         return runner
 
-    def _runner(self, model, settings):
-        one_by_one = model.embedding or model.format == "safetensors"       # Ollama gives these one slot
-        slots = 1 if one_by_one else self.slots
-        own_window = settings["num_ctx"] == self.context_length(model)
-        window = min(settings["num_ctx"], COUNTED_CONTEXT) if own_window else settings["num_ctx"]
-        kv_gb = kv_gb_per_token(model)
-        cache_tokens = 0 if model.embedding else int(self.prompt_cache_gb / kv_gb)
-        return SimRunner(model, settings, slots, self.keep_alive_s, model.size_gb * 1.2 + slots * window * kv_gb,
-                      self.vram_gb, cache_tokens)
-
     async def _make_room(self, newcomer):
         """Unload until the newcomer fits; return whether anything was unloaded."""
         evicted = False
         while True:
             stale = self.runners.get(newcomer.model.blob)       # same weights, other settings
             used_gb = sum(runner.need_gb for runner in self.runners.values())
-            crowded = used_gb + newcomer.need_gb > self.vram_gb or len(self.runners) >= self.max_loaded
+            crowded = used_gb + newcomer.need_gb > self.vram_gb or len(self.runners) >= self.traits.max_loaded
             if not stale and not (crowded and self.runners):
                 return evicted
             await self._evict(stale or self._victim())
@@ -930,7 +950,7 @@ class Engine:
             evicted = True
 
     def _victim(self):
-        return min(self.runners.values(), key=lambda it: (it.users > 0, it.keep_alive_s, it.model.blob))
+        return min(self.runners.values(), key=lambda runner: (runner.users > 0, runner.keep_alive_s, runner.model.blob))
 
     async def _evict(self, runner):
         """Unload a runner as soon as it is idle, whatever requests say of it meanwhile."""
@@ -974,7 +994,7 @@ class Engine:
 
     def preload(self, model):
         """Put a model into memory at once, as if it had been loaded long ago."""
-        runner = self.runners[model.blob] = self._runner(model, self.settings(model, ()))
+        runner = self.runners[model.blob] = SimRunner(self, model, self.settings(model, ()))
         runner.used_s = asyncio.get_running_loop().time()
         self._settle(runner)
 
@@ -1503,8 +1523,8 @@ class MessageEvents:
         return (event("message_start", message=self._message([], None, {"input_tokens": 0, "output_tokens": 0}))
                 + event("content_block_start", index=0, content_block=block))
 
-    def _tool_use(self, given):
-        return {"type": "tool_use", "id": "call_1", "name": self.ask.tool, "input": given}
+    def _tool_use(self, arguments):
+        return {"type": "tool_use", "id": "call_1", "name": self.ask.tool, "input": arguments}
 
     def part(self, text, _now_s):
         begin = b"" if self._begun else self._begin({"type": "text", "text": ""})
@@ -1565,7 +1585,7 @@ def read_ask(node, body, ability, prompt, empty):
     if body.get("think"):
         raise Refused(400, f'"{name}" does not support thinking')
     options, tool = field(body, "options", dict, {}), tool_name(body) if ability == "chat" else ""
-    calls = node.silent_tools or CALL_MARK in prompt
+    calls = node.traits.silent_tools or CALL_MARK in prompt
     return Ask(name, model, prompt, field(body, "stream", bool, True),
                int(field(options, "num_predict", (int, float), -1)), runner_key(options, body.get("shift")),
                keep_alive_s(body.get("keep_alive")), tool=tool if calls else "")
@@ -1583,23 +1603,23 @@ def read_openai_ask(node, body, ability, prompt, empty):
 def fitting_tokens(node, runner, prompt):
     """Return the tokens of a prompt that its window takes. Raises Refused(400)."""
     tokens, window = token_count(prompt), runner.context_length
-    if tokens <= window or node.too_long == "cut":
+    if tokens <= window or node.traits.too_long == "cut":
         return min(tokens, window)
     error = {"code": 400, "message": f"request ({tokens} tokens) exceeds the available context size ({window} tokens), "
              "try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": tokens, "n_ctx": window}
-    raise Refused(400, INPUT_TOO_LONG if node.too_long == "refuse" else json.dumps({"error": error}))
+    raise Refused(400, INPUT_TOO_LONG if node.traits.too_long == "refuse" else json.dumps({"error": error}))
 
 
 async def decode(turn, token_s, tokens, exchange, dialect, tokens_per_line):
     """Stream tokens as they come: one a line while a neighbour's prompt stops all but one in a while."""
-    now_s, told = asyncio.get_running_loop().time, 0
-    while told < len(tokens):
-        wanted = min(len(tokens), told + (1 if turn.stalled else tokens_per_line))
+    now_s, sent = asyncio.get_running_loop().time, 0
+    while sent < len(tokens):
+        wanted = min(len(tokens), sent + (1 if turn.stalled else tokens_per_line))
         await turn.progress(wanted * token_s)
         done = min(wanted, int(turn.done_s / token_s + 1e-6))
-        if done > told:
-            exchange.stream((dialect.part("".join(tokens[told:done]), now_s()),), dialect.media_type)
-            told = done
+        if done > sent:
+            exchange.stream((dialect.part("".join(tokens[sent:done]), now_s()),), dialect.media_type)
+            sent = done
             await exchange.drain()
 
 
@@ -1640,7 +1660,7 @@ async def infer(node, exchange, dialect):
         load_s = now_s() - arrived_s
         prompt_tokens = fitting_tokens(node, runner, ask.prompt)
         async with runner.slots:
-            stats, text = await produce(engine, runner, exchange, dialect, prompt_tokens, node.tokens_per_line)
+            stats, text = await produce(engine, runner, exchange, dialect, prompt_tokens, node.traits.tokens_per_line)
             if stats.reason:
                 stats = stats._replace(total_s=now_s() - arrived_s, load_s=load_s)
             if ask.stream:
@@ -1691,8 +1711,8 @@ async def openai_completion(node, exchange, body):
 
 
 async def openai_response(node, exchange, body):
-    given = body.get("input") or ""
-    prompt = given if isinstance(given, str) else rendered(given, body.get("tools"))
+    items = body.get("input") or ""
+    prompt = items if isinstance(items, str) else rendered(items, body.get("tools"))
     limit = {"max_tokens": body.get("max_output_tokens")}
     ask = read_openai_ask(node, body | limit, "chat", field(body, "instructions", str, "") + prompt, NO_NAME)
     await infer(node, exchange, ResponseEvents(ask, exchange.trace))
@@ -1813,7 +1833,7 @@ def capabilities(model):
 
 async def when_it_answers(node):
     """Return when the scheduler's lock is free, for a version that takes it to answer."""
-    if node.ps_blocks:
+    if node.traits.ps_blocks:
         async with node.engine.moving:
             pass
 
@@ -2101,50 +2121,28 @@ class Failing(NamedTuple):
     paths: tuple | None             # None: all inference
     models: tuple                   # canonical; empty: all
     text: str
-    kind: str | None                # type of the error in /v1
-    body: bytes | None              # in place of JSON, as a proxy's
-    media_type: str
-    fields: dict
+    kind: str | None = None         # type of the error in /v1
+    body: bytes | None = None       # in place of JSON, as a proxy's,
+    media_type: str = "text/html"   # and what goes with it
+    fields: dict = {}
 
     def hits(self, path, model):
         return (self.paths is None or path in self.paths) and (not self.models or model in self.models)
 
 
 class SimNode:
-    """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs.
+    """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs."""
 
-    `drawn`: batching exponent, overhead and time of loads come from the seed, else they are the same for all nodes;
-    `machine` sets them. `context`: tokens of the window, else by memory. `too_long`: what becomes of a prompt that
-    does not fit: "refuse", "exceed" (the engine's own error), or "cut". `prompt_cache_gb`: of a runner in RAM, 8 in
-    newer versions. `ps_blocks`: /api/ps and /api/tags wait while a model loads. `silent_tools`: every answer to a body
-    with tools is a call, shown only when it is whole. `picture_s`: a picture on a CPU. `mlx`: one slot whatever
-    `slots` says. `lacks`: paths that this version does not know. `gzips`, `fields`: what a tunnel adds to answers.
-    """
-
-    def __init__(self, hardware="rtx3060", models=("llama3.2",), *, name=None, slots=None, port=0, seed=0,
-                 loaded=(), vram_gb=None, latency_s=0.0, noise=0.0, keep_alive_s=300.0, speed=1.0,
-                 tokens_per_line=1, version="0.33.0", max_queue=512, host="127.0.0.1", drawn=False, machine=None,
-                 context=None, too_long="refuse", max_loaded=MAX_LOADED, prompt_cache_gb=0.0, ps_blocks=False,
-                 silent_tools=False, picture_s=PICTURE_S, mlx=False, lacks=(), gzips=False, fields=None):
-        kind = HARDWARE[hardware]
-        machine = machine or (drawn_machine(seed) if drawn else USUAL_MACHINE)
-        self.name = name or hardware
-        self.host = host
-        self.port = port                        # 0: any; the real one after start()
-        self.format = "safetensors" if mlx else "gguf"
+    def __init__(self, hardware="rtx3060", models=("llama3.2",), **traits):
+        self.traits = Traits(**traits)
+        self.name = self.traits.name or hardware
+        self.host = self.traits.host
+        self.port = self.traits.port            # 0: any; the real one after start()
+        self.format = "safetensors" if self.traits.mlx else "gguf"
         self.models = {model.name: model for model in map(self._model_named, models)}
-        self.version = version
-        self.too_long = too_long
-        self.ps_blocks = ps_blocks
-        self.silent_tools = silent_tools
-        self.lacks = lacks
-        self.gzips = gzips
-        self.fields = fields or {}
+        self.version = self.traits.version
         self.tls = None                         # the ssl.SSLContext that it speaks TLS with
-        self.latency_s = latency_s              # one way
-        self.tokens_per_line = tokens_per_line
-        self.engine = Engine(kind, slots or kind.slots, vram_gb or kind.vram_gb, keep_alive_s, speed, noise, max_queue,
-                             seed, machine, context, max_loaded, prompt_cache_gb, picture_s)
+        self.engine = Engine(HARDWARE[hardware], self.traits)
         self.registry = MODELS                  # what it can pull
         self.modified_s = {}                    # model -> loop time of the pull, copy or create that brought it
         self.account = ""                       # at ollama.com; "" = signed out
@@ -2155,7 +2153,7 @@ class SimNode:
         self.in_flight_by_model = collections.Counter()
         self.max_in_flight = 0
         self.aborted = 0                        # requests whose client left, or that died with the node
-        self._loaded = tuple(loaded)
+        self._loaded = self.traits.loaded
         self._server = None
         self._arrivals = itertools.count()
         self._numbers = itertools.count()
@@ -2263,16 +2261,14 @@ class SimNode:
         self._set_pace(0.0)
         self._awake.clear()
 
-    def fail(self, status=503, paths=None, text=None, *, models=(), kind=None, body=None, media_type="text/html",
-             fields=None):
+    def fail(self, status=503, paths=None, text=None, *, models=(), **answer):
         """Answer inference at once with an error, on some paths or on all; other paths if they are named.
 
-        `text` and `kind` (of /v1) are Ollama's, `body`, `media_type` and `fields` those of a proxy. With status 200
-        the text is the first line of a stream, and an empty body is a stream without any.
+        `text` is Ollama's unless it is given; `answer` sets further fields of Failing. With status 200 the text is the
+        first line of a stream, and an empty body is a stream without any.
         """
         usual = {503: BUSY, 500: STOPPED}.get(status) or http.client.responses.get(status, "")
-        self._failing = Failing(status, paths, tuple(map(canonical, models)), usual if text is None else text, kind,
-                                body, media_type, fields or {})
+        self._failing = Failing(status, paths, tuple(map(canonical, models)), usual if text is None else text, **answer)
 
     def reset(self):
         """Reset every connection, as a broken network does; the process lives on."""
@@ -2330,8 +2326,8 @@ class SimNode:
         now_s = asyncio.get_running_loop().time
         trace = Trace(next(self._numbers), now_s(), head.method, head.path, raw)
         self.requests.append(trace)
-        exchange = SimExchange(reader, writer, head, trace, self.latency_s)
-        exchange.extra, exchange.compresses = self.fields, self.gzips
+        exchange = SimExchange(reader, writer, head, trace, self.traits.latency_s)
+        exchange.extra, exchange.compresses = self.traits.fields, self.traits.gzips
         reader.worker = asyncio.current_task()
         try:
             await self._answer(exchange)
@@ -2346,8 +2342,8 @@ class SimNode:
         return not exchange.close
 
     async def _answer(self, exchange):
-        if self.latency_s:
-            await asyncio.sleep(self.latency_s)
+        if self.traits.latency_s:
+            await asyncio.sleep(self.traits.latency_s)
         await self._awake.wait()
         exchange.trace.time_s = asyncio.get_running_loop().time()
         try:
@@ -2363,7 +2359,7 @@ class SimNode:
             await exchange.read_body()
         if refused_origin(head):
             exchange.send(403)
-        elif head.path in self.lacks:
+        elif head.path in self.traits.lacks:
             exchange.send(404, b"404 page not found", "text/plain")
         elif endpoint and endpoint.kind == "inference":
             await self._infer(endpoint, exchange)
@@ -3365,14 +3361,14 @@ def figure_text(name, value):
 
 def comparison_table(runs):
     """Return rows of text: each figure under each policy, and SOLLOL's improvement over the others."""
-    found = {run.policy: figures(run) for run in runs}
-    mine = found[runs[-1].policy]
+    by_policy = {run.policy: figures(run) for run in runs}
+    mine = by_policy[runs[-1].policy]
     rows = [["", *(run.policy if run.policy != SOLLOL else "SOLLOL" for run in runs),
              *(f"against {run.policy}" for run in runs[:-1])]]
     for label, name in ROWS:
-        row = [label, *(figure_text(name, getattr(found[run.policy], name)) for run in runs)]
+        row = [label, *(figure_text(name, getattr(by_policy[run.policy], name)) for run in runs)]
         for run in runs[:-1]:
-            old, new = getattr(found[run.policy], name), getattr(mine, name)
+            old, new = getattr(by_policy[run.policy], name), getattr(mine, name)
             row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change_text(new, old))
         rows.append(row)
     return rows
@@ -3393,8 +3389,8 @@ def class_table(runs):
         return []
     rows = [["Mean / P95 latency", *(f"priority {level}" for level in levels)]]
     for run in runs:
-        found = [figures(run, lambda sample, level=level: sample.priority == level) for level in levels]
-        rows.append([run.policy, *(f"{it.mean_s:.2f} / {it.p95_s:.2f} s" for it in found)])
+        of_levels = [figures(run, lambda sample, level=level: sample.priority == level) for level in levels]
+        rows.append([run.policy, *(f"{one.mean_s:.2f} / {one.p95_s:.2f} s" for one in of_levels)])
     return rows
 
 
@@ -4118,7 +4114,7 @@ ABLATION_SEEDS = 3                  # pooled: one alone is off by a tenth and mo
 def switched_off(term):
     """Run without a term of routing. A name that is gone from sollol.py raises AttributeError."""
     with contextlib.ExitStack() as stack:
-        for path, value in next((it.values for it in ABLATIONS if it.term == term), {}).items():
+        for path, value in next((switch.values for switch in ABLATIONS if switch.term == term), {}).items():
             *owners, name = path.split(".")
             owner = functools.reduce(getattr, owners, sollol)
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -4136,32 +4132,34 @@ def ablated(scenario, term, seed):
     with switched_off(term):
         samples = [sample for number in range(ABLATION_SEEDS)
                    for sample in simulate(scenario, seed + number, (SOLLOL,))[0].samples]
-    found = figures(Run(SOLLOL, samples, 1.0), lambda sample: is_favoured(scenario, sample))
-    return found.mean_s, found.p95_s
+    favoured = figures(Run(SOLLOL, samples, 1.0), lambda sample: is_favoured(scenario, sample))
+    return favoured.mean_s, favoured.p95_s
 
 
 def ablation_table(scenarios, seed):
     """Return rows of text: mean and P95 of the whole, and how they change without each term."""
     wanted = [(scenario, None) for scenario in scenarios] + [
-        (scenario, it.term) for it in ABLATIONS for scenario in scenarios if re.search(it.where, scenario.name)]
+        (scenario, switch.term) for switch in ABLATIONS for scenario in scenarios
+        if re.search(switch.where, scenario.name)]
     with concurrent.futures.ProcessPoolExecutor() as pool:
         tasks = {pool.submit(ablated, *names, seed): names for names in wanted}
         for count, _ in enumerate(concurrent.futures.as_completed(tasks), 1):
             if count % 10 == 0:
                 say(f"{count} of {len(tasks)} runs")
-    found = {names: task.result() for task, names in tasks.items()}
+    results = {names: task.result() for task, names in tasks.items()}
 
     def changed(scenario, term):
-        if (scenario, term) not in found:
+        if (scenario, term) not in results:
             return ""
-        pairs = zip(found[scenario, term], found[scenario, None], strict=True)
+        pairs = zip(results[scenario, term], results[scenario, None], strict=True)
         return " / ".join(f"{(new / old - 1) * 100:+.0f}" for new, old in pairs) + " %"
 
     names = [scenario.name + (" modest" if scenario.modest else " urgent" if scenario.urgent else "")
              for scenario in scenarios]
     return [["mean / P95", *names],
-            ["whole", *("{:.2f} / {:.2f} s".format(*found[scenario, None]) for scenario in scenarios)],
-            *([f"no {it.term}", *(changed(scenario, it.term) for scenario in scenarios)] for it in ABLATIONS)]
+            ["whole", *("{:.2f} / {:.2f} s".format(*results[scenario, None]) for scenario in scenarios)],
+            *([f"no {switch.term}", *(changed(scenario, switch.term) for scenario in scenarios)]
+              for switch in ABLATIONS)]
 
 
 # Wrong beliefs: what does it cost if all that the gateway believes at its start is nonsense?
@@ -4237,10 +4235,9 @@ def misled(seed):
 def misled_held(first, count):
     """Run seeds of wrong beliefs; print what they cost and tell whether it was little every time."""
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        found = list(pool.map(misled, range(first, first + count)))
-    ratios = sorted(it.ratio for it in found)
-    worst, failed = max(found, key=lambda it: it.ratio), sum(it.failed for it in found)
-    idle_s = sorted(it.idle_s for it in found)
+        seeds = list(pool.map(misled, range(first, first + count)))
+    ratios, idle_s = sorted(seed.ratio for seed in seeds), sorted(seed.idle_s for seed in seeds)
+    worst, failed = max(seeds, key=lambda seed: seed.ratio), sum(seed.failed for seed in seeds)
     print(f"{count} seeds of wrong beliefs: mean of least-inflight's x{share_of(ratios, 0.5):.2f} in the median, "
           f"x{worst.ratio:.2f} at the most ({worst.scenario}); {failed} requests failed; the longest that a card stood "
           f"idle beside waiting requests: {share_of(idle_s, 0.5):.1f} s in the median, {share_of(idle_s, 0.9):.1f} s "
@@ -4282,7 +4279,7 @@ def agents_table(counts, clusters, seed):
             fastest_s, median_s = (run_virtual(one_by_one(scenario, name, seed))
                                    for name in (names[0], names[len(names) // 2]))
             spans_s = [run.elapsed_s for run in simulate(scenario, seed)]
-            rows.append([scenario.name, f"{fastest_s:.1f} s", f"{median_s:.1f} s", *(f"{it:.1f} s" for it in spans_s),
+            rows.append([scenario.name, *(f"{span_s:.1f} s" for span_s in (fastest_s, median_s, *spans_s)),
                          f"{fastest_s / spans_s[-1]:.1f}x", f"{median_s / spans_s[-1]:.1f}x",
                          f"{makespan_bound_s(scenario, seed):.1f}"])
             say(f"{scenario.name} done")
@@ -4381,29 +4378,32 @@ def urgent_share(seed):
     return urgent / rest
 
 
+def claim_held(held, text):
+    """Print a line for a claim; return whether it holds."""
+    print(f"{'held' if held else 'MISSED'}  {text}", flush=True)
+    return held
+
+
 def check_claims(seed):
     """Print a line per claim; return whether all hold."""
-    runs, good = {}, True
+    runs, held = {}, []
     for claim in CLAIMS:
         if claim.scenario not in runs:
             runs[claim.scenario] = {run.policy: figures(run) for run in simulate(claim.scenario, seed)}
-        found = runs[claim.scenario]
-        ratio = getattr(found[SOLLOL], claim.figure) / getattr(found[claim.against], claim.figure)
+        mine, other = runs[claim.scenario][SOLLOL], runs[claim.scenario][claim.against]
+        ratio = getattr(mine, claim.figure) / getattr(other, claim.figure)
         more_is_better = claim.figure in ("per_s", "success")
-        held = ratio >= claim.limit if more_is_better else ratio <= claim.limit
-        good = good and held
-        print(f"{'held' if held else 'MISSED'}  {claim.text}: {claim.scenario.name}, {claim.figure} x{ratio:.2f}, "
-              f"at {'least' if more_is_better else 'most'} x{claim.limit:g}", flush=True)
+        held.append(claim_held(ratio >= claim.limit if more_is_better else ratio <= claim.limit,
+                               f"{claim.text}: {claim.scenario.name}, {claim.figure} x{ratio:.2f}, at "
+                               f"{'least' if more_is_better else 'most'} x{claim.limit:g}"))
     ratio = urgent_share(seed)
-    good = good and ratio <= URGENT_CLAIM
-    print(f"{'held' if ratio <= URGENT_CLAIM else 'MISSED'}  10 % urgent in bursts, P95 against the others': "
-          f"{URGENT.name}, x{ratio:.2f}, at most x{URGENT_CLAIM:g}", flush=True)
+    held.append(claim_held(ratio <= URGENT_CLAIM, f"10 % urgent in bursts, P95 against the others': {URGENT.name}, "
+                           f"x{ratio:.2f}, at most x{URGENT_CLAIM:g}"))
     scenario = Scenario("fan10/hom5", "hom5", arrivals="at once", requests=10, timeout_s=600.0)
     ratio = run_virtual(one_by_one(scenario, "rtx3060", seed)) / simulate(scenario, seed, (SOLLOL,))[0].elapsed_s
-    held = ratio >= 0.9 * AGENTS_CLAIM
-    print(f"{'held' if held else 'MISSED'}  10 agents on five equal nodes, against one by one: x{ratio:.2f}, "
-          f"at least x{AGENTS_CLAIM:g} within 10 %")
-    return good and held
+    held.append(claim_held(ratio >= 0.9 * AGENTS_CLAIM, f"10 agents on five equal nodes, against one by one: "
+                           f"x{ratio:.2f}, at least x{AGENTS_CLAIM:g} within 10 %"))
+    return all(held)
 
 
 # ============================================================================================================
@@ -4925,10 +4925,9 @@ async def check_weight():
         streams, = await in_turn((pump, gateway), 1, lambda contender: many_streams(contender, 100, 20))
     rate = sum(cost.rate for cost in calls["SOLLOL"]) / sum(cost.rate for cost in calls["pump"])
     cpu = streams["SOLLOL"][0].cpu_s / streams["pump"][0].cpu_s
-    print(f"{'held' if rate >= LEAST_CALLS else 'MISSED'}  small calls: x{rate:.2f} of a bare pump's, at least "
-          f"x{LEAST_CALLS:g}\n{'held' if cpu <= MOST_TOKEN_CPU else 'MISSED'}  CPU a token: x{cpu:.2f} of a bare "
-          f"pump's, at most x{MOST_TOKEN_CPU:g}", flush=True)
-    return rate >= LEAST_CALLS and cpu <= MOST_TOKEN_CPU
+    held = [claim_held(rate >= LEAST_CALLS, f"small calls: x{rate:.2f} of a bare pump's, at least x{LEAST_CALLS:g}"),
+            claim_held(cpu <= MOST_TOKEN_CPU, f"CPU a token: x{cpu:.2f} of a bare pump's, at most x{MOST_TOKEN_CPU:g}")]
+    return all(held)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6027,9 +6026,9 @@ class Pest(asyncio.Protocol):
 
 async def pester(name, port):
     """Be hostile until killed; print each second how many connections there are, and how many bytes were taken."""
-    it, pests = HOSTILITIES[name], []
-    for _, data in zip(range(it.connections), itertools.cycle(it.make())):
-        pests.append(Pest(("127.0.0.1", port), data, it.pause_s))
+    hostility, pests = HOSTILITIES[name], []
+    for _, data in zip(range(hostility.connections), itertools.cycle(hostility.make())):
+        pests.append(Pest(("127.0.0.1", port), data, hostility.pause_s))
         await pests[-1].come()
     while True:
         print(sum(pest.transport is not None for pest in pests), sum(pest.sent_bytes() for pest in pests), flush=True)
@@ -6211,12 +6210,13 @@ class LiveSoak(Soak):
         for at_s, mib, files in self.sizes:
             minutes[int(at_s // 60)].append((mib, files))
         rows = [["minute", "MiB", "descriptors"]]
-        found = []
+        medians = []                # (MiB, descriptors)
         for minute, sizes in sorted(minutes.items()):
             if len(sizes) >= 30:    # what is left of the last one is the end of the load
-                found.append((middle(mib for mib, _ in sizes), middle(files for _, files in sizes)))
-                rows.append([str(minute + 1), f"{found[-1][0]:.1f}", str(found[-1][1])])
-        if found and (found[-1][0] - found[0][0] > MOST_DRIFT_MIB or found[-1][1] - found[0][1] > MOST_DRIFT_FILES):
+                medians.append([middle(column) for column in zip(*sizes, strict=True)])
+                rows.append([str(minute + 1), f"{medians[-1][0]:.1f}", str(medians[-1][1])])
+        if medians and (medians[-1][0] > medians[0][0] + MOST_DRIFT_MIB
+                        or medians[-1][1] > medians[0][1] + MOST_DRIFT_FILES):
             self.wrong("memory or descriptors have grown")
         return rows
 
@@ -6251,8 +6251,8 @@ def live_soak_held(first, count, minutes):
         with asyncio.Runner(loop_factory=ClockFromZero) as runner:
             soak, rows = runner.run(run_live_soak(seed, minutes))
         ends = collections.Counter(outcome.how for outcome in soak.outcomes)
-        told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
-        print(f"seed {seed}, {minutes:g} minutes: {told}", aligned(rows), *soak.violations, sep="\n", flush=True)
+        outcomes = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
+        print(f"seed {seed}, {minutes:g} minutes: {outcomes}", aligned(rows), *soak.violations, sep="\n", flush=True)
         held = held and not soak.violations
     return held
 
@@ -6337,10 +6337,10 @@ async def measure_cluster(options):
                 break
             for name in sorted(callers, reverse=turn % 2 == 0):
                 start_s = loop.time()
-                found = await closed_loop(callers[name], works, options.concurrency, slice_s, options.timeout,
+                slice_samples = await closed_loop(callers[name], works, options.concurrency, slice_s, options.timeout,
                                           bounded=True)
                 shift_s = spent_s[name] - start_s
-                samples[name] += [moved(sample, shift_s) for sample in found]
+                samples[name] += [moved(sample, shift_s) for sample in slice_samples]
                 spent_s[name] += loop.time() - start_s
                 say(f"{name}: {len(samples[name])} requests in {spent_s[name]:.0f} s")
     except asyncio.CancelledError:          # Ctrl-C: what there is counts
@@ -6348,7 +6348,7 @@ async def measure_cluster(options):
     finally:
         for caller in callers.values():
             caller.close()
-    return scenario, [Run(name, found, spent_s[name]) for name, found in samples.items() if found]
+    return scenario, [Run(name, of_side, spent_s[name]) for name, of_side in samples.items() if of_side]
 
 
 async def measure_baseline(options):
@@ -6362,9 +6362,9 @@ async def measure_baseline(options):
         samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
                    for work in works]
         caller.close()
-        found = figures(Run(text, samples, 1.0))
+        result = figures(Run(text, samples, 1.0))
         tokens = sum(sample.output_tokens for sample in samples)
-        rows.append([text, options.count, f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
+        rows.append([text, options.count, f"{result.mean_s:.2f}", f"{result.p95_s:.2f}", f"{result.ttft_s:.2f}",
                      f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
         say(f"{text} done")
     return rows
