@@ -437,18 +437,7 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"  # tw
 STOPPED = ("model runner has unexpectedly stopped, this may be due to resource limitations or an internal "
            "error, check ollama server logs for details")
 INPUT_TOO_LONG = "input length exceeds the context length"
-RUNNER_ERRORS = (           # of status 500: this runner is broken, another node may do it. Never all that there are
-    STOPPED, "an error was encountered while running the model: unexpected EOF",
-    "an error was encountered while running the model: read tcp 127.0.0.1:50001->127.0.0.1:50002: wsarecv: An existing "
-    "connection was forcibly closed by the remote host.",
-    "an error was encountered while running the model: GGML_ASSERT(n_tokens > 0) failed",
-    'do embedding request: Post "http://127.0.0.1:50001/embedding": EOF',
-    'POST predict: Post "http://127.0.0.1:50001/completion": EOF', "llama runner process has terminated: exit status 2",
-    "timed out waiting for llama-server to start", "llama-server process no longer running: -1",
-    "error starting llama-server: fork/exec /usr/lib/ollama/llama-server: input/output error",
-    "llama-server binary not found", "error reading llama-server response: unexpected EOF",
-    'health resp: Get "http://127.0.0.1:50001/health": EOF', "read /root/.ollama/models/blobs: input/output error",
-    "CUDA error: an illegal memory access was encountered", "ggml_metal_graph_compute: command buffer 0 failed", "")
+
 
 
 def any_case(pairs):
@@ -2897,7 +2886,7 @@ async def open_loop(caller, works, timeout_s):
 
 
 async def closed_loop(caller, works, clients, duration_s, timeout_s, bounded=False):
-    """Let `clients` send one request after the other for a while; return the Samples."""
+    """Let each of `clients` send one request after the other for `duration_s`; return the Samples."""
     loop = asyncio.get_running_loop()
     start_s, samples, remaining = loop.time(), [], iter(works)
 
@@ -3248,10 +3237,10 @@ def at_most_per_s(node, count, prompt_time_s, output_time_s):
 
 
 def closed_loop_bound_s(scenario, nodes):
-    """Return the least mean latency of a closed loop: Little's law with the clients on the best slots.
+    """Return the least mean latency of a closed loop, by Little's law: clients x duration / requests that ended.
 
-    The greatest of what one more request adds to a node's rate are taken. Within the duration at most rate x duration
-    requests end and one per client later, and each client always waits for one.
+    The rate is highest when each client has one of the slots that add most to the rate of their nodes. At most rate x
+    duration requests end within the duration, and one more for each client after it.
     """
     gains = []
     for node in nodes:
@@ -4070,12 +4059,12 @@ def run_matrix(seed, pattern):
 # Ablation: what is each term of routing worth? One is switched off at a time, on scenarios that can show it.
 
 async def no_calibration(gateway, node):
-    """Take a node for measured without measuring it."""
+    """Mark a node as measured without measuring it."""
     node.calibrates()
 
 
 def charge_nothing(fair, spec, now, cost_s, charge=sollol.FairShare.charge):
-    """Begin a request when it comes, whatever its client has had before."""
+    """Charge a client nothing, whatever it has had before."""
     return charge(fair, spec, now, 0.0)
 
 
@@ -4167,8 +4156,8 @@ def ablation_table(scenarios, seed):
 MISLED = tuple(scenario._replace(requests=200, duration_s=40.0) for scenario in (
     seed_scenario("mild5"), seed_scenario("het3"), load_scenario("load0.6", "het5"), load_scenario("load0.6", "hom5"),
     load_scenario("load0.6", "mild5")))
-MISLED_MOST = 1.15                  # times the mean of least-inflight
-IDLE_MOST_S = 6.0                   # that a card may stand idle beside waiting requests, in nine of ten seeds
+MISLED_MOST = 1.15                  # times least-inflight's mean latency
+IDLE_MOST_S = 6.0                   # of a card beside a waiting request, in nine of ten seeds
 LOOK_S = 0.25
 
 
@@ -4188,7 +4177,7 @@ def mislead(dispatcher, rng):
 async def watch_idle(dispatcher, longest_s):
     """Note in `longest_s`, {node: seconds}, for how long each stood idle beside a waiting request that it could serve.
 
-    Not of nodes without a card: to wait for a faster one is right there.
+    Nodes without a card are left out: waiting for a faster node is right there.
     """
     idle_s = collections.Counter()
     while True:
@@ -4201,8 +4190,7 @@ async def watch_idle(dispatcher, longest_s):
 
 
 async def run_misled(scenario, seed):
-    """Run a scenario through a gateway with wrong beliefs; return (Run, longest that a card stood idle beside a waiting
-    request)."""
+    """Run a scenario through a gateway with wrong beliefs; return (Run, longest time that a card was idle in vain)."""
     longest_s = collections.Counter()
     async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, SOLLOL, seed) as gateway:
         mislead(gateway.dispatcher, random.Random(seed))
@@ -4301,7 +4289,7 @@ def read_trace(path):
 
 
 def agree(scenario, runs, seed):
-    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
+    """Print the wall clock's means over the virtual clock's: both must be equal within noise."""
     print("\nMean latency on the wall clock, over the virtual clock's:")
     for run, other in zip(runs, simulate(scenario, seed), strict=True):
         print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
@@ -4741,9 +4729,9 @@ async def first_answer_s(contender, patience_s=10.0):
 
 
 async def contenders(stack, nodes, only=(), kind=LightNode):
-    """Start the node, and every proxy that is installed or `only` those named, SOLLOL in front of `nodes` names of it.
+    """Start a node and the proxies in front of it: those named in `only`, else all that are installed.
 
-    Return {Contender: seconds from its start to its first answer}.
+    SOLLOL knows the node by `nodes` names, so that it has slots enough. Return {Contender: seconds until it answered}.
     """
     node = light_process(stack, "node itself", f"bench.serve_light(bench.{kind.__name__})")
     starts = {
@@ -5027,7 +5015,7 @@ def measure_decisions(seed):
 SOAK_MINUTES = 4.0
 SOAK_QUEUE, SOAK_WAIT_S = 100, 60.0     # --max-queue, --queue-timeout: so small that some seeds come to them
 SETTLE_S = 900.0        # virtual time in which everything is answered after the last trouble
-HEAL_S = 75.0           # a node may be shunned so long after its trouble: a breaker's longest pause, a probe, a sweep
+HEAL_S = 75.0           # without work after a trouble, at most: a breaker's longest pause, a probe, a sweep
 INSTANT_S = 1e-6        # what happens within this happens at once
 MOST_PROMPT_TOKENS = 1500       # with more, a slow node's requests outlast the soak
 SOAK_MODELS = ("llama3.2:latest", "llama3.2:1b", "llama3.1:8b", "gemma3:4b", "mistral:latest")
@@ -5170,8 +5158,11 @@ def draw_leaving(rng):
     return Leaving(phase, after[phase], rng.random() < 0.5)
 
 
-def draw_errand(rng, number, at_s, client, models, hasty, reloads):
-    """Return an errand; `hasty` and `reloads` are the shares of clients that leave and of unusual num_ctx."""
+def draw_errand(rng, beginning, models, hasty, reloads):
+    """Return an errand from its `beginning`: (number, at_s, client).
+
+    `hasty` and `reloads` are the shares of clients that leave and of unusual num_ctx.
+    """
     if rng.random() < 0.1:
         path, model, stream = rng.choice(EMBED_PATHS), EMBEDDER, False
     elif rng.random() < 0.1:
@@ -5180,7 +5171,7 @@ def draw_errand(rng, number, at_s, client, models, hasty, reloads):
         path = rng.choice(CHAT_PATHS + PROMPT_PATHS + ("/api/chat",))
         model, stream = rng.choice(models), rng.random() < 0.6
     prompt_tokens, output_tokens = pick_lengths(rng, "mixed")
-    return Errand(number, at_s, client, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
+    return Errand(*beginning, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
                   rng.choice((None, None, None, 1, 1, 3, 5, 8, 10)),
                   8192 if path.startswith("/api") and rng.random() < reloads else None,
                   draw_leaving(rng) if rng.random() < hasty else None,
@@ -5194,7 +5185,7 @@ def draw_errands(rng, models, span_s):
     errands, at_s = [], rng.expovariate(rate)
     while at_s < span_s:
         client, count = rng.choice(clients), 1 if rng.random() < 0.99 else rng.randint(5, 40)
-        errands += [draw_errand(rng, number, at_s, client, models, hasty, reloads)
+        errands += [draw_errand(rng, (number, at_s, client), models, hasty, reloads)
                     for number in range(len(errands), len(errands) + count)]
         at_s += rng.expovariate(rate)
     return errands
@@ -5232,7 +5223,7 @@ def draw_plan(seed, minutes):
 # What a client sees.
 
 class Visitor(Caller):
-    """A client of the soak. Keeps its connections; what comes on one unasked shows at the next head, or at its end."""
+    """A client of the soak. It keeps its connections: bytes that nobody asked for show at the next head or the end."""
 
     async def visit(self, errand):
         """Run an errand; return (its Response, whatever came of it; whether the client left before its end)."""
@@ -5317,7 +5308,7 @@ def read_stream(path, body):
 
 
 def verdict(errand, answer):
-    """Return (how an errand ended, its text). Raises Violation if it may not end so, whatever the nodes did."""
+    """Return (how an errand ended, its text). Raises Violation if it may never end so, whatever the nodes did."""
     if not answer.head:
         raise Violation("connection closed without an answer")
     if answer.fields.get("x-request-id") != errand.id:
@@ -5433,10 +5424,10 @@ def is_troubled(troubles, kinds, since_s, until_s):
 
 
 class OvertakingWatch:
-    """Watch how long a ticket that is first in line for its model is overtaken by those behind it.
+    """Measure for how long the first ticket in line for a model is overtaken by tickets behind it.
 
-    That happens while it is held back for a better node: until a slot there is free. Who has the smaller key overtakes
-    nobody, so nobody is overtaken by requests that came later than their head start allows.
+    That happens while the dispatcher holds it back for a better node. A ticket with a smaller key is not behind it: its
+    head start allows that it comes first.
     """
 
     def __init__(self, dispatcher):
@@ -5491,7 +5482,7 @@ class Soak:
         self.listed = set(self.nodes)
         self.visitors, self.outcomes, self.violations = {}, [], []
         self.logged = collections.Counter()
-        self.ignored = {}           # waiting ticket: since when no usable node for it does anything
+        self.ignored = {}           # waiting ticket: since when all usable nodes for it are idle
         self.drained = {}           # drained node's name: since when
         self.gateway = self.line = self.address = None
 
@@ -5577,7 +5568,7 @@ class Soak:
             self.wrong(f"{errand.id} ({errand.path}): {violation}")
 
     def judge(self, errand, answer, outcome, text):
-        """Raise Violation if what happened to the nodes is no reason for how an errand ended."""
+        """Raise Violation if no trouble of the nodes explains how an errand ended."""
         troubles = self.plan.troubles
         if outcome.how in ("broken", "cut") and not is_troubled(troubles[outcome.node], SEVERE, outcome.sent_s,
                                                                 outcome.end_s):
@@ -5598,7 +5589,7 @@ class Soak:
     # Watching
 
     def is_ignored(self, ticket, now):
-        """Tell whether there are nodes for a ticket, and none of them does anything."""
+        """Tell whether there are usable nodes for a ticket, and all of them are idle."""
         runners = [runner for runner in self.gateway.dispatcher.cluster.holders.get(ticket.spec.model, ())
                    if runner.node.is_usable(now) and runner.breaker.allows(now)
                    and runner.node.name not in ticket.tried]
@@ -5743,7 +5734,7 @@ def log_sent_to(handler):
 
 @contextlib.contextmanager
 def mad_wall_clock(seed):
-    """Let every look at the wall clock give another time, from 1970 to 2096: nothing but the log may care."""
+    """Let the wall clock jump at every call, between 1970 and 2096: nothing but the log may depend on it."""
     rng, real = random.Random(f"clock {seed}"), time.time
     time.time = lambda: rng.uniform(0.0, 4e9)
     try:
@@ -5947,7 +5938,7 @@ class Siege:
 
 
 def questions():
-    """Return what asks ahead."""
+    """Return 5,000 requests that do not wait for their answers."""
     return [b"HEAD /api/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000]
 
 
@@ -5965,7 +5956,7 @@ def giant():
 
 
 class Hostility(NamedTuple):
-    """What connections do that send the same over and over, and throw away what comes back."""
+    """Connections that send the same bytes over and over, and discard the answers."""
 
     connections: int
     make: Callable[[], list[bytes]]     # what they send, in turn
@@ -5982,7 +5973,7 @@ HOSTILITIES = {
 
 
 class Pest(asyncio.Protocol):
-    """One of the connections of a Hostility; it comes again when it is closed."""
+    """One connection of a Hostility. It connects again when it is closed."""
 
     def __init__(self, address, data, pause_s):
         self.address, self.data, self.pause_s = address, data, pause_s
@@ -6048,7 +6039,7 @@ async def siege_slice(front, span_s):
 
 
 async def filled(front):
-    """Wait until what the slow readers do not read has filled all buffers: until then it is a fast node that costs."""
+    """Wait until the gateway rests: the streams of the slow readers have filled every buffer, and cost no CPU time."""
     for _ in range(int(FILLED_S)):
         cpu_s = front.cpu_s()
         await asyncio.sleep(1.0)
@@ -6058,7 +6049,7 @@ async def filled(front):
 
 
 class Besieged(NamedTuple):
-    """What ordinary clients and the gateway had of one kind of hostility."""
+    """Latency of ordinary clients, and memory of the gateway, beside one kind of hostility."""
 
     p50_s: float
     p95_s: float
@@ -6166,7 +6157,7 @@ MOST_DRIFT_MIB, MOST_DRIFT_FILES = 16.0, 30     # from the first minute to the l
 
 
 class ClockFromZero(asyncio.SelectorEventLoop):
-    """The wall clock, from 0 on: what a plan counts from."""
+    """The wall clock, counted from the start of the loop as the times of a plan are."""
 
     def __init__(self):
         self.zero_s = time.monotonic()
@@ -6177,7 +6168,7 @@ class ClockFromZero(asyncio.SelectorEventLoop):
 
 
 class LiveSoak(Soak):
-    """A soak whose gateway can be seen from outside only."""
+    """A soak whose gateway is a process of its own, seen from outside only."""
 
     async def edit_hosts(self):
         for at_s in self.plan.edits_s:
