@@ -2998,13 +2998,14 @@ LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoi
 
 async def start_below_ephemeral(node, rng):
     """Start a node on a port that no connection can take while it is dead."""
+    node.port = rng.choice(LOW_PORTS)
     while True:
-        node.port = rng.choice(LOW_PORTS)
         try:
             return await node.start()
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
+            node.port = random.choice(LOW_PORTS)    # not from `rng`: a port in use must not change what is drawn later
 
 
 class NodeProcess:
