@@ -2996,24 +2996,26 @@ def begin_process(stack, argv, **more):
 LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoing connections
 
 
-async def start_below_ephemeral(node, rng):
-    """Start a node on a port that no connection can take while it is dead."""
-    node.port = rng.choice(LOW_PORTS)
+def unused_low_port(rng):
+    """Return a port that no outgoing connection can take while its node is dead.
+
+    One number is drawn from `rng`: a port in use must not change what is drawn later.
+    """
+    port = rng.choice(LOW_PORTS)
     while True:
-        try:
-            return await node.start()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            node.port = random.choice(LOW_PORTS)    # not from `rng`: a port in use must not change what is drawn later
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+        port = random.choice(LOW_PORTS)
 
 
 class NodeProcess:
     """A simulated node as a process, which can be killed and come back on its port."""
 
-    def __init__(self, stack, rng, speed):
+    def __init__(self, stack, rng):
         self.port = unused_low_port(rng)
-        self.argv = [sys.executable, "bench.py", "serve", "1", "--port", str(self.port), "--speed", str(speed)]
+        self.argv = [sys.executable, "bench.py", "serve", "1", "--port", str(self.port)]
         self.process = None
         stack.callback(self.kill)
 
@@ -3032,15 +3034,6 @@ class NodeProcess:
             self.process.wait()
             self.process.stdout.close()
             self.process = None
-
-
-def unused_low_port(rng):
-    """Return a port that no outgoing connection can take while its node is dead."""
-    while True:
-        port = rng.choice(LOW_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class GatewayProcess(Contender):
@@ -5629,18 +5622,26 @@ class Soak:
 
     # The run
 
+    async def start_nodes(self):
+        for node in self.nodes.values():
+            node.port = unused_low_port(self.rng)
+            await node.start()
+        self.save_hosts()
+
+    def open_for(self, address):
+        """Let the clients know where the gateway is."""
+        self.address = address
+        self.visitors = {client: Visitor(*address, source=client)
+                         for client in sorted({errand.client for errand in self.plan.errands})}
+
     async def start(self):
         """Start the nodes and the gateway."""
-        for node in self.nodes.values():
-            await start_below_ephemeral(node, self.rng)
-        self.save_hosts()
+        await self.start_nodes()
         options = sollol.parse_options(["--hosts", str(self.hosts), "--port", "0", "--seed", str(self.seed),
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
-        self.address = self.gateway.listener.address
         self.line = OvertakingWatch(self.gateway.dispatcher)
-        self.visitors = {client: Visitor(*self.gateway.listener.address, source=client)
-                         for client in sorted({errand.client for errand in self.plan.errands})}
+        self.open_for(self.gateway.listener.address)
 
     async def play(self):
         """Run all errands through all troubles."""
@@ -5838,7 +5839,7 @@ async def run_kills(span_s, seed):
     """Kill nodes under load; return (rows of text, promises broken)."""
     rng = random.Random(f"kills {seed}")
     with contextlib.ExitStack() as stack:
-        nodes = await asyncio.gather(*(NodeProcess(stack, rng, 1.0).start() for _ in range(3)))
+        nodes = await asyncio.gather(*(NodeProcess(stack, rng).start() for _ in range(3)))
         lines = [f"http://127.0.0.1:{node.port} name=n{number}" for number, node in enumerate(nodes)]
         front = await GatewayProcess.of(stack, lines).ready(len(nodes))
         seen, until = [], asyncio.get_running_loop().time() + span_s
@@ -6110,7 +6111,7 @@ async def run_siege(span_s, rounds, seed, names=tuple(HOSTILITIES), readers=SLOW
     """Measure ordinary clients without and with a siege, in turn; return {kind of hostility: [Besieged]}."""
     rng, seen = random.Random(f"siege {seed}"), collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
-        nodes = await asyncio.gather(*(NodeProcess(stack, rng, 1.0).start() for _ in range(3)))
+        nodes = await asyncio.gather(*(NodeProcess(stack, rng).start() for _ in range(3)))
         endless = light_process(stack, "endless", "bench.serve_light(bench.EndlessNode)")
         lines = [f"http://127.0.0.1:{node.port} name=n{number} slots=4" for number, node in enumerate(nodes)]
         lines += [f"http://127.0.0.1:{endless.port} name=endless{number} slots={NODE_SLOTS}"
@@ -6185,16 +6186,12 @@ class LiveSoak(Soak):
 
     async def begin(self, stack):
         """Start the nodes, and the gateway in front of them."""
-        for node in self.nodes.values():
-            await start_below_ephemeral(node, self.rng)
-        self.save_hosts()
+        await self.start_nodes()
         self.sizes = []
         self.gateway = GatewayProcess.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout",
                                          str(SOAK_WAIT_S))
-        self.address = "127.0.0.1", self.gateway.port
         await self.gateway.ready(len(self.nodes))
-        self.visitors = {client: Visitor(*self.address, source=client)
-                         for client in sorted({errand.client for errand in self.plan.errands})}
+        self.open_for(("127.0.0.1", self.gateway.port))
 
     def drift(self):
         """Return rows of text, a minute each; complain if the last one is much above the first."""
