@@ -11478,13 +11478,13 @@ OLD_AND_NEW = (
 
 
 @pytest.mark.parametrize("old, new", OLD_AND_NEW)
-def test_flags_of_before_there_were_commands_mean_what_they_meant(old, new):
+def test_old_flag_means_its_command(old, new):
     parser = bench.command_line()
     assert parser.parse_args(bench.with_command(old.split())) == parser.parse_args(new.split())
     assert bench.with_command(new.split()) == new.split()
 
 
-def test_every_old_flag_is_tried_above():
+def test_every_old_flag_has_a_test():
     assert bench.OLD_FLAGS.keys() <= {word.partition("=")[0] for old, _ in OLD_AND_NEW for word in old.split()}
 
 
