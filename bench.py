@@ -2950,7 +2950,7 @@ def say(text):
 
 
 class Contender(NamedTuple):
-    """A proxy under test, or the node itself."""
+    """A process that serves: a proxy under test, the gateway, or the node itself."""
 
     name: str
     port: int
@@ -2985,9 +2985,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def begin_process(stack, argv, **more):
+def begin_process(stack, argv, stderr=subprocess.DEVNULL, **more):
     """Start a process that ends with `stack`."""
-    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=pathlib.Path(__file__).parent, **more)
+    process = subprocess.Popen(argv, stderr=stderr, cwd=pathlib.Path(__file__).parent, **more)
     stack.callback(process.wait)
     stack.callback(process.kill)
     return process
@@ -3047,13 +3047,10 @@ class GatewayProcess(Contender):
             hosts, lines = folder / "hosts.txt", hosts
             hosts.write_text("\n".join(lines), encoding="utf-8")
         log = stack.enter_context((folder / "log").open("wb"))
-        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
-                                   stderr=log, cwd=pathlib.Path(__file__).parent)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        front = cls("SOLLOL", port, process)
-        front.folder = folder
-        return front
+        argv = [sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags]
+        gateway = cls("SOLLOL", port, begin_process(stack, argv, log))
+        gateway.folder = folder
+        return gateway
 
     def reload(self):
         """Have it read its hosts.txt again."""
@@ -3081,7 +3078,7 @@ class GatewayProcess(Contender):
         raise BadArgument("the gateway or a node did not start")
 
     async def end(self):
-        """Stop it with SIGTERM; return what is to be said against it: its exit, and errors in its log."""
+        """Stop it with SIGTERM; return complaints: an exit status other than 0, and errors in its log."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self.process.wait, 30)
@@ -4954,7 +4951,7 @@ def decision_times_s(nodes, models, held, seed):
             heapq.heappush(running, (max(now + 0.5, lease.predicted_end_s), next(number), lease))
 
     dispatch(1.0)
-    gc.freeze()                     # 10,000 tickets would be looked through again and again; see sollol.main
+    gc.freeze()                     # else each collection would look through 10,000 tickets
     for _ in range(DECISIONS):
         now, _, lease = heapq.heappop(running)
         start_s = time.perf_counter()
