@@ -5475,7 +5475,7 @@ class Soak:
         self.logged = collections.Counter()
         self.ignored = {}           # waiting ticket: since when all usable nodes for it are idle
         self.drained = {}           # drained node's name: since when
-        self.gateway = self.line = self.address = None
+        self.gateway = self.line = self.address = self.reload = None
 
     def wrong(self, text):
         self.violations.append(f"{self.loop.time():.3f} s: {text}")
@@ -5496,7 +5496,7 @@ class Soak:
             return
         self.listed = self.listed | {node.name} if listed else self.listed - {node.name}
         self.save_hosts()
-        self.gateway.files.reload()
+        self.reload()
 
     async def edit_hosts(self):
         """Save a bad hosts.txt now and then: the nodes stay as they are."""
@@ -5504,11 +5504,11 @@ class Soak:
             await asyncio.sleep(at_s - self.loop.time())
             before = dict(self.gateway.dispatcher.cluster.nodes)
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.files.reload()
+            self.reload()
             if self.gateway.dispatcher.cluster.nodes != before:
                 self.wrong("a bad hosts.txt changed the nodes")
             self.save_hosts()
-            self.gateway.files.reload()
+            self.reload()
 
     # Troubles
 
@@ -5625,9 +5625,9 @@ class Soak:
             await node.start()
         self.save_hosts()
 
-    def open_for(self, address):
-        """Let the clients know where the gateway is."""
-        self.address = address
+    def open_for(self, address, reload):
+        """Tell the clients where the gateway is, and the rest how it is made to read hosts.txt again."""
+        self.address, self.reload = address, reload
         self.visitors = {client: Visitor(*address, source=client)
                          for client in sorted({errand.client for errand in self.plan.errands})}
 
@@ -5638,7 +5638,7 @@ class Soak:
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
         self.line = OvertakingWatch(self.gateway.dispatcher)
-        self.open_for(self.gateway.listener.address)
+        self.open_for(self.gateway.listener.address, self.gateway.files.reload)
 
     async def play(self):
         """Run all errands through all troubles."""
@@ -6173,10 +6173,10 @@ class LiveSoak(Soak):
         for at_s in self.plan.edits_s:
             await asyncio.sleep(at_s - self.loop.time())
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.files.reload()
+            self.reload()
             await asyncio.sleep(1.0)
             self.save_hosts()
-            self.gateway.files.reload()
+            self.reload()
 
     def look(self):
         self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))
@@ -6188,7 +6188,7 @@ class LiveSoak(Soak):
         self.gateway = GatewayProcess.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout",
                                          str(SOAK_WAIT_S))
         await self.gateway.ready(len(self.nodes))
-        self.open_for(("127.0.0.1", self.gateway.port))
+        self.open_for(("127.0.0.1", self.gateway.port), self.gateway.reload)
 
     def drift(self):
         """Return rows of text, a minute each; complain if the last one is much above the first."""
