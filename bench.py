@@ -2999,15 +2999,16 @@ LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoi
 def unused_low_port(rng):
     """Return a port that no outgoing connection can take while its node is dead.
 
-    One number is drawn from `rng`: a port in use must not change what is drawn later.
+    One number is drawn from `rng`, whatever is in use: nothing that is drawn later may change. The process counts, too,
+    so that two that run the same seed do not take the port of each other's dead nodes.
     """
-    port = rng.choice(LOW_PORTS)
-    while True:
+    drawn = rng.randrange(len(LOW_PORTS)) + 7919 * os.getpid()
+    for number in itertools.count(drawn):
+        port = LOW_PORTS[number % len(LOW_PORTS)]
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
-        port = random.choice(LOW_PORTS)
 
 
 class NodeProcess:
