@@ -5380,7 +5380,8 @@ def overgrown(gateway, nodes):
     waiting, cluster = dispatcher.waiting, dispatcher.cluster
     for name, table in (("waiting.heaps", waiting.heaps), ("waiting.marked", waiting.marked),
                         ("estimates.lengths", cluster.estimates.lengths), ("holders", cluster.holders),
-                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models | cluster.changes.idle_models),
+                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models),
+                        ("idle changes", cluster.changes.idle_models),
                         ("rates", dispatcher.rates.rates)):
         if extra := set(table) - models:
             yield f"{name} keeps {' '.join(map(str, extra))}"
