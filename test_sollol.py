@@ -4448,8 +4448,8 @@ def test_other_users_of_a_node_shrink_its_slots_for_a_while(path):
     async def run():
         node, draw, rng = bench.SimNode(slots=4, loaded=("llama3.2",), noise=0.08), untimed(path), random.Random(1)
         async with gateway_for(node) as gateway:
-            node, = gateway.dispatcher.cluster.nodes.values()
-            known, ended = node.runners["llama3.2:latest"], asyncio.Event()
+            known_node, = gateway.dispatcher.cluster.nodes.values()
+            known, ended = known_node.runners["llama3.2:latest"], asyncio.Event()
 
             async def client(address, ended):
                 caller = bench.Caller(*address)
