@@ -11303,10 +11303,10 @@ def test_wall_clock_agrees_with_the_virtual_one():
 async def test_simulated_node_resets_garbles_and_tears():
     node = fixed(1, speed=2)
     async with gateway_for(node) as gateway:
+        known_nodes = gateway.dispatcher.cluster.nodes
         for fault in (node.reset, lambda: node.garble(b"zz\r\n")):
             stream = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=400, stream=True)))
-            alive = gateway.dispatcher.cluster.nodes.values()
-            await until(lambda: any(lease.lines > 3 for node in alive for lease in node.leases))
+            await until(lambda: any(lease.lines > 3 for known in known_nodes.values() for lease in known.leases))
             fault()
             assert json.loads((await stream).body.splitlines()[-1])["error"].startswith("127.0.0.1:")
             node.recover()
