@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """The proof: SOLLOL against round-robin and least-inflight, on simulated Ollama nodes or on real ones.
 
-    python bench.py                             # the comparison table, on three simulated nodes, in seconds
-    python bench.py --matrix                    # all scenarios: clusters, loads, models, bursts, faults; minutes
-    python bench.py --agents 10,40              # parallel agents against one call after the other
-    python bench.py --check                     # are the claims true? exit status 1 if one is not
-    python bench.py --soak 20                   # 20 seeds of random faults; exit status 1 if something did not hold
-    python bench.py --kills 60                  # node processes killed under load, likewise, on the wall clock
-    python bench.py --siege                     # what others notice of 300 half heads, 200 slow readers and worse
-    python bench.py --overhead                  # small calls and blobs beside nginx and HAProxy, on the wall clock
-    python bench.py --streams 300               # so many token streams, likewise: CPU, gaps, memory
-    python bench.py --sollol-url http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
-    python bench.py --nodes 3 --port 11434      # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
+    python bench.py                             # compare: the table, on three simulated nodes, in seconds
+    python bench.py matrix                      # all scenarios: clusters, loads, models, bursts, faults; minutes
+    python bench.py agents 10,40                # parallel agents against one call after the other
+    python bench.py check                       # are the claims true? exit status 1 if one is not
+    python bench.py soak 20                     # 20 seeds of random faults; exit status 1 if something did not hold
+    python bench.py kills 60                    # node processes killed under load, likewise, on the wall clock
+    python bench.py siege                       # what others notice of 300 half heads, 200 slow readers and worse
+    python bench.py overhead                    # small calls and blobs beside nginx and HAProxy, on the wall clock
+    python bench.py streams 300                 # so many token streams, likewise: CPU, gaps, memory
+    python bench.py live http://localhost:8000 --hosts localhost:11434,localhost:11435 --output results.json
+    python bench.py serve 3 --port 11434        # three simulated nodes on 11434, 11435, 11436 until Ctrl-C
+
+The flags that stood for commands before, such as `--matrix` or `--nodes 3`, still do: see OLD_FLAGS.
 
 Each simulated node is a real HTTP/1.1 server on a real socket that behaves as Ollama does on the wire: slots with a
 hidden FIFO in front, model loads and evictions, keep-alive, prefix cache, batching slow-down, honest
@@ -19,6 +21,7 @@ timings in the last line, and faults on demand. Only the GPU is made up. Under `
 is made up as well.
 """
 
+import argparse
 import asyncio
 import base64
 import bisect
@@ -50,6 +53,7 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -129,6 +133,13 @@ def run_virtual(main_coroutine):
     """
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         return runner.run(main_coroutine)
+
+
+# ============================================================================================================
+# Simulated nodes: `serve`, `demo`
+#
+# Ollama as it is on the wire. Only the GPU is made up.
+# ============================================================================================================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,7 +241,7 @@ def batch_gain(count, exponent=BATCHING_EXPONENT):
     return count ** exponent
 
 
-class Progress:
+class WorkClock:
     """Solo-seconds that somebody has progressed, at a rate that changes, and who waits for how many."""
 
     def __init__(self):
@@ -246,7 +257,7 @@ class Progress:
                 future.set_result(None)
 
 
-class Share:
+class DeviceShare:
     """The part of the device that one model gets."""
 
     def __init__(self, token_s, batch_s):
@@ -254,12 +265,12 @@ class Share:
         self.batch_s = batch_s
         self.turns = 0
         self.decoders = 0               # turns that decode
-        self.decode = Progress()        # of each of them
+        self.decode = WorkClock()       # of each of them
         self.prompts = asyncio.Lock()   # FIFO; its holder's prompt is evaluated
-        self.prompt = Progress()        # of that one
+        self.prompt = WorkClock()       # of that one
 
 
-class Turn:
+class DeviceTurn:
     """One caller's membership in a share, left exactly once at the end of a `with` block."""
 
     def __init__(self, device, share):
@@ -337,9 +348,9 @@ class Device:
 
     def enter(self, model, token_s=0.0, batch_s=1.0):
         self.advance()
-        share = self._shares.setdefault(model, Share(token_s, batch_s))
+        share = self._shares.setdefault(model, DeviceShare(token_s, batch_s))
         share.turns += 1
-        return Turn(self, share)
+        return DeviceTurn(self, share)
 
     def leave(self, share, decodes):
         self.advance()
@@ -425,26 +436,15 @@ class Refused(Exception):
 BUSY = "server busy, please try again.  maximum pending requests exceeded"  # two spaces, as in Ollama
 STOPPED = ("model runner has unexpectedly stopped, this may be due to resource limitations or an internal "
            "error, check ollama server logs for details")
-TOO_LONG = "input length exceeds the context length"
-RUNNER_ERRORS = (           # of status 500: this runner is broken, another node may do it. Never all that there are
-    STOPPED, "an error was encountered while running the model: unexpected EOF",
-    "an error was encountered while running the model: read tcp 127.0.0.1:50001->127.0.0.1:50002: wsarecv: An existing "
-    "connection was forcibly closed by the remote host.",
-    "an error was encountered while running the model: GGML_ASSERT(n_tokens > 0) failed",
-    'do embedding request: Post "http://127.0.0.1:50001/embedding": EOF',
-    'POST predict: Post "http://127.0.0.1:50001/completion": EOF', "llama runner process has terminated: exit status 2",
-    "timed out waiting for llama-server to start", "llama-server process no longer running: -1",
-    "error starting llama-server: fork/exec /usr/lib/ollama/llama-server: input/output error",
-    "llama-server binary not found", "error reading llama-server response: unexpected EOF",
-    'health resp: Get "http://127.0.0.1:50001/health": EOF', "read /root/.ollama/models/blobs: input/output error",
-    "CUDA error: an illegal memory access was encountered", "ggml_metal_graph_compute: command buffer 0 failed", "")
+INPUT_TOO_LONG = "input length exceeds the context length"
+
 
 
 def any_case(pairs):
     return {key.casefold(): value for key, value in pairs}
 
 
-JSON_VALUE = json.JSONDecoder(object_pairs_hook=any_case)
+LENIENT_JSON = json.JSONDecoder(object_pairs_hook=any_case)
 
 
 def read_json(body):
@@ -453,10 +453,10 @@ def read_json(body):
     if not text:
         raise Refused(400, "missing request body")
     try:
-        value, _ = JSON_VALUE.raw_decode(text)
+        value, _ = LENIENT_JSON.raw_decode(text)
     except json.JSONDecodeError as error:
-        found = text[error.pos:error.pos + 1]
-        raise Refused(400, f"invalid character '{found}' looking for beginning of value" if found
+        letter = text[error.pos:error.pos + 1]
+        raise Refused(400, f"invalid character '{letter}' looking for beginning of value" if letter
                       else "unexpected EOF") from None
     except RecursionError:
         raise Refused(400, "exceeded max depth") from None
@@ -469,13 +469,13 @@ def plain(data):
     """Return what a zstd frame holds: of one segment and raw blocks only, as tests write it. Raises Refused(400)."""
     if data[:5] != b"\x28\xb5\x2f\xfd\xa0":     # magic; single segment, a content size of four bytes
         raise Refused(400, "unsupported zstd frame")
-    found, at, last = [], 9, False
+    blocks, at, last = [], 9, False
     while not last:
         head = int.from_bytes(data[at:at + 3], "little")
         last, size = head & 1, head >> 3
-        found.append(data[at + 3:at + 3 + size])
+        blocks.append(data[at + 3:at + 3 + size])
         at += 3 + size
-    return b"".join(found)
+    return b"".join(blocks)
 
 
 MOST_OBJECTS = 500_000  # of a body; Go reads more in one of its threads, here that would stop the whole node
@@ -732,20 +732,25 @@ def drawn_machine(seed):
     return Machine(rng.triangular(0.5, 0.9, BATCHING_EXPONENT), 0.01 * 20 ** rng.random(), 0.5 * 4 ** rng.random())
 
 
-class Runner:
+class SimRunner:
     """A file of weights in memory."""
 
-    def __init__(self, model, settings, slots, keep_alive_s, need_gb, vram_gb, cache_tokens):
+    def __init__(self, engine, model, settings):
+        one_by_one = model.embedding or model.format == "safetensors"       # Ollama gives these one slot
+        slots = 1 if one_by_one else engine.slots
+        own_window = settings["num_ctx"] == engine.context_length(model)
+        window = min(settings["num_ctx"], COUNTED_CONTEXT) if own_window else settings["num_ctx"]
+        kv_gb = kv_gb_per_token(model)
         self.model = model              # the first tag that was asked for: the one that /api/ps lists
         self.settings = settings        # the values it was started with
         self.slots = asyncio.Semaphore(slots)
         self.texts = [""] * slots       # what each free slot has in its KV cache, least recently used first
         self.kept = []                  # (text, tokens) of the prompt cache in RAM, least recently used first
-        self.cache_tokens = cache_tokens
-        self.keep_alive_s = keep_alive_s
-        self.need_gb = need_gb
-        self.vram_gb = min(need_gb, vram_gb)
-        self.speed = model.speed * (1.0 if need_gb <= vram_gb else SPILL)
+        self.cache_tokens = 0 if model.embedding else int(engine.traits.prompt_cache_gb / kv_gb)
+        self.keep_alive_s = engine.traits.keep_alive_s
+        self.need_gb = model.size_gb * 1.2 + slots * window * kv_gb
+        self.vram_gb = min(self.need_gb, engine.vram_gb)
+        self.speed = model.speed * (1.0 if self.need_gb <= engine.vram_gb else SPILL)
         self.users = 0                  # requests running or in the FIFO
         self.used_s = 0.0               # loop time of the last use
         self.expiry = None              # timer, only while idle
@@ -785,32 +790,57 @@ class Runner:
             del self.kept[0]
 
 
+class Traits(NamedTuple):
+    """What may be chosen of a simulated node, beside its hardware and its models."""
+
+    name: str = ""                  # the hardware's, if empty
+    host: str = "127.0.0.1"
+    port: int = 0                   # 0: any
+    seed: int = 0
+    slots: int | None = None        # None: the hardware's; so for vram_gb
+    vram_gb: float | None = None
+    loaded: tuple = ()              # models in memory at the start
+    keep_alive_s: float = 300.0
+    latency_s: float = 0.0          # one way
+    noise: float = 0.0              # sigma of ln(time) of a request
+    speed: float = 1.0              # times as fast as the hardware
+    tokens_per_line: int = 1        # of a stream
+    version: str = "0.33.0"
+    max_queue: int = 512            # requests that wait for a load
+    drawn: bool = False             # its Machine comes from the seed, else it is the usual one,
+    machine: Machine | None = None  # or this one
+    context: int | None = None      # tokens of a window; None: by memory
+    too_long: str = "refuse"        # a prompt that does not fit; or "cut", or "exceed": the engine's own error
+    max_loaded: int = MAX_LOADED
+    prompt_cache_gb: float = 0.0    # of each runner, in RAM; newer versions have 8
+    ps_blocks: bool = False         # /api/ps and /api/tags wait while a model loads
+    silent_tools: bool = False      # every answer to a body with tools is a call, shown only when it is whole
+    picture_s: float = PICTURE_S    # to encode a picture on a CPU
+    mlx: bool = False               # one slot, whatever `slots` says
+    lacks: tuple = ()               # paths that this version does not know
+    gzips: bool = False             # a tunnel compresses answers,
+    fields: dict = {}               # and adds these
+
+
 class Engine:
     """The part of a node behind its HTTP server. Needs a running loop once it is used."""
 
-    def __init__(self, hardware, slots, vram_gb, keep_alive_s, speed, noise, max_queue, seed, machine=USUAL_MACHINE,
-                 context=None, max_loaded=MAX_LOADED, prompt_cache_gb=0.0, picture_s=PICTURE_S):
+    def __init__(self, hardware, traits):
         self.hardware = hardware
-        self.machine = machine
-        self.slots = slots
-        self.vram_gb = vram_gb
-        self.keep_alive_s = keep_alive_s
-        self.speed = speed
-        self.max_queue = max_queue
-        self.max_loaded = max_loaded
-        self.prompt_cache_gb = prompt_cache_gb      # in RAM, for each runner; older engines have none
-        self.device = Device(machine.exponent)
+        self.traits = traits
+        self.machine = traits.machine or (drawn_machine(traits.seed) if traits.drawn else USUAL_MACHINE)
+        self.slots = traits.slots or hardware.slots
+        self.vram_gb = traits.vram_gb or hardware.vram_gb
+        self.speed = traits.speed
+        self.device = Device(self.machine.exponent)
         self.host = Device(1.0)         # what is done beside the engine, for all requests at once
         self.disk = Device()            # loads run beside inference, but a fault stops them too
-        self.runners = {}               # blob -> Runner
+        self.runners = {}               # blob -> SimRunner
         self.moving = asyncio.Lock()    # held while a model is loaded: some versions' /api/ps waits for it
         self.pending = 0                # requests in the line, its head included
         self.loads = 0
         self.evictions = 0
-        self._context = context
-        self._picture_s = picture_s
-        self._noise = noise
-        self._rng = random.Random(seed)
+        self._rng = random.Random(traits.seed)
         self._line = asyncio.Lock()     # FIFO; whoever holds it is the head
         self._idle = asyncio.Event()    # some runner became idle or left
 
@@ -822,7 +852,7 @@ class Engine:
     def context_length(self, model, explicit=None):
         """Return the tokens of a window: those asked for or Ollama's default for so much VRAM, at most the model's."""
         vram_gb = 0 if self.hardware.on_cpu else self.vram_gb
-        default = self._context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
+        default = self.traits.context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
         return min(model.max_context, max(4, int(explicit)) if isinstance(explicit, (int, float)) else default)
 
     def settings(self, model, options):
@@ -843,7 +873,7 @@ class Engine:
         return EMBED_CALL_S * math.sqrt(HARDWARE["cpu"].decode_tok_s / self.hardware.decode_tok_s) / self.speed
 
     def picture_s(self):
-        return self._picture_s * HARDWARE["cpu"].prefill_tok_s / self.hardware.prefill_tok_s / self.speed
+        return self.traits.picture_s * HARDWARE["cpu"].prefill_tok_s / self.hardware.prefill_tok_s / self.speed
 
     def gain(self):
         """Return how many times the decoding of one request full slots do together."""
@@ -851,7 +881,7 @@ class Engine:
 
     def jitter(self):
         """Return a factor around 1 by which this request takes longer than computed."""
-        return math.exp(self._rng.gauss(0.0, self._noise)) if self._noise else 1.0
+        return math.exp(self._rng.gauss(0.0, self.traits.noise)) if self.traits.noise else 1.0
 
     @contextlib.asynccontextmanager
     async def runner(self, model, options, keep_alive_s):
@@ -872,7 +902,7 @@ class Engine:
         runner = self._hot(model, settings)
         if runner:
             return runner
-        if self.pending > self.max_queue:
+        if self.pending > self.traits.max_queue:
             raise Refused(503, BUSY)
         self.pending += 1
         try:
@@ -886,7 +916,7 @@ class Engine:
         return runner if runner and runner.serves(settings) else None
 
     async def _load(self, model, settings):
-        runner = self._runner(model, settings)
+        runner = SimRunner(self, model, settings)
         evicted = await self._make_room(runner)
         load_s = LOAD_START_S + model.size_gb / self.hardware.load_gb_s + (EVICTION_S if evicted else 0.0)
         async with self.moving:
@@ -895,23 +925,13 @@ class Engine:
         self.runners[model.blob] = runner
         return runner
 
-    def _runner(self, model, settings):
-        one_by_one = model.embedding or model.format == "safetensors"       # Ollama gives these one slot
-        slots = 1 if one_by_one else self.slots
-        own_window = settings["num_ctx"] == self.context_length(model)
-        window = min(settings["num_ctx"], COUNTED_CONTEXT) if own_window else settings["num_ctx"]
-        kv_gb = kv_gb_per_token(model)
-        cache_tokens = 0 if model.embedding else int(self.prompt_cache_gb / kv_gb)
-        return Runner(model, settings, slots, self.keep_alive_s, model.size_gb * 1.2 + slots * window * kv_gb,
-                      self.vram_gb, cache_tokens)
-
     async def _make_room(self, newcomer):
         """Unload until the newcomer fits; return whether anything was unloaded."""
         evicted = False
         while True:
             stale = self.runners.get(newcomer.model.blob)       # same weights, other settings
             used_gb = sum(runner.need_gb for runner in self.runners.values())
-            crowded = used_gb + newcomer.need_gb > self.vram_gb or len(self.runners) >= self.max_loaded
+            crowded = used_gb + newcomer.need_gb > self.vram_gb or len(self.runners) >= self.traits.max_loaded
             if not stale and not (crowded and self.runners):
                 return evicted
             await self._evict(stale or self._victim())
@@ -919,7 +939,7 @@ class Engine:
             evicted = True
 
     def _victim(self):
-        return min(self.runners.values(), key=lambda it: (it.users > 0, it.keep_alive_s, it.model.blob))
+        return min(self.runners.values(), key=lambda runner: (runner.users > 0, runner.keep_alive_s, runner.model.blob))
 
     async def _evict(self, runner):
         """Unload a runner as soon as it is idle, whatever requests say of it meanwhile."""
@@ -963,7 +983,7 @@ class Engine:
 
     def preload(self, model):
         """Put a model into memory at once, as if it had been loaded long ago."""
-        runner = self.runners[model.blob] = self._runner(model, self.settings(model, ()))
+        runner = self.runners[model.blob] = SimRunner(self, model, self.settings(model, ()))
         runner.used_s = asyncio.get_running_loop().time()
         self._settle(runner)
 
@@ -1050,7 +1070,7 @@ def read_head(raw):
     return Head(words[0], urllib.parse.unquote(target.path) or "/", words[2] != "HTTP/1.0", fields)
 
 
-class Record:
+class Trace:
     """What a node remembers of one request, for tests and reports. Times are loop times in seconds."""
 
     __slots__ = ("number", "time_s", "method", "path", "head", "body", "body_bytes", "model", "status",
@@ -1071,12 +1091,12 @@ class Record:
         self.aborted = False
 
 
-class Exchange:
+class SimExchange:
     """One request on a connection, and the means to answer it."""
 
-    def __init__(self, reader, writer, head, record, latency_s):
+    def __init__(self, reader, writer, head, trace, latency_s):
         self.head = head
-        self.record = record
+        self.trace = trace
         self.body = b""
         self.close = self._wants_close()
         self._reader = reader
@@ -1121,13 +1141,13 @@ class Exchange:
             if not part:
                 raise asyncio.IncompleteReadError(b"", left)
             left -= len(part)
-            self.record.body_bytes += len(part)
+            self.trace.body_bytes += len(part)
             yield part
 
     async def read_body(self):
         self.body = b"".join([part async for part in self.parts()])
         if len(self.body) <= KEPT_BODY_BYTES:
-            self.record.body = self.body
+            self.trace.body = self.body
 
     # The answer.
 
@@ -1176,7 +1196,7 @@ class Exchange:
             lines.append("Connection: close")
         elif not self.head.http_1_1:
             lines.append("Connection: keep-alive")
-        self.record.status = status
+        self.trace.status = status
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
 
     def send(self, status, body=b"", media_type="", **extra):
@@ -1215,7 +1235,7 @@ class Exchange:
         kind = refusal.kind or {400: "invalid_request_error", 404: "not_found_error"}.get(refusal.status, "api_error")
         if self.head.path.startswith("/v1/messages"):
             self.send_json({"type": "error", "error": {"type": kind, "message": refusal.text},
-                            "request_id": f"req_{self.record.number}"}, refusal.status)
+                            "request_id": f"req_{self.trace.number}"}, refusal.status)
             return
         self.send_json({"error": {"message": refusal.text, "type": kind, "param": None, "code": None}},
                        refusal.status)
@@ -1287,7 +1307,7 @@ class GenerateLines:
     media_type = "application/x-ndjson"
     before, after = b'","response":', b',"done":false}\n'
 
-    def __init__(self, ask, _record):
+    def __init__(self, ask, _trace):
         self.ask = ask
         self._start = b'{"model":%b,"created_at":"' % compact(ask.name)
 
@@ -1339,10 +1359,10 @@ class ChatEvents:
     later = b'{"index":0,"delta":{"content":%b},"finish_reason":null}'
     finish = {"delta": {}}
 
-    def __init__(self, ask, record):
+    def __init__(self, ask, trace):
         self.ask = ask
-        created = epoch_at(record.time_s)
-        self._about = {"id": f"{self.id_prefix}-{record.number % 999}", "object": self.chunk_kind,
+        created = epoch_at(trace.time_s)
+        self._about = {"id": f"{self.id_prefix}-{trace.number % 999}", "object": self.chunk_kind,
                        "created": created, "model": ask.name, "system_fingerprint": "fp_ollama"}
         self._start = b"data: " + compact(self._about)[:-1] + b',"choices":['
         self._end = b"]" + self.extra() + b"}\n\n"
@@ -1407,10 +1427,10 @@ class ResponseEvents:
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask, record):
+    def __init__(self, ask, trace):
         self.ask = ask
-        self._id, self._item_id = f"resp_{record.number}", f"msg_{record.number}"
-        self._created, self._text, self._numbers = epoch_at(record.time_s), [], itertools.count()
+        self._id, self._item_id = f"resp_{trace.number}", f"msg_{trace.number}"
+        self._created, self._text, self._numbers = epoch_at(trace.time_s), [], itertools.count()
 
     def _response(self, status, output, usage=None):
         return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
@@ -1479,9 +1499,9 @@ class MessageEvents:
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask, record):
+    def __init__(self, ask, trace):
         self.ask = ask
-        self._id, self._begun = f"msg_{record.number}", False
+        self._id, self._begun = f"msg_{trace.number}", False
 
     def _message(self, content, reason, usage):
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.ask.name, "content": content,
@@ -1492,8 +1512,8 @@ class MessageEvents:
         return (event("message_start", message=self._message([], None, {"input_tokens": 0, "output_tokens": 0}))
                 + event("content_block_start", index=0, content_block=block))
 
-    def _tool_use(self, given):
-        return {"type": "tool_use", "id": "call_1", "name": self.ask.tool, "input": given}
+    def _tool_use(self, arguments):
+        return {"type": "tool_use", "id": "call_1", "name": self.ask.tool, "input": arguments}
 
     def part(self, text, _now_s):
         begin = b"" if self._begun else self._begin({"type": "text", "text": ""})
@@ -1520,9 +1540,9 @@ class MessageEvents:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Routes: what does each path answer?
+# Endpoints: what does each path answer?
 #
-# A route is a coroutine function of (node, exchange), or for inference of (node, exchange, body), and one
+# An endpoint is a coroutine function of (node, exchange), or for inference of (node, exchange, body), and one
 # line in the table at the end.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1554,7 +1574,7 @@ def read_ask(node, body, ability, prompt, empty):
     if body.get("think"):
         raise Refused(400, f'"{name}" does not support thinking')
     options, tool = field(body, "options", dict, {}), tool_name(body) if ability == "chat" else ""
-    calls = node.silent_tools or CALL_MARK in prompt
+    calls = node.traits.silent_tools or CALL_MARK in prompt
     return Ask(name, model, prompt, field(body, "stream", bool, True),
                int(field(options, "num_predict", (int, float), -1)), runner_key(options, body.get("shift")),
                keep_alive_s(body.get("keep_alive")), tool=tool if calls else "")
@@ -1572,23 +1592,23 @@ def read_openai_ask(node, body, ability, prompt, empty):
 def fitting_tokens(node, runner, prompt):
     """Return the tokens of a prompt that its window takes. Raises Refused(400)."""
     tokens, window = token_count(prompt), runner.context_length
-    if tokens <= window or node.too_long == "cut":
+    if tokens <= window or node.traits.too_long == "cut":
         return min(tokens, window)
     error = {"code": 400, "message": f"request ({tokens} tokens) exceeds the available context size ({window} tokens), "
              "try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": tokens, "n_ctx": window}
-    raise Refused(400, TOO_LONG if node.too_long == "refuse" else json.dumps({"error": error}))
+    raise Refused(400, INPUT_TOO_LONG if node.traits.too_long == "refuse" else json.dumps({"error": error}))
 
 
 async def decode(turn, token_s, tokens, exchange, dialect, tokens_per_line):
     """Stream tokens as they come: one a line while a neighbour's prompt stops all but one in a while."""
-    now_s, told = asyncio.get_running_loop().time, 0
-    while told < len(tokens):
-        wanted = min(len(tokens), told + (1 if turn.stalled else tokens_per_line))
+    now_s, sent = asyncio.get_running_loop().time, 0
+    while sent < len(tokens):
+        wanted = min(len(tokens), sent + (1 if turn.stalled else tokens_per_line))
         await turn.progress(wanted * token_s)
         done = min(wanted, int(turn.done_s / token_s + 1e-6))
-        if done > told:
-            exchange.stream((dialect.part("".join(tokens[told:done]), now_s()),), dialect.media_type)
-            told = done
+        if done > sent:
+            exchange.stream((dialect.part("".join(tokens[sent:done]), now_s()),), dialect.media_type)
+            sent = done
             await exchange.drain()
 
 
@@ -1600,7 +1620,7 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
     cached = min(token_count(ask.prompt[:shared]), prompt_tokens - 1) if shared else 0      # the last one is evaluated
     pictures = ask.prompt.count(PICTURE, shared)
     prompt_rate_s, token_s = engine.prefill_s(runner), jitter * engine.decode_s(runner)
-    exchange.record.started_s = now_s()
+    exchange.trace.started_s = now_s()
     try:
         await engine.host.work("", jitter * engine.overhead_s())
         begun_s = now_s()
@@ -1623,13 +1643,13 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
 
 async def infer(node, exchange, dialect):
     """Answer an Ask: wait for the model, for a slot, for the prompt, then for each token."""
-    ask, arrived_s, now_s = dialect.ask, exchange.record.time_s, asyncio.get_running_loop().time
+    ask, arrived_s, now_s = dialect.ask, exchange.trace.time_s, asyncio.get_running_loop().time
     engine = node.engine
     async with engine.runner(ask.model, ask.options, ask.keep_alive_s) as runner:
         load_s = now_s() - arrived_s
         prompt_tokens = fitting_tokens(node, runner, ask.prompt)
         async with runner.slots:
-            stats, text = await produce(engine, runner, exchange, dialect, prompt_tokens, node.tokens_per_line)
+            stats, text = await produce(engine, runner, exchange, dialect, prompt_tokens, node.traits.tokens_per_line)
             if stats.reason:
                 stats = stats._replace(total_s=now_s() - arrived_s, load_s=load_s)
             if ask.stream:
@@ -1657,13 +1677,13 @@ async def generate(node, exchange, body):
     pictures = "".join(map(picture, field(body, "images", list, [])))
     whole_prompt = "\n".join(filter(None, (field(body, "system", str, ""), pictures + prompt)))
     ask = read_ask(node, body, "generate", whole_prompt, EMPTY_NAME)
-    await (infer if prompt else load_or_unload)(node, exchange, GenerateLines(ask, exchange.record))
+    await (infer if prompt else load_or_unload)(node, exchange, GenerateLines(ask, exchange.trace))
 
 
 async def chat(node, exchange, body):
     messages = field(body, "messages", list, [])
     ask = read_ask(node, body, "chat", rendered(messages, body.get("tools")), NO_NAME)
-    await (infer if messages else load_or_unload)(node, exchange, ChatLines(ask, exchange.record))
+    await (infer if messages else load_or_unload)(node, exchange, ChatLines(ask, exchange.trace))
 
 
 async def openai_chat(node, exchange, body):
@@ -1671,20 +1691,20 @@ async def openai_chat(node, exchange, body):
     if not messages:
         raise Refused(400, "[] is too short - 'messages'")
     ask = read_openai_ask(node, body, "chat", rendered(messages, body.get("tools")), NO_NAME)
-    await infer(node, exchange, ChatEvents(ask, exchange.record))
+    await infer(node, exchange, ChatEvents(ask, exchange.trace))
 
 
 async def openai_completion(node, exchange, body):
     ask = read_openai_ask(node, body, "generate", field(body, "prompt", str, ""), EMPTY_NAME)
-    await infer(node, exchange, CompletionEvents(ask, exchange.record))
+    await infer(node, exchange, CompletionEvents(ask, exchange.trace))
 
 
 async def openai_response(node, exchange, body):
-    given = body.get("input") or ""
-    prompt = given if isinstance(given, str) else rendered(given, body.get("tools"))
+    items = body.get("input") or ""
+    prompt = items if isinstance(items, str) else rendered(items, body.get("tools"))
     limit = {"max_tokens": body.get("max_output_tokens")}
     ask = read_openai_ask(node, body | limit, "chat", field(body, "instructions", str, "") + prompt, NO_NAME)
-    await infer(node, exchange, ResponseEvents(ask, exchange.record))
+    await infer(node, exchange, ResponseEvents(ask, exchange.trace))
 
 
 async def anthropic_message(node, exchange, body):
@@ -1694,7 +1714,7 @@ async def anthropic_message(node, exchange, body):
     lead = system if isinstance(system, str) else rendered_parts(system)
     prompt = lead + rendered(field(body, "messages", list, []), body.get("tools"))
     ask = read_openai_ask(node, body, "chat", prompt, NO_NAME)
-    await infer(node, exchange, MessageEvents(ask, exchange.record))
+    await infer(node, exchange, MessageEvents(ask, exchange.trace))
 
 
 async def transcribe(node, exchange, body):
@@ -1713,12 +1733,12 @@ class Embeddings(NamedTuple):
 
 async def embed_all(node, exchange, body, model, texts):
     """Return the Embeddings of all texts; each text waits for a slot of its own."""
-    engine, now_s, arrived_s = node.engine, asyncio.get_running_loop().time, exchange.record.time_s
+    engine, now_s, arrived_s = node.engine, asyncio.get_running_loop().time, exchange.trace.time_s
     options = runner_key(field(body, "options", dict, {}))
 
     async def one(count):
         async with runner.slots:
-            exchange.record.started_s = exchange.record.started_s or now_s()
+            exchange.trace.started_s = exchange.trace.started_s or now_s()
             solo_s = engine.embed_call_s() + count * engine.prefill_s(runner)
             await engine.device.work(model.blob, solo_s * engine.jitter())
 
@@ -1726,7 +1746,7 @@ async def embed_all(node, exchange, body, model, texts):
         load_s = now_s() - arrived_s
         counts = [token_count(text) for text in texts]
         if body.get("truncate") is False and max(counts, default=0) > runner.context_length:
-            raise Refused(400, f"the {TOO_LONG}")
+            raise Refused(400, f"the {INPUT_TOO_LONG}")
         counts = [min(count, runner.context_length) for count in counts]
         await engine.host.work("", engine.overhead_s() * engine.jitter())
         async with asyncio.TaskGroup() as group:
@@ -1802,7 +1822,7 @@ def capabilities(model):
 
 async def when_it_answers(node):
     """Return when the scheduler's lock is free, for a version that takes it to answer."""
-    if node.ps_blocks:
+    if node.traits.ps_blocks:
         async with node.engine.moving:
             pass
 
@@ -1881,7 +1901,7 @@ async def store_blob(node, exchange):
         hashed.update(part)
     if hashed.hexdigest() != digest:
         raise Refused(400, f"digest mismatch, expected sha256:{digest}, got sha256:{hashed.hexdigest()}")
-    node.blobs[digest] = exchange.record.body_bytes
+    node.blobs[digest] = exchange.trace.body_bytes
     exchange.send(201)
 
 
@@ -2014,7 +2034,7 @@ async def web_search(node, exchange):
     exchange.send_json({"results": [{"title": "Llamas", "url": "https://llama.example/", "content": node.account}]})
 
 
-class Route(NamedTuple):
+class Endpoint(NamedTuple):
     methods: str
     path: str               # one that ends with "/" stands for all below it
     answer: Callable
@@ -2025,38 +2045,38 @@ class Route(NamedTuple):
         return below or path == self.path
 
 
-ROUTES = (
-    Route("GET HEAD", "/", root),
-    Route("GET HEAD", "/api/version", version),
-    Route("GET HEAD", "/api/tags", tags),
-    Route("GET", "/api/ps", resident),
-    Route("GET", "/api/status", status),
-    Route("POST", "/api/show", show),
-    Route("POST", "/api/generate", generate, "inference"),
-    Route("POST", "/api/chat", chat, "inference"),
-    Route("POST", "/api/embed", embed, "inference"),
-    Route("POST", "/api/embeddings", embed_one, "inference"),
-    Route("HEAD", "/api/blobs/", find_blob),
-    Route("POST", "/api/blobs/", store_blob, "upload"),
-    Route("GET", "/v1/models", openai_models),
-    Route("GET", "/v1/models/", openai_one_model),
-    Route("POST", "/v1/chat/completions", openai_chat, "inference"),
-    Route("POST", "/v1/completions", openai_completion, "inference"),
-    Route("POST", "/v1/embeddings", openai_embed, "inference"),
-    Route("POST", "/v1/responses", openai_response, "inference"),
-    Route("POST", "/v1/messages", anthropic_message, "inference"),
-    Route("POST", "/v1/audio/transcriptions", transcribe, "inference"),
-    Route("POST", "/api/pull", pull),
-    Route("POST", "/api/push", push),
-    Route("POST", "/api/create", create),
-    Route("POST", "/api/copy", copy),
-    Route("DELETE", "/api/delete", delete),
-    Route("POST", "/api/me", me),
-    Route("POST", "/api/signout", sign_out),
-    Route("DELETE", "/api/user/keys/", sign_out),
-    Route("POST", "/api/experimental/web_search", web_search),
-    Route("POST", "/api/experimental/web_fetch", web_search),
-    Route("GET", "/api/experimental/model-recommendations", web_search),
+ENDPOINTS = (
+    Endpoint("GET HEAD", "/", root),
+    Endpoint("GET HEAD", "/api/version", version),
+    Endpoint("GET HEAD", "/api/tags", tags),
+    Endpoint("GET", "/api/ps", resident),
+    Endpoint("GET", "/api/status", status),
+    Endpoint("POST", "/api/show", show),
+    Endpoint("POST", "/api/generate", generate, "inference"),
+    Endpoint("POST", "/api/chat", chat, "inference"),
+    Endpoint("POST", "/api/embed", embed, "inference"),
+    Endpoint("POST", "/api/embeddings", embed_one, "inference"),
+    Endpoint("HEAD", "/api/blobs/", find_blob),
+    Endpoint("POST", "/api/blobs/", store_blob, "upload"),
+    Endpoint("GET", "/v1/models", openai_models),
+    Endpoint("GET", "/v1/models/", openai_one_model),
+    Endpoint("POST", "/v1/chat/completions", openai_chat, "inference"),
+    Endpoint("POST", "/v1/completions", openai_completion, "inference"),
+    Endpoint("POST", "/v1/embeddings", openai_embed, "inference"),
+    Endpoint("POST", "/v1/responses", openai_response, "inference"),
+    Endpoint("POST", "/v1/messages", anthropic_message, "inference"),
+    Endpoint("POST", "/v1/audio/transcriptions", transcribe, "inference"),
+    Endpoint("POST", "/api/pull", pull),
+    Endpoint("POST", "/api/push", push),
+    Endpoint("POST", "/api/create", create),
+    Endpoint("POST", "/api/copy", copy),
+    Endpoint("DELETE", "/api/delete", delete),
+    Endpoint("POST", "/api/me", me),
+    Endpoint("POST", "/api/signout", sign_out),
+    Endpoint("DELETE", "/api/user/keys/", sign_out),
+    Endpoint("POST", "/api/experimental/web_search", web_search),
+    Endpoint("POST", "/api/experimental/web_fetch", web_search),
+    Endpoint("GET", "/api/experimental/model-recommendations", web_search),
 )
 
 
@@ -2090,50 +2110,28 @@ class Failing(NamedTuple):
     paths: tuple | None             # None: all inference
     models: tuple                   # canonical; empty: all
     text: str
-    kind: str | None                # type of the error in /v1
-    body: bytes | None              # in place of JSON, as a proxy's
-    media_type: str
-    fields: dict
+    kind: str | None = None         # type of the error in /v1
+    body: bytes | None = None       # in place of JSON, as a proxy's,
+    media_type: str = "text/html"   # and what goes with it
+    fields: dict = {}
 
     def hits(self, path, model):
         return (self.paths is None or path in self.paths) and (not self.models or model in self.models)
 
 
 class SimNode:
-    """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs.
+    """A simulated Ollama node. Faults may be set and counters read at any time while its loop runs."""
 
-    `drawn`: batching exponent, overhead and time of loads come from the seed, else they are the same for all nodes;
-    `machine` sets them. `context`: tokens of the window, else by memory. `too_long`: what becomes of a prompt that
-    does not fit: "refuse", "exceed" (the engine's own error), or "cut". `prompt_cache_gb`: of a runner in RAM, 8 in
-    newer versions. `ps_blocks`: /api/ps and /api/tags wait while a model loads. `silent_tools`: every answer to a body
-    with tools is a call, shown only when it is whole. `picture_s`: a picture on a CPU. `mlx`: one slot whatever
-    `slots` says. `lacks`: paths that this version does not know. `gzips`, `fields`: what a tunnel adds to answers.
-    """
-
-    def __init__(self, hardware="rtx3060", models=("llama3.2",), *, name=None, slots=None, port=0, seed=0,
-                 loaded=(), vram_gb=None, latency_s=0.0, noise=0.0, keep_alive_s=300.0, speed=1.0,
-                 tokens_per_line=1, version="0.33.0", max_queue=512, host="127.0.0.1", drawn=False, machine=None,
-                 context=None, too_long="refuse", max_loaded=MAX_LOADED, prompt_cache_gb=0.0, ps_blocks=False,
-                 silent_tools=False, picture_s=PICTURE_S, mlx=False, lacks=(), gzips=False, fields=None):
-        kind = HARDWARE[hardware]
-        machine = machine or (drawn_machine(seed) if drawn else USUAL_MACHINE)
-        self.name = name or hardware
-        self.host = host
-        self.port = port                        # 0: any; the real one after start()
-        self.format = "safetensors" if mlx else "gguf"
+    def __init__(self, hardware="rtx3060", models=("llama3.2",), **traits):
+        self.traits = Traits(**traits)
+        self.name = self.traits.name or hardware
+        self.host = self.traits.host
+        self.port = self.traits.port            # 0: any; the real one after start()
+        self.format = "safetensors" if self.traits.mlx else "gguf"
         self.models = {model.name: model for model in map(self._model_named, models)}
-        self.version = version
-        self.too_long = too_long
-        self.ps_blocks = ps_blocks
-        self.silent_tools = silent_tools
-        self.lacks = lacks
-        self.gzips = gzips
-        self.fields = fields or {}
+        self.version = self.traits.version
         self.tls = None                         # the ssl.SSLContext that it speaks TLS with
-        self.latency_s = latency_s              # one way
-        self.tokens_per_line = tokens_per_line
-        self.engine = Engine(kind, slots or kind.slots, vram_gb or kind.vram_gb, keep_alive_s, speed, noise, max_queue,
-                             seed, machine, context, max_loaded, prompt_cache_gb, picture_s)
+        self.engine = Engine(HARDWARE[hardware], self.traits)
         self.registry = MODELS                  # what it can pull
         self.modified_s = {}                    # model -> loop time of the pull, copy or create that brought it
         self.account = ""                       # at ollama.com; "" = signed out
@@ -2144,7 +2142,7 @@ class SimNode:
         self.in_flight_by_model = collections.Counter()
         self.max_in_flight = 0
         self.aborted = 0                        # requests whose client left, or that died with the node
-        self._loaded = tuple(loaded)
+        self._loaded = self.traits.loaded
         self._server = None
         self._arrivals = itertools.count()
         self._numbers = itertools.count()
@@ -2252,16 +2250,14 @@ class SimNode:
         self._set_pace(0.0)
         self._awake.clear()
 
-    def fail(self, status=503, paths=None, text=None, *, models=(), kind=None, body=None, media_type="text/html",
-             fields=None):
+    def fail(self, status=503, paths=None, text=None, *, models=(), **answer):
         """Answer inference at once with an error, on some paths or on all; other paths if they are named.
 
-        `text` and `kind` (of /v1) are Ollama's, `body`, `media_type` and `fields` those of a proxy. With status 200
-        the text is the first line of a stream, and an empty body is a stream without any.
+        `text` is Ollama's unless it is given; `answer` sets further fields of Failing. With status 200 the text is the
+        first line of a stream, and an empty body is a stream without any.
         """
         usual = {503: BUSY, 500: STOPPED}.get(status) or http.client.responses.get(status, "")
-        self._failing = Failing(status, paths, tuple(map(canonical, models)), usual if text is None else text, kind,
-                                body, media_type, fields or {})
+        self._failing = Failing(status, paths, tuple(map(canonical, models)), usual if text is None else text, **answer)
 
     def reset(self):
         """Reset every connection, as a broken network does; the process lives on."""
@@ -2317,28 +2313,28 @@ class SimNode:
             writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % code)
             return False
         now_s = asyncio.get_running_loop().time
-        record = Record(next(self._numbers), now_s(), head.method, head.path, raw)
-        self.requests.append(record)
-        exchange = Exchange(reader, writer, head, record, self.latency_s)
-        exchange.extra, exchange.compresses = self.fields, self.gzips
+        trace = Trace(next(self._numbers), now_s(), head.method, head.path, raw)
+        self.requests.append(trace)
+        exchange = SimExchange(reader, writer, head, trace, self.traits.latency_s)
+        exchange.extra, exchange.compresses = self.traits.fields, self.traits.gzips
         reader.worker = asyncio.current_task()
         try:
             await self._answer(exchange)
             await exchange.delivered()
         except asyncio.CancelledError:
             self.aborted += 1
-            record.aborted, record.status = True, 499
+            trace.aborted, trace.status = True, 499
             raise
         finally:
             reader.worker = None
-            record.finished_s = now_s()
+            trace.finished_s = now_s()
         return not exchange.close
 
     async def _answer(self, exchange):
-        if self.latency_s:
-            await asyncio.sleep(self.latency_s)
+        if self.traits.latency_s:
+            await asyncio.sleep(self.traits.latency_s)
         await self._awake.wait()
-        exchange.record.time_s = asyncio.get_running_loop().time()
+        exchange.trace.time_s = asyncio.get_running_loop().time()
         try:
             await self._route(exchange)
         except Refused as refusal:
@@ -2346,39 +2342,39 @@ class SimNode:
 
     async def _route(self, exchange):
         head = exchange.head
-        routes = [route for route in ROUTES if route.matches(head.path)]
-        route = next((route for route in routes if head.method in route.methods.split()), None)
-        if not route or route.kind != "upload":
+        endpoints = [endpoint for endpoint in ENDPOINTS if endpoint.matches(head.path)]
+        endpoint = next((endpoint for endpoint in endpoints if head.method in endpoint.methods.split()), None)
+        if not endpoint or endpoint.kind != "upload":
             await exchange.read_body()
         if refused_origin(head):
             exchange.send(403)
-        elif head.path in self.lacks:
+        elif head.path in self.traits.lacks:
             exchange.send(404, b"404 page not found", "text/plain")
-        elif route and route.kind == "inference":
-            await self._infer(route, exchange)
-        elif route:
-            if not (self._failing and self._failing.paths and self._fails(route.path, "", exchange)):
-                await route.answer(self, exchange)
-        elif routes:
-            allowed = ", ".join(method for route in routes for method in route.methods.split())
+        elif endpoint and endpoint.kind == "inference":
+            await self._infer(endpoint, exchange)
+        elif endpoint:
+            if not (self._failing and self._failing.paths and self._fails(endpoint.path, "", exchange)):
+                await endpoint.answer(self, exchange)
+        elif endpoints:
+            allowed = ", ".join(method for endpoint in endpoints for method in endpoint.methods.split())
             exchange.send(405, b"405 method not allowed", "text/plain", Allow=allowed)
         else:
             exchange.send(404, b"404 page not found", "text/plain")
 
-    async def _infer(self, route, exchange):
+    async def _infer(self, endpoint, exchange):
         body = read_fields(exchange)
-        model = exchange.record.model = canonical(field(body, "model", str, ""))
+        model = exchange.trace.model = canonical(field(body, "model", str, ""))
         self.in_flight += 1
         self.in_flight_by_model[model] += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             exchange.torn = self._tearing
-            if self._fails(route.path, model, exchange):
+            if self._fails(endpoint.path, model, exchange):
                 pass
             elif self._garbage:
                 exchange.send_garbage(self._garbage)
             else:
-                await route.answer(self, exchange, body)
+                await endpoint.answer(self, exchange, body)
         finally:
             self.in_flight -= 1
             self.in_flight_by_model[model] -= 1
@@ -2410,6 +2406,15 @@ DEMO = (
 )
 
 
+DEMO_HINTS = """\
+Three simulated nodes are running. Try, in another terminal:
+
+  curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
+  curl {url}/api/tags
+
+and open {url}/dashboard
+"""
+
 BENCH_CONTEXT = 65_536              # tokens: the longest chat of a benchmark fits; windows by memory would refuse it
 
 
@@ -2436,7 +2441,7 @@ async def start_or_explain(node):
         raise PortTaken(f"port {node.port} is already in use" if taken else str(error)) from None
 
 
-async def serve(nodes):
+async def serve_nodes(nodes):
     """Serve until SIGINT or SIGTERM. Raises PortTaken."""
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -2450,6 +2455,26 @@ async def serve(nodes):
     finally:
         for node in nodes:
             await node.stop()
+
+
+async def run_demo(options: argparse.Namespace, keys: list[sollol.KeySettings], tls: ssl.SSLContext | None) -> None:
+    """Serve a gateway in front of three simulated nodes in this process: what `sollol.py --demo` calls."""
+    nodes = demo_nodes()
+    for node in nodes:
+        await node.start()
+    lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
+    try:
+        await sollol.run_gateway(options, sollol.parse_hosts(lines, "demo"), keys, tls, DEMO_HINTS)
+    finally:
+        for node in nodes:
+            await node.stop()
+
+
+# ============================================================================================================
+# The benchmark: `compare`, `matrix`, `agents`, `ablate`, `misled`, `check`
+#
+# The same requests through each policy of the gateway, in virtual time; tables, JSON and a page of HTML.
+# ============================================================================================================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2674,13 +2699,103 @@ class Sample(NamedTuple):
         return self.end_s - self.scheduled_s
 
 
+class Response:
+    """A response as far as its client has read it."""
+
+    def __init__(self, head=b""):
+        self.head = head            # raw; empty before it has come
+        self.pieces = []            # chunks, or the whole body
+        self.first_s = math.nan     # loop time of the head
+        self.whole = False          # it has ended where its framing says
+        self.node = ""              # which node it is from, where that is known
+
+    @property
+    def status(self):
+        return int(self.head[9:12]) if self.head else 0
+
+    @property
+    def fields(self):
+        """Return {lower-case name: value}."""
+        lines = self.head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")[1:]
+        return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    @property
+    def body(self):
+        return b"".join(self.pieces)
+
+    def json(self):
+        return json.loads(self.body)
+
+
+class HttpClient:
+    """One connection of a client, with a reading of HTTP/1.1 that is its own and simpler than the gateway's."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def to(cls, host, port, **settings):
+        return cls(*await asyncio.open_connection(host, port, **settings))
+
+    async def head(self):
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def chunk(self):
+        """Return the next chunk of a chunked body, b"" at its end."""
+        size = int(await self.reader.readuntil(b"\r\n"), 16)
+        return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def chunks(self):
+        """Yield the chunks of a chunked body as they come."""
+        while piece := await self.chunk():
+            yield piece
+
+    async def read(self, response, method="POST", most=math.inf):
+        """Read into a Response: all of it, or `most` chunks. Raises OSError, ValueError, IncompleteReadError."""
+        response.head = await self.head()
+        response.first_s = asyncio.get_running_loop().time()
+        fields = response.fields
+        if method == "HEAD" or response.status in (204, 304):
+            pass
+        elif "content-length" in fields:
+            response.pieces.append(await self.reader.readexactly(int(fields["content-length"])))
+        elif fields.get("transfer-encoding") == "chunked":
+            while piece := await self.chunk():
+                response.pieces.append(piece)
+                if len(response.pieces) >= most:
+                    return
+        else:
+            response.pieces.append(await self.reader.read())
+            return                  # whether it is whole nobody can tell
+        response.whole = True
+
+    async def answer(self, method="POST"):
+        """Return the next Response."""
+        response = Response()
+        await self.read(response, method)
+        return response
+
+    async def ask(self, method, path, value=None, **fields):
+        """Make a request, with JSON or bytes for its body; return its Response."""
+        body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
+        fields = {"Host": "localhost", **fields}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {text}" for name, text in fields.items())]
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        return await self.answer(method)
+
+    def close(self):
+        self.writer.close()
+
+
 class Caller:
     """Make requests to one address over connections that are kept."""
 
     def __init__(self, host, port, source=None):
         self.host, self.port = host, port
         self.source = source and (source, 0)        # the address to call from
-        self.idle = []
+        self.idle = []                              # HttpClients
         self.others = {}                            # Callers from other addresses, made when needed
 
     def at(self, source):
@@ -2690,49 +2805,39 @@ class Caller:
         return self.others[source]
 
     async def call(self, body, priority=None, path="/api/chat"):
-        """Make one request; return (status, node, time of the first byte, last bytes of the body)."""
-        loop = asyncio.get_running_loop()
-        reader, writer = await self.connection()
-        whole = False
+        """Make one request; return its Response. Raises OSError, ValueError, IncompleteReadError."""
+        client, response = await self.connection(), Response()
         try:
             field = b"" if priority is None else b"X-Priority: %d\r\n" % priority
-            writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
+            client.writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
                 path.encode(), self.host.encode(), self.port, field, len(body), body))
-            head = await reader.readuntil(b"\r\n\r\n")
-            first_s = loop.time()
-            tail = await self.read_body(reader, head)
-            whole = b"\r\nconnection: close" not in head.lower()
-            node = re.search(rb"\r\nX-SOLLOL-Node: ([^\r]*)", head)
-            return int(head[9:12]), node[1].decode() if node else "", first_s, tail
+            await client.read(response)
+            response.node = response.fields.get("x-sollol-node", "")
+            return response
         finally:
-            if whole:
-                self.idle.append((reader, writer))
-            else:
-                writer.transport.abort()
+            self.keep(client, response)
 
     async def connection(self):
         """Return a connection that the other side has not closed meanwhile."""
         while self.idle:
-            reader, writer = self.idle.pop()
-            if not reader.at_eof():
-                return reader, writer
-            writer.transport.abort()
-        return await asyncio.open_connection(self.host, self.port, local_addr=self.source)
+            client = self.idle.pop()
+            if not client.reader.at_eof():
+                return client
+            client.writer.transport.abort()
+        return await HttpClient.to(self.host, self.port, local_addr=self.source)
 
-    async def read_body(self, reader, head):
-        """Read a body to its end; return its last bytes."""
-        length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.I)
-        if length:
-            return (await reader.readexactly(int(length[1])))[-2000:]
-        tail = b""
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            tail = (tail + await reader.readexactly(size + 2))[-2000:]
-        await reader.readexactly(2)
-        return tail
+    def keep(self, client, response, resets=False):
+        """Keep a connection for the next request if this one's response is whole, else end it, with RST if `resets`."""
+        if response.whole and response.fields.get("connection") != "close":
+            self.idle.append(client)
+            return
+        if resets:
+            reset_on_close(client.writer.transport)
+        client.writer.transport.abort()
 
     def close(self):
-        for _, writer in self.idle:
-            writer.transport.abort()
+        for client in self.idle:
+            client.writer.transport.abort()
         for other in self.others.values():
             other.close()
 
@@ -2757,22 +2862,17 @@ def chat_body(work, history=(), bounded=False):
 
 async def make_request(caller, work, scheduled_s, timeout_s, body=None):
     """Make one request and return its Sample, whatever comes of it."""
-    loop = asyncio.get_running_loop()
-    sent_s, first_s, node, status, ok = loop.time(), None, "", 0, False
+    loop, response = asyncio.get_running_loop(), Response()
+    sent_s = loop.time()
     caller = caller.at(MODEST_ADDRESS) if work.modest else caller
-    try:
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):      # TimeoutError is an OSError
         async with asyncio.timeout_at(scheduled_s + timeout_s):
-            status, node, first_s, tail = await caller.call(body or chat_body(work), work.priority)
-            ok = status == 200 and b'"done":true' in tail
-    except TimeoutError:
-        pass
-    except (OSError, asyncio.IncompleteReadError):
-        # A failure counts as the time-out: refusing fast must not look like answering fast.
-        return Sample(scheduled_s, sent_s, None, scheduled_s + timeout_s, node, status, False, work.priority, 0,
-                      work.modest)
+            response = await caller.call(body or chat_body(work), work.priority)
+    ok = response.status == 200 and b'"done":true' in response.body[-2000:]
+    # A failure counts as the time-out: refusing fast must not look like answering fast.
     end_s = loop.time() if ok else scheduled_s + timeout_s
-    return Sample(scheduled_s, sent_s, first_s if ok else None, end_s, node, status, ok, work.priority,
-                  work.output_tokens if ok else 0, work.modest)
+    return Sample(scheduled_s, sent_s, response.first_s if ok else None, end_s, response.node, response.status, ok,
+                  work.priority, work.output_tokens if ok else 0, work.modest)
 
 
 async def open_loop(caller, works, timeout_s):
@@ -2786,7 +2886,7 @@ async def open_loop(caller, works, timeout_s):
 
 
 async def closed_loop(caller, works, clients, duration_s, timeout_s, bounded=False):
-    """Let `clients` send one request after the other for a while; return the Samples."""
+    """Let each of `clients` send one request after the other for `duration_s`; return the Samples."""
     loop = asyncio.get_running_loop()
     start_s, samples, remaining = loop.time(), [], iter(works)
 
@@ -2825,6 +2925,168 @@ async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
     return [sample for samples in await asyncio.gather(*sessions) for sample in samples]
 
 
+async def get_json(host, port, path):
+    """Return the JSON at a path of a node or gateway. Raises OSError, or ValueError for what is none."""
+    client = await HttpClient.to(host, port)
+    try:
+        return (await client.ask("GET", path, Host=f"{host}:{port}")).json()
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        raise ValueError("no HTTP") from error
+    finally:
+        client.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes: nodes and gateways on the wall clock, each with the memory and the CPU time that are its own
+# ------------------------------------------------------------------------------------------------------------
+
+class BadArgument(Exception):
+    """A mistake in what was asked, in one line."""
+
+
+def say(text):
+    """Show progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Contender(NamedTuple):
+    """A process that serves: a proxy under test, the gateway, or the node itself."""
+
+    name: str
+    port: int
+    process: subprocess.Popen
+
+    def cpu_s(self):
+        """Return the CPU seconds that the process has used, user and system."""
+        text = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_mib(self):
+        """Return the memory that the process holds now."""
+        return self._status_mib("VmRSS")
+
+    def forget_peak(self):
+        """Let the greatest memory held be counted anew."""
+        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def peak_mib(self):
+        """Return the most memory that the process has held since."""
+        return self._status_mib("VmHWM")
+
+    def _status_mib(self, name):
+        text = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+)", text)[1]) / 1024
+
+
+def free_port():
+    """Return a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def begin_process(stack, argv, stderr=subprocess.DEVNULL, **more):
+    """Start a process that ends with `stack`."""
+    process = subprocess.Popen(argv, stderr=stderr, cwd=pathlib.Path(__file__).parent, **more)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoing connections
+
+
+def unused_low_port(rng):
+    """Return a port that no outgoing connection can take while its node is dead.
+
+    One number is drawn from `rng`, whatever is in use: nothing that is drawn later may change. The process counts, too,
+    so that two that run the same seed do not take the port of each other's dead nodes.
+    """
+    drawn = rng.randrange(len(LOW_PORTS)) + 7919 * os.getpid()
+    for number in itertools.count(drawn):
+        port = LOW_PORTS[number % len(LOW_PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class NodeProcess:
+    """A simulated node as a process, which can be killed and come back on its port."""
+
+    def __init__(self, stack, rng):
+        self.port = unused_low_port(rng)
+        self.argv = [sys.executable, "bench.py", "serve", "1", "--port", str(self.port)]
+        self.process = None
+        stack.callback(self.kill)
+
+    async def start(self):
+        """Start it, and wait until it listens. Returns self."""
+        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        cwd=pathlib.Path(__file__).parent)
+        if not await asyncio.to_thread(self.process.stdout.readline):
+            raise BadArgument(f"no node on port {self.port}")
+        return self
+
+    def kill(self):
+        """End it with SIGKILL."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+
+class GatewayProcess(Contender):
+    """The gateway as a process, its hosts.txt and its log in a folder."""
+
+    @classmethod
+    def of(cls, stack, hosts, *flags):
+        """Start it with a hosts.txt: a path, or the lines of one."""
+        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
+        if isinstance(hosts, list):
+            hosts, lines = folder / "hosts.txt", hosts
+            hosts.write_text("\n".join(lines), encoding="utf-8")
+        log = stack.enter_context((folder / "log").open("wb"))
+        argv = [sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags]
+        gateway = cls("SOLLOL", port, begin_process(stack, argv, log))
+        gateway.folder = folder
+        return gateway
+
+    def reload(self):
+        """Have it read its hosts.txt again."""
+        self.process.send_signal(signal.SIGHUP)
+
+    def descriptors(self):
+        """Return how many files and sockets the process has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def log(self):
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+
+    async def answers(self, path):
+        """Return the JSON at a path of the gateway's own."""
+        return await get_json("127.0.0.1", self.port, path)
+
+    async def ready(self, nodes, patience_s=15.0):
+        """Wait until so many nodes are up. Raises BadArgument."""
+        deadline_s = time.monotonic() + patience_s
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(OSError, ValueError):
+                if (await self.answers("/api/health"))["nodes"]["up"] == nodes:
+                    return self
+            await asyncio.sleep(0.05)
+        raise BadArgument("the gateway or a node did not start")
+
+    async def end(self):
+        """Stop it with SIGTERM; return complaints: an exit status other than 0, and errors in its log."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self.process.wait, 30)
+        complaints = [] if self.process.returncode == 0 else [f"the gateway ended with {self.process.returncode}"]
+        return complaints + [line for line in self.log().splitlines() if "event=error" in line or "Traceback" in line]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Comparison: the same requests through each policy
 #
@@ -2833,7 +3095,7 @@ async def chat_sessions(caller, works, timeout_s, think_s=15.0, turns=6):
 # every request on at once.
 # ------------------------------------------------------------------------------------------------------------
 
-PLAIN, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
+RIVALS, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
 
 
 class Run(NamedTuple):
@@ -2933,9 +3195,23 @@ async def run_policy(scenario, policy, seed):
         return run._replace(ratios=gateway.dispatcher.ratios)
 
 
-def simulate(scenario, seed, policies=(*PLAIN, SOLLOL)):
+def simulate(scenario, seed, policies=(*RIVALS, SOLLOL)):
     """Return one Run a policy, in virtual time."""
     return [run_virtual(run_policy(scenario, policy, seed)) for policy in policies]
+
+
+async def run_in_real_time(scenario, policy, seed):
+    """Run one scenario under one policy on the wall clock, the gateway being a process of its own."""
+    async with running_nodes(scenario, seed) as nodes:
+        with contextlib.ExitStack() as stack:
+            lines = [f"{node.url} name={node.name}" for node in nodes]
+            gateway = await GatewayProcess.of(stack, lines, "--policy", policy, "--max-queue", "100000",
+                                              "--queue-timeout", "100000").ready(len(nodes))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(10):     # it measures idle nodes at its start
+                    while gateway.log().count("event=calibrated") < len(nodes):
+                        await asyncio.sleep(0.05)
+            return await run_works(scenario, policy, seed, ("127.0.0.1", gateway.port), nodes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2953,10 +3229,10 @@ def at_most_per_s(node, count, prompt_time_s, output_time_s):
 
 
 def closed_loop_bound_s(scenario, nodes):
-    """Return the least mean latency of a closed loop: Little's law with the clients on the best slots.
+    """Return the least mean latency of a closed loop, by Little's law: clients x duration / requests that ended.
 
-    The greatest of what one more request adds to a node's rate are taken. Within the duration at most rate x duration
-    requests end and one per client later, and each client always waits for one.
+    The rate is highest when each client has one of the slots that add most to the rate of their nodes. At most rate x
+    duration requests end within the duration, and one more for each client after it.
     """
     gains = []
     for node in nodes:
@@ -3048,7 +3324,7 @@ def figures(run, keep=lambda sample: True):
                    good / run.elapsed_s)
 
 
-def change(new, old):
+def change_text(new, old):
     """Return how much a figure has changed, as text."""
     return f"{(new / old - 1) * 100:+.1f} %" if old else "-"
 
@@ -3057,7 +3333,7 @@ ROWS = (("Success Rate", "success"), ("Avg Latency", "mean_s"), ("P50 Latency", 
         ("P99 Latency", "p99_s"), ("TTFT", "ttft_s"), ("Requests/sec", "per_s"))
 
 
-def shown(name, value):
+def figure_text(name, value):
     """Return a figure with its unit."""
     if name == "success":
         return f"{value * 100:.1f} %"
@@ -3066,15 +3342,15 @@ def shown(name, value):
 
 def comparison_table(runs):
     """Return rows of text: each figure under each policy, and SOLLOL's improvement over the others."""
-    found = {run.policy: figures(run) for run in runs}
-    mine = found[runs[-1].policy]
+    by_policy = {run.policy: figures(run) for run in runs}
+    mine = by_policy[runs[-1].policy]
     rows = [["", *(run.policy if run.policy != SOLLOL else "SOLLOL" for run in runs),
              *(f"against {run.policy}" for run in runs[:-1])]]
     for label, name in ROWS:
-        row = [label, *(shown(name, getattr(found[run.policy], name)) for run in runs)]
+        row = [label, *(figure_text(name, getattr(by_policy[run.policy], name)) for run in runs)]
         for run in runs[:-1]:
-            old, new = getattr(found[run.policy], name), getattr(mine, name)
-            row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change(new, old))
+            old, new = getattr(by_policy[run.policy], name), getattr(mine, name)
+            row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change_text(new, old))
         rows.append(row)
     return rows
 
@@ -3094,8 +3370,8 @@ def class_table(runs):
         return []
     rows = [["Mean / P95 latency", *(f"priority {level}" for level in levels)]]
     for run in runs:
-        found = [figures(run, lambda sample, level=level: sample.priority == level) for level in levels]
-        rows.append([run.policy, *(f"{it.mean_s:.2f} / {it.p95_s:.2f} s" for it in found)])
+        of_levels = [figures(run, lambda sample, level=level: sample.priority == level) for level in levels]
+        rows.append([run.policy, *(f"{one.mean_s:.2f} / {one.p95_s:.2f} s" for one in of_levels)])
     return rows
 
 
@@ -3249,7 +3525,7 @@ def seconds(time_s):
     return f"{time_s:.{2 if time_s < 9.995 else 1 if time_s < 99.95 else 0}f} s"
 
 
-def counted(number, noun):
+def number_of(number, noun):
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -3370,7 +3646,7 @@ class Spread(NamedTuple):
         return "never" if time_s is None and self.failed else seconds(time_s)
 
 
-def expand(policy, samples, times_of):
+def spread_of(policy, samples, times_of):
     given_up_s = [sample["end_s"] - sample["scheduled_s"] for sample in samples if not sample["ok"]]
     return Spread(policy, times_of(samples), given_up_s)
 
@@ -3434,7 +3710,7 @@ def spread_legend(spreads):
 
 
 def cdf_figure(title, runs, times_of, bound_s=None):
-    spreads = [expand(run["policy"], run["samples"], times_of) for run in runs]
+    spreads = [spread_of(run["policy"], run["samples"], times_of) for run in runs]
     notes = ["Triangles: means."] * (bound_s is not None)
     if any(one.failed for one in spreads):
         notes.append("Dashed: failed requests, which never finish; the mean counts them until they were given up.")
@@ -3458,7 +3734,7 @@ def priority_figure(priority, runs, axis):
     spreads = []
     for run in runs:
         samples = [sample for sample in run["samples"] if sample["priority"] == priority]
-        spreads += [expand(run["policy"], samples, latencies_s)] * bool(samples)
+        spreads += [spread_of(run["policy"], samples, latencies_s)] * bool(samples)
     height_px = ROW_PX * len(spreads) + 10
     rows = "".join(priority_row_svg(one, axis, 14 + ROW_PX * number) for number, one in enumerate(spreads))
     label = f"Latency of priority {priority}"
@@ -3504,7 +3780,7 @@ def bar_svg(sample, axis, y_px, height_px):
     left, right = axis.percent(sample["sent_s"]), axis.percent(sample["end_s"])
     first = axis.percent(sample["end_s"] if sample["first_s"] is None else sample["first_s"])
     status = "" if sample["ok"] else f", failed: {sample['status'] or 'no answer'}"
-    said = (f"{sample['sent_s']:.2f}–{sample['end_s']:.2f} s, {counted(sample['output_tokens'], 'token')}, "
+    said = (f"{sample['sent_s']:.2f}–{sample['end_s']:.2f} s, {number_of(sample['output_tokens'], 'token')}, "
             f"priority {sample['priority']}{status}")
     at = f'y="{y_px}" height="{height_px}"'
     parts = [f'<title>{escaped(said)}</title>',
@@ -3547,7 +3823,7 @@ def node_label(node):
 def lane_svg(node, lane, y_px, height_px, content):
     """Return a node's name, what it served, and its requests."""
     failed = len(lane.samples) - len(ok_samples(lane.samples))
-    noun = counted(len(lane.samples), "request").removeprefix(str(len(lane.samples)))
+    noun = number_of(len(lane.samples), "request").removeprefix(str(len(lane.samples)))
     bad = f'<tspan class="bad-text"> · {failed} failed</tspan>' if failed else ""
     return (f'<text class="name" y="{y_px + 14}">{escaped(node_label(node))}</text>'
             f'<text class="end" x="100%" y="{y_px + 14}">{len(lane.samples)}'
@@ -3567,7 +3843,7 @@ def timeline_figure(run, lanes, depths, axis, as_bars):
         y_px = top_px + height_px + 8
     label = f"{policy_label(run['policy'])}: requests at each node over {run['elapsed_s']:.0f} s"
     chart = svg_chart(y_px, label, axis_svg(axis, y_px) + "".join(parts))
-    about = (f"{counted(len(run['samples']), 'request')} in {seconds(run['elapsed_s'])}, "
+    about = (f"{number_of(len(run['samples']), 'request')} in {seconds(run['elapsed_s'])}, "
              f"{failures_text(run['samples'])}")
     return (f'<figure class="{policy_class(run["policy"])}"><h3>{policy_key(run["policy"])}</h3>'
             f'<figcaption class="about">{escaped(about)}</figcaption>'
@@ -3627,18 +3903,77 @@ def html_page(report):
             f"{charts}{notes_section(report.get('notes', []))}</main></body></html>\n")
 
 
+# What is printed and written.
+
+def remarks(scenario, runs, bound):
+    """Return what a reader must know of these figures, in sentences."""
+    mine = figures(runs[-1])
+    notes = ["Latency counts from the intended send time. A failed request counts as the time after which its client "
+             f"gives up ({scenario.timeout_s:g} s), in every figure."]
+    if bound:
+        notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
+                     f"SOLLOL is {change_text(mine.mean_s, bound)} from that.")
+    if runs[-1].policy == SOLLOL and runs[-1].ratios and any(runs[-1].ratios.counts):
+        middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
+        notes.append("From sending to finish half of SOLLOL's requests took at most "
+                     f"x{middle:g} of what was predicted, nine of ten at most x{most:g}.")
+    if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
+        notes.append("These nodes are equal: there is little to gain by choosing among them.")
+    return notes
+
+
+def report_of(options, scenario, runs, bound):
+    """Return everything about a comparison as plain data, for JSON and HTML."""
+    real = scenario.about or options.realtime
+    loop = "asyncio in real time" if real else "virtual clock: the same seed gives the same figures"
+    return {
+        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
+        "python": sys.version.split()[0], "loop": loop, "scenario": str(scenario), "bound_s": bound,
+        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
+                  "samples": [sample._asdict() for sample in run.samples]} for run in runs],
+        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
+
+
+def print_report(report, runs):
+    """Print a comparison as text."""
+    print(f"$ {report['command']}")
+    print(f"seed {report['seed']}, Python {report['python']}, {report['loop']}")
+    print(report["scenario"] + "\n")
+    for rows in (report["table"], node_table(runs), class_table(runs)):
+        if rows:
+            print(aligned(rows) + "\n")
+    for note in report["notes"]:
+        print(note)
+
+
+def write_file(path, text, mode="w"):
+    """Write a text file. Raises BadArgument if that cannot be done."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+
+
+def try_outputs(options):
+    """Raise BadArgument if a file that is asked for cannot be written: better to know now than after minutes."""
+    for path in filter(None, (options.output, options.html)):
+        write_file(path, "", "a")
+
+
+def finish(options, scenario, runs, bound):
+    """Print a comparison and write the files that were asked for."""
+    report = report_of(options, scenario, runs, bound)
+    print_report(report, runs)
+    if options.output:
+        write_file(options.output, json.dumps(report, indent=1))
+    if options.html:
+        write_file(options.html, html_page(report))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Scenarios: one dimension at a time, and the crossings that matter
 # ------------------------------------------------------------------------------------------------------------
-
-class BadArgument(Exception):
-    """A mistake in what was asked, in one line."""
-
-
-def say(text):
-    """Show progress, apart from the results."""
-    print(text, file=sys.stderr, flush=True)
-
 
 SMALL = ("llama3.2:latest",)
 DEFAULT = Scenario("seed/mild3", "mild3", "mixed", clients=10, models=SMALL, timeout_s=60.0)
@@ -3685,9 +4020,9 @@ def matrix_row(scenario, seed):
     base, other, mine = (figures(run) for run in runs)
     bound = bound_s(scenario, seed)
     return [scenario.name, f"{base.success * 100:.1f} > {mine.success * 100:.1f}", f"{base.mean_s:.2f}",
-            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change(mine.mean_s, base.mean_s),
-            change(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change(mine.p95_s, base.p95_s),
-            change(mine.p95_s, other.p95_s), change(mine.per_s, base.per_s), change(mine.mean_s, bound)
+            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change_text(mine.mean_s, base.mean_s),
+            change_text(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change_text(mine.p95_s, base.p95_s),
+            change_text(mine.p95_s, other.p95_s), change_text(mine.per_s, base.per_s), change_text(mine.mean_s, bound)
             if bound else "-"]
 
 
@@ -3716,12 +4051,12 @@ def run_matrix(seed, pattern):
 # Ablation: what is each term of routing worth? One is switched off at a time, on scenarios that can show it.
 
 async def no_calibration(gateway, node):
-    """Take a node for measured without measuring it."""
+    """Mark a node as measured without measuring it."""
     node.calibrates()
 
 
 def charge_nothing(fair, spec, now, cost_s, charge=sollol.FairShare.charge):
-    """Begin a request when it comes, whatever its client has had before."""
+    """Charge a client nothing, whatever it has had before."""
     return charge(fair, spec, now, 0.0)
 
 
@@ -3733,7 +4068,7 @@ class Switch(NamedTuple):
     where: str = "."                # pattern of scenarios
 
 
-SWITCHES = (
+ABLATIONS = (
     Switch("hold", {"HOLD": math.inf}),
     Switch("look-ahead", {"LOOK_AHEAD": 1}, "load|models5|prio"),
     Switch("harm", {"HARM": 0.0}, "models5"),
@@ -3760,7 +4095,7 @@ ABLATION_SEEDS = 3                  # pooled: one alone is off by a tenth and mo
 def switched_off(term):
     """Run without a term of routing. A name that is gone from sollol.py raises AttributeError."""
     with contextlib.ExitStack() as stack:
-        for path, value in next((it.values for it in SWITCHES if it.term == term), {}).items():
+        for path, value in next((switch.values for switch in ABLATIONS if switch.term == term), {}).items():
             *owners, name = path.split(".")
             owner = functools.reduce(getattr, owners, sollol)
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -3778,32 +4113,34 @@ def ablated(scenario, term, seed):
     with switched_off(term):
         samples = [sample for number in range(ABLATION_SEEDS)
                    for sample in simulate(scenario, seed + number, (SOLLOL,))[0].samples]
-    found = figures(Run(SOLLOL, samples, 1.0), lambda sample: is_favoured(scenario, sample))
-    return found.mean_s, found.p95_s
+    favoured = figures(Run(SOLLOL, samples, 1.0), lambda sample: is_favoured(scenario, sample))
+    return favoured.mean_s, favoured.p95_s
 
 
 def ablation_table(scenarios, seed):
     """Return rows of text: mean and P95 of the whole, and how they change without each term."""
     wanted = [(scenario, None) for scenario in scenarios] + [
-        (scenario, it.term) for it in SWITCHES for scenario in scenarios if re.search(it.where, scenario.name)]
+        (scenario, switch.term) for switch in ABLATIONS for scenario in scenarios
+        if re.search(switch.where, scenario.name)]
     with concurrent.futures.ProcessPoolExecutor() as pool:
         tasks = {pool.submit(ablated, *names, seed): names for names in wanted}
         for count, _ in enumerate(concurrent.futures.as_completed(tasks), 1):
             if count % 10 == 0:
                 say(f"{count} of {len(tasks)} runs")
-    found = {names: task.result() for task, names in tasks.items()}
+    results = {names: task.result() for task, names in tasks.items()}
 
     def changed(scenario, term):
-        if (scenario, term) not in found:
+        if (scenario, term) not in results:
             return ""
-        pairs = zip(found[scenario, term], found[scenario, None], strict=True)
+        pairs = zip(results[scenario, term], results[scenario, None], strict=True)
         return " / ".join(f"{(new / old - 1) * 100:+.0f}" for new, old in pairs) + " %"
 
     names = [scenario.name + (" modest" if scenario.modest else " urgent" if scenario.urgent else "")
              for scenario in scenarios]
     return [["mean / P95", *names],
-            ["whole", *("{:.2f} / {:.2f} s".format(*found[scenario, None]) for scenario in scenarios)],
-            *([f"no {it.term}", *(changed(scenario, it.term) for scenario in scenarios)] for it in SWITCHES)]
+            ["whole", *("{:.2f} / {:.2f} s".format(*results[scenario, None]) for scenario in scenarios)],
+            *([f"no {switch.term}", *(changed(scenario, switch.term) for scenario in scenarios)]
+              for switch in ABLATIONS)]
 
 
 # Wrong beliefs: what does it cost if all that the gateway believes at its start is nonsense?
@@ -3811,8 +4148,8 @@ def ablation_table(scenarios, seed):
 MISLED = tuple(scenario._replace(requests=200, duration_s=40.0) for scenario in (
     seed_scenario("mild5"), seed_scenario("het3"), load_scenario("load0.6", "het5"), load_scenario("load0.6", "hom5"),
     load_scenario("load0.6", "mild5")))
-MISLED_MOST = 1.15                  # times the mean of least-inflight
-IDLE_MOST_S = 6.0                   # that a card may stand idle beside waiting requests, in nine of ten seeds
+MISLED_MOST = 1.15                  # times least-inflight's mean latency
+IDLE_MOST_S = 6.0                   # of a card beside a waiting request, in nine of ten seeds
 LOOK_S = 0.25
 
 
@@ -3832,7 +4169,7 @@ def mislead(dispatcher, rng):
 async def watch_idle(dispatcher, longest_s):
     """Note in `longest_s`, {node: seconds}, for how long each stood idle beside a waiting request that it could serve.
 
-    Not of nodes without a card: to wait for a faster one is right there.
+    Nodes without a card are left out: waiting for a faster node is right there.
     """
     idle_s = collections.Counter()
     while True:
@@ -3845,8 +4182,7 @@ async def watch_idle(dispatcher, longest_s):
 
 
 async def run_misled(scenario, seed):
-    """Run a scenario through a gateway with wrong beliefs; return (Run, longest that a card stood idle beside a waiting
-    request)."""
+    """Run a scenario through a gateway with wrong beliefs; return (Run, longest time that a card was idle in vain)."""
     longest_s = collections.Counter()
     async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, SOLLOL, seed) as gateway:
         mislead(gateway.dispatcher, random.Random(seed))
@@ -3870,7 +4206,7 @@ class Misled(NamedTuple):
 def misled(seed):
     """Return the Misled of one seed."""
     scenario = MISLED[seed % len(MISLED)]
-    rival, = simulate(scenario, seed, PLAIN[1:])
+    rival, = simulate(scenario, seed, RIVALS[1:])
     run, idle_s = run_virtual(run_misled(scenario, seed))
     failed = sum(not sample.ok for sample in run.samples)
     return Misled(scenario.name, figures(run).mean_s / figures(rival).mean_s, failed, idle_s)
@@ -3879,10 +4215,9 @@ def misled(seed):
 def misled_held(first, count):
     """Run seeds of wrong beliefs; print what they cost and tell whether it was little every time."""
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        found = list(pool.map(misled, range(first, first + count)))
-    ratios = sorted(it.ratio for it in found)
-    worst, failed = max(found, key=lambda it: it.ratio), sum(it.failed for it in found)
-    idle_s = sorted(it.idle_s for it in found)
+        seeds = list(pool.map(misled, range(first, first + count)))
+    ratios, idle_s = sorted(seed.ratio for seed in seeds), sorted(seed.idle_s for seed in seeds)
+    worst, failed = max(seeds, key=lambda seed: seed.ratio), sum(seed.failed for seed in seeds)
     print(f"{count} seeds of wrong beliefs: mean of least-inflight's x{share_of(ratios, 0.5):.2f} in the median, "
           f"x{worst.ratio:.2f} at the most ({worst.scenario}); {failed} requests failed; the longest that a card stood "
           f"idle beside waiting requests: {share_of(idle_s, 0.5):.1f} s in the median, {share_of(idle_s, 0.9):.1f} s "
@@ -3915,7 +4250,7 @@ def makespan_bound_s(scenario, seed):
 
 def agents_table(counts, clusters, seed):
     """Return rows of text: makespan of parallel agents against the same calls one after the other."""
-    rows = [["agents/cluster", "one by one, fastest", "median node", *PLAIN, "SOLLOL", "to fastest", "to median",
+    rows = [["agents/cluster", "one by one, fastest", "median node", *RIVALS, "SOLLOL", "to fastest", "to median",
              "bound s"]]
     for count in counts:
         for cluster in clusters:
@@ -3924,11 +4259,59 @@ def agents_table(counts, clusters, seed):
             fastest_s, median_s = (run_virtual(one_by_one(scenario, name, seed))
                                    for name in (names[0], names[len(names) // 2]))
             spans_s = [run.elapsed_s for run in simulate(scenario, seed)]
-            rows.append([scenario.name, f"{fastest_s:.1f} s", f"{median_s:.1f} s", *(f"{it:.1f} s" for it in spans_s),
+            rows.append([scenario.name, *(f"{span_s:.1f} s" for span_s in (fastest_s, median_s, *spans_s)),
                          f"{fastest_s / spans_s[-1]:.1f}x", f"{median_s / spans_s[-1]:.1f}x",
                          f"{makespan_bound_s(scenario, seed):.1f}"])
             say(f"{scenario.name} done")
     return rows
+
+
+def read_trace(path):
+    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from None
+    except (KeyError, ValueError, TypeError):
+        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
+    if not pairs:
+        raise BadArgument(f"{path}: it has no rows")
+    return pairs
+
+
+def agree(scenario, runs, seed):
+    """Print the wall clock's means over the virtual clock's: both must be equal within noise."""
+    print("\nMean latency on the wall clock, over the virtual clock's:")
+    for run, other in zip(runs, simulate(scenario, seed), strict=True):
+        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
+
+
+def compare(options):
+    """Compare all policies on the default scenario, or another one."""
+    try_outputs(options)
+    named = {scenario.name: scenario for scenario in MATRIX}
+    scenario = named.get(options.scenario)
+    if scenario is None:
+        raise BadArgument(f"there is no scenario {options.scenario!r}; there are {' '.join(named)}")
+    if options.trace:
+        scenario = scenario._replace(name="trace", clients=0, load=0.6, lengths="trace")
+        LENGTHS["trace"] = read_trace(options.trace)
+    runs = []
+    try:
+        for policy in (*RIVALS, SOLLOL):
+            if options.realtime:
+                runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
+            else:
+                runs += simulate(scenario, options.seed, (policy,))
+            say(f"{policy} done")
+    except KeyboardInterrupt:
+        say("stopped")
+    if runs:
+        finish(options, scenario, runs, bound_s(scenario, options.seed))
+    if options.realtime and len(runs) == 3:
+        agree(scenario, runs, options.seed)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3975,234 +4358,39 @@ def urgent_share(seed):
     return urgent / rest
 
 
+def claim_held(held, text):
+    """Print a line for a claim; return whether it holds."""
+    print(f"{'held' if held else 'MISSED'}  {text}", flush=True)
+    return held
+
+
 def check_claims(seed):
     """Print a line per claim; return whether all hold."""
-    runs, good = {}, True
+    runs, held = {}, []
     for claim in CLAIMS:
         if claim.scenario not in runs:
             runs[claim.scenario] = {run.policy: figures(run) for run in simulate(claim.scenario, seed)}
-        found = runs[claim.scenario]
-        ratio = getattr(found[SOLLOL], claim.figure) / getattr(found[claim.against], claim.figure)
+        mine, other = runs[claim.scenario][SOLLOL], runs[claim.scenario][claim.against]
+        ratio = getattr(mine, claim.figure) / getattr(other, claim.figure)
         more_is_better = claim.figure in ("per_s", "success")
-        held = ratio >= claim.limit if more_is_better else ratio <= claim.limit
-        good = good and held
-        print(f"{'held' if held else 'MISSED'}  {claim.text}: {claim.scenario.name}, {claim.figure} x{ratio:.2f}, "
-              f"at {'least' if more_is_better else 'most'} x{claim.limit:g}", flush=True)
+        held.append(claim_held(ratio >= claim.limit if more_is_better else ratio <= claim.limit,
+                               f"{claim.text}: {claim.scenario.name}, {claim.figure} x{ratio:.2f}, at "
+                               f"{'least' if more_is_better else 'most'} x{claim.limit:g}"))
     ratio = urgent_share(seed)
-    good = good and ratio <= URGENT_CLAIM
-    print(f"{'held' if ratio <= URGENT_CLAIM else 'MISSED'}  10 % urgent in bursts, P95 against the others': "
-          f"{URGENT.name}, x{ratio:.2f}, at most x{URGENT_CLAIM:g}", flush=True)
+    held.append(claim_held(ratio <= URGENT_CLAIM, f"10 % urgent in bursts, P95 against the others': {URGENT.name}, "
+                           f"x{ratio:.2f}, at most x{URGENT_CLAIM:g}"))
     scenario = Scenario("fan10/hom5", "hom5", arrivals="at once", requests=10, timeout_s=600.0)
     ratio = run_virtual(one_by_one(scenario, "rtx3060", seed)) / simulate(scenario, seed, (SOLLOL,))[0].elapsed_s
-    held = ratio >= 0.9 * AGENTS_CLAIM
-    print(f"{'held' if held else 'MISSED'}  10 agents on five equal nodes, against one by one: x{ratio:.2f}, "
-          f"at least x{AGENTS_CLAIM:g} within 10 %")
-    return good and held
+    held.append(claim_held(ratio >= 0.9 * AGENTS_CLAIM, f"10 agents on five equal nodes, against one by one: "
+                           f"x{ratio:.2f}, at least x{AGENTS_CLAIM:g} within 10 %"))
+    return all(held)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Real time and real clusters
-# ------------------------------------------------------------------------------------------------------------
-
-@contextlib.asynccontextmanager
-async def gateway_process(policy, nodes):
-    """Run the gateway as a process of its own; yield its (host, port). Nothing of it is left behind."""
-    argv = [sys.executable, str(pathlib.Path(__file__).with_name("sollol.py")), "--port", "0", "--policy", policy,
-            "--max-queue", "100000", "--queue-timeout", "100000"]
-    for node in nodes:
-        argv += ["--node", f"{node.url} name={node.name}"]
-    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
-    try:
-        while not (match := re.search(rb"event=start .*url=http://([^:]+):(\d+)", await process.stderr.readline())):
-            if process.returncode is not None:
-                raise BadArgument("the gateway did not start")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
-                for _ in nodes:     # the gateway measures idle nodes at its start
-                    while b"event=calibrated" not in await process.stderr.readline():
-                        pass
-        reading = asyncio.create_task(process.stderr.read())
-        yield match[1].decode(), int(match[2])
-        reading.cancel()
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def run_in_real_time(scenario, policy, seed):
-    """Run one scenario under one policy on the wall clock, the gateway being a process of its own."""
-    async with running_nodes(scenario, seed) as nodes, gateway_process(policy, nodes) as address:
-        return await run_works(scenario, policy, seed, address, nodes)
-
-
-def read_address(text):
-    """Return (host, port) of a node or gateway: `host`, `host:port` or a URL. Raises BadArgument."""
-    try:
-        host, port, tls, _ = sollol.parse_url(text)
-    except ValueError as error:
-        raise BadArgument(str(error)) from None
-    if tls:
-        raise BadArgument(f"{text}: only http is measured")
-    return host, port
-
-
-async def get_json(host, port, path):
-    """Return the JSON at a path of a node or gateway. Raises OSError, or ValueError for what is none."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
-        return json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
-    finally:
-        writer.close()
-
-
-async def hosts_model(address, model):
-    """Return the model to ask a host for: the one named, or the first it has. Raises BadArgument."""
-    host, port = address
-    try:
-        async with asyncio.timeout(5):
-            names = [row["name"] for row in (await get_json(host, port, "/api/tags"))["models"]]
-    except (OSError, TimeoutError):
-        raise BadArgument(f"{host}:{port} cannot be reached") from None
-    except (ValueError, KeyError, TypeError):
-        raise BadArgument(f"{host}:{port} does not answer as Ollama does") from None
-    if model and sollol.canonical(model) not in map(sollol.canonical, names):
-        raise BadArgument(f"{host}:{port} has no model {model!r}; it has {' '.join(names) or 'none'}")
-    texts = [name for name in names if "embed" not in name]
-    if not model and not texts:
-        raise BadArgument(f"{host}:{port} has no model")
-    return model or texts[0]
-
-
-class Rotation:
-    """Call several hosts in turn, as a client with a list of nodes does."""
-
-    def __init__(self, addresses):
-        self.callers = [Caller(*address) for address in addresses]
-        self.names = [f"{host}:{port}" for host, port in addresses]
-        self.turn = itertools.count()
-
-    async def call(self, body, priority=None):
-        number = next(self.turn) % len(self.callers)
-        status, _, first_s, tail = await self.callers[number].call(body, None)
-        return status, self.names[number], first_s, tail
-
-    def close(self):
-        for caller in self.callers:
-            caller.close()
-
-
-async def measure_cluster(options):
-    """Measure a live gateway against round-robin over its hosts, in alternating slices; return the Runs."""
-    gateway, hosts = read_address(options.sollol_url), [read_address(host) for host in options.hosts]
-    model = await hosts_model(gateway, options.model)
-    for host in hosts:
-        await hosts_model(host, model)
-    about = (f"{options.sollol_url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
-             f"{options.concurrency} clients, in alternating slices")
-    scenario = DEFAULT._replace(name="live", cluster="", models=(model,), clients=options.concurrency,
-                                timeout_s=options.timeout, about=about)
-    works = iter(make_work(scenario, options.seed))
-    callers = {"round-robin": Rotation(hosts), SOLLOL: Caller(*gateway)}
-    for host in hosts:              # neither side is to pay for loading the model
-        work = next(works)
-        body = chat_body(work, bounded=True)
-        await make_request(Caller(*host), work, asyncio.get_running_loop().time(), options.timeout, body)
-    slice_s = max(1.0, min(15.0, options.duration / 4))
-    samples, spent_s = {name: [] for name in callers}, dict.fromkeys(callers, 0.0)
-    loop = asyncio.get_running_loop()
-    try:
-        for turn in itertools.count():
-            if min(spent_s.values()) >= options.duration:
-                break
-            for name in sorted(callers, reverse=turn % 2 == 0):
-                start_s = loop.time()
-                found = await closed_loop(callers[name], works, options.concurrency, slice_s, options.timeout,
-                                          bounded=True)
-                shift_s = spent_s[name] - start_s
-                samples[name] += [moved(sample, shift_s) for sample in found]
-                spent_s[name] += loop.time() - start_s
-                say(f"{name}: {len(samples[name])} requests in {spent_s[name]:.0f} s")
-    except asyncio.CancelledError:          # Ctrl-C: what there is counts
-        say("stopped")
-    finally:
-        for caller in callers.values():
-            caller.close()
-    return scenario, [Run(name, found, spent_s[name]) for name, found in samples.items() if found]
-
-
-async def measure_baseline(options):
-    """Measure each host alone, one request after the other; return rows of text."""
-    model, count = options.baseline[0], int(options.baseline[1])
-    rows = [["host", "requests", "mean s", "P95 s", "TTFT s", "tokens/s"]]
-    for text in options.hosts:
-        address = read_address(text)
-        scenario = DEFAULT._replace(models=(await hosts_model(address, model),))
-        works = make_work(scenario, options.seed)[:count]
-        caller, loop = Caller(*address), asyncio.get_running_loop()
-        samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
-                   for work in works]
-        caller.close()
-        found = figures(Run(text, samples, 1.0))
-        tokens = sum(sample.output_tokens for sample in samples)
-        rows.append([text, str(count), f"{found.mean_s:.2f}", f"{found.p95_s:.2f}", f"{found.ttft_s:.2f}",
-                     f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
-        say(f"{text} done")
-    return rows
-
-
-async def small_calls_s(caller, path, body, count):
-    """Return the ascending round-trip times of `count` small requests, one after the other."""
-    loop, times_s = asyncio.get_running_loop(), []
-    for _ in range(count):
-        start_s = loop.time()
-        await caller.call(body, path=path)
-        times_s.append(loop.time() - start_s)
-    return sorted(times_s)
-
-
-async def token_gaps_s(caller, body):
-    """Return the ascending times between the chunks of one stream."""
-    loop, gaps_s = asyncio.get_running_loop(), []
-    reader, writer = await asyncio.open_connection(caller.host, caller.port)
-    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-    await reader.readuntil(b"\r\n\r\n")
-    last_s = loop.time()
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        await reader.readexactly(size + 2)
-        gaps_s.append(loop.time() - last_s)
-        last_s = loop.time()
-    writer.transport.abort()
-    return sorted(gaps_s[1:])
-
-
-async def measure_overhead(options):
-    """Measure what a gateway adds to small requests and between tokens; return rows of text.
-
-    Direct and through, in turn, so that a change of the machine's speed hits both.
-    """
-    through, direct = read_address(options.overhead), read_address(options.hosts[0])
-    model = await hosts_model(through, options.model)
-    await hosts_model(direct, model)
-    small = json.dumps({"model": model}).encode()
-    stream = chat_body(Work(0, 0.0, model, 20, 100), bounded=True)
-    callers = {"direct": Caller(*direct), "through": Caller(*through)}
-    times_s, gaps_s = {name: [] for name in callers}, {name: [] for name in callers}
-    for turn in range(5):
-        for name, caller in callers.items():
-            times_s[name] += await small_calls_s(caller, "/api/show", small, 200)
-            gaps_s[name] += await token_gaps_s(caller, stream)
-        say(f"{turn + 1} of 5 turns")
-    rows = [["", "direct", "through", "added"]]
-    for label, found in (("POST /api/show", times_s), ("gap between tokens", gaps_s)):
-        for share in (0.5, 0.99):
-            values = [share_of(sorted(found[name]), share) * 1000 for name in callers]
-            rows.append([f"{label}, P{share * 100:.0f}", *(f"{value:.3f} ms" for value in values),
-                         f"{values[1] - values[0]:+.3f} ms"])
-    for caller in callers.values():
-        caller.close()
-    return rows
+# ============================================================================================================
+# The cost of the gateway: `overhead`, `streams`, `decisions`
+#
+# CPU time, memory and latency of the gateway itself, on the wall clock.
+# ============================================================================================================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4350,32 +4538,6 @@ async def serve_light(protocol, *address):
     await server.serve_forever()
 
 
-class Contender(NamedTuple):
-    """A proxy under test, or the node itself."""
-
-    name: str
-    port: int
-    process: subprocess.Popen
-
-    def cpu_s(self):
-        """Return the CPU seconds that the process has used, user and system."""
-        text = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK")
-
-    def resident_mib(self):
-        """Return the memory that the process holds now."""
-        return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
-
-
-    def forget_peak(self):
-        """Let the greatest memory held be counted anew."""
-        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
-
-    def peak_mib(self):
-        """Return the most memory that the process has held since."""
-        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024
-
-
 class Calls(asyncio.Protocol):
     """Make one small call after the other on a connection; keep the round-trip times."""
 
@@ -4444,8 +4606,18 @@ def post_chat(number, **fields):
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
 
+class Cost(NamedTuple):
+    """What some traffic through a contender was, and what it cost."""
+
+    rate: float                     # requests, tokens or MiB a second
+    cpu_s: float                    # of the contender's process: for a request or token, or for a blob
+    time_s: float = 0.0             # median round trip, or P99 gap between tokens
+    mib: float = 0.0                # held, or for a blob grown by
+    count: int = 0                  # tokens
+
+
 async def small_calls(contender, connections, span_s):
-    """Make small calls for a while; return (requests/s, median round trip in s, CPU seconds a request)."""
+    """Make small calls for a while; return their Cost."""
     loop = asyncio.get_running_loop()
     requests = itertools.cycle([post_chat(number, stream=False) for number in range(97)])
     start_s, cpu_s = time.perf_counter(), contender.cpu_s()
@@ -4458,12 +4630,12 @@ async def small_calls(contender, connections, span_s):
         caller.over.cancel()
         caller.transport.abort()
     times_s = sorted(itertools.chain.from_iterable(caller.times_s for caller in callers))
-    return (len(times_s) / (time.perf_counter() - start_s), share_of(times_s, 0.5),
-            (contender.cpu_s() - cpu_s) / len(times_s))
+    return Cost(len(times_s) / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / len(times_s),
+                share_of(times_s, 0.5))
 
 
 async def many_streams(contender, count, rate):
-    """Listen to `count` streams at once; return (tokens, P99 gap in s, CPU seconds a token, MiB held)."""
+    """Listen to `count` streams of `rate` tokens/s at once; return their Cost."""
     loop = asyncio.get_running_loop()
     cpu_s, listeners, options = contender.cpu_s(), [], {"num_predict": round(STREAM_S * rate), "gap_ms": 1000 // rate}
     begun_s = time.perf_counter()
@@ -4473,10 +4645,11 @@ async def many_streams(contender, count, rate):
                                                        contender.port))[1])
         await asyncio.sleep(begun_s + RAMP_S * number / count - time.perf_counter())
     held_mib = contender.resident_mib()
-    found = await asyncio.gather(*(listener.over for listener in listeners))
-    tokens = sum(one for one, _ in found)
-    gaps_s = sorted(itertools.chain.from_iterable(gaps for _, gaps in found))
-    return tokens, share_of(gaps_s, 0.99), (contender.cpu_s() - cpu_s) / tokens, held_mib
+    heard = await asyncio.gather(*(listener.over for listener in listeners))
+    tokens = sum(tokens for tokens, _ in heard)
+    gaps_s = sorted(itertools.chain.from_iterable(gaps for _, gaps in heard))
+    return Cost(tokens / (time.perf_counter() - begun_s), (contender.cpu_s() - cpu_s) / tokens, share_of(gaps_s, 0.99),
+                held_mib, tokens)
 
 
 NGINX_CONF = """\
@@ -4508,21 +4681,6 @@ listen gateway
   bind 127.0.0.1:{port} backlog 4096
   server node 127.0.0.1:{node}
 """
-
-
-def free_port():
-    """Return a port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def begin_process(stack, argv, **more):
-    """Start a process that ends with `stack`."""
-    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=pathlib.Path(__file__).parent, **more)
-    stack.callback(process.wait)
-    stack.callback(process.kill)
-    return process
 
 
 def light_process(stack, name, call):
@@ -4563,9 +4721,9 @@ async def first_answer_s(contender, patience_s=10.0):
 
 
 async def contenders(stack, nodes, only=(), kind=LightNode):
-    """Start the node, and every proxy that is installed or `only` those named, SOLLOL in front of `nodes` names of it.
+    """Start a node and the proxies in front of it: those named in `only`, else all that are installed.
 
-    Return [(Contender, seconds from its start to its first answer)].
+    SOLLOL knows the node by `nodes` names, so that it has slots enough. Return {Contender: seconds until it answered}.
     """
     node = light_process(stack, "node itself", f"bench.serve_light(bench.{kind.__name__})")
     starts = {
@@ -4576,11 +4734,22 @@ async def contenders(stack, nodes, only=(), kind=LightNode):
         "SOLLOL": lambda name: sollol_process(stack, name, node, nodes)}
     if importlib.util.find_spec("uvloop"):
         starts["on asyncio"] = lambda name: sollol_process(stack, name, node, nodes, "--no-uvloop")
-    found = []
+    started = {}
     for name in only or starts:
         if contender := starts[name](name):
-            found.append((contender, await first_answer_s(contender)))
-    return found
+            started[contender] = await first_answer_s(contender)
+    return started
+
+
+async def in_turn(contenders, rounds, *measures):
+    """Take every measure of one contender after the other, so many rounds; return {name: [Cost]} for each measure."""
+    tables = [collections.defaultdict(list) for _ in measures]
+    for turn in range(rounds):
+        for contender in contenders:
+            for costs, measure in zip(tables, measures, strict=True):
+                costs[contender.name].append(await measure(contender))
+        say(f"{turn + 1} of {rounds} rounds")
+    return tables
 
 
 def middle(values):
@@ -4588,10 +4757,15 @@ def middle(values):
     return share_of(sorted(values), 0.5)
 
 
-def ratio_column(rows, base, value):
-    """Return the median over rounds of a contender's value over the base's in the same round, by contender."""
-    return {name: middle(value(one) / value(two) for one, two in zip(rows[name], rows[base], strict=True))
-            for name in rows}
+def median_cost(costs, field):
+    """Return the median over rounds of a field of Cost."""
+    return middle(getattr(cost, field) for cost in costs)
+
+
+def ratios_to(costs, base, field):
+    """Return {name: median over rounds of a field over that of `base` in the same round}."""
+    return {name: middle(getattr(cost, field) / getattr(other, field) for cost, other
+                         in zip(costs[name], costs[base], strict=True)) for name in costs}
 
 
 def run_quick(coroutine):
@@ -4607,45 +4781,35 @@ def base_of(runs):
 
 async def measure_weight(rounds, span_s=SLICE_S):
     """Measure small calls through every contender, in turn; return rows of text."""
-    many, one = collections.defaultdict(list), collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
-        found = await contenders(stack, nodes=3)
-        for turn in range(rounds):
-            for it, _ in found:
-                many[it.name].append(await small_calls(it, 32, span_s))
-                one[it.name].append(await small_calls(it, 1, span_s / 2))
-            say(f"{turn + 1} of {rounds} rounds")
+        many, one = await in_turn(await contenders(stack, nodes=3), rounds,
+                                  lambda contender: small_calls(contender, 32, span_s),
+                                  lambda contender: small_calls(contender, 1, span_s / 2))
     base = base_of(many)
-    rates, trips = ratio_column(many, base, lambda it: it[0]), ratio_column(one, base, lambda it: it[1])
+    rates, trips = ratios_to(many, base, "rate"), ratios_to(one, base, "time_s")
     rows = [["small POST", "32 clients: /s", f"to {base}", "CPU us", "1 client: us", f"to {base}", "CPU us"]]
     for name in many:
-        rows.append([name, f"{middle(it[0] for it in many[name]):.0f}", f"x{rates[name]:.2f}",
-                     f"{middle(it[2] for it in many[name]) * 1e6:.0f}",
-                     f"{middle(it[1] for it in one[name]) * 1e6:.0f}", f"x{trips[name]:.2f}",
-                     f"{middle(it[2] for it in one[name]) * 1e6:.0f}"])
+        rows.append([name, f"{median_cost(many[name], 'rate'):.0f}", f"x{rates[name]:.2f}",
+                     f"{median_cost(many[name], 'cpu_s') * 1e6:.0f}", f"{median_cost(one[name], 'time_s') * 1e6:.0f}",
+                     f"x{trips[name]:.2f}", f"{median_cost(one[name], 'cpu_s') * 1e6:.0f}"])
     return rows
 
 
 async def measure_streams(count, rate, rounds):
     """Measure `count` concurrent streams of `rate` tokens/s through every contender, in turn; return rows of text."""
-    seen = collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
-        found = await contenders(stack, nodes=-(-count // NODE_SLOTS))
-        idle = {it.name: (start_s, it.resident_mib()) for it, start_s in found}
-        for turn in range(rounds):
-            for it, _ in found:
-                seen[it.name].append(await many_streams(it, count, rate))
-            say(f"{turn + 1} of {rounds} rounds")
+        started = await contenders(stack, nodes=-(-count // NODE_SLOTS))
+        idle = {contender.name: (start_s, contender.resident_mib()) for contender, start_s in started.items()}
+        seen, = await in_turn(started, rounds, lambda contender: many_streams(contender, count, rate))
     base = base_of(seen)
-    costs = ratio_column(seen, base, lambda it: it[2])
-    own_s = middle(it[1] for it in seen["node itself"])
+    ratios, own_s = ratios_to(seen, base, "cpu_s"), median_cost(seen["node itself"], "time_s")
     rows = [[f"{count} streams, {rate}/s each", "tokens", "CPU us a token", f"to {base}", "P99 gap ms", "over node's",
              "start s", "MiB idle", "MiB"]]
-    for name, runs in seen.items():
-        gap_s = middle(it[1] for it in runs)
-        rows.append([name, str(sum(it[0] for it in runs)), f"{middle(it[2] for it in runs) * 1e6:.1f}",
-                     f"x{costs[name]:.2f}", f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}",
-                     f"{idle[name][0]:.2f}", f"{idle[name][1]:.0f}", f"{max(it[3] for it in runs):.0f}"])
+    for name, costs in seen.items():
+        gap_s = median_cost(costs, "time_s")
+        rows.append([name, str(sum(cost.count for cost in costs)), f"{median_cost(costs, 'cpu_s') * 1e6:.1f}",
+                     f"x{ratios[name]:.2f}", f"{gap_s * 1000:.1f}", f"{(gap_s - own_s) * 1000:+.1f}",
+                     f"{idle[name][0]:.2f}", f"{idle[name][1]:.0f}", f"{max(cost.mib for cost in costs):.0f}"])
     return rows
 
 
@@ -4659,7 +4823,8 @@ class Customer(Listening):
 
 
 async def crowd_cost(contender, customers, rate, span_s):
-    """Let `customers` ask for streams without end; return (tokens/s, CPU seconds a token, MiB held)."""
+    """Wait until a contender answers, and let `customers` ask it for streams without end; return their Cost."""
+    await first_answer_s(contender)
     loop = asyncio.get_running_loop()
     options = {"num_predict": round(STREAM_S * rate), "gap_ms": 1000 // rate}
     crowd = [(await loop.create_connection(functools.partial(Customer, post_chat(number, stream=True, options=options)),
@@ -4668,11 +4833,12 @@ async def crowd_cost(contender, customers, rate, span_s):
     tokens, cpu_s, start_s = sum(one.tokens for one in crowd), contender.cpu_s(), time.perf_counter()
     await asyncio.sleep(span_s)
     tokens = sum(one.tokens for one in crowd) - tokens
-    found = tokens / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / tokens, contender.resident_mib()
+    cost = Cost(tokens / (time.perf_counter() - start_s), (contender.cpu_s() - cpu_s) / tokens,
+                mib=contender.resident_mib())
     for one in crowd:
         one.over.cancel()
         one.transport.abort()
-    return found
+    return cost
 
 
 async def measure_waiting(streams, rate, waiting, rounds):
@@ -4680,21 +4846,51 @@ async def measure_waiting(streams, rate, waiting, rounds):
     with contextlib.ExitStack() as stack:
         node = light_process(stack, "node itself", "bench.serve_light(bench.LightNode)")
         flags = "--max-queue", str(waiting + streams), "--queue-timeout", "100000", "--log-level", "warning"
-        few = sollol_process(stack, f"{-(-streams // NODE_SLOTS)} nodes, nobody waits", node, -(-streams // NODE_SLOTS),
-                             *flags)
+        least = -(-streams // NODE_SLOTS)
+        few = sollol_process(stack, f"{least} nodes, nobody waits", node, least, *flags)
         many = sollol_process(stack, f"50 nodes, {waiting} wait", node, 50, *flags, slots=-(-streams // 50))
-        seen = {few: [], many: []}
-        for turn in range(rounds):
-            for it in seen:
-                await first_answer_s(it)
-                seen[it].append(await crowd_cost(it, streams + (waiting if it is many else 0), rate, 2 * STREAM_S))
-            say(f"{turn + 1} of {rounds} rounds")
+        seen, = await in_turn((few, many), rounds, lambda contender: crowd_cost(
+            contender, streams + (waiting if contender is many else 0), rate, 2 * STREAM_S))
+    ratios = ratios_to(seen, few.name, "cpu_s")
     rows = [[f"{streams} streams, {rate}/s each", "tokens/s", "CPU us a token", "to the first", "MiB"]]
-    for it, found in seen.items():
-        ratio = middle(one[1] / two[1] for one, two in zip(found, seen[few], strict=True))
-        rows.append([it.name, f"{middle(one[0] for one in found):.0f}", f"{middle(one[1] for one in found) * 1e6:.1f}",
-                     f"x{ratio:.2f}", f"{max(one[2] for one in found):.0f}"])
+    for name, costs in seen.items():
+        rows.append([name, f"{median_cost(costs, 'rate'):.0f}", f"{median_cost(costs, 'cpu_s') * 1e6:.1f}",
+                     f"x{ratios[name]:.2f}", f"{max(cost.mib for cost in costs):.0f}"])
     return rows
+
+
+BLOB_MIB = 1024
+
+
+def upload_s(port):
+    """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
+    block, start_s = bytes(2**20), time.perf_counter()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (
+            b"0" * 64, BLOB_MIB * len(block)))
+        for _ in range(BLOB_MIB):
+            connection.sendall(block)
+        if connection.recv(4096)[9:12] != b"201":
+            raise BadArgument("a blob was not taken")
+    return time.perf_counter() - start_s
+
+
+async def blob(contender):
+    """Upload a blob through a contender; return its Cost."""
+    held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
+    contender.forget_peak()
+    taken_s = await asyncio.to_thread(upload_s, contender.port)
+    return Cost(BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, mib=contender.peak_mib() - held_mib)
+
+
+async def measure_blobs(rounds):
+    """Measure blobs through every contender, in turn; return rows of text."""
+    with contextlib.ExitStack() as stack:
+        seen, = await in_turn(await contenders(stack, 1, kind=BlobNode), rounds, blob)
+    ratios = ratios_to(seen, "node itself", "rate")
+    return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
+        [name, f"{median_cost(costs, 'rate'):.0f}", f"x{ratios[name]:.2f}", f"{median_cost(costs, 'cpu_s'):.2f}",
+         f"{max(cost.mib for cost in costs):.1f}"] for name, costs in seen.items()]
 
 
 # Generous: machines that run checks are slow and shared. What is guarded is a step in the wrong direction.
@@ -4704,15 +4900,98 @@ LEAST_CALLS, MOST_TOKEN_CPU = 0.05, 4.0     # of the pump's
 async def check_weight():
     """Print how SOLLOL compares with the bare pump; return whether it is as light as it should be."""
     with contextlib.ExitStack() as stack:
-        (pump, _), (gateway, _) = await contenders(stack, nodes=3, only=("pump", "SOLLOL"))
-        calls = [await small_calls(it, 32, 1.0) for it in (pump, gateway, pump, gateway)]
-        streams = [await many_streams(it, 100, 20) for it in (pump, gateway)]
-    rate = (calls[1][0] + calls[3][0]) / (calls[0][0] + calls[2][0])
-    cpu = streams[1][2] / streams[0][2]
-    print(f"{'held' if rate >= LEAST_CALLS else 'MISSED'}  small calls: x{rate:.2f} of a bare pump's, at least "
-          f"x{LEAST_CALLS:g}\n{'held' if cpu <= MOST_TOKEN_CPU else 'MISSED'}  CPU a token: x{cpu:.2f} of a bare "
-          f"pump's, at most x{MOST_TOKEN_CPU:g}", flush=True)
-    return rate >= LEAST_CALLS and cpu <= MOST_TOKEN_CPU
+        pump, gateway = await contenders(stack, nodes=3, only=("pump", "SOLLOL"))
+        calls, = await in_turn((pump, gateway), 2, lambda contender: small_calls(contender, 32, 1.0))
+        streams, = await in_turn((pump, gateway), 1, lambda contender: many_streams(contender, 100, 20))
+    rate = sum(cost.rate for cost in calls["SOLLOL"]) / sum(cost.rate for cost in calls["pump"])
+    cpu = streams["SOLLOL"][0].cpu_s / streams["pump"][0].cpu_s
+    held = [claim_held(rate >= LEAST_CALLS, f"small calls: x{rate:.2f} of a bare pump's, at least x{LEAST_CALLS:g}"),
+            claim_held(cpu <= MOST_TOKEN_CPU, f"CPU a token: x{cpu:.2f} of a bare pump's, at most x{MOST_TOKEN_CPU:g}")]
+    return all(held)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decisions: what does one dispatch cost when the queue is long?
+#
+# No sockets: the gateway's own Dispatcher, every slot taken, and 10,000 tickets waiting. The lease that is predicted to
+# end first ends, its answer is learned from, and a waiting ticket takes its place: that is one decision.
+# ------------------------------------------------------------------------------------------------------------
+
+DECISION_TICKETS, DECISIONS = 10_000, 300
+LIKELY = sollol.Timings(total_s=5.0, prompt_s=1.0, prompt_tokens=500, output_s=4.0, output_tokens=150)
+
+
+def crowded(nodes, models, held, rng):
+    """Return a Dispatcher over `nodes` that hold `held` of `models` each, two of them loaded, and its full queue."""
+    dispatcher = sollol.Dispatcher(max_queue=DECISION_TICKETS)
+    dispatcher.cluster.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
+    names = [f"m{number}:latest" for number in range(models)]
+    for number, node in enumerate(dispatcher.cluster.nodes.values()):
+        mine = [names[(number * held + place) % models] for place in range(held)]
+        node.answered("0.33.0", 0.001, 0.0)
+        dispatcher.cluster.take_tags(node, [{"name": name, "size": 4e9} for name in mine])
+        node.take_ps([{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
+        node.memory.limit_bytes = 14e9
+        for runner in node.runners.values():
+            slots = runner.slots
+            slots.count, slots.proven, slots.origin, slots.retry_at_s = 2, 2, "learned", math.inf
+            runner.speeds.decode_s, runner.speeds.prefill_s, runner.speeds.samples = 0.02 * (1 + number % 5), 0.0005, 5
+    for number in range(DECISION_TICKETS):
+        spec = sollol.RequestSpec(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
+                             prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
+        dispatcher.enter(str(number), spec, 1.0)
+    return dispatcher
+
+
+def decision_times_s(nodes, models, held, seed):
+    """Return the ascending times that decisions took."""
+    dispatcher, running, times_s, number = crowded(nodes, models, held, random.Random(seed)), [], [], itertools.count()
+
+    def dispatch(now):
+        for lease in dispatcher.dispatch(now)[0]:
+            heapq.heappush(running, (max(now + 0.5, lease.predicted_end_s), next(number), lease))
+
+    dispatch(1.0)
+    gc.freeze()                     # else each collection would look through 10,000 tickets
+    for _ in range(DECISIONS):
+        now, _, lease = heapq.heappop(running)
+        start_s = time.perf_counter()
+        lease.heard(1, now)
+        dispatcher.observe(lease, LIKELY, now)
+        dispatcher.release(lease, now)
+        dispatcher.leave(lease.ticket, now)
+        dispatch(now)
+        times_s.append(time.perf_counter() - start_s)
+    return sorted(times_s)
+
+
+def heap_step_s():
+    """Return the time of one pop and push on a heap as long as the queue: a yardstick for this machine."""
+    heap = [(number * 7919 % DECISION_TICKETS, number, None) for number in range(DECISION_TICKETS)]
+    heapq.heapify(heap)
+    start_s = time.perf_counter()
+    for _ in range(DECISION_TICKETS):
+        heapq.heapreplace(heap, (heap[0][0] + 5000, 0, None))
+    return (time.perf_counter() - start_s) / DECISION_TICKETS
+
+
+def measure_decisions(seed):
+    """Return rows of text: what a decision costs, by size of the cluster."""
+    step_s = heap_step_s()
+    rows = [[f"{DECISION_TICKETS} tickets", "each holds", "median us", "mean us", "P99 us", "median, heap steps"]]
+    for nodes, models, held in ((5, 5, 5), (12, 20, 5), (25, 20, 5), (50, 20, 5), (100, 20, 5), (50, 20, 20)):
+        times_s = decision_times_s(nodes, models, held, seed)
+        rows.append([f"{nodes} nodes, {models} models", str(held), f"{middle(times_s) * 1e6:.0f}",
+                     f"{sum(times_s) / len(times_s) * 1e6:.0f}", f"{share_of(times_s, 0.99) * 1e6:.0f}",
+                     f"{middle(times_s) / step_s:.0f}"])
+    return rows
+
+
+# ============================================================================================================
+# Soaks and sieges: `soak`, `kills`, `siege`
+#
+# Random faults and hostile clients. Each returns what was violated; nothing may be.
+# ============================================================================================================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4728,7 +5007,7 @@ async def check_weight():
 SOAK_MINUTES = 4.0
 SOAK_QUEUE, SOAK_WAIT_S = 100, 60.0     # --max-queue, --queue-timeout: so small that some seeds come to them
 SETTLE_S = 900.0        # virtual time in which everything is answered after the last trouble
-HEAL_S = 75.0           # a node may be shunned so long after its trouble: a breaker's longest pause, a probe, a sweep
+HEAL_S = 75.0           # without work after a trouble, at most: a breaker's longest pause, a probe, a sweep
 INSTANT_S = 1e-6        # what happens within this happens at once
 MOST_PROMPT_TOKENS = 1500       # with more, a slow node's requests outlast the soak
 SOAK_MODELS = ("llama3.2:latest", "llama3.2:1b", "llama3.1:8b", "gemma3:4b", "mistral:latest")
@@ -4831,7 +5110,7 @@ class Plan(NamedTuple):
     edits_s: list                   # when a bad hosts.txt is saved, and read again by force
 
 
-class Outcome(NamedTuple):
+class ErrandOutcome(NamedTuple):
     """What became of an errand. `how`: whole, refused, broken, cut or left."""
 
     number: int
@@ -4871,8 +5150,11 @@ def draw_leaving(rng):
     return Leaving(phase, after[phase], rng.random() < 0.5)
 
 
-def draw_errand(rng, number, at_s, client, models, hasty, reloads):
-    """Return an errand; `hasty` and `reloads` are the shares of clients that leave and of unusual num_ctx."""
+def draw_errand(rng, beginning, models, hasty, reloads):
+    """Return an errand from its `beginning`: (number, at_s, client).
+
+    `hasty` and `reloads` are the shares of clients that leave and of unusual num_ctx.
+    """
     if rng.random() < 0.1:
         path, model, stream = rng.choice(EMBED_PATHS), EMBEDDER, False
     elif rng.random() < 0.1:
@@ -4881,7 +5163,7 @@ def draw_errand(rng, number, at_s, client, models, hasty, reloads):
         path = rng.choice(CHAT_PATHS + PROMPT_PATHS + ("/api/chat",))
         model, stream = rng.choice(models), rng.random() < 0.6
     prompt_tokens, output_tokens = pick_lengths(rng, "mixed")
-    return Errand(number, at_s, client, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
+    return Errand(*beginning, path, model, stream, min(prompt_tokens, MOST_PROMPT_TOKENS), output_tokens,
                   rng.choice((None, None, None, 1, 1, 3, 5, 8, 10)),
                   8192 if path.startswith("/api") and rng.random() < reloads else None,
                   draw_leaving(rng) if rng.random() < hasty else None,
@@ -4895,7 +5177,7 @@ def draw_errands(rng, models, span_s):
     errands, at_s = [], rng.expovariate(rate)
     while at_s < span_s:
         client, count = rng.choice(clients), 1 if rng.random() < 0.99 else rng.randint(5, 40)
-        errands += [draw_errand(rng, number, at_s, client, models, hasty, reloads)
+        errands += [draw_errand(rng, (number, at_s, client), models, hasty, reloads)
                     for number in range(len(errands), len(errands) + count)]
         at_s += rng.expovariate(rate)
     return errands
@@ -4932,74 +5214,40 @@ def draw_plan(seed, minutes):
 
 # What a client sees.
 
-class Answer:
-    """What has come of an answer so far."""
-
-    def __init__(self):
-        self.head, self.body, self.pieces = b"", b"", 0
-        self.whole = self.left = False      # ended where its framing says; its client gave up
-
-    @property
-    def status(self):
-        return int(self.head[9:12]) if self.head else 0
-
-    def field(self, name):
-        found = re.search(rb"\r\n%b: *([^\r]*)" % name, self.head, re.I)
-        return found[1].decode() if found else ""
-
-    async def read(self, reader, most=math.inf):
-        """Take in an answer, or so many pieces of it."""
-        self.head = await reader.readuntil(b"\r\n\r\n")
-        if length := self.field(b"content-length"):
-            self.body = await reader.readexactly(int(length))
-            self.pieces = 1
-        else:
-            while self.pieces < most and (size := int(await reader.readuntil(b"\r\n"), 16)):
-                self.body += (await reader.readexactly(size + 2))[:-2]
-                self.pieces += 1
-            if self.pieces >= most:
-                self.left = True
-                return
-            await reader.readexactly(2)
-        self.whole = True
-
-
 class Visitor(Caller):
-    """A client of the soak. Keeps its connections; what comes on one unasked shows at the next head, or at its end."""
+    """A client of the soak. It keeps its connections: bytes that nobody asked for show at the next head or the end."""
 
     async def visit(self, errand):
-        """Run an errand; return its Answer, whatever comes of it."""
-        answer, leaving = Answer(), errand.leaving or Leaving("", 0.0, False)
-        reader, writer = await self.connection()
+        """Run an errand; return (its Response, whatever came of it; whether the client left before its end)."""
+        response, leaving, left = Response(), errand.leaving or Leaving("", 0.0, False), False
+        client = await self.connection()
         data = errand.request()
         if leaving.phase == "sending":
             data = data[:int(leaving.after * len(data))]
         try:
             async with asyncio.timeout(0.5 if leaving.phase == "sending" else
                                        leaving.after if leaving.phase == "waiting" else None):
-                writer.write(data)
-                await answer.read(reader, leaving.after if leaving.phase == "reading" else math.inf)
+                client.writer.write(data)
+                await client.read(response, most=leaving.after if leaving.phase == "reading" else math.inf)
+                left = leaving.phase == "reading" and not response.whole
         except TimeoutError:
-            answer.left = True
+            left = True
         except (OSError, ValueError, asyncio.IncompleteReadError):
             pass                    # closed, or no chunk: `whole` tells
-        if answer.whole and answer.field(b"connection") != "close":
-            self.idle.append((reader, writer))
-        elif answer.left and not leaving.resets:
-            writer.close()
+        if left and not leaving.resets:
+            client.writer.close()
         else:
-            reset_on_close(writer.transport)
-            writer.transport.abort()
-        return answer
+            self.keep(client, response, resets=True)
+        return response, left
 
     async def farewell(self):
         """Close every connection; return the bytes that came unasked."""
         unasked = b""
-        for reader, writer in self.idle:
-            if not reader.at_eof():
-                writer.write_eof()
-                unasked += await reader.read()
-            writer.transport.abort()
+        for client in self.idle:
+            if not client.reader.at_eof():
+                client.writer.write_eof()
+                unasked += await client.reader.read()
+            client.writer.transport.abort()
         self.idle.clear()
         return unasked
 
@@ -5016,7 +5264,7 @@ def vector_in(value):
     return value["embeddings"][0] if "embeddings" in value else value["data"][0]["embedding"]
 
 
-def error_in(path, value):
+def error_text(path, value):
     """Return the text of an error object in the shape of its path's family, or None."""
     error = value.get("error") if isinstance(value, dict) else None
     if path.startswith("/v1/"):
@@ -5024,7 +5272,7 @@ def error_in(path, value):
     return error if isinstance(error, str) else None
 
 
-def read_value(data):
+def json_object(data):
     """Return the JSON object that bytes are. Raises Violation."""
     try:
         return json.loads(data)
@@ -5039,12 +5287,12 @@ def read_stream(path, body):
     if rest or not lines or not all(line.startswith(lead) for line in lines):
         raise Violation(f"stream is no sequence of lines: ...{body[-200:]!r}")
     if lines[-1] == b"data: [DONE]":
-        values, how = [read_value(line.removeprefix(lead)) for line in lines[:-1]], "whole"
+        values, how = [json_object(line.removeprefix(lead)) for line in lines[:-1]], "whole"
     else:
-        values = [read_value(line.removeprefix(lead)) for line in lines]
+        values = [json_object(line.removeprefix(lead)) for line in lines]
         done = not lead and values[-1].get("done") is True
         how = "whole" if done else "broken"
-    if how == "broken" and error_in(path, values.pop()) is None:
+    if how == "broken" and error_text(path, values.pop()) is None:
         raise Violation(f"stream has no end: ...{body[-200:]!r}")
     if any(value.get("done") is True for value in (values[:-1] if how == "whole" else values)):
         raise Violation("stream goes on behind its last line")
@@ -5052,13 +5300,13 @@ def read_stream(path, body):
 
 
 def verdict(errand, answer):
-    """Return (how an errand ended, its text). Raises Violation if it may not end so, whatever the nodes did."""
+    """Return (how an errand ended, its text). Raises Violation if it may never end so, whatever the nodes did."""
     if not answer.head:
         raise Violation("connection closed without an answer")
-    if answer.field(b"x-request-id") != errand.id:
-        raise Violation(f"got the answer to {answer.field(b'x-request-id') or 'nobody'}")
+    if answer.fields.get("x-request-id") != errand.id:
+        raise Violation(f"got the answer to {answer.fields.get('x-request-id', 'nobody')}")
     if answer.status != 200:
-        text = error_in(errand.path, read_value(answer.body)) if answer.whole else None
+        text = error_text(errand.path, json_object(answer.body)) if answer.whole else None
         if text is None or answer.status not in (500, 502, 503) and (answer.status, errand.path) != (404, "/api/show"):
             raise Violation(f"error answer {answer.status} of the wrong kind: {answer.body[:200]!r}")
         return "refused", text
@@ -5067,11 +5315,11 @@ def verdict(errand, answer):
     if not answer.whole:
         raise Violation(f"stream ended without a word: ...{answer.body[-200:]!r}")
     if errand.path in LOOK_PATHS:
-        return "whole", str(len(read_value(answer.body)))
+        return "whole", str(len(json_object(answer.body)))
     expected = errand.expected()
     try:
         text, how = read_stream(errand.path, answer.body) if errand.stream else (
-            (vector_in if errand.path in EMBED_PATHS else text_in)(read_value(answer.body)), "whole")
+            (vector_in if errand.path in EMBED_PATHS else text_in)(json_object(answer.body)), "whole")
     except (KeyError, IndexError, AttributeError):
         raise Violation(f"an answer of another kind: {answer.body[:200]!r}") from None
     if text != expected and (how == "whole" or not expected.startswith(text)):
@@ -5132,7 +5380,8 @@ def overgrown(gateway, nodes):
     waiting, cluster = dispatcher.waiting, dispatcher.cluster
     for name, table in (("waiting.heaps", waiting.heaps), ("waiting.marked", waiting.marked),
                         ("estimates.lengths", cluster.estimates.lengths), ("holders", cluster.holders),
-                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models | cluster.changes.idle_models),
+                        ("parked", dispatcher.policy.parked), ("changes", cluster.changes.models),
+                        ("idle changes", cluster.changes.idle_models),
                         ("rates", dispatcher.rates.rates)):
         if extra := set(table) - models:
             yield f"{name} keeps {' '.join(map(str, extra))}"
@@ -5167,11 +5416,11 @@ def is_troubled(troubles, kinds, since_s, until_s):
     return any(trouble.kind in kinds and trouble.at_s <= until_s and trouble.end_s >= since_s for trouble in troubles)
 
 
-class Line:
-    """Watch how long a ticket that is first in line for its model is overtaken by those behind it.
+class OvertakingWatch:
+    """Measure for how long the first ticket in line for a model is overtaken by tickets behind it.
 
-    That happens while it is held back for a better node: until a slot there is free. Who has the smaller key overtakes
-    nobody, so nobody is overtaken by requests that came later than their head start allows.
+    That happens while the dispatcher holds it back for a better node. A ticket with a smaller key is not behind it: its
+    head start allows that it comes first.
     """
 
     def __init__(self, dispatcher):
@@ -5226,9 +5475,9 @@ class Soak:
         self.listed = set(self.nodes)
         self.visitors, self.outcomes, self.violations = {}, [], []
         self.logged = collections.Counter()
-        self.ignored = {}           # waiting ticket: since when no usable node for it does anything
+        self.ignored = {}           # waiting ticket: since when all usable nodes for it are idle
         self.drained = {}           # drained node's name: since when
-        self.gateway = self.line = self.address = None
+        self.gateway = self.line = self.address = self.reload = None
 
     def wrong(self, text):
         self.violations.append(f"{self.loop.time():.3f} s: {text}")
@@ -5249,7 +5498,7 @@ class Soak:
             return
         self.listed = self.listed | {node.name} if listed else self.listed - {node.name}
         self.save_hosts()
-        self.gateway.files.reload()
+        self.reload()
 
     async def edit_hosts(self):
         """Save a bad hosts.txt now and then: the nodes stay as they are."""
@@ -5257,11 +5506,11 @@ class Soak:
             await asyncio.sleep(at_s - self.loop.time())
             before = dict(self.gateway.dispatcher.cluster.nodes)
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.files.reload()
+            self.reload()
             if self.gateway.dispatcher.cluster.nodes != before:
                 self.wrong("a bad hosts.txt changed the nodes")
             self.save_hosts()
-            self.gateway.files.reload()
+            self.reload()
 
     # Troubles
 
@@ -5269,9 +5518,9 @@ class Soak:
         """Have a node drained or resumed."""
         if what == "resume":
             del self.drained[node.name]
-        status, *_ = await Caller(*self.address).call(b"{}", path=f"/api/nodes/{node.name}/{what}")
-        if status != 200:
-            self.wrong(f"{what} of {node.name} was answered with {status}")
+        answer = await Caller(*self.address).call(b"{}", path=f"/api/nodes/{node.name}/{what}")
+        if answer.status != 200:
+            self.wrong(f"{what} of {node.name} was answered with {answer.status}")
         if what == "drain":
             self.drained[node.name] = self.loop.time()
 
@@ -5301,25 +5550,25 @@ class Soak:
         """Run an errand at its time, and judge what became of it."""
         await asyncio.sleep(errand.at_s - self.loop.time())
         sent_s = self.loop.time()
-        answer = await self.visitors[errand.client].visit(errand)
+        answer, left = await self.visitors[errand.client].visit(errand)
         try:
-            how, text = ("left", "") if answer.left else verdict(errand, answer)
-            outcome = Outcome(errand.number, sent_s, self.loop.time(), answer.status, answer.field(b"x-sollol-node"),
-                              how, len(text))
+            how, text = ("left", "") if left else verdict(errand, answer)
+            outcome = ErrandOutcome(errand.number, sent_s, self.loop.time(), answer.status,
+                                    answer.fields.get("x-sollol-node", ""), how, len(text))
             self.outcomes.append(outcome)
             self.judge(errand, answer, outcome, text)
         except Violation as violation:
             self.wrong(f"{errand.id} ({errand.path}): {violation}")
 
     def judge(self, errand, answer, outcome, text):
-        """Raise Violation if what happened to the nodes is no reason for how an errand ended."""
+        """Raise Violation if no trouble of the nodes explains how an errand ended."""
         troubles = self.plan.troubles
         if outcome.how in ("broken", "cut") and not is_troubled(troubles[outcome.node], SEVERE, outcome.sent_s,
                                                                 outcome.end_s):
             raise Violation(f"its answer was {outcome.how} although {outcome.node} was well: {answer.body[-200:]!r}")
         if outcome.how != "refused":
             return
-        if not outcome.node and outcome.status == 503 and not answer.field(b"retry-after").isdigit():
+        if not outcome.node and outcome.status == 503 and not answer.fields.get("retry-after", "").isdigit():
             raise Violation("503 without Retry-After")
         if text == "the queue is full" or text.startswith("no slot became free"):
             return
@@ -5333,7 +5582,7 @@ class Soak:
     # Watching
 
     def is_ignored(self, ticket, now):
-        """Tell whether there are nodes for a ticket, and none of them does anything."""
+        """Tell whether there are usable nodes for a ticket, and all of them are idle."""
         runners = [runner for runner in self.gateway.dispatcher.cluster.holders.get(ticket.spec.model, ())
                    if runner.node.is_usable(now) and runner.breaker.allows(now)
                    and runner.node.name not in ticket.tried]
@@ -5372,18 +5621,26 @@ class Soak:
 
     # The run
 
+    async def start_nodes(self):
+        for node in self.nodes.values():
+            node.port = unused_low_port(self.rng)
+            await node.start()
+        self.save_hosts()
+
+    def open_for(self, address, reload):
+        """Tell the clients where the gateway is, and the rest how it is made to read hosts.txt again."""
+        self.address, self.reload = address, reload
+        self.visitors = {client: Visitor(*address, source=client)
+                         for client in sorted({errand.client for errand in self.plan.errands})}
+
     async def start(self):
         """Start the nodes and the gateway."""
-        for node in self.nodes.values():
-            await start_below_ephemeral(node, self.rng)
-        self.save_hosts()
+        await self.start_nodes()
         options = sollol.parse_options(["--hosts", str(self.hosts), "--port", "0", "--seed", str(self.seed),
                                         "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S)], {})
         self.gateway = await sollol.Gateway(options, sollol.read_nodes(options)).start()
-        self.address = self.gateway.listener.address
-        self.line = Line(self.gateway.dispatcher)
-        self.visitors = {client: Visitor(*self.gateway.listener.address, source=client)
-                         for client in sorted({errand.client for errand in self.plan.errands})}
+        self.line = OvertakingWatch(self.gateway.dispatcher)
+        self.open_for(self.gateway.listener.address, self.gateway.files.reload)
 
     async def play(self):
         """Run all errands through all troubles."""
@@ -5462,20 +5719,6 @@ class Soak:
             self.wrong(f"a task is left: {task.get_coro()}")
 
 
-LOW_PORTS = range(15_000, 32_000)       # below those that Linux gives to outgoing connections
-
-
-async def start_below_ephemeral(node, rng):
-    """Start a node on a port that no connection can take while it is dead."""
-    while True:
-        node.port = rng.choice(LOW_PORTS)
-        try:
-            return await node.start()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-
-
 @contextlib.contextmanager
 def log_sent_to(handler):
     """Send the gateway's log to a handler for a while."""
@@ -5492,7 +5735,7 @@ def log_sent_to(handler):
 
 @contextlib.contextmanager
 def mad_wall_clock(seed):
-    """Let every look at the wall clock give another time, from 1970 to 2096: nothing but the log may care."""
+    """Let the wall clock jump at every call, between 1970 and 2096: nothing but the log may depend on it."""
     rng, real = random.Random(f"clock {seed}"), time.time
     time.time = lambda: rng.uniform(0.0, 4e9)
     try:
@@ -5543,101 +5786,13 @@ def soak_seeds(first, count, minutes):
 # ------------------------------------------------------------------------------------------------------------
 
 HANG_S = 60.0                       # no request lasts so long here
-KILL_GAP_S, DEAD_S = 4.0, 1.5       # from one SIGKILL to the next, and until its node is started again
+KILL_GAP_S, RESTART_S = 4.0, 1.5    # from one SIGKILL to the next, and until its node is started again
 KILL_CLIENTS = 4                    # of each kind
 KINDS = {                           # (stream, deterministic): how its requests may end; the first is as it should be
     "stream:false": (False, False, ("whole",)),
     "deterministic streams": (True, True, ("whole",)),
     "other streams": (True, False, ("whole", "broken")),
 }
-
-
-class NodeProcess:
-    """A simulated node as a process, which can be killed and come back on its port."""
-
-    def __init__(self, stack, rng, speed):
-        self.port = unused_low_port(rng)
-        self.argv = [sys.executable, "bench.py", "--nodes", "1", "--port", str(self.port), "--speed", str(speed)]
-        self.process = None
-        stack.callback(self.kill)
-
-    async def start(self):
-        """Start it, and wait until it listens. Returns self."""
-        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                        cwd=pathlib.Path(__file__).parent)
-        if not await asyncio.to_thread(self.process.stdout.readline):
-            raise BadArgument(f"no node on port {self.port}")
-        return self
-
-    def kill(self):
-        """End it with SIGKILL."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
-            self.process = None
-
-
-def unused_low_port(rng):
-    """Return a port that no outgoing connection can take while its node is dead."""
-    while True:
-        port = rng.choice(LOW_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-class Front(Contender):
-    """The gateway as a process, its hosts.txt and its log in a folder."""
-
-    @classmethod
-    def of(cls, stack, hosts, *flags):
-        """Start it with a hosts.txt: a path, or the lines of one."""
-        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
-        if isinstance(hosts, list):
-            hosts, lines = folder / "hosts.txt", hosts
-            hosts.write_text("\n".join(lines), encoding="utf-8")
-        log = stack.enter_context((folder / "log").open("wb"))
-        process = subprocess.Popen([sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags],
-                                   stderr=log, cwd=pathlib.Path(__file__).parent)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        front = cls("SOLLOL", port, process)
-        front.folder = folder
-        return front
-
-    def reload(self):
-        """Have it read its hosts.txt again."""
-        self.process.send_signal(signal.SIGHUP)
-
-    def descriptors(self):
-        """Return how many files and sockets the process has open."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def log(self):
-        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
-
-    async def answers(self, path):
-        """Return the JSON at a path of the gateway's own."""
-        return await get_json("127.0.0.1", self.port, path)
-
-    async def ready(self, nodes, patience_s=15.0):
-        """Wait until so many nodes are up. Raises BadArgument."""
-        deadline_s = time.monotonic() + patience_s
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(OSError, ValueError):
-                if (await self.answers("/api/health"))["nodes"]["up"] == nodes:
-                    return self
-            await asyncio.sleep(0.05)
-        raise BadArgument("the gateway or a node did not start")
-
-    async def end(self):
-        """Stop it with SIGTERM; return what is to be said against it: its exit, and errors in its log."""
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self.process.wait, 30)
-        complaints = [] if self.process.returncode == 0 else [f"the gateway ended with {self.process.returncode}"]
-        return complaints + [line for line in self.log().splitlines() if "event=error" in line or "Traceback" in line]
 
 
 async def ask_in_turn(front, kind, number, until_s, seen):
@@ -5654,7 +5809,7 @@ async def ask_in_turn(front, kind, number, until_s, seen):
         start_s, how, complaint = clock(), "hung", ""
         try:
             async with asyncio.timeout(HANG_S):
-                answer = await visitor.visit(errand)
+                answer, _ = await visitor.visit(errand)
             how, text = verdict(errand, answer)
             complaint = text if how == "refused" else ""
         except TimeoutError:
@@ -5670,11 +5825,11 @@ async def kill_in_turn(front, nodes, until_s):
     """Kill one node after the other and start it again, with a reload of hosts.txt each time; return how often."""
     clock = asyncio.get_running_loop().time
     for kills, node in enumerate(itertools.cycle(nodes)):
-        await asyncio.sleep(KILL_GAP_S - DEAD_S)
-        if clock() + DEAD_S > until_s:
+        await asyncio.sleep(KILL_GAP_S - RESTART_S)
+        if clock() + RESTART_S > until_s:
             return kills
         node.kill()
-        await asyncio.sleep(DEAD_S)
+        await asyncio.sleep(RESTART_S)
         front.reload()
         await node.start()
 
@@ -5683,9 +5838,9 @@ async def run_kills(span_s, seed):
     """Kill nodes under load; return (rows of text, promises broken)."""
     rng = random.Random(f"kills {seed}")
     with contextlib.ExitStack() as stack:
-        nodes = [await NodeProcess(stack, rng, 1.0).start() for _ in range(3)]
-        front = await Front.of(stack, [f"http://127.0.0.1:{node.port} name=n{number}"
-                                       for number, node in enumerate(nodes)]).ready(len(nodes))
+        nodes = await asyncio.gather(*(NodeProcess(stack, rng).start() for _ in range(3)))
+        lines = [f"http://127.0.0.1:{node.port} name=n{number}" for number, node in enumerate(nodes)]
+        front = await GatewayProcess.of(stack, lines).ready(len(nodes))
         seen, until = [], asyncio.get_running_loop().time() + span_s
         _, kills = await asyncio.gather(
             asyncio.gather(*(ask_in_turn(front, kind, number, until, seen)
@@ -5719,7 +5874,7 @@ def kills_held(span_s, seed):
 
 HALF_HEADS, SLOW_READERS = 300, 200
 HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nX-Filler: "
-BYTE_GAP_S, READ_GAP_S, READ_BYTES = 0.5, 1.0, 1024
+BYTE_GAP_S, SIP_GAP_S, SIP_BYTES = 0.5, 1.0, 1024
 SIEGE_CLIENTS, SIEGE_SETTLE_S = 8, 4.0
 FILLED_S = 60.0                     # within which every buffer between node and slow reader is full
 MOST_GROWN_MIB, MOST_LATER_S = 64.0, 0.2    # of the gateway, by one kind of hostility; the P95 of others during it
@@ -5729,8 +5884,8 @@ GIANT_MIB = 64                      # --max-body
 class Siege:
     """Clients that send heads byte by byte and never finish, and clients that read a stream at 1 KB/s."""
 
-    def __init__(self, port):
-        self.port, self.read_bytes, self.refused = port, 0, 0
+    def __init__(self, port, count):
+        self.port, self.count, self.read_bytes, self.refused = port, count, 0, 0
         self.halves, self.readers = [], []
 
     def connected(self, data=b"", most_bytes=None):
@@ -5747,7 +5902,7 @@ class Siege:
         """Begin, and go on until cancelled."""
         request = post_chat(0, stream=True, options={"num_predict": 10**9, "gap_ms": 0})
         request = request.replace(b'"llama3.2"', b'"endless" ')
-        for number in range(SLOW_READERS):
+        for number in range(self.count):
             self.readers.append(self.connected(request, 4096))
             if number % 10 == 9:
                 await asyncio.sleep(0.02)
@@ -5774,8 +5929,8 @@ class Siege:
         for part in itertools.cycle(range(10)):
             for reader in self.readers[part::10]:
                 with contextlib.suppress(BlockingIOError):
-                    self.read_bytes += len(reader.recv(READ_BYTES))
-            await asyncio.sleep(READ_GAP_S / 10)
+                    self.read_bytes += len(reader.recv(SIP_BYTES))
+            await asyncio.sleep(SIP_GAP_S / 10)
 
     def lift(self):
         """Close everything."""
@@ -5784,7 +5939,7 @@ class Siege:
 
 
 def questions():
-    """Return what asks ahead."""
+    """Return 5,000 requests that do not wait for their answers."""
     return [b"HEAD /api/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000]
 
 
@@ -5802,7 +5957,7 @@ def giant():
 
 
 class Hostility(NamedTuple):
-    """What connections do that send the same over and over, and throw away what comes back."""
+    """Connections that send the same bytes over and over, and discard the answers."""
 
     connections: int
     make: Callable[[], list[bytes]]     # what they send, in turn
@@ -5819,7 +5974,7 @@ HOSTILITIES = {
 
 
 class Pest(asyncio.Protocol):
-    """One of the connections of a Hostility; it comes again when it is closed."""
+    """One connection of a Hostility. It connects again when it is closed."""
 
     def __init__(self, address, data, pause_s):
         self.address, self.data, self.pause_s = address, data, pause_s
@@ -5863,9 +6018,9 @@ class Pest(asyncio.Protocol):
 
 async def pester(name, port):
     """Be hostile until killed; print each second how many connections there are, and how many bytes were taken."""
-    it, pests = HOSTILITIES[name], []
-    for _, data in zip(range(it.connections), itertools.cycle(it.make())):
-        pests.append(Pest(("127.0.0.1", port), data, it.pause_s))
+    hostility, pests = HOSTILITIES[name], []
+    for _, data in zip(range(hostility.connections), itertools.cycle(hostility.make())):
+        pests.append(Pest(("127.0.0.1", port), data, hostility.pause_s))
         await pests[-1].come()
     while True:
         print(sum(pest.transport is not None for pest in pests), sum(pest.sent_bytes() for pest in pests), flush=True)
@@ -5885,7 +6040,7 @@ async def siege_slice(front, span_s):
 
 
 async def filled(front):
-    """Wait until what the slow readers do not read has filled all buffers: until then it is a fast node that costs."""
+    """Wait until the gateway rests: the streams of the slow readers have filled every buffer, and cost no CPU time."""
     for _ in range(int(FILLED_S)):
         cpu_s = front.cpu_s()
         await asyncio.sleep(1.0)
@@ -5895,7 +6050,7 @@ async def filled(front):
 
 
 class Besieged(NamedTuple):
-    """What ordinary clients and the gateway had of one kind of hostility."""
+    """Latency of ordinary clients, and memory of the gateway, beside one kind of hostility."""
 
     p50_s: float
     p95_s: float
@@ -5924,57 +6079,78 @@ async def besieged(front, span_s, name):
     return Besieged(*seen, peak_mib, peak_mib - before_mib, sent_bytes / 2**20)
 
 
-async def run_siege(span_s, rounds, seed):
+async def siege_round(front, span_s, names, readers, seen):
+    """Add to `seen` a Besieged of ordinary clients alone, beside a Siege, and beside that and each Hostility.
+
+    Raises BadArgument if it was no siege.
+    """
+    before_mib = front.resident_mib()
+    seen["without"].append(Besieged(*await siege_slice(front, span_s), before_mib, 0.0))
+    siege, before_mib = Siege(front.port, readers), front.resident_mib()
+    laying = asyncio.create_task(siege.lay())
+    try:
+        front.forget_peak()
+        await filled(front)
+        alone = await siege_slice(front, span_s)
+        seen["with"].append(Besieged(*alone, front.peak_mib(), front.peak_mib() - before_mib))
+        for name in names:
+            seen[name].append(await besieged(front, span_s, name))
+        health = await front.answers("/api/health")
+    finally:
+        laying.cancel()
+        siege.lift()
+    if laying.done() and not laying.cancelled():
+        laying.result()
+    if health["inflight"] < readers or not siege.refused or not siege.read_bytes:
+        raise BadArgument(f"no siege: {health}, {siege.refused} refused, {siege.read_bytes} bytes read")
+    await asyncio.sleep(1.0)
+
+
+async def run_siege(span_s, rounds, seed, names=tuple(HOSTILITIES), readers=SLOW_READERS, flags=()):
     """Measure ordinary clients without and with a siege, in turn; return {kind of hostility: [Besieged]}."""
     rng, seen = random.Random(f"siege {seed}"), collections.defaultdict(list)
     with contextlib.ExitStack() as stack:
-        nodes = [await NodeProcess(stack, rng, 1.0).start() for _ in range(3)]
+        nodes = await asyncio.gather(*(NodeProcess(stack, rng).start() for _ in range(3)))
         endless = light_process(stack, "endless", "bench.serve_light(bench.EndlessNode)")
         lines = [f"http://127.0.0.1:{node.port} name=n{number} slots=4" for number, node in enumerate(nodes)]
-        lines += [f"http://127.0.0.1:{endless.port} name=endless{number} slots=64"
-                  for number in range(-(-SLOW_READERS // 64))]
-        front = await Front.of(stack, lines, "--no-calibrate").ready(len(lines))
+        lines += [f"http://127.0.0.1:{endless.port} name=endless{number} slots={NODE_SLOTS}"
+                  for number in range(-(-readers // NODE_SLOTS))]
+        front = await GatewayProcess.of(stack, lines, "--no-calibrate", *flags).ready(len(lines))
         await siege_slice(front, SIEGE_SETTLE_S)
         for turn in range(rounds):
-            found = await siege_slice(front, span_s)
-            before_mib = front.resident_mib()
-            seen["without"].append(Besieged(*found, before_mib, 0.0))
-            siege = Siege(front.port)
-            laying = asyncio.create_task(siege.lay())
-            front.forget_peak()
-            await filled(front)
-            found = await siege_slice(front, span_s)
-            seen["with"].append(Besieged(*found, front.peak_mib(), front.peak_mib() - before_mib))
-            for name in HOSTILITIES:
-                seen[name].append(await besieged(front, span_s, name))
-            health = await front.answers("/api/health")
-            laying.cancel()
-            siege.lift()
-            if laying.done() and not laying.cancelled():
-                laying.result()
-            if health["inflight"] < SLOW_READERS or not siege.refused or not siege.read_bytes:
-                raise BadArgument(f"no siege: {health}, {siege.refused} refused, {siege.read_bytes} bytes read")
-            await asyncio.sleep(1.0)
+            await siege_round(front, span_s, names, readers, seen)
             say(f"{turn + 1} of {rounds} rounds")
     return seen
 
 
+def allowed_mib(name):
+    """Return how much the gateway may grow by a kind of hostility."""
+    hostility = HOSTILITIES.get(name, Hostility(0, list))
+    return MOST_GROWN_MIB + hostility.connections * hostility.body_mib
+
+
+def siege_violations(seen):
+    """Return a sentence for each kind of hostility that others noticed in its best round, or that took memory."""
+    most_s = min(one.p95_s for one in seen["without"]) + MOST_LATER_S
+    late = [f"{name}: the P95 of others was {min(one.p95_s for one in found):.3f} s, at most {most_s:.3f} s are right"
+            for name, found in seen.items() if min(one.p95_s for one in found) > most_s]
+    return late + [f"{name}: the gateway grew by {max(one.grown_mib for one in found):.1f} MiB"
+                   for name, found in seen.items() if max(one.grown_mib for one in found) > allowed_mib(name)]
+
+
 def siege_held(span_s, rounds, seed):
-    """Print what a siege costs others; return whether that, in the best round, and the memory stay within bounds."""
-    seen, held = run_quick(run_siege(span_s, rounds, seed)), True
+    """Print what a siege costs others, and what it violates; return whether that is nothing."""
+    seen = run_quick(run_siege(span_s, rounds, seed))
     rows = [[f"{HALF_HEADS} half heads, {SLOW_READERS} slow readers", "P50 s", "P95 s", "requests/s", "MiB", "grown by",
              "allowed", "taken MiB"]]
-    without_s = min(one.p95_s for one in seen["without"])
     for name, found in seen.items():
-        it = HOSTILITIES.get(name)
-        allowed_mib = MOST_GROWN_MIB + (it.connections * it.body_mib if it else 0)
         p50_s, p95_s, rate, held_mib, _, taken_mib = (middle(column) for column in zip(*found, strict=True))
-        grown_mib = max(one.grown_mib for one in found)
-        held = held and grown_mib < allowed_mib and min(one.p95_s for one in found) < without_s + MOST_LATER_S
-        rows.append([name, f"{p50_s:.3f}", f"{p95_s:.3f}", f"{rate:.1f}", f"{held_mib:.0f}", f"{grown_mib:.1f}",
-                     f"{allowed_mib:.0f}", f"{taken_mib:.2f}"])
-    print(aligned(rows), f"the P95 of others may grow by {MOST_LATER_S} s in the best round", sep="\n", flush=True)
-    return held
+        rows.append([name, f"{p50_s:.3f}", f"{p95_s:.3f}", f"{rate:.1f}", f"{held_mib:.0f}",
+                     f"{max(one.grown_mib for one in found):.1f}", f"{allowed_mib(name):.0f}", f"{taken_mib:.2f}"])
+    violations = siege_violations(seen)
+    print(aligned(rows), f"the P95 of others may grow by {MOST_LATER_S} s in the best round", *violations, sep="\n",
+          flush=True)
+    return not violations
 
 
 # The soak on the wall clock, the gateway a process of its own.
@@ -5983,7 +6159,7 @@ MOST_DRIFT_MIB, MOST_DRIFT_FILES = 16.0, 30     # from the first minute to the l
 
 
 class ClockFromZero(asyncio.SelectorEventLoop):
-    """The wall clock, from 0 on: what a plan counts from."""
+    """The wall clock, counted from the start of the loop as the times of a plan are."""
 
     def __init__(self):
         self.zero_s = time.monotonic()
@@ -5994,31 +6170,28 @@ class ClockFromZero(asyncio.SelectorEventLoop):
 
 
 class LiveSoak(Soak):
-    """A soak whose gateway can be seen from outside only."""
+    """A soak whose gateway is a process of its own, seen from outside only."""
 
     async def edit_hosts(self):
         for at_s in self.plan.edits_s:
             await asyncio.sleep(at_s - self.loop.time())
             self.hosts.write_text(self.rng.choice(BAD_HOSTS), encoding="utf-8")
-            self.gateway.files.reload()
+            self.reload()
             await asyncio.sleep(1.0)
             self.save_hosts()
-            self.gateway.files.reload()
+            self.reload()
 
     def look(self):
         self.sizes.append((self.loop.time(), self.gateway.resident_mib(), self.gateway.descriptors()))
 
     async def begin(self, stack):
         """Start the nodes, and the gateway in front of them."""
-        for node in self.nodes.values():
-            await start_below_ephemeral(node, self.rng)
-        self.save_hosts()
+        await self.start_nodes()
         self.sizes = []
-        self.gateway = Front.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout", str(SOAK_WAIT_S))
-        self.address = "127.0.0.1", self.gateway.port
+        self.gateway = GatewayProcess.of(stack, self.hosts, "--max-queue", str(SOAK_QUEUE), "--queue-timeout",
+                                         str(SOAK_WAIT_S))
         await self.gateway.ready(len(self.nodes))
-        self.visitors = {client: Visitor(*self.address, source=client)
-                         for client in sorted({errand.client for errand in self.plan.errands})}
+        self.open_for(("127.0.0.1", self.gateway.port), self.gateway.reload)
 
     def drift(self):
         """Return rows of text, a minute each; complain if the last one is much above the first."""
@@ -6026,12 +6199,13 @@ class LiveSoak(Soak):
         for at_s, mib, files in self.sizes:
             minutes[int(at_s // 60)].append((mib, files))
         rows = [["minute", "MiB", "descriptors"]]
-        found = []
+        medians = []                # (MiB, descriptors)
         for minute, sizes in sorted(minutes.items()):
             if len(sizes) >= 30:    # what is left of the last one is the end of the load
-                found.append((middle(mib for mib, _ in sizes), middle(files for _, files in sizes)))
-                rows.append([str(minute + 1), f"{found[-1][0]:.1f}", str(found[-1][1])])
-        if found and (found[-1][0] - found[0][0] > MOST_DRIFT_MIB or found[-1][1] - found[0][1] > MOST_DRIFT_FILES):
+                medians.append([middle(column) for column in zip(*sizes, strict=True)])
+                rows.append([str(minute + 1), f"{medians[-1][0]:.1f}", str(medians[-1][1])])
+        if medians and (medians[-1][0] > medians[0][0] + MOST_DRIFT_MIB
+                        or medians[-1][1] > medians[0][1] + MOST_DRIFT_FILES):
             self.wrong("memory or descriptors have grown")
         return rows
 
@@ -6066,362 +6240,367 @@ def live_soak_held(first, count, minutes):
         with asyncio.Runner(loop_factory=ClockFromZero) as runner:
             soak, rows = runner.run(run_live_soak(seed, minutes))
         ends = collections.Counter(outcome.how for outcome in soak.outcomes)
-        told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
-        print(f"seed {seed}, {minutes:g} minutes: {told}", aligned(rows), *soak.violations, sep="\n", flush=True)
+        outcomes = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
+        print(f"seed {seed}, {minutes:g} minutes: {outcomes}", aligned(rows), *soak.violations, sep="\n", flush=True)
         held = held and not soak.violations
     return held
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Decisions: what does one dispatch cost when the queue is long?
+# ============================================================================================================
+# Live clusters: `live`, `baseline`, `overhead URL`
 #
-# No sockets: the gateway's own Dispatcher, every slot taken, and 10,000 tickets waiting. The lease that is predicted to
-# end first ends, its answer is learned from, and a waiting ticket takes its place: that is one decision.
-# ------------------------------------------------------------------------------------------------------------
-
-DECISION_TICKETS, DECISIONS = 10_000, 300
-LIKELY = sollol.Timings(total_s=5.0, prompt_s=1.0, prompt_tokens=500, output_s=4.0, output_tokens=150)
+# A gateway and nodes that run already.
+# ============================================================================================================
 
 
-def crowded(nodes, models, held, rng):
-    """Return a Dispatcher over `nodes` that hold `held` of `models` each, two of them loaded, and its full queue."""
-    dispatcher = sollol.Dispatcher(max_queue=DECISION_TICKETS)
-    dispatcher.cluster.configure([sollol.NodeSettings(f"n{number}", "host", 1) for number in range(nodes)])
-    names = [f"m{number}:latest" for number in range(models)]
-    for number, node in enumerate(dispatcher.cluster.nodes.values()):
-        mine = [names[(number * held + place) % models] for place in range(held)]
-        node.answered("0.33.0", 0.001, 0.0)
-        dispatcher.cluster.take_tags(node, [{"name": name, "size": 4e9} for name in mine])
-        node.take_ps([{"name": name, "size": 5e9} for name in rng.sample(mine, 2)], 0.0, 0.0)
-        node.memory.limit_bytes = 14e9
-        for runner in node.runners.values():
-            slots = runner.slots
-            slots.count, slots.proven, slots.origin, slots.retry_at_s = 2, 2, "learned", math.inf
-            runner.speeds.decode_s, runner.speeds.prefill_s, runner.speeds.samples = 0.02 * (1 + number % 5), 0.0005, 5
-    for number in range(DECISION_TICKETS):
-        spec = sollol.RequestSpec(sollol.Family.OLLAMA, rng.choice(names), client=f"c{number % 7}", stream=True,
-                             prompt_chars=rng.randint(100, 8000), prefix=((number, 100),))
-        dispatcher.enter(str(number), spec, 1.0)
-    return dispatcher
+def read_address(text):
+    """Return (host, port) of a node or gateway: `host`, `host:port` or a URL. Raises BadArgument."""
+    try:
+        host, port, tls, _ = sollol.parse_url(text)
+    except ValueError as error:
+        raise BadArgument(str(error)) from None
+    if tls:
+        raise BadArgument(f"{text}: only http is measured")
+    return host, port
 
 
-def decision_times_s(nodes, models, held, seed):
-    """Return the ascending times that decisions took."""
-    dispatcher, running, times_s, number = crowded(nodes, models, held, random.Random(seed)), [], [], itertools.count()
-
-    def dispatch(now):
-        for lease in dispatcher.dispatch(now)[0]:
-            heapq.heappush(running, (max(now + 0.5, lease.predicted_end_s), next(number), lease))
-
-    dispatch(1.0)
-    gc.freeze()                     # 10,000 tickets would be looked through again and again; see sollol.main
-    for _ in range(DECISIONS):
-        now, _, lease = heapq.heappop(running)
-        start_s = time.perf_counter()
-        lease.heard(1, now)
-        dispatcher.observe(lease, LIKELY, now)
-        dispatcher.release(lease, now)
-        dispatcher.leave(lease.ticket, now)
-        dispatch(now)
-        times_s.append(time.perf_counter() - start_s)
-    return sorted(times_s)
+async def hosts_model(address, model):
+    """Return the model to ask a host for: the one named, or the first it has. Raises BadArgument."""
+    host, port = address
+    try:
+        async with asyncio.timeout(5):
+            names = [row["name"] for row in (await get_json(host, port, "/api/tags"))["models"]]
+    except (OSError, TimeoutError):
+        raise BadArgument(f"{host}:{port} cannot be reached") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadArgument(f"{host}:{port} does not answer as Ollama does") from None
+    if model and sollol.canonical(model) not in map(sollol.canonical, names):
+        raise BadArgument(f"{host}:{port} has no model {model!r}; it has {' '.join(names) or 'none'}")
+    texts = [name for name in names if "embed" not in name]
+    if not model and not texts:
+        raise BadArgument(f"{host}:{port} has no model")
+    return model or texts[0]
 
 
-def heap_step_s():
-    """Return the time of one pop and push on a heap as long as the queue: a yardstick for this machine."""
-    heap = [(number * 7919 % DECISION_TICKETS, number, None) for number in range(DECISION_TICKETS)]
-    heapq.heapify(heap)
-    start_s = time.perf_counter()
-    for _ in range(DECISION_TICKETS):
-        heapq.heapreplace(heap, (heap[0][0] + 5000, 0, None))
-    return (time.perf_counter() - start_s) / DECISION_TICKETS
+class Rotation:
+    """Call several hosts in turn, as a client with a list of nodes does."""
+
+    def __init__(self, addresses):
+        self.callers = [Caller(*address) for address in addresses]
+        self.names = [f"{host}:{port}" for host, port in addresses]
+        self.turn = itertools.count()
+
+    async def call(self, body, priority=None):
+        number = next(self.turn) % len(self.callers)
+        response = await self.callers[number].call(body)
+        response.node = self.names[number]
+        return response
+
+    def close(self):
+        for caller in self.callers:
+            caller.close()
 
 
-def measure_decisions(seed):
-    """Return rows of text: what a decision costs, by size of the cluster."""
-    step_s = heap_step_s()
-    rows = [[f"{DECISION_TICKETS} tickets", "each holds", "median us", "mean us", "P99 us", "median, heap steps"]]
-    for nodes, models, held in ((5, 5, 5), (12, 20, 5), (25, 20, 5), (50, 20, 5), (100, 20, 5), (50, 20, 20)):
-        times_s = decision_times_s(nodes, models, held, seed)
-        rows.append([f"{nodes} nodes, {models} models", str(held), f"{middle(times_s) * 1e6:.0f}",
-                     f"{sum(times_s) / len(times_s) * 1e6:.0f}", f"{share_of(times_s, 0.99) * 1e6:.0f}",
-                     f"{middle(times_s) / step_s:.0f}"])
+async def measure_cluster(options):
+    """Measure a live gateway against round-robin over its hosts, in alternating slices; return the Runs."""
+    gateway, hosts = read_address(options.url), [read_address(host) for host in options.hosts]
+    model = await hosts_model(gateway, options.model)
+    for host in hosts:
+        await hosts_model(host, model)
+    about = (f"{options.url} against round-robin over {' '.join(options.hosts)}, {model}, mixed lengths, "
+             f"{options.concurrency} clients, in alternating slices")
+    scenario = DEFAULT._replace(name="live", cluster="", models=(model,), clients=options.concurrency,
+                                timeout_s=options.timeout, about=about)
+    works = iter(make_work(scenario, options.seed))
+    callers = {"round-robin": Rotation(hosts), SOLLOL: Caller(*gateway)}
+    for host in hosts:              # neither side is to pay for loading the model
+        work = next(works)
+        body = chat_body(work, bounded=True)
+        await make_request(Caller(*host), work, asyncio.get_running_loop().time(), options.timeout, body)
+    slice_s = max(1.0, min(15.0, options.duration / 4))
+    samples, spent_s = {name: [] for name in callers}, dict.fromkeys(callers, 0.0)
+    loop = asyncio.get_running_loop()
+    try:
+        for turn in itertools.count():
+            if min(spent_s.values()) >= options.duration:
+                break
+            for name in sorted(callers, reverse=turn % 2 == 0):
+                start_s = loop.time()
+                slice_samples = await closed_loop(callers[name], works, options.concurrency, slice_s, options.timeout,
+                                          bounded=True)
+                shift_s = spent_s[name] - start_s
+                samples[name] += [moved(sample, shift_s) for sample in slice_samples]
+                spent_s[name] += loop.time() - start_s
+                say(f"{name}: {len(samples[name])} requests in {spent_s[name]:.0f} s")
+    except asyncio.CancelledError:          # Ctrl-C: what there is counts
+        say("stopped")
+    finally:
+        for caller in callers.values():
+            caller.close()
+    return scenario, [Run(name, of_side, spent_s[name]) for name, of_side in samples.items() if of_side]
+
+
+async def measure_baseline(options):
+    """Measure each host alone, one request after the other; return rows of text."""
+    rows = [["host", "requests", "mean s", "P95 s", "TTFT s", "tokens/s"]]
+    for text in options.hosts:
+        address = read_address(text)
+        scenario = DEFAULT._replace(models=(await hosts_model(address, options.model),))
+        works = make_work(scenario, options.seed)[:int(options.count)]
+        caller, loop = Caller(*address), asyncio.get_running_loop()
+        samples = [await make_request(caller, work, loop.time(), options.timeout, chat_body(work, bounded=True))
+                   for work in works]
+        caller.close()
+        result = figures(Run(text, samples, 1.0))
+        tokens = sum(sample.output_tokens for sample in samples)
+        rows.append([text, options.count, f"{result.mean_s:.2f}", f"{result.p95_s:.2f}", f"{result.ttft_s:.2f}",
+                     f"{tokens / sum(sample.latency_s for sample in samples):.1f}"])
+        say(f"{text} done")
     return rows
 
 
-BLOB_MIB = 1024
+async def small_calls_s(caller, path, body, count):
+    """Return the ascending round-trip times of `count` small requests, one after the other."""
+    loop, times_s = asyncio.get_running_loop(), []
+    for _ in range(count):
+        start_s = loop.time()
+        await caller.call(body, path=path)
+        times_s.append(loop.time() - start_s)
+    return sorted(times_s)
 
 
-def upload_s(port):
-    """Upload a blob; return how long that took, in seconds. Raises BadArgument."""
-    block, start_s = bytes(2**20), time.perf_counter()
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /api/blobs/sha256:%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (
-            b"0" * 64, BLOB_MIB * len(block)))
-        for _ in range(BLOB_MIB):
-            connection.sendall(block)
-        if connection.recv(4096)[9:12] != b"201":
-            raise BadArgument("a blob was not taken")
-    return time.perf_counter() - start_s
+async def token_gaps_s(caller, body):
+    """Return the ascending times between the chunks of one stream."""
+    loop, gaps_s = asyncio.get_running_loop(), []
+    client = await HttpClient.to(caller.host, caller.port)
+    client.writer.write(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body), body))
+    await client.head()
+    last_s = loop.time()
+    while await client.chunk():
+        gaps_s.append(loop.time() - last_s)
+        last_s = loop.time()
+    client.writer.transport.abort()
+    return sorted(gaps_s[1:])
 
 
-async def blob(contender):
-    """Upload a blob through a contender; return (MiB/s, CPU seconds, MiB more held at the peak)."""
-    held_mib, cpu_s = contender.resident_mib(), contender.cpu_s()
-    contender.forget_peak()
-    taken_s = await asyncio.to_thread(upload_s, contender.port)
-    return BLOB_MIB / taken_s, contender.cpu_s() - cpu_s, contender.peak_mib() - held_mib
+async def measure_overhead(url, host, model):
+    """Measure what a gateway adds to small requests and between tokens; return rows of text.
+
+    Direct and through, in turn, so that a change of the machine's speed hits both.
+    """
+    through, direct = read_address(url), read_address(host)
+    model = await hosts_model(through, model)
+    await hosts_model(direct, model)
+    small = json.dumps({"model": model}).encode()
+    stream = chat_body(Work(0, 0.0, model, 20, 100), bounded=True)
+    callers = {"direct": Caller(*direct), "through": Caller(*through)}
+    times_s, gaps_s = {name: [] for name in callers}, {name: [] for name in callers}
+    for turn in range(5):
+        for name, caller in callers.items():
+            times_s[name] += await small_calls_s(caller, "/api/show", small, 200)
+            gaps_s[name] += await token_gaps_s(caller, stream)
+        say(f"{turn + 1} of 5 turns")
+    rows = [["", "direct", "through", "added"]]
+    for label, found in (("POST /api/show", times_s), ("gap between tokens", gaps_s)):
+        for share in (0.5, 0.99):
+            values = [share_of(sorted(found[name]), share) * 1000 for name in callers]
+            rows.append([f"{label}, P{share * 100:.0f}", *(f"{value:.3f} ms" for value in values),
+                         f"{values[1] - values[0]:+.3f} ms"])
+    for caller in callers.values():
+        caller.close()
+    return rows
 
 
-async def measure_blobs(rounds):
-    """Measure blobs through every contender, in turn; return rows of text."""
-    with contextlib.ExitStack() as stack:
-        found, seen = await contenders(stack, 1, kind=BlobNode), collections.defaultdict(list)
-        for turn in range(rounds):
-            for it, _ in found:
-                seen[it.name].append(await blob(it))
-            say(f"{turn + 1} of {rounds} rounds")
-    ratios = ratio_column(seen, "node itself", lambda it: it[0])
-    return [[f"blob of {BLOB_MIB} MiB", "MiB/s", "to node itself", "CPU s", "MiB grown"]] + [
-        [name, f"{middle(it[0] for it in runs):.0f}", f"x{ratios[name]:.2f}", f"{middle(it[1] for it in runs):.2f}",
-         f"{max(it[2] for it in runs):.1f}"] for name, runs in seen.items()]
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # Command line
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 
-def remarks(scenario, runs, bound):
-    """Return what a reader must know of these figures, in sentences."""
-    mine = figures(runs[-1])
-    notes = ["Latency counts from the intended send time. A failed request counts as the time after which its client "
-             f"gives up ({scenario.timeout_s:g} s), in every figure."]
-    if bound:
-        notes.append(f"At the nodes' mean speed no scheduler can bring the mean below {bound:.2f} s here; "
-                     f"SOLLOL is {change(mine.mean_s, bound)} from that.")
-    if runs[-1].policy == SOLLOL and runs[-1].ratios and any(runs[-1].ratios.counts):
-        middle, most = (runs[-1].ratios.share(share) for share in (0.5, 0.9))
-        notes.append("From sending to finish half of SOLLOL's requests took at most "
-                     f"x{middle:g} of what was predicted, nine of ten at most x{most:g}.")
-    if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
-        notes.append("These nodes are equal: there is little to gain by choosing among them.")
-    return notes
-
-
-def report_of(options, scenario, runs, bound):
-    """Return everything about a comparison as plain data, for JSON and HTML."""
-    return {
-        "command": " ".join(["python", "bench.py", *options.argv]), "seed": options.seed,
-        "python": sys.version.split()[0], "loop": options.loop, "scenario": str(scenario), "bound_s": bound,
-        "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
-                  "samples": [sample._asdict() for sample in run.samples]} for run in runs],
-        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
-
-
-def print_report(report, runs):
-    """Print a comparison as text."""
-    print(f"$ {report['command']}")
-    print(f"seed {report['seed']}, Python {report['python']}, {report['loop']}")
-    print(report["scenario"] + "\n")
-    for rows in (report["table"], node_table(runs), class_table(runs)):
-        if rows:
-            print(aligned(rows) + "\n")
-    for note in report["notes"]:
-        print(note)
-
-
-def write_file(path, text, mode="w"):
-    """Write a text file. Raises BadArgument if that cannot be done."""
-    try:
-        with open(path, mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise BadArgument(f"{path}: {error.strerror}") from None
-
-
-def finish(options, scenario, runs, bound):
-    """Print a comparison and write the files that were asked for."""
-    report = report_of(options, scenario, runs, bound)
-    print_report(report, runs)
-    if options.output:
-        write_file(options.output, json.dumps(report, indent=1))
-    if options.html:
-        write_file(options.html, html_page(report))
-
-
-def read_trace(path):
-    """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            pairs = [(int(row["context_tokens"]), int(row["generated_tokens"])) for row in csv.DictReader(file)]
-    except OSError as error:
-        raise BadArgument(f"{path}: {error.strerror}") from None
-    except (KeyError, ValueError, TypeError):
-        raise BadArgument(f"{path}: not a CSV with the columns context_tokens and generated_tokens") from None
-    if not pairs:
-        raise BadArgument(f"{path}: it has no rows")
-    return pairs
-
-
-def agree(scenario, runs, seed):
-    """Print how the wall clock's means compare with the virtual clock's: within noise, they must be equal."""
-    print("\nMean latency on the wall clock, over the virtual clock's:")
-    for run, other in zip(runs, simulate(scenario, seed), strict=True):
-        print(f"  {run.policy}: x{figures(run).mean_s / figures(other).mean_s:.2f}")
-
-
-def compare(options):
-    """Compare all policies on the default scenario, or another one."""
-    named = {scenario.name: scenario for scenario in MATRIX}
-    scenario = named.get(options.scenario)
-    if scenario is None:
-        raise BadArgument(f"there is no scenario {options.scenario!r}; there are {' '.join(named)}")
-    if options.trace:
-        scenario = scenario._replace(name="trace", clients=0, load=0.6, lengths="trace")
-        LENGTHS["trace"] = read_trace(options.trace)
-    runs = []
-    try:
-        for policy in (*PLAIN, SOLLOL):
-            if options.realtime:
-                runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
-            else:
-                runs += simulate(scenario, options.seed, (policy,))
-            say(f"{policy} done")
-    except KeyboardInterrupt:
-        say("stopped")
-    if runs:
-        finish(options, scenario, runs, bound_s(scenario, options.seed))
-    if options.realtime and len(runs) == 3:
-        agree(scenario, runs, options.seed)
-    return 0
-
-
-def positive(text):
-    """Return a positive number."""
+def positive(text: str) -> float:
+    """Return a positive number. Raises ValueError."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError
     return value
 
 
-def command_line():
-    """Return the parser."""
-    about = "Measure SOLLOL against plain proxies; without arguments on three simulated nodes, in virtual time."
-    parser = sollol.OneLineParser(prog="bench.py", description=about)
-    add = parser.add_argument_group("simulated clusters").add_argument
-    add("--scenario", default=DEFAULT.name, metavar="NAME", help="what is run; a wrong name lists all (%(default)s)")
-    add("--seed", type=int, default=1, metavar="N", help="of lengths, arrivals and noise (%(default)s)")
-    add("--trace", metavar="FILE", help="take token lengths from a whole trace (CSV)")
-    add("--realtime", action="store_true", help="on the wall clock, the gateway being a process of its own")
-    add("--matrix", nargs="?", const=".", metavar="PATTERN", help="run all scenarios, or those that match; minutes")
-    add("--agents", metavar="N,N", help="so many parallel agents, against one call after the other")
-    add("--soak", type=sollol.parse_count, metavar="N", help="run N seeds of random traffic and faults, from --seed "
-        "on: exit status 1 if what must always hold does not")
-    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M",
-        help="minutes of each, virtual or with --realtime real (%(default)g)")
-    add("--kills", type=positive, metavar="S", help="S seconds of SIGKILL to node processes in turn, on the wall "
-        "clock: exit status 1 if a request is lost that must not be")
-    add("--siege", type=positive, nargs="?", const=12.0, metavar="S", help="300 clients that never finish their head "
-        "and 200 slow readers, and what is worse beside them: what do others notice? slices of S seconds (12)")
-    add("--ablate", action="store_true", help="switch off one term of routing at a time: what is each worth?")
-    add("--misled", type=sollol.parse_count, metavar="N", help="N seeds of wrong beliefs at the start, against "
-        "least-inflight: exit status 1 if they cost more than 15 %% or a request")
-    add("--check", action="store_true", help="check the claims and guard routing: exit status 1 if one is missed")
-    add = parser.add_argument_group("real clusters").add_argument
-    add("--sollol-url", metavar="URL", help="a running gateway, measured against round-robin over --hosts")
-    add("--hosts", type=lambda text: text.split(","), default=[], metavar="H,H", help="its nodes, host:port")
-    add("--model", metavar="NAME", help="what to ask for (the first model there is)")
-    add("--duration", type=positive, default=60.0, metavar="S", help="seconds for each side (%(default)g)")
-    add("--concurrency", type=sollol.parse_count, default=10, metavar="N", help="parallel clients (%(default)s)")
-    add("--timeout", type=positive, default=120.0, metavar="S", help="when a client gives up (%(default)g)")
-    add("--baseline", nargs=2, metavar=("MODEL", "N"), help="N requests one by one on each of --hosts")
-    add("--overhead", metavar="URL", help="what a gateway adds to small requests and tokens, against --hosts; without "
-        "URL small calls beside nginx and HAProxy, on this machine", nargs="?", const="here")
-    add("--streams", type=sollol.parse_count, metavar="N", help="CPU, gaps and memory of N token streams, beside nginx "
-        "and HAProxy")
-    add("--rounds", type=sollol.parse_count, default=3, metavar="N", help="turns of --overhead, --streams and --siege "
-        "(%(default)s)")
-    add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each stream (%(default)s)")
-    add("--waiting", type=sollol.parse_count, metavar="N", help="with --streams: what N waiting requests and 50 "
-        "nodes cost them")
-    add("--decisions", action="store_true", help="what a dispatch costs while 10,000 tickets wait")
-    add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="FILE", help="write every request as JSON")
-    add("--html", metavar="FILE", help="write one page with curves, timeline and table")
-    add = parser.add_argument_group("simulated nodes for other programs").add_argument
-    add("--nodes", type=sollol.parse_count, metavar="N", help="serve so many simulated nodes until Ctrl-C")
-    add("--port", type=sollol.parse_port, default=11434, metavar="PORT",
-        help="port of the first, the others follow (%(default)s; 0: any)")
-    add("--speed", type=positive, default=1.0, metavar="X", help="times as fast as what they imitate (%(default)g)")
-    return parser
-
-
-def run(options):
-    """Do what the command line asks for; return the exit status. Raises BadArgument."""
-    if (options.sollol_url or options.baseline or options.overhead not in (None, "here")) and not options.hosts:
+def named_hosts(options: argparse.Namespace) -> list[str]:
+    """Return what --hosts says. Raises BadArgument if it says nothing."""
+    if not options.hosts:
         raise BadArgument("which nodes? Give --hosts H,H")
-    if (options.output or options.html) and (options.matrix or options.agents or options.check or options.soak
-                                             or options.ablate or options.baseline or options.overhead
-                                             or options.kills or options.siege or options.misled
-                                             or options.nodes):
-        raise BadArgument("--output and --html go with a comparison only")
-    for path in filter(None, (options.output, options.html)):
-        write_file(path, "", "a")   # can it be written? Better to know now than after minutes
-    if options.nodes:
-        asyncio.run(serve(demo_nodes(options.nodes, options.port, options.speed)))
-    elif options.sollol_url:
-        scenario, runs = asyncio.run(measure_cluster(options))
-        finish(options, scenario, runs, None)
-    elif options.baseline:
-        if not options.baseline[1].isdigit() or not int(options.baseline[1]):
-            raise BadArgument(f"--baseline: {options.baseline[1]!r} is not a number of requests")
-        print(aligned(asyncio.run(measure_baseline(options))))
-    elif options.overhead == "here":
-        print(aligned(run_quick(measure_weight(options.rounds))), aligned(run_quick(measure_blobs(options.rounds))),
-              sep="\n\n")
-    elif options.decisions:
-        print(aligned(measure_decisions(options.seed)))
-    elif options.streams:
-        measure = (measure_waiting(options.streams, options.rate, options.waiting, options.rounds) if options.waiting
-                   else measure_streams(options.streams, options.rate, options.rounds))
-        print(aligned(run_quick(measure)))
-    elif options.overhead:
-        print(aligned(asyncio.run(measure_overhead(options))))
-    elif options.soak:
-        run_seeds = live_soak_held if options.realtime else soak_seeds
-        return 0 if run_seeds(options.seed, options.soak, options.minutes) else 1
-    elif options.kills:
-        return 0 if kills_held(options.kills, options.seed) else 1
-    elif options.siege:
-        return 0 if siege_held(options.siege, options.rounds, options.seed) else 1
-    elif options.check:
-        held = [check_claims(options.seed), run_quick(check_weight())]
-        return 0 if all(held) else 1
-    elif options.misled:
-        return 0 if misled_held(options.seed, options.misled) else 1
-    elif options.ablate:
-        print(aligned(ablation_table(ABLATED, options.seed)))
-    elif options.matrix:
-        print(aligned(run_matrix(options.seed, options.matrix)))
-    elif options.agents:
-        counts = [int(count) for count in options.agents.split(",") if count.isdigit() and int(count)]
-        if len(counts) != len(options.agents.split(",")):
-            raise BadArgument(f"--agents: {options.agents!r} is not a list of numbers")
-        print(aligned(agents_table(counts, ("hom5", "mild5", "het5", "hom10"), options.seed)))
-    else:
-        return compare(options)
+    return options.hosts
+
+
+def show(*tables: list[list[str]]) -> int:
+    """Print tables; return the exit status of a command that cannot fail."""
+    print("\n\n".join(map(aligned, tables)))
     return 0
 
 
-def main(argv=None):
+def run_agents(options: argparse.Namespace) -> int:
+    counts = [int(count) for count in options.counts.split(",") if count.isdigit() and int(count)]
+    if len(counts) != len(options.counts.split(",")):
+        raise BadArgument(f"agents: {options.counts!r} is not a list of numbers")
+    return show(agents_table(counts, ("hom5", "mild5", "het5", "hom10"), options.seed))
+
+
+def run_check(options: argparse.Namespace) -> int:
+    return int(not all([check_claims(options.seed), run_quick(check_weight())]))
+
+
+def run_overhead(options: argparse.Namespace) -> int:
+    if options.url:
+        return show(asyncio.run(measure_overhead(options.url, named_hosts(options)[0], options.model)))
+    return show(run_quick(measure_weight(options.rounds)), run_quick(measure_blobs(options.rounds)))
+
+
+def run_streams(options: argparse.Namespace) -> int:
+    if options.waiting:
+        return show(run_quick(measure_waiting(options.count, options.rate, options.waiting, options.rounds)))
+    return show(run_quick(measure_streams(options.count, options.rate, options.rounds)))
+
+
+def run_soaks(options: argparse.Namespace) -> int:
+    return int(not (live_soak_held if options.realtime else soak_seeds)(options.seed, options.count, options.minutes))
+
+
+def run_live(options: argparse.Namespace) -> int:
+    named_hosts(options)
+    try_outputs(options)
+    scenario, runs = asyncio.run(measure_cluster(options))
+    finish(options, scenario, runs, None)
+    return 0
+
+
+def run_baseline(options: argparse.Namespace) -> int:
+    named_hosts(options)
+    if not options.count.isdigit() or not int(options.count):
+        raise BadArgument(f"baseline: {options.count!r} is not a number of requests")
+    return show(asyncio.run(measure_baseline(options)))
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    asyncio.run(serve_nodes(demo_nodes(options.count, options.port, options.speed)))
+    return 0
+
+
+COUNT = {"nargs": "?", "type": sollol.parse_count, "metavar": "N"}
+FLAGS = {                           # those of several commands
+    "--seed": {"type": int, "default": 1, "metavar": "N", "help": "of lengths, arrivals and noise (%(default)s)"},
+    "--realtime": {"action": "store_true", "help": "on the wall clock, the gateway being a process of its own"},
+    "--output": {"metavar": "FILE", "help": "write every request as JSON"},
+    "--html": {"metavar": "FILE", "help": "write one page with curves, timeline and table"},
+    "--rounds": {"type": sollol.parse_count, "default": 3, "metavar": "N", "help": "turns of each (%(default)s)"},
+    "--hosts": {"type": lambda text: text.split(","), "default": [], "metavar": "H,H", "help": "nodes, host:port"},
+    "--model": {"metavar": "NAME", "help": "what to ask for (the first model there is)"},
+    "--timeout": {"type": positive, "default": 120.0, "metavar": "S", "help": "when a client gives up (%(default)g)"},
+}
+
+
+def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """Add the commands that compare policies in virtual time."""
+    add = command("compare", compare, "all policies on one scenario, in virtual time", "--seed", "--realtime",
+                  "--output", "--html")
+    add("--scenario", default=DEFAULT.name, metavar="NAME", help="a wrong name lists all (%(default)s)")
+    add("--trace", metavar="FILE", help="take token lengths from a whole trace (CSV)")
+    add = command("matrix", lambda options: show(run_matrix(options.seed, options.pattern)),
+                  "all scenarios, or those that match; minutes", "--seed")
+    add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of scenarios (all)")
+    add = command("agents", run_agents, "parallel agents, against one call after the other", "--seed")
+    add("counts", metavar="N,N", help="so many agents")
+    command("ablate", lambda options: show(ablation_table(ABLATED, options.seed)),
+            "switch off one term of routing at a time: what is each worth?", "--seed")
+    add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "
+                  "start: exit status 1 if they cost more than 15 % or a request", "--seed")
+    add("count", default=20, help="seeds (%(default)s)", **COUNT)
+    command("check", run_check, "check the claims and guard routing: exit status 1 if one is missed", "--seed")
+
+
+def other_commands(command: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """Add the commands of the other programs."""
+    add = command("overhead", run_overhead, "what a gateway adds to small requests: SOLLOL, nginx and HAProxy on this "
+                  "machine, or the one at URL beside --hosts", "--rounds", "--hosts", "--model")
+    add("url", nargs="?", metavar="URL", help="a running gateway")
+    add = command("streams", run_streams, "CPU, gaps and memory of token streams, beside nginx and HAProxy", "--rounds")
+    add("count", default=300, help="streams (%(default)s)", **COUNT)
+    add("--rate", type=sollol.parse_count, default=50, metavar="N", help="tokens/s of each (%(default)s)")
+    add("--waiting", type=sollol.parse_count, metavar="N", help="what N waiting requests and 50 nodes cost them")
+    command("decisions", lambda options: show(measure_decisions(options.seed)),
+            "what a dispatch costs while 10,000 tickets wait", "--seed")
+    add = command("soak", run_soaks, "random traffic and faults: exit status 1 if what must always hold does not",
+                  "--seed", "--realtime")
+    add("count", default=20, help="seeds, from --seed on (%(default)s)", **COUNT)
+    add("--minutes", type=positive, default=SOAK_MINUTES, metavar="M", help="of each, virtual or real (%(default)g)")
+    add = command("kills", lambda options: int(not kills_held(options.span_s, options.seed)), "SIGKILL to one node "
+                  "process after the other: exit status 1 if a request is lost that must not be", "--seed")
+    add("span_s", nargs="?", type=positive, default=60.0, metavar="S", help="seconds (%(default)g)")
+    add = command("siege", lambda options: int(not siege_held(options.span_s, options.rounds, options.seed)), "clients "
+                  "that never finish their head, slow readers, and worse: what do others notice?", "--seed", "--rounds")
+    add("span_s", nargs="?", type=positive, default=12.0, metavar="S", help="seconds of a slice (%(default)g)")
+    add = command("live", run_live, "a running gateway, against round-robin over its nodes", "--hosts", "--model",
+                  "--timeout", "--seed", "--output", "--html")
+    add("url", metavar="URL", help="the gateway")
+    add("--duration", type=positive, default=60.0, metavar="S", help="seconds for each side (%(default)g)")
+    add("--concurrency", type=sollol.parse_count, default=10, metavar="N", help="parallel clients (%(default)s)")
+    add = command("baseline", run_baseline, "requests one by one on each node", "--hosts", "--timeout", "--seed")
+    add("model", metavar="MODEL", help="what to ask for")
+    add("count", metavar="N", help="requests")
+    add = command("serve", run_serve, "serve simulated nodes until Ctrl-C")
+    add("count", default=3, help="nodes (%(default)s)", **COUNT)
+    add("--port", type=sollol.parse_port, default=11434, metavar="PORT", help="of the first, the others follow "
+        "(%(default)s; 0: any)")
+    add("--speed", type=positive, default=1.0, metavar="X", help="times as fast as what they imitate (%(default)g)")
+    command("demo", None, "a gateway in front of three simulated nodes; takes the flags of sollol.py")   # see main
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser: a command, and the options of its own."""
+    about = "Measure SOLLOL against plain proxies. Without a command: compare, on three simulated nodes."
+    parser = sollol.OneLineParser(prog="bench.py", description=about, epilog="bench.py COMMAND --help tells more.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int] | None, about: str,
+                *flags: str) -> Callable[..., argparse.Action]:
+        """Add a command, with some of FLAGS; return what adds further options to it."""
+        about = about.replace("%", "%%")
+        one = commands.add_parser(name, help=about, description=about)
+        one.set_defaults(run=run)
+        for flag in flags:
+            one.add_argument(flag, **FLAGS[flag])
+        return one.add_argument
+
+    benchmark_commands(command)
+    other_commands(command)
+    return parser
+
+
+# The flags that chose a program before there were commands. A flag's value is the first argument of its command.
+OLD_FLAGS = {"--matrix": "matrix", "--agents": "agents", "--ablate": "ablate", "--misled": "misled", "--check": "check",
+             "--overhead": "overhead", "--streams": "streams", "--decisions": "decisions", "--soak": "soak",
+             "--kills": "kills", "--siege": "siege", "--sollol-url": "live", "--baseline": "baseline",
+             "--nodes": "serve"}
+
+
+def with_command(argv: list[str]) -> list[str]:
+    """Return a command line that begins with its command: the first one itself, that of an old flag, or compare."""
+    if argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-")):
+        return argv
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in OLD_FLAGS:
+            return [OLD_FLAGS[flag], *argv[:number], *([value] if equals else []), *argv[number + 1:]]
+    return ["compare", *argv]
+
+
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    options = command_line().parse_args(argv)
+    if argv[:1] == ["demo"]:
+        return sollol.main(["--demo", *argv[1:]], run_demo)
+    options = command_line().parse_args(with_command(argv))
     options.argv = argv
-    live = options.sollol_url or options.realtime
-    options.loop = "asyncio in real time" if live else "virtual clock: the same seed gives the same figures"
     try:
-        return run(options)
+        return options.run(options)
     except (BadArgument, PortTaken) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
@@ -6430,4 +6609,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        sollol.abandon_unwritten()

@@ -45,7 +45,6 @@ import gc
 import hashlib
 import heapq
 import hmac
-import importlib
 import ipaddress
 import itertools
 import json
@@ -10358,31 +10357,16 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
             LOG.info({"event": "stop"})
 
 
-DEMO_HINTS = """\
-Three simulated nodes are running. Try, in another terminal:
-
-  curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
-  curl {url}/api/tags
-
-and open {url}/dashboard
-"""
+Demo = Callable[[argparse.Namespace, list[KeySettings], ssl.SSLContext | None], Coroutine[None, None, None]]
 
 
-async def run_demo(options: argparse.Namespace, keys: list[KeySettings], tls: ssl.SSLContext | None) -> None:
-    """Serve in front of three simulated nodes in this process."""
-    try:
-        bench = importlib.import_module("bench")        # `import` would let mypy check that file, too
-    except ImportError:
-        raise ConfigError("--demo: bench.py must be beside sollol.py") from None
-    nodes = bench.demo_nodes()
-    for node in nodes:
-        await node.start()
-    lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
-    try:
-        await run_gateway(options, parse_hosts(lines, "demo"), keys, tls, DEMO_HINTS)
-    finally:
-        for node in nodes:
-            await node.stop()
+def exec_demo(argv: list[str]) -> int:
+    """Become bench.py, which calls `main` with a Demo: imports go one way only. Returns 2 if bench.py is missing."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
+    if not os.path.exists(program):
+        print("sollol.py: --demo: bench.py must be beside sollol.py", file=sys.stderr)
+        return 2
+    os.execv(sys.executable, [sys.executable, program, "demo", *argv])
 
 
 MODELS_IN_A_ROW, ROW_CHARS = 3, 120
@@ -10452,9 +10436,11 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
+    """Run the command line; return the exit status. `demo` serves with --demo: see exec_demo."""
     options = parse_options(argv)
+    if options.demo and not demo:
+        return exec_demo(sys.argv[1:] if argv is None else argv)
     start_log(options.log_format, options.log_level)
     if options.ignored:
         LOG.info({"event": "start", "ignored": " ".join(options.ignored), "why": "set for a Service of Kubernetes"})
@@ -10468,7 +10454,7 @@ def main(argv: list[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
-            runner.run(run_demo(options, keys, tls) if options.demo else run_gateway(options, nodes, keys, tls))
+            runner.run(demo(options, keys, tls) if demo else run_gateway(options, nodes, keys, tls))
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
