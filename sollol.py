@@ -2684,7 +2684,7 @@ class Node:
         return self.up and not self.draining and self.breaker.allows(now)
 
     def doubt_s(self, now: float) -> float:
-        """Return what is added to a finish there while it is in doubt: as long as it has been silent, it may be again."""
+        """Return what is added to a finish there while in doubt: as long as it has been silent, it may be again."""
         return max(0.0, now - self.heard_s)
 
     def snapshot(self, now: float) -> NodeSnapshot:
