@@ -5,15 +5,27 @@
 
 Runs on the Python 3.11+ standard library; uvloop is used when it can be imported. One request flows down this page:
 
-    client socket
-      -> head            parse, refuse what is malformed or ambiguous                  (wire, pure)
-      -> wants           model, priority, client, sizes, prefix, runner options        (admission, pure)
-      -> ticket          its place in the heap                                         (queue, pure)
-      -> lease           one slot on one node, released exactly once                   (dispatcher, pure)
-      -> exchange        connect or reuse, send, wait for the first byte, fail over    (upstream, I/O)
-      -> relay           bytes to the client as they come, back-pressure both ways     (upstream, I/O)
-      -> observation     timings in the answer's last line feed the node's estimates   (dispatcher, pure)
-      -> the next ticket
+    Listener.accept, converse               a connection, one task                               Listener, Conversation
+    ClientConnection.next_head              the bytes of a head                                  Client connection
+    parse_request                           refuse what is malformed or ambiguous                Wire
+    serve                                   its route, and the handler there                     Conversation
+    Access.check                            may it be made?                                      Access
+    read_request, read_spec                 model, priority, client, sizes, prefix, options      Reading a request
+    serve_inference, Dispatcher.enter       a ticket: its place in the heap                      Inference, Waiting room
+    Inference.run, acquire_lease            attempts until one succeeds                          Inference
+    Dispatcher.dispatch                     which ticket goes next                               Dispatcher
+    CompletionTime.assign                   to which node: where it is finished first            Policies, Prediction
+    give_lease                              one slot on one node                                 Tickets and leases
+    begin, Pool.request                     connect or reuse, send                               Inference, Upstream
+    NodeConnection.response                 wait for the first byte                              Upstream
+    relay_answer, Relay.data                bytes to the client as they come                     Relay
+    Lease.heard                             the node lives: what is seen of it while it answers  Tickets and leases
+    judge_end, Dispatcher.observe           the statistics in the last line                      Relay, Dispatcher
+    learn_from                              slots and speeds of the node                         Learning, Estimates
+    Dispatcher.release                      the slot is free, for the next ticket                Dispatcher
+
+What follows is around that: going on with a broken stream, requests without a slot, changes on many nodes, probes,
+statistics, files, the life of the server, the command line and, last, the page of the dashboard.
 
 Decisions are pure: they are told `now` (seconds of the running loop's clock), and touch no socket and no clock. They
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
@@ -74,163 +86,44 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 __version__ = "0.1.0"
 
 # -----------------------------------------------------------------------------
-# Limits and defaults: which numbers were chosen, and why?
+# Limits that rooms share: each of the others stands beside its use
 # -----------------------------------------------------------------------------
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-# Wire. Go, and so Ollama, accepts heads of 1 MiB; no client is known to send more than a few KiB.
+# Go, and so Ollama, accepts heads of 1 MiB; no client is known to send more than a few KiB.
 MAX_HEAD_BYTES = 64 * KIB
-MAX_TARGET_BYTES = 16 * KIB
-MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
-MAX_TRAILER_BYTES = 16 * KIB
 DECODED_BYTES = 32 * KIB            # of a chunked body, in one step: 6 ms if each chunk holds one byte
-TAKEN_LINES = 12 * KIB              # of an answer's piece, in one step: 4,096 chunks of one line, 4 ms
-READ_LINES, READ_BYTES = KIB, 4 * KIB   # the same where each line is read as JSON, 5 us each; bytes of one step then
 READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before its socket is left to fill up
-ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
-WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
-TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
-MAX_INTERIM = 16                    # 1xx answers before one request's own
-MAX_FIELDS = 256                    # of a request's head; browsers send twenty. Each costs a microsecond before any key
-MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
-
-# Client patience.
-KEEP_ALIVE_S = 75.0                 # an idle client connection
-LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
-SPARED_S = 1.0                      # a connection is not closed as an idle one within this
-SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
-BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
-                                    # as much, and 64 MiB byte by byte would hold a connection for years
-WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads less than the next line's bytes
-LEAST_READ_BYTES = 60_000           # 200 bytes/s
-WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
-                                    # top: 200 clients that hardly read a fast stream hold 52 MiB
-LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
-
-# Upstream. There is no first-byte time-out here: an answer's head comes after queue, load and prefill. What ends a
-# request is a connection that ends: the kernel finds a vanished machine within 10 + 3 * 5 s.
-CONNECT_TIMEOUT_S = 5.0             # SYNs after 0, 1 and 3 s
-KEEP_ALIVE_IDLE_S, KEEP_ALIVE_PAUSE_S, KEEP_ALIVE_TRIES = 10, 5, 3
-PROBE_TIMEOUT_S = 3.0
 DEAD_S = 15.0                       # without an answer to /api/version: a node gets nothing new
-RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # for so long a node that has gone is looked at so often
-SCAN_S = 180.0                      # between two scans of the networks in --discover
-SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
-SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
-MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
-SCANS_KEPT = 10                     # for which a found node may be away: half an hour
-FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
-KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
 SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
-MOST_IDLE_UPSTREAM = 32             # connections kept per node; a node has a few slots
-MOST_UNQUEUED = 64                  # requests without a slot, per node at once; the rest waits: descriptors must last
-IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 MAX_ATTEMPTS = 3                    # nodes tried for one request
-CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
-CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
-SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
-CHECK_PAUSE_S, LAST_CHECK_PAUSE_S = 5.0, 300.0  # between two measurements of a node, doubled until it answers somebody
 MAX_LINE_BYTES = 1 * MIB            # of progress
-
-# Queue.
 DEFAULT_PRIORITY = 5
-PRIORITY_NAMES = {"critical": 10, "high": 8, "normal": 5, "low": 3, "batch": 1}
-MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
-HEAD_START_S = 6.0                  # one level of priority, in seconds of waiting; high is 18 s before normal
-
-# Routing: parameters, plateaus and what each is worth were measured on a simulator with real token traces.
-BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
-HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
-HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
-LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 LOOK_AGAIN_S = 1.0                  # after which held tickets are judged again although nothing has happened
 OVERHEAD_S = 0.03                   # per request in the node, outside prefill and decode, before it is known
 MOST_OVERHEAD_S = 0.4               # what is longer is a wait
-OVERHEADS_KEPT = 16                 # samples of it; the lower quarter is what a request takes that need not wait
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
-CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
-WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
-SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
-                                    # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
-LEAST_WAIT_RATIO = 1.5              # a wait that makes less difference than this is lost in noise
-WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the work: it waited in any case; its work was not so much, in any case
 UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
-OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
 MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
-PREFILLS_KEPT = 20                  # samples of prefill speed
-SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
-BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones its cache may have held
-FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
-STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
 LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
-STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
-STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
-HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
-FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
-FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
-OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
-RACE_LOAD_S = 60.0                  # of silence, before a request that loads a model is raced: to lose ends the load
-RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
-MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
-CONFIRMED_S = 600.0                 # how long an answer confirms
-YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
-STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
-JUDGE_S = 2.0                       # a stream's speed is judged so often
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
 # 4 ms a token to decode (RTX 3060, 8B Q4: 4.9 GB, 50 tok/s) and 0.14 ms a token to prefill.
 PRIOR_DECODE_S_PER_GB, PRIOR_PREFILL_S_PER_GB = 0.004, 0.00014
-PRIOR_INPUT_S = 0.0025              # per text to embed, beside its tokens: one call to the engine
-CPU_SLOWDOWN = 20.0                 # of a model that lies wholly in main memory; 10 to 50 times were seen
-PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
 PRIOR_MODEL_BYTES = 4.9e9
-PRIOR_OUTPUT_TOKENS = 150.0
-CHARS_PER_TOKEN = 4.0
-
-LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded for each card, and three on a CPU
-
-# Batches of texts to embed. A share costs a node OVERHEAD_S, and others wait for its end.
-SHARE_S = 1.0                       # work in a share: 3 % overhead
-MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
-SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
-MAX_SPLIT_TEXTS = 4096              # of a list, whose vectors are held until all have come: 16 KiB each as JSON, 64 MiB
-LIST_START_BYTES = 64 * KIB         # of an answer, in which its list must begin
-SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
-
-FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
-# hosts.txt and keys: bounds of what is read in one go, in 50 ms.
-MAX_FILE_BYTES, MAX_FILE_LINES, MAX_LINE_CHARS = 1 * MIB, 4096, 4096
-MAX_NODES = 1024                    # in one file
-STATE_S = 60.0                      # between two writes of the state file
-MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
-TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
-NOTIFY_S = 0.2                      # streams stand still meanwhile
-ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
 SWEEP_S = 0.5                       # one timer serves every time-out in this file; so they are this coarse
-DECISIONS_KEPT = 100
-MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
-LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
-COSTLY_S = 0.005                    # an answer of the gateway's own that takes longer to make is kept for FRESH_S
-
-# Metrics. Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
-MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
-TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 STEP_S, STEPS_KEPT = 10.0, 61       # the dashboard's lines: ten minutes
-STEP_VALUES = 500                   # of one step, the latest: enough for a P95
 EVENT_S = 1.0                       # between two events to the dashboard
-ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
-ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 
 
 # -----------------------------------------------------------------------------
@@ -418,7 +311,626 @@ class NodeSettings(NamedTuple):
 
 
 # -----------------------------------------------------------------------------
-# Wire: what do these bytes say?
+# Listener: who is connected?
+# -----------------------------------------------------------------------------
+
+LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
+SPARED_S = 1.0                      # a connection is not closed as an idle one within this
+SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
+
+
+def affordable_clients(asked: int, descriptors: int) -> int:
+    """Return how many client connections there may be: each may need a node's connection, too."""
+    if descriptors == resource.RLIM_INFINITY:
+        return asked
+    return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
+
+
+class Listener:
+    """Own the listening socket and the connections of clients, and keep both within their limits."""
+
+    def __init__(self, gateway: Gateway, tls: ssl.SSLContext | None) -> None:
+        self.gateway, self.options, self.loop, self.tls = gateway, gateway.options, gateway.loop, tls
+        self.server: asyncio.Server | None = None
+        self.address: Server | None = None          # that it listens on
+        self.clients: set[ClientConnection] = set()
+        self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_clients = affordable_clients(self.options.max_connections, descriptors)
+        self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
+        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
+
+    async def start(self) -> None:
+        """Listen. Raises OSError if the port cannot be had."""
+        self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
+                                                 start_serving=True)
+        self.address = self.server.sockets[0].getsockname()[:2]
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
+        transport: asyncio.Transport = writer.transport         # type: ignore[assignment]  # of a socket: it reads, too
+        client = ClientConnection(self.loop, lambda client: converse(self.gateway, client))
+        client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
+        client.transport = transport
+        transport.set_protocol(client)
+        address = client.note_address()
+        if len(self.clients) >= self.max_clients:
+            self.close_idle_client()
+        is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
+        if is_too_much or len(self.clients) >= self.max_clients:
+            if not self.tls:        # else it would take a handshake to tell
+                text = f"too many connections{f' from {address}' if is_too_much else ''}"
+                refuse_unread(self.gateway, client, Refusal(503, text, close=True, retry_after_s=1.0))
+            transport.close()
+            return
+        self.clients.add(client)
+        self.strangers[address] += 1
+        client.is_stranger = True
+        if self.tls:
+            client.transport = TlsTransport(transport, self.tls, client, self.forget)
+            client.write_deadline_s = self.loop.time() + self.options.header_timeout        # of the handshake
+            transport.set_protocol(client.transport)
+        else:
+            client.connection_made(transport)
+
+    def close_idle_client(self) -> None:
+        """Close the connection that has been idle for longest, to make room; none that has just come."""
+        before_s = self.loop.time() - SPARED_S
+        idle = [client for client in self.clients
+                if client.idle_s < before_s and client.task and not client.asking and not client.buffer]
+        if idle:
+            client = min(idle, key=lambda client: client.idle_s)
+            self.forget(client)
+            client.transport.abort()
+
+    def acquaint(self, client: ClientConnection) -> None:
+        """Count a connection for its address no longer: it has given a key, or ends."""
+        if client.is_stranger:
+            client.is_stranger = False
+            self.strangers[client.address] -= 1
+            if not self.strangers[client.address]:
+                del self.strangers[client.address]
+
+    def forget(self, client: ClientConnection) -> None:
+        """Count a connection no longer."""
+        self.acquaint(client)
+        self.clients.discard(client)
+
+    def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
+        """Log what went wrong outside all tasks: an exception handler of the loop.
+
+        A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
+        """
+        error, now = context.get("exception"), self.loop.time()
+        if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
+            LOG.error({"event": "error", "why": context["message"]}, exc_info=error)
+        elif now - self.exhausted_s >= 1.0:
+            self.exhausted_s = now
+            LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
+
+    def sweep(self, now: float) -> None:
+        """Serve the time-outs of clients."""
+        for client in list(self.clients):
+            client.expire(now)
+
+    def drain(self) -> None:
+        """Stop listening, and close the connections on which no request is under way."""
+        if self.server:
+            self.server.close()
+        for client in list(self.clients):
+            if not client.asking and not client.buffer:
+                client.transport.close()
+
+    def abort(self) -> list[asyncio.Task[None]]:
+        """Stop listening and cut every connection; return the tasks that served them."""
+        if self.server:
+            self.server.close()
+        tasks = [client.task for client in self.clients if client.task]
+        for client in list(self.clients):
+            client.transport.abort()
+        return tasks
+
+
+# -----------------------------------------------------------------------------
+# Client connection: what comes from a client, what goes to it, and how long may it take?
+#
+# A ClientConnection collects what the client sends until somebody waits for it, or hands it to an Upload. A client that
+# goes while it is being served cancels the task that serves it; a closed write side counts as gone, as in Ollama's own
+# server. With TLS, a TlsTransport stands between the connection and its socket, and nothing else knows of it.
+# -----------------------------------------------------------------------------
+
+MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
+KEEP_ALIVE_S = 75.0                 # an idle client connection
+BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
+                                    # as much, and 64 MiB byte by byte would hold a connection for years
+WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads less than the next line's bytes
+LEAST_READ_BYTES = 60_000           # 200 bytes/s
+WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
+                                    # top: 200 clients that hardly read a fast stream hold 52 MiB
+LINGER_S = 2.0                      # reading on after an early answer, so that a reset does not destroy it
+
+
+def unread_bytes(transport: Transport) -> int:
+    """Return how much of what was written the other side has not taken yet.
+
+    The kernel's share counts: it holds megabytes, and asks for more only when a third of them has gone.
+    """
+    unsent = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError, ValueError):      # closed; or a system that does not tell
+        packed = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        unsent += struct.unpack("i", packed)[0]
+    return unsent
+
+
+Result = TypeVar("Result")
+
+
+class LoopTurns:
+    """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
+
+    So it delays everybody else by one step, some milliseconds, however many clients cause it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
+
+    async def take(self) -> None:
+        """Wait for a turn."""
+        async with self.lock:
+            await asyncio.sleep(0)
+
+    async def run(self, steps: Generator[None, None, Result]) -> Result:
+        """Do work that is written as a generator, each step in a turn of its own; return its result."""
+        while True:
+            await self.take()
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+
+
+class BodyMemory:
+    """Share the memory for bodies that are read as a whole: bodies for which there is no room wait unread, in order.
+
+    Short ones need not wait; one that is alone may be larger than all the memory.
+    """
+
+    def __init__(self, limit: int, turns: LoopTurns) -> None:
+        self.limit, self.turns = limit, turns
+        self.held_bytes = 0
+        self.waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+
+    def fits(self, size: int) -> bool:
+        """Tell whether there is room for so many bytes more."""
+        return not self.held_bytes or self.held_bytes + size <= self.limit
+
+    def grant(self) -> None:
+        """Give those that wait what there is room for, the first one first."""
+        while self.waiting and (self.waiting[0][1].done() or self.fits(self.waiting[0][0])):
+            size, turn = self.waiting.popleft()
+            if not turn.done():
+                self.held_bytes += size
+                turn.set_result(None)
+
+    async def hold(self, client: ClientConnection, size: int) -> None:
+        """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
+        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
+        if size <= SHORT_BODY_BYTES or not more:
+            return
+        if not self.waiting and self.fits(more):
+            self.held_bytes += more
+            client.held_bytes += more
+            return
+        turn, was_serving = self.turns.loop.create_future(), client.serving
+        self.waiting.append((more, turn))
+        try:
+            client.serving = True   # so that its end is noticed
+            async with asyncio.timeout(BODY_PAUSE_S):
+                await turn
+        except TimeoutError:
+            raise Refusal(503, "other requests with large bodies take all the memory there is for them", close=True,
+                          retry_after_s=5.0) from None
+        finally:
+            client.serving = was_serving
+            if turn.done() and not turn.cancelled():
+                client.held_bytes += more
+            self.grant()
+
+    def give_back(self, client: ClientConnection) -> None:
+        """Take back what a client holds."""
+        if client.held_bytes:
+            self.held_bytes -= client.held_bytes
+            client.held_bytes = 0
+            self.grant()
+
+
+def body_due_s(due_s: float, size: int, now: float) -> float:
+    """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
+
+    Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
+    """
+    return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
+
+
+NOT_TLS = (b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 38\r\n\r\n"
+           b"This port speaks TLS: ask https://...\n")
+
+
+class TlsTransport(asyncio.Protocol):
+    """Speak TLS on a client's socket; to the ClientConnection this is the transport.
+
+    asyncio's own would be simpler, but it cannot close the write side alone, so a reset could destroy an early answer;
+    it gives the reader of a closed connection a fixed time, however much is left to read; it waits for idle clients to
+    say good-bye, too; and it hides connections until their handshake is over, so they cannot be counted. Here
+    back-pressure, buffer and end are the socket's own. With 200 streams a token costs 25.9 us on asyncio instead of
+    31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
+    `forget` is told of a client whose handshake never ended.
+    """
+
+    __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended",
+                 "is_closing", "pause_reading", "resume_reading", "set_write_buffer_limits", "get_write_buffer_size",
+                 "get_extra_info")
+
+    def __init__(self, socket: asyncio.Transport, context: ssl.SSLContext, client: ClientConnection,
+                 forget: Callable[[ClientConnection], None]) -> None:
+        self.socket, self.client, self.forget = socket, client, forget
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.shaken = False         # the handshake is over
+        self.ended = False          # nothing more is sent, and what still comes is thrown away
+        self.is_closing, self.get_extra_info = socket.is_closing, socket.get_extra_info
+        self.pause_reading, self.resume_reading = socket.pause_reading, socket.resume_reading
+        self.set_write_buffer_limits = socket.set_write_buffer_limits
+        self.get_write_buffer_size = socket.get_write_buffer_size
+
+    # As the socket's protocol: what comes in.
+
+    def data_received(self, data: bytes) -> None:
+        if self.ended:
+            return
+        self.incoming.write(data)
+        pieces: list[bytes] = []
+        over = False
+        try:
+            if not self.shaken:
+                self.tls.do_handshake()
+                self.shaken = True
+                self.client.connection_made(self)
+            while piece := self.tls.read(READ_AHEAD_BYTES):
+                pieces.append(piece)
+            over = True             # in good order, by a close_notify
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            self.refuse(data, error)
+            return
+        self.send()
+        if pieces:
+            self.client.data_received(b"".join(pieces))
+        if over:
+            self.eof_received()
+
+    def refuse(self, data: bytes, error: ssl.SSLError) -> None:
+        """End a connection that breaks the protocol, or speaks another one."""
+        LOG.debug({"event": "tls", "why": error.reason})
+        self.ended = True
+        if not self.shaken and data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
+            self.socket.write(NOT_TLS)
+        self.send()                 # an alert: RFC 8446 6.2 wants it before the end, so that the peer knows why
+        self.socket.close()
+        self.eof_received()         # what runs for the client ends now, and not when it has read the alert
+
+    def eof_received(self) -> bool:
+        if self.shaken and not self.client.eof:
+            self.client.eof_received()
+        return self.shaken
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended = True
+        self.client.connection_lost(exc)
+        if not self.shaken:
+            self.forget(self.client)
+
+    def pause_writing(self) -> None:
+        self.client.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.client.resume_writing()
+
+    # As the client's transport: what goes out.
+
+    def send(self) -> None:
+        """Send what the TLS machine has to say."""
+        if self.outgoing.pending:
+            self.socket.write(self.outgoing.read())
+
+    def write(self, data: bytes) -> None:
+        if data and not self.ended:
+            self.tls.write(data)    # whole: there is no end to a MemoryBIO
+            self.socket.write(self.outgoing.read())
+
+    def end(self) -> None:
+        """Say that no more will come (RFC 8446 6.1), as the peer cannot tell from a FIN that nothing was cut off."""
+        if self.shaken and not self.ended:
+            with contextlib.suppress(ssl.SSLError):     # it would wait for the peer's, or find unread bytes
+                self.tls.unwrap()
+            self.send()
+        self.ended = True
+
+    def write_eof(self) -> None:
+        self.end()
+        self.socket.write_eof()
+
+    def close(self) -> None:
+        self.end()
+        self.socket.close()
+
+    def abort(self) -> None:
+        self.ended = True
+        self.socket.abort()
+
+
+@dataclass(slots=True, eq=False)
+class ClientConnection(asyncio.Protocol):
+    """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
+
+    loop: asyncio.AbstractEventLoop
+    converse: Callable[[ClientConnection], Coroutine[Any, Any, None]]
+    transport: Transport = field(init=False)    # there once the connection is accepted
+    task: asyncio.Task[None] | None = None
+    writer: asyncio.StreamWriter | None = None
+    address: str = ""
+    buffer: bytearray = field(default_factory=bytearray)
+    sink: Upload | None = None      # takes the bytes as they come
+    source: NodeConnection | None = None    # not read while this socket's buffer is full
+    waiter: asyncio.Future[None] | None = None
+    deadline_s: float = math.inf    # until when more bytes must have come; see Gateway.sweep
+    overdue: bool = False
+    wanted_bytes: int = 0           # of a body that is read as a whole: so many may be in `buffer`
+    held_bytes: int = 0             # of BodyMemory, for that body
+    idle_s: float = 0.0             # since when no request is under way
+    is_stranger: bool = False       # it has shown no key, and counts for its address
+    write_deadline_s: float = math.inf      # until when the client must have read LEAST_READ_BYTES
+    unread_bytes: int = 0           # of what was to be sent when that was asked for
+    asking: bool = False            # a request has begun and its answer has not ended
+    serving: bool = False           # that request is complete: nothing but its end is expected of the client
+    eof: bool = False
+    gone: bool = False
+    write_paused: bool = False
+    read_paused: bool = False
+
+    def connection_made(self, transport: Transport) -> None:    # type: ignore[override]  # any socket's is one
+        self.transport, self.write_deadline_s, self.idle_s = transport, math.inf, self.loop.time()
+        transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
+        self.task = self.loop.create_task(self.converse(self))
+
+    def note_address(self) -> str:
+        """Note and return the address of the other side."""
+        peer = self.transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        return self.address
+
+    def data_received(self, data: bytes) -> None:
+        if self.sink is not None:
+            self.sink.data(data)
+            return
+        self.buffer += data
+        if len(self.buffer) > max(READ_AHEAD_BYTES, self.wanted_bytes):
+            self.pause_reading()
+        self.wake()
+
+    def eof_received(self) -> bool:
+        self.eof = True
+        self.hang_up()
+        return True                 # what was asked before can still be answered
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.eof = self.gone = True
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """End what the task does for a client that is not there any more."""
+        if self.serving and self.task is not None:
+            self.task.cancel()
+        self.wake()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self.arm_write_deadline()
+        if self.source is not None:
+            self.source.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self.write_deadline_s = math.inf
+        if self.source is not None:
+            self.source.resume_reading()
+        self.wake()
+
+    def pause_reading(self) -> None:
+        self.read_paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self.read_paused = False
+        self.transport.resume_reading()
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def arm_write_deadline(self) -> None:
+        """Note how much there is to be read now, and until when some of it must have been."""
+        self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
+
+    def expire(self, now: float) -> None:
+        """End what this connection has waited for too long. Called every SWEEP_S."""
+        if now > self.write_deadline_s:
+            if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
+                self.transport.abort()
+            else:
+                self.arm_write_deadline()
+        elif (self.serving and self.read_paused and self.sink is None and not self.eof
+              and socket_has(self.transport, HAS_LEFT)):
+            self.eof_received()
+        elif now > self.deadline_s:
+            self.overdue, self.deadline_s = True, math.inf
+            if self.sink is not None:
+                self.sink.expire()
+            self.wake()
+
+    def write(self, data: bytes) -> None:
+        if not self.gone:
+            self.transport.write(data)
+
+    async def wait(self) -> None:
+        """Wait for something to happen on this connection."""
+        self.waiter = self.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+    async def read_more(self, patience_s: float) -> None:
+        """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
+        size = len(self.buffer)
+        self.deadline_s = self.loop.time() + patience_s
+        self.overdue = False
+        if self.read_paused:
+            self.resume_reading()
+        try:
+            while len(self.buffer) == size:
+                if self.eof:
+                    raise ClientGone
+                if self.overdue:
+                    raise Refusal(408, "the request took too long to arrive", close=True)
+                await self.wait()
+        finally:
+            self.deadline_s = math.inf
+
+    async def drained(self) -> None:
+        """Wait until the client has read most of what was written to it."""
+        while self.write_paused and not self.gone:
+            await self.wait()
+
+    async def next_head(self, patience_s: float) -> RequestHead | None:
+        """Return the head of the next request, or None if the client is done. Raises Refusal."""
+        scanned, started_s, empty_lines = 0, 0.0, 0
+        self.idle_s = self.loop.time()
+        while True:
+            while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
+                del self.buffer[:2]
+                empty_lines += 1
+                if empty_lines > MAX_EMPTY_LINES:
+                    raise ProtocolError("empty lines instead of a request line")
+            end = find_head(self.buffer, scanned) if self.buffer else None
+            if end is not None:
+                break
+            scanned = len(self.buffer)
+            try:
+                if scanned:         # the whole head has one time limit, so that one byte a second does not help
+                    started_s = started_s or self.loop.time()
+                    await self.read_more(started_s + patience_s - self.loop.time())
+                else:
+                    await self.read_more(self.idle_s + KEEP_ALIVE_S - self.loop.time())
+            except (ClientGone, Refusal):
+                if not self.buffer:
+                    return None
+                raise
+        return parse_request(bytes(self.take(end)))
+
+    def take(self, size: int) -> Body:
+        """Take the first `size` bytes out of the buffer and return them; read on if there is room again."""
+        taken: Body
+        if size > SHORT_BODY_BYTES:     # not copied, but what lies behind it is: 64 MiB take 25 ms
+            taken, self.buffer = self.buffer, self.buffer[size:]
+            del taken[size:]
+        else:
+            with memoryview(self.buffer) as view:
+                taken = bytes(view[:size])
+            del self.buffer[:size]
+        if self.read_paused and len(self.buffer) <= READ_AHEAD_BYTES:
+            self.resume_reading()
+        return taken
+
+    def send_continue(self, head: RequestHead) -> None:
+        """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
+        if head.expects_continue and not self.buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    async def read_more_body(self, due_s: float) -> float:
+        """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `read_more`."""
+        size = len(self.buffer)
+        await self.read_more(due_s - self.loop.time())
+        return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
+
+    async def read_body(self, head: RequestHead, limit: int, grace_s: float, memory: BodyMemory) -> Body:
+        """Return the whole body of a request, for which `memory` has room.
+
+        Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
+        Refusal(503) if there is no memory for it, ClientGone if it is cut short.
+        """
+        if head.length == 0:
+            return b""
+        if head.length is not None and head.length > limit:
+            raise Refusal(413, f"the request body is over {limit} bytes", close=True)
+        if head.length is not None and head.length > SHORT_BODY_BYTES:
+            await memory.hold(self, head.length)
+        self.send_continue(head)
+        now = self.loop.time()
+        due_s = body_due_s(now + grace_s, len(self.buffer), now)
+        if head.length is None:
+            return await self.read_chunks(limit, due_s, memory)
+        self.wanted_bytes = head.length
+        while len(self.buffer) < head.length:
+            due_s = await self.read_more_body(due_s)
+        self.wanted_bytes = 0
+        return self.take(head.length)
+
+    async def read_chunks(self, limit: int, due_s: float, memory: BodyMemory) -> bytes:
+        """Return a whole chunked body. Raises as `read_body`."""
+        parts: list[bytes] = []
+        decoder, size = ChunkedBody(), 0
+        while True:
+            payload, used = decoder.feed(bytes(self.buffer[:decoder.at_most()]))
+            self.take(used)
+            parts.append(payload)
+            size += len(payload)
+            if size > limit:
+                raise Refusal(413, f"the request body is over {limit} bytes", close=True)
+            if decoder.done:
+                return b"".join(parts)
+            await memory.hold(self, size)
+            if self.buffer:
+                await memory.turns.take()
+            else:
+                due_s = await self.read_more_body(due_s)
+
+    async def close(self) -> None:
+        """Close so that the client gets all that was written.
+
+        Closing a socket with unread bytes makes the kernel send a reset, which can destroy the answer on its way. So
+        the write side is closed first, and what still comes is thrown away, for LINGER_S at most.
+        """
+        self.serving = False
+        if not self.gone and not self.eof:
+            with contextlib.suppress(OSError, NotImplementedError, ClientGone, Refusal):
+                self.transport.write_eof()
+                deadline_s = self.loop.time() + LINGER_S
+                self.sink = None
+                while self.loop.time() < deadline_s:
+                    self.buffer.clear()
+                    await self.read_more(deadline_s - self.loop.time())
+        self.transport.close()      # flushes what is left, as long as the client reads: see write_deadline_s
+        while not self.gone and self.transport.get_write_buffer_size():
+            if self.write_deadline_s == math.inf:
+                self.arm_write_deadline()
+            await self.wait()
+
+
+# -----------------------------------------------------------------------------
+# Wire: what does a client say?
 #
 # RFC 9112, read strictly. If a gateway and a node disagree about where a request ends, a client can smuggle a request
 # past the gateway. So everything that can be read in two ways is refused and never passed on: bare CR or LF, folded
@@ -426,24 +938,28 @@ class NodeSettings(NamedTuple):
 # Bytes in, values out; nothing here knows a socket. The bytes for `feed` may be split anywhere.
 # -----------------------------------------------------------------------------
 
+MAX_TARGET_BYTES = 16 * KIB
+MAX_FIELDS = 256                    # of a request's head; browsers send twenty. Each costs a microsecond before any key
+
 # A control character in a line. A bare CR or LF is one, too (RFC 9112 2.2).
 CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
 # The same in the part of a head that has arrived, and folded lines (5.2). LF may still follow a CR at the end.
 ILLEGAL_SO_FAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[\t ]")
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.I | re.S)
 HOST = re.compile(rb"[^\s/\\@?#,]*")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
 
 # A segment `.` or `..` of a path, in any spelling that some server between here and the model accepts: encoded once or
 # more often, after a backslash, before `;` or `#` (Tomcat and nginx end a segment there). It would lead out of a node's
 # `prefix=`: a server that resolves /ollama/../admin answers for /admin.
 DOT, SLASH = rb"(?:\.|%(?:25)*2e)", rb"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(SLASH + DOT + rb"{1,2}(?:" + SLASH + rb"|[;#]|%(?:25)*(?:3b|23|3f)|\Z)", re.I)
+
 # An encoded control character: a proxy that decodes it before it hands the path on cuts the path or ends the line.
 ENCODED_CONTROL = re.compile(rb"%(?:[01][0-9a-f]|7f)", re.I)
+
 # TRACE would show the client what the gateway adds, a node's token for example; CONNECT is for proxies only.
 REFUSED_METHODS = frozenset(("TRACE", "CONNECT"))
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -452,9 +968,7 @@ ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
                         b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
 ONLY_ONCE = frozenset((b"host", b"content-length", b"transfer-encoding"))
-
 UNTIL_CLOSE = -1
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 def find_head(buffer: Body, scanned: int = 0) -> int | None:
@@ -588,205 +1102,6 @@ def parse_request(head: Body) -> RequestHead:
                        version == 1 and fields.get(b"expect", b"").lower() == b"100-continue")
 
 
-@remembered
-def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
-    """Return (status, reason, minor version) of a status line. Raises ProtocolError."""
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError("malformed status line")
-    return int(match[2]), match[3] or b"", int(match[1])
-
-
-def parse_response(head: bytes, method: str) -> ResponseHead:
-    """Parse the head of the answer to a `method` request. Raises ProtocolError."""
-    first, *lines = head[:-4].split(b"\r\n")
-    status, reason, version = parse_status_line(first)
-    fields, raw_lines = parse_fields(lines)
-    length = parse_length(fields, version)
-    if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
-        length = 0
-    elif length == 0 and b"content-length" not in fields:           # step 8
-        length = UNTIL_CLOSE
-    keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
-    return ResponseHead(status, reason, version, fields, raw_lines, length, keep_alive)
-
-
-class LengthBody:
-    """Decode a body of known length; `done` once it is complete."""
-
-    verbatim = False                # see ChunkedBody
-
-    def __init__(self, length: int) -> None:
-        self.left = length
-        self.done = length == 0
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """Return (payload, count of bytes of `data` that belong to the body)."""
-        if len(data) > self.left:
-            data = data[:self.left]
-        self.left -= len(data)
-        self.done = self.left == 0
-        return data, len(data)
-
-
-class UntilCloseBody:
-    """Decode a body that ends with its connection: never `done` by itself."""
-
-    verbatim = done = False
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """Return (payload, count of bytes of `data` that belong to the body): all of it."""
-        return data, len(data)
-
-
-@remembered
-def plain_size(line: bytes) -> int:
-    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
-    match = CHUNK_LINE.fullmatch(line)
-    return int(match[1], 16) if match and not match[2] else 0
-
-
-class ChunkedBody:
-    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are dropped.
-
-    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
-    are. Their receiver is then between two chunks, where an error line can still be added.
-    """
-
-    __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
-    SIZE, DATA, DATA_END, TRAILER = range(4)
-
-    def __init__(self) -> None:
-        self.state, self.left, self.line, self.trailer_bytes = self.SIZE, 0, b"", 0
-        self.done = self.verbatim = False
-
-    def at_most(self) -> int:
-        """Return how many bytes may be fed in one step: each chunk costs a microsecond, whatever its size."""
-        return max(DECODED_BYTES, self.left)
-
-    def plain_chunks(self, data: bytes) -> int:
-        """Return the number of chunks in `data` if it is nothing but whole plain ones, as tokens mostly are; else 0.
-
-        Such data need not be fed: it can be handed on as it is, and leaves the decoder in the same state.
-        """
-        if self.state or self.line:
-            return 0                # in the middle of a chunk
-        count = at = 0
-        while at < len(data):
-            start = data.find(b"\r\n", at, at + 20) + 2
-            end = start + plain_size(data[at:start])
-            if end == start or data[end:end + 2] != b"\r\n":
-                return 0
-            at = end + 2
-            count += 1
-        return count
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """Return (payload, count of bytes of `data` that belong to the body). Raises ProtocolError."""
-        self.verbatim = self.state == self.SIZE and not self.line
-        payload: list[bytes] = []
-        at = 0
-        while at < len(data) and not self.done:
-            if self.state == self.DATA:
-                part = data[at:at + self.left]
-                payload.append(part)
-                at += len(part)
-                self.left -= len(part)
-                if not self.left:
-                    self.state = self.DATA_END
-                continue
-            end = data.find(b"\n", at) + 1 or len(data)
-            self.line += data[at:end]
-            at = end
-            if len(self.line) > MAX_CHUNK_LINE_BYTES:
-                raise ProtocolError("chunk line too long")
-            if self.line[-1:] == b"\n":
-                self.take_line(self.line)
-                self.line = b""
-        self.verbatim = self.verbatim and not self.line and (self.done or self.state == self.SIZE)
-        return payload[0] if len(payload) == 1 else b"".join(payload), at
-
-    def take_line(self, line: bytes) -> None:
-        """Take one line of the framing, with its LF. Raises ProtocolError."""
-        if self.state == self.SIZE:
-            match = CHUNK_LINE.fullmatch(line)
-            if not match:
-                raise ProtocolError("malformed chunk size")
-            self.left = int(match[1], 16)
-            self.state = self.DATA if self.left else self.TRAILER
-            self.verbatim = self.verbatim and not match[2]      # an extension is dropped
-        elif self.state == self.DATA_END:
-            if line != b"\r\n":
-                raise ProtocolError("chunk longer than its size")
-            self.state = self.SIZE
-        elif line == b"\r\n":
-            self.done = True
-        else:
-            self.verbatim = False
-            self.trailer_bytes += len(line)
-            if line[-2:] != b"\r\n" or self.trailer_bytes > MAX_TRAILER_BYTES:
-                raise ProtocolError("malformed or too long trailers")
-
-
-BodyDecoder = LengthBody | UntilCloseBody | ChunkedBody
-
-
-def body_decoder(length: int | None) -> BodyDecoder:
-    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE."""
-    if length is None:
-        return ChunkedBody()
-    return UntilCloseBody() if length == UNTIL_CLOSE else LengthBody(length)
-
-
-def chunk(data: bytes) -> bytes:
-    """Encode `data` as one chunk; empty data as nothing, since an empty chunk would end the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-
-
-# The gateway writes its own length, coding, Host and Via, has answered Expect and Origin, and has read X-Priority.
-# Accept-Encoding: it reads statistics in the answers, and a tunnel in front of a node would compress them.
-NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
-                             b"via"}
-# The gateway says these itself, and nobody else may: a browser that gets two allowed origins accepts neither.
-NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
-OURS_TO_SAY = b"access-control-", b"x-sollol-"
-
-
-def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
-    """Return the raw lines that are handed on: those neither `dropped` nor named by Connection."""
-    listed = fields.get(b"connection")
-    if listed:
-        dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
-    return [line for name, line in lines if name not in dropped]
-
-
-def render_request(head: RequestHead, settings: NodeSettings, length: int | None) -> bytes:
-    """Return the head to send to a node for `head`, with a body of `length` bytes (None = chunked)."""
-    dropped = NOT_FOR_NODES | {b"authorization"} if settings.token else NOT_FOR_NODES
-    prefix = settings.prefix.encode() if head.target != b"*" else b""
-    lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), prefix, head.target),
-             b"Host: " + settings.host_header.encode()]
-    lines += end_to_end(head.lines, head.fields, dropped)
-    if head.via:
-        lines.append(b"Via: " + head.via)
-    if settings.token:
-        lines.append(b"Authorization: Bearer " + settings.token.encode())
-    if length is None:
-        lines.append(b"Transfer-Encoding: chunked")
-    elif length or head.method in ("POST", "PUT", "PATCH"):
-        lines.append(b"Content-Length: %d" % length)
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
-
-
-def render_response(head: ResponseHead, added: list[bytes], framing: list[bytes]) -> bytes:
-    """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
-    lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    foreign = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
-    lines += end_to_end(foreign, head.fields, NOT_FOR_CLIENTS)
-    return b"\r\n".join(lines + added + framing + [b"\r\n"])
-
-
 # Via lists the gateways that a request came over (RFC 9110 7.6.3). The comment names this process. Without it, two
 # gateways that list each other would pass one request to and fro until no socket is left (8,192 were seen).
 MOST_HOPS = 8                       # over SOLLOLs; it also ends a loop in which a proxy removes the comments
@@ -807,7 +1122,512 @@ def via_after(via: bytes, own: bytes) -> bytes:
 
 
 # -----------------------------------------------------------------------------
-# Admission: what does this request want?
+# Conversation: what happens on a connection, from its first byte to its last?
+#
+# One task per connection takes one request after the other: head -> route -> right to ask -> body -> handler -> next. A
+# handler answers, or raises the answer. A client that closes its connection while it is being served cancels the task:
+# whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in the `finally` that
+# stands around it.
+# -----------------------------------------------------------------------------
+
+Handler = Callable[["Exchange"], Coroutine[Any, Any, None]]       # raises Refusal or NodeRefused before a byte is out
+
+
+class Route(NamedTuple):
+    """Who answers a path, which nodes that concerns, and what the path carries.
+
+    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
+    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator.
+    """
+
+    handler: Handler
+    where: Where
+    kind: str = "raw"
+    family: Family = Family.OLLAMA
+    streams: bool = False           # when the body does not say
+    guarded: bool = False           # changes models, an account or what a node does: see `guard`
+    own: Callable[[Gateway], OwnAnswer] | None = None   # what `serve_own` answers
+    look: Look | None = None        # and how it lets the nodes be looked at before that
+
+
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+async def converse(gateway: Gateway, client: ClientConnection) -> None:
+    """Serve one client connection from its first byte to its last: one request after the other."""
+    try:
+        while True:
+            client.serving = client.asking = False
+            head = await client.next_head(gateway.header_timeout_s)
+            if head is None:
+                return
+            client.asking = True
+            exchange = begin_exchange(gateway, client, head)
+            await handle(exchange)
+            if client.write_paused:
+                await client.drained()
+            if client.buffer:       # it asks ahead: others come in between
+                await gateway.turns.take()
+            if not exchange.keep or gateway.draining or client.gone:
+                return
+    except Refusal as refusal:      # no head, or none that can be read
+        refuse_unread(gateway, client, refusal)
+    except (ClientGone, asyncio.CancelledError):
+        pass
+    except Exception:
+        LOG.exception({"event": "error", "id": ""})
+        client.transport.abort()
+    finally:
+        await client.close()
+        gateway.listener.forget(client)
+
+
+async def handle(exchange: Exchange) -> None:
+    """Let one request be answered, whatever happens, and count it."""
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    try:
+        await serve(exchange)
+    except Refusal as refusal:
+        answer_refusal(exchange, refusal)
+    except NodeRefused as refused:
+        await answer_whole(exchange, refused.value.head, [refused.value.body])
+    except (ClientGone, asyncio.CancelledError):
+        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
+        raise
+    except Exception:
+        LOG.exception({"event": "error", "id": record.id})
+        if record.status:
+            client.transport.abort()
+            record.outcome, exchange.keep = "error", False
+        else:
+            answer_refusal(exchange, Refusal(500, "internal error", close=True))
+    finally:
+        gateway.telemetry.finish(record)
+        gateway.memory.give_back(client)
+
+
+async def serve(exchange: Exchange) -> None:
+    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
+    gateway, client, head, record = exchange.gateway, exchange.client, exchange.head, exchange.record
+    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
+    route = exchange.route = find_route(head.method, head.path)
+    verdict = exchange.verdict = gateway.access.check(head, route, client.address)
+    record.cors, key = verdict.cors, verdict.key
+    if key is not None:
+        gateway.listener.acquaint(client)
+        record.key = key.settings.name
+    if verdict.refusal is not None:
+        raise verdict.refusal.error()
+    if verdict.page_status:
+        answer_page(exchange, verdict.page_status)
+        return
+    if route.where in ANSWERED_HERE:
+        if head.length != 0:
+            await exchange.read_body()
+        await route.handler(exchange)
+        return
+    if gateway.draining:
+        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
+    if key is not None:
+        await count_request(exchange, key)
+    try:
+        await read_request(exchange)
+        await (serve_change if exchange.spec.change == "unload" else route.handler)(exchange)
+    finally:
+        if key is not None:
+            key.give_back()
+
+
+def find_route(method: str, path: str) -> Route:
+    """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
+    route = ROUTES.get((method, path))
+    if route is not None:
+        return route
+    for row_method, above, route in ROUTES_BELOW:
+        if method == row_method and path.startswith(above) and path != above:
+            return route
+    is_new_inference = method == "POST" and path.startswith("/v1/")
+    return ELSEWHERE[family_of(path), method not in SAFE_METHODS and not is_new_inference]
+
+
+def answer_page(exchange: Exchange, status: int) -> None:
+    """Answer a web page without a body, as Ollama does: 403 if it may not ask, 204 if it asks whether it may."""
+    if status == 403:
+        exchange.record.reason = "origin not allowed"
+    exchange.keep = exchange.keep and exchange.head.length == 0
+    answer_locally(exchange, OwnAnswer(status, lines=PREFLIGHT if status == 204 else ()))
+
+
+async def count_request(exchange: Exchange, key: Key) -> None:
+    """Count a request as one of its key's. Raises Refusal if that has none left."""
+    try:
+        key.take(exchange.gateway.loop.time())
+    except Refusal:
+        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
+            exchange.keep = False   # rather than read all that is refused
+        else:
+            await exchange.read_body()
+        raise
+
+
+async def read_request(exchange: Exchange) -> None:
+    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
+    gateway, head, route, verdict = exchange.gateway, exchange.head, exchange.route, exchange.verdict
+    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
+    exchange.client.serving = True
+    steps = reading_steps(head, route, body)
+    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
+    spec = exchange.spec = read_spec(head, route, reading, verdict.client, verdict.priority)
+    spec.priority = min(spec.priority, verdict.max_priority)
+    if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
+        raise refusal.error()       # only the body tells of this change
+    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
+
+
+RawLines = list[bytes] | tuple[()]      # of a head; in a Record, bytes is a field
+
+
+@dataclass(slots=True)
+class Record:
+    """One line of the request log, filled in while the request is served."""
+
+    id: str
+    client: str
+    method: str
+    path: str
+    started_s: float
+    key: str = ""                   # the name of the client's key
+    model: str = ""
+    priority: int | str = ""
+    node: str = ""
+    attempts: int = 0
+    status: int = 0
+    queue_s: float = 0.0
+    first_s: float | None = None
+    bytes: int = 0
+    timings: Timings = field(default_factory=lambda: Timings())
+    reason: str = ""
+    outcome: str = ""               # ok, cut, error, client_left, refused; until the end "" where the status tells it
+    cors: RawLines = ()             # raw lines of the answer that let a web page read it
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request under way: who asks, what for, which services answer, and what becomes known on the way."""
+
+    gateway: Gateway
+    client: ClientConnection
+    head: RequestHead
+    record: Record
+    keep: bool                      # the client's connection can take another request after the answer
+    route: Route = field(init=False)
+    spec: RequestSpec = field(init=False)
+    body: Body = b""                # unless its route leaves it unread
+    verdict: Verdict = field(init=False)
+    version: str = ""               # digest of the model that must answer; "" = any
+    transcript: Transcript | None = None    # of a stream that another node may go on with
+
+    async def read_body(self) -> Body:
+        """Return the whole body of the request. Raises as ClientConnection.read_body."""
+        gateway = self.gateway
+        return await self.client.read_body(self.head, gateway.max_body_bytes, gateway.header_timeout_s, gateway.memory)
+
+
+def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
+    """Return the Exchange of a request whose head has come.
+
+    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
+    """
+    own = head.fields.get(b"x-request-id", b"")
+    id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
+    record = Record(id, client.address, head.method, head.path, gateway.loop.time())
+    return Exchange(gateway, client, head, record, head.keep_alive)
+
+
+# -----------------------------------------------------------------------------
+# Access: may this request be made?
+#
+# `Access.check` asks in this order, and the first "no" is the answer:
+#
+#   1. A web page asks: may pages of its Origin ask here (CORS)?
+#   2. Is the Host a name of this machine, or one that DNS rebinding made lead here?
+#   3. With --keys: does the request give a key? Without: is an order to a node given on this machine?
+#   4. The request changes models, an account or nodes: may this key, and may this page?
+#
+# 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`).
+# A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
+# digest, so the time that a look-up takes says nothing about any key.
+# -----------------------------------------------------------------------------
+
+MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
+OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
+DIGEST_SECRET = secrets.token_bytes(32)
+
+
+class KeySettings(NamedTuple):
+    """One line of the keys file, without the key."""
+
+    digest: bytes
+    name: str
+    priority: int = DEFAULT_PRIORITY    # of requests that ask for none
+    max_priority: int = 10
+    rate: tuple[int, float] = (0, 1.0)  # requests, in so many seconds; 0 = any number
+    concurrency: int = 0            # requests at once; 0 = any number
+    admin: bool = False             # may change models, accounts and nodes
+
+
+def digest_of_key(key: bytes) -> bytes:
+    """Return what is kept of a key."""
+    return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
+
+
+class Key:
+    """What one key allows, and how much of that is used up.
+
+    The rate is a token bucket: it fills steadily and holds the requests of one period, so that somebody who was quiet
+    may ask in a burst.
+    """
+
+    def __init__(self, settings: KeySettings) -> None:
+        self.settings = settings
+        self.tokens, self.filled_s = float(settings.rate[0]), 0.0
+        self.running = 0
+
+    def configure(self, settings: KeySettings) -> None:
+        """Take over a changed line; what is used up stays used up."""
+        self.settings = settings
+        self.tokens = min(self.tokens, settings.rate[0])
+
+    def take(self, now: float) -> None:
+        """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
+        name, most, (count, period_s) = self.settings.name, self.settings.concurrency, self.settings.rate
+        if most and self.running >= most:
+            raise Refusal(429, f"the key {name} has {most} requests running, its most", retry_after_s=1.0)
+        if count:
+            self.tokens = min(count, self.tokens + (now - self.filled_s) * count / period_s)
+            self.filled_s = now
+            if self.tokens < 1:
+                raise Refusal(429, f"the key {name} has used up its {count} requests in {period_s:g} s",
+                              retry_after_s=(1 - self.tokens) * period_s / count)
+            self.tokens -= 1
+        self.running += 1
+
+    def give_back(self) -> None:
+        """Count a request as ended."""
+        self.running -= 1
+
+
+def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (field name, secret) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
+    if b"x-api-key" in fields:
+        yield b"x-api-key", fields[b"x-api-key"]
+    scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        yield b"authorization", secret.strip()
+    elif scheme.lower() == b"basic":            # browsers send it when they are asked for the dashboard
+        with contextlib.suppress(binascii.Error):
+            yield b"authorization", base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
+
+
+# Ollama's own list: any port of this machine, and what is no web page.
+LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
+                 for scheme in ("http", "https") for port in ("", ":*")] + [
+                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
+PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
+             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
+             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
+             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
+             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
+             b"X-Priority,X-Request-Id,X-Api-Key",
+             b"Access-Control-Max-Age: 43200"]
+
+
+def is_listed(origin: str, allowed: Iterable[str]) -> bool:
+    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
+    for pattern in allowed:
+        start, star, end = pattern.partition("*")
+        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
+                                 and origin.endswith(end)):
+            return True
+    return False
+
+
+def is_own_origin(origin: bytes, host: bytes) -> bool:
+    """Tell whether a page came from the Host that it asks: the dashboard does."""
+    return origin in (b"http://" + host, b"https://" + host)
+
+
+def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
+    """Return the lines that let a web page read the answer; [] if it came from `host` itself, None if it may not ask.
+
+    The nodes are not asked: they would compare the origin with a Host that no browser has seen.
+    """
+    if is_own_origin(origin, host):
+        return []
+    if "*" in allowed:
+        return [b"Access-Control-Allow-Origin: *"]
+    if is_listed(origin.decode("latin-1"), allowed):
+        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+    return None
+
+
+def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
+    """Tell whether a request comes from no web page, from one of the gateway's own, or from one of an allowed origin.
+
+    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
+    """
+    origin = fields.get(b"origin", b"")
+    if origin and is_listed(origin.decode("latin-1"), allowed):
+        return True
+    return ((not origin or is_own_origin(origin, fields.get(b"host", b"")))
+            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
+
+
+@remembered
+def host_name(host: bytes) -> str:
+    """Return the name or address in a Host field, in lower case, without port and brackets."""
+    text = host.decode("latin-1").lower()
+    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
+    return name.removeprefix("[").removesuffix("]")
+
+
+def literal(host: str) -> str | None:
+    """Return an IP address in its usual spelling; None for a name."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+@remembered
+def is_loopback(address: str) -> bool:
+    """Tell whether no other machine can reach an address."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
+    """Tell whether a Host field cannot come from DNS rebinding.
+
+    There, the name evil.example of a web page suddenly leads to 127.0.0.1: what answers there is of the same origin,
+    and the page may read it. Its Host gives it away. Trusted, by Ollama's own rule, are: no name at all, `machine`,
+    localhost, names that no public DNS has, addresses (nobody can lead them elsewhere), and hosts of `allowed` origins.
+    """
+    name = host_name(host)
+    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
+        return True
+    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
+    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
+
+
+# A proxy on this machine adds these fields: with one of them, a loopback address does not say who asks.
+FORWARDING = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
+
+
+def is_local(address: str, fields: HeadFields) -> bool:
+    """Tell whether the client is on this machine and calls it by a loopback Host, which a rebound page cannot do."""
+    host = host_name(fields.get(b"host", b""))
+    return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
+
+
+class Verdict(NamedTuple):
+    """The answer to "may this request be made?". It may if `refusal` and `page_status` are empty."""
+
+    client: str                     # who shares fairly with whom: the name of the key, or the address
+    cors: RawLines = ()             # raw lines of any answer that let a web page read it
+    key: Key | None = None          # that the request gives; None also if none is needed
+    refusal: Answer | None = None
+    page_status: int = 0            # of an answer without a body to a page: 403 it may not ask, 204 it may (preflight)
+    priority: int = DEFAULT_PRIORITY    # if the request asks for none
+    max_priority: int = 10
+
+
+class Access:
+    """Who may make which request, by the options and the keys file."""
+
+    def __init__(self, options: argparse.Namespace, keys: Iterable[KeySettings]) -> None:
+        self.readers = LOCAL_ORIGINS + options.origins      # origins of the pages that may ask
+        self.changers = [origin for origin in self.readers if origin != "*"]    # and of those that may change models
+        self.checks_host = is_loopback(options.bind)        # as in Ollama: we cannot know the names of other addresses
+        self.is_trusted_host = remembered(functools.partial(
+            is_trusted_host, machine=socket.gethostname(), allowed=options.origins))
+        self.needs_key = bool(options.keys)
+        self.keys: dict[bytes, Key] = {}        # by digest
+        self.configure(keys)
+
+    def configure(self, lines: Iterable[KeySettings]) -> None:
+        """Take over the lines of a keys file. A key keeps what it has used up under the same name."""
+        known = {key.settings.name: key for key in self.keys.values()}
+        self.keys = {}
+        for line in lines:
+            key = self.keys[line.digest] = known.get(line.name) or Key(line)
+            key.configure(line)
+
+    def find_key(self, secret: bytes) -> Key | None:
+        """Return the Key whose secret this is, or None."""
+        digest = digest_of_key(secret)
+        key = self.keys.get(digest)
+        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
+
+    def consume_key(self, head: RequestHead) -> Key | None:
+        """Return the Key that a request gives, or None. Remove the fields that gave it: no node must see them."""
+        by_field = {name: key for name, secret in secrets_in(head.fields) if (key := self.find_key(secret)) is not None}
+        if by_field:
+            head.lines = [line for line in head.lines if line[0] not in by_field]
+        return next(iter(by_field.values()), None)
+
+    def check(self, head: RequestHead, route: Route, address: str) -> Verdict:
+        """Return the Verdict on a request of a client at `address`. Takes the key out of the head: see `consume_key`.
+
+        A refused request with a body ends its connection: the body would have to be read.
+        """
+        fields, has_body = head.fields, head.length != 0
+        verdict, host, origin = Verdict(address), fields.get(b"host", b""), fields.get(b"origin")
+        if origin:                  # question 1
+            lines = origin_lines(origin, host, self.readers)
+            if lines is None:
+                return verdict._replace(page_status=403)
+            verdict = verdict._replace(cors=lines)
+            if lines and head.method == "OPTIONS":
+                return verdict._replace(page_status=204)
+        if self.checks_host and not self.is_trusted_host(host):     # 2
+            text = "this Host is no name of this machine: --origins can allow it"
+            return verdict._replace(refusal=Answer(403, text, close=has_body))
+        if self.needs_key:          # 3
+            key = self.consume_key(head)
+            if key is not None:
+                verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
+                                           max_priority=key.settings.max_priority)
+            elif head.method not in ("GET", "HEAD") or head.path not in OPEN_PATHS:
+                return verdict._replace(refusal=Answer(401, "a key is needed: Authorization: Bearer KEY", has_body))
+        elif not is_local(address, fields):
+            if route.kind == "order":
+                text = "only this machine, or with --keys a key with admin=yes, may order that"
+                return verdict._replace(refusal=Answer(403, text, close=has_body))
+            verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
+        if route.guarded:           # 4
+            verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
+        return verdict
+
+    def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
+                       close: bool = False) -> Answer | None:
+        """Return the refusal to somebody who may not change models, an account or nodes; None to others.
+
+        Pages of listed origins may change models, as in Ollama; `*` only lets read. Only the gateway's own pages may
+        give an order to a node.
+        """
+        if key is not None and not key.settings.admin:
+            return Answer(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close)
+        if not page_may_change(head.fields, () if is_order else self.changers):
+            return Answer(403, "a web page of this origin may not do that", close)
+        return None
+
+
+# -----------------------------------------------------------------------------
+# Reading a request: what does it ask for?
 #
 # `reading_steps` reads a body into a Reading; `read_spec` makes a RequestSpec of that and the head. A body is read as
 # Ollama's own server reads it: keys in any case are the same, the last duplicate wins, bytes after the first JSON value
@@ -815,18 +1635,19 @@ def via_after(via: bytes, own: bytes) -> bytes:
 # A short body is read by json, a long one is skimmed.
 # -----------------------------------------------------------------------------
 
+PRIORITY_NAMES = {"critical": 10, "high": 8, "normal": 5, "low": 3, "batch": 1}
+MAX_SPLIT_TEXTS = 4096              # of a list, whose vectors are held until all have come: 16 KiB each as JSON, 64 MiB
+
 # json reads a body up to both bounds, in 10 ms at most. Chats with images and long prompts are below them.
 PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
 SHORT_BODY_BYTES = 32 * KIB         # read at once, in 5 ms at most; the readers of longer ones take turns
 MAX_NAME_CHARS = 512                # kept of a model's name: a client can make up names of any length
 SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
-
-
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
-
 SERVICE_TIERS = {"priority": 8, "flex": 3}
 TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
+
 # With the value that an option has by itself, it is as good as absent.
 USUAL_OPTIONS = {"main_gpu": 0, "use_mmap": False, "num_thread": 0, "shift": True}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
@@ -1334,797 +2155,14 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
 
 
 # -----------------------------------------------------------------------------
-# Waiting room: who is next?
+# Cluster: which nodes are there, and which of them have a model?
 #
-# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. A key never
-# changes, so the order of two waiting tickets never changes: a heap suffices, and ageing costs nothing. A batch
-# request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
-#
-# Fair share is start-time fair queueing (Goyal 1996): each request of a client starts, virtually, when that client's
-# previous request of the same or a higher priority ends. So the many requests of one client delay nobody else, and
-# its batch work does not delay its own urgent work. A client with nothing waiting or running owes nothing.
+# Rows are those of /api/tags and /api/ps, kept as the nodes gave them. Names of the same weights share one Runner.
 # -----------------------------------------------------------------------------
 
-class TicketState(enum.Enum):
-    """Where a ticket stands. These changes are legal, and no other:
-
-    WAITING -> LEASED (a policy gave it a node), REFUSED, LEFT
-    LEASED  -> IDLE (its last lease has ended), LEFT
-    IDLE    -> WAITING (its first or its next attempt), LEASED (without a slot), LEFT
-    REFUSED -> LEFT
-    """
-
-    IDLE = enum.auto()              # neither in the waiting room nor on a node
-    WAITING = enum.auto()
-    LEASED = enum.auto()
-    REFUSED = enum.auto()           # it will never run: `Ticket.refusal` says why
-    LEFT = enum.auto()              # its client has got its answer, or has gone
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
-
-    id: str
-    spec: RequestSpec
-    arrived_s: float
-    key_s: float
-    seq: int
-    since_s: float = 0.0            # when it began to wait, this time
-    cost_s: float = 0.0             # how long it will keep the whole cluster busy
-    demand: Demand | None = None    # what it is expected to cost; None for what does not queue
-    state: TicketState = TicketState.IDLE
-    begun: bool = False             # its client has a part of the answer
-    version: str | None = ""        # digest of its model that it is pinned to; "" = any, None = one that nobody has
-    lease: Lease | None = None      # while it runs
-    rival: Lease | None = None      # a second one that races the first
-    race: Callable[[Lease], None] | None = None     # tells the I/O side to begin a race
-    attempts: int = 0               # leases whose node has got the request
-    tried: set[str] = field(default_factory=set)    # nodes that failed it
-    gone: set[str] = field(default_factory=set)     # of `tried`: those whose connection failed, and which may come back
-    blamed: list[Breaker] = field(default_factory=list)     # which counted its failures
-    differed: bool = False          # a node with another window or version was tried in place of one that refused it
-    held_until_s: float | None = None           # until when it may be held back for a better node
-    refusal: Answer | None = None   # why it will never run
-    waiter: asyncio.Future[None] | None = None      # what the I/O side waits with
-
-    def may_use(self, node: Node) -> bool:
-        """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
-        return node.name not in self.tried and (self.version == "" or (
-            has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) == self.version))
-
-    def take(self, lease: Lease) -> None:
-        """Note a lease: its only one, or one that races the first."""
-        self.state = TicketState.LEASED
-        if self.lease is None:
-            self.lease = lease
-        else:
-            self.rival = lease
-
-    def give_back(self, lease: Lease) -> None:
-        """Note that a lease has ended; a rival goes on alone."""
-        if self.lease is lease:
-            self.lease = self.rival
-        self.rival = None
-        if self.lease is None and self.state is TicketState.LEASED:
-            self.state = TicketState.IDLE
-
-    def pin_version_of(self, node: Node) -> None:
-        """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
-        self.begun = True
-        self.version = has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) or None
-
-    def exclude_alike(self, kind: str, failed: Node, others: Iterable[Node]) -> None:
-        """Keep it from the nodes that would refuse it as `failed` did. After a 400 one more is tried at most.
-
-        `kind`: length, feature or route; see failover_kind.
-        """
-        for other in others:
-            if kind == "length":
-                here, there = window_of(failed, self.spec.model), window_of(other, self.spec.model)
-                alike = 0 < there <= here
-            else:
-                alike = other.version == failed.version
-            if alike or self.differed:
-                self.tried.add(other.name)
-        self.differed = self.differed or kind != "route"
-
-    def record_failure(self, breaker: Breaker, now: float) -> None:
-        """Let a breaker count a failure, until it turns out to be the request's own."""
-        if breaker.fail(now):
-            self.blamed.append(breaker)
-
-    def forgive(self) -> None:
-        """Take its failures back from the breakers: all nodes have failed this request, so the fault is its own."""
-        for breaker in self.blamed:
-            breaker.forgive()
-        self.blamed.clear()
-
-
-Entry = tuple[float, int, Ticket]   # in a heap: (key_s, seq, ticket)
-
-
-class FairShare:
-    """Keep, per client and priority, the virtual time at which its next request starts."""
-
-    def __init__(self) -> None:
-        self.next_s: dict[str, dict[int, float]] = {}           # client: {priority: virtual seconds}
-        self.begun_s: dict[tuple[str, int], float] = {}         # (client, priority): virtual start of the last request
-        self.active: collections.Counter[tuple[str, int]] = collections.Counter()   # requests that wait or run
-
-    def start_s(self, spec: RequestSpec, now: float) -> float:
-        """Return the virtual start of a new request: not before what the client has asked for with higher priority."""
-        levels = self.next_s.get(spec.client)
-        if not levels:
-            return now
-        return max([now, *(next_s for priority, next_s in levels.items() if priority >= spec.priority)])
-
-    def charge(self, spec: RequestSpec, now: float, cost_s: float) -> float:
-        """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
-        start_s = self.start_s(spec, now)
-        self.next_s.setdefault(spec.client, {})[spec.priority] = start_s + cost_s
-        self.begun_s[spec.client, spec.priority] = start_s
-        self.active[spec.client, spec.priority] += 1
-        return start_s
-
-    def correct(self, spec: RequestSpec, more_s: float) -> None:
-        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
-
-        The next one starts no earlier than the last one did: a client's requests keep their order.
-        """
-        account, levels = (spec.client, spec.priority), self.next_s.get(spec.client, {})
-        if account in self.active:
-            levels[spec.priority] = max(self.begun_s[account], levels[spec.priority] + more_s)
-
-    def settle(self, spec: RequestSpec) -> None:
-        """Count a request as gone; forget a client with none left."""
-        account = spec.client, spec.priority
-        self.active[account] -= 1
-        if not self.active[account]:
-            levels = self.next_s[spec.client]
-            del self.active[account], self.begun_s[account], levels[spec.priority]
-            if not levels:
-                del self.next_s[spec.client]
-
-
-class WaitingRoom:
-    """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
-
-    def __init__(self, max_tickets: int = 1024, timeout_s: float = 240.0) -> None:
-        self.max_tickets, self.timeout_s = max_tickets, timeout_s
-        self.heaps: dict[str | None, list[Entry]] = {}      # by model
-        self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
-        self.tickets: dict[Ticket, None] = {}   # that wait, in the order of their coming
-        self.fair = FairShare()
-        self.seq = itertools.count()
-
-    def __len__(self) -> int:
-        return len(self.tickets)
-
-    @property
-    def is_full(self) -> bool:
-        """Tell whether a new ticket has to displace another one."""
-        return len(self.tickets) >= self.max_tickets
-
-    def key_s(self, spec: RequestSpec, now: float) -> float:
-        """Return the key that a new request would have: when it starts virtually, less its head start."""
-        return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
-
-    def enter(self, id: str, demand: Demand, cost_s: float, now: float) -> Ticket:
-        """Return a waiting ticket for a request that will keep the whole cluster busy for `cost_s`."""
-        spec = demand.spec
-        key_s = self.fair.charge(spec, now, cost_s) - HEAD_START_S * spec.priority
-        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand)
-        self.push(ticket)
-        return ticket
-
-    def unqueued(self, id: str, spec: RequestSpec, now: float) -> Ticket:
-        """Return a ticket for a request that takes no slot: it never waits."""
-        return Ticket(id, spec, now, now, next(self.seq))
-
-    def push(self, ticket: Ticket) -> None:
-        """Put a ticket at the place that its key gives it."""
-        ticket.state = TicketState.WAITING
-        self.tickets[ticket] = None
-        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
-
-    def discard(self, ticket: Ticket) -> None:
-        """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
-        if ticket.state is not TicketState.WAITING:
-            return
-        ticket.state = TicketState.IDLE
-        del self.tickets[ticket]
-        model = ticket.spec.model
-        self.marked[model] += 1
-        heap = self.heaps.get(model, [])
-        if self.marked[model] > 16 + len(heap) // 2:
-            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
-            heapq.heapify(heap)
-            del self.marked[model]
-
-    def first(self, model: str | None) -> Entry | None:
-        """Return the first waiting entry of a model, or None."""
-        heap = self.heaps.get(model, ())
-        while heap and heap[0][2].state is not TicketState.WAITING:
-            heapq.heappop(heap)
-            self.marked[model] -= 1
-        if not heap:
-            self.heaps.pop(model, None)
-            self.marked.pop(model, None)
-            return None
-        return heap[0]
-
-    def pop(self, model: str | None) -> Entry:
-        """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `take`."""
-        self.first(model)           # takes those out that do not wait
-        return heapq.heappop(self.heaps[model])
-
-    def restore(self, entry: Entry) -> None:
-        """Put an entry that `pop` returned back to its place."""
-        heapq.heappush(self.heaps.setdefault(entry[2].spec.model, []), entry)
-
-    def take(self, ticket: Ticket) -> None:
-        """Let a ticket whose entry was popped wait no longer."""
-        ticket.state = TicketState.IDLE
-        del self.tickets[ticket]
-
-    def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
-        """Take a waiting ticket out with the answer that its client gets. Its entry may have been popped or not."""
-        self.discard(ticket)
-        ticket.state, ticket.refusal = TicketState.REFUSED, refusal
-        return ticket
-
-    def late(self, now: float) -> list[Ticket]:
-        """Return the tickets that have waited for too long."""
-        return [ticket for ticket in self.tickets if now - ticket.since_s >= self.timeout_s]
-
-    def leave(self, ticket: Ticket) -> bool:
-        """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
-        if ticket.state is TicketState.LEFT:
-            return False
-        self.discard(ticket)
-        ticket.state = TicketState.LEFT
-        self.fair.settle(ticket.spec)
-        return True
-
-    def to_displace(self, client: str, key_s: float) -> Ticket | None:
-        """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
-
-        It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
-        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
-        has begun stays. O(n), so for a full queue only.
-        """
-        waiting = [ticket for ticket in self.tickets if not ticket.begun]
-        counts = collections.Counter(ticket.spec.client for ticket in waiting)
-        counts[client] += 1
-        most = max(counts.values())
-        last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
-                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
-        return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
-
-    def in_order(self) -> list[Ticket]:
-        """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
-        return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
-
-
-# -----------------------------------------------------------------------------
-# Estimates: what do answers teach, one number at a time?
-#
-# Slots: requests that ran at once prove so many; one that had to wait inside the node rejects more. What was rejected
-# is tried again after a pause, for somebody else may have had the slot.
-#
-# Speeds are what a lone request would see. They are averages that two samples which agree can replace, if they are
-# far off. Of prefill only the slow samples count, as the node's own cache makes the others faster than true.
-# -----------------------------------------------------------------------------
-
-class SlotEstimate:
-    """How many requests a model works on at once on its node (OLLAMA_NUM_PARALLEL).
-
-    Methods that may change `count` return whether they did.
-    """
-
-    __slots__ = ("count", "origin", "proven", "max_proven", "retry_at_s", "seen", "seen_s", "rejections", "rejected_s",
-                 "waits", "votes")
-
-    def __init__(self) -> None:
-        self.count = 1
-        self.origin = "guessed"     # guessed, learned, or set: in hosts.txt, or to one for what only embeds
-        self.proven = 1             # most that were proved to run at once, less what was taken back since
-        self.max_proven = 1         # the same, nothing taken back
-        self.retry_at_s = 0.0       # from then on one more than `count` may be tried
-        self.seen, self.seen_s = 0, -math.inf   # most that ran at once lately, and when that was seen
-        self.rejections, self.rejected_s = 0, -math.inf     # in a row; when `count` was lowered last
-        self.waits = 0              # hidden waits in a row, among no more requests than were proved to run
-        self.votes = 0              # answers whose latency speaks for one slot more, less those that speak against it
-
-    @property
-    def is_set(self) -> bool:
-        """Tell whether the count is given, so that answers change nothing."""
-        return self.origin == "set"
-
-    def lately_seen(self, now: float) -> int:
-        """Return how many were seen to run at once within CONFIRMED_S; 0 = none."""
-        return self.seen if now - self.seen_s < CONFIRMED_S else 0
-
-    def confirm(self, running: int, now: float) -> bool:
-        """Note that so many requests ran at once."""
-        self.seen, self.seen_s = max(running, self.lately_seen(now)), now
-        self.proven, self.max_proven = max(self.proven, running), max(self.max_proven, running)
-        if self.is_set or self.proven <= self.count:
-            return False
-        self.count, self.origin, self.rejections, self.votes = self.proven, "learned", 0, 0
-        return True
-
-    def suspect(self, running: int, now: float, strangers_s: float) -> bool:
-        """Note that a request waited although more than `running` were proved to run: somebody else uses the node, or
-        it has changed. A few such waits in a row take back what was proved."""
-        self.waits += 1
-        if self.waits < WAITS_TO_SHRINK or not running:
-            return False
-        self.proven, self.waits = running, 0
-        return self.reject(now, strangers_s)
-
-    def reject(self, now: float, strangers_s: float) -> bool:
-        """Note that a request had to wait inside the node: no more than were proved, until a pause is over.
-
-        The pause grows only where the node is ours alone; a stranger, last seen at `strangers_s`, will give its slots
-        back.
-        """
-        if self.is_set:
-            return False
-        self.count, self.origin = self.proven, "learned"
-        ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
-        doubled = min(self.rejections, 6) if ours else 0
-        self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** doubled, now
-        self.rejections += ours
-        return True
-
-    def vote(self, position: int, vote: int, now: float, strangers_s: float) -> bool:
-        """Count a latency that speaks for (1) or against (-1) `position` slots; decide once enough of them agree.
-
-        Where they decide against, the pause stays short: the evidence is weak.
-        """
-        if position <= self.proven:
-            if vote < 0:
-                return self.suspect(position - 1, now, strangers_s)
-            self.waits = 0
-            return False
-        self.votes += vote
-        if self.votes >= SIGNS_FOR:
-            return self.confirm(position, now)
-        if self.votes <= -SIGNS_AGAINST:
-            self.votes, self.rejections = 0, min(self.rejections, LAST_SHORT_PAUSE)
-            return self.reject(now, strangers_s)
-        return False
-
-    def configure(self, slots: int | None, embeds: bool) -> None:
-        """Take over the slots of hosts.txt; where it has none any more, those that were proved. One if it `embeds`."""
-        if slots:
-            self.count = self.proven = slots
-            self.origin = "set"
-        elif self.is_set:
-            self.count = self.proven = 1 if embeds else self.max_proven
-            self.origin = "set" if embeds else "learned" if self.max_proven > 1 else "guessed"
-
-    def forget(self) -> None:
-        """Forget what was learned: the node may come back with another OLLAMA_NUM_PARALLEL."""
-        if not self.is_set:
-            self.count = self.proven = self.max_proven = 1
-            self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
-
-    def limit(self, now: float) -> int:
-        """Return how many may run at once, one more than are known while another is tried.
-
-        What nobody has lately seen is tried one by one.
-        """
-        if self.is_set:
-            return self.count
-        seen = self.lately_seen(now)
-        if self.count > max(2, seen + 1):
-            return max(2, seen + 1)
-        return self.count + (self.retry_at_s <= now)
-
-    def recall(self, kept: Json, indexed_s: float) -> None:
-        """Take over what an earlier run has kept. The first hidden wait takes one of the slots back."""
-        if "count" not in kept or self.origin != "guessed":
-            return
-        self.count = self.proven = kept["count"]
-        self.max_proven = max(self.count, kept.get("max_proven", 1))
-        self.origin, self.rejections = "learned", min(kept.get("rejections", 0), LAST_SHORT_PAUSE)
-        self.waits = WAITS_TO_SHRINK - 1
-        if self.rejections:
-            self.retry_at_s = max(0.0, indexed_s + RETRY_SLOT_S)
-
-
-def blend(estimate: float, sample: float, gain: float) -> float:
-    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
-    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
-
-
-def scaled(estimate: float, ratio: float, gain: float) -> float:
-    """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
-    return blend(estimate, max(ratio, 1e-6) * estimate, gain)
-
-
-def usual_prefill_s(samples: collections.deque[float]) -> float:
-    """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
-
-    A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
-    one agrees with. Of twenty samples the slowest may be an outlier, too.
-    """
-    ordered = sorted(samples, reverse=True)
-    ordered = ordered[(len(ordered) - 1) // 10:]
-    mean = next((slow for slow, next_s in itertools.pairwise(ordered) if slow <= SPREAD * next_s), ordered[0])
-    for _ in range(2):
-        near = [sample for sample in ordered if mean / SPREAD <= sample <= mean * SPREAD]
-        mean = sum(near) / len(near)
-    return mean
-
-
-def beyond(estimate: float, least: float, most: float) -> float:
-    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
-    return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
-
-
-class SpeedEstimate:
-    """How fast a model is on its node, as measured; 0 = not yet. All for a lone request."""
-
-    __slots__ = ("prefill_s", "prefills", "slow_prefill_s", "decode_s", "off_decode_s", "input_s", "samples",
-                 "confirmed_s", "load_s", "lines_per_token", "streams")
-
-    def __init__(self) -> None:
-        self.prefill_s = 0.0        # a prompt token
-        self.prefills: collections.deque[float] = collections.deque(maxlen=PREFILLS_KEPT)   # samples of it
-        self.decode_s = 0.0         # an output token
-        self.slow_prefill_s = self.off_decode_s = 0.0   # the last samples, if they were grossly off
-        self.input_s = 0.0          # a text to embed, beside its tokens
-        self.samples = 0            # behind decode_s, or behind input_s of what only embeds
-        self.confirmed_s = -math.inf        # when an answer last agreed with decode_s
-        self.load_s = 0.0
-        self.lines_per_token = 1.0  # streamed lines, as this model sends them
-        self.streams = 0            # behind that
-
-    @property
-    def gain(self) -> float:
-        """Return the weight of one more sample."""
-        return max(SPEED_GAIN, 1 / (self.samples + 1))
-
-    def is_confirmed(self, now: float) -> bool:
-        """Tell whether an answer has lately agreed with it."""
-        return now - self.confirmed_s < CONFIRMED_S
-
-    def learn_prefill(self, known: float, sample: float, tokens: float) -> None:
-        """Take in the seconds a token that a prompt of so many tokens took, in place of `known`.
-
-        Two samples that agree and are grossly slower replace all before them.
-        """
-        if tokens <= FULL_PROMPT_TOKENS:
-            if not self.prefills:
-                self.prefill_s = blend(known, sample, self.gain * tokens / FULL_PROMPT_TOKENS)
-            return
-        before, self.slow_prefill_s = self.slow_prefill_s, sample if sample > GROSS * known else 0.0
-        if before and self.slow_prefill_s and 1 / ALIKE <= sample / before <= ALIKE:
-            self.prefills.clear()
-            self.prefills.append(before)
-        self.prefills.append(sample)
-        self.prefill_s = usual_prefill_s(self.prefills)
-
-    def learn_decode(self, known: float, sample: float, now: float) -> tuple[float, float]:
-        """Take in the seconds that an output token took, in place of `known`; return (sample, gain) that count.
-
-        Two samples that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
-        """
-        gain = self.gain
-        before, self.off_decode_s = self.off_decode_s, 0.0
-        if not self.samples:
-            self.decode_s = sample
-        elif 1 / GROSS <= sample / known <= GROSS:
-            self.decode_s = blend(known, sample, gain)
-            if 1 / ALIKE <= sample / known <= ALIKE:
-                self.confirmed_s = now
-        elif (before and 1 / ALIKE <= sample / before <= ALIKE
-              and (self.samples < MANY_SAMPLES or now - self.confirmed_s > LATELY_S)):
-            sample = self.decode_s = math.sqrt(before * sample)
-            self.samples, self.confirmed_s, gain = 1, now, 1.0
-        else:
-            self.decode_s, self.off_decode_s = blend(known, sample, gain), sample
-        self.samples += 1
-        return sample, gain
-
-    def learn_lines(self, lines: int, tokens: int) -> None:
-        """Take in how many lines a stream had for its tokens."""
-        if lines > 8 and tokens > 8:
-            self.streams += 1
-            self.lines_per_token += max(SPEED_GAIN, 1 / self.streams) * (lines / tokens - self.lines_per_token)
-
-    def recall(self, kept: Json) -> None:
-        """Take over what an earlier run has kept; it counts as no more than a few samples."""
-        for name in KEPT_OF_SPEEDS.keys() & kept.keys():
-            setattr(self, name, kept[name])
-        self.samples, self.streams = min(self.samples, KEPT_SAMPLES), min(self.streams, KEPT_SAMPLES)
-        if self.prefill_s:
-            self.prefills.extend([self.prefill_s] * KEPT_SAMPLES)
-
-
-class OutputLengths:
-    """Learn how many tokens a model answers with, by size of the prompt."""
-
-    def __init__(self) -> None:
-        self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
-        self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
-        self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
-        self.chars_per_token = CHARS_PER_TOKEN
-
-    def expect(self, prompt_tokens: float) -> float:
-        """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
-        mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
-        weight = min(samples, 50)
-        return (weight * mean + 4 * self.mean) / (weight + 4)
-
-    def learn(self, prompt_tokens: float, output_tokens: float) -> None:
-        """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
-        expected = max(1.0, self.expect(prompt_tokens))
-        if self.off and (self.off[-1] > expected) != (output_tokens > expected):
-            self.off.clear()
-        self.off = [*self.off, output_tokens] if not 1 / GROSS <= output_tokens / expected <= GROSS else []
-        if len(self.off) >= OFF_LENGTHS:
-            self.mean, self.samples = sum(self.off) / len(self.off), len(self.off)
-            self.buckets.clear()
-            self.off = []
-            return
-        self.samples += 1
-        self.mean += max(OUTPUT_GAIN, 1 / self.samples) * (output_tokens - self.mean)
-        bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
-        bucket[1] += 1
-        bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
-
-
-class Demand(NamedTuple):
-    """What a request asks for, in the tokens that it is expected to cost."""
-
-    spec: RequestSpec
-    prompt_tokens: float
-    output_tokens: float
-    samples: int                    # answers that the model's lengths were learned from
-    inputs: int = 0                 # texts to embed
-
-
-class Estimates:
-    """What the cluster has learned of models, whichever node they ran on."""
-
-    def __init__(self) -> None:
-        self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
-
-    def demand(self, spec: RequestSpec) -> Demand:
-        """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
-        lengths = self.lengths.get(spec.model)
-        if lengths is None:
-            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
-        else:
-            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
-            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
-        if spec.embeds:
-            output_tokens = 0.0
-        elif spec.max_output is not None:
-            output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
-
-    def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
-        """Take in how many tokens a prompt was, if its answer told."""
-        if prompt_tokens and spec.prompt_chars > 200:
-            lengths = self.lengths[spec.model]
-            lengths.chars_per_token = blend(lengths.chars_per_token, spec.prompt_chars / prompt_tokens, 0.1)
-
-    def demand_of(self, ticket: Ticket) -> Demand:
-        """Return the Demand of a ticket, reckoned anew if its model has answered since."""
-        lengths = self.lengths.get(ticket.spec.model)
-        demand = ticket.demand
-        if demand is None or lengths is not None and lengths.samples != demand.samples:
-            demand = ticket.demand = self.demand(ticket.spec)
-        return demand
-
-
-class MemoryEstimate:
-    """What fits into a node's memory, as far as its evictions have shown."""
-
-    __slots__ = ("seen_bytes", "limit_bytes", "loaded_seen", "most_loaded")
-
-    def __init__(self) -> None:
-        self.seen_bytes = 0.0       # most that was resident at once
-        self.limit_bytes = math.inf         # an eviction was seen when this much was asked for
-        self.loaded_seen = 0        # most models that were resident at once
-        self.most_loaded = math.inf         # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
-
-    def is_overfilled(self, held_bytes: float, wanted_bytes: float, count: int) -> bool:
-        """Tell whether to load `wanted_bytes` would evict one of `count` other models that take `held_bytes`."""
-        total = held_bytes + wanted_bytes
-        return (held_bytes > 0 and total > self.seen_bytes and total >= self.limit_bytes or count >= self.most_loaded)
-
-    def learn(self, before: dict[str, Json], after: dict[str, Json], loading_bytes: float) -> None:
-        """Learn from two looks at /api/ps, {model: row}; a model that still loads is not listed, but has its room.
-
-        What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
-        Where three are left, and never were more, the node may have reached its count of models: that says nothing of
-        its memory.
-        """
-        held_bytes, count = sum(map(row_vram_bytes, after.values())), len(after)
-        self.seen_bytes, self.loaded_seen = max(self.seen_bytes, held_bytes), max(self.loaded_seen, count)
-        if self.most_loaded < self.loaded_seen:
-            self.most_loaded = math.inf
-        gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
-        if not gone or not any(model not in before for model in after):
-            return
-        if count >= max(LEAST_COUNT_LIMIT, self.loaded_seen):
-            self.most_loaded = float(count)
-        else:
-            self.limit_bytes = min(self.limit_bytes, held_bytes + loading_bytes + max(gone))
-
-
-class Prefixes:
-    """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
-
-    def __init__(self) -> None:
-        self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
-        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
-
-    def remember(self, prefix: Prefix, most: int) -> None:
-        """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
-        whole = prefix[-1][0]
-        if whole in self.prompts:
-            self.prompts.move_to_end(whole)
-            return
-        self.prompts[whole] = prefix
-        for part, _ in prefix:
-            self.parts[part] = self.parts.get(part, 0) + 1
-        while len(self.prompts) > most:
-            _, prefix = self.prompts.popitem(last=False)
-            for part, _ in prefix:
-                self.parts[part] -= 1
-                if not self.parts[part]:
-                    del self.parts[part]
-
-    def common_chars(self, prefix: Prefix) -> int:
-        """Return how many leading characters a prompt shares with one of those remembered."""
-        if self.parts:
-            for part, chars in reversed(prefix):
-                if part in self.parts:
-                    return chars
-        return 0
-
-    def clear(self) -> None:
-        """Forget all: the model was unloaded."""
-        self.prompts.clear()
-        self.parts.clear()
-
-
-class Breaker:
-    """Keep work away from what fails: closed, then open for growing pauses, then half-open for one trial."""
-
-    FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 60.0
-
-    def __init__(self, threshold: int = 2) -> None:
-        self.threshold = threshold  # failures in a row that open it
-        self.failures = 0
-        self.until_s = 0.0
-        self.trial = False          # half-open, and its one trial is running
-
-    def state(self, now: float) -> str:
-        """Return closed, open or half-open."""
-        if self.failures < self.threshold:
-            return "closed"
-        return "open" if now < self.until_s else "half-open"
-
-    def allows(self, now: float) -> bool:
-        """Tell whether one more request may be sent."""
-        return self.failures < self.threshold or now >= self.until_s and not self.trial
-
-    def begin(self) -> bool:
-        """Note that a request is sent; tell whether it is the trial."""
-        self.trial = self.failures >= self.threshold
-        return self.trial
-
-    def end_trial(self) -> None:
-        """Note that the trial ended without telling anything: its client left, say."""
-        self.trial = False
-
-    def fail(self, now: float) -> bool:
-        """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
-
-        While it is open, what fails was sent before: all that a crash takes with it counts once.
-        """
-        if self.state(now) == "open":
-            return False
-        self.failures += 1
-        self.trial = False
-        if self.failures >= self.threshold:
-            pause_s = self.FIRST_PAUSE_S * 2 ** min(self.failures - self.threshold, 10)
-            self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
-        return True
-
-    def forgive(self) -> None:
-        """Take a failure back: it was the request's own, as every node failed it."""
-        self.failures = max(0, self.failures - 1)
-
-    def succeed(self) -> None:
-        """Close."""
-        self.failures, self.trial = 0, False
-
-
-class NodeError(NamedTuple):
-    """What a node said, or did, when it failed last."""
-
-    text: str
-    status: int | None              # of its answer, if it was one
-    at_s: float
-
-
-class ErrorShare:
-    """How many of a node's answers in the last minute were errors, counted in steps of STEP_S."""
-
-    STEPS = 6
-    LEAST = 3                       # answers from which on a node is said to answer nothing but errors
-
-    def __init__(self) -> None:
-        self.steps: collections.deque[list[int]] = collections.deque(maxlen=self.STEPS)     # [number, errors, answers]
-
-    def add(self, error: bool, now: float) -> None:
-        """Count an answer, or the lack of one."""
-        number = int(now // STEP_S)
-        if not self.steps or self.steps[-1][0] != number:
-            self.steps.append([number, 0, 0])
-        self.steps[-1][1] += error
-        self.steps[-1][2] += 1
-
-    def share(self, now: float) -> float | None:
-        """Return the share of errors, None if there was no answer."""
-        errors, answers = self.counts(now)
-        return errors / answers if answers else None
-
-    def counts(self, now: float) -> tuple[int, int]:
-        """Return (errors, answers)."""
-        recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
-        return sum(step[1] for step in recent), sum(step[2] for step in recent)
-
-    def is_all(self, now: float) -> bool:
-        """Tell whether there was nothing but errors."""
-        errors, answers = self.counts(now)
-        return errors == answers >= self.LEAST
-
-
-class Histogram:
-    """Count values by upper bounds, as Prometheus wants them."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float, count: int = 1) -> None:
-        """Take in a value that was seen so often."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += count
-        self.sum += value * count
-
-    def share(self, share: float) -> float | None:
-        """Return the bound that so many of the values do not exceed; None without any."""
-        total = sum(self.counts)
-        for bound, count in zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True):
-            if total and count >= share * total:
-                return bound
-        return None
-
-    def samples(self, labels: str = "") -> Iterator[tuple[str, str, float]]:
-        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
-        lead = labels + "," if labels else ""
-        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
-            yield "_bucket", f'{lead}le="{bound}"', count
-        yield "_sum", labels, self.sum
-        yield "_count", labels, sum(self.counts)
-
-
-# -----------------------------------------------------------------------------
-# Nodes: what is known of each?
-#
-# A node's state is changed by its own methods and by those of its runners and leases. Whatever they change that could
-# let a waiting ticket run, they note in `Changes`, which the policy reads at the next dispatch.
-# -----------------------------------------------------------------------------
+# Batches of texts to embed. A share costs a node OVERHEAD_S, and others wait for its end.
+SHARE_S = 1.0                       # work in a share: 3 % overhead
+MIN_SHARE_TEXTS, MIN_SHARE_S = 8, 0.1
 
 
 def row_name(row: Json) -> str:
@@ -2225,35 +2263,422 @@ def possible_twins(node: Node) -> list[str]:
     return [model for model in found if (model, digest_of(node, model)) not in node.weights]
 
 
-class Changes:
-    """What has happened on the nodes since a policy looked last: which models are worth another look."""
+def share_runners(node: Node) -> None:
+    """Give the models of a node that are made from the same weights one runner, and only those.
 
-    __slots__ = ("models", "idle_models", "everything", "count")
+    One that works stays as it is until it is idle, when the models are looked at next.
+    """
+    sharing: dict[str, list[str]] = {}
+    taken: set[Runner] = set()
+    for model in node.rows:
+        sharing.setdefault(weights_of(node, model), []).append(model)
+    for models in sharing.values():
+        free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
+        kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
+                   default=None)
+        for model in models:
+            known = node.runners[model]
+            if kept is None:
+                del node.runners[model]
+                kept = node.runner_for(model)
+                kept.disk_bytes = known.disk_bytes
+            elif known in taken or not known.leases:
+                if kept.ready_s is None and known not in taken:
+                    kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
+                node.runners[model] = kept
+        assert kept is not None     # no list of `sharing` is empty
+        taken.update([kept], free)
+    for runner in each_runner(node):
+        runner.models = [model for model, other in node.runners.items() if other is runner]
+        runner.model = runner.model if runner.model in runner.models else runner.models[0]
 
-    def __init__(self) -> None:
-        self.models: set[str | None] = set()
-        self.idle_models: set[str | None] = set()       # that an idle node could load
-        self.everything = True
-        self.count = 0              # of `note_all`: what was reckoned before is out of date
 
-    def note(self, models: Iterable[str]) -> None:
-        """Note that a slot may have become free for some models."""
-        self.models.update(models)
+def each_runner(node: Node) -> list[Runner]:
+    """Return the runners of a node, each once however many names it has."""
+    return list(dict.fromkeys(node.runners.values()))
 
-    def note_idle(self, models: Iterable[str]) -> None:
-        """Note that a node with these models has nothing to do."""
-        self.idle_models.update(models)
 
-    def note_all(self) -> None:
-        """Note that a node has changed, so that every prediction may be different."""
-        self.everything = True
-        self.count += 1
+DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
+ALL_FAILED = 502, "every node that could answer has failed"
 
-    def forget(self) -> None:
-        """Begin anew: all waiting tickets that this concerns are being looked at."""
-        self.models.clear()
-        self.idle_models.clear()
-        self.everything = False
+
+def emptiest(nodes: list[Node], count: int) -> list[Node]:
+    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
+    def fullness(node: Node) -> tuple[int, float]:
+        held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
+        return round(held_bytes / 1e9), node.size_factor / node.speed
+
+    chosen = sorted(nodes, key=fullness)[:count]
+    return [node for node in nodes if node in chosen]
+
+
+def server_of(settings: NodeSettings) -> tuple[str, str]:
+    """Return what tells one server from another: where it is reached, and which of a proxy's it is."""
+    return settings.url, settings.host_header
+
+
+def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
+    """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
+    found, free = {}, {node: server_of(node.settings) for node in nodes}
+    for names_count in (True, False):
+        for line in lines:
+            if line.name in found:
+                continue
+            for node, server in free.items():
+                if server == server_of(line) and (node.name == line.name or not names_count):
+                    found[line.name] = node
+                    del free[node]
+                    break
+    return found
+
+
+def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
+    """Return the nodes that can be reached, busy or failing perhaps, and that a ticket may use."""
+    return [node for node in nodes if node.up and not node.draining and ticket.may_use(node)]
+
+
+def share_sizes(count: int, rates: list[float]) -> list[int]:
+    """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
+
+    Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
+    node too slow for a share worth its while gets none.
+    """
+    rates = sorted(rates, reverse=True)
+    while len(rates) > 1 and rates[-1] * count < max(MIN_SHARE_TEXTS, rates[-1] * MIN_SHARE_S) * sum(rates):
+        rates.pop()
+    shares = []
+    for rate in rates:
+        texts = count * rate / sum(rates)
+        pieces = max(1, min(round(texts / (rate * SHARE_S)), int(texts / MIN_SHARE_TEXTS)))
+        shares += [((number + 1) / pieces, texts / pieces) for number in range(pieces)]
+    shares.sort(key=lambda share: share[0])
+    ends = [round(end) for end in itertools.accumulate(texts for _, texts in shares)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class Cluster:
+    """The nodes, and what is known of models wherever they are."""
+
+    def __init__(self, patience_s: float = 240.0) -> None:
+        self.patience_s = patience_s            # for so long what waits may wait for a node that has gone
+        self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
+        self.leaving: list[Node] = []           # dropped nodes that still work
+        self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
+        self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
+        self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
+        self.estimates = Estimates()
+        self.changes = Changes()
+
+    # Which nodes?
+
+    def configure(self, settings: list[NodeSettings]) -> tuple[list[Node], list[Node]]:
+        """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
+
+        Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
+        its slots are taken. Returns (added, dropped) nodes.
+        """
+        old = list(self.nodes.values())
+        if settings and not any(line.primary for line in settings):
+            settings = [settings[0]._replace(primary=True), *settings[1:]]
+        known = matched(settings, [*old, *self.leaving])
+        self.nodes = {}
+        for line in settings:
+            node = self.nodes[line.name] = known.get(line.name) or recall(self.kept, Node(line, self.changes))
+            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
+            node.configure(line)
+        dropped = [node for node in old if self.nodes.get(node.name) is not node]
+        self.keep(dropped)
+        for node in dropped:
+            node.draining = True
+            if node.measuring is not None:
+                node.measuring.give_way(node.measuring.sent_s)
+        self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
+        self.reindex()
+        return [node for node in self.nodes.values() if node not in old], dropped
+
+    def drain(self, node: Node, draining: bool, seq: int) -> None:
+        """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else.
+
+        `seq`: that of the next ticket.
+        """
+        if draining and not node.draining:
+            node.drained_seq = seq
+        node.draining = draining
+        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
+        self.changes.note_all()
+
+    def take_tags(self, node: Node, rows: list[Json], asked_s: float = math.inf) -> None:
+        """Take over a node's /api/tags."""
+        if node.take_tags(rows, asked_s):
+            self.reindex()
+
+    def know_weights(self, node: Node, blobs: dict[tuple[str, str], str]) -> None:
+        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
+        node.know_weights(blobs)
+        self.reindex()
+
+    def lacks(self, node: Node, runner: Runner, model: str | None) -> None:
+        """Note that a node has not a model that its index names."""
+        if model in node.rows:
+            del node.rows[model]
+        if not runner.on_disk:
+            runner.assume_unloaded()
+        self.reindex()
+
+    def reindex(self) -> None:
+        """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
+        self.changes.note_all()
+        self.holders = {}
+        for node in self.nodes.values():
+            for model in node.rows:
+                if not is_cloud(model):
+                    self.holders.setdefault(model, []).append(node.runners[model])
+
+    def in_flight(self) -> int:
+        """Return how many requests run, on dropped nodes, too."""
+        return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
+
+    # For a model.
+
+    def nodes_for(self, model: str | None) -> list[Node]:
+        """Return the nodes that have a model; all of them if none is known to."""
+        return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
+
+    def count_with(self, model: str | None, digest: str | None) -> int:
+        """Return how many nodes have a version of a model."""
+        return sum(has_on_disk(node, model) and digest_of(node, model) == digest for node in self.nodes.values())
+
+    def servers(self, model: str | None, now: float) -> list[Runner]:
+        """Return the runners that can serve a model now; if there are none, those that it waits for."""
+        up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
+        return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
+                and runner.breaker.state(now) != "open"] or up
+
+    def is_hopeless(self, ticket: Ticket, now: float) -> bool:
+        """Tell whether no node is left that could serve a ticket, now or when it has come back."""
+        nodes = self.nodes_for(ticket.spec.model)
+        return not untried(nodes, ticket) and not any(
+            ticket.may_use(node) and self.is_awaited(node, now) for node in nodes)
+
+    def is_awaited(self, node: Node, now: float) -> bool:
+        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
+        return not node.up and not node.draining and (not node.probed or now - node.lost_s < self.patience_s)
+
+    def is_asked_for(self, runner: Runner, now: float) -> bool:
+        """Tell whether somebody has lately asked for a model, of whichever node."""
+        return any(now - other.used_s < LATELY_S for model in runner.models for other in self.holders.get(model, ()))
+
+    def is_unsure(self, node: Node, now: float) -> bool:
+        """Tell whether a model is asked for of which no answer of a node has lately said how fast it is there."""
+        return any(runner.listed and not runner.speeds.is_confirmed(now) and self.is_asked_for(runner, now)
+                   for runner in node.runners.values())
+
+    # For what takes no slot.
+
+    def node_unqueued(self, spec: RequestSpec, tried: set[str], now: float) -> tuple[Node, str]:
+        """Return (node, why it) for a request that only one suitable node need answer. Raises Refusal.
+
+        Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
+        """
+        up = [node for node in self.nodes.values() if node.up and not node.draining and node.name not in tried]
+        if not up:
+            if tried:
+                raise Refusal(*ALL_FAILED)
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        up = [node for node in up if node.breaker.allows(now)] or up
+        holders = [node for node in up if has_on_disk(node, spec.model)]
+        if spec.where is Where.PRIMARY:
+            node = self.primary_for(spec, holders, now)
+            return node, "primary node" if node.settings.primary else "has the model"
+        if holders:
+            newest = max(version_of(node, spec.model) for node in holders)
+            holders = [node for node in holders if version_of(node, spec.model) == newest]
+        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
+        return node, "has the model" if holders else "any node"
+
+    def primary_for(self, spec: RequestSpec, holders: list[Node], now: float) -> Node:
+        """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
+        primary = next(node for node in self.nodes.values() if node.settings.primary)
+        in_cloud = is_cloud(spec.model or "")
+        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
+            return primary
+        if holders and not in_cloud:
+            return holders[0]
+        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
+
+    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
+        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
+
+        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
+        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
+        node to refuse.
+        """
+        up = [node for node in self.nodes.values() if node.up]
+        if not up:
+            raise Refusal(503, "no node is up", retry_after_s=1.0)
+        model = spec.source if spec.change in ("copy", "create") else spec.model
+        holders = [node for node in up if has_on_disk(node, model)]
+        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
+            return [self.primary_for(spec, holders, now)]
+        if spec.change == "copy" and holders:
+            newest = max(holders, key=lambda node: version_of(node, model))
+            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
+        if spec.change == "pull" and not holders:
+            return emptiest([node for node in up if not node.draining] or up, replicas)
+        return holders or [min(up, key=lambda node: not node.settings.primary)]
+
+    def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
+        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
+
+        Only nodes with the same version take part: the one that most have.
+        """
+        versions: dict[str, list[Runner]] = {}
+        for runner in self.holders.get(spec.model, ()):
+            if runner.node.is_alive(now):
+                versions.setdefault(digest_of(runner.node, spec.model), []).append(runner)
+        versions.pop("", None)      # what does not tell its version is mixed with nothing
+        chosen = max(versions.values(), key=len, default=[])
+        if not chosen:
+            return [], ""
+        assert spec.batch is not None
+        count = len(spec.batch["input"])
+        tokens = max(1.0, self.estimates.demand(spec).prompt_tokens / count)
+        sizes = share_sizes(count, [runner.node.speed / (tokens * runner.prefill_s() + runner.input_s())
+                                    for runner in chosen])
+        return sizes, digest_of(chosen[0].node, spec.model)
+
+    # What is kept.
+
+    def learned(self) -> Json:
+        """Return all that is worth keeping, as plain values."""
+        self.keep(self.nodes.values())
+        lengths = [(model, learned_of_lengths(known)) for model, known in self.estimates.lengths.items()
+                   if known.samples]
+        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
+
+    def keep(self, nodes: Iterable[Node]) -> None:
+        """Keep what was learned of nodes, in place of what was kept of them before."""
+        for node in nodes:
+            learned = learned_of_node(node)
+            if learned:
+                server = learned["name"], learned["url"]
+                self.kept = [entry for entry in self.kept if (entry["name"], entry["url"]) != server]
+                self.kept.append(learned)
+        del self.kept[:-MOST_KEPT]
+
+    def remember(self, learned: Json) -> None:
+        """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
+        self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
+        for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
+            lengths = read_lengths(entry)
+            if lengths.samples:
+                self.estimates.lengths[model] = lengths
+
+
+# -----------------------------------------------------------------------------
+# Tickets and leases: where does a request stand?
+#
+# A Ticket is a request's place in the waiting room, kept until its client has its answer. A Lease is the right to run
+# it on one node, given once and ended once. A ticket has one lease at a time, or two that race each other.
+# -----------------------------------------------------------------------------
+
+class TicketState(enum.Enum):
+    """Where a ticket stands. These changes are legal, and no other:
+
+    WAITING -> LEASED (a policy gave it a node), REFUSED, LEFT
+    LEASED  -> IDLE (its last lease has ended), LEFT
+    IDLE    -> WAITING (its first or its next attempt), LEASED (without a slot), LEFT
+    REFUSED -> LEFT
+    """
+
+    IDLE = enum.auto()              # neither in the waiting room nor on a node
+    WAITING = enum.auto()
+    LEASED = enum.auto()
+    REFUSED = enum.auto()           # it will never run: `Ticket.refusal` says why
+    LEFT = enum.auto()              # its client has got its answer, or has gone
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
+
+    id: str
+    spec: RequestSpec
+    arrived_s: float
+    key_s: float
+    seq: int
+    since_s: float = 0.0            # when it began to wait, this time
+    cost_s: float = 0.0             # how long it will keep the whole cluster busy
+    demand: Demand | None = None    # what it is expected to cost; None for what does not queue
+    state: TicketState = TicketState.IDLE
+    begun: bool = False             # its client has a part of the answer
+    version: str | None = ""        # digest of its model that it is pinned to; "" = any, None = one that nobody has
+    lease: Lease | None = None      # while it runs
+    rival: Lease | None = None      # a second one that races the first
+    race: Callable[[Lease], None] | None = None     # tells the I/O side to begin a race
+    attempts: int = 0               # leases whose node has got the request
+    tried: set[str] = field(default_factory=set)    # nodes that failed it
+    gone: set[str] = field(default_factory=set)     # of `tried`: those whose connection failed, and which may come back
+    blamed: list[Breaker] = field(default_factory=list)     # which counted its failures
+    differed: bool = False          # a node with another window or version was tried in place of one that refused it
+    held_until_s: float | None = None           # until when it may be held back for a better node
+    refusal: Answer | None = None   # why it will never run
+    waiter: asyncio.Future[None] | None = None      # what the I/O side waits with
+
+    def may_use(self, node: Node) -> bool:
+        """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
+        return node.name not in self.tried and (self.version == "" or (
+            has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) == self.version))
+
+    def take(self, lease: Lease) -> None:
+        """Note a lease: its only one, or one that races the first."""
+        self.state = TicketState.LEASED
+        if self.lease is None:
+            self.lease = lease
+        else:
+            self.rival = lease
+
+    def give_back(self, lease: Lease) -> None:
+        """Note that a lease has ended; a rival goes on alone."""
+        if self.lease is lease:
+            self.lease = self.rival
+        self.rival = None
+        if self.lease is None and self.state is TicketState.LEASED:
+            self.state = TicketState.IDLE
+
+    def pin_version_of(self, node: Node) -> None:
+        """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
+        self.begun = True
+        self.version = has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) or None
+
+    def exclude_alike(self, kind: str, failed: Node, others: Iterable[Node]) -> None:
+        """Keep it from the nodes that would refuse it as `failed` did. After a 400 one more is tried at most.
+
+        `kind`: length, feature or route; see failover_kind.
+        """
+        for other in others:
+            if kind == "length":
+                here, there = window_of(failed, self.spec.model), window_of(other, self.spec.model)
+                alike = 0 < there <= here
+            else:
+                alike = other.version == failed.version
+            if alike or self.differed:
+                self.tried.add(other.name)
+        self.differed = self.differed or kind != "route"
+
+    def record_failure(self, breaker: Breaker, now: float) -> None:
+        """Let a breaker count a failure, until it turns out to be the request's own."""
+        if breaker.fail(now):
+            self.blamed.append(breaker)
+
+    def forgive(self) -> None:
+        """Take its failures back from the breakers: all nodes have failed this request, so the fault is its own."""
+        for breaker in self.blamed:
+            breaker.forgive()
+        self.blamed.clear()
+
+
+Entry = tuple[float, int, Ticket]   # in a heap: (key_s, seq, ticket)
 
 
 @dataclass(slots=True, eq=False)
@@ -2373,238 +2798,212 @@ class Lease:
         self.node.end(self, now)
 
 
-class Timings(NamedTuple):
-    """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
+def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, reason: str,
+               prediction: Prediction | None = None) -> Lease:
+    """Give a ticket its lease, and note what the node will now be doing.
 
-    total_s: float = 0.0
-    load_s: float = 0.0
-    prompt_s: float = 0.0
-    prompt_tokens: int = 0
-    output_s: float = 0.0
-    output_tokens: int = 0
-
-    @property
-    def hidden_wait_s(self) -> float:
-        """Time spent in the node's own queue, with templating and tokenising."""
-        return self.total_s - self.load_s - self.prompt_s - self.output_s
-
-    @property
-    def tell_durations(self) -> bool:
-        """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
-        return self.prompt_s > 0 or self.output_s > 0
-
-    def show_a_wait(self, took_s: float, overhead_s: float = OVERHEAD_S) -> bool:
-        """Tell whether the hidden wait of a request that took so long is more than overhead and noise."""
-        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
-
-
-TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
-
-
-def read_timings(tail: bytes) -> Timings:
-    """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
-    found = dict(TIMING.findall(tail))
-    given = found.get
-    return Timings(
-        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
-        int(given(b"eval_duration", 0)) / 1e9,
-        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
-
-
-@dataclass(slots=True, eq=False)
-class Runner:
-    """One model on one node: its residency, its slots and its speed, as far as they are known.
-
-    Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
+    `runner`: None takes no slot. `prediction`: None is made here.
     """
+    lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+    if node.measuring is not None:
+        node.measuring.give_way(now)
+    node.advance(now)
+    if runner is not None:
+        if prediction is None:
+            assert ticket.demand is not None        # it has waited for a slot
+            prediction = NodeSnapshot(node, now).offer(runner, now).predict(ticket.demand, now)
+        lease.expect(prediction, now)
+        runner.begin(lease, now)
+    node.begin(lease, now)
+    ticket.take(lease)
+    return lease
 
-    node: Node
-    model: str                      # one of its names
-    models: list[str] = field(default_factory=list)     # all of them
-    disk_bytes: float = PRIOR_MODEL_BYTES
-    vram_bytes: float = 0.0         # when resident; 0 = never seen
-    cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
-    ready_s: float | None = None    # when it is or will be loaded; None = not resident
-    options: RunnerOptions | None = None    # those it was loaded with; None = unknown, taken to match
-    context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
-    own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
-    keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
-    listed: Json = field(default_factory=dict)  # its row in the last /api/ps
-    leases: list[Lease] = field(default_factory=list)
-    used_s: float = -math.inf       # last sent to
-    slots: SlotEstimate = field(default_factory=SlotEstimate)
-    speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
-    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to the first byte of what
-                                    # need not wait, over what its tokens let expect
-    progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
-    shared_s: float = 0.0           # the same, had the node run at its usual speed
-    prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
-    beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
-    breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
 
-    @property
-    def row(self) -> Json:
-        """Its entry in the node's /api/tags; {} if it has none."""
-        return self.node.rows.get(self.model, {})
+def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
+    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether the node has it, under any name."""
-        return any(model in self.node.rows for model in self.models)
+    After it the node has a pause, which is doubled until it answers somebody.
+    """
+    node = runner.node
+    lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
+    node.advance(now)
+    node.heard_s, node.measuring = now, lease
+    node.leases.append(lease)
+    node.pause_measuring(now)
+    return lease
 
-    # Speeds, the priors scaled by the node's other models while nothing was measured.
 
-    def cpu_factor(self) -> float:
-        """Return how many times slower than on a card it must be expected to run, by where its memory is."""
-        share = float(self.node.on_cpu) if self.cpu_share is None else self.cpu_share
-        return 1.0 + (CPU_SLOWDOWN - 1.0) * share
+# -----------------------------------------------------------------------------
+# Nodes: what is known of each?
+#
+# A node's state is changed by its own methods and by those of its runners and leases. Whatever they change that could
+# let a waiting ticket run, they note in `Changes`, which the policy reads at the next dispatch.
+# -----------------------------------------------------------------------------
 
-    def decode_s(self) -> float:
-        """Return seconds per output token, alone."""
-        return self.speeds.decode_s or (self.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * self.node.size_factor
-                                        * self.cpu_factor())
+CHECK_PAUSE_S, LAST_CHECK_PAUSE_S = 5.0, 300.0  # between two measurements of a node, doubled until it answers somebody
+OVERHEADS_KEPT = 16                 # samples of it; the lower quarter is what a request takes that need not wait
+LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded for each card, and three on a CPU
 
-    def prefill_s(self) -> float:
-        """Return seconds per prompt token, alone."""
-        return self.speeds.prefill_s or (self.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * self.node.size_factor
-                                         * self.cpu_factor())
 
-    def input_s(self) -> float:
-        """Return seconds per text to embed, alone, beside what its tokens take."""
-        return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
+class MemoryEstimate:
+    """What fits into a node's memory, as far as its evictions have shown."""
 
-    def load_s(self) -> float:
-        """Return how long it takes to load."""
-        return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
+    __slots__ = ("seen_bytes", "limit_bytes", "loaded_seen", "most_loaded")
 
-    def resident_bytes(self) -> float:
-        """Return the memory that it takes when resident; weights and some context if never seen."""
-        return self.vram_bytes or self.disk_bytes * 1.2
+    def __init__(self) -> None:
+        self.seen_bytes = 0.0       # most that was resident at once
+        self.limit_bytes = math.inf         # an eviction was seen when this much was asked for
+        self.loaded_seen = 0        # most models that were resident at once
+        self.most_loaded = math.inf         # models: an eviction was seen that left so many (OLLAMA_MAX_LOADED_MODELS)
 
-    # Requests.
+    def is_overfilled(self, held_bytes: float, wanted_bytes: float, count: int) -> bool:
+        """Tell whether to load `wanted_bytes` would evict one of `count` other models that take `held_bytes`."""
+        total = held_bytes + wanted_bytes
+        return (held_bytes > 0 and total > self.seen_bytes and total >= self.limit_bytes or count >= self.most_loaded)
 
-    def begin(self, lease: Lease, now: float) -> None:
-        """Note that a request is sent."""
-        spec = lease.ticket.spec
-        if lease.loads:
-            self.assume_loaded(spec.options, lease.ready_s)
-        if spec.keep_alive_s is not None:
-            self.keep_alive_s = spec.keep_alive_s
-        if spec.prefix and not spec.embeds:
-            shared_chars = self.beginnings.common_chars(spec.prefix)
-            lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
-            self.prefixes.remember(spec.prefix, self.slots.count + 2)
-            ends = spec.prefix
-            if len(ends) > PREFIX_FIRST:
-                ends = (*ends[:PREFIX_FIRST], ends[-1])
-            self.beginnings.remember(ends, BEGINNINGS_KEPT)     # a kilobyte each
-        if not self.leases:
-            self.node.busy.append(self)
-        elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
-            lease.order_unknown = self.leases[-1].order_unknown = True
-        if spec.embeds:
-            lease.has_list_input = any(other.ticket.spec.inputs > 1 for other in (lease, *self.leases))
-        meet(lease)
-        self.leases.append(lease)
-        lease.position = len(self.leases)
-        self.used_s = now
-        if lease.loads:
-            self.node.loading.append(lease)
+    def learn(self, before: dict[str, Json], after: dict[str, Json], loading_bytes: float) -> None:
+        """Learn from two looks at /api/ps, {model: row}; a model that still loads is not listed, but has its room.
 
-    def end(self, lease: Lease, now: float) -> None:
-        """Note that a request has ended; those sent after it may have waited for that."""
-        place = self.leases.index(lease)
-        del self.leases[place]
-        for later in self.leases[place:]:
-            later.left_s += (now,)
-            if later.first_s is None and later.predecessor_left_progress_s is None:
-                later.predecessor_left_progress_s = self.progress_s
-        self.used_s = now
-        self.node.end_load(lease, now)
-        if not self.leases:
-            self.node.busy.remove(self)
-            if not self.keep_alive_s:       # the node unloads it at once
-                self.assume_unloaded()
-        self.node.changes.note(self.models)
-
-    def confirm_slots(self, running: int, now: float) -> None:
-        """Note that so many requests ran at once."""
-        self.note_slots(self.slots.confirm(running, now))
-
-    def note_slots(self, changed: bool) -> None:
-        """Forget what was reckoned with another count of slots, if it has changed."""
-        if changed:
-            self.node.kept_snapshot = None
-            self.node.changes.note(self.models)
-
-    def set_slots(self) -> None:
-        """Take over the slots that hosts.txt tells."""
-        self.slots.configure(self.node.settings.slots, bool(self.row) and embeds_only(self.row))
-
-    # Residency.
-
-    def assume_loaded(self, options: RunnerOptions, ready_s: float) -> None:
-        """Note that a request makes the node load it, and what Ollama will evict for it."""
-        while must_evict(self):
-            victim(self).assume_unloaded()
-        self.assume_unloaded()
-        self.ready_s, self.options = ready_s, options
-
-    def assume_unloaded(self) -> None:
-        """Note that it is no longer resident; its prefix cache went with it."""
-        self.ready_s, self.options, self.listed = None, None, {}
-        self.context, self.keep_alive_s = 0, KEEP_LOADED_S
-        self.prefixes.clear()
-        self.beginnings.clear()
-
-    def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
-        """Take over its row of /api/ps, None if it has none; tell whether predictions change.
-
-        What was placed since `asked_s` is trusted without it.
+        What left while another came had to make room for it, so the two do not fit. What leaves alone has expired.
+        Where three are left, and never were more, the node may have reached its count of models: that says nothing of
+        its memory.
         """
-        self.listed = row or {}
-        if row:
-            changed = self.cpu_share != cpu_share(row)
-            self.vram_bytes, self.cpu_share = row_vram_bytes(row), cpu_share(row)
-            if self.ready_s is None or self.ready_s <= asked_s:     # else it may be of what ran before
-                if self.context and self.context != context_of(row):
-                    self.options = None     # somebody else has had it loaded anew
-                self.context = context_of(row)
-                if self.options is not None and not dict(self.options).get("num_ctx"):
-                    self.own_context = self.context
-            if self.ready_s is None:
-                self.ready_s, self.options = now, None
-                return True
-            return changed
-        if self.ready_s is None:
-            return False
-        if not self.leases and self.used_s < asked_s - 1.0:
-            self.assume_unloaded()
-            return True
-        if not any(lease in self.node.loading or lease.first_s is not None or lease.sent_s >= asked_s - 1.0
-                   for lease in self.leases):
-            self.wait_for_load(now)
-            return True
-        return False
-
-    def wait_for_load(self, now: float) -> None:
-        """Note that it was taken for loaded and is not: what was sent waits for it, behind what loads already."""
-        self.ready_s = now + self.load_s()
-        for lease in self.leases:
-            lease.ready_s = self.ready_s
-        self.node.loading += self.leases
-
-    def recall(self, kept: Json) -> None:
-        """Take over what was kept of it, if it is the same version."""
-        digest = digest_of(self.node, self.model)
-        if kept.get("digest") and digest and kept["digest"] != digest:
+        held_bytes, count = sum(map(row_vram_bytes, after.values())), len(after)
+        self.seen_bytes, self.loaded_seen = max(self.seen_bytes, held_bytes), max(self.loaded_seen, count)
+        if self.most_loaded < self.loaded_seen:
+            self.most_loaded = math.inf
+        gone = [row_vram_bytes(row) for model, row in before.items() if model not in after]
+        if not gone or not any(model not in before for model in after):
             return
-        self.vram_bytes = kept.get("vram_bytes", self.vram_bytes)
-        self.speeds.recall(kept)
-        self.unqueued_ratio = {name == "true": ratio for name, ratio in kept.get("unqueued_ratio", {}).items()}
-        self.slots.recall(kept, self.node.indexed_s)
+        if count >= max(LEAST_COUNT_LIMIT, self.loaded_seen):
+            self.most_loaded = float(count)
+        else:
+            self.limit_bytes = min(self.limit_bytes, held_bytes + loading_bytes + max(gone))
+
+
+class Breaker:
+    """Keep work away from what fails: closed, then open for growing pauses, then half-open for one trial."""
+
+    FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 60.0
+
+    def __init__(self, threshold: int = 2) -> None:
+        self.threshold = threshold  # failures in a row that open it
+        self.failures = 0
+        self.until_s = 0.0
+        self.trial = False          # half-open, and its one trial is running
+
+    def state(self, now: float) -> str:
+        """Return closed, open or half-open."""
+        if self.failures < self.threshold:
+            return "closed"
+        return "open" if now < self.until_s else "half-open"
+
+    def allows(self, now: float) -> bool:
+        """Tell whether one more request may be sent."""
+        return self.failures < self.threshold or now >= self.until_s and not self.trial
+
+    def begin(self) -> bool:
+        """Note that a request is sent; tell whether it is the trial."""
+        self.trial = self.failures >= self.threshold
+        return self.trial
+
+    def end_trial(self) -> None:
+        """Note that the trial ended without telling anything: its client left, say."""
+        self.trial = False
+
+    def fail(self, now: float) -> bool:
+        """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
+
+        While it is open, what fails was sent before: all that a crash takes with it counts once.
+        """
+        if self.state(now) == "open":
+            return False
+        self.failures += 1
+        self.trial = False
+        if self.failures >= self.threshold:
+            pause_s = self.FIRST_PAUSE_S * 2 ** min(self.failures - self.threshold, 10)
+            self.until_s = now + min(pause_s, self.LAST_PAUSE_S)
+        return True
+
+    def forgive(self) -> None:
+        """Take a failure back: it was the request's own, as every node failed it."""
+        self.failures = max(0, self.failures - 1)
+
+    def succeed(self) -> None:
+        """Close."""
+        self.failures, self.trial = 0, False
+
+
+class NodeError(NamedTuple):
+    """What a node said, or did, when it failed last."""
+
+    text: str
+    status: int | None              # of its answer, if it was one
+    at_s: float
+
+
+class ErrorShare:
+    """How many of a node's answers in the last minute were errors, counted in steps of STEP_S."""
+
+    STEPS = 6
+    LEAST = 3                       # answers from which on a node is said to answer nothing but errors
+
+    def __init__(self) -> None:
+        self.steps: collections.deque[list[int]] = collections.deque(maxlen=self.STEPS)     # [number, errors, answers]
+
+    def add(self, error: bool, now: float) -> None:
+        """Count an answer, or the lack of one."""
+        number = int(now // STEP_S)
+        if not self.steps or self.steps[-1][0] != number:
+            self.steps.append([number, 0, 0])
+        self.steps[-1][1] += error
+        self.steps[-1][2] += 1
+
+    def share(self, now: float) -> float | None:
+        """Return the share of errors, None if there was no answer."""
+        errors, answers = self.counts(now)
+        return errors / answers if answers else None
+
+    def counts(self, now: float) -> tuple[int, int]:
+        """Return (errors, answers)."""
+        recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
+        return sum(step[1] for step in recent), sum(step[2] for step in recent)
+
+    def is_all(self, now: float) -> bool:
+        """Tell whether there was nothing but errors."""
+        errors, answers = self.counts(now)
+        return errors == answers >= self.LEAST
+
+
+class Changes:
+    """What has happened on the nodes since a policy looked last: which models are worth another look."""
+
+    __slots__ = ("models", "idle_models", "everything", "count")
+
+    def __init__(self) -> None:
+        self.models: set[str | None] = set()
+        self.idle_models: set[str | None] = set()       # that an idle node could load
+        self.everything = True
+        self.count = 0              # of `note_all`: what was reckoned before is out of date
+
+    def note(self, models: Iterable[str]) -> None:
+        """Note that a slot may have become free for some models."""
+        self.models.update(models)
+
+    def note_idle(self, models: Iterable[str]) -> None:
+        """Note that a node with these models has nothing to do."""
+        self.idle_models.update(models)
+
+    def note_all(self) -> None:
+        """Note that a node has changed, so that every prediction may be different."""
+        self.everything = True
+        self.count += 1
+
+    def forget(self) -> None:
+        """Begin anew: all waiting tickets that this concerns are being looked at."""
+        self.models.clear()
+        self.idle_models.clear()
+        self.everything = False
 
 
 @dataclass(slots=True, eq=False)
@@ -2907,920 +3306,6 @@ class Node:
             self.changes.note_all()
 
 
-def share_runners(node: Node) -> None:
-    """Give the models of a node that are made from the same weights one runner, and only those.
-
-    One that works stays as it is until it is idle, when the models are looked at next.
-    """
-    sharing: dict[str, list[str]] = {}
-    taken: set[Runner] = set()
-    for model in node.rows:
-        sharing.setdefault(weights_of(node, model), []).append(model)
-    for models in sharing.values():
-        free = dict.fromkeys(runner for model in models if (runner := node.runners[model]) not in taken)
-        kept = max(free, key=lambda runner: (len(runner.leases), runner.speeds.samples, runner.used_s),
-                   default=None)
-        for model in models:
-            known = node.runners[model]
-            if kept is None:
-                del node.runners[model]
-                kept = node.runner_for(model)
-                kept.disk_bytes = known.disk_bytes
-            elif known in taken or not known.leases:
-                if kept.ready_s is None and known not in taken:
-                    kept.ready_s, kept.options, kept.context = known.ready_s, known.options, known.context
-                node.runners[model] = kept
-        assert kept is not None     # no list of `sharing` is empty
-        taken.update([kept], free)
-    for runner in each_runner(node):
-        runner.models = [model for model, other in node.runners.items() if other is runner]
-        runner.model = runner.model if runner.model in runner.models else runner.models[0]
-
-
-def each_runner(node: Node) -> list[Runner]:
-    """Return the runners of a node, each once however many names it has."""
-    return list(dict.fromkeys(node.runners.values()))
-
-
-def resident_runners(node: Node, exclude: Runner | None = None) -> list[Runner]:
-    """Return the runners of a node whose models are loaded or loading, `exclude` not among them."""
-    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not exclude]
-
-
-def must_evict(runner: Runner) -> bool:
-    """Tell whether loading the model would push another one out."""
-    others = resident_runners(runner.node, exclude=runner)
-    held_bytes = sum(other.resident_bytes() for other in others)
-    return runner.node.memory.is_overfilled(held_bytes, runner.resident_bytes(), len(others))
-
-
-def victim(runner: Runner) -> Runner:
-    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
-
-    When it was last used plays no part.
-    """
-    return min(resident_runners(runner.node, exclude=runner),
-               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
-
-
-def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, reason: str,
-               prediction: Prediction | None = None) -> Lease:
-    """Give a ticket its lease, and note what the node will now be doing.
-
-    `runner`: None takes no slot. `prediction`: None is made here.
-    """
-    lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
-    if node.measuring is not None:
-        node.measuring.give_way(now)
-    node.advance(now)
-    if runner is not None:
-        if prediction is None:
-            assert ticket.demand is not None        # it has waited for a slot
-            prediction = NodeSnapshot(node, now).offer(runner, now).predict(ticket.demand, now)
-        lease.expect(prediction, now)
-        runner.begin(lease, now)
-    node.begin(lease, now)
-    ticket.take(lease)
-    return lease
-
-
-def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
-
-    After it the node has a pause, which is doubled until it answers somebody.
-    """
-    node = runner.node
-    lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
-    node.advance(now)
-    node.heard_s, node.measuring = now, lease
-    node.leases.append(lease)
-    node.pause_measuring(now)
-    return lease
-
-
-# -----------------------------------------------------------------------------
-# Memory: what is worth keeping of what was learned?
-#
-# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
-# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
-# than a few samples, which new ones soon outweigh.
-# -----------------------------------------------------------------------------
-
-Range = tuple[type[float], float, float]        # kind of number, least, most
-
-KEPT_OF_NODE: dict[str, Range] = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S)}
-KEPT_OF_MEMORY: dict[str, Range] = {
-    "seen_bytes": (float, 0.0, 1e15), "limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
-KEPT_OF_RUNNER: dict[str, Range] = {"vram_bytes": (float, 1.0, 1e15)}
-KEPT_OF_SPEEDS: dict[str, Range] = {
-    "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
-    "load_s": (float, 1e-3, 1e4), "lines_per_token": (float, 1e-3, 1e3),
-    "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
-KEPT_OF_SLOTS: dict[str, Range] = {"count": (int, 1, 256), "max_proven": (int, 1, 256), "rejections": (int, 0, 1000)}
-KEPT_OF_LENGTHS: dict[str, Range] = {
-    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
-KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
-KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
-MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
-
-
-def within(values: Any, ranges: dict[str, Range]) -> Json:
-    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
-    found = {}
-    for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
-        value = values.get(name)
-        if type(value) in (int, kind) and least <= value <= most:
-            found[name] = kind(value)
-    return found
-
-
-def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths,
-               ranges: dict[str, Range]) -> Json:
-    """Return the attributes of an estimate that are worth keeping."""
-    return within({name: getattr(owner, name) for name in ranges}, ranges)
-
-
-def learned_of_runner(runner: Runner, digest: str) -> Json:
-    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
-    kept = {**attributes(runner, KEPT_OF_RUNNER), **attributes(runner.speeds, KEPT_OF_SPEEDS)}
-    if not runner.speeds.samples:
-        kept.pop("lines_per_token", None)
-    if runner.slots.origin == "learned":
-        kept.update(attributes(runner.slots, KEPT_OF_SLOTS))
-    if runner.unqueued_ratio:
-        ratios = {str(streams).lower(): ratio for streams, ratio in runner.unqueued_ratio.items()}
-        kept["unqueued_ratio"] = within(ratios, KEPT_RATIOS)
-    return {**kept, "digest": digest} if kept else {}
-
-
-def learned_of_node(node: Node) -> Json:
-    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
-    models = {model: learned for model, runner in node.runners.items()
-              if (learned := learned_of_runner(runner, digest_of(node, model)))}
-    kept = {model: learned for model, learned in node.kept.items() if model not in models}
-    models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
-    if not models:
-        return {}
-    return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE),
-            **attributes(node.memory, KEPT_OF_MEMORY), "models": models}
-
-
-def learned_of_lengths(lengths: OutputLengths) -> Json:
-    """Return what is to be kept of a model's lengths."""
-    return {**attributes(lengths, KEPT_OF_LENGTHS),
-            "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
-
-
-def read_node(entry: Any) -> Json | None:
-    """Return what was kept of a node, in range; None for what is no such thing."""
-    if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
-            and isinstance(entry.get("models"), dict)):
-        return None
-    models = {}
-    for model, kept in itertools.islice(entry["models"].items(), MOST_KEPT):
-        if read := within(kept, {**KEPT_OF_RUNNER, **KEPT_OF_SPEEDS, **KEPT_OF_SLOTS}):
-            ratios = within(kept.get("unqueued_ratio"), KEPT_RATIOS)
-            models[model] = {**read, **({"unqueued_ratio": ratios} if ratios else {}),
-                             "digest": str(kept.get("digest") or "")[:100]}
-    return {"name": entry["name"], "url": entry["url"], **within(entry, {**KEPT_OF_NODE, **KEPT_OF_MEMORY}),
-            "models": models}
-
-
-def read_lengths(entry: Any) -> OutputLengths:
-    """Return the OutputLengths that were kept of a model, as far as they are in range."""
-    lengths = OutputLengths()
-    for name, value in within(entry, KEPT_OF_LENGTHS).items():
-        setattr(lengths, name, value)
-    lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
-    means = within(entry["buckets"], KEPT_BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
-    lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
-    return lengths
-
-
-def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
-    """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
-    def likeness(entry: Json) -> int:
-        return int(entry["url"] == settings.url) * 2 + int(entry["name"] == settings.name)
-
-    best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
-    return best if best and likeness(best) else {}
-
-
-def recall(entries: list[Json], node: Node) -> Node:
-    """Return a new node, with what was kept of its server. It need not be calibrated then."""
-    entry = kept_of(entries, node.settings)
-    node.kept = entry.get("models", {})
-    for owner, names in ((node, KEPT_OF_NODE), (node.memory, KEPT_OF_MEMORY)):
-        for name in names.keys() & entry.keys():
-            setattr(owner, name, entry[name])
-    node.calibrated = any("decode_s" in learned for learned in node.kept.values())
-    return node
-
-
-# -----------------------------------------------------------------------------
-# Cluster: which nodes are there, and which of them have a model?
-# -----------------------------------------------------------------------------
-
-DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and no fault of any
-ALL_FAILED = 502, "every node that could answer has failed"
-
-
-def emptiest(nodes: list[Node], count: int) -> list[Node]:
-    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
-    def fullness(node: Node) -> tuple[int, float]:
-        held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
-        return round(held_bytes / 1e9), node.size_factor / node.speed
-
-    chosen = sorted(nodes, key=fullness)[:count]
-    return [node for node in nodes if node in chosen]
-
-
-def server_of(settings: NodeSettings) -> tuple[str, str]:
-    """Return what tells one server from another: where it is reached, and which of a proxy's it is."""
-    return settings.url, settings.host_header
-
-
-def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
-    """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
-    found, free = {}, {node: server_of(node.settings) for node in nodes}
-    for names_count in (True, False):
-        for line in lines:
-            if line.name in found:
-                continue
-            for node, server in free.items():
-                if server == server_of(line) and (node.name == line.name or not names_count):
-                    found[line.name] = node
-                    del free[node]
-                    break
-    return found
-
-
-def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
-    """Return the nodes that can be reached, busy or failing perhaps, and that a ticket may use."""
-    return [node for node in nodes if node.up and not node.draining and ticket.may_use(node)]
-
-
-def share_sizes(count: int, rates: list[float]) -> list[int]:
-    """Return how many of `count` texts are in each share, for nodes that embed `rates` texts a second.
-
-    Each node's proportion is cut into shares of about SHARE_S, and these follow each other as they would be finished. A
-    node too slow for a share worth its while gets none.
-    """
-    rates = sorted(rates, reverse=True)
-    while len(rates) > 1 and rates[-1] * count < max(MIN_SHARE_TEXTS, rates[-1] * MIN_SHARE_S) * sum(rates):
-        rates.pop()
-    shares = []
-    for rate in rates:
-        texts = count * rate / sum(rates)
-        pieces = max(1, min(round(texts / (rate * SHARE_S)), int(texts / MIN_SHARE_TEXTS)))
-        shares += [((number + 1) / pieces, texts / pieces) for number in range(pieces)]
-    shares.sort(key=lambda share: share[0])
-    ends = [round(end) for end in itertools.accumulate(texts for _, texts in shares)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-class Cluster:
-    """The nodes, and what is known of models wherever they are."""
-
-    def __init__(self, patience_s: float = 240.0) -> None:
-        self.patience_s = patience_s            # for so long what waits may wait for a node that has gone
-        self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
-        self.leaving: list[Node] = []           # dropped nodes that still work
-        self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
-        self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
-        self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
-        self.estimates = Estimates()
-        self.changes = Changes()
-
-    # Which nodes?
-
-    def configure(self, settings: list[NodeSettings]) -> tuple[list[Node], list[Node]]:
-        """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
-
-        Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
-        its slots are taken. Returns (added, dropped) nodes.
-        """
-        old = list(self.nodes.values())
-        if settings and not any(line.primary for line in settings):
-            settings = [settings[0]._replace(primary=True), *settings[1:]]
-        known = matched(settings, [*old, *self.leaving])
-        self.nodes = {}
-        for line in settings:
-            node = self.nodes[line.name] = known.get(line.name) or recall(self.kept, Node(line, self.changes))
-            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
-            node.configure(line)
-        dropped = [node for node in old if self.nodes.get(node.name) is not node]
-        self.keep(dropped)
-        for node in dropped:
-            node.draining = True
-            if node.measuring is not None:
-                node.measuring.give_way(node.measuring.sent_s)
-        self.leaving = [node for node in (*self.leaving, *dropped) if self.nodes.get(node.name) is not node]
-        self.reindex()
-        return [node for node in self.nodes.values() if node not in old], dropped
-
-    def drain(self, node: Node, draining: bool, seq: int) -> None:
-        """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else.
-
-        `seq`: that of the next ticket.
-        """
-        if draining and not node.draining:
-            node.drained_seq = seq
-        node.draining = draining
-        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
-        self.changes.note_all()
-
-    def take_tags(self, node: Node, rows: list[Json], asked_s: float = math.inf) -> None:
-        """Take over a node's /api/tags."""
-        if node.take_tags(rows, asked_s):
-            self.reindex()
-
-    def know_weights(self, node: Node, blobs: dict[tuple[str, str], str]) -> None:
-        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
-        node.know_weights(blobs)
-        self.reindex()
-
-    def lacks(self, node: Node, runner: Runner, model: str | None) -> None:
-        """Note that a node has not a model that its index names."""
-        if model in node.rows:
-            del node.rows[model]
-        if not runner.on_disk:
-            runner.assume_unloaded()
-        self.reindex()
-
-    def reindex(self) -> None:
-        """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
-        self.changes.note_all()
-        self.holders = {}
-        for node in self.nodes.values():
-            for model in node.rows:
-                if not is_cloud(model):
-                    self.holders.setdefault(model, []).append(node.runners[model])
-
-    def in_flight(self) -> int:
-        """Return how many requests run, on dropped nodes, too."""
-        return sum(len(node.leases) for node in (*self.nodes.values(), *self.leaving))
-
-    # For a model.
-
-    def nodes_for(self, model: str | None) -> list[Node]:
-        """Return the nodes that have a model; all of them if none is known to."""
-        return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
-
-    def count_with(self, model: str | None, digest: str | None) -> int:
-        """Return how many nodes have a version of a model."""
-        return sum(has_on_disk(node, model) and digest_of(node, model) == digest for node in self.nodes.values())
-
-    def servers(self, model: str | None, now: float) -> list[Runner]:
-        """Return the runners that can serve a model now; if there are none, those that it waits for."""
-        up = [runner for runner in self.holders.get(model, ()) if runner.node.up]
-        return [runner for runner in up if runner.node.is_alive(now) and not runner.node.suspect
-                and runner.breaker.state(now) != "open"] or up
-
-    def is_hopeless(self, ticket: Ticket, now: float) -> bool:
-        """Tell whether no node is left that could serve a ticket, now or when it has come back."""
-        nodes = self.nodes_for(ticket.spec.model)
-        return not untried(nodes, ticket) and not any(
-            ticket.may_use(node) and self.is_awaited(node, now) for node in nodes)
-
-    def is_awaited(self, node: Node, now: float) -> bool:
-        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
-        return not node.up and not node.draining and (not node.probed or now - node.lost_s < self.patience_s)
-
-    def is_asked_for(self, runner: Runner, now: float) -> bool:
-        """Tell whether somebody has lately asked for a model, of whichever node."""
-        return any(now - other.used_s < LATELY_S for model in runner.models for other in self.holders.get(model, ()))
-
-    def is_unsure(self, node: Node, now: float) -> bool:
-        """Tell whether a model is asked for of which no answer of a node has lately said how fast it is there."""
-        return any(runner.listed and not runner.speeds.is_confirmed(now) and self.is_asked_for(runner, now)
-                   for runner in node.runners.values())
-
-    # For what takes no slot.
-
-    def node_unqueued(self, spec: RequestSpec, tried: set[str], now: float) -> tuple[Node, str]:
-        """Return (node, why it) for a request that only one suitable node need answer. Raises Refusal.
-
-        Of several nodes with the model the one with its newest version answers, so that repeated questions agree.
-        """
-        up = [node for node in self.nodes.values() if node.up and not node.draining and node.name not in tried]
-        if not up:
-            if tried:
-                raise Refusal(*ALL_FAILED)
-            raise Refusal(503, "no node is up", retry_after_s=1.0)
-        up = [node for node in up if node.breaker.allows(now)] or up
-        holders = [node for node in up if has_on_disk(node, spec.model)]
-        if spec.where is Where.PRIMARY:
-            node = self.primary_for(spec, holders, now)
-            return node, "primary node" if node.settings.primary else "has the model"
-        if holders:
-            newest = max(version_of(node, spec.model) for node in holders)
-            holders = [node for node in holders if version_of(node, spec.model) == newest]
-        node = min(holders or up, key=lambda node: (not node.settings.primary, len(node.leases) * (not holders)))
-        return node, "has the model" if holders else "any node"
-
-    def primary_for(self, spec: RequestSpec, holders: list[Node], now: float) -> Node:
-        """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
-        primary = next(node for node in self.nodes.values() if node.settings.primary)
-        in_cloud = is_cloud(spec.model or "")
-        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
-            return primary
-        if holders and not in_cloud:
-            return holders[0]
-        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
-
-    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
-        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
-
-        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
-        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
-        node to refuse.
-        """
-        up = [node for node in self.nodes.values() if node.up]
-        if not up:
-            raise Refusal(503, "no node is up", retry_after_s=1.0)
-        model = spec.source if spec.change in ("copy", "create") else spec.model
-        holders = [node for node in up if has_on_disk(node, model)]
-        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
-            return [self.primary_for(spec, holders, now)]
-        if spec.change == "copy" and holders:
-            newest = max(holders, key=lambda node: version_of(node, model))
-            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
-        if spec.change == "pull" and not holders:
-            return emptiest([node for node in up if not node.draining] or up, replicas)
-        return holders or [min(up, key=lambda node: not node.settings.primary)]
-
-    def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
-        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
-
-        Only nodes with the same version take part: the one that most have.
-        """
-        versions: dict[str, list[Runner]] = {}
-        for runner in self.holders.get(spec.model, ()):
-            if runner.node.is_alive(now):
-                versions.setdefault(digest_of(runner.node, spec.model), []).append(runner)
-        versions.pop("", None)      # what does not tell its version is mixed with nothing
-        chosen = max(versions.values(), key=len, default=[])
-        if not chosen:
-            return [], ""
-        assert spec.batch is not None
-        count = len(spec.batch["input"])
-        tokens = max(1.0, self.estimates.demand(spec).prompt_tokens / count)
-        sizes = share_sizes(count, [runner.node.speed / (tokens * runner.prefill_s() + runner.input_s())
-                                    for runner in chosen])
-        return sizes, digest_of(chosen[0].node, spec.model)
-
-    # What is kept.
-
-    def learned(self) -> Json:
-        """Return all that is worth keeping, as plain values."""
-        self.keep(self.nodes.values())
-        lengths = [(model, learned_of_lengths(known)) for model, known in self.estimates.lengths.items()
-                   if known.samples]
-        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
-
-    def keep(self, nodes: Iterable[Node]) -> None:
-        """Keep what was learned of nodes, in place of what was kept of them before."""
-        for node in nodes:
-            learned = learned_of_node(node)
-            if learned:
-                server = learned["name"], learned["url"]
-                self.kept = [entry for entry in self.kept if (entry["name"], entry["url"]) != server]
-                self.kept.append(learned)
-        del self.kept[:-MOST_KEPT]
-
-    def remember(self, learned: Json) -> None:
-        """Take over what an earlier run has learned, as `learned` returned it. Before `configure`."""
-        self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
-        for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
-            lengths = read_lengths(entry)
-            if lengths.samples:
-                self.estimates.lengths[model] = lengths
-
-
-def left_s(lease: Lease, slow: float, now: float) -> float:
-    """Return when a running request is predicted to end, in seconds from now; if it shows no progress, by the clock."""
-    left_s = solo_left_s(lease, now) * slow
-    if lease.ticket.spec.stream:
-        return left_s
-    return min(left_s, max(lease.predicted_end_s - now, 0.3 * left_s))
-
-
-Place = tuple[float, int, list[float], Runner]      # of a heap: when it is free, tie-break, slot, runner
-
-
-class Forecast:
-    """When will waiting requests begin, one after the other, on the nodes that can serve them?
-
-    A slot of a node is taken by one request after the other, of any model, and is busy at first with what runs there.
-    """
-
-    def __init__(self, cluster: Cluster, now: float) -> None:
-        self.cluster, self.now = cluster, now
-        self.slots: dict[Node, list[list[float]]] = {}      # [[when a slot is free, in seconds from now], ...]
-        self.heaps: dict[str | None, list[Place]] = {}      # of each model
-        self.costs_s: dict[tuple[Runner, int, int], float] = {}     # by the size of a demand: its time in a slot
-
-    def slots_of(self, node: Node) -> list[list[float]]:
-        """Return the slots of a node, busy until what runs there now is predicted to end."""
-        if node not in self.slots:
-            count = max((runner.slots.count for runner in node.runners.values() if runner.on_disk), default=1)
-            ends_s = sorted(left_s(lease, slowdown(node, runner), self.now)
-                            for runner in node.busy for lease in runner.leases)[-count:]
-            self.slots[node] = [[end_s] for end_s in [0.0] * (count - len(ends_s)) + ends_s]
-        return self.slots[node]
-
-    def heap_for(self, demand: Demand) -> list[Place]:
-        """Return the slots where a model can run, the first one free on top; none before the model is there."""
-        heap = []
-        for runner in self.cluster.servers(demand.spec.model, self.now):
-            slots = self.slots_of(runner.node)
-            start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
-            least_s = start_s if runner.slots.count < len(slots) else ready_s   # its own slots, or all of the node's
-            heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
-        heapq.heapify(heap)
-        return heap
-
-    def cost_s(self, runner: Runner, demand: Demand) -> float:
-        """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
-        alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
-        if alike not in self.costs_s:
-            self.costs_s[alike] = alone_s(runner, demand) * BATCH_SLOWDOWN[min(len(self.slots_of(runner.node)), 256)]
-        return self.costs_s[alike]
-
-    def start_s(self, demand: Demand) -> float | None:
-        """Let the next request take the first slot that is free; return when. None if no node can serve it."""
-        model = demand.spec.model
-        if model not in self.heaps:
-            self.heaps[model] = self.heap_for(demand)
-        heap = self.heaps[model]
-        if not heap:
-            return None
-        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
-            _, order, slot, runner = heap[0]
-            heapq.heapreplace(heap, (slot[0], order, slot, runner))
-        start_s, order, slot, runner = heap[0]
-        slot[0] = start_s + self.cost_s(runner, demand)
-        heapq.heapreplace(heap, (slot[0], order, slot, runner))
-        return start_s
-
-
-class Rates(NamedTuple):
-    """What a node needs for the requests of a model, in seconds."""
-
-    at_once: float                  # so many run there as if each were alone
-    overhead_s: float               # a request
-    prefill_s: float                # a token
-    decode_s: float
-    input_s: float                  # a text to embed
-
-
-class ClusterRates:
-    """How fast the whole cluster is with a model: what fair share charges by."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.rates: dict[str | None, tuple[float, int, list[Rates]]] = {}       # when reckoned, after which changes
-
-    def cost_s(self, demand: Demand, now: float) -> float:
-        """Return how long a request would keep the whole cluster busy, with all slots of all nodes at work on it.
-
-        Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
-        """
-        spec, prompt_tokens, output_tokens, _, inputs = demand
-        per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
-                     for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(spec.model, now)])
-        return 1 / per_s if per_s else 0.0
-
-    def rates_of(self, model: str | None, now: float) -> list[Rates]:
-        """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
-        at_s, changes, rates = self.rates.get(model, (-math.inf, -1, []))
-        holders = self.cluster.holders.get(model)
-        if not holders:             # nothing is kept of names that clients make up
-            self.rates.pop(model, None)
-            return []
-        if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
-            rates = [Rates(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
-                           runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
-            self.rates[model] = now, self.cluster.changes.count, rates
-        return rates
-
-
-# -----------------------------------------------------------------------------
-# Prediction: when would this request be finished there?
-#
-#     finish = wait for a slot or for the model, whichever is longer
-#            + prefill of what the prefix cache lacks + decode of the expected output
-#            + harm to other models that run there + the load that an eviction will cost somebody later
-#
-# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
-# speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
-# All of these only read the nodes; an Offer and its NodeSnapshot keep what was reckoned until something happens there.
-# The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
-# -----------------------------------------------------------------------------
-
-# By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
-BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
-
-
-def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
-    """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
-    running, models = len(runner.leases), len(node.busy)
-    if extra and not running:
-        models += 1
-    together = runner.slots.count if full else min(runner.slots.count, running + extra)
-    return BATCH_SLOWDOWN[min(together, 256)] * (models or 1) / node.speed
-
-
-def to_first_byte_s(runner: Runner, new_tokens: float, spec: RequestSpec) -> float:
-    """Return how long a request takes alone to its first byte; the prefix cache lacks `new_tokens` of its prompt."""
-    texts_s = spec.inputs * runner.input_s() if spec.embeds else 0.0
-    return runner.node.overhead_s + new_tokens * runner.prefill_s() + texts_s
-
-
-def alone_s(runner: Runner, demand: Demand) -> float:
-    """Return how long a request takes alone, if the prefix cache holds nothing of it."""
-    return to_first_byte_s(runner, demand.prompt_tokens, demand.spec) + demand.output_tokens * runner.decode_s()
-
-
-def solo_left_s(lease: Lease, now: float) -> float:
-    """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
-    runner = lease.slot
-    tokens_left = max(lease.output_tokens - lease.lines / runner.speeds.lines_per_token, 0.3 * lease.output_tokens)
-    decode_left_s = tokens_left * runner.decode_s()
-    if lease.first_s is not None:
-        return decode_left_s
-    advanced_s = runner.progress_s - lease.start_progress_s
-    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.spec) - advanced_s)
-    return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
-
-
-def meet(lease: Lease) -> None:
-    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
-
-    Of a request that does not stream nobody sees the end of its prefill.
-    """
-    runner, new_tokens, crowd_tokens = lease.slot, lease.new_tokens, 0.0
-    overhead_s, token_s, progress_s = lease.node.overhead_s, runner.prefill_s(), runner.progress_s
-    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0    # else it waits in the node
-    for other in runner.leases:
-        other.stall_tokens += stalling_tokens
-        if other.first_s is None and (other.ticket.spec.stream or
-                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
-            crowd_tokens += other.new_tokens
-            other.crowd_tokens += new_tokens
-    lease.crowd_tokens = crowd_tokens
-
-
-def stall(lease: Lease) -> None:
-    """Note that a lease's prefill has fallen into the answers of the others on its runner."""
-    for other in lease.slot.leases:
-        if other is not lease:
-            other.stall_tokens += lease.new_tokens
-
-
-def clamped_context(runner: Runner, num_ctx: float) -> float:
-    """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
-    most = context_of(runner.row.get("details"))
-    return min(num_ctx, most) if most else num_ctx
-
-
-def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
-    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
-    """
-    if not wanted and not loaded and runner.options is not None:
-        return True                 # the server's default, whatever that is
-    there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
-    needed = clamped_context(runner, wanted) if wanted else runner.own_context
-    if there and needed:
-        return there == needed
-    return runner.options is None or wanted == loaded
-
-
-def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
-    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
-
-    What is unknown is taken to suit.
-    """
-    if runner.ready_s is None:
-        return False
-    if runner.options == spec.options or runner.options is None and not runner.context:
-        return True
-    wanted, loaded = {**USUAL_OPTIONS, **dict(spec.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
-    if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
-        return False
-    return runner.options is None or wanted == loaded
-
-
-def last_end_s(runner: Runner, now: float) -> float:
-    """Return when the last request that runs there would be finished, in seconds from now."""
-    slow = slowdown(runner.node, runner)
-    return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
-
-
-def cached_tokens(runner: Runner, demand: Demand) -> float:
-    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
-    if runner.ready_s is None:
-        return 0.0
-    chars = runner.prefixes.common_chars(demand.spec.prefix)
-    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
-
-
-def harm_s(node: Node, now: float) -> float:
-    """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
-               for other in node.busy)
-
-
-class MemoryLoad(NamedTuple):
-    """What a model that is to be loaded meets in a node's memory."""
-
-    held_bytes: float
-    count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
-    loaded_at_s: float              # loads come one after the other
-    drained_at_s: float             # one of the others can be evicted
-
-
-def memory_load(node: Node, now: float) -> MemoryLoad:
-    """Return the MemoryLoad of a node."""
-    there = resident_runners(node)
-    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
-    return MemoryLoad(sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
-                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
-
-
-class Prediction(NamedTuple):
-    """What will become of a request on a node, in seconds from now."""
-
-    demand: Demand
-    start_s: float                  # a slot is free and the model there
-    ready_s: float                  # the model is there
-    prefill_s: float                # the request's own work, alone
-    decode_s: float
-    slow: float                     # times longer, with those that run beside it
-    new_tokens: float               # what the prefix cache lacks
-    loads: bool
-
-
-class Offer:
-    """What a runner can do for one more request, as long as nothing begins or ends on its node.
-
-    A ticket that is held back for it claims the first slot until it would be finished. What runs there now is looked
-    at only if no slot is free: mostly it is not needed.
-    """
-
-    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
-                 "decode_s", "input_s", "loading", "neighbours")
-
-    def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
-        node = runner.node
-        self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
-        self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
-        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
-                                    # needed
-        self.slow = slowdown(node, runner, 1)
-        self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
-        self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
-        if node.busy and not runner.leases:
-            self.fixed_s += snapshot.harm_s(now)
-        self.loading: tuple[float, float, float] | None = None      # see `load`
-        self.neighbours = len(runner.leases)
-
-    def first_s(self, now: float) -> float:
-        """Return when the first slot is free, in seconds from now."""
-        if self.free > 0:
-            return 0.0
-        if self.ends_at_s is None:
-            slow = slowdown(self.runner.node, self.runner)
-            self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
-                                    + [*self.claims_at_s])
-        return max(0.0, self.ends_at_s[-self.runner.slots.count] - now)
-
-    def claimed(self, at_s: float, now: float) -> Offer:
-        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
-        offer = Offer(self.runner, self.snapshot, now, (*self.claims_at_s, at_s))
-        if self.ends_at_s is not None:
-            offer.ends_at_s = sorted([*self.ends_at_s, at_s])
-        return offer
-
-    def load(self, now: float) -> tuple[float, float]:
-        """Return (when the model would be loaded, what that costs others later), in seconds from now."""
-        if self.loading is None or self.loading[0] != now:
-            runner, there = self.runner, self.snapshot.memory_load(now)
-            first_s, swaps = there.loaded_at_s - now, True
-            if runner.ready_s is not None:      # loaded with other options
-                first_s = max(first_s, 1.5 * last_end_s(runner, now))
-            elif runner.node.memory.is_overfilled(there.held_bytes, runner.resident_bytes(), there.count):
-                first_s = max(first_s, 1.5 * (there.drained_at_s - now))
-            else:
-                swaps = False
-            load = runner.load_s()  # what is evicted will have to come back
-            self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
-        return self.loading[1:]
-
-    def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
-        """Return when a request would begin, when its model would be there, and what a load costs others later."""
-        ready_at_s = self.runner.ready_s
-        if ready_at_s is not None and is_loaded_for(self.runner, demand.spec):
-            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
-        else:
-            ready_s, swap_s = self.load(now)
-        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
-
-    def slowed(self) -> float:
-        """Return how many times longer than alone a request would take, with those that run beside it."""
-        return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
-
-    def new_tokens(self, demand: Demand) -> float:
-        """Return how many tokens of a prompt the prefix cache lacks."""
-        if not self.runner.prefixes.parts:
-            return demand.prompt_tokens
-        return demand.prompt_tokens - cached_tokens(self.runner, demand)
-
-    def finish_s(self, demand: Demand, now: float) -> float:
-        """Return when a request would be finished, with what it costs others: what nodes are compared by.
-
-        Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
-        """
-        start_s, _, swap_s = self.start(demand, now)
-        prompt_s = self.new_tokens(demand) * self.prefill_s
-        work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
-        stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
-
-    def predict(self, demand: Demand, now: float) -> Prediction:
-        """Return the Prediction for a request that is to go here."""
-        start_s, ready_s, _ = self.start(demand, now)
-        new_tokens = self.new_tokens(demand)
-        prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
-        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
-                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
-                          not is_loaded_for(self.runner, demand.spec))
-
-
-class NodeSnapshot:
-    """What a request meets on a node, as long as nothing there begins or ends.
-
-    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
-    """
-
-    __slots__ = ("node", "at_s", "changes", "offers", "harmed_s", "memory")
-
-    def __init__(self, node: Node, now: float) -> None:
-        self.node, self.at_s, self.changes = node, now, node.changes.count
-        self.offers: dict[Runner, Offer] = {}
-        self.harmed_s: float | None = None
-        self.memory: MemoryLoad | None = None
-
-    def harm_s(self, now: float) -> float:
-        """Return what a request of a model that does not run there costs those that do."""
-        if self.harmed_s is None:
-            self.harmed_s = harm_s(self.node, now)
-        return self.harmed_s
-
-    def memory_load(self, now: float) -> MemoryLoad:
-        """Return the MemoryLoad that a model to be loaded meets."""
-        if self.memory is None:
-            self.memory = memory_load(self.node, now)
-        return self.memory
-
-    def offer(self, runner: Runner, now: float) -> Offer:
-        """Return the Offer of one of the node's runners."""
-        offer = self.offers.get(runner)
-        if offer is None:
-            offer = self.offers[runner] = Offer(runner, self, now)
-        return offer
-
-
-class Candidate(NamedTuple):
-    """A node for a ticket; sorts by when it would be finished there, in seconds from now; those in doubt come last."""
-
-    in_doubt: bool
-    finish_s: float
-    order: int                      # ties go to the node listed first
-    offer: Offer
-
-    @property
-    def runner(self) -> Runner:
-        return self.offer.runner
-
-
-def overdue_s(prediction: Prediction, times: float = 1) -> float:
-    """Return after how many seconds without a byte an answer is `times` far later than predicted."""
-    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.spec.silent else 0.0)
-    return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
-
-
-def quiet_s(runner: Runner, prediction: Prediction) -> float:
-    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known.
-
-    A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
-    """
-    samples = runner.speeds.samples
-    unsure = 1 if samples >= 3 else 4 if samples else 10        # a CPU is 30 times slower than the prior
-    return overdue_s(prediction, unsure)
-
-
 # -----------------------------------------------------------------------------
 # Learning: what does a finished answer teach about its node?
 #
@@ -3837,6 +3322,81 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 # An answer is no sample of speed if a stall, a load or somebody else's request fell into it; a neighbour's prefill
 # bounds what it says.
 # -----------------------------------------------------------------------------
+
+LEAST_WAIT_RATIO = 1.5              # a wait that makes less difference than this is lost in noise
+WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the work: it waited in any case; its work was not so much, in any case
+STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
+STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
+STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
+HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
+
+
+class Histogram:
+    """Count values by upper bounds, as Prometheus wants them."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float, count: int = 1) -> None:
+        """Take in a value that was seen so often."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+    def share(self, share: float) -> float | None:
+        """Return the bound that so many of the values do not exceed; None without any."""
+        total = sum(self.counts)
+        for bound, count in zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True):
+            if total and count >= share * total:
+                return bound
+        return None
+
+    def samples(self, labels: str = "") -> Iterator[tuple[str, str, float]]:
+        """Yield (suffix of the name, labels, value); `labels`: those of the whole histogram."""
+        lead = labels + "," if labels else ""
+        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts), strict=True):
+            yield "_bucket", f'{lead}le="{bound}"', count
+        yield "_sum", labels, self.sum
+        yield "_count", labels, sum(self.counts)
+
+
+class Timings(NamedTuple):
+    """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
+
+    total_s: float = 0.0
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    prompt_tokens: int = 0
+    output_s: float = 0.0
+    output_tokens: int = 0
+
+    @property
+    def hidden_wait_s(self) -> float:
+        """Time spent in the node's own queue, with templating and tokenising."""
+        return self.total_s - self.load_s - self.prompt_s - self.output_s
+
+    @property
+    def tell_durations(self) -> bool:
+        """Tell whether they say how long the node computed; those of /v1 and of embeddings do not."""
+        return self.prompt_s > 0 or self.output_s > 0
+
+    def show_a_wait(self, took_s: float, overhead_s: float = OVERHEAD_S) -> bool:
+        """Tell whether the hidden wait of a request that took so long is more than overhead and noise."""
+        return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
+
+
+TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
+
+
+def read_timings(tail: bytes) -> Timings:
+    """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
+    found = dict(TIMING.findall(tail))
+    given = found.get
+    return Timings(
+        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
+        int(given(b"prompt_eval_duration", 0)) / 1e9,
+        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
+        int(given(b"eval_duration", 0)) / 1e9,
+        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
 
 
 def waits_long(timings: Timings, took_s: float) -> bool:
@@ -4143,6 +3703,843 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 
 
 # -----------------------------------------------------------------------------
+# Estimates: what do answers teach, one number at a time?
+#
+# Slots: requests that ran at once prove so many; one that had to wait inside the node rejects more. What was rejected
+# is tried again after a pause, for somebody else may have had the slot.
+#
+# Speeds are what a lone request would see. They are averages that two samples which agree can replace, if they are
+# far off. Of prefill only the slow samples count, as the node's own cache makes the others faster than true.
+# -----------------------------------------------------------------------------
+
+CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
+WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
+SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
+                                    # says is no proof by itself, and a slot too few costs more than one too many
+LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
+PREFILLS_KEPT = 20                  # samples of prefill speed
+SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
+CONFIRMED_S = 600.0                 # how long an answer confirms
+
+
+class SlotEstimate:
+    """How many requests a model works on at once on its node (OLLAMA_NUM_PARALLEL).
+
+    Methods that may change `count` return whether they did.
+    """
+
+    __slots__ = ("count", "origin", "proven", "max_proven", "retry_at_s", "seen", "seen_s", "rejections", "rejected_s",
+                 "waits", "votes")
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.origin = "guessed"     # guessed, learned, or set: in hosts.txt, or to one for what only embeds
+        self.proven = 1             # most that were proved to run at once, less what was taken back since
+        self.max_proven = 1         # the same, nothing taken back
+        self.retry_at_s = 0.0       # from then on one more than `count` may be tried
+        self.seen, self.seen_s = 0, -math.inf   # most that ran at once lately, and when that was seen
+        self.rejections, self.rejected_s = 0, -math.inf     # in a row; when `count` was lowered last
+        self.waits = 0              # hidden waits in a row, among no more requests than were proved to run
+        self.votes = 0              # answers whose latency speaks for one slot more, less those that speak against it
+
+    @property
+    def is_set(self) -> bool:
+        """Tell whether the count is given, so that answers change nothing."""
+        return self.origin == "set"
+
+    def lately_seen(self, now: float) -> int:
+        """Return how many were seen to run at once within CONFIRMED_S; 0 = none."""
+        return self.seen if now - self.seen_s < CONFIRMED_S else 0
+
+    def confirm(self, running: int, now: float) -> bool:
+        """Note that so many requests ran at once."""
+        self.seen, self.seen_s = max(running, self.lately_seen(now)), now
+        self.proven, self.max_proven = max(self.proven, running), max(self.max_proven, running)
+        if self.is_set or self.proven <= self.count:
+            return False
+        self.count, self.origin, self.rejections, self.votes = self.proven, "learned", 0, 0
+        return True
+
+    def suspect(self, running: int, now: float, strangers_s: float) -> bool:
+        """Note that a request waited although more than `running` were proved to run: somebody else uses the node, or
+        it has changed. A few such waits in a row take back what was proved."""
+        self.waits += 1
+        if self.waits < WAITS_TO_SHRINK or not running:
+            return False
+        self.proven, self.waits = running, 0
+        return self.reject(now, strangers_s)
+
+    def reject(self, now: float, strangers_s: float) -> bool:
+        """Note that a request had to wait inside the node: no more than were proved, until a pause is over.
+
+        The pause grows only where the node is ours alone; a stranger, last seen at `strangers_s`, will give its slots
+        back.
+        """
+        if self.is_set:
+            return False
+        self.count, self.origin = self.proven, "learned"
+        ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
+        doubled = min(self.rejections, 6) if ours else 0
+        self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** doubled, now
+        self.rejections += ours
+        return True
+
+    def vote(self, position: int, vote: int, now: float, strangers_s: float) -> bool:
+        """Count a latency that speaks for (1) or against (-1) `position` slots; decide once enough of them agree.
+
+        Where they decide against, the pause stays short: the evidence is weak.
+        """
+        if position <= self.proven:
+            if vote < 0:
+                return self.suspect(position - 1, now, strangers_s)
+            self.waits = 0
+            return False
+        self.votes += vote
+        if self.votes >= SIGNS_FOR:
+            return self.confirm(position, now)
+        if self.votes <= -SIGNS_AGAINST:
+            self.votes, self.rejections = 0, min(self.rejections, LAST_SHORT_PAUSE)
+            return self.reject(now, strangers_s)
+        return False
+
+    def configure(self, slots: int | None, embeds: bool) -> None:
+        """Take over the slots of hosts.txt; where it has none any more, those that were proved. One if it `embeds`."""
+        if slots:
+            self.count = self.proven = slots
+            self.origin = "set"
+        elif self.is_set:
+            self.count = self.proven = 1 if embeds else self.max_proven
+            self.origin = "set" if embeds else "learned" if self.max_proven > 1 else "guessed"
+
+    def forget(self) -> None:
+        """Forget what was learned: the node may come back with another OLLAMA_NUM_PARALLEL."""
+        if not self.is_set:
+            self.count = self.proven = self.max_proven = 1
+            self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
+
+    def limit(self, now: float) -> int:
+        """Return how many may run at once, one more than are known while another is tried.
+
+        What nobody has lately seen is tried one by one.
+        """
+        if self.is_set:
+            return self.count
+        seen = self.lately_seen(now)
+        if self.count > max(2, seen + 1):
+            return max(2, seen + 1)
+        return self.count + (self.retry_at_s <= now)
+
+    def recall(self, kept: Json, indexed_s: float) -> None:
+        """Take over what an earlier run has kept. The first hidden wait takes one of the slots back."""
+        if "count" not in kept or self.origin != "guessed":
+            return
+        self.count = self.proven = kept["count"]
+        self.max_proven = max(self.count, kept.get("max_proven", 1))
+        self.origin, self.rejections = "learned", min(kept.get("rejections", 0), LAST_SHORT_PAUSE)
+        self.waits = WAITS_TO_SHRINK - 1
+        if self.rejections:
+            self.retry_at_s = max(0.0, indexed_s + RETRY_SLOT_S)
+
+
+def blend(estimate: float, sample: float, gain: float) -> float:
+    """Return the EWMA of an estimate and a sample, the sample clipped to CLIP times off."""
+    return estimate + gain * (min(max(sample, estimate / CLIP), estimate * CLIP) - estimate)
+
+
+def scaled(estimate: float, ratio: float, gain: float) -> float:
+    """Return the EWMA of an estimate and of a sample that is `ratio` times as much."""
+    return blend(estimate, max(ratio, 1e-6) * estimate, gain)
+
+
+def usual_prefill_s(samples: collections.deque[float]) -> float:
+    """Return the seconds a token that prompts take which no cache held, from samples of which some were cached.
+
+    A cache only makes samples faster than true, so the slow ones count: the mean of those near the slowest that another
+    one agrees with. Of twenty samples the slowest may be an outlier, too.
+    """
+    ordered = sorted(samples, reverse=True)
+    ordered = ordered[(len(ordered) - 1) // 10:]
+    mean = next((slow for slow, next_s in itertools.pairwise(ordered) if slow <= SPREAD * next_s), ordered[0])
+    for _ in range(2):
+        near = [sample for sample in ordered if mean / SPREAD <= sample <= mean * SPREAD]
+        mean = sum(near) / len(near)
+    return mean
+
+
+def beyond(estimate: float, least: float, most: float) -> float:
+    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
+    return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
+
+
+class SpeedEstimate:
+    """How fast a model is on its node, as measured; 0 = not yet. All for a lone request."""
+
+    __slots__ = ("prefill_s", "prefills", "slow_prefill_s", "decode_s", "off_decode_s", "input_s", "samples",
+                 "confirmed_s", "load_s", "lines_per_token", "streams")
+
+    def __init__(self) -> None:
+        self.prefill_s = 0.0        # a prompt token
+        self.prefills: collections.deque[float] = collections.deque(maxlen=PREFILLS_KEPT)   # samples of it
+        self.decode_s = 0.0         # an output token
+        self.slow_prefill_s = self.off_decode_s = 0.0   # the last samples, if they were grossly off
+        self.input_s = 0.0          # a text to embed, beside its tokens
+        self.samples = 0            # behind decode_s, or behind input_s of what only embeds
+        self.confirmed_s = -math.inf        # when an answer last agreed with decode_s
+        self.load_s = 0.0
+        self.lines_per_token = 1.0  # streamed lines, as this model sends them
+        self.streams = 0            # behind that
+
+    @property
+    def gain(self) -> float:
+        """Return the weight of one more sample."""
+        return max(SPEED_GAIN, 1 / (self.samples + 1))
+
+    def is_confirmed(self, now: float) -> bool:
+        """Tell whether an answer has lately agreed with it."""
+        return now - self.confirmed_s < CONFIRMED_S
+
+    def learn_prefill(self, known: float, sample: float, tokens: float) -> None:
+        """Take in the seconds a token that a prompt of so many tokens took, in place of `known`.
+
+        Two samples that agree and are grossly slower replace all before them.
+        """
+        if tokens <= FULL_PROMPT_TOKENS:
+            if not self.prefills:
+                self.prefill_s = blend(known, sample, self.gain * tokens / FULL_PROMPT_TOKENS)
+            return
+        before, self.slow_prefill_s = self.slow_prefill_s, sample if sample > GROSS * known else 0.0
+        if before and self.slow_prefill_s and 1 / ALIKE <= sample / before <= ALIKE:
+            self.prefills.clear()
+            self.prefills.append(before)
+        self.prefills.append(sample)
+        self.prefill_s = usual_prefill_s(self.prefills)
+
+    def learn_decode(self, known: float, sample: float, now: float) -> tuple[float, float]:
+        """Take in the seconds that an output token took, in place of `known`; return (sample, gain) that count.
+
+        Two samples that agree and are grossly off replace an estimate, unless it was confirmed often and lately.
+        """
+        gain = self.gain
+        before, self.off_decode_s = self.off_decode_s, 0.0
+        if not self.samples:
+            self.decode_s = sample
+        elif 1 / GROSS <= sample / known <= GROSS:
+            self.decode_s = blend(known, sample, gain)
+            if 1 / ALIKE <= sample / known <= ALIKE:
+                self.confirmed_s = now
+        elif (before and 1 / ALIKE <= sample / before <= ALIKE
+              and (self.samples < MANY_SAMPLES or now - self.confirmed_s > LATELY_S)):
+            sample = self.decode_s = math.sqrt(before * sample)
+            self.samples, self.confirmed_s, gain = 1, now, 1.0
+        else:
+            self.decode_s, self.off_decode_s = blend(known, sample, gain), sample
+        self.samples += 1
+        return sample, gain
+
+    def learn_lines(self, lines: int, tokens: int) -> None:
+        """Take in how many lines a stream had for its tokens."""
+        if lines > 8 and tokens > 8:
+            self.streams += 1
+            self.lines_per_token += max(SPEED_GAIN, 1 / self.streams) * (lines / tokens - self.lines_per_token)
+
+    def recall(self, kept: Json) -> None:
+        """Take over what an earlier run has kept; it counts as no more than a few samples."""
+        for name in KEPT_OF_SPEEDS.keys() & kept.keys():
+            setattr(self, name, kept[name])
+        self.samples, self.streams = min(self.samples, KEPT_SAMPLES), min(self.streams, KEPT_SAMPLES)
+        if self.prefill_s:
+            self.prefills.extend([self.prefill_s] * KEPT_SAMPLES)
+
+
+# -----------------------------------------------------------------------------
+# Runners: what is known of one model on one node?
+#
+# Its residency, what runs there, and its two estimates: slots and speeds. Speeds that were not measured yet are priors,
+# scaled by the other models of the node.
+# -----------------------------------------------------------------------------
+
+KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
+BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones its cache may have held
+FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
+PRIOR_INPUT_S = 0.0025              # per text to embed, beside its tokens: one call to the engine
+CPU_SLOWDOWN = 20.0                 # of a model that lies wholly in main memory; 10 to 50 times were seen
+PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
+
+
+class Prefixes:
+    """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
+
+    def __init__(self) -> None:
+        self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
+        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
+
+    def remember(self, prefix: Prefix, most: int) -> None:
+        """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
+        whole = prefix[-1][0]
+        if whole in self.prompts:
+            self.prompts.move_to_end(whole)
+            return
+        self.prompts[whole] = prefix
+        for part, _ in prefix:
+            self.parts[part] = self.parts.get(part, 0) + 1
+        while len(self.prompts) > most:
+            _, prefix = self.prompts.popitem(last=False)
+            for part, _ in prefix:
+                self.parts[part] -= 1
+                if not self.parts[part]:
+                    del self.parts[part]
+
+    def common_chars(self, prefix: Prefix) -> int:
+        """Return how many leading characters a prompt shares with one of those remembered."""
+        if self.parts:
+            for part, chars in reversed(prefix):
+                if part in self.parts:
+                    return chars
+        return 0
+
+    def clear(self) -> None:
+        """Forget all: the model was unloaded."""
+        self.prompts.clear()
+        self.parts.clear()
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """One model on one node: its residency, its slots and its speed, as far as they are known.
+
+    Names of the same weights share one, as they do in Ollama. What belongs to a name is in `Node.rows`.
+    """
+
+    node: Node
+    model: str                      # one of its names
+    models: list[str] = field(default_factory=list)     # all of them
+    disk_bytes: float = PRIOR_MODEL_BYTES
+    vram_bytes: float = 0.0         # when resident; 0 = never seen
+    cpu_share: float | None = None  # of it that is in main memory, when resident; None = never seen
+    ready_s: float | None = None    # when it is or will be loaded; None = not resident
+    options: RunnerOptions | None = None    # those it was loaded with; None = unknown, taken to match
+    context: int = 0                # tokens that it was loaded for, as /api/ps tells; 0 = unknown
+    own_context: int = 0            # the same, when it was loaded without num_ctx; 0 = never seen
+    keep_alive_s: float = KEEP_LOADED_S     # of its last request that told
+    listed: Json = field(default_factory=dict)  # its row in the last /api/ps
+    leases: list[Lease] = field(default_factory=list)
+    used_s: float = -math.inf       # last sent to
+    slots: SlotEstimate = field(default_factory=SlotEstimate)
+    speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
+    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to the first byte of what
+                                    # need not wait, over what its tokens let expect
+    progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
+    shared_s: float = 0.0           # the same, had the node run at its usual speed
+    prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
+    beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
+    breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
+
+    @property
+    def row(self) -> Json:
+        """Its entry in the node's /api/tags; {} if it has none."""
+        return self.node.rows.get(self.model, {})
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the node has it, under any name."""
+        return any(model in self.node.rows for model in self.models)
+
+    # Speeds, the priors scaled by the node's other models while nothing was measured.
+
+    def cpu_factor(self) -> float:
+        """Return how many times slower than on a card it must be expected to run, by where its memory is."""
+        share = float(self.node.on_cpu) if self.cpu_share is None else self.cpu_share
+        return 1.0 + (CPU_SLOWDOWN - 1.0) * share
+
+    def decode_s(self) -> float:
+        """Return seconds per output token, alone."""
+        return self.speeds.decode_s or (self.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * self.node.size_factor
+                                        * self.cpu_factor())
+
+    def prefill_s(self) -> float:
+        """Return seconds per prompt token, alone."""
+        return self.speeds.prefill_s or (self.disk_bytes / 1e9 * PRIOR_PREFILL_S_PER_GB * self.node.size_factor
+                                         * self.cpu_factor())
+
+    def input_s(self) -> float:
+        """Return seconds per text to embed, alone, beside what its tokens take."""
+        return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
+
+    def load_s(self) -> float:
+        """Return how long it takes to load."""
+        return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
+
+    def resident_bytes(self) -> float:
+        """Return the memory that it takes when resident; weights and some context if never seen."""
+        return self.vram_bytes or self.disk_bytes * 1.2
+
+    # Requests.
+
+    def begin(self, lease: Lease, now: float) -> None:
+        """Note that a request is sent."""
+        spec = lease.ticket.spec
+        if lease.loads:
+            self.assume_loaded(spec.options, lease.ready_s)
+        if spec.keep_alive_s is not None:
+            self.keep_alive_s = spec.keep_alive_s
+        if spec.prefix and not spec.embeds:
+            shared_chars = self.beginnings.common_chars(spec.prefix)
+            lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
+            self.prefixes.remember(spec.prefix, self.slots.count + 2)
+            ends = spec.prefix
+            if len(ends) > PREFIX_FIRST:
+                ends = (*ends[:PREFIX_FIRST], ends[-1])
+            self.beginnings.remember(ends, BEGINNINGS_KEPT)     # a kilobyte each
+        if not self.leases:
+            self.node.busy.append(self)
+        elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
+            lease.order_unknown = self.leases[-1].order_unknown = True
+        if spec.embeds:
+            lease.has_list_input = any(other.ticket.spec.inputs > 1 for other in (lease, *self.leases))
+        meet(lease)
+        self.leases.append(lease)
+        lease.position = len(self.leases)
+        self.used_s = now
+        if lease.loads:
+            self.node.loading.append(lease)
+
+    def end(self, lease: Lease, now: float) -> None:
+        """Note that a request has ended; those sent after it may have waited for that."""
+        place = self.leases.index(lease)
+        del self.leases[place]
+        for later in self.leases[place:]:
+            later.left_s += (now,)
+            if later.first_s is None and later.predecessor_left_progress_s is None:
+                later.predecessor_left_progress_s = self.progress_s
+        self.used_s = now
+        self.node.end_load(lease, now)
+        if not self.leases:
+            self.node.busy.remove(self)
+            if not self.keep_alive_s:       # the node unloads it at once
+                self.assume_unloaded()
+        self.node.changes.note(self.models)
+
+    def confirm_slots(self, running: int, now: float) -> None:
+        """Note that so many requests ran at once."""
+        self.note_slots(self.slots.confirm(running, now))
+
+    def note_slots(self, changed: bool) -> None:
+        """Forget what was reckoned with another count of slots, if it has changed."""
+        if changed:
+            self.node.kept_snapshot = None
+            self.node.changes.note(self.models)
+
+    def set_slots(self) -> None:
+        """Take over the slots that hosts.txt tells."""
+        self.slots.configure(self.node.settings.slots, bool(self.row) and embeds_only(self.row))
+
+    # Residency.
+
+    def assume_loaded(self, options: RunnerOptions, ready_s: float) -> None:
+        """Note that a request makes the node load it, and what Ollama will evict for it."""
+        while must_evict(self):
+            victim(self).assume_unloaded()
+        self.assume_unloaded()
+        self.ready_s, self.options = ready_s, options
+
+    def assume_unloaded(self) -> None:
+        """Note that it is no longer resident; its prefix cache went with it."""
+        self.ready_s, self.options, self.listed = None, None, {}
+        self.context, self.keep_alive_s = 0, KEEP_LOADED_S
+        self.prefixes.clear()
+        self.beginnings.clear()
+
+    def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
+        """Take over its row of /api/ps, None if it has none; tell whether predictions change.
+
+        What was placed since `asked_s` is trusted without it.
+        """
+        self.listed = row or {}
+        if row:
+            changed = self.cpu_share != cpu_share(row)
+            self.vram_bytes, self.cpu_share = row_vram_bytes(row), cpu_share(row)
+            if self.ready_s is None or self.ready_s <= asked_s:     # else it may be of what ran before
+                if self.context and self.context != context_of(row):
+                    self.options = None     # somebody else has had it loaded anew
+                self.context = context_of(row)
+                if self.options is not None and not dict(self.options).get("num_ctx"):
+                    self.own_context = self.context
+            if self.ready_s is None:
+                self.ready_s, self.options = now, None
+                return True
+            return changed
+        if self.ready_s is None:
+            return False
+        if not self.leases and self.used_s < asked_s - 1.0:
+            self.assume_unloaded()
+            return True
+        if not any(lease in self.node.loading or lease.first_s is not None or lease.sent_s >= asked_s - 1.0
+                   for lease in self.leases):
+            self.wait_for_load(now)
+            return True
+        return False
+
+    def wait_for_load(self, now: float) -> None:
+        """Note that it was taken for loaded and is not: what was sent waits for it, behind what loads already."""
+        self.ready_s = now + self.load_s()
+        for lease in self.leases:
+            lease.ready_s = self.ready_s
+        self.node.loading += self.leases
+
+    def recall(self, kept: Json) -> None:
+        """Take over what was kept of it, if it is the same version."""
+        digest = digest_of(self.node, self.model)
+        if kept.get("digest") and digest and kept["digest"] != digest:
+            return
+        self.vram_bytes = kept.get("vram_bytes", self.vram_bytes)
+        self.speeds.recall(kept)
+        self.unqueued_ratio = {name == "true": ratio for name, ratio in kept.get("unqueued_ratio", {}).items()}
+        self.slots.recall(kept, self.node.indexed_s)
+
+
+def resident_runners(node: Node, exclude: Runner | None = None) -> list[Runner]:
+    """Return the runners of a node whose models are loaded or loading, `exclude` not among them."""
+    return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not exclude]
+
+
+def must_evict(runner: Runner) -> bool:
+    """Tell whether loading the model would push another one out."""
+    others = resident_runners(runner.node, exclude=runner)
+    held_bytes = sum(other.resident_bytes() for other in others)
+    return runner.node.memory.is_overfilled(held_bytes, runner.resident_bytes(), len(others))
+
+
+def victim(runner: Runner) -> Runner:
+    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
+
+    When it was last used plays no part.
+    """
+    return min(resident_runners(runner.node, exclude=runner),
+               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
+
+
+# -----------------------------------------------------------------------------
+# Prediction: when would this request be finished there?
+#
+#     finish = wait for a slot or for the model, whichever is longer
+#            + prefill of what the prefix cache lacks + decode of the expected output
+#            + harm to other models that run there + the load that an eviction will cost somebody later
+#
+# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
+# speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
+# All of these only read the nodes; an Offer and its NodeSnapshot keep what was reckoned until something happens there.
+# The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
+# -----------------------------------------------------------------------------
+
+# These, their plateaus and what each is worth were measured on a simulator with real token traces.
+BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
+HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
+FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
+OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
+
+# By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
+BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
+
+
+def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
+    """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
+    running, models = len(runner.leases), len(node.busy)
+    if extra and not running:
+        models += 1
+    together = runner.slots.count if full else min(runner.slots.count, running + extra)
+    return BATCH_SLOWDOWN[min(together, 256)] * (models or 1) / node.speed
+
+
+def to_first_byte_s(runner: Runner, new_tokens: float, spec: RequestSpec) -> float:
+    """Return how long a request takes alone to its first byte; the prefix cache lacks `new_tokens` of its prompt."""
+    texts_s = spec.inputs * runner.input_s() if spec.embeds else 0.0
+    return runner.node.overhead_s + new_tokens * runner.prefill_s() + texts_s
+
+
+def alone_s(runner: Runner, demand: Demand) -> float:
+    """Return how long a request takes alone, if the prefix cache holds nothing of it."""
+    return to_first_byte_s(runner, demand.prompt_tokens, demand.spec) + demand.output_tokens * runner.decode_s()
+
+
+def solo_left_s(lease: Lease, now: float) -> float:
+    """Return the solo-seconds that a running request still needs; it never counts as nearer its end than 0.3 of it."""
+    runner = lease.slot
+    tokens_left = max(lease.output_tokens - lease.lines / runner.speeds.lines_per_token, 0.3 * lease.output_tokens)
+    decode_left_s = tokens_left * runner.decode_s()
+    if lease.first_s is not None:
+        return decode_left_s
+    advanced_s = runner.progress_s - lease.start_progress_s
+    prefill_left_s = max(0.0, to_first_byte_s(runner, lease.new_tokens, lease.ticket.spec) - advanced_s)
+    return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
+
+
+def meet(lease: Lease) -> None:
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
+
+    Of a request that does not stream nobody sees the end of its prefill.
+    """
+    runner, new_tokens, crowd_tokens = lease.slot, lease.new_tokens, 0.0
+    overhead_s, token_s, progress_s = lease.node.overhead_s, runner.prefill_s(), runner.progress_s
+    stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0    # else it waits in the node
+    for other in runner.leases:
+        other.stall_tokens += stalling_tokens
+        if other.first_s is None and (other.ticket.spec.stream or
+                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
+            crowd_tokens += other.new_tokens
+            other.crowd_tokens += new_tokens
+    lease.crowd_tokens = crowd_tokens
+
+
+def stall(lease: Lease) -> None:
+    """Note that a lease's prefill has fallen into the answers of the others on its runner."""
+    for other in lease.slot.leases:
+        if other is not lease:
+            other.stall_tokens += lease.new_tokens
+
+
+def clamped_context(runner: Runner, num_ctx: float) -> float:
+    """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
+    most = context_of(runner.row.get("details"))
+    return min(num_ctx, most) if most else num_ctx
+
+
+def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
+    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
+    """
+    if not wanted and not loaded and runner.options is not None:
+        return True                 # the server's default, whatever that is
+    there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
+    needed = clamped_context(runner, wanted) if wanted else runner.own_context
+    if there and needed:
+        return there == needed
+    return runner.options is None or wanted == loaded
+
+
+def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
+    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
+
+    What is unknown is taken to suit.
+    """
+    if runner.ready_s is None:
+        return False
+    if runner.options == spec.options or runner.options is None and not runner.context:
+        return True
+    wanted, loaded = {**USUAL_OPTIONS, **dict(spec.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
+    if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
+        return False
+    return runner.options is None or wanted == loaded
+
+
+def last_end_s(runner: Runner, now: float) -> float:
+    """Return when the last request that runs there would be finished, in seconds from now."""
+    slow = slowdown(runner.node, runner)
+    return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
+
+
+def cached_tokens(runner: Runner, demand: Demand) -> float:
+    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
+    if runner.ready_s is None:
+        return 0.0
+    chars = runner.prefixes.common_chars(demand.spec.prefix)
+    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
+
+
+def harm_s(node: Node, now: float) -> float:
+    """Return what one more model at work costs the requests that run on a node: each gets slower."""
+    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
+               for other in node.busy)
+
+
+class MemoryLoad(NamedTuple):
+    """What a model that is to be loaded meets in a node's memory."""
+
+    held_bytes: float
+    count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
+    loaded_at_s: float              # loads come one after the other
+    drained_at_s: float             # one of the others can be evicted
+
+
+def memory_load(node: Node, now: float) -> MemoryLoad:
+    """Return the MemoryLoad of a node."""
+    there = resident_runners(node)
+    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+    return MemoryLoad(sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
+                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
+
+
+class Prediction(NamedTuple):
+    """What will become of a request on a node, in seconds from now."""
+
+    demand: Demand
+    start_s: float                  # a slot is free and the model there
+    ready_s: float                  # the model is there
+    prefill_s: float                # the request's own work, alone
+    decode_s: float
+    slow: float                     # times longer, with those that run beside it
+    new_tokens: float               # what the prefix cache lacks
+    loads: bool
+
+
+class Offer:
+    """What a runner can do for one more request, as long as nothing begins or ends on its node.
+
+    A ticket that is held back for it claims the first slot until it would be finished. What runs there now is looked
+    at only if no slot is free: mostly it is not needed.
+    """
+
+    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
+                 "decode_s", "input_s", "loading", "neighbours")
+
+    def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
+        node = runner.node
+        self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
+        self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
+        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
+                                    # needed
+        self.slow = slowdown(node, runner, 1)
+        self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
+        self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
+        if node.busy and not runner.leases:
+            self.fixed_s += snapshot.harm_s(now)
+        self.loading: tuple[float, float, float] | None = None      # see `load`
+        self.neighbours = len(runner.leases)
+
+    def first_s(self, now: float) -> float:
+        """Return when the first slot is free, in seconds from now."""
+        if self.free > 0:
+            return 0.0
+        if self.ends_at_s is None:
+            slow = slowdown(self.runner.node, self.runner)
+            self.ends_at_s = sorted([now + solo_left_s(lease, now) * slow for lease in self.runner.leases]
+                                    + [*self.claims_at_s])
+        return max(0.0, self.ends_at_s[-self.runner.slots.count] - now)
+
+    def claimed(self, at_s: float, now: float) -> Offer:
+        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
+        offer = Offer(self.runner, self.snapshot, now, (*self.claims_at_s, at_s))
+        if self.ends_at_s is not None:
+            offer.ends_at_s = sorted([*self.ends_at_s, at_s])
+        return offer
+
+    def load(self, now: float) -> tuple[float, float]:
+        """Return (when the model would be loaded, what that costs others later), in seconds from now."""
+        if self.loading is None or self.loading[0] != now:
+            runner, there = self.runner, self.snapshot.memory_load(now)
+            first_s, swaps = there.loaded_at_s - now, True
+            if runner.ready_s is not None:      # loaded with other options
+                first_s = max(first_s, 1.5 * last_end_s(runner, now))
+            elif runner.node.memory.is_overfilled(there.held_bytes, runner.resident_bytes(), there.count):
+                first_s = max(first_s, 1.5 * (there.drained_at_s - now))
+            else:
+                swaps = False
+            load = runner.load_s()  # what is evicted will have to come back
+            self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
+        return self.loading[1:]
+
+    def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
+        """Return when a request would begin, when its model would be there, and what a load costs others later."""
+        ready_at_s = self.runner.ready_s
+        if ready_at_s is not None and is_loaded_for(self.runner, demand.spec):
+            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
+        else:
+            ready_s, swap_s = self.load(now)
+        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
+
+    def slowed(self) -> float:
+        """Return how many times longer than alone a request would take, with those that run beside it."""
+        return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
+
+    def new_tokens(self, demand: Demand) -> float:
+        """Return how many tokens of a prompt the prefix cache lacks."""
+        if not self.runner.prefixes.parts:
+            return demand.prompt_tokens
+        return demand.prompt_tokens - cached_tokens(self.runner, demand)
+
+    def finish_s(self, demand: Demand, now: float) -> float:
+        """Return when a request would be finished, with what it costs others: what nodes are compared by.
+
+        Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
+        """
+        start_s, _, swap_s = self.start(demand, now)
+        prompt_s = self.new_tokens(demand) * self.prefill_s
+        work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
+        stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
+        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
+
+    def predict(self, demand: Demand, now: float) -> Prediction:
+        """Return the Prediction for a request that is to go here."""
+        start_s, ready_s, _ = self.start(demand, now)
+        new_tokens = self.new_tokens(demand)
+        prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
+        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
+                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
+                          not is_loaded_for(self.runner, demand.spec))
+
+
+class NodeSnapshot:
+    """What a request meets on a node, as long as nothing there begins or ends.
+
+    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
+    """
+
+    __slots__ = ("node", "at_s", "changes", "offers", "harmed_s", "memory")
+
+    def __init__(self, node: Node, now: float) -> None:
+        self.node, self.at_s, self.changes = node, now, node.changes.count
+        self.offers: dict[Runner, Offer] = {}
+        self.harmed_s: float | None = None
+        self.memory: MemoryLoad | None = None
+
+    def harm_s(self, now: float) -> float:
+        """Return what a request of a model that does not run there costs those that do."""
+        if self.harmed_s is None:
+            self.harmed_s = harm_s(self.node, now)
+        return self.harmed_s
+
+    def memory_load(self, now: float) -> MemoryLoad:
+        """Return the MemoryLoad that a model to be loaded meets."""
+        if self.memory is None:
+            self.memory = memory_load(self.node, now)
+        return self.memory
+
+    def offer(self, runner: Runner, now: float) -> Offer:
+        """Return the Offer of one of the node's runners."""
+        offer = self.offers.get(runner)
+        if offer is None:
+            offer = self.offers[runner] = Offer(runner, self, now)
+        return offer
+
+
+class Candidate(NamedTuple):
+    """A node for a ticket; sorts by when it would be finished there, in seconds from now; those in doubt come last."""
+
+    in_doubt: bool
+    finish_s: float
+    order: int                      # ties go to the node listed first
+    offer: Offer
+
+    @property
+    def runner(self) -> Runner:
+        return self.offer.runner
+
+
+def overdue_s(prediction: Prediction, times: float = 1) -> float:
+    """Return after how many seconds without a byte an answer is `times` far later than predicted."""
+    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.spec.silent else 0.0)
+    return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
+
+
+def quiet_s(runner: Runner, prediction: Prediction) -> float:
+    """Return the seconds for which an answer may show nothing before its node is in doubt; more if little is known.
+
+    A race waits for no such leave: where a prediction is a mere guess, another node is the better bet.
+    """
+    samples = runner.speeds.samples
+    unsure = 1 if samples >= 3 else 4 if samples else 10        # a CPU is 30 times slower than the prior
+    return overdue_s(prediction, unsure)
+
+
+# -----------------------------------------------------------------------------
 # Policies: which waiting ticket goes to which node, now?
 #
 # A policy is asked whenever something has changed that could let a ticket run: an arrival, the end of a lease, a node
@@ -4152,6 +4549,14 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 # ticket back when the only free node would be 1.4 times slower than waiting for a better one. A ticket that is held
 # takes its virtual place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
+
+HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
+LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
+FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
+MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
+YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
+DECISIONS_KEPT = 100
+
 
 @dataclass(slots=True)
 class DispatchPass:
@@ -4469,11 +4874,198 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 # -----------------------------------------------------------------------------
+# Waiting room: who is next?
+#
+# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. A key never
+# changes, so the order of two waiting tickets never changes: a heap suffices, and ageing costs nothing. A batch
+# request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
+#
+# Fair share is start-time fair queueing (Goyal 1996): each request of a client starts, virtually, when that client's
+# previous request of the same or a higher priority ends. So the many requests of one client delay nobody else, and
+# its batch work does not delay its own urgent work. A client with nothing waiting or running owes nothing.
+# -----------------------------------------------------------------------------
+
+HEAD_START_S = 6.0                  # one level of priority, in seconds of waiting; high is 18 s before normal
+
+
+class FairShare:
+    """Keep, per client and priority, the virtual time at which its next request starts."""
+
+    def __init__(self) -> None:
+        self.next_s: dict[str, dict[int, float]] = {}           # client: {priority: virtual seconds}
+        self.begun_s: dict[tuple[str, int], float] = {}         # (client, priority): virtual start of the last request
+        self.active: collections.Counter[tuple[str, int]] = collections.Counter()   # requests that wait or run
+
+    def start_s(self, spec: RequestSpec, now: float) -> float:
+        """Return the virtual start of a new request: not before what the client has asked for with higher priority."""
+        levels = self.next_s.get(spec.client)
+        if not levels:
+            return now
+        return max([now, *(next_s for priority, next_s in levels.items() if priority >= spec.priority)])
+
+    def charge(self, spec: RequestSpec, now: float, cost_s: float) -> float:
+        """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
+        start_s = self.start_s(spec, now)
+        self.next_s.setdefault(spec.client, {})[spec.priority] = start_s + cost_s
+        self.begun_s[spec.client, spec.priority] = start_s
+        self.active[spec.client, spec.priority] += 1
+        return start_s
+
+    def correct(self, spec: RequestSpec, more_s: float) -> None:
+        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
+
+        The next one starts no earlier than the last one did: a client's requests keep their order.
+        """
+        account, levels = (spec.client, spec.priority), self.next_s.get(spec.client, {})
+        if account in self.active:
+            levels[spec.priority] = max(self.begun_s[account], levels[spec.priority] + more_s)
+
+    def settle(self, spec: RequestSpec) -> None:
+        """Count a request as gone; forget a client with none left."""
+        account = spec.client, spec.priority
+        self.active[account] -= 1
+        if not self.active[account]:
+            levels = self.next_s[spec.client]
+            del self.active[account], self.begun_s[account], levels[spec.priority]
+            if not levels:
+                del self.next_s[spec.client]
+
+
+class WaitingRoom:
+    """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
+
+    def __init__(self, max_tickets: int = 1024, timeout_s: float = 240.0) -> None:
+        self.max_tickets, self.timeout_s = max_tickets, timeout_s
+        self.heaps: dict[str | None, list[Entry]] = {}      # by model
+        self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
+        self.tickets: dict[Ticket, None] = {}   # that wait, in the order of their coming
+        self.fair = FairShare()
+        self.seq = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self.tickets)
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether a new ticket has to displace another one."""
+        return len(self.tickets) >= self.max_tickets
+
+    def key_s(self, spec: RequestSpec, now: float) -> float:
+        """Return the key that a new request would have: when it starts virtually, less its head start."""
+        return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
+
+    def enter(self, id: str, demand: Demand, cost_s: float, now: float) -> Ticket:
+        """Return a waiting ticket for a request that will keep the whole cluster busy for `cost_s`."""
+        spec = demand.spec
+        key_s = self.fair.charge(spec, now, cost_s) - HEAD_START_S * spec.priority
+        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand)
+        self.push(ticket)
+        return ticket
+
+    def unqueued(self, id: str, spec: RequestSpec, now: float) -> Ticket:
+        """Return a ticket for a request that takes no slot: it never waits."""
+        return Ticket(id, spec, now, now, next(self.seq))
+
+    def push(self, ticket: Ticket) -> None:
+        """Put a ticket at the place that its key gives it."""
+        ticket.state = TicketState.WAITING
+        self.tickets[ticket] = None
+        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
+
+    def discard(self, ticket: Ticket) -> None:
+        """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
+        if ticket.state is not TicketState.WAITING:
+            return
+        ticket.state = TicketState.IDLE
+        del self.tickets[ticket]
+        model = ticket.spec.model
+        self.marked[model] += 1
+        heap = self.heaps.get(model, [])
+        if self.marked[model] > 16 + len(heap) // 2:
+            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
+            heapq.heapify(heap)
+            del self.marked[model]
+
+    def first(self, model: str | None) -> Entry | None:
+        """Return the first waiting entry of a model, or None."""
+        heap = self.heaps.get(model, ())
+        while heap and heap[0][2].state is not TicketState.WAITING:
+            heapq.heappop(heap)
+            self.marked[model] -= 1
+        if not heap:
+            self.heaps.pop(model, None)
+            self.marked.pop(model, None)
+            return None
+        return heap[0]
+
+    def pop(self, model: str | None) -> Entry:
+        """Take the first waiting entry of a model out of its heap; it still waits, until `restore` or `take`."""
+        self.first(model)           # takes those out that do not wait
+        return heapq.heappop(self.heaps[model])
+
+    def restore(self, entry: Entry) -> None:
+        """Put an entry that `pop` returned back to its place."""
+        heapq.heappush(self.heaps.setdefault(entry[2].spec.model, []), entry)
+
+    def take(self, ticket: Ticket) -> None:
+        """Let a ticket whose entry was popped wait no longer."""
+        ticket.state = TicketState.IDLE
+        del self.tickets[ticket]
+
+    def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
+        """Take a waiting ticket out with the answer that its client gets. Its entry may have been popped or not."""
+        self.discard(ticket)
+        ticket.state, ticket.refusal = TicketState.REFUSED, refusal
+        return ticket
+
+    def late(self, now: float) -> list[Ticket]:
+        """Return the tickets that have waited for too long."""
+        return [ticket for ticket in self.tickets if now - ticket.since_s >= self.timeout_s]
+
+    def leave(self, ticket: Ticket) -> bool:
+        """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
+        if ticket.state is TicketState.LEFT:
+            return False
+        self.discard(ticket)
+        ticket.state = TicketState.LEFT
+        self.fair.settle(ticket.spec)
+        return True
+
+    def to_displace(self, client: str, key_s: float) -> Ticket | None:
+        """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
+
+        It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
+        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
+        has begun stays. O(n), so for a full queue only.
+        """
+        waiting = [ticket for ticket in self.tickets if not ticket.begun]
+        counts = collections.Counter(ticket.spec.client for ticket in waiting)
+        counts[client] += 1
+        most = max(counts.values())
+        last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
+                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+        return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
+
+    def in_order(self) -> list[Ticket]:
+        """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
+        return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
+
+
+# -----------------------------------------------------------------------------
 # Dispatcher: what becomes of a ticket, from its arrival to its end?
 #
 # The thin owner that ties waiting room, cluster and policy together.
 # -----------------------------------------------------------------------------
 
+OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
+RACE_LOAD_S = 60.0                  # of silence, before a request that loads a model is raced: to lose ends the load
+RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
+STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
+JUDGE_S = 2.0                       # a stream's speed is judged so often
+PRIOR_OUTPUT_TOKENS = 150.0
+CHARS_PER_TOKEN = 4.0
+FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
+ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
 
 
@@ -4740,6 +5332,192 @@ class Dispatcher:
                 and not any(self.waiting.first(model) for model in node.rows))
 
 
+class OutputLengths:
+    """Learn how many tokens a model answers with, by size of the prompt."""
+
+    def __init__(self) -> None:
+        self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
+        self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
+        self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
+        self.chars_per_token = CHARS_PER_TOKEN
+
+    def expect(self, prompt_tokens: float) -> float:
+        """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
+        mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
+        weight = min(samples, 50)
+        return (weight * mean + 4 * self.mean) / (weight + 4)
+
+    def learn(self, prompt_tokens: float, output_tokens: float) -> None:
+        """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
+        expected = max(1.0, self.expect(prompt_tokens))
+        if self.off and (self.off[-1] > expected) != (output_tokens > expected):
+            self.off.clear()
+        self.off = [*self.off, output_tokens] if not 1 / GROSS <= output_tokens / expected <= GROSS else []
+        if len(self.off) >= OFF_LENGTHS:
+            self.mean, self.samples = sum(self.off) / len(self.off), len(self.off)
+            self.buckets.clear()
+            self.off = []
+            return
+        self.samples += 1
+        self.mean += max(OUTPUT_GAIN, 1 / self.samples) * (output_tokens - self.mean)
+        bucket = self.buckets.setdefault(int(prompt_tokens).bit_length(), [self.mean, 0])
+        bucket[1] += 1
+        bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
+
+
+class Demand(NamedTuple):
+    """What a request asks for, in the tokens that it is expected to cost."""
+
+    spec: RequestSpec
+    prompt_tokens: float
+    output_tokens: float
+    samples: int                    # answers that the model's lengths were learned from
+    inputs: int = 0                 # texts to embed
+
+
+class Estimates:
+    """What the cluster has learned of models, whichever node they ran on."""
+
+    def __init__(self) -> None:
+        self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
+
+    def demand(self, spec: RequestSpec) -> Demand:
+        """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
+        lengths = self.lengths.get(spec.model)
+        if lengths is None:
+            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
+        else:
+            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
+            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
+        if spec.embeds:
+            output_tokens = 0.0
+        elif spec.max_output is not None:
+            output_tokens = min(output_tokens, spec.max_output)
+        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
+
+    def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
+        """Take in how many tokens a prompt was, if its answer told."""
+        if prompt_tokens and spec.prompt_chars > 200:
+            lengths = self.lengths[spec.model]
+            lengths.chars_per_token = blend(lengths.chars_per_token, spec.prompt_chars / prompt_tokens, 0.1)
+
+    def demand_of(self, ticket: Ticket) -> Demand:
+        """Return the Demand of a ticket, reckoned anew if its model has answered since."""
+        lengths = self.lengths.get(ticket.spec.model)
+        demand = ticket.demand
+        if demand is None or lengths is not None and lengths.samples != demand.samples:
+            demand = ticket.demand = self.demand(ticket.spec)
+        return demand
+
+
+class Rates(NamedTuple):
+    """What a node needs for the requests of a model, in seconds."""
+
+    at_once: float                  # so many run there as if each were alone
+    overhead_s: float               # a request
+    prefill_s: float                # a token
+    decode_s: float
+    input_s: float                  # a text to embed
+
+
+class ClusterRates:
+    """How fast the whole cluster is with a model: what fair share charges by."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.rates: dict[str | None, tuple[float, int, list[Rates]]] = {}       # when reckoned, after which changes
+
+    def cost_s(self, demand: Demand, now: float) -> float:
+        """Return how long a request would keep the whole cluster busy, with all slots of all nodes at work on it.
+
+        Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
+        """
+        spec, prompt_tokens, output_tokens, _, inputs = demand
+        per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
+                     for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(spec.model, now)])
+        return 1 / per_s if per_s else 0.0
+
+    def rates_of(self, model: str | None, now: float) -> list[Rates]:
+        """Return what a model's nodes need for it: reckoned anew LOOK_AGAIN_S later, or when a node has changed."""
+        at_s, changes, rates = self.rates.get(model, (-math.inf, -1, []))
+        holders = self.cluster.holders.get(model)
+        if not holders:             # nothing is kept of names that clients make up
+            self.rates.pop(model, None)
+            return []
+        if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
+            rates = [Rates(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
+                           runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
+            self.rates[model] = now, self.cluster.changes.count, rates
+        return rates
+
+
+def left_s(lease: Lease, slow: float, now: float) -> float:
+    """Return when a running request is predicted to end, in seconds from now; if it shows no progress, by the clock."""
+    left_s = solo_left_s(lease, now) * slow
+    if lease.ticket.spec.stream:
+        return left_s
+    return min(left_s, max(lease.predicted_end_s - now, 0.3 * left_s))
+
+
+Place = tuple[float, int, list[float], Runner]      # of a heap: when it is free, tie-break, slot, runner
+
+
+class Forecast:
+    """When will waiting requests begin, one after the other, on the nodes that can serve them?
+
+    A slot of a node is taken by one request after the other, of any model, and is busy at first with what runs there.
+    """
+
+    def __init__(self, cluster: Cluster, now: float) -> None:
+        self.cluster, self.now = cluster, now
+        self.slots: dict[Node, list[list[float]]] = {}      # [[when a slot is free, in seconds from now], ...]
+        self.heaps: dict[str | None, list[Place]] = {}      # of each model
+        self.costs_s: dict[tuple[Runner, int, int], float] = {}     # by the size of a demand: its time in a slot
+
+    def slots_of(self, node: Node) -> list[list[float]]:
+        """Return the slots of a node, busy until what runs there now is predicted to end."""
+        if node not in self.slots:
+            count = max((runner.slots.count for runner in node.runners.values() if runner.on_disk), default=1)
+            ends_s = sorted(left_s(lease, slowdown(node, runner), self.now)
+                            for runner in node.busy for lease in runner.leases)[-count:]
+            self.slots[node] = [[end_s] for end_s in [0.0] * (count - len(ends_s)) + ends_s]
+        return self.slots[node]
+
+    def heap_for(self, demand: Demand) -> list[Place]:
+        """Return the slots where a model can run, the first one free on top; none before the model is there."""
+        heap = []
+        for runner in self.cluster.servers(demand.spec.model, self.now):
+            slots = self.slots_of(runner.node)
+            start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
+            least_s = start_s if runner.slots.count < len(slots) else ready_s   # its own slots, or all of the node's
+            heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
+        heapq.heapify(heap)
+        return heap
+
+    def cost_s(self, runner: Runner, demand: Demand) -> float:
+        """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
+        alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        if alike not in self.costs_s:
+            self.costs_s[alike] = alone_s(runner, demand) * BATCH_SLOWDOWN[min(len(self.slots_of(runner.node)), 256)]
+        return self.costs_s[alike]
+
+    def start_s(self, demand: Demand) -> float | None:
+        """Let the next request take the first slot that is free; return when. None if no node can serve it."""
+        model = demand.spec.model
+        if model not in self.heaps:
+            self.heaps[model] = self.heap_for(demand)
+        heap = self.heaps[model]
+        if not heap:
+            return None
+        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
+            _, order, slot, runner = heap[0]
+            heapq.heapreplace(heap, (slot[0], order, slot, runner))
+        start_s, order, slot, runner = heap[0]
+        slot[0] = start_s + self.cost_s(runner, demand)
+        heapq.heapreplace(heap, (slot[0], order, slot, runner))
+        return start_s
+
+
 def is_overdue(lease: Lease, now: float) -> bool:
     """Tell whether a node has shown nothing of anything for much longer than predicted for one of its answers."""
     node = lease.node
@@ -4779,6 +5557,343 @@ def judge_speed(lease: Lease, now: float) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Inference: how is a request served that needs a slot?
+#
+# It waits for a lease, and sends the request to the leased node. What fails before the client has a byte is tried on
+# another node: by the kind of failure, at most MAX_ATTEMPTS times, at the same place in the queue. An attempt that is
+# far overdue is raced by a second one. Whatever ends it, a lease is released once, in the `finally` around it.
+# -----------------------------------------------------------------------------
+
+# What the status of a node's answer says, and never its text: no list of texts is complete. Before a client has seen a
+# byte, all of these move a request on.
+BUSY_STATUSES = frozenset((408, 425, 429, 503, 508))    # 508: a gateway as a node, and its way leads back here
+PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))    # of what stands before a node
+TOO_LONG = re.compile(rb"context|too long|exceed", re.I)
+UNSUPPORTED = re.compile(rb"support", re.I)
+FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
+
+
+def failover_kind(status: int, body: bytes, has_model: bool) -> str | None:
+    """Return why an error answer is tried on another node, None if it is the client's own to have.
+
+    model: its runner is broken; busy, proxy: the node is, or what stands before it; missing: it has not the model
+    after all; route: it knows no such path, being older; length, feature: a larger window or another version may do.
+    Of a model that no node is known to have, such as those of the cloud, most answers are no fault of the node.
+    """
+    if status == 200 or status >= 500:
+        return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else "model"
+    if not has_model:
+        return None
+    if status == 404:
+        return "missing" if b"not found" in body and b"model" in body else "route"
+    if status == 400:
+        return "length" if TOO_LONG.search(body) else "feature" if UNSUPPORTED.search(body) else None
+    return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else None
+
+
+class NodeAnswer(NamedTuple):
+    """A node's own error answer, kept while another node is tried. If all refuse, the client gets the last one."""
+
+    node: str                       # its name
+    kind: str | None                # see failover_kind
+    head: ResponseHead
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return f"answered {self.head.status}: {error_text(self.body)}".rstrip(": ")
+
+    def error(self) -> Exception:
+        """Return the exception that tells it."""
+        return NodeRefused(self)
+
+
+class NodeRefused(Exception):
+    """A node has answered with an error of its own."""
+
+    def __init__(self, value: NodeAnswer) -> None:
+        super().__init__(f"{value.node}: {value.text}")
+        self.value = value
+
+
+async def begin(exchange: Exchange, lease: Lease) -> Begun:
+    """Send a request to the leased node and wait until its answer has begun, however long that takes.
+
+    Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
+    with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
+    """
+    pool, spec, head = exchange.gateway.node_io.pools[lease.node], exchange.spec, exchange.head
+
+    def on_connection(connection: NodeConnection) -> None:
+        lease.abandon = connection.fail
+        if lease.lost_to is not None:
+            connection.fail(lease.lost_to)
+
+    request = render_request(head, lease.node.settings, len(exchange.body))
+    repeatable = spec.repeatable and not spec.change
+    connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
+    clean = has_begun = False
+    try:
+        if spec.inference and await shows_failure(connection, answer):
+            collector = Collector(connection, answer)
+            text = await collector.collect()
+            clean = collector.clean
+            kind = failover_kind(answer.status, text, lease.runner is not None)
+            raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
+        has_begun = True
+        return Begun(lease, connection, answer)
+    finally:
+        lease.abandon = None
+        if not has_begun:
+            pool.give_back(connection, clean)
+
+
+async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
+    """Tell whether an answer is an error, begins with one, or is empty. Of one in one piece only the head is read."""
+    if answer.status != 200:
+        return answer.status >= 300
+    if is_stream(answer):
+        payload = await connection.first_payload(answer)
+        return not payload or FIRST_ERROR.match(payload) is not None
+    return answer.length == 0
+
+
+def pump(gateway: Gateway) -> None:
+    """Let the dispatcher match, and wake whoever waits for what it decided."""
+    leases, refused = gateway.dispatcher.dispatch(gateway.loop.time())
+    if leases or refused:
+        wake([*(lease.ticket for lease in leases), *refused])
+
+
+def wake(tickets: Iterable[Ticket]) -> None:
+    """Wake whoever waits for tickets: each has a lease or a refusal now."""
+    for ticket in tickets:
+        if ticket.waiter is not None and not ticket.waiter.done():
+            ticket.waiter.set_result(None)
+
+
+async def acquire_lease(gateway: Gateway, ticket: Ticket) -> Lease:
+    """Return the lease of a ticket, once it has one. Raises Refusal."""
+    pump(gateway)
+    while ticket.lease is None:
+        if ticket.refusal is not None:
+            raise ticket.refusal.error()
+        ticket.waiter = gateway.loop.create_future()
+        await ticket.waiter
+    return ticket.lease
+
+
+class Race:
+    """A second attempt beside one that is far overdue, on another node: the first byte wins.
+
+    It owns its task and its lease. Who awaits `winner` gets what they received; else `close` ends both, once.
+    """
+
+    def __init__(self, inference: Inference, first: Lease, lease: Lease) -> None:
+        self.inference, self.first, self.lease = inference, first, lease
+        self.is_closed = False
+        self.task = inference.loop.create_task(self.run())
+
+    async def run(self) -> Begun | None:
+        """Run the attempt; if it wins, the first one is given up."""
+        inference, begun = self.inference, None
+        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
+            begun = await inference.attempt(self.lease)
+        stream = begun_stream(inference.exchange)
+        if begun is not None and stream is not None:
+            begun = await self.rehearsed(begun, stream)
+        if begun is not None:
+            self.first.lost_to = Failure("raced", f"{self.lease.node.name} was faster")
+            if self.first.abandon is not None:
+                self.first.abandon(self.first.lost_to)
+        inference.gateway.telemetry.metrics.races[self.lease.node.name, "yes" if begun else "no"] += 1
+        return begun
+
+    async def rehearsed(self, begun: Begun, stream: LineRelay) -> Begun | None:
+        """Return an answer that can go on with a stream.
+
+        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
+        """
+        inference, transcript = self.inference, stream.transcript
+        known, is_taken = transcript.all_known(), False
+        try:
+            await rehearse(begun, known)
+            has_gone_on = not self.first.released and transcript.all_known() != known
+            is_taken = not has_gone_on and stream.can_be_continued()
+        except NodeFailure as failed:
+            inference.note(begun.lease, failed.value)
+        except Refusal:
+            inference.ticket.tried.add(begun.lease.node.name)
+        finally:
+            if not is_taken:
+                inference.close(begun)
+        return begun if is_taken else None
+
+    async def winner(self) -> Begun | None:
+        """Wait for the attempt and hand its answer over; None if it has none."""
+        begun = await self.task
+        self.is_closed = True
+        return begun
+
+    def close(self) -> None:
+        """Give the attempt up, with its lease and its answer, unless they were handed over.
+
+        The lease ends here, not in the task: one that is cancelled before its first step does nothing at all.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.task.cancel():
+            self.inference.end(self.lease)
+        elif not self.task.cancelled() and (begun := self.task.result()) is not None:
+            self.inference.close(begun)
+
+
+class Inference:
+    """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
+
+    def __init__(self, exchange: Exchange, ticket: Ticket) -> None:
+        self.exchange, self.record, self.ticket = exchange, exchange.record, ticket
+        self.gateway, self.loop = exchange.gateway, exchange.gateway.loop
+        self.dispatcher = self.gateway.dispatcher
+        self.race: Race | None = None       # under way
+        self.last: Answer | NodeAnswer = Answer(502, "no node answered")
+
+    async def run(self, take: Take) -> None:
+        """Try one node after the other; see serve_inference."""
+        try:
+            while True:
+                try:
+                    begun = await self.next_answer()
+                except Refusal as refusal:
+                    if self.ticket.attempts and refusal.status == 502:
+                        break       # what the last node said is a better answer
+                    raise
+                if begun is not None:
+                    if await self.pass_on(begun, take):
+                        return
+                    if stream := begun_stream(self.exchange):
+                        stream.transcript.rewind(begun.lease.node.name)
+                        self.ticket.pin_version_of(begun.lease.node)
+                is_final = isinstance(self.last, NodeAnswer) and self.last.kind is None
+                if self.race is None and (is_final or not self.dispatcher.retry(self.ticket, self.loop.time())):
+                    break
+            if isinstance(self.last, NodeAnswer):
+                self.ticket.forgive()
+            raise self.last.error()
+        finally:
+            self.ticket.race = None
+            self.end_race()
+
+    async def next_answer(self) -> Begun | None:
+        """Wait for what begins to answer; None if that has failed, and the request may move on."""
+        if self.race is None:
+            lease = await acquire_lease(self.gateway, self.ticket)
+            if not self.record.attempts:
+                self.record.queue_s = lease.sent_s - self.ticket.arrived_s
+            self.record.node, self.record.reason = lease.node.name, lease.reason
+            self.ticket.race = self.begin_race
+            begun = await self.attempt(lease)
+            self.ticket.race = None
+            if begun is not None:
+                self.end_race()
+                return begun
+        begun = await self.race.winner() if self.race else None
+        self.race = None
+        return begun
+
+    async def attempt(self, lease: Lease) -> Begun | None:
+        """Let the leased node begin to answer. The lease goes on only with what is returned."""
+        self.record.attempts += 1
+        begun = None
+        try:
+            begun = await begin(self.exchange, lease)
+        except (NodeRefused, NodeFailure) as failed:
+            self.note(lease, failed.value)
+        finally:
+            if begun is None:
+                self.end(lease)
+        return begun
+
+    async def pass_on(self, begun: Begun, take: Take) -> bool:
+        """Let the client have an answer that has begun; tell whether that went well, or another node may answer."""
+        lease, record = begun.lease, self.record
+        record.node, record.reason = lease.node.name, lease.reason
+        if lease.loads:
+            self.gateway.node_io.note_load(lease.node)
+        if self.exchange.transcript:    # silent in its midst, it may be raced by a replay
+            self.ticket.race, lease.abandon = self.begin_race, begun.connection.fail
+        try:
+            await take(self.exchange, begun)
+            return True
+        except (NodeRefused, NodeFailure) as failed:
+            self.note(lease, failed.value)
+            return False
+        finally:
+            self.ticket.race = lease.abandon = None
+            self.close(begun)
+
+    def begin_race(self, lease: Lease) -> None:
+        """Begin a second attempt, on another node."""
+        assert self.ticket.lease is not None    # the first attempt's
+        self.race = Race(self, self.ticket.lease, lease)
+
+    def end_race(self) -> None:
+        """Give up the second attempt, if there is one."""
+        if self.race is not None:
+            self.race.close()
+            self.race = None
+
+    def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
+        """Keep what a node said last, and hold it against the node if it is its fault."""
+        if failed.kind == "raced":
+            return
+        if isinstance(failed, NodeAnswer):
+            self.last = failed
+        elif not isinstance(self.last, NodeAnswer):
+            self.last = Answer(502, f"{lease.node.name}: {failed.text}")
+        if failed.kind is not None:
+            self.gateway.node_io.record_failure(lease, failed)
+
+    def end(self, lease: Lease) -> None:
+        """End a lease, unless it ended with the ticket of a client that left, and let others have its slot."""
+        if not lease.released:
+            self.dispatcher.release(lease, self.loop.time())
+            pump(self.gateway)
+
+    def close(self, begun: Begun) -> None:
+        """Give back what an answer was received with."""
+        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection, begun.clean)
+        self.end(begun.lease)
+
+
+# What is done with an answer that has begun. Raises NodeFailure or NodeRefused if another node may answer.
+Take = Callable[["Exchange", "Begun"], Awaitable[None]]
+
+
+async def serve_inference(exchange: Exchange, take: Take | None = None) -> None:
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
+
+    If a deterministic stream breaks off in its midst, another node goes on with it.
+    """
+    gateway, dispatcher, loop = exchange.gateway, exchange.gateway.dispatcher, exchange.gateway.loop
+    if exchange.spec.deterministic and gateway.options.rescue:
+        exchange.transcript = Transcript()
+    ticket = dispatcher.enter(exchange.record.id, exchange.spec, loop.time(), exchange.version)
+    try:
+        await Inference(exchange, ticket).run(take or relay_answer)
+    except (Refusal, NodeRefused) as ended:
+        stream = begun_stream(exchange)
+        if stream is None:
+            raise
+        dispatcher.rescued(whole=False)
+        break_off(exchange, stream, str(ended))
+    finally:
+        if dispatcher.leave(ticket, loop.time()):
+            pump(gateway)
+
+
+# -----------------------------------------------------------------------------
 # Upstream: how do the bytes get to a node and back?
 #
 # A NodeConnection carries one request at a time and then waits in its node's pool. Until the head of the answer is
@@ -4787,6 +5902,19 @@ def judge_speed(lease: Lease, now: float) -> None:
 # sockets directly: while the client's buffer is full nothing is read from the node, and the other way round for a
 # body on its way up. A connection is never used again whose last answer did not end exactly where its framing said.
 # -----------------------------------------------------------------------------
+
+TAKEN_LINES = 12 * KIB              # of an answer's piece, in one step: 4,096 chunks of one line, 4 ms
+READ_LINES, READ_BYTES = KIB, 4 * KIB   # the same where each line is read as JSON, 5 us each; bytes of one step then
+ERROR_BODY_BYTES = 1 * MIB          # a node's error answer, held until we know whether another node does better
+MAX_INTERIM = 16                    # 1xx answers before one request's own
+
+# There is no first-byte time-out here: an answer's head comes after queue, load and prefill. What ends a
+# request is a connection that ends: the kernel finds a vanished machine within 10 + 3 * 5 s.
+CONNECT_TIMEOUT_S = 5.0             # SYNs after 0, 1 and 3 s
+KEEP_ALIVE_IDLE_S, KEEP_ALIVE_PAUSE_S, KEEP_ALIVE_TRIES = 10, 5, 3
+MOST_IDLE_UPSTREAM = 32             # connections kept per node; a node has a few slots
+MOST_UNQUEUED = 64                  # requests without a slot, per node at once; the rest waits: descriptors must last
+
 
 def watch_for_death(sock: socket.socket) -> None:
     """Let the kernel find out whether the other machine is still there.
@@ -5254,925 +6382,226 @@ class Collector(Sink):
         return b"".join(self.parts)
 
 
+STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
+
+
+def is_stream(answer: ResponseHead) -> bool:
+    """Tell whether an answer is lines or events that come one after the other."""
+    return answer.fields.get(b"content-type", b"").lower().startswith(STREAM_KINDS)
+
+
 # -----------------------------------------------------------------------------
-# Access: may this request be made?
+# Wire to a node: how is a request written, and its answer read?
 #
-# `Access.check` asks in this order, and the first "no" is the answer:
-#
-#   1. A web page asks: may pages of its Origin ask here (CORS)?
-#   2. Is the Host a name of this machine, or one that DNS rebinding made lead here?
-#   3. With --keys: does the request give a key? Without: is an order to a node given on this machine?
-#   4. The request changes models, an account or nodes: may this key, and may this page?
-#
-# 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`).
-# A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
-# digest, so the time that a look-up takes says nothing about any key.
+# Lines go on as they came, except those that speak of one connection only. Bodies are decoded in steps: `feed` may be
+# given any split of the bytes.
 # -----------------------------------------------------------------------------
 
-OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
-DIGEST_SECRET = secrets.token_bytes(32)
-
-
-class KeySettings(NamedTuple):
-    """One line of the keys file, without the key."""
-
-    digest: bytes
-    name: str
-    priority: int = DEFAULT_PRIORITY    # of requests that ask for none
-    max_priority: int = 10
-    rate: tuple[int, float] = (0, 1.0)  # requests, in so many seconds; 0 = any number
-    concurrency: int = 0            # requests at once; 0 = any number
-    admin: bool = False             # may change models, accounts and nodes
-
-
-def digest_of_key(key: bytes) -> bytes:
-    """Return what is kept of a key."""
-    return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
-
-
-class Key:
-    """What one key allows, and how much of that is used up.
-
-    The rate is a token bucket: it fills steadily and holds the requests of one period, so that somebody who was quiet
-    may ask in a burst.
-    """
-
-    def __init__(self, settings: KeySettings) -> None:
-        self.settings = settings
-        self.tokens, self.filled_s = float(settings.rate[0]), 0.0
-        self.running = 0
-
-    def configure(self, settings: KeySettings) -> None:
-        """Take over a changed line; what is used up stays used up."""
-        self.settings = settings
-        self.tokens = min(self.tokens, settings.rate[0])
-
-    def take(self, now: float) -> None:
-        """Count a request as begun. Raises Refusal if the rate or the concurrency is used up."""
-        name, most, (count, period_s) = self.settings.name, self.settings.concurrency, self.settings.rate
-        if most and self.running >= most:
-            raise Refusal(429, f"the key {name} has {most} requests running, its most", retry_after_s=1.0)
-        if count:
-            self.tokens = min(count, self.tokens + (now - self.filled_s) * count / period_s)
-            self.filled_s = now
-            if self.tokens < 1:
-                raise Refusal(429, f"the key {name} has used up its {count} requests in {period_s:g} s",
-                              retry_after_s=(1 - self.tokens) * period_s / count)
-            self.tokens -= 1
-        self.running += 1
-
-    def give_back(self) -> None:
-        """Count a request as ended."""
-        self.running -= 1
-
-
-def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (field name, secret) for what a head gives as keys: X-API-Key, Bearer, or the password of Basic."""
-    if b"x-api-key" in fields:
-        yield b"x-api-key", fields[b"x-api-key"]
-    scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() == b"bearer":
-        yield b"authorization", secret.strip()
-    elif scheme.lower() == b"basic":            # browsers send it when they are asked for the dashboard
-        with contextlib.suppress(binascii.Error):
-            yield b"authorization", base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
-
-
-# Ollama's own list: any port of this machine, and what is no web page.
-LOCAL_ORIGINS = [f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
-                 for scheme in ("http", "https") for port in ("", ":*")] + [
-                     f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")]
-PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
-             b"Access-Control-Allow-Headers: Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
-             b"X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
-             b"X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
-             b"X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout,"
-             b"X-Priority,X-Request-Id,X-Api-Key",
-             b"Access-Control-Max-Age: 43200"]
-
-
-def is_listed(origin: str, allowed: Iterable[str]) -> bool:
-    """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
-                                 and origin.endswith(end)):
-            return True
-    return False
-
-
-def is_own_origin(origin: bytes, host: bytes) -> bool:
-    """Tell whether a page came from the Host that it asks: the dashboard does."""
-    return origin in (b"http://" + host, b"https://" + host)
-
-
-def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] | None:
-    """Return the lines that let a web page read the answer; [] if it came from `host` itself, None if it may not ask.
-
-    The nodes are not asked: they would compare the origin with a Host that no browser has seen.
-    """
-    if is_own_origin(origin, host):
-        return []
-    if "*" in allowed:
-        return [b"Access-Control-Allow-Origin: *"]
-    if is_listed(origin.decode("latin-1"), allowed):
-        return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
-    return None
-
-
-def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
-    """Tell whether a request comes from no web page, from one of the gateway's own, or from one of an allowed origin.
-
-    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
-    """
-    origin = fields.get(b"origin", b"")
-    if origin and is_listed(origin.decode("latin-1"), allowed):
-        return True
-    return ((not origin or is_own_origin(origin, fields.get(b"host", b"")))
-            and fields.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none"))
+MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
+MAX_TRAILER_BYTES = 16 * KIB
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[^\r\n]*)?\r\n")
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 @remembered
-def host_name(host: bytes) -> str:
-    """Return the name or address in a Host field, in lower case, without port and brackets."""
-    text = host.decode("latin-1").lower()
-    name = text.rpartition(":")[0] if re.search(r":\d*$", text) else text
-    return name.removeprefix("[").removesuffix("]")
+def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
+    """Return (status, reason, minor version) of a status line. Raises ProtocolError."""
+    match = STATUS_LINE.fullmatch(line)
+    if not match:
+        raise ProtocolError("malformed status line")
+    return int(match[2]), match[3] or b"", int(match[1])
 
 
-def literal(host: str) -> str | None:
-    """Return an IP address in its usual spelling; None for a name."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return None
+def parse_response(head: bytes, method: str) -> ResponseHead:
+    """Parse the head of the answer to a `method` request. Raises ProtocolError."""
+    first, *lines = head[:-4].split(b"\r\n")
+    status, reason, version = parse_status_line(first)
+    fields, raw_lines = parse_fields(lines)
+    length = parse_length(fields, version)
+    if method == "HEAD" or status < 200 or status in (204, 304):    # RFC 9112 6.3, step 1
+        length = 0
+    elif length == 0 and b"content-length" not in fields:           # step 8
+        length = UNTIL_CLOSE
+    keep_alive = wants_keep_alive(fields, version) and length != UNTIL_CLOSE
+    return ResponseHead(status, reason, version, fields, raw_lines, length, keep_alive)
+
+
+class LengthBody:
+    """Decode a body of known length; `done` once it is complete."""
+
+    verbatim = False                # see ChunkedBody
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> tuple[bytes, int]:
+        """Return (payload, count of bytes of `data` that belong to the body)."""
+        if len(data) > self.left:
+            data = data[:self.left]
+        self.left -= len(data)
+        self.done = self.left == 0
+        return data, len(data)
+
+
+class UntilCloseBody:
+    """Decode a body that ends with its connection: never `done` by itself."""
+
+    verbatim = done = False
+
+    def feed(self, data: bytes) -> tuple[bytes, int]:
+        """Return (payload, count of bytes of `data` that belong to the body): all of it."""
+        return data, len(data)
 
 
 @remembered
-def is_loopback(address: str) -> bool:
-    """Tell whether no other machine can reach an address."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address == "localhost"
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+def plain_size(line: bytes) -> int:
+    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
+    match = CHUNK_LINE.fullmatch(line)
+    return int(match[1], 16) if match and not match[2] else 0
 
 
-def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
-    """Tell whether a Host field cannot come from DNS rebinding.
+class ChunkedBody:
+    """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are dropped.
 
-    There, the name evil.example of a web page suddenly leads to 127.0.0.1: what answers there is of the same origin,
-    and the page may read it. Its Host gives it away. Trusted, by Ollama's own rule, are: no name at all, `machine`,
-    localhost, names that no public DNS has, addresses (nobody can lead them elsewhere), and hosts of `allowed` origins.
+    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
+    are. Their receiver is then between two chunks, where an error line can still be added.
     """
-    name = host_name(host)
-    if name in ("", "localhost", machine.lower()) or name.endswith((".localhost", ".local", ".internal")):
-        return True
-    origins = [f"{scheme}://{host.decode('latin-1').lower()}" for scheme in ("http", "https")]
-    return literal(name) is not None or any(is_listed(origin, allowed) for origin in origins)
 
+    __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
+    SIZE, DATA, DATA_END, TRAILER = range(4)
 
-# A proxy on this machine adds these fields: with one of them, a loopback address does not say who asks.
-FORWARDING = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
+    def __init__(self) -> None:
+        self.state, self.left, self.line, self.trailer_bytes = self.SIZE, 0, b"", 0
+        self.done = self.verbatim = False
 
+    def at_most(self) -> int:
+        """Return how many bytes may be fed in one step: each chunk costs a microsecond, whatever its size."""
+        return max(DECODED_BYTES, self.left)
 
-def is_local(address: str, fields: HeadFields) -> bool:
-    """Tell whether the client is on this machine and calls it by a loopback Host, which a rebound page cannot do."""
-    host = host_name(fields.get(b"host", b""))
-    return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
+    def plain_chunks(self, data: bytes) -> int:
+        """Return the number of chunks in `data` if it is nothing but whole plain ones, as tokens mostly are; else 0.
 
-
-class Verdict(NamedTuple):
-    """The answer to "may this request be made?". It may if `refusal` and `page_status` are empty."""
-
-    client: str                     # who shares fairly with whom: the name of the key, or the address
-    cors: RawLines = ()             # raw lines of any answer that let a web page read it
-    key: Key | None = None          # that the request gives; None also if none is needed
-    refusal: Answer | None = None
-    page_status: int = 0            # of an answer without a body to a page: 403 it may not ask, 204 it may (preflight)
-    priority: int = DEFAULT_PRIORITY    # if the request asks for none
-    max_priority: int = 10
-
-
-class Access:
-    """Who may make which request, by the options and the keys file."""
-
-    def __init__(self, options: argparse.Namespace, keys: Iterable[KeySettings]) -> None:
-        self.readers = LOCAL_ORIGINS + options.origins      # origins of the pages that may ask
-        self.changers = [origin for origin in self.readers if origin != "*"]    # and of those that may change models
-        self.checks_host = is_loopback(options.bind)        # as in Ollama: we cannot know the names of other addresses
-        self.is_trusted_host = remembered(functools.partial(
-            is_trusted_host, machine=socket.gethostname(), allowed=options.origins))
-        self.needs_key = bool(options.keys)
-        self.keys: dict[bytes, Key] = {}        # by digest
-        self.configure(keys)
-
-    def configure(self, lines: Iterable[KeySettings]) -> None:
-        """Take over the lines of a keys file. A key keeps what it has used up under the same name."""
-        known = {key.settings.name: key for key in self.keys.values()}
-        self.keys = {}
-        for line in lines:
-            key = self.keys[line.digest] = known.get(line.name) or Key(line)
-            key.configure(line)
-
-    def find_key(self, secret: bytes) -> Key | None:
-        """Return the Key whose secret this is, or None."""
-        digest = digest_of_key(secret)
-        key = self.keys.get(digest)
-        return key if key and hmac.compare_digest(digest, key.settings.digest) else None
-
-    def consume_key(self, head: RequestHead) -> Key | None:
-        """Return the Key that a request gives, or None. Remove the fields that gave it: no node must see them."""
-        by_field = {name: key for name, secret in secrets_in(head.fields) if (key := self.find_key(secret)) is not None}
-        if by_field:
-            head.lines = [line for line in head.lines if line[0] not in by_field]
-        return next(iter(by_field.values()), None)
-
-    def check(self, head: RequestHead, route: Route, address: str) -> Verdict:
-        """Return the Verdict on a request of a client at `address`. Takes the key out of the head: see `consume_key`.
-
-        A refused request with a body ends its connection: the body would have to be read.
+        Such data need not be fed: it can be handed on as it is, and leaves the decoder in the same state.
         """
-        fields, has_body = head.fields, head.length != 0
-        verdict, host, origin = Verdict(address), fields.get(b"host", b""), fields.get(b"origin")
-        if origin:                  # question 1
-            lines = origin_lines(origin, host, self.readers)
-            if lines is None:
-                return verdict._replace(page_status=403)
-            verdict = verdict._replace(cors=lines)
-            if lines and head.method == "OPTIONS":
-                return verdict._replace(page_status=204)
-        if self.checks_host and not self.is_trusted_host(host):     # 2
-            text = "this Host is no name of this machine: --origins can allow it"
-            return verdict._replace(refusal=Answer(403, text, close=has_body))
-        if self.needs_key:          # 3
-            key = self.consume_key(head)
-            if key is not None:
-                verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
-                                           max_priority=key.settings.max_priority)
-            elif head.method not in ("GET", "HEAD") or head.path not in OPEN_PATHS:
-                return verdict._replace(refusal=Answer(401, "a key is needed: Authorization: Bearer KEY", has_body))
-        elif not is_local(address, fields):
-            if route.kind == "order":
-                text = "only this machine, or with --keys a key with admin=yes, may order that"
-                return verdict._replace(refusal=Answer(403, text, close=has_body))
-            verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
-        if route.guarded:           # 4
-            verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
-        return verdict
+        if self.state or self.line:
+            return 0                # in the middle of a chunk
+        count = at = 0
+        while at < len(data):
+            start = data.find(b"\r\n", at, at + 20) + 2
+            end = start + plain_size(data[at:start])
+            if end == start or data[end:end + 2] != b"\r\n":
+                return 0
+            at = end + 2
+            count += 1
+        return count
 
-    def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
-                       close: bool = False) -> Answer | None:
-        """Return the refusal to somebody who may not change models, an account or nodes; None to others.
+    def feed(self, data: bytes) -> tuple[bytes, int]:
+        """Return (payload, count of bytes of `data` that belong to the body). Raises ProtocolError."""
+        self.verbatim = self.state == self.SIZE and not self.line
+        payload: list[bytes] = []
+        at = 0
+        while at < len(data) and not self.done:
+            if self.state == self.DATA:
+                part = data[at:at + self.left]
+                payload.append(part)
+                at += len(part)
+                self.left -= len(part)
+                if not self.left:
+                    self.state = self.DATA_END
+                continue
+            end = data.find(b"\n", at) + 1 or len(data)
+            self.line += data[at:end]
+            at = end
+            if len(self.line) > MAX_CHUNK_LINE_BYTES:
+                raise ProtocolError("chunk line too long")
+            if self.line[-1:] == b"\n":
+                self.take_line(self.line)
+                self.line = b""
+        self.verbatim = self.verbatim and not self.line and (self.done or self.state == self.SIZE)
+        return payload[0] if len(payload) == 1 else b"".join(payload), at
 
-        Pages of listed origins may change models, as in Ollama; `*` only lets read. Only the gateway's own pages may
-        give an order to a node.
-        """
-        if key is not None and not key.settings.admin:
-            return Answer(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close)
-        if not page_may_change(head.fields, () if is_order else self.changers):
-            return Answer(403, "a web page of this origin may not do that", close)
-        return None
-
-
-# -----------------------------------------------------------------------------
-# Client connection: what comes from a client, what goes to it, and how long may it take?
-#
-# A ClientConnection collects what the client sends until somebody waits for it, or hands it to an Upload. A client that
-# goes while it is being served cancels the task that serves it; a closed write side counts as gone, as in Ollama's own
-# server. With TLS, a TlsTransport stands between the connection and its socket, and nothing else knows of it.
-# -----------------------------------------------------------------------------
-
-def unread_bytes(transport: Transport) -> int:
-    """Return how much of what was written the other side has not taken yet.
-
-    The kernel's share counts: it holds megabytes, and asks for more only when a third of them has gone.
-    """
-    unsent = transport.get_write_buffer_size()
-    with contextlib.suppress(OSError, ValueError):      # closed; or a system that does not tell
-        packed = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        unsent += struct.unpack("i", packed)[0]
-    return unsent
-
-
-Result = TypeVar("Result")
-
-
-class LoopTurns:
-    """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
-
-    So it delays everybody else by one step, some milliseconds, however many clients cause it.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
-
-    async def take(self) -> None:
-        """Wait for a turn."""
-        async with self.lock:
-            await asyncio.sleep(0)
-
-    async def run(self, steps: Generator[None, None, Result]) -> Result:
-        """Do work that is written as a generator, each step in a turn of its own; return its result."""
-        while True:
-            await self.take()
-            try:
-                next(steps)
-            except StopIteration as end:
-                result: Result = end.value
-                return result
-
-
-class BodyMemory:
-    """Share the memory for bodies that are read as a whole: bodies for which there is no room wait unread, in order.
-
-    Short ones need not wait; one that is alone may be larger than all the memory.
-    """
-
-    def __init__(self, limit: int, turns: LoopTurns) -> None:
-        self.limit, self.turns = limit, turns
-        self.held_bytes = 0
-        self.waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
-
-    def fits(self, size: int) -> bool:
-        """Tell whether there is room for so many bytes more."""
-        return not self.held_bytes or self.held_bytes + size <= self.limit
-
-    def grant(self) -> None:
-        """Give those that wait what there is room for, the first one first."""
-        while self.waiting and (self.waiting[0][1].done() or self.fits(self.waiting[0][0])):
-            size, turn = self.waiting.popleft()
-            if not turn.done():
-                self.held_bytes += size
-                turn.set_result(None)
-
-    async def hold(self, client: ClientConnection, size: int) -> None:
-        """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
-        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
-        if size <= SHORT_BODY_BYTES or not more:
-            return
-        if not self.waiting and self.fits(more):
-            self.held_bytes += more
-            client.held_bytes += more
-            return
-        turn, was_serving = self.turns.loop.create_future(), client.serving
-        self.waiting.append((more, turn))
-        try:
-            client.serving = True   # so that its end is noticed
-            async with asyncio.timeout(BODY_PAUSE_S):
-                await turn
-        except TimeoutError:
-            raise Refusal(503, "other requests with large bodies take all the memory there is for them", close=True,
-                          retry_after_s=5.0) from None
-        finally:
-            client.serving = was_serving
-            if turn.done() and not turn.cancelled():
-                client.held_bytes += more
-            self.grant()
-
-    def give_back(self, client: ClientConnection) -> None:
-        """Take back what a client holds."""
-        if client.held_bytes:
-            self.held_bytes -= client.held_bytes
-            client.held_bytes = 0
-            self.grant()
-
-
-def body_due_s(due_s: float, size: int, now: float) -> float:
-    """Return until when more of a body must come: what was due at `due_s`, after `size` more bytes of it.
-
-    Every KiB buys a second, whole MiB no more than BODY_PAUSE_S: it is the average that counts, and the last minute.
-    """
-    return min(due_s + size / BODY_BYTES_PER_S, now + BODY_PAUSE_S)
-
-
-@dataclass(slots=True, eq=False)
-class ClientConnection(asyncio.Protocol):
-    """One client's connection: bytes in, bytes out, and how long it may keep us waiting."""
-
-    loop: asyncio.AbstractEventLoop
-    converse: Callable[[ClientConnection], Coroutine[Any, Any, None]]
-    transport: Transport = field(init=False)    # there once the connection is accepted
-    task: asyncio.Task[None] | None = None
-    writer: asyncio.StreamWriter | None = None
-    address: str = ""
-    buffer: bytearray = field(default_factory=bytearray)
-    sink: Upload | None = None      # takes the bytes as they come
-    source: NodeConnection | None = None    # not read while this socket's buffer is full
-    waiter: asyncio.Future[None] | None = None
-    deadline_s: float = math.inf    # until when more bytes must have come; see Gateway.sweep
-    overdue: bool = False
-    wanted_bytes: int = 0           # of a body that is read as a whole: so many may be in `buffer`
-    held_bytes: int = 0             # of BodyMemory, for that body
-    idle_s: float = 0.0             # since when no request is under way
-    is_stranger: bool = False       # it has shown no key, and counts for its address
-    write_deadline_s: float = math.inf      # until when the client must have read LEAST_READ_BYTES
-    unread_bytes: int = 0           # of what was to be sent when that was asked for
-    asking: bool = False            # a request has begun and its answer has not ended
-    serving: bool = False           # that request is complete: nothing but its end is expected of the client
-    eof: bool = False
-    gone: bool = False
-    write_paused: bool = False
-    read_paused: bool = False
-
-    def connection_made(self, transport: Transport) -> None:    # type: ignore[override]  # any socket's is one
-        self.transport, self.write_deadline_s, self.idle_s = transport, math.inf, self.loop.time()
-        transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
-        self.task = self.loop.create_task(self.converse(self))
-
-    def note_address(self) -> str:
-        """Note and return the address of the other side."""
-        peer = self.transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
-        return self.address
-
-    def data_received(self, data: bytes) -> None:
-        if self.sink is not None:
-            self.sink.data(data)
-            return
-        self.buffer += data
-        if len(self.buffer) > max(READ_AHEAD_BYTES, self.wanted_bytes):
-            self.pause_reading()
-        self.wake()
-
-    def eof_received(self) -> bool:
-        self.eof = True
-        self.hang_up()
-        return True                 # what was asked before can still be answered
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.eof = self.gone = True
-        self.hang_up()
-
-    def hang_up(self) -> None:
-        """End what the task does for a client that is not there any more."""
-        if self.serving and self.task is not None:
-            self.task.cancel()
-        self.wake()
-
-    def pause_writing(self) -> None:
-        self.write_paused = True
-        self.arm_write_deadline()
-        if self.source is not None:
-            self.source.pause_reading()
-
-    def resume_writing(self) -> None:
-        self.write_paused = False
-        self.write_deadline_s = math.inf
-        if self.source is not None:
-            self.source.resume_reading()
-        self.wake()
-
-    def pause_reading(self) -> None:
-        self.read_paused = True
-        self.transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        self.read_paused = False
-        self.transport.resume_reading()
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def arm_write_deadline(self) -> None:
-        """Note how much there is to be read now, and until when some of it must have been."""
-        self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
-
-    def expire(self, now: float) -> None:
-        """End what this connection has waited for too long. Called every SWEEP_S."""
-        if now > self.write_deadline_s:
-            if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
-                self.transport.abort()
-            else:
-                self.arm_write_deadline()
-        elif (self.serving and self.read_paused and self.sink is None and not self.eof
-              and socket_has(self.transport, HAS_LEFT)):
-            self.eof_received()
-        elif now > self.deadline_s:
-            self.overdue, self.deadline_s = True, math.inf
-            if self.sink is not None:
-                self.sink.expire()
-            self.wake()
-
-    def write(self, data: bytes) -> None:
-        if not self.gone:
-            self.transport.write(data)
-
-    async def wait(self) -> None:
-        """Wait for something to happen on this connection."""
-        self.waiter = self.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
-
-    async def read_more(self, patience_s: float) -> None:
-        """Wait for more bytes. Raises ClientGone at the end of them, Refusal(408) if they take too long."""
-        size = len(self.buffer)
-        self.deadline_s = self.loop.time() + patience_s
-        self.overdue = False
-        if self.read_paused:
-            self.resume_reading()
-        try:
-            while len(self.buffer) == size:
-                if self.eof:
-                    raise ClientGone
-                if self.overdue:
-                    raise Refusal(408, "the request took too long to arrive", close=True)
-                await self.wait()
-        finally:
-            self.deadline_s = math.inf
-
-    async def drained(self) -> None:
-        """Wait until the client has read most of what was written to it."""
-        while self.write_paused and not self.gone:
-            await self.wait()
-
-    async def next_head(self, patience_s: float) -> RequestHead | None:
-        """Return the head of the next request, or None if the client is done. Raises Refusal."""
-        scanned, started_s, empty_lines = 0, 0.0, 0
-        self.idle_s = self.loop.time()
-        while True:
-            while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
-                del self.buffer[:2]
-                empty_lines += 1
-                if empty_lines > MAX_EMPTY_LINES:
-                    raise ProtocolError("empty lines instead of a request line")
-            end = find_head(self.buffer, scanned) if self.buffer else None
-            if end is not None:
-                break
-            scanned = len(self.buffer)
-            try:
-                if scanned:         # the whole head has one time limit, so that one byte a second does not help
-                    started_s = started_s or self.loop.time()
-                    await self.read_more(started_s + patience_s - self.loop.time())
-                else:
-                    await self.read_more(self.idle_s + KEEP_ALIVE_S - self.loop.time())
-            except (ClientGone, Refusal):
-                if not self.buffer:
-                    return None
-                raise
-        return parse_request(bytes(self.take(end)))
-
-    def take(self, size: int) -> Body:
-        """Take the first `size` bytes out of the buffer and return them; read on if there is room again."""
-        taken: Body
-        if size > SHORT_BODY_BYTES:     # not copied, but what lies behind it is: 64 MiB take 25 ms
-            taken, self.buffer = self.buffer, self.buffer[size:]
-            del taken[size:]
+    def take_line(self, line: bytes) -> None:
+        """Take one line of the framing, with its LF. Raises ProtocolError."""
+        if self.state == self.SIZE:
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise ProtocolError("malformed chunk size")
+            self.left = int(match[1], 16)
+            self.state = self.DATA if self.left else self.TRAILER
+            self.verbatim = self.verbatim and not match[2]      # an extension is dropped
+        elif self.state == self.DATA_END:
+            if line != b"\r\n":
+                raise ProtocolError("chunk longer than its size")
+            self.state = self.SIZE
+        elif line == b"\r\n":
+            self.done = True
         else:
-            with memoryview(self.buffer) as view:
-                taken = bytes(view[:size])
-            del self.buffer[:size]
-        if self.read_paused and len(self.buffer) <= READ_AHEAD_BYTES:
-            self.resume_reading()
-        return taken
-
-    def send_continue(self, head: RequestHead) -> None:
-        """Ask for the body if the client waits to be asked (RFC 9110 10.1.1)."""
-        if head.expects_continue and not self.buffer:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    async def read_more_body(self, due_s: float) -> float:
-        """Wait for more of a body until `due_s`; return until when the next piece must come. Raises as `read_more`."""
-        size = len(self.buffer)
-        await self.read_more(due_s - self.loop.time())
-        return body_due_s(due_s, len(self.buffer) - size, self.loop.time())
-
-    async def read_body(self, head: RequestHead, limit: int, grace_s: float, memory: BodyMemory) -> Body:
-        """Return the whole body of a request, for which `memory` has room.
-
-        Raises Refusal(413) over `limit` bytes, Refusal(408) if it comes slower than BODY_BYTES_PER_S after `grace_s`,
-        Refusal(503) if there is no memory for it, ClientGone if it is cut short.
-        """
-        if head.length == 0:
-            return b""
-        if head.length is not None and head.length > limit:
-            raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        if head.length is not None and head.length > SHORT_BODY_BYTES:
-            await memory.hold(self, head.length)
-        self.send_continue(head)
-        now = self.loop.time()
-        due_s = body_due_s(now + grace_s, len(self.buffer), now)
-        if head.length is None:
-            return await self.read_chunks(limit, due_s, memory)
-        self.wanted_bytes = head.length
-        while len(self.buffer) < head.length:
-            due_s = await self.read_more_body(due_s)
-        self.wanted_bytes = 0
-        return self.take(head.length)
-
-    async def read_chunks(self, limit: int, due_s: float, memory: BodyMemory) -> bytes:
-        """Return a whole chunked body. Raises as `read_body`."""
-        parts: list[bytes] = []
-        decoder, size = ChunkedBody(), 0
-        while True:
-            payload, used = decoder.feed(bytes(self.buffer[:decoder.at_most()]))
-            self.take(used)
-            parts.append(payload)
-            size += len(payload)
-            if size > limit:
-                raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-            if decoder.done:
-                return b"".join(parts)
-            await memory.hold(self, size)
-            if self.buffer:
-                await memory.turns.take()
-            else:
-                due_s = await self.read_more_body(due_s)
-
-    async def close(self) -> None:
-        """Close so that the client gets all that was written.
-
-        Closing a socket with unread bytes makes the kernel send a reset, which can destroy the answer on its way. So
-        the write side is closed first, and what still comes is thrown away, for LINGER_S at most.
-        """
-        self.serving = False
-        if not self.gone and not self.eof:
-            with contextlib.suppress(OSError, NotImplementedError, ClientGone, Refusal):
-                self.transport.write_eof()
-                deadline_s = self.loop.time() + LINGER_S
-                self.sink = None
-                while self.loop.time() < deadline_s:
-                    self.buffer.clear()
-                    await self.read_more(deadline_s - self.loop.time())
-        self.transport.close()      # flushes what is left, as long as the client reads: see write_deadline_s
-        while not self.gone and self.transport.get_write_buffer_size():
-            if self.write_deadline_s == math.inf:
-                self.arm_write_deadline()
-            await self.wait()
+            self.verbatim = False
+            self.trailer_bytes += len(line)
+            if line[-2:] != b"\r\n" or self.trailer_bytes > MAX_TRAILER_BYTES:
+                raise ProtocolError("malformed or too long trailers")
 
 
-NOT_TLS = (b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 38\r\n\r\n"
-           b"This port speaks TLS: ask https://...\n")
+BodyDecoder = LengthBody | UntilCloseBody | ChunkedBody
 
 
-class TlsTransport(asyncio.Protocol):
-    """Speak TLS on a client's socket; to the ClientConnection this is the transport.
-
-    asyncio's own would be simpler, but it cannot close the write side alone, so a reset could destroy an early answer;
-    it gives the reader of a closed connection a fixed time, however much is left to read; it waits for idle clients to
-    say good-bye, too; and it hides connections until their handshake is over, so they cannot be counted. Here
-    back-pressure, buffer and end are the socket's own. With 200 streams a token costs 25.9 us on asyncio instead of
-    31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
-    `forget` is told of a client whose handshake never ended.
-    """
-
-    __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended",
-                 "is_closing", "pause_reading", "resume_reading", "set_write_buffer_limits", "get_write_buffer_size",
-                 "get_extra_info")
-
-    def __init__(self, socket: asyncio.Transport, context: ssl.SSLContext, client: ClientConnection,
-                 forget: Callable[[ClientConnection], None]) -> None:
-        self.socket, self.client, self.forget = socket, client, forget
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self.shaken = False         # the handshake is over
-        self.ended = False          # nothing more is sent, and what still comes is thrown away
-        self.is_closing, self.get_extra_info = socket.is_closing, socket.get_extra_info
-        self.pause_reading, self.resume_reading = socket.pause_reading, socket.resume_reading
-        self.set_write_buffer_limits = socket.set_write_buffer_limits
-        self.get_write_buffer_size = socket.get_write_buffer_size
-
-    # As the socket's protocol: what comes in.
-
-    def data_received(self, data: bytes) -> None:
-        if self.ended:
-            return
-        self.incoming.write(data)
-        pieces: list[bytes] = []
-        over = False
-        try:
-            if not self.shaken:
-                self.tls.do_handshake()
-                self.shaken = True
-                self.client.connection_made(self)
-            while piece := self.tls.read(READ_AHEAD_BYTES):
-                pieces.append(piece)
-            over = True             # in good order, by a close_notify
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLError as error:
-            self.refuse(data, error)
-            return
-        self.send()
-        if pieces:
-            self.client.data_received(b"".join(pieces))
-        if over:
-            self.eof_received()
-
-    def refuse(self, data: bytes, error: ssl.SSLError) -> None:
-        """End a connection that breaks the protocol, or speaks another one."""
-        LOG.debug({"event": "tls", "why": error.reason})
-        self.ended = True
-        if not self.shaken and data[:1].isalpha():      # no first byte of TLS is a letter, but each of HTTP
-            self.socket.write(NOT_TLS)
-        self.send()                 # an alert: RFC 8446 6.2 wants it before the end, so that the peer knows why
-        self.socket.close()
-        self.eof_received()         # what runs for the client ends now, and not when it has read the alert
-
-    def eof_received(self) -> bool:
-        if self.shaken and not self.client.eof:
-            self.client.eof_received()
-        return self.shaken
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.ended = True
-        self.client.connection_lost(exc)
-        if not self.shaken:
-            self.forget(self.client)
-
-    def pause_writing(self) -> None:
-        self.client.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.client.resume_writing()
-
-    # As the client's transport: what goes out.
-
-    def send(self) -> None:
-        """Send what the TLS machine has to say."""
-        if self.outgoing.pending:
-            self.socket.write(self.outgoing.read())
-
-    def write(self, data: bytes) -> None:
-        if data and not self.ended:
-            self.tls.write(data)    # whole: there is no end to a MemoryBIO
-            self.socket.write(self.outgoing.read())
-
-    def end(self) -> None:
-        """Say that no more will come (RFC 8446 6.1), as the peer cannot tell from a FIN that nothing was cut off."""
-        if self.shaken and not self.ended:
-            with contextlib.suppress(ssl.SSLError):     # it would wait for the peer's, or find unread bytes
-                self.tls.unwrap()
-            self.send()
-        self.ended = True
-
-    def write_eof(self) -> None:
-        self.end()
-        self.socket.write_eof()
-
-    def close(self) -> None:
-        self.end()
-        self.socket.close()
-
-    def abort(self) -> None:
-        self.ended = True
-        self.socket.abort()
+def body_decoder(length: int | None) -> BodyDecoder:
+    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE."""
+    if length is None:
+        return ChunkedBody()
+    return UntilCloseBody() if length == UNTIL_CLOSE else LengthBody(length)
 
 
-# -----------------------------------------------------------------------------
-# Exchange: what is known of a request under way, and what does the gateway itself answer?
-#
-# Handlers take an Exchange, fill in what they find out, and write an answer to its client or raise it: a Refusal, which
-# has the shape that clients of its path expect, or a node's own error. `keep` says whether the connection goes on.
-# -----------------------------------------------------------------------------
-
-REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
-           404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
-           414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
-           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable", 508: b"Loop Detected"}
+def chunk(data: bytes) -> bytes:
+    """Encode `data` as one chunk; empty data as nothing, since an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-RawLines = list[bytes] | tuple[()]      # of a head; in a Record, bytes is a field
+# The gateway writes its own length, coding, Host and Via, has answered Expect and Origin, and has read X-Priority.
+# Accept-Encoding: it reads statistics in the answers, and a tunnel in front of a node would compress them.
+NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
+                             b"via"}
+
+# The gateway says these itself, and nobody else may: a browser that gets two allowed origins accepts neither.
+NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
-@dataclass(slots=True)
-class Record:
-    """One line of the request log, filled in while the request is served."""
-
-    id: str
-    client: str
-    method: str
-    path: str
-    started_s: float
-    key: str = ""                   # the name of the client's key
-    model: str = ""
-    priority: int | str = ""
-    node: str = ""
-    attempts: int = 0
-    status: int = 0
-    queue_s: float = 0.0
-    first_s: float | None = None
-    bytes: int = 0
-    timings: Timings = Timings()
-    reason: str = ""
-    outcome: str = ""               # ok, cut, error, client_left, refused; until the end "" where the status tells it
-    cors: RawLines = ()             # raw lines of the answer that let a web page read it
+def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
+    """Return the raw lines that are handed on: those neither `dropped` nor named by Connection."""
+    listed = fields.get(b"connection")
+    if listed:
+        dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
+    return [line for name, line in lines if name not in dropped]
 
 
-@dataclass(slots=True, eq=False)
-class Exchange:
-    """A request under way: who asks, what for, which services answer, and what becomes known on the way."""
-
-    gateway: Gateway
-    client: ClientConnection
-    head: RequestHead
-    record: Record
-    keep: bool                      # the client's connection can take another request after the answer
-    route: Route = field(init=False)
-    spec: RequestSpec = field(init=False)
-    body: Body = b""                # unless its route leaves it unread
-    verdict: Verdict = field(init=False)
-    version: str = ""               # digest of the model that must answer; "" = any
-    transcript: Transcript | None = None    # of a stream that another node may go on with
-
-    async def read_body(self) -> Body:
-        """Return the whole body of the request. Raises as ClientConnection.read_body."""
-        gateway = self.gateway
-        return await self.client.read_body(self.head, gateway.max_body_bytes, gateway.header_timeout_s, gateway.memory)
+def render_request(head: RequestHead, settings: NodeSettings, length: int | None) -> bytes:
+    """Return the head to send to a node for `head`, with a body of `length` bytes (None = chunked)."""
+    dropped = NOT_FOR_NODES | {b"authorization"} if settings.token else NOT_FOR_NODES
+    prefix = settings.prefix.encode() if head.target != b"*" else b""
+    lines = [b"%b %b%b HTTP/1.1" % (head.method.encode(), prefix, head.target),
+             b"Host: " + settings.host_header.encode()]
+    lines += end_to_end(head.lines, head.fields, dropped)
+    if head.via:
+        lines.append(b"Via: " + head.via)
+    if settings.token:
+        lines.append(b"Authorization: Bearer " + settings.token.encode())
+    if length is None:
+        lines.append(b"Transfer-Encoding: chunked")
+    elif length or head.method in ("POST", "PUT", "PATCH"):
+        lines.append(b"Content-Length: %d" % length)
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
 
 
-def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
-    """Return the Exchange of a request whose head has come.
-
-    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
-    """
-    own = head.fields.get(b"x-request-id", b"")
-    id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
-    record = Record(id, client.address, head.method, head.path, gateway.loop.time())
-    return Exchange(gateway, client, head, record, head.keep_alive)
-
-
-class OwnAnswer(NamedTuple):
-    """An answer of the gateway's own. `lines`: more raw lines of its head."""
-
-    status: int
-    body: bytes = b""
-    content_type: bytes = b""
-    lines: Sequence[bytes] = ()
-
-
-def json_answer(value: object, status: int = 200) -> OwnAnswer:
-    """Return an answer that is JSON."""
-    return OwnAnswer(status, json.dumps(value, separators=(",", ":")).encode(), b"application/json; charset=utf-8")
-
-
-ERROR_TYPES = {
-    Family.OPENAI: {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-                    429: "rate_limit_error"},
-    Family.ANTHROPIC: {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-                       404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
-                       503: "overloaded_error"},
-}
-
-
-def error_body(family: Family, status: int, text: str) -> bytes:
-    """Return the error object in the shape that clients of a family parse."""
-    if family is Family.OLLAMA:
-        return json.dumps({"error": text}).encode()
-    kind = ERROR_TYPES[family].get(status, "api_error")
-    if family is Family.OPENAI:
-        return json.dumps({"error": {"message": text, "type": kind, "param": None, "code": None}}).encode()
-    return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
-
-
-def connection_lines(exchange: Exchange) -> list[bytes]:
-    """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
-    if not exchange.keep:
-        return [b"Connection: close"]
-    return [b"Connection: keep-alive"] if exchange.head.version == 0 else []
-
-
-def answer_locally(exchange: Exchange, own: OwnAnswer) -> None:
-    """Write an answer of the gateway's own."""
-    record = exchange.record
-    lines = [b"HTTP/1.1 %d %b" % (own.status, REASONS.get(own.status, b"")),
-             b"Date: " + email.utils.formatdate(usegmt=True).encode(), *own.lines]
-    if own.status != 204:           # RFC 9110 8.6: "MUST NOT send a Content-Length header field"
-        lines.append(b"Content-Length: %d" % len(own.body))
-    if own.content_type:
-        lines.append(b"Content-Type: " + own.content_type)
-    if record.id:
-        lines += [b"X-Request-Id: " + record.id.encode(), *record.cors]
-    record.status, record.bytes = own.status, len(own.body)
-    lines += connection_lines(exchange)
-    exchange.client.write(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if exchange.head.method == "HEAD" else own.body))
-
-
-def answer_refusal(exchange: Exchange, refusal: Refusal) -> None:
-    """Write a Refusal in the family of the path."""
-    record, path, status = exchange.record, exchange.head.path, refusal.status
-    lines: list[bytes] = []
-    if refusal.retry_after_s is not None:
-        lines.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
-    if status == 401:               # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
-        scheme = b"Basic" if path.startswith("/dashboard") else b"Bearer"
-        lines.append(b'WWW-Authenticate: %b realm="SOLLOL"' % scheme)
-    if status == 405:               # RFC 9110 15.5.6: "MUST generate an Allow header field"
-        lines.append(b"Allow: " + ALLOWED_METHODS)
-    record.reason = record.reason or refusal.text
-    record.outcome = record.outcome or ("error" if status in (500, 502) else "refused")
-    exchange.keep = exchange.keep and not refusal.close
-    body = error_body(family_of(path), status, refusal.text)
-    answer_locally(exchange, OwnAnswer(status, body, b"application/json", lines))
-
-
-def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) -> None:
-    """Write a Refusal to a client whose head has not come, or cannot be read: it gets no id, and no line of the log."""
-    head = RequestHead("GET", b"", "", 1, {}, [], 0, False, False)
-    answer_refusal(Exchange(gateway, client, head, Record("", client.address, "", "", 0.0), False), refusal)
+def render_response(head: ResponseHead, added: list[bytes], framing: list[bytes]) -> bytes:
+    """Return the head to send to the client for a node's `head`; `added` and `framing` are raw lines."""
+    lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
+    foreign = [line for line in head.lines if not line[0].startswith(OURS_TO_SAY)]
+    lines += end_to_end(foreign, head.fields, NOT_FOR_CLIENTS)
+    return b"\r\n".join(lines + added + framing + [b"\r\n"])
 
 
 # -----------------------------------------------------------------------------
@@ -6183,6 +6612,9 @@ def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) 
 # dispatcher. A stream that breaks off ends in the words of its format, never with a made-up last line.
 # -----------------------------------------------------------------------------
 
+WHOLE_ANSWER_BYTES = 1 * MIB        # of one that does not stream, held until it is whole: it comes in one burst anyway
+
+
 class Framing(enum.Enum):
     """How the client is told where the body ends."""
 
@@ -6191,13 +6623,7 @@ class Framing(enum.Enum):
     CLOSE = "close"
 
 
-STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
 UNBUFFERED = b"X-Accel-Buffering: no"       # nginx would hold a stream back
-
-
-def is_stream(answer: ResponseHead) -> bool:
-    """Tell whether an answer is lines or events that come one after the other."""
-    return answer.fields.get(b"content-type", b"").lower().startswith(STREAM_KINDS)
 
 
 def client_head(exchange: Exchange, answer: ResponseHead) -> tuple[Framing, bytes]:
@@ -6515,6 +6941,99 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Own answers: what does the gateway itself say?
+#
+# Handlers take an Exchange, fill in what they find out, and write an answer to its client or raise it: a Refusal, which
+# has the shape that clients of its path expect, or a node's own error. `keep` says whether the connection goes on.
+# -----------------------------------------------------------------------------
+
+REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
+           404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large",
+           414: b"URI Too Long", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
+           500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable", 508: b"Loop Detected"}
+
+
+class OwnAnswer(NamedTuple):
+    """An answer of the gateway's own. `lines`: more raw lines of its head."""
+
+    status: int
+    body: bytes = b""
+    content_type: bytes = b""
+    lines: Sequence[bytes] = ()
+
+
+def json_answer(value: object, status: int = 200) -> OwnAnswer:
+    """Return an answer that is JSON."""
+    return OwnAnswer(status, json.dumps(value, separators=(",", ":")).encode(), b"application/json; charset=utf-8")
+
+
+ERROR_TYPES = {
+    Family.OPENAI: {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+                    429: "rate_limit_error"},
+    Family.ANTHROPIC: {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                       404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                       503: "overloaded_error"},
+}
+
+
+def error_body(family: Family, status: int, text: str) -> bytes:
+    """Return the error object in the shape that clients of a family parse."""
+    if family is Family.OLLAMA:
+        return json.dumps({"error": text}).encode()
+    kind = ERROR_TYPES[family].get(status, "api_error")
+    if family is Family.OPENAI:
+        return json.dumps({"error": {"message": text, "type": kind, "param": None, "code": None}}).encode()
+    return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
+
+
+def connection_lines(exchange: Exchange) -> list[bytes]:
+    """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
+    if not exchange.keep:
+        return [b"Connection: close"]
+    return [b"Connection: keep-alive"] if exchange.head.version == 0 else []
+
+
+def answer_locally(exchange: Exchange, own: OwnAnswer) -> None:
+    """Write an answer of the gateway's own."""
+    record = exchange.record
+    lines = [b"HTTP/1.1 %d %b" % (own.status, REASONS.get(own.status, b"")),
+             b"Date: " + email.utils.formatdate(usegmt=True).encode(), *own.lines]
+    if own.status != 204:           # RFC 9110 8.6: "MUST NOT send a Content-Length header field"
+        lines.append(b"Content-Length: %d" % len(own.body))
+    if own.content_type:
+        lines.append(b"Content-Type: " + own.content_type)
+    if record.id:
+        lines += [b"X-Request-Id: " + record.id.encode(), *record.cors]
+    record.status, record.bytes = own.status, len(own.body)
+    lines += connection_lines(exchange)
+    exchange.client.write(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if exchange.head.method == "HEAD" else own.body))
+
+
+def answer_refusal(exchange: Exchange, refusal: Refusal) -> None:
+    """Write a Refusal in the family of the path."""
+    record, path, status = exchange.record, exchange.head.path, refusal.status
+    lines: list[bytes] = []
+    if refusal.retry_after_s is not None:
+        lines.append(b"Retry-After: %d" % max(1, math.ceil(refusal.retry_after_s)))
+    if status == 401:               # RFC 9110 11.6.1; a browser asks for a password only if the scheme is Basic
+        scheme = b"Basic" if path.startswith("/dashboard") else b"Bearer"
+        lines.append(b'WWW-Authenticate: %b realm="SOLLOL"' % scheme)
+    if status == 405:               # RFC 9110 15.5.6: "MUST generate an Allow header field"
+        lines.append(b"Allow: " + ALLOWED_METHODS)
+    record.reason = record.reason or refusal.text
+    record.outcome = record.outcome or ("error" if status in (500, 502) else "refused")
+    exchange.keep = exchange.keep and not refusal.close
+    body = error_body(family_of(path), status, refusal.text)
+    answer_locally(exchange, OwnAnswer(status, body, b"application/json", lines))
+
+
+def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) -> None:
+    """Write a Refusal to a client whose head has not come, or cannot be read: it gets no id, and no line of the log."""
+    head = RequestHead("GET", b"", "", 1, {}, [], 0, False, False)
+    answer_refusal(Exchange(gateway, client, head, Record("", client.address, "", "", 0.0), False), refusal)
+
+
+# -----------------------------------------------------------------------------
 # Rescue: how does another node go on with a stream that has broken off?
 #
 # Only a deterministic one: it is asked for again, and the client gets what the first node had not sent. A Transcript
@@ -6522,6 +7041,7 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
 # it relays. A stream that is silent in its midst is raced by such a replay, which is read ahead (`rehearse`).
 # -----------------------------------------------------------------------------
 
+TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 REPLAY_BYTES = 8 * MIB              # of a replay that is read ahead: a token's line has some 100 to 200 bytes
 SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "finish_reason")
 
@@ -6736,343 +7256,6 @@ async def rehearse(begun: Begun, known: str) -> None:
     if transcript.is_behind:
         raise Refusal(502, "the answer of another node is shorter")
     connection.buffer = b"".join(replay) + connection.buffer
-
-
-# -----------------------------------------------------------------------------
-# Inference: how is a request served that needs a slot?
-#
-# It waits for a lease, and sends the request to the leased node. What fails before the client has a byte is tried on
-# another node: by the kind of failure, at most MAX_ATTEMPTS times, at the same place in the queue. An attempt that is
-# far overdue is raced by a second one. Whatever ends it, a lease is released once, in the `finally` around it.
-# -----------------------------------------------------------------------------
-
-# What the status of a node's answer says, and never its text: no list of texts is complete. Before a client has seen a
-# byte, all of these move a request on.
-BUSY_STATUSES = frozenset((408, 425, 429, 503, 508))    # 508: a gateway as a node, and its way leads back here
-PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))    # of what stands before a node
-TOO_LONG = re.compile(rb"context|too long|exceed", re.I)
-UNSUPPORTED = re.compile(rb"support", re.I)
-FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
-
-
-def failover_kind(status: int, body: bytes, has_model: bool) -> str | None:
-    """Return why an error answer is tried on another node, None if it is the client's own to have.
-
-    model: its runner is broken; busy, proxy: the node is, or what stands before it; missing: it has not the model
-    after all; route: it knows no such path, being older; length, feature: a larger window or another version may do.
-    Of a model that no node is known to have, such as those of the cloud, most answers are no fault of the node.
-    """
-    if status == 200 or status >= 500:
-        return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else "model"
-    if not has_model:
-        return None
-    if status == 404:
-        return "missing" if b"not found" in body and b"model" in body else "route"
-    if status == 400:
-        return "length" if TOO_LONG.search(body) else "feature" if UNSUPPORTED.search(body) else None
-    return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else None
-
-
-class NodeAnswer(NamedTuple):
-    """A node's own error answer, kept while another node is tried. If all refuse, the client gets the last one."""
-
-    node: str                       # its name
-    kind: str | None                # see failover_kind
-    head: ResponseHead
-    body: bytes
-
-    @property
-    def text(self) -> str:
-        return f"answered {self.head.status}: {error_text(self.body)}".rstrip(": ")
-
-    def error(self) -> Exception:
-        """Return the exception that tells it."""
-        return NodeRefused(self)
-
-
-class NodeRefused(Exception):
-    """A node has answered with an error of its own."""
-
-    def __init__(self, value: NodeAnswer) -> None:
-        super().__init__(f"{value.node}: {value.text}")
-        self.value = value
-
-
-async def begin(exchange: Exchange, lease: Lease) -> Begun:
-    """Send a request to the leased node and wait until its answer has begun, however long that takes.
-
-    Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
-    with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
-    """
-    pool, spec, head = exchange.gateway.node_io.pools[lease.node], exchange.spec, exchange.head
-
-    def on_connection(connection: NodeConnection) -> None:
-        lease.abandon = connection.fail
-        if lease.lost_to is not None:
-            connection.fail(lease.lost_to)
-
-    request = render_request(head, lease.node.settings, len(exchange.body))
-    repeatable = spec.repeatable and not spec.change
-    connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
-    clean = has_begun = False
-    try:
-        if spec.inference and await shows_failure(connection, answer):
-            collector = Collector(connection, answer)
-            text = await collector.collect()
-            clean = collector.clean
-            kind = failover_kind(answer.status, text, lease.runner is not None)
-            raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
-        has_begun = True
-        return Begun(lease, connection, answer)
-    finally:
-        lease.abandon = None
-        if not has_begun:
-            pool.give_back(connection, clean)
-
-
-async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
-    """Tell whether an answer is an error, begins with one, or is empty. Of one in one piece only the head is read."""
-    if answer.status != 200:
-        return answer.status >= 300
-    if is_stream(answer):
-        payload = await connection.first_payload(answer)
-        return not payload or FIRST_ERROR.match(payload) is not None
-    return answer.length == 0
-
-
-def pump(gateway: Gateway) -> None:
-    """Let the dispatcher match, and wake whoever waits for what it decided."""
-    leases, refused = gateway.dispatcher.dispatch(gateway.loop.time())
-    if leases or refused:
-        wake([*(lease.ticket for lease in leases), *refused])
-
-
-def wake(tickets: Iterable[Ticket]) -> None:
-    """Wake whoever waits for tickets: each has a lease or a refusal now."""
-    for ticket in tickets:
-        if ticket.waiter is not None and not ticket.waiter.done():
-            ticket.waiter.set_result(None)
-
-
-async def acquire_lease(gateway: Gateway, ticket: Ticket) -> Lease:
-    """Return the lease of a ticket, once it has one. Raises Refusal."""
-    pump(gateway)
-    while ticket.lease is None:
-        if ticket.refusal is not None:
-            raise ticket.refusal.error()
-        ticket.waiter = gateway.loop.create_future()
-        await ticket.waiter
-    return ticket.lease
-
-
-class Race:
-    """A second attempt beside one that is far overdue, on another node: the first byte wins.
-
-    It owns its task and its lease. Who awaits `winner` gets what they received; else `close` ends both, once.
-    """
-
-    def __init__(self, inference: Inference, first: Lease, lease: Lease) -> None:
-        self.inference, self.first, self.lease = inference, first, lease
-        self.is_closed = False
-        self.task = inference.loop.create_task(self.run())
-
-    async def run(self) -> Begun | None:
-        """Run the attempt; if it wins, the first one is given up."""
-        inference, begun = self.inference, None
-        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
-            begun = await inference.attempt(self.lease)
-        stream = begun_stream(inference.exchange)
-        if begun is not None and stream is not None:
-            begun = await self.rehearsed(begun, stream)
-        if begun is not None:
-            self.first.lost_to = Failure("raced", f"{self.lease.node.name} was faster")
-            if self.first.abandon is not None:
-                self.first.abandon(self.first.lost_to)
-        inference.gateway.telemetry.metrics.races[self.lease.node.name, "yes" if begun else "no"] += 1
-        return begun
-
-    async def rehearsed(self, begun: Begun, stream: LineRelay) -> Begun | None:
-        """Return an answer that can go on with a stream.
-
-        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
-        """
-        inference, transcript = self.inference, stream.transcript
-        known, is_taken = transcript.all_known(), False
-        try:
-            await rehearse(begun, known)
-            has_gone_on = not self.first.released and transcript.all_known() != known
-            is_taken = not has_gone_on and stream.can_be_continued()
-        except NodeFailure as failed:
-            inference.note(begun.lease, failed.value)
-        except Refusal:
-            inference.ticket.tried.add(begun.lease.node.name)
-        finally:
-            if not is_taken:
-                inference.close(begun)
-        return begun if is_taken else None
-
-    async def winner(self) -> Begun | None:
-        """Wait for the attempt and hand its answer over; None if it has none."""
-        begun = await self.task
-        self.is_closed = True
-        return begun
-
-    def close(self) -> None:
-        """Give the attempt up, with its lease and its answer, unless they were handed over.
-
-        The lease ends here, not in the task: one that is cancelled before its first step does nothing at all.
-        """
-        if self.is_closed:
-            return
-        self.is_closed = True
-        if self.task.cancel():
-            self.inference.end(self.lease)
-        elif not self.task.cancelled() and (begun := self.task.result()) is not None:
-            self.inference.close(begun)
-
-
-class Inference:
-    """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
-
-    def __init__(self, exchange: Exchange, ticket: Ticket) -> None:
-        self.exchange, self.record, self.ticket = exchange, exchange.record, ticket
-        self.gateway, self.loop = exchange.gateway, exchange.gateway.loop
-        self.dispatcher = self.gateway.dispatcher
-        self.race: Race | None = None       # under way
-        self.last: Answer | NodeAnswer = Answer(502, "no node answered")
-
-    async def run(self, take: Take) -> None:
-        """Try one node after the other; see serve_inference."""
-        try:
-            while True:
-                try:
-                    begun = await self.next_answer()
-                except Refusal as refusal:
-                    if self.ticket.attempts and refusal.status == 502:
-                        break       # what the last node said is a better answer
-                    raise
-                if begun is not None:
-                    if await self.pass_on(begun, take):
-                        return
-                    if stream := begun_stream(self.exchange):
-                        stream.transcript.rewind(begun.lease.node.name)
-                        self.ticket.pin_version_of(begun.lease.node)
-                is_final = isinstance(self.last, NodeAnswer) and self.last.kind is None
-                if self.race is None and (is_final or not self.dispatcher.retry(self.ticket, self.loop.time())):
-                    break
-            if isinstance(self.last, NodeAnswer):
-                self.ticket.forgive()
-            raise self.last.error()
-        finally:
-            self.ticket.race = None
-            self.end_race()
-
-    async def next_answer(self) -> Begun | None:
-        """Wait for what begins to answer; None if that has failed, and the request may move on."""
-        if self.race is None:
-            lease = await acquire_lease(self.gateway, self.ticket)
-            if not self.record.attempts:
-                self.record.queue_s = lease.sent_s - self.ticket.arrived_s
-            self.record.node, self.record.reason = lease.node.name, lease.reason
-            self.ticket.race = self.begin_race
-            begun = await self.attempt(lease)
-            self.ticket.race = None
-            if begun is not None:
-                self.end_race()
-                return begun
-        begun = await self.race.winner() if self.race else None
-        self.race = None
-        return begun
-
-    async def attempt(self, lease: Lease) -> Begun | None:
-        """Let the leased node begin to answer. The lease goes on only with what is returned."""
-        self.record.attempts += 1
-        begun = None
-        try:
-            begun = await begin(self.exchange, lease)
-        except (NodeRefused, NodeFailure) as failed:
-            self.note(lease, failed.value)
-        finally:
-            if begun is None:
-                self.end(lease)
-        return begun
-
-    async def pass_on(self, begun: Begun, take: Take) -> bool:
-        """Let the client have an answer that has begun; tell whether that went well, or another node may answer."""
-        lease, record = begun.lease, self.record
-        record.node, record.reason = lease.node.name, lease.reason
-        if lease.loads:
-            self.gateway.node_io.note_load(lease.node)
-        if self.exchange.transcript:    # silent in its midst, it may be raced by a replay
-            self.ticket.race, lease.abandon = self.begin_race, begun.connection.fail
-        try:
-            await take(self.exchange, begun)
-            return True
-        except (NodeRefused, NodeFailure) as failed:
-            self.note(lease, failed.value)
-            return False
-        finally:
-            self.ticket.race = lease.abandon = None
-            self.close(begun)
-
-    def begin_race(self, lease: Lease) -> None:
-        """Begin a second attempt, on another node."""
-        assert self.ticket.lease is not None    # the first attempt's
-        self.race = Race(self, self.ticket.lease, lease)
-
-    def end_race(self) -> None:
-        """Give up the second attempt, if there is one."""
-        if self.race is not None:
-            self.race.close()
-            self.race = None
-
-    def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
-        """Keep what a node said last, and hold it against the node if it is its fault."""
-        if failed.kind == "raced":
-            return
-        if isinstance(failed, NodeAnswer):
-            self.last = failed
-        elif not isinstance(self.last, NodeAnswer):
-            self.last = Answer(502, f"{lease.node.name}: {failed.text}")
-        if failed.kind is not None:
-            self.gateway.node_io.record_failure(lease, failed)
-
-    def end(self, lease: Lease) -> None:
-        """End a lease, unless it ended with the ticket of a client that left, and let others have its slot."""
-        if not lease.released:
-            self.dispatcher.release(lease, self.loop.time())
-            pump(self.gateway)
-
-    def close(self, begun: Begun) -> None:
-        """Give back what an answer was received with."""
-        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection, begun.clean)
-        self.end(begun.lease)
-
-
-# What is done with an answer that has begun. Raises NodeFailure or NodeRefused if another node may answer.
-Take = Callable[[Exchange, Begun], Awaitable[None]]
-
-
-async def serve_inference(exchange: Exchange, take: Take = relay_answer) -> None:
-    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
-
-    If a deterministic stream breaks off in its midst, another node goes on with it.
-    """
-    gateway, dispatcher, loop = exchange.gateway, exchange.gateway.dispatcher, exchange.gateway.loop
-    if exchange.spec.deterministic and gateway.options.rescue:
-        exchange.transcript = Transcript()
-    ticket = dispatcher.enter(exchange.record.id, exchange.spec, loop.time(), exchange.version)
-    try:
-        await Inference(exchange, ticket).run(take)
-    except (Refusal, NodeRefused) as ended:
-        stream = begun_stream(exchange)
-        if stream is None:
-            raise
-        dispatcher.rescued(whole=False)
-        break_off(exchange, stream, str(ended))
-    finally:
-        if dispatcher.leave(ticket, loop.time()):
-            pump(gateway)
 
 
 # -----------------------------------------------------------------------------
@@ -7460,6 +7643,9 @@ async def serve_change(exchange: Exchange) -> None:
 # can change, and 10 MB of them do not hold up the streams of others.
 # -----------------------------------------------------------------------------
 
+SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
+LIST_START_BYTES = 64 * KIB         # of an answer, in which its list must begin
+SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 LIST_START = re.compile(rb'"(embeddings|data)"\s*:\s*\[')
 INDEX = re.compile(rb"\s*:\s*(\d+)")
 TOTAL = re.compile(rb'"(prompt_eval_count|prompt_tokens|total_tokens|total_duration|load_duration)"\s*:\s*(\d{1,18})')
@@ -7707,403 +7893,19 @@ async def serve_events(exchange: Exchange) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Probes: which nodes live, and what do they hold?
-#
-# One task per node. /api/version tells whether it lives: /api/ps can block for seconds while a model is unloaded, so
-# that one is asked for residency only. Intervals have jitter, so that the probes of many gateways do not fall together.
-# -----------------------------------------------------------------------------
-
-class ProbeFailure(Exception):
-    """A node gave no usable answer to a question of the gateway's own."""
-
-
-BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
-
-
-def blob_in(modelfile: object) -> str:
-    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
-    match = BLOB.search(modelfile) if isinstance(modelfile, str) else None
-    return match[1] if match else ""
-
-
-def rows_of(answer: Json) -> list[Json]:
-    """Return the rows of /api/tags or /api/ps, if they have a name."""
-    rows = answer.get("models")
-    return [row for row in (rows if isinstance(rows, list) else [])
-            if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
-
-
-class OllamaApi:
-    """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
-
-    A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
-    NodeFailure without an answer, ProbeFailure after a wrong one, and Refusal if the gateway itself has no socket left.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-
-    async def fetch(self, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
-                    max_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
-        """Return (status, JSON object or None, body) of an answer of at most `max_bytes`."""
-        body = b"" if value is None else json.dumps(value).encode()
-        head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
-                           len(body), True, False, self.pool.via)
-        connection, clean = None, False
-        try:
-            async with asyncio.timeout(timeout_s):
-                request = render_request(head, self.pool.settings, len(body)) + body
-                connection, answer = await self.pool.request(request, method)
-                collector = Collector(connection, answer, max_bytes)
-                text = await collector.collect()
-                clean = collector.clean
-        except TimeoutError:
-            raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
-        finally:
-            if connection is not None:
-                self.pool.give_back(connection, clean)
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed = None
-        return answer.status, parsed if isinstance(parsed, dict) else None, text
-
-    async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
-        """Return the JSON object that a node answers with status 200."""
-        status, answer, _ = await self.fetch("GET", path, timeout_s=timeout_s)
-        if status != 200 or answer is None:
-            raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
-        return answer
-
-    async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
-        """Return the version of the server: the cheapest proof that it lives."""
-        return str((await self.ask("/api/version", timeout_s)).get("version", ""))[:40]
-
-    async def models(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
-        """Return the models on disk."""
-        return rows_of(await self.ask("/api/tags", timeout_s))
-
-    async def loaded(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
-        """Return the models in memory."""
-        return rows_of(await self.ask("/api/ps", timeout_s))
-
-    async def cloud(self, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
-        """Return whether the server uses the cloud; old ones do not tell."""
-        return await self.ask("/api/status", timeout_s)
-
-    async def weights(self, model: str) -> str:
-        """Return the blob that a model is made from; "" if the server does not tell."""
-        status, answer, _ = await self.fetch("POST", "/api/show", {"model": model})
-        return blob_in(answer.get("modelfile")) if status == 200 and answer else ""
-
-    async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
-        """Let a model continue a raw text; return what its answer tells of the work."""
-        value: Json = {"model": model, "raw": True, "stream": False, "prompt": prompt, "options": dict(options)}
-        if "shift" in options:          # the only one that Ollama reads beside its options
-            value["shift"] = bool(value["options"].pop("shift"))
-        status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
-        if status != 200 or answer is None:
-            raise ProbeFailure(f"the measurement was answered with {status}")
-        return read_timings(text[-TAIL_BYTES:])
-
-    async def is_there(self) -> bool:
-        """Tell whether this is an Ollama server, and not a gateway such as this one."""
-        _, health, _ = await self.fetch("GET", "/api/health", max_bytes=64 * KIB)
-        if health and health.get("service") == "SOLLOL":
-            return False
-        status, answer, _ = await self.fetch("GET", "/api/version", max_bytes=64 * KIB)
-        return status == 200 and isinstance(answer and answer.get("version"), str)
-
-
-Followed = TypeVar("Followed")      # a node, or the name of a source
-
-
-def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
-              work: Callable[[Followed], Coroutine[None, None, None]], pause_s: float) -> None:
-    """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
-    loop = asyncio.get_running_loop()
-    task = tasks[key] = loop.create_task(work(key))
-
-    def again() -> None:
-        if tasks.get(key) is task:      # else dropped meanwhile
-            supervise(tasks, key, work, pause_s)
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and tasks.get(key) is task:
-            LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
-            loop.call_later(pause_s, again)
-
-    task.add_done_callback(ended)
-
-
-class NodeIO:
-    """All that the gateway does with nodes by itself: connection pools, probes, short jobs, the log of their states."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
-        self.pools: dict[Node, Pool] = {}           # of dropped nodes, too, until their last request has ended
-        self.probes: dict[Node, asyncio.Task[None]] = {}
-        self.jobs: dict[tuple[Node, Job], asyncio.Task[str | None]] = {}
-        self.reasons: dict[Node, str] = {}          # of each node that was probed: what went wrong last, or ""
-        self.looking: dict[Look, asyncio.Future[list[None | BaseException]]] = {}       # under way; see `look_again`
-        self.logged_states: dict[Node, str] = {}
-
-    def api(self, node: Node) -> OllamaApi:
-        """Return how to ask a node."""
-        return OllamaApi(self.pools[node])
-
-    def configure(self, added: list[Node], dropped: list[Node]) -> list[Node]:
-        """Begin to probe the nodes that were added, end all work on those dropped; return those with new settings."""
-        for node in added:
-            self.pools[node] = Pool(node.settings, self.gateway.turns, self.gateway.via)
-            supervise(self.probes, node, self.probe_forever, self.gateway.options.probe_interval)
-        for node in dropped:
-            self.reasons.pop(node, None)
-            self.probes.pop(node).cancel()
-            for owner, work in self.jobs:
-                if owner is node:
-                    self.jobs[owner, work].cancel()
-            self.pools[node].close()
-        nodes = self.dispatcher.cluster.nodes.values()
-        changed = [node for node in nodes if self.pools[node].settings != node.settings]
-        for node in changed:
-            self.pools[node].configure(node.settings)
-        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
-        if insecure:
-            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
-        return changed
-
-    def begin_job(self, node: Node, work: Job) -> None:
-        """Start a short piece of work on a node, unless it is under way or the node was dropped."""
-        job = node, work
-        if job not in self.jobs and self.dispatcher.cluster.nodes.get(node.name) is node:
-            task = self.jobs[job] = self.loop.create_task(work(self, node))
-            task.add_done_callback(lambda task: self.jobs.pop(job, None))
-
-    async def look_at_models(self, node: Node) -> None:
-        """Find out which models a node has. Raises as OllamaApi."""
-        asked_s = self.loop.time()
-        self.dispatcher.cluster.take_tags(node, await self.api(node).models(), asked_s)
-
-    async def look_at_residency(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-        """Find out which models are loaded on a node. Raises as OllamaApi."""
-        asked_s = self.loop.time()
-        rows = await self.api(node).loaded(timeout_s)
-        node.take_ps(rows, asked_s, self.loop.time())
-
-    async def look_at_weights(self, node: Node) -> None:
-        """Find out which models of a node that look alike are made from the same weights; each is asked about once.
-
-        Raises as OllamaApi.
-        """
-        for model in possible_twins(node):
-            key = model, digest_of(node, model)
-            self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
-
-    async def look_at_cloud(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-        """Find out whether a node uses the cloud. Raises as OllamaApi."""
-        node.cloud = await self.api(node).cloud(timeout_s)
-
-    async def look_after_load(self, node: Node) -> None:
-        """See at once what a load has pushed out: the next one should know what fits together."""
-        with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
-            await self.look_at_residency(node)
-            pump(self.gateway)
-
-    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
-        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
-
-        A node that does not answer now is looked at by the next probe.
-        """
-        await asyncio.gather(*map(self.look_at_models, nodes), return_exceptions=True)
-
-    async def look_again(self, look: Look) -> None:
-        """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
-
-        Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
-        """
-        if look not in self.looking:
-            looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
-            self.looking[look] = asyncio.gather(*looks, return_exceptions=True)
-            self.looking[look].add_done_callback(lambda looks: self.looking.pop(look, None))
-        await asyncio.shield(self.looking[look])
-
-    async def probe(self, node: Node) -> str:
-        """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, or ""."""
-        loop, why, answered = self.loop, "", False
-        asked_s = loop.time()
-        try:
-            version = await self.api(node).version(DEAD_S if node.up else PROBE_TIMEOUT_S)
-            answered = True
-            node.answered(version, loop.time() - asked_s, loop.time())
-            await self.look_at_models(node)
-            await self.look_at_residency(node)
-            await self.look_at_weights(node)
-        except (NodeFailure, ProbeFailure, Refusal) as failure:
-            why = str(failure)
-            if answered:
-                node.index_failed()
-            elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-                node.missed(getattr(failure, "kind", "") == "refused", loop.time())
-        self.log_state(node, why)
-        pump(self.gateway)
-        return why
-
-    async def probe_forever(self, node: Node) -> None:
-        """Probe a node until it is dropped."""
-        while True:
-            self.reasons[node] = await self.probe(node)
-            pause_s = self.gateway.options.probe_interval
-            if not node.up and self.loop.time() - node.lost_s < RETURN_S:
-                pause_s = min(pause_s, RETURN_PROBE_S)
-            await asyncio.sleep(pause_s * self.gateway.rng.uniform(0.85, 1.15))
-
-    def log_state(self, node: Node, why: str = "") -> None:
-        """Log the state of a node if it is not the one logged last."""
-        now = self.loop.time()
-        was, state = self.logged_states.get(node, "new"), node.state(now)
-        if not node.probed or state == was or node.up and not node.indexed:
-            return                      # its models are part of the line
-        self.logged_states[node] = state
-        bad, error = state in ("down", "suspect"), node.last_error
-        if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
-            why = why or error.text
-        LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
-                {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
-                 "version": node.version, "models": " ".join(sorted(node.rows)), "why": why})
-
-    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
-        """Note and log that a node failed a request, and look at once what has become of it."""
-        assert failure.kind is not None     # else it is no fault of the node's
-        self.dispatcher.fail(lease, failure.kind, self.loop.time())
-        self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
-        status = failure.head.status if isinstance(failure, NodeAnswer) else None
-        lease.node.note_error(failure.text, status, failure.kind, self.loop.time())
-        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
-        if failure.kind in CONNECTION_FAILURES:
-            self.begin_job(lease.node, NodeIO.probe)
-        elif failure.kind == "model":
-            self.note_load(lease.node)
-
-    def note_load(self, node: Node) -> None:
-        """Find out soon what the load of a model has pushed out of a node."""
-        self.begin_job(node, NodeIO.look_after_load)
-
-    def sweep(self, now: float) -> None:
-        """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
-        for node in self.dispatcher.cluster.nodes.values():
-            self.log_state(node)
-            if not node.may_measure(now):
-                continue
-            if node.suspect or node.speed < 0.7:
-                self.begin_job(node, check)
-            elif self.gateway.options.calibrate and (
-                    not node.calibrated and loaded_runners(node) or self.dispatcher.cluster.is_unsure(node, now)):
-                self.begin_job(node, calibrate)
-        for node, pool in list(self.pools.items()):
-            pool.prune(now - IDLE_UPSTREAM_S)
-            if self.dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
-                del self.pools[node]
-                self.logged_states.pop(node, None)
-
-
-Job = Callable[[NodeIO, Node], Coroutine[None, None, str | None]]       # a method of NodeIO, or `check`, `calibrate`
-Look = Callable[[NodeIO, Node, float], Coroutine[None, None, None]]
-
-
-def loaded_options(runner: Runner) -> Json | None:
-    """Return the options with which a request loads nothing anew; None if they are not known."""
-    if not runner.context and runner.options is None:
-        return None
-    return {**dict(runner.options or ()), **({"num_ctx": runner.context} if runner.context else {})}
-
-
-def loaded_runners(node: Node) -> list[Runner]:
-    """Return the models of a node that /api/ps shows, that answer with text, and whose options are known."""
-    return [runner for runner in each_runner(node) if runner.listed and loaded_options(runner) is not None
-            and not embeds_only(runner.row or runner.listed)]
-
-
-async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
-    """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
-
-    It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
-    """
-    dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
-    prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
-    options = loaded_options(runner)
-    assert options is not None      # as `loaded_runners` returns them
-    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompt), max_output=tokens)
-    lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
-    asking = loop.create_task(nodes.api(node).generate(
-        runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
-    lease.abandon = lambda failure: asking.cancel()
-    try:
-        await asyncio.wait([asking])
-        if asking.cancelled() or asking.exception() or lease.released:
-            return None
-        return learn_measured(lease, asking.result(), loop.time())
-    finally:
-        asking.cancel()
-        if not lease.released:
-            dispatcher.release(lease, loop.time())
-
-
-async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
-    """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
-
-    Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
-    """
-    loop = nodes.loop
-    try:
-        await nodes.look_at_residency(node)
-    except (ProbeFailure, NodeFailure, Refusal):
-        node.pause_measuring(loop.time())
-    if not node.may_measure(loop.time()):
-        return None
-    return min(loaded_runners(node), default=None,
-               key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples))
-
-
-async def calibrate(nodes: NodeIO, node: Node) -> None:
-    """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
-    told it for long although the model is asked for.
-
-    Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
-    with a CPU node. One short request at a time: slots are learned from those of others.
-    """
-    node.calibrates()
-    runner = await loaded_runner(nodes, node)
-    sure = runner is not None and runner.speeds.is_confirmed(nodes.loop.time())
-    if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
-        node.calibrates(False)          # it is tried again, after a pause
-        return
-    LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots.count,
-              "decode_tok_s": round(1 / runner.decode_s(), 1)})
-    pump(nodes.gateway)
-
-
-async def check(nodes: NodeIO, node: Node) -> None:
-    """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
-    loop = nodes.loop
-    runner = await loaded_runner(nodes, node)
-    if not node.may_measure(loop.time()):
-        return
-    due_s = math.inf
-    if runner is not None:          # else there is nothing to ask: its next request will show
-        work_s = node.overhead_s + 8 * runner.prefill_s() + runner.decode_s() + node.rtt_s
-        due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
-        if await measure(nodes, runner, 1, 1) is None:
-            return
-    node.trust(loop.time())
-    if loop.time() < due_s:
-        node.reset_speed()
-    pump(nodes.gateway)
-
-
-# -----------------------------------------------------------------------------
 # What is going on: health, statistics, the log
 # -----------------------------------------------------------------------------
+
+TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
+NOTIFY_S = 0.2                      # streams stand still meanwhile
+MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
+LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
+
+# Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
+MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
+TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+STEP_VALUES = 500                   # of one step, the latest: enough for a P95
+
 
 def answer_health(gateway: Gateway) -> OwnAnswer:
     """Answer /api/health: 200 while at least one node is alive; one that answers only errors is not counted as up."""
@@ -8567,303 +8369,7 @@ def tell_systemd(message: str) -> None:
 # the state is small, and a page that missed an event, or the gateway's restart, is right again one second later.
 # -----------------------------------------------------------------------------
 
-PAGE = r'''<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>SOLLOL</title>
-<link rel="icon" href="data:,">
-<style>
-:root { --ground: #f6f5f2; --card: #fff; --ink: #1f2428; --soft: #5c646b; --line: #e4e2dc; --empty: #eceae4;
-  --good: #23774b; --warn: #8a5a00; --bad: #b3261e; --calm: #3d6090; --a: #2a6fb0; --b: #b05a1f;
-  --m0: #4c8bc4; --m1: #c9803f; --m2: #5a9e6f; --m3: #9a73b8; --m4: #c2637a;
-  --m5: #4fa3a5; --m6: #a08f3c; --m7: #7a7f8a }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #15181b; --card: #1d2125; --ink: #e7e9ea; --soft: #a2aab1; --line: #2d3338; --empty: #2a3035;
-    --good: #6fcf97; --warn: #e0b050; --bad: #f28b82; --calm: #94b8e6; --a: #79b4ec; --b: #e8a06a } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums }
-header, main { max-width: 1720px; margin: 0 auto; padding: 0 28px }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; padding-top: 22px }
-h1 { font-size: 20px; letter-spacing: .06em; margin: 0 }
-h2 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0; letter-spacing: .03em }
-#link { color: var(--soft); flex: 1; min-width: 12em }
-body.lost #link { color: var(--bad); font-weight: 600 }
-body.lost main { opacity: .55 }
-button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
-  padding: 3px 14px; cursor: pointer }
-:focus-visible { outline: 3px solid var(--a); outline-offset: 2px }
-.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px; margin: 18px 0 14px; padding: 0;
-  list-style: none }
-.tiles li, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-.tiles li { padding: 12px 16px }
-.tiles b { display: block; font-size: 26px; font-weight: 600; line-height: 1.2; white-space: nowrap }
-.tiles b small { font-size: 15px; font-weight: 400; color: var(--soft) }
-.tiles span { color: var(--soft); font-size: 13px }
-.columns { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 14px; align-items: start;
-  margin-bottom: 28px }
-.columns > div { display: grid; gap: 14px; min-width: 0 }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
-section { padding: 14px 16px; min-width: 0 }
-section > div { overflow-x: auto }
-table { border-collapse: collapse; width: 100% }
-th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); padding: 8px 14px 5px 0;
-  white-space: nowrap }
-td, tbody th { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; font-size: 14px }
-tbody th { font-weight: 600; color: var(--ink) }
-.n { text-align: right; white-space: nowrap }
-.n + :not(.n) { padding-left: 12px }
-.name { white-space: nowrap }
-th:last-child, td:last-child { padding-right: 0 }
-.soft { color: var(--soft); font-weight: 400; font-size: 13px }
-.none { color: var(--soft); margin: 10px 0 4px }
-.state { white-space: nowrap }
-.state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
-  background: currentColor }
-.up { color: var(--good) } .suspect { color: var(--warn) } .down { color: var(--bad) } .draining { color: var(--calm) }
-.down::before { border-radius: 2px } .suspect::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0 }
-.model { display: flex; flex-wrap: wrap; align-items: center; gap: 3px 10px; min-height: 21px }
-.model + .model { margin-top: 4px }
-.model > span:first-child { min-width: 8.5em }
-.slots { display: inline-flex; flex-wrap: wrap; gap: 3px }
-.slot { width: 26px; height: 15px; border-radius: 4px; background: var(--empty); overflow: hidden }
-.slot.busy { box-shadow: inset 0 0 0 1.5px var(--hue) }
-.slot i { display: block; height: 100%; background: var(--hue); min-width: 5px }
-.slot.waits i { opacity: .45 }
-.key { display: inline-block; width: 9px; height: 9px; border-radius: 3px; background: var(--hue); margin-right: 7px }
-.speed { display: inline-block; width: 46px; height: 5px; border-radius: 3px; background: var(--empty);
-  overflow: hidden; vertical-align: middle; margin-left: 8px }
-.speed i { display: block; height: 100%; background: var(--good) }
-.speed.slow i { background: var(--warn) }
-.prio { display: inline-block; min-width: 26px; text-align: center; border-radius: 5px; background: var(--empty);
-  font-weight: 600; padding: 0 5px }
-.prio.high { background: var(--calm); color: var(--card) }
-.chip { display: inline-block; white-space: nowrap; color: var(--soft); font-size: 13px; margin: 0 12px 0 0 }
-.chip.won { color: var(--ink); font-weight: 600 }
-.id { overflow-wrap: anywhere }
-svg { display: block; width: 100%; height: 150px; margin-top: 6px }
-svg text { fill: var(--soft); font-size: 11px }
-svg .grid { stroke: var(--line) }
-svg path, svg circle { stroke: var(--hue); fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
-svg circle { fill: var(--hue); stroke: none }
-.legend { float: right; font-size: 13px; color: var(--soft) } .legend span { margin-left: 14px }
-.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--hue);
-  vertical-align: middle; margin-right: 6px }
-@media (max-width: 1150px) {
-  .columns { grid-template-columns: minmax(0, 1fr) } .tiles { grid-template-columns: repeat(3, 1fr) } }
-@media (max-width: 640px) {
-  header, main { padding-left: 14px; padding-right: 14px }
-  .charts { grid-template-columns: minmax(0, 1fr) } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr) }
-  .tiles b { font-size: 22px } h1 { flex: 1 } #link { order: 1; flex-basis: 100% }
-  td.n { text-align: left } #nodes td.n { flex: 0 0 calc(50% - 8px) }
-  .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
-  table, tbody { display: block } thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
-  tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 10px 0; border-top: 1px solid var(--line) }
-  tbody:first-of-type tr:first-child { border-top: 0 }
-  td, tbody th { border: 0; padding: 0; text-align: left } .wide { flex-basis: 100% } .grow { flex: 1 }
-  td[data-is]::before { content: attr(data-is) " "; color: var(--soft); font-size: 13px } }
-@media (prefers-reduced-motion: no-preference) { .slot i, .speed i { transition: width .9s linear } }
-</style>
-</head>
-<body>
-<header><h1>SOLLOL</h1><span id="link" role="status">connecting</span>
-<button id="pause" aria-pressed="false">Pause</button></header>
-<main>
-<ul class="tiles" id="tiles" aria-label="Now"></ul>
-<div class="columns">
-<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section></div>
-<div>
-<div class="charts">
-<section aria-labelledby="h-total"><span class="legend" id="l-total"></span><h2 id="h-total">Latency</h2>
-<div id="total"></div></section>
-<section aria-labelledby="h-first"><span class="legend" id="l-first"></span><h2 id="h-first">First token</h2>
-<div id="first"></div></section>
-</div>
-<section aria-labelledby="h-queue"><h2 id="h-queue">Queue, the next one first</h2><div id="queue"></div></section>
-<section aria-labelledby="h-decisions">
-<h2 id="h-decisions">Last decisions: where each candidate would have finished, and the one chosen</h2>
-<div id="decisions"></div></section>
-</div>
-</div>
-</main>
-<script type="application/json" id="first-state">@STATE@</script>
-<script>
-"use strict";
-const at = (id) => document.getElementById(id);
-const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
-const short = (model) => esc(String(model || "no model").replace(/:latest$/, ""));
-const took = (s) => s == null ? "–" : s < 0.095 ? `${Math.round(s * 1000)} ms` : s < 9.95 ? `${s.toFixed(1)} s` :
-  s < 99.5 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
-const rate = (x) => x == null ? "–" : x && x < 9.95 ? x.toFixed(1) : String(Math.round(x));
-const put = (id, html) => { const it = at(id); if (it.shown !== html) it.innerHTML = it.shown = html; };
-const hues = new Map();
-const hue = (model) => {                // one colour per model, in the order in which they turn up
-  if (!hues.has(model)) hues.set(model, hues.size % 8);
-  return `--hue: var(--m${hues.get(model)})`;
-};
-const table = (name, heads, rows) => `<table role="table" aria-label="${name}"><thead role="rowgroup"><tr role="row">` +
-  heads.map(([text, kind]) => `<th role="columnheader" scope="col" class="${kind || ""}">${text}</th>`).join("") +
-  `</tr></thead><tbody role="rowgroup">${rows.join("")}</tbody></table>`;
-const cell = (html, kind, is) => `<td role="cell" class="${kind || ""}"${is ? ` data-is="${is}"` : ""}>${html}</td>`;
-const none = (text) => `<p class="none">${text}</p>`;
-const row = (cells) => `<tr role="row">${cells.join("")}</tr>`;
-
-function slot(model, it) {
-  if (!it) return `<span class="slot"></span>`;
-  const whole = it.since_s + Math.max(0, it.predicted_left_s || 0);
-  const share = it.began && whole ? Math.min(100, 100 * it.since_s / whole) : it.began ? 50 : 100;
-  const doing = it.began ? "for" : "waits for its first token for";
-  const said = `${it.client}, priority ${it.priority}, ${doing} ${took(it.since_s)}`;
-  return `<span class="slot busy ${it.began ? "" : "waits"}" title="${esc(said)}">` +
-    `<i style="width: ${share.toFixed(0)}%"></i></span>`;
-}
-
-function models(node) {
-  const lines = Object.entries(node.models).map(([name, it]) => {
-    const running = node.running.filter((one) => one.slot && one.model === name);
-    const boxes = Array.from({ length: Math.max(it.slots, running.length) }, (_, n) => slot(name, running[n]));
-    const said = `${running.length} of ${it.slots} slots (${it.slots_known}) busy`;
-    const loads = it.loading ? ` <span class="soft">loading</span>` : "";
-    return `<div class="model" style="${hue(name)}"><span><span class="key"></span>${short(name)}${loads}</span>` +
-      `<span class="slots" role="img" aria-label="${said}" title="${said}">${boxes.join("")}</span></div>`;
-  });
-  const others = node.running.filter((one) => !one.slot).length;
-  if (others) lines.push(`<span class="soft">${others} without a slot</span>`);
-  return lines.join("") || `<span class="soft">nothing loaded</span>`;
-}
-
-function errors(node) {
-  if (!node.error_share) return "";
-  const share = Math.round(100 * node.error_share);
-  return `<br><span class="soft" title="${esc(node.last_error.text)}">${share} % errors</span>`;
-}
-
-function nodeRow(node) {
-  const speed = Math.round(100 * node.speed), alive = node.state !== "down";
-  const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
-  const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
-  return row([
-    `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
-    cell(`<span class="state ${node.state}">${node.state}</span>${errors(node)}`),
-    cell(alive ? models(node) : "–", "wide"),
-    cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
-    cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);
-}
-
-function ticketRow(it) {
-  return row([cell(it.position, "n", "#"),
-    cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
-    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
-    cell(took(it.waited_s), "n", "waited"),
-    cell(it.predicted_start_s === null ? "–" : it.predicted_start_s ? took(it.predicted_start_s) : "next", "n",
-      "starts in"),
-    cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
-}
-
-function decisionRow(it) {
-  const all = Object.entries(it.predicted_finish_s).sort((one, other) => one[1] - other[1]);
-  let shown = all.slice(0, 4);
-  if (!shown.some(([name]) => name === it.node))
-    shown = [...all.slice(0, 3), ...all.filter(([name]) => name === it.node)];
-  const chips = shown.map(([name, s]) => `<span class="chip ${name === it.node ? "won" : ""}">` +
-    `${name === it.node ? "→ " : ""}${esc(name)} ${took(s)}</span>`);
-  if (all.length > shown.length) chips.push(`<span class="chip">and ${all.length - shown.length} more</span>`);
-  return row([cell(`${took(it.ago_s)} ago`, "n"),
-    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"),
-    cell(chips.join(""), "wide")]);
-}
-
-function chart(id, name, lines, step_s) {
-  const wide = Math.max(240, at(id).clientWidth), high = 150, left = 46, foot = 20, top = 8;
-  const most = Math.max(...lines.flatMap(([, , values]) => values.map((value) => value || 0)));
-  const unit = 10 ** Math.floor(Math.log10(most || 1)), roof = [1, 2, 5, 10].find((n) => n * unit >= most) * unit;
-  const count = lines[0][2].length, x = (n) => left + (wide - left - 8) * n / (count - 1);
-  const y = (value) => high - foot - (high - foot - top) * value / roof;
-  const grid = [0, roof / 2, roof].map((value) =>
-    `<line class="grid" x1="${left}" x2="${wide - 8}" y1="${y(value)}" y2="${y(value)}"/>` +
-    `<text x="${left - 8}" y="${y(value) + 4}" text-anchor="end">${value ? took(value) : "0"}</text>`);
-  const minutes = (count - 1) * step_s / 60;
-  const marks = [[0, "start"], [0.5, "middle"], [1, "end"]].map(([share, anchor]) =>
-    `<text x="${x(share * (count - 1))}" y="${high - 4}" text-anchor="${anchor}">` +
-    `${share === 1 ? "now" : `${Math.round(minutes * (1 - share))} min ago`}</text>`);
-  const drawn = lines.map(([, colour, values]) => {
-    let path = "", dots = "";
-    values.forEach((value, n) => {
-      if (value == null) return;
-      const joined = n && values[n - 1] != null, alone = !joined && values[n + 1] == null;
-      path += `${joined ? "L" : "M"}${x(n).toFixed(1)} ${y(value).toFixed(1)}`;
-      if (alone) dots += `<circle cx="${x(n).toFixed(1)}" cy="${y(value).toFixed(1)}" r="2.5"/>`;
-    });
-    return `<g style="--hue: var(${colour})"><path d="${path}"/>${dots}</g>`;
-  });
-  const last = (values) => values.findLast((value) => value != null);
-  const said = lines.map(([label, , values]) => `${label} ${took(last(values))}`).join(", ");
-  const span = `the last ${Math.round(minutes)} minutes`;
-  put(id, most ? `<svg viewBox="0 0 ${wide} ${high}" role="img" aria-label="${name} over ${span}; last ${said}">` +
-    `${grid.join("")}${marks.join("")}${drawn.join("")}</svg>` : `<p class="none">no answer in ${span}</p>`);
-  put(`l-${id}`, lines.map(([label, colour, values]) =>
-    `<span><i style="--hue: var(${colour})"></i>${label} ${took(last(values))}</span>`).join(""));
-}
-
-function show(state) {
-  const up = state.nodes.filter((node) => node.state === "up" || node.state === "suspect").length;
-  const running = state.nodes.reduce((sum, node) => sum + node.running.length, 0);
-  const tile = (value, name) => `<li><b>${value}</b><span>${name}</span></li>`;
-  put("tiles", [tile(`${up} <small>of ${state.nodes.length}</small>`, "nodes up"), tile(running, "running"),
-    tile(state.queued, "waiting"), tile(`${rate(state.per_min)} <small>/min</small>`, "requests"),
-    tile(`${rate(state.tok_s)} <small>/s</small>`, "tokens"), tile(took(state.ttft_s), "first token, P50")].join(""));
-  const nodes = table("Nodes", [["Node"], ["State"], ["Loaded models and their slots"], ["Tokens/s", "n"],
-    ["One stream", "n"], ["Of its best", "n"], ["P95", "n"]], state.nodes.map(nodeRow));
-  put("nodes", state.nodes.length ? nodes : none("No node yet: put its URL into the hosts file and save it."));
-  const queue = table("Queue", [["#", "n"], ["Priority"], ["Model"], ["Client"], ["Waited", "n"], ["Starts in", "n"],
-    ["Request"]], state.queue.map(ticketRow));
-  const hidden = state.queued - state.queue.length;
-  put("queue", (state.queued ? queue : none("Nobody waits.")) + (hidden ? none(`and ${hidden} more`) : ""));
-  const decisions = table("Decisions", [["When", "n"], ["Model"], ["Predicted finish"]],
-    state.decisions.map(decisionRow));
-  put("decisions", state.decisions.length ? decisions : none("None yet."));
-  const past = state.past, lines = (p50, p95) => [["P50", "--a", p50], ["P95", "--b", p95]];
-  chart("total", "Latency", lines(past.total_p50_s, past.total_p95_s), past.step_s);
-  chart("first", "Time to first token", lines(past.first_p50_s, past.first_p95_s), past.step_s);
-}
-
-let state = JSON.parse(at("first-state").textContent), paused = false, seen = "";
-function tell(lost) {
-  document.body.classList.toggle("lost", lost);
-  at("link").textContent = lost ? `Connection lost, this is the state of ${seen}` : paused ? `paused at ${seen}` :
-    `${state.version}, ${state.policy}${state.draining ? ", shutting down" : ""}, up for ${took(state.uptime_s)}`;
-}
-function take(next) {
-  state = next;
-  if (paused) return;
-  seen = new Date().toLocaleTimeString();
-  show(state);
-  tell(false);
-}
-function listen() {
-  const events = new EventSource("/dashboard/events");
-  events.onmessage = (event) => take(JSON.parse(event.data));
-  events.onerror = () => {              // it tries again by itself, unless it was answered with an error
-    tell(true);
-    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
-  };
-}
-at("pause").onclick = () => {
-  paused = !paused;
-  at("pause").setAttribute("aria-pressed", paused);
-  at("pause").textContent = paused ? "Go on" : "Pause";
-  if (paused) tell(false); else take(state);
-};
-addEventListener("resize", () => show(state));
-take(state);
-listen();
-</script>
-</body>
-</html>
-'''
+ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
 
 
 def page_policy() -> bytes:
@@ -8872,9 +8378,6 @@ def page_policy() -> bytes:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'").encode()
-
-
-PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-store"]
 
 
 def past(steps: list[Step], now: float) -> Json:
@@ -8924,31 +8427,414 @@ def answer_dashboard(gateway: Gateway) -> OwnAnswer:
 
 
 # -----------------------------------------------------------------------------
+# Probes: which nodes live, and what do they hold?
+#
+# One task per node. /api/version tells whether it lives: /api/ps can block for seconds while a model is unloaded, so
+# that one is asked for residency only. Intervals have jitter, so that the probes of many gateways do not fall together.
+# -----------------------------------------------------------------------------
+
+PROBE_TIMEOUT_S = 3.0
+RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # for so long a node that has gone is looked at so often
+IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
+CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
+CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
+SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
+
+
+class ProbeFailure(Exception):
+    """A node gave no usable answer to a question of the gateway's own."""
+
+
+BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
+
+
+def blob_in(modelfile: object) -> str:
+    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
+    match = BLOB.search(modelfile) if isinstance(modelfile, str) else None
+    return match[1] if match else ""
+
+
+def rows_of(answer: Json) -> list[Json]:
+    """Return the rows of /api/tags or /api/ps, if they have a name."""
+    rows = answer.get("models")
+    return [row for row in (rows if isinstance(rows, list) else [])
+            if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
+
+
+class OllamaApi:
+    """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
+
+    A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
+    NodeFailure without an answer, ProbeFailure after a wrong one, and Refusal if the gateway itself has no socket left.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    async def fetch(self, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
+                    max_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
+        """Return (status, JSON object or None, body) of an answer of at most `max_bytes`."""
+        body = b"" if value is None else json.dumps(value).encode()
+        head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
+                           len(body), True, False, self.pool.via)
+        connection, clean = None, False
+        try:
+            async with asyncio.timeout(timeout_s):
+                request = render_request(head, self.pool.settings, len(body)) + body
+                connection, answer = await self.pool.request(request, method)
+                collector = Collector(connection, answer, max_bytes)
+                text = await collector.collect()
+                clean = collector.clean
+        except TimeoutError:
+            raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
+        finally:
+            if connection is not None:
+                self.pool.give_back(connection, clean)
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):
+            parsed = None
+        return answer.status, parsed if isinstance(parsed, dict) else None, text
+
+    async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
+        """Return the JSON object that a node answers with status 200."""
+        status, answer, _ = await self.fetch("GET", path, timeout_s=timeout_s)
+        if status != 200 or answer is None:
+            raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
+        return answer
+
+    async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+        """Return the version of the server: the cheapest proof that it lives."""
+        return str((await self.ask("/api/version", timeout_s)).get("version", ""))[:40]
+
+    async def models(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
+        """Return the models on disk."""
+        return rows_of(await self.ask("/api/tags", timeout_s))
+
+    async def loaded(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Json]:
+        """Return the models in memory."""
+        return rows_of(await self.ask("/api/ps", timeout_s))
+
+    async def cloud(self, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
+        """Return whether the server uses the cloud; old ones do not tell."""
+        return await self.ask("/api/status", timeout_s)
+
+    async def weights(self, model: str) -> str:
+        """Return the blob that a model is made from; "" if the server does not tell."""
+        status, answer, _ = await self.fetch("POST", "/api/show", {"model": model})
+        return blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+
+    async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
+        """Let a model continue a raw text; return what its answer tells of the work."""
+        value: Json = {"model": model, "raw": True, "stream": False, "prompt": prompt, "options": dict(options)}
+        if "shift" in options:          # the only one that Ollama reads beside its options
+            value["shift"] = bool(value["options"].pop("shift"))
+        status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
+        if status != 200 or answer is None:
+            raise ProbeFailure(f"the measurement was answered with {status}")
+        return read_timings(text[-TAIL_BYTES:])
+
+    async def is_there(self) -> bool:
+        """Tell whether this is an Ollama server, and not a gateway such as this one."""
+        _, health, _ = await self.fetch("GET", "/api/health", max_bytes=64 * KIB)
+        if health and health.get("service") == "SOLLOL":
+            return False
+        status, answer, _ = await self.fetch("GET", "/api/version", max_bytes=64 * KIB)
+        return status == 200 and isinstance(answer and answer.get("version"), str)
+
+
+Followed = TypeVar("Followed")      # a node, or the name of a source
+
+
+def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
+              work: Callable[[Followed], Coroutine[None, None, None]], pause_s: float) -> None:
+    """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
+    loop = asyncio.get_running_loop()
+    task = tasks[key] = loop.create_task(work(key))
+
+    def again() -> None:
+        if tasks.get(key) is task:      # else dropped meanwhile
+            supervise(tasks, key, work, pause_s)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and tasks.get(key) is task:
+            LOG.error({"event": "error", "node": getattr(key, "name", key)}, exc_info=task.exception())
+            loop.call_later(pause_s, again)
+
+    task.add_done_callback(ended)
+
+
+class NodeIO:
+    """All that the gateway does with nodes by itself: connection pools, probes, short jobs, the log of their states."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.dispatcher, self.loop = gateway, gateway.dispatcher, gateway.loop
+        self.pools: dict[Node, Pool] = {}           # of dropped nodes, too, until their last request has ended
+        self.probes: dict[Node, asyncio.Task[None]] = {}
+        self.jobs: dict[tuple[Node, Job], asyncio.Task[str | None]] = {}
+        self.reasons: dict[Node, str] = {}          # of each node that was probed: what went wrong last, or ""
+        self.looking: dict[Look, asyncio.Future[list[None | BaseException]]] = {}       # under way; see `look_again`
+        self.logged_states: dict[Node, str] = {}
+
+    def api(self, node: Node) -> OllamaApi:
+        """Return how to ask a node."""
+        return OllamaApi(self.pools[node])
+
+    def configure(self, added: list[Node], dropped: list[Node]) -> list[Node]:
+        """Begin to probe the nodes that were added, end all work on those dropped; return those with new settings."""
+        for node in added:
+            self.pools[node] = Pool(node.settings, self.gateway.turns, self.gateway.via)
+            supervise(self.probes, node, self.probe_forever, self.gateway.options.probe_interval)
+        for node in dropped:
+            self.reasons.pop(node, None)
+            self.probes.pop(node).cancel()
+            for owner, work in self.jobs:
+                if owner is node:
+                    self.jobs[owner, work].cancel()
+            self.pools[node].close()
+        nodes = self.dispatcher.cluster.nodes.values()
+        changed = [node for node in nodes if self.pools[node].settings != node.settings]
+        for node in changed:
+            self.pools[node].configure(node.settings)
+        insecure = " ".join(node.name for node in (*added, *changed) if node.settings.insecure)
+        if insecure:
+            LOG.warning({"event": "tls", "nodes": insecure, "why": "insecure=yes: anybody on the way can pose as them"})
+        return changed
+
+    def begin_job(self, node: Node, work: Job) -> None:
+        """Start a short piece of work on a node, unless it is under way or the node was dropped."""
+        job = node, work
+        if job not in self.jobs and self.dispatcher.cluster.nodes.get(node.name) is node:
+            task = self.jobs[job] = self.loop.create_task(work(self, node))
+            task.add_done_callback(lambda task: self.jobs.pop(job, None))
+
+    async def look_at_models(self, node: Node) -> None:
+        """Find out which models a node has. Raises as OllamaApi."""
+        asked_s = self.loop.time()
+        self.dispatcher.cluster.take_tags(node, await self.api(node).models(), asked_s)
+
+    async def look_at_residency(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Find out which models are loaded on a node. Raises as OllamaApi."""
+        asked_s = self.loop.time()
+        rows = await self.api(node).loaded(timeout_s)
+        node.take_ps(rows, asked_s, self.loop.time())
+
+    async def look_at_weights(self, node: Node) -> None:
+        """Find out which models of a node that look alike are made from the same weights; each is asked about once.
+
+        Raises as OllamaApi.
+        """
+        for model in possible_twins(node):
+            key = model, digest_of(node, model)
+            self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
+
+    async def look_at_cloud(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Find out whether a node uses the cloud. Raises as OllamaApi."""
+        node.cloud = await self.api(node).cloud(timeout_s)
+
+    async def look_after_load(self, node: Node) -> None:
+        """See at once what a load has pushed out: the next one should know what fits together."""
+        with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
+            await self.look_at_residency(node)
+            pump(self.gateway)
+
+    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
+        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
+
+        A node that does not answer now is looked at by the next probe.
+        """
+        await asyncio.gather(*map(self.look_at_models, nodes), return_exceptions=True)
+
+    async def look_again(self, look: Look) -> None:
+        """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
+
+        Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
+        """
+        if look not in self.looking:
+            looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
+            self.looking[look] = asyncio.gather(*looks, return_exceptions=True)
+            self.looking[look].add_done_callback(lambda looks: self.looking.pop(look, None))
+        await asyncio.shield(self.looking[look])
+
+    async def probe(self, node: Node) -> str:
+        """Look at a node once: does it live, which models has it, which are loaded? Return what went wrong, or ""."""
+        loop, why, answered = self.loop, "", False
+        asked_s = loop.time()
+        try:
+            version = await self.api(node).version(DEAD_S if node.up else PROBE_TIMEOUT_S)
+            answered = True
+            node.answered(version, loop.time() - asked_s, loop.time())
+            await self.look_at_models(node)
+            await self.look_at_residency(node)
+            await self.look_at_weights(node)
+        except (NodeFailure, ProbeFailure, Refusal) as failure:
+            why = str(failure)
+            if answered:
+                node.index_failed()
+            elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
+                node.missed(getattr(failure, "kind", "") == "refused", loop.time())
+        self.log_state(node, why)
+        pump(self.gateway)
+        return why
+
+    async def probe_forever(self, node: Node) -> None:
+        """Probe a node until it is dropped."""
+        while True:
+            self.reasons[node] = await self.probe(node)
+            pause_s = self.gateway.options.probe_interval
+            if not node.up and self.loop.time() - node.lost_s < RETURN_S:
+                pause_s = min(pause_s, RETURN_PROBE_S)
+            await asyncio.sleep(pause_s * self.gateway.rng.uniform(0.85, 1.15))
+
+    def log_state(self, node: Node, why: str = "") -> None:
+        """Log the state of a node if it is not the one logged last."""
+        now = self.loop.time()
+        was, state = self.logged_states.get(node, "new"), node.state(now)
+        if not node.probed or state == was or node.up and not node.indexed:
+            return                      # its models are part of the line
+        self.logged_states[node] = state
+        bad, error = state in ("down", "suspect"), node.last_error
+        if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
+            why = why or error.text
+        LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
+                {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
+                 "version": node.version, "models": " ".join(sorted(node.rows)), "why": why})
+
+    def record_failure(self, lease: Lease, failure: Failure | NodeAnswer) -> None:
+        """Note and log that a node failed a request, and look at once what has become of it."""
+        assert failure.kind is not None     # else it is no fault of the node's
+        self.dispatcher.fail(lease, failure.kind, self.loop.time())
+        self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
+        status = failure.head.status if isinstance(failure, NodeAnswer) else None
+        lease.node.note_error(failure.text, status, failure.kind, self.loop.time())
+        LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
+        if failure.kind in CONNECTION_FAILURES:
+            self.begin_job(lease.node, NodeIO.probe)
+        elif failure.kind == "model":
+            self.note_load(lease.node)
+
+    def note_load(self, node: Node) -> None:
+        """Find out soon what the load of a model has pushed out of a node."""
+        self.begin_job(node, NodeIO.look_after_load)
+
+    def sweep(self, now: float) -> None:
+        """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
+        for node in self.dispatcher.cluster.nodes.values():
+            self.log_state(node)
+            if not node.may_measure(now):
+                continue
+            if node.suspect or node.speed < 0.7:
+                self.begin_job(node, check)
+            elif self.gateway.options.calibrate and (
+                    not node.calibrated and loaded_runners(node) or self.dispatcher.cluster.is_unsure(node, now)):
+                self.begin_job(node, calibrate)
+        for node, pool in list(self.pools.items()):
+            pool.prune(now - IDLE_UPSTREAM_S)
+            if self.dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
+                del self.pools[node]
+                self.logged_states.pop(node, None)
+
+
+Job = Callable[[NodeIO, Node], Coroutine[None, None, str | None]]       # a method of NodeIO, or `check`, `calibrate`
+Look = Callable[[NodeIO, Node, float], Coroutine[None, None, None]]
+
+
+def loaded_options(runner: Runner) -> Json | None:
+    """Return the options with which a request loads nothing anew; None if they are not known."""
+    if not runner.context and runner.options is None:
+        return None
+    return {**dict(runner.options or ()), **({"num_ctx": runner.context} if runner.context else {})}
+
+
+def loaded_runners(node: Node) -> list[Runner]:
+    """Return the models of a node that /api/ps shows, that answer with text, and whose options are known."""
+    return [runner for runner in each_runner(node) if runner.listed and loaded_options(runner) is not None
+            and not embeds_only(runner.row or runner.listed)]
+
+
+async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
+    """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
+
+    It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
+    """
+    dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
+    prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
+    options = loaded_options(runner)
+    assert options is not None      # as `loaded_runners` returns them
+    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompt), max_output=tokens)
+    lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
+    asking = loop.create_task(nodes.api(node).generate(
+        runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
+    lease.abandon = lambda failure: asking.cancel()
+    try:
+        await asyncio.wait([asking])
+        if asking.cancelled() or asking.exception() or lease.released:
+            return None
+        return learn_measured(lease, asking.result(), loop.time())
+    finally:
+        asking.cancel()
+        if not lease.released:
+            dispatcher.release(lease, loop.time())
+
+
+async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
+    """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
+
+    Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
+    """
+    loop = nodes.loop
+    try:
+        await nodes.look_at_residency(node)
+    except (ProbeFailure, NodeFailure, Refusal):
+        node.pause_measuring(loop.time())
+    if not node.may_measure(loop.time()):
+        return None
+    return min(loaded_runners(node), default=None,
+               key=lambda runner: (runner.speeds.confirmed_s, runner.speeds.samples))
+
+
+async def calibrate(nodes: NodeIO, node: Node) -> None:
+    """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
+    told it for long although the model is asked for.
+
+    Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
+    with a CPU node. One short request at a time: slots are learned from those of others.
+    """
+    node.calibrates()
+    runner = await loaded_runner(nodes, node)
+    sure = runner is not None and runner.speeds.is_confirmed(nodes.loop.time())
+    if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
+        node.calibrates(False)          # it is tried again, after a pause
+        return
+    LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots.count,
+              "decode_tok_s": round(1 / runner.decode_s(), 1)})
+    pump(nodes.gateway)
+
+
+async def check(nodes: NodeIO, node: Node) -> None:
+    """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
+    loop = nodes.loop
+    runner = await loaded_runner(nodes, node)
+    if not node.may_measure(loop.time()):
+        return
+    due_s = math.inf
+    if runner is not None:          # else there is nothing to ask: its next request will show
+        work_s = node.overhead_s + 8 * runner.prefill_s() + runner.decode_s() + node.rtt_s
+        due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
+        if await measure(nodes, runner, 1, 1) is None:
+            return
+    node.trust(loop.time())
+    if loop.time() < due_s:
+        node.reset_speed()
+    pump(nodes.gateway)
+
+
+# -----------------------------------------------------------------------------
 # Routes: which handler answers which path?
 #
 # The README's table of routes, row by row. A row names its handler, so the table stands behind all of them; code above
 # finds a row when a request asks for it. A new path is one row, and a handler if none of these will do.
 # -----------------------------------------------------------------------------
-
-Handler = Callable[[Exchange], Coroutine[Any, Any, None]]       # raises Refusal or NodeRefused before a byte is out
-
-
-class Route(NamedTuple):
-    """Who answers a path, which nodes that concerns, and what the path carries.
-
-    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
-    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator.
-    """
-
-    handler: Handler
-    where: Where
-    kind: str = "raw"
-    family: Family = Family.OLLAMA
-    streams: bool = False           # when the body does not say
-    guarded: bool = False           # changes models, an account or what a node does: see `guard`
-    own: Callable[[Gateway], OwnAnswer] | None = None   # what `serve_own` answers
-    look: Look | None = None        # and how it lets the nodes be looked at before that
-
 
 def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> Route:
     """Return the Route of a request that waits for a slot."""
@@ -9001,151 +8887,11 @@ ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items(
 ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.where is Where.QUEUED)
+
 # Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
 # new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
 ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
              for family in Family for guarded in (False, True)}
-SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
-
-
-def find_route(method: str, path: str) -> Route:
-    """Return the Route of a request; what Ollama has no path for goes to one node, for its own refusal."""
-    route = ROUTES.get((method, path))
-    if route is not None:
-        return route
-    for row_method, above, route in ROUTES_BELOW:
-        if method == row_method and path.startswith(above) and path != above:
-            return route
-    is_new_inference = method == "POST" and path.startswith("/v1/")
-    return ELSEWHERE[family_of(path), method not in SAFE_METHODS and not is_new_inference]
-
-
-# -----------------------------------------------------------------------------
-# Conversation: what happens to a connection, from its first byte to its last?
-#
-# One task per connection takes one request after the other: head -> route -> right to ask -> body -> handler -> next. A
-# handler answers, or raises the answer. A client that closes its connection while it is being served cancels the task:
-# whatever the task holds (a place in the queue, a lease, a connection to a node) is given back in the `finally` that
-# stands around it.
-# -----------------------------------------------------------------------------
-
-async def converse(gateway: Gateway, client: ClientConnection) -> None:
-    """Serve one client connection from its first byte to its last: one request after the other."""
-    try:
-        while True:
-            client.serving = client.asking = False
-            head = await client.next_head(gateway.header_timeout_s)
-            if head is None:
-                return
-            client.asking = True
-            exchange = begin_exchange(gateway, client, head)
-            await handle(exchange)
-            if client.write_paused:
-                await client.drained()
-            if client.buffer:       # it asks ahead: others come in between
-                await gateway.turns.take()
-            if not exchange.keep or gateway.draining or client.gone:
-                return
-    except Refusal as refusal:      # no head, or none that can be read
-        refuse_unread(gateway, client, refusal)
-    except (ClientGone, asyncio.CancelledError):
-        pass
-    except Exception:
-        LOG.exception({"event": "error", "id": ""})
-        client.transport.abort()
-    finally:
-        await client.close()
-        gateway.listener.forget(client)
-
-
-async def handle(exchange: Exchange) -> None:
-    """Let one request be answered, whatever happens, and count it."""
-    gateway, client, record = exchange.gateway, exchange.client, exchange.record
-    try:
-        await serve(exchange)
-    except Refusal as refusal:
-        answer_refusal(exchange, refusal)
-    except NodeRefused as refused:
-        await answer_whole(exchange, refused.value.head, [refused.value.body])
-    except (ClientGone, asyncio.CancelledError):
-        record.status, record.reason, record.outcome = 499, "the client left", "client_left"
-        raise
-    except Exception:
-        LOG.exception({"event": "error", "id": record.id})
-        if record.status:
-            client.transport.abort()
-            record.outcome, exchange.keep = "error", False
-        else:
-            answer_refusal(exchange, Refusal(500, "internal error", close=True))
-    finally:
-        gateway.telemetry.finish(record)
-        gateway.memory.give_back(client)
-
-
-async def serve(exchange: Exchange) -> None:
-    """Answer one request. Raises Refusal or NodeRefused, the answer that it carries, before any byte of another one."""
-    gateway, client, head, record = exchange.gateway, exchange.client, exchange.head, exchange.record
-    head.via = via_after(head.fields.get(b"via", b""), gateway.via)
-    route = exchange.route = find_route(head.method, head.path)
-    verdict = exchange.verdict = gateway.access.check(head, route, client.address)
-    record.cors, key = verdict.cors, verdict.key
-    if key is not None:
-        gateway.listener.acquaint(client)
-        record.key = key.settings.name
-    if verdict.refusal is not None:
-        raise verdict.refusal.error()
-    if verdict.page_status:
-        answer_page(exchange, verdict.page_status)
-        return
-    if route.where in ANSWERED_HERE:
-        if head.length != 0:
-            await exchange.read_body()
-        await route.handler(exchange)
-        return
-    if gateway.draining:
-        raise Refusal(503, "the gateway is shutting down", close=True, retry_after_s=5.0)
-    if key is not None:
-        await count_request(exchange, key)
-    try:
-        await read_request(exchange)
-        await (serve_change if exchange.spec.change == "unload" else route.handler)(exchange)
-    finally:
-        if key is not None:
-            key.give_back()
-
-
-def answer_page(exchange: Exchange, status: int) -> None:
-    """Answer a web page without a body, as Ollama does: 403 if it may not ask, 204 if it asks whether it may."""
-    if status == 403:
-        exchange.record.reason = "origin not allowed"
-    exchange.keep = exchange.keep and exchange.head.length == 0
-    answer_locally(exchange, OwnAnswer(status, lines=PREFLIGHT if status == 204 else ()))
-
-
-async def count_request(exchange: Exchange, key: Key) -> None:
-    """Count a request as one of its key's. Raises Refusal if that has none left."""
-    try:
-        key.take(exchange.gateway.loop.time())
-    except Refusal:
-        if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
-            exchange.keep = False   # rather than read all that is refused
-        else:
-            await exchange.read_body()
-        raise
-
-
-async def read_request(exchange: Exchange) -> None:
-    """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
-    gateway, head, route, verdict = exchange.gateway, exchange.head, exchange.route, exchange.verdict
-    body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
-    exchange.client.serving = True
-    steps = reading_steps(head, route, body)
-    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
-    spec = exchange.spec = read_spec(head, route, reading, verdict.client, verdict.priority)
-    spec.priority = min(spec.priority, verdict.max_priority)
-    if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
-        raise refusal.error()       # only the body tells of this change
-    exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
 
 
 # -----------------------------------------------------------------------------
@@ -9154,6 +8900,11 @@ async def read_request(exchange: Exchange) -> None:
 # A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has the same shape, with a key
 # instead of the URL: `read_file`, `parse_lines` and `parse_settings` serve both.
 # -----------------------------------------------------------------------------
+
+# Bounds of a file that is read in one go, in 50 ms; of the keys file, too.
+MAX_FILE_BYTES, MAX_FILE_LINES, MAX_LINE_CHARS = 1 * MIB, 4096, 4096
+MAX_NODES = 1024                    # in one file
+
 
 def parse_switch(text: str) -> bool:
     """Return the truth value of yes or no. Raises ValueError."""
@@ -9332,6 +9083,129 @@ def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
 
 
 # -----------------------------------------------------------------------------
+# The keys file: whose keys?
+# -----------------------------------------------------------------------------
+
+PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_rate(text: str) -> tuple[int, float]:
+    """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""
+    match = re.fullmatch(r"([1-9]\d{0,8})/(s|min|h|d)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"must be a number of requests in a s, min, h or d, such as 60/min, not {text!r}")
+    return int(match[1]), PERIODS_S[match[2]]
+
+
+def parse_most(text: str) -> int:
+    """Return a number of requests. Raises ValueError."""
+    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
+        raise ValueError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+KEY_SETTINGS: SettingParsers = {
+    "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
+    "concurrency": parse_most, "admin": parse_switch}
+
+
+def parse_key(line: str) -> KeySettings:
+    """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
+    secret, *words = line.split()
+    values = parse_settings(words, KEY_SETTINGS, secret=True)
+    if "name" not in values:
+        raise ValueError("name= is missing: whose key is it?")
+    if not secret.isascii() or not secret.isprintable():
+        raise ValueError("a key must be printable ASCII")
+    most = values.get("max_priority", 10)
+    if values.setdefault("priority", min(DEFAULT_PRIORITY, most)) > most:
+        raise ValueError("priority must not be over max-priority")
+    return KeySettings(digest_of_key(secret.encode()), **values)
+
+
+def parse_keys(text: str, place: str) -> list[KeySettings]:
+    """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
+    owners: dict[bytes, str] = {}
+
+    def parse(line: str) -> KeySettings:
+        key = parse_key(line)
+        owner = owners.setdefault(key.digest, key.name)
+        if owner != key.name:
+            raise ValueError(f"this is the key of {owner!r}, too")
+        return key
+
+    keys = parse_lines(text, place, "keys", parse)
+    if not keys:
+        raise ConfigError(f"{place}: there is no key in it")
+    return keys
+
+
+def warn_of_readers(event: str, path: str, mode: int) -> None:
+    """Warn if others than its owner can read a secret file.
+
+    What systemd hands over (LoadCredential=) it has closed to others by an ACL, which shows as rights of the group.
+    """
+    given_by_systemd = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY", "none")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and not given_by_systemd:
+        LOG.warning({"event": event, "why": f"others than its owner can read {path}: chmod 600 it"})
+
+
+def read_keys(options: argparse.Namespace) -> list[KeySettings]:
+    """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
+    if not options.keys:
+        return []
+    text, mode = read_file(options.keys)
+    keys = parse_keys(text, options.keys)
+    warn_of_readers("keys", options.keys, mode)
+    return keys
+
+
+# -----------------------------------------------------------------------------
+# Certificate and key of the gateway's own port
+# -----------------------------------------------------------------------------
+
+def is_certificate(path: str) -> bool:
+    """Tell whether there is a certificate in a file, in PEM form."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        return False
+    return True
+
+
+def no_password() -> NoReturn:
+    raise ConfigError("is encrypted, and nobody is here to give the password")
+
+
+def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return the TLS context of --tls-cert and --tls-key, None without them.
+
+    Raises ConfigError that names the file; warns if others can read the key. It speaks TLS 1.2 at least, and HTTP/1.1.
+    """
+    if not options.tls_cert:
+        return None
+    certificate, key = options.tls_cert, options.tls_key
+    for path in (certificate, key):     # ssl does not say which one cannot be read, and waits for the end of a pipe
+        os.close(open_regular(path))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION      # else a write might have to wait for a read
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    except (ssl.SSLError, OSError) as error:
+        if not is_certificate(certificate):
+            raise ConfigError(f"{certificate}: there is no certificate in PEM form in it") from None
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+            raise ConfigError(f"{key}: this is not the key of the certificate in {certificate}") from None
+        raise ConfigError(f"{key}: there is no usable private key in PEM form in it") from None
+    warn_of_readers("tls", key, os.stat(key).st_mode)
+    return context
+
+
+# -----------------------------------------------------------------------------
 # Sources: where do the nodes come from?
 #
 # From three sources: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS has for the names
@@ -9339,6 +9213,12 @@ def read_nodes(options: argparse.Namespace) -> list[NodeSettings]:
 # Gateway.join takes that over whenever one has changed.
 # -----------------------------------------------------------------------------
 
+SCAN_S = 180.0                      # between two scans of the networks in --discover
+SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
+SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
+MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
+SCANS_KEPT = 10                     # for which a found node may be away: half an hour
+FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
 Addresses = dict[str, list[str]]    # of names, as DNS answered last
 Server = tuple[str, int]            # address and port
 Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
@@ -9528,132 +9408,128 @@ class Sources:
 
 
 # -----------------------------------------------------------------------------
-# The keys file: whose keys?
+# Memory: what is worth keeping of what was learned?
+#
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
+# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
+# than a few samples, which new ones soon outweigh.
 # -----------------------------------------------------------------------------
 
-PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+Range = tuple[type[float], float, float]        # kind of number, least, most
+KEPT_OF_NODE: dict[str, Range] = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S)}
+KEPT_OF_MEMORY: dict[str, Range] = {
+    "seen_bytes": (float, 0.0, 1e15), "limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
+KEPT_OF_RUNNER: dict[str, Range] = {"vram_bytes": (float, 1.0, 1e15)}
+KEPT_OF_SPEEDS: dict[str, Range] = {
+    "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
+    "load_s": (float, 1e-3, 1e4), "lines_per_token": (float, 1e-3, 1e3),
+    "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
+KEPT_OF_SLOTS: dict[str, Range] = {"count": (int, 1, 256), "max_proven": (int, 1, 256), "rejections": (int, 0, 1000)}
+KEPT_OF_LENGTHS: dict[str, Range] = {
+    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
+KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
+KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
+MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
 
 
-def parse_rate(text: str) -> tuple[int, float]:
-    """Return (requests, seconds) of a rate such as 60/min. Raises ValueError."""
-    match = re.fullmatch(r"([1-9]\d{0,8})/(s|min|h|d)", text, re.ASCII)
-    if not match:
-        raise ValueError(f"must be a number of requests in a s, min, h or d, such as 60/min, not {text!r}")
-    return int(match[1]), PERIODS_S[match[2]]
+def within(values: Any, ranges: dict[str, Range]) -> Json:
+    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
+    found = {}
+    for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
+        value = values.get(name)
+        if type(value) in (int, kind) and least <= value <= most:
+            found[name] = kind(value)
+    return found
 
 
-def parse_most(text: str) -> int:
-    """Return a number of requests. Raises ValueError."""
-    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
-        raise ValueError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
+def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths,
+               ranges: dict[str, Range]) -> Json:
+    """Return the attributes of an estimate that are worth keeping."""
+    return within({name: getattr(owner, name) for name in ranges}, ranges)
 
 
-KEY_SETTINGS: SettingParsers = {
-    "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
-    "concurrency": parse_most, "admin": parse_switch}
+def learned_of_runner(runner: Runner, digest: str) -> Json:
+    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
+    kept = {**attributes(runner, KEPT_OF_RUNNER), **attributes(runner.speeds, KEPT_OF_SPEEDS)}
+    if not runner.speeds.samples:
+        kept.pop("lines_per_token", None)
+    if runner.slots.origin == "learned":
+        kept.update(attributes(runner.slots, KEPT_OF_SLOTS))
+    if runner.unqueued_ratio:
+        ratios = {str(streams).lower(): ratio for streams, ratio in runner.unqueued_ratio.items()}
+        kept["unqueued_ratio"] = within(ratios, KEPT_RATIOS)
+    return {**kept, "digest": digest} if kept else {}
 
 
-def parse_key(line: str) -> KeySettings:
-    """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
-    secret, *words = line.split()
-    values = parse_settings(words, KEY_SETTINGS, secret=True)
-    if "name" not in values:
-        raise ValueError("name= is missing: whose key is it?")
-    if not secret.isascii() or not secret.isprintable():
-        raise ValueError("a key must be printable ASCII")
-    most = values.get("max_priority", 10)
-    if values.setdefault("priority", min(DEFAULT_PRIORITY, most)) > most:
-        raise ValueError("priority must not be over max-priority")
-    return KeySettings(digest_of_key(secret.encode()), **values)
+def learned_of_node(node: Node) -> Json:
+    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
+    models = {model: learned for model, runner in node.runners.items()
+              if (learned := learned_of_runner(runner, digest_of(node, model)))}
+    kept = {model: learned for model, learned in node.kept.items() if model not in models}
+    models = dict([*kept.items(), *models.items()][-MOST_KEPT:])
+    if not models:
+        return {}
+    return {"name": node.name, "url": node.settings.url, **attributes(node, KEPT_OF_NODE),
+            **attributes(node.memory, KEPT_OF_MEMORY), "models": models}
 
 
-def parse_keys(text: str, place: str) -> list[KeySettings]:
-    """Return the KeySettings of a keys file. Raises ConfigError that names `place` and line."""
-    owners: dict[bytes, str] = {}
-
-    def parse(line: str) -> KeySettings:
-        key = parse_key(line)
-        owner = owners.setdefault(key.digest, key.name)
-        if owner != key.name:
-            raise ValueError(f"this is the key of {owner!r}, too")
-        return key
-
-    keys = parse_lines(text, place, "keys", parse)
-    if not keys:
-        raise ConfigError(f"{place}: there is no key in it")
-    return keys
+def learned_of_lengths(lengths: OutputLengths) -> Json:
+    """Return what is to be kept of a model's lengths."""
+    return {**attributes(lengths, KEPT_OF_LENGTHS),
+            "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
 
 
-def warn_of_readers(event: str, path: str, mode: int) -> None:
-    """Warn if others than its owner can read a secret file.
-
-    What systemd hands over (LoadCredential=) it has closed to others by an ACL, which shows as rights of the group.
-    """
-    given_by_systemd = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY", "none")
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and not given_by_systemd:
-        LOG.warning({"event": event, "why": f"others than its owner can read {path}: chmod 600 it"})
-
-
-def read_keys(options: argparse.Namespace) -> list[KeySettings]:
-    """Return the KeySettings from --keys, none without it. Raises ConfigError; warns if others can read the file."""
-    if not options.keys:
-        return []
-    text, mode = read_file(options.keys)
-    keys = parse_keys(text, options.keys)
-    warn_of_readers("keys", options.keys, mode)
-    return keys
-
-
-# -----------------------------------------------------------------------------
-# Certificate and key of the gateway's own port
-# -----------------------------------------------------------------------------
-
-def is_certificate(path: str) -> bool:
-    """Tell whether there is a certificate in a file, in PEM form."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError:
-        return False
-    return True
-
-
-def no_password() -> NoReturn:
-    raise ConfigError("is encrypted, and nobody is here to give the password")
-
-
-def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
-    """Return the TLS context of --tls-cert and --tls-key, None without them.
-
-    Raises ConfigError that names the file; warns if others can read the key. It speaks TLS 1.2 at least, and HTTP/1.1.
-    """
-    if not options.tls_cert:
+def read_node(entry: Any) -> Json | None:
+    """Return what was kept of a node, in range; None for what is no such thing."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
+            and isinstance(entry.get("models"), dict)):
         return None
-    certificate, key = options.tls_cert, options.tls_key
-    for path in (certificate, key):     # ssl does not say which one cannot be read, and waits for the end of a pipe
-        os.close(open_regular(path))
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION      # else a write might have to wait for a read
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(certificate, key, no_password)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
-    except (ssl.SSLError, OSError) as error:
-        if not is_certificate(certificate):
-            raise ConfigError(f"{certificate}: there is no certificate in PEM form in it") from None
-        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
-            raise ConfigError(f"{key}: this is not the key of the certificate in {certificate}") from None
-        raise ConfigError(f"{key}: there is no usable private key in PEM form in it") from None
-    warn_of_readers("tls", key, os.stat(key).st_mode)
-    return context
+    models = {}
+    for model, kept in itertools.islice(entry["models"].items(), MOST_KEPT):
+        if read := within(kept, {**KEPT_OF_RUNNER, **KEPT_OF_SPEEDS, **KEPT_OF_SLOTS}):
+            ratios = within(kept.get("unqueued_ratio"), KEPT_RATIOS)
+            models[model] = {**read, **({"unqueued_ratio": ratios} if ratios else {}),
+                             "digest": str(kept.get("digest") or "")[:100]}
+    return {"name": entry["name"], "url": entry["url"], **within(entry, {**KEPT_OF_NODE, **KEPT_OF_MEMORY}),
+            "models": models}
+
+
+def read_lengths(entry: Any) -> OutputLengths:
+    """Return the OutputLengths that were kept of a model, as far as they are in range."""
+    lengths = OutputLengths()
+    for name, value in within(entry, KEPT_OF_LENGTHS).items():
+        setattr(lengths, name, value)
+    lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
+    means = within(entry["buckets"], KEPT_BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
+    lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
+    return lengths
+
+
+def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
+    """Return what was kept of a server: under its URL and name, else its URL, else its name; {} if nothing was."""
+    def likeness(entry: Json) -> int:
+        return int(entry["url"] == settings.url) * 2 + int(entry["name"] == settings.name)
+
+    best = max(reversed(entries), key=likeness, default=None)       # of equals the one that was seen last
+    return best if best and likeness(best) else {}
+
+
+def recall(entries: list[Json], node: Node) -> Node:
+    """Return a new node, with what was kept of its server. It need not be calibrated then."""
+    entry = kept_of(entries, node.settings)
+    node.kept = entry.get("models", {})
+    for owner, names in ((node, KEPT_OF_NODE), (node.memory, KEPT_OF_MEMORY)):
+        for name in names.keys() & entry.keys():
+            setattr(owner, name, entry[name])
+    node.calibrated = any("decode_s" in learned for learned in node.kept.values())
+    return node
 
 
 # -----------------------------------------------------------------------------
 # The state file: what did an earlier run learn?
 # -----------------------------------------------------------------------------
 
+MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty models
 STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 
@@ -9741,6 +9617,9 @@ class StateFile:
 # Files: what has been saved, by somebody else or by us?
 # -----------------------------------------------------------------------------
 
+STATE_S = 60.0                      # between two writes of the state file
+
+
 class Files:
     """Take over hosts.txt, keys and certificate when they have changed, and keep the state file."""
 
@@ -9815,124 +9694,12 @@ class Files:
 
 
 # -----------------------------------------------------------------------------
-# Listener: who is connected?
-# -----------------------------------------------------------------------------
-
-def affordable_clients(asked: int, descriptors: int) -> int:
-    """Return how many client connections there may be: each may need a node's connection, too."""
-    if descriptors == resource.RLIM_INFINITY:
-        return asked
-    return max(1, min(asked, (descriptors - SPARE_DESCRIPTORS) // 2))
-
-
-class Listener:
-    """Own the listening socket and the connections of clients, and keep both within their limits."""
-
-    def __init__(self, gateway: Gateway, tls: ssl.SSLContext | None) -> None:
-        self.gateway, self.options, self.loop, self.tls = gateway, gateway.options, gateway.loop, tls
-        self.server: asyncio.Server | None = None
-        self.address: Server | None = None          # that it listens on
-        self.clients: set[ClientConnection] = set()
-        self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.max_clients = affordable_clients(self.options.max_connections, descriptors)
-        self.max_strangers = max(LEAST_STRANGERS, self.max_clients // 4)
-        self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
-
-    async def start(self) -> None:
-        """Listen. Raises OSError if the port cannot be had."""
-        self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
-                                                 start_serving=True)
-        self.address = self.server.sockets[0].getsockname()[:2]
-
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
-        transport: asyncio.Transport = writer.transport         # type: ignore[assignment]  # of a socket: it reads, too
-        client = ClientConnection(self.loop, lambda client: converse(self.gateway, client))
-        client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
-        client.transport = transport
-        transport.set_protocol(client)
-        address = client.note_address()
-        if len(self.clients) >= self.max_clients:
-            self.close_idle_client()
-        is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
-        if is_too_much or len(self.clients) >= self.max_clients:
-            if not self.tls:        # else it would take a handshake to tell
-                text = f"too many connections{f' from {address}' if is_too_much else ''}"
-                refuse_unread(self.gateway, client, Refusal(503, text, close=True, retry_after_s=1.0))
-            transport.close()
-            return
-        self.clients.add(client)
-        self.strangers[address] += 1
-        client.is_stranger = True
-        if self.tls:
-            client.transport = TlsTransport(transport, self.tls, client, self.forget)
-            client.write_deadline_s = self.loop.time() + self.options.header_timeout        # of the handshake
-            transport.set_protocol(client.transport)
-        else:
-            client.connection_made(transport)
-
-    def close_idle_client(self) -> None:
-        """Close the connection that has been idle for longest, to make room; none that has just come."""
-        before_s = self.loop.time() - SPARED_S
-        idle = [client for client in self.clients
-                if client.idle_s < before_s and client.task and not client.asking and not client.buffer]
-        if idle:
-            client = min(idle, key=lambda client: client.idle_s)
-            self.forget(client)
-            client.transport.abort()
-
-    def acquaint(self, client: ClientConnection) -> None:
-        """Count a connection for its address no longer: it has given a key, or ends."""
-        if client.is_stranger:
-            client.is_stranger = False
-            self.strangers[client.address] -= 1
-            if not self.strangers[client.address]:
-                del self.strangers[client.address]
-
-    def forget(self, client: ClientConnection) -> None:
-        """Count a connection no longer."""
-        self.acquaint(client)
-        self.clients.discard(client)
-
-    def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
-        """Log what went wrong outside all tasks: an exception handler of the loop.
-
-        A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
-        """
-        error, now = context.get("exception"), self.loop.time()
-        if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
-            LOG.error({"event": "error", "why": context["message"]}, exc_info=error)
-        elif now - self.exhausted_s >= 1.0:
-            self.exhausted_s = now
-            LOG.error({"event": "error", "why": f"cannot accept: {error.strerror}"})
-
-    def sweep(self, now: float) -> None:
-        """Serve the time-outs of clients."""
-        for client in list(self.clients):
-            client.expire(now)
-
-    def drain(self) -> None:
-        """Stop listening, and close the connections on which no request is under way."""
-        if self.server:
-            self.server.close()
-        for client in list(self.clients):
-            if not client.asking and not client.buffer:
-                client.transport.close()
-
-    def abort(self) -> list[asyncio.Task[None]]:
-        """Stop listening and cut every connection; return the tasks that served them."""
-        if self.server:
-            self.server.close()
-        tasks = [client.task for client in self.clients if client.task]
-        for client in list(self.clients):
-            client.transport.abort()
-        return tasks
-
-
-# -----------------------------------------------------------------------------
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
+
+ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
+COSTLY_S = 0.005                    # an answer of the gateway's own that takes longer to make is kept for FRESH_S
+
 
 class Gateway:
     """Start, reload, drain and stop the services that own sockets, tasks and files; all decisions are the Dispatcher's.
@@ -10159,7 +9926,6 @@ class ListFlag(argparse.Action):
 
 
 FlagSettings = dict[str, Any]           # arguments of argparse's add_argument
-
 FILE: FlagSettings = {"metavar": "FILE"}
 NEEDED_FILE: FlagSettings = {"metavar": "FILE", "type": parse_secret_file}
 TIME: FlagSettings = {"metavar": "TIME", "type": parse_seconds}
@@ -10474,6 +10240,310 @@ def abandon_unwritten() -> None:
             sys.stderr.flush()
     except OSError:
         sys.stderr = None
+
+
+# -----------------------------------------------------------------------------
+# The page of the dashboard, as data
+# -----------------------------------------------------------------------------
+
+PAGE = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>SOLLOL</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --ground: #f6f5f2; --card: #fff; --ink: #1f2428; --soft: #5c646b; --line: #e4e2dc; --empty: #eceae4;
+  --good: #23774b; --warn: #8a5a00; --bad: #b3261e; --calm: #3d6090; --a: #2a6fb0; --b: #b05a1f;
+  --m0: #4c8bc4; --m1: #c9803f; --m2: #5a9e6f; --m3: #9a73b8; --m4: #c2637a;
+  --m5: #4fa3a5; --m6: #a08f3c; --m7: #7a7f8a }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15181b; --card: #1d2125; --ink: #e7e9ea; --soft: #a2aab1; --line: #2d3338; --empty: #2a3035;
+    --good: #6fcf97; --warn: #e0b050; --bad: #f28b82; --calm: #94b8e6; --a: #79b4ec; --b: #e8a06a } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
+header, main { max-width: 1720px; margin: 0 auto; padding: 0 28px }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; padding-top: 22px }
+h1 { font-size: 20px; letter-spacing: .06em; margin: 0 }
+h2 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0; letter-spacing: .03em }
+#link { color: var(--soft); flex: 1; min-width: 12em }
+body.lost #link { color: var(--bad); font-weight: 600 }
+body.lost main { opacity: .55 }
+button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
+  padding: 3px 14px; cursor: pointer }
+:focus-visible { outline: 3px solid var(--a); outline-offset: 2px }
+.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px; margin: 18px 0 14px; padding: 0;
+  list-style: none }
+.tiles li, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+.tiles li { padding: 12px 16px }
+.tiles b { display: block; font-size: 26px; font-weight: 600; line-height: 1.2; white-space: nowrap }
+.tiles b small { font-size: 15px; font-weight: 400; color: var(--soft) }
+.tiles span { color: var(--soft); font-size: 13px }
+.columns { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 14px; align-items: start;
+  margin-bottom: 28px }
+.columns > div { display: grid; gap: 14px; min-width: 0 }
+.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
+section { padding: 14px 16px; min-width: 0 }
+section > div { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); padding: 8px 14px 5px 0;
+  white-space: nowrap }
+td, tbody th { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; font-size: 14px }
+tbody th { font-weight: 600; color: var(--ink) }
+.n { text-align: right; white-space: nowrap }
+.n + :not(.n) { padding-left: 12px }
+.name { white-space: nowrap }
+th:last-child, td:last-child { padding-right: 0 }
+.soft { color: var(--soft); font-weight: 400; font-size: 13px }
+.none { color: var(--soft); margin: 10px 0 4px }
+.state { white-space: nowrap }
+.state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
+  background: currentColor }
+.up { color: var(--good) } .suspect { color: var(--warn) } .down { color: var(--bad) } .draining { color: var(--calm) }
+.down::before { border-radius: 2px } .suspect::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0 }
+.model { display: flex; flex-wrap: wrap; align-items: center; gap: 3px 10px; min-height: 21px }
+.model + .model { margin-top: 4px }
+.model > span:first-child { min-width: 8.5em }
+.slots { display: inline-flex; flex-wrap: wrap; gap: 3px }
+.slot { width: 26px; height: 15px; border-radius: 4px; background: var(--empty); overflow: hidden }
+.slot.busy { box-shadow: inset 0 0 0 1.5px var(--hue) }
+.slot i { display: block; height: 100%; background: var(--hue); min-width: 5px }
+.slot.waits i { opacity: .45 }
+.key { display: inline-block; width: 9px; height: 9px; border-radius: 3px; background: var(--hue); margin-right: 7px }
+.speed { display: inline-block; width: 46px; height: 5px; border-radius: 3px; background: var(--empty);
+  overflow: hidden; vertical-align: middle; margin-left: 8px }
+.speed i { display: block; height: 100%; background: var(--good) }
+.speed.slow i { background: var(--warn) }
+.prio { display: inline-block; min-width: 26px; text-align: center; border-radius: 5px; background: var(--empty);
+  font-weight: 600; padding: 0 5px }
+.prio.high { background: var(--calm); color: var(--card) }
+.chip { display: inline-block; white-space: nowrap; color: var(--soft); font-size: 13px; margin: 0 12px 0 0 }
+.chip.won { color: var(--ink); font-weight: 600 }
+.id { overflow-wrap: anywhere }
+svg { display: block; width: 100%; height: 150px; margin-top: 6px }
+svg text { fill: var(--soft); font-size: 11px }
+svg .grid { stroke: var(--line) }
+svg path, svg circle { stroke: var(--hue); fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+svg circle { fill: var(--hue); stroke: none }
+.legend { float: right; font-size: 13px; color: var(--soft) } .legend span { margin-left: 14px }
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--hue);
+  vertical-align: middle; margin-right: 6px }
+@media (max-width: 1150px) {
+  .columns { grid-template-columns: minmax(0, 1fr) } .tiles { grid-template-columns: repeat(3, 1fr) } }
+@media (max-width: 640px) {
+  header, main { padding-left: 14px; padding-right: 14px }
+  .charts { grid-template-columns: minmax(0, 1fr) } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr) }
+  .tiles b { font-size: 22px } h1 { flex: 1 } #link { order: 1; flex-basis: 100% }
+  td.n { text-align: left } #nodes td.n { flex: 0 0 calc(50% - 8px) }
+  .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
+  table, tbody { display: block } thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
+  tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 10px 0; border-top: 1px solid var(--line) }
+  tbody:first-of-type tr:first-child { border-top: 0 }
+  td, tbody th { border: 0; padding: 0; text-align: left } .wide { flex-basis: 100% } .grow { flex: 1 }
+  td[data-is]::before { content: attr(data-is) " "; color: var(--soft); font-size: 13px } }
+@media (prefers-reduced-motion: no-preference) { .slot i, .speed i { transition: width .9s linear } }
+</style>
+</head>
+<body>
+<header><h1>SOLLOL</h1><span id="link" role="status">connecting</span>
+<button id="pause" aria-pressed="false">Pause</button></header>
+<main>
+<ul class="tiles" id="tiles" aria-label="Now"></ul>
+<div class="columns">
+<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section></div>
+<div>
+<div class="charts">
+<section aria-labelledby="h-total"><span class="legend" id="l-total"></span><h2 id="h-total">Latency</h2>
+<div id="total"></div></section>
+<section aria-labelledby="h-first"><span class="legend" id="l-first"></span><h2 id="h-first">First token</h2>
+<div id="first"></div></section>
+</div>
+<section aria-labelledby="h-queue"><h2 id="h-queue">Queue, the next one first</h2><div id="queue"></div></section>
+<section aria-labelledby="h-decisions">
+<h2 id="h-decisions">Last decisions: where each candidate would have finished, and the one chosen</h2>
+<div id="decisions"></div></section>
+</div>
+</div>
+</main>
+<script type="application/json" id="first-state">@STATE@</script>
+<script>
+"use strict";
+const at = (id) => document.getElementById(id);
+const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+const short = (model) => esc(String(model || "no model").replace(/:latest$/, ""));
+const took = (s) => s == null ? "–" : s < 0.095 ? `${Math.round(s * 1000)} ms` : s < 9.95 ? `${s.toFixed(1)} s` :
+  s < 99.5 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
+const rate = (x) => x == null ? "–" : x && x < 9.95 ? x.toFixed(1) : String(Math.round(x));
+const put = (id, html) => { const it = at(id); if (it.shown !== html) it.innerHTML = it.shown = html; };
+const hues = new Map();
+const hue = (model) => {                // one colour per model, in the order in which they turn up
+  if (!hues.has(model)) hues.set(model, hues.size % 8);
+  return `--hue: var(--m${hues.get(model)})`;
+};
+const table = (name, heads, rows) => `<table role="table" aria-label="${name}"><thead role="rowgroup"><tr role="row">` +
+  heads.map(([text, kind]) => `<th role="columnheader" scope="col" class="${kind || ""}">${text}</th>`).join("") +
+  `</tr></thead><tbody role="rowgroup">${rows.join("")}</tbody></table>`;
+const cell = (html, kind, is) => `<td role="cell" class="${kind || ""}"${is ? ` data-is="${is}"` : ""}>${html}</td>`;
+const none = (text) => `<p class="none">${text}</p>`;
+const row = (cells) => `<tr role="row">${cells.join("")}</tr>`;
+
+function slot(model, it) {
+  if (!it) return `<span class="slot"></span>`;
+  const whole = it.since_s + Math.max(0, it.predicted_left_s || 0);
+  const share = it.began && whole ? Math.min(100, 100 * it.since_s / whole) : it.began ? 50 : 100;
+  const doing = it.began ? "for" : "waits for its first token for";
+  const said = `${it.client}, priority ${it.priority}, ${doing} ${took(it.since_s)}`;
+  return `<span class="slot busy ${it.began ? "" : "waits"}" title="${esc(said)}">` +
+    `<i style="width: ${share.toFixed(0)}%"></i></span>`;
+}
+
+function models(node) {
+  const lines = Object.entries(node.models).map(([name, it]) => {
+    const running = node.running.filter((one) => one.slot && one.model === name);
+    const boxes = Array.from({ length: Math.max(it.slots, running.length) }, (_, n) => slot(name, running[n]));
+    const said = `${running.length} of ${it.slots} slots (${it.slots_known}) busy`;
+    const loads = it.loading ? ` <span class="soft">loading</span>` : "";
+    return `<div class="model" style="${hue(name)}"><span><span class="key"></span>${short(name)}${loads}</span>` +
+      `<span class="slots" role="img" aria-label="${said}" title="${said}">${boxes.join("")}</span></div>`;
+  });
+  const others = node.running.filter((one) => !one.slot).length;
+  if (others) lines.push(`<span class="soft">${others} without a slot</span>`);
+  return lines.join("") || `<span class="soft">nothing loaded</span>`;
+}
+
+function errors(node) {
+  if (!node.error_share) return "";
+  const share = Math.round(100 * node.error_share);
+  return `<br><span class="soft" title="${esc(node.last_error.text)}">${share} % errors</span>`;
+}
+
+function nodeRow(node) {
+  const speed = Math.round(100 * node.speed), alive = node.state !== "down";
+  const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
+  const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
+  return row([
+    `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
+    cell(`<span class="state ${node.state}">${node.state}</span>${errors(node)}`),
+    cell(alive ? models(node) : "–", "wide"),
+    cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
+    cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);
+}
+
+function ticketRow(it) {
+  return row([cell(it.position, "n", "#"),
+    cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
+    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
+    cell(took(it.waited_s), "n", "waited"),
+    cell(it.predicted_start_s === null ? "–" : it.predicted_start_s ? took(it.predicted_start_s) : "next", "n",
+      "starts in"),
+    cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
+}
+
+function decisionRow(it) {
+  const all = Object.entries(it.predicted_finish_s).sort((one, other) => one[1] - other[1]);
+  let shown = all.slice(0, 4);
+  if (!shown.some(([name]) => name === it.node))
+    shown = [...all.slice(0, 3), ...all.filter(([name]) => name === it.node)];
+  const chips = shown.map(([name, s]) => `<span class="chip ${name === it.node ? "won" : ""}">` +
+    `${name === it.node ? "→ " : ""}${esc(name)} ${took(s)}</span>`);
+  if (all.length > shown.length) chips.push(`<span class="chip">and ${all.length - shown.length} more</span>`);
+  return row([cell(`${took(it.ago_s)} ago`, "n"),
+    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"),
+    cell(chips.join(""), "wide")]);
+}
+
+function chart(id, name, lines, step_s) {
+  const wide = Math.max(240, at(id).clientWidth), high = 150, left = 46, foot = 20, top = 8;
+  const most = Math.max(...lines.flatMap(([, , values]) => values.map((value) => value || 0)));
+  const unit = 10 ** Math.floor(Math.log10(most || 1)), roof = [1, 2, 5, 10].find((n) => n * unit >= most) * unit;
+  const count = lines[0][2].length, x = (n) => left + (wide - left - 8) * n / (count - 1);
+  const y = (value) => high - foot - (high - foot - top) * value / roof;
+  const grid = [0, roof / 2, roof].map((value) =>
+    `<line class="grid" x1="${left}" x2="${wide - 8}" y1="${y(value)}" y2="${y(value)}"/>` +
+    `<text x="${left - 8}" y="${y(value) + 4}" text-anchor="end">${value ? took(value) : "0"}</text>`);
+  const minutes = (count - 1) * step_s / 60;
+  const marks = [[0, "start"], [0.5, "middle"], [1, "end"]].map(([share, anchor]) =>
+    `<text x="${x(share * (count - 1))}" y="${high - 4}" text-anchor="${anchor}">` +
+    `${share === 1 ? "now" : `${Math.round(minutes * (1 - share))} min ago`}</text>`);
+  const drawn = lines.map(([, colour, values]) => {
+    let path = "", dots = "";
+    values.forEach((value, n) => {
+      if (value == null) return;
+      const joined = n && values[n - 1] != null, alone = !joined && values[n + 1] == null;
+      path += `${joined ? "L" : "M"}${x(n).toFixed(1)} ${y(value).toFixed(1)}`;
+      if (alone) dots += `<circle cx="${x(n).toFixed(1)}" cy="${y(value).toFixed(1)}" r="2.5"/>`;
+    });
+    return `<g style="--hue: var(${colour})"><path d="${path}"/>${dots}</g>`;
+  });
+  const last = (values) => values.findLast((value) => value != null);
+  const said = lines.map(([label, , values]) => `${label} ${took(last(values))}`).join(", ");
+  const span = `the last ${Math.round(minutes)} minutes`;
+  put(id, most ? `<svg viewBox="0 0 ${wide} ${high}" role="img" aria-label="${name} over ${span}; last ${said}">` +
+    `${grid.join("")}${marks.join("")}${drawn.join("")}</svg>` : `<p class="none">no answer in ${span}</p>`);
+  put(`l-${id}`, lines.map(([label, colour, values]) =>
+    `<span><i style="--hue: var(${colour})"></i>${label} ${took(last(values))}</span>`).join(""));
+}
+
+function show(state) {
+  const up = state.nodes.filter((node) => node.state === "up" || node.state === "suspect").length;
+  const running = state.nodes.reduce((sum, node) => sum + node.running.length, 0);
+  const tile = (value, name) => `<li><b>${value}</b><span>${name}</span></li>`;
+  put("tiles", [tile(`${up} <small>of ${state.nodes.length}</small>`, "nodes up"), tile(running, "running"),
+    tile(state.queued, "waiting"), tile(`${rate(state.per_min)} <small>/min</small>`, "requests"),
+    tile(`${rate(state.tok_s)} <small>/s</small>`, "tokens"), tile(took(state.ttft_s), "first token, P50")].join(""));
+  const nodes = table("Nodes", [["Node"], ["State"], ["Loaded models and their slots"], ["Tokens/s", "n"],
+    ["One stream", "n"], ["Of its best", "n"], ["P95", "n"]], state.nodes.map(nodeRow));
+  put("nodes", state.nodes.length ? nodes : none("No node yet: put its URL into the hosts file and save it."));
+  const queue = table("Queue", [["#", "n"], ["Priority"], ["Model"], ["Client"], ["Waited", "n"], ["Starts in", "n"],
+    ["Request"]], state.queue.map(ticketRow));
+  const hidden = state.queued - state.queue.length;
+  put("queue", (state.queued ? queue : none("Nobody waits.")) + (hidden ? none(`and ${hidden} more`) : ""));
+  const decisions = table("Decisions", [["When", "n"], ["Model"], ["Predicted finish"]],
+    state.decisions.map(decisionRow));
+  put("decisions", state.decisions.length ? decisions : none("None yet."));
+  const past = state.past, lines = (p50, p95) => [["P50", "--a", p50], ["P95", "--b", p95]];
+  chart("total", "Latency", lines(past.total_p50_s, past.total_p95_s), past.step_s);
+  chart("first", "Time to first token", lines(past.first_p50_s, past.first_p95_s), past.step_s);
+}
+
+let state = JSON.parse(at("first-state").textContent), paused = false, seen = "";
+function tell(lost) {
+  document.body.classList.toggle("lost", lost);
+  at("link").textContent = lost ? `Connection lost, this is the state of ${seen}` : paused ? `paused at ${seen}` :
+    `${state.version}, ${state.policy}${state.draining ? ", shutting down" : ""}, up for ${took(state.uptime_s)}`;
+}
+function take(next) {
+  state = next;
+  if (paused) return;
+  seen = new Date().toLocaleTimeString();
+  show(state);
+  tell(false);
+}
+function listen() {
+  const events = new EventSource("/dashboard/events");
+  events.onmessage = (event) => take(JSON.parse(event.data));
+  events.onerror = () => {              // it tries again by itself, unless it was answered with an error
+    tell(true);
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
+  };
+}
+at("pause").onclick = () => {
+  paused = !paused;
+  at("pause").setAttribute("aria-pressed", paused);
+  at("pause").textContent = paused ? "Go on" : "Pause";
+  if (paused) tell(false); else take(state);
+};
+addEventListener("resize", () => show(state));
+take(state);
+listen();
+</script>
+</body>
+</html>
+'''
+PAGE_LINES = [b"Content-Security-Policy: " + page_policy(), b"Cache-Control: no-store"]
 
 
 if __name__ == "__main__":

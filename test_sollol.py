@@ -3758,6 +3758,25 @@ NDJSON = (b'{"model":"llama3.2","message":{"role":"assistant","content":"He"},"d
 SSE = (b'data: {"choices":[{"delta":{"content":"He"}}]}\n\n', b"data: [DONE]\n\n")
 
 
+@over_sockets
+async def test_front_page_names_the_functions_that_a_streamed_chat_passes_in_their_order():
+    front = re.findall(r"^    ([A-Za-z_.]+(?:, [A-Za-z_.]+)?)   ", sollol.__doc__, re.M)
+    named, seen = [name for names in front for name in names.split(", ")], {}
+
+    def note(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename == sollol.__file__:
+            seen.setdefault(getattr(frame.f_code, "co_qualname", frame.f_code.co_name), len(seen))
+
+    async with gateway_for(bench.SimNode(loaded=("llama3.2",))) as gateway:
+        sys.setprofile(note)
+        try:
+            chat = {"model": "llama3.2", "messages": [{"role": "user", "content": "x"}]}
+            assert (await call(gateway, "POST", "/api/chat", chat)).status == 200
+        finally:
+            sys.setprofile(None)
+    assert len(named) <= 25 and named == sorted(named, key=seen.__getitem__)
+
+
 @pytest.mark.parametrize("path, kind, pieces", [
     ("/api/chat", b"application/x-ndjson", NDJSON), ("/v1/chat/completions", b"text/event-stream", SSE)])
 @over_sockets
