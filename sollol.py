@@ -266,7 +266,10 @@ class RequestSpec:
     priority: int = DEFAULT_PRIORITY
     client: str = ""                # who shares fairly with whom: the name of the key, or the address
     stream: bool = False
-    prompt_chars: int = 0
+    prompt_chars: int = 0           # of all that the model reads as text
+    prompt_images: int = 0
+    prompt_tokens: int = 0          # beside these
+    has_tools: bool = False
     max_output: int | None = None   # tokens, if the client bounds them
     options: RunnerOptions = ()     # those given: another value means unload and load again
     keep_alive_s: float | None = None   # how long the model stays loaded from now on; None = as before
@@ -1711,9 +1714,11 @@ def read_object(body: Body) -> Json:
 class Prompt(NamedTuple):
     """What routing needs of a prompt."""
 
-    chars: int                      # estimated if the body is long
+    chars: int                      # of all that the model reads as text; estimated if the body is long
     prefix: Prefix
-    texts: int                      # in an embedding's input
+    texts: int = 1                  # in an embedding's input
+    images: int = 0
+    tokens: int = 0                 # beside the text: marks around messages, and `context` of /api/generate
 
 
 class Reading(NamedTuple):
@@ -1860,22 +1865,25 @@ def text_chars(raw: bytes) -> int:
 
 def skimmed_prompt(body: Body, spans: dict[str, Span]) -> Steps[Prompt]:
     """Return the Prompt of a long body: each block of it is taken for a message."""
-    chars, texts, seed = 0, 1, 0
+    chars, texts, seed, images, in_image = 0, 1, 0, 0, False
     chain: list[tuple[int, int]] = []
     if "tools" in spans:
         start, end = spans["tools"]
-        seed = hash(bytes(body[start:min(end, start + MIB)]))
+        raw = bytes(body[start:min(end, start + MIB)])
+        chars, seed = text_chars(raw), hash(raw)
     for name in LONG_FIELDS:
         start, end = spans.get(name, (0, 0))
         for at in range(start, end, PROMPT_BLOCK_BYTES):
             raw = bytes(body[at:min(at + PROMPT_BLOCK_BYTES, end)])
-            chars, seed = chars + text_chars(raw), hash((seed, raw))
+            size, seed = text_chars(raw), hash((seed, raw))
+            images += not size and not in_image     # it begins here
+            chars, in_image = chars + size, not size
             chain.append((seed, chars))
             if name == "input":
                 texts += raw.count(b'","') + raw.count(b'", "')
             if len(chain) % 32 == 0:
                 yield
-    return Prompt(chars, prefix_of(chain), texts)
+    return Prompt(chars, prefix_of(chain), texts, images)
 
 
 def skimmed(body: Body) -> Steps[Reading]:
@@ -1998,31 +2006,81 @@ def priority_of(head: RequestHead, fields: Json, family: Family, default: int) -
     return SERVICE_TIERS.get(tier, default) if isinstance(tier, str) else default
 
 
-def part_text(part: object) -> str:
-    """Return the text of one part of a message's content: a string, or an object with `text`."""
-    text = part.get("text") if isinstance(part, dict) else part
-    return text if isinstance(text, str) else ""
+# A message's parts that a model reads as text, and those that a client writes as JSON for it. What stands under other
+# names is for the server (ids, roles, cache marks), an image, or encrypted.
+TEXT_FIELDS = ("thinking", "reasoning", "reasoning_content", "summary", "content", "text", "output", "name",
+               "tool_name", "refusal", "title")
+JSON_FIELDS = ("arguments", "input")
+IMAGE_TYPES = frozenset(("image", "image_url", "input_image"))
+MESSAGE_TOKENS = 4                  # of a template's marks around a message
+MOST_NESTED = 6                     # content in a tool's result in a message: three levels
+# Claude Code's first block, which is another one in each request, and which no model needs: it would keep prompts that
+# are otherwise equal from the node's prefix cache.
+BILLING = "x-anthropic-billing-header:"
 
 
-def text_of(content: object) -> str:
-    """Return the text of a message's content: a string, or the OpenAI and Anthropic list of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(map(part_text, content)) if isinstance(content, list) else part_text(content)
+def add_texts(part: Any, texts: list[str], level: int = 0) -> int:
+    """Add to `texts` what a model reads of a message or of a part of one, in order; return how many images there are.
+
+    Shapes: Ollama's, OpenAI's for chats and responses, Anthropic's.
+    """
+    if isinstance(part, str):
+        texts.append(part)
+        return 0
+    if level > MOST_NESTED:
+        return 0
+    if isinstance(part, list):
+        return sum([add_texts(item, texts, level + 1) for item in part])
+    if not isinstance(part, dict):
+        return 0
+    if part.get("type") in IMAGE_TYPES:
+        return 1
+    images = part.get("images")
+    count = len(images) if isinstance(images, list) else 0
+    for name in TEXT_FIELDS:
+        if name in part:
+            count += add_texts(part[name], texts, level + 1)
+    for name in JSON_FIELDS:
+        if name in part:
+            value = part[name]
+            texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    calls = part.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        if isinstance(call, dict):
+            count += add_texts(call.get("function"), texts, level + 1)
+    if "source" in part:            # a document of Anthropic's, as text
+        source = part["source"]
+        count += add_texts(source.get("data") if isinstance(source, dict) and source.get("type") == "text" else None,
+                           texts, level + 1)
+    return count
 
 
-def prompt_parts(kind: str, fields: Json) -> list[str]:
-    """Return the prompt as a list of texts, in the order in which the model reads them."""
-    lead = [text_of(fields.get("system", fields.get("instructions")))]
-    if kind == "embed":
-        return [text_of(fields.get("input", fields.get("prompt")))]
+def text_of(part: Any) -> tuple[str, int]:
+    """Return (what a model reads of a message or a part of one, images in it)."""
+    if isinstance(part, dict) and len(part) == 2 and "role" in part and type(text := part.get("content")) is str:
+        return text, 0
+    texts: list[str] = []
+    images = add_texts(part, texts)
+    if texts and texts[0].startswith(BILLING):
+        texts[0] = ""
+    return "".join(texts), images
+
+
+def prompt_parts(kind: str, fields: Json) -> list[tuple[str, int]]:
+    """Return the prompt as [(text, images), ...], in the order in which the model reads them."""
+    tools, system = fields.get("tools"), fields.get("system", fields.get("instructions"))
+    lead = [(json.dumps(tools, ensure_ascii=False), 0)] if tools else []
+    if system:
+        lead.append(text_of(system))
     if kind == "generate":
-        prompt = text_of(fields.get("prompt"))
-        return lead + [prompt[at:at + PREFIX_BLOCK_CHARS] for at in range(0, len(prompt), PREFIX_BLOCK_CHARS)]
+        prompt, suffix = text_of(fields.get("prompt"))[0], text_of(fields.get("suffix"))
+        images = len(fields["images"]) if isinstance(fields.get("images"), list) else 0
+        blocks = [(prompt[at:at + PREFIX_BLOCK_CHARS], 0) for at in range(0, len(prompt), PREFIX_BLOCK_CHARS)]
+        return [*lead, *([("", images)] if images else []), *blocks, *([suffix] if suffix[0] else [])]
     messages = fields.get("messages", fields.get("input"))
-    if isinstance(messages, list):
-        return lead + [text_of(message.get("content")) for message in messages if isinstance(message, dict)]
-    return lead + [text_of(messages)]
+    if not isinstance(messages, list):
+        return [*lead, (messages, 0)] if isinstance(messages, str) else lead
+    return lead + [text_of(message) for message in messages if isinstance(message, dict)]
 
 
 def prefix_of(chain: list[tuple[int, int]]) -> Prefix:
@@ -2032,14 +2090,19 @@ def prefix_of(chain: list[tuple[int, int]]) -> Prefix:
 
 def read_prompt(kind: str, fields: Json) -> Prompt:
     """Return the Prompt of a body that was read as a whole."""
-    tools, texts = fields.get("tools"), fields.get("input")
-    chars, seed = 0, hash(repr(tools)) if tools else 0
+    if kind == "embed":
+        texts = fields.get("input", fields.get("prompt"))
+        text, _ = text_of(texts)
+        return Prompt(len(text), ((hash(text), len(text)),), len(texts) if isinstance(texts, list) and texts else 1)
+    chars = seed = images = 0
     chain: list[tuple[int, int]] = []
-    for part in prompt_parts(kind, fields):
-        chars += len(part)
-        seed = hash((seed, part))
+    for text, pictures in prompt_parts(kind, fields):
+        chars, images = chars + len(text), images + pictures
+        seed = hash((seed, text, pictures))
         chain.append((seed, chars))
-    return Prompt(chars, prefix_of(chain), len(texts) if isinstance(texts, list) and texts else 1)
+    context = fields.get("context")
+    tokens = MESSAGE_TOKENS * len(chain) if kind == "chat" else len(context) if isinstance(context, list) else 0
+    return Prompt(chars, prefix_of(chain), 1, images, tokens)
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
@@ -2136,6 +2199,9 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         client=client,
         stream=stream,
         prompt_chars=prompt.chars,
+        prompt_images=prompt.images,
+        prompt_tokens=prompt.tokens,
+        has_tools=bool(fields.get("tools")),
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
@@ -4330,6 +4396,26 @@ def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
     return runner.options is None or wanted == loaded
 
 
+# A prompt below that fits everywhere: no server loads a model for less. Its tokens are known within a few per cent once
+# answers have told; before that it may be a third more.
+LEAST_WINDOW_TOKENS = 2048
+WINDOW_MARGIN, FIRST_WINDOW_MARGIN = 1.05, 1.35
+
+
+def window_tokens(runner: Runner, spec: RequestSpec) -> float:
+    """Return the context that a request would get there; 0 if that is not known."""
+    wanted = dict(spec.options).get("num_ctx", 0)
+    if wanted:
+        return clamped_context(runner, wanted)
+    return runner.context if is_loaded_for(runner, spec) else runner.own_context
+
+
+def fits(runner: Runner, demand: Demand) -> bool:
+    """Tell whether a prompt fits into the context that it would get there, as far as that is known."""
+    tokens = demand.prompt_tokens * (WINDOW_MARGIN if demand.samples else FIRST_WINDOW_MARGIN)
+    return tokens <= LEAST_WINDOW_TOKENS or not 0 < window_tokens(runner, demand.spec) < tokens
+
+
 def last_end_s(runner: Runner, now: float) -> float:
     """Return when the last request that runs there would be finished, in seconds from now."""
     slow = slowdown(runner.node, runner)
@@ -4732,12 +4818,14 @@ def yields(node: Node, now: float) -> bool:
     return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
-def explain(candidates: list[Candidate], chosen: Candidate) -> str:
+def explain(candidates: list[Candidate], chosen: Candidate, demand: Demand) -> str:
     """Return why a node was chosen, in a few words."""
+    short = "" if fits(chosen.runner, demand) else (
+        f", {demand.prompt_tokens:.0f} tokens are more than any loaded context: a larger num_ctx would be needed")
     if len(candidates) == 1:
-        return f"only choice, {chosen.finish_s:.2f} s predicted"
+        return f"only choice, {chosen.finish_s:.2f} s predicted{short}"
     other = candidates[1] if candidates[0] is chosen else candidates[0]
-    return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s"
+    return f"{chosen.finish_s:.2f} s predicted, {other.runner.node.name} {other.finish_s:.2f} s{short}"
 
 
 class Parked(NamedTuple):
@@ -4824,7 +4912,7 @@ class CompletionTime(Policy):
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
-            work.give(ticket, free.runner, explain(candidates, free), free.offer.predict(demand, now))
+            work.give(ticket, free.runner, explain(candidates, free, demand), free.offer.predict(demand, now))
             self.decisions.append(Decision(now, ticket.id, model.model, free.runner.node.name, candidates))
         elif candidates or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
@@ -4852,6 +4940,8 @@ class CompletionTime(Policy):
             if node.suspect:
                 finish_s += node.doubt_s(now)
             candidates.append(Candidate(node.suspect, finish_s, order, offer))
+        if demand.prompt_tokens * FIRST_WINDOW_MARGIN > LEAST_WINDOW_TOKENS:
+            candidates = [candidate for candidate in candidates if fits(candidate.runner, demand)] or candidates
         candidates.sort()
         return candidates
 
@@ -5064,6 +5154,7 @@ STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is 
 JUDGE_S = 2.0                       # a stream's speed is judged so often
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
+IMAGE_TOKENS = 768.0                # what Ollama assumes of an image
 FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
 ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
@@ -5206,7 +5297,7 @@ class Dispatcher:
         if lease.predicted_end_s > lease.sent_s and took_s > 0:
             self.ratios.add(took_s / (lease.predicted_end_s - lease.sent_s))
         timings = learn_from(lease, timings, now)
-        estimates.learn_chars(lease.ticket.spec, timings.prompt_tokens)
+        estimates.learn_prompt(lease.ticket.spec, timings.prompt_tokens)
         if timings.output_tokens or timings.prompt_tokens:
             self.charge(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
         if timings.output_tokens and not lease.ticket.spec.embeds:
@@ -5255,6 +5346,13 @@ class Dispatcher:
             ticket.record_failure(runner.breaker, now)
         elif kind in ("died", "garbage") or kind in ("busy", "proxy") and runner is not None:
             ticket.record_failure(node.breaker, now)
+
+    def learn_too_long(self, lease: Lease, told_tokens: int) -> None:
+        """Learn from a refusal how many tokens a prompt is, 0 = it was not told: then more than the context there."""
+        spec, estimates = lease.ticket.spec, self.cluster.estimates
+        window = window_tokens(lease.runner, spec) if lease.runner else 0
+        if told_tokens or window > estimates.demand(spec).prompt_tokens:
+            estimates.learn_prompt(spec, told_tokens or window)
 
     def drain(self, node: Node, draining: bool) -> None:
         """Give a node no new work, or again some."""
@@ -5314,7 +5412,8 @@ class Dispatcher:
             return None
         demand, rivals = self.cluster.estimates.demand_of(ticket), []
         for order, runner in enumerate(self.cluster.holders.get(model, ())):
-            if self.may_race(runner, ticket, now) and (not digest or digest_of(runner.node, model) == digest):
+            if (self.may_race(runner, ticket, now) and fits(runner, demand)
+                    and (not digest or digest_of(runner.node, model) == digest)):
                 offer = runner.node.snapshot(now).offer(runner, now)
                 rivals.append(Candidate(False, offer.finish_s(demand, now), order, offer))
         best = min(rivals, default=None)
@@ -5339,7 +5438,7 @@ class OutputLengths:
         self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
         self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
         self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
-        self.chars_per_token = CHARS_PER_TOKEN
+        self.prompts = PromptSizes()
 
     def expect(self, prompt_tokens: float) -> float:
         """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
@@ -5365,6 +5464,39 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
+class PromptSizes:
+    """Learn how many tokens the prompts of a model are: by their characters, with tools and without, and images."""
+
+    FIRST_GAIN, GAIN = 10, 0.1      # the first samples count alike, then EWMA
+
+    def __init__(self) -> None:
+        self.chars_per_token = self.chars_per_token_with_tools = CHARS_PER_TOKEN
+        self.image_tokens = IMAGE_TOKENS
+        self.samples: collections.Counter[str] = collections.Counter()      # behind each of these
+
+    def tokens(self, spec: RequestSpec) -> float:
+        """Return the tokens that a prompt is expected to be."""
+        chars_per_token = self.chars_per_token_with_tools if spec.has_tools else self.chars_per_token
+        return spec.prompt_chars / chars_per_token + spec.prompt_images * self.image_tokens + spec.prompt_tokens
+
+    def learn(self, spec: RequestSpec, tokens: float) -> None:
+        """Take in how many tokens a prompt was. With images in it the text is known better than they are."""
+        tokens -= spec.prompt_tokens
+        if spec.prompt_images:
+            text_tokens = self.tokens(replace(spec, prompt_images=0, prompt_tokens=0))
+            self.blend("image_tokens", (tokens - text_tokens) / spec.prompt_images)
+        elif spec.prompt_chars > 200 and tokens > 0:
+            name = "chars_per_token_with_tools" if spec.has_tools else "chars_per_token"
+            self.blend(name, spec.prompt_chars / tokens)
+
+    def blend(self, name: str, sample: float) -> None:
+        """Take a sample into one of the three."""
+        if sample > 0:
+            self.samples[name] += 1
+            gain = max(self.GAIN, 1 / (self.samples[name] + 1))
+            setattr(self, name, blend(getattr(self, name), sample, gain))
+
+
 class Demand(NamedTuple):
     """What a request asks for, in the tokens that it is expected to cost."""
 
@@ -5375,6 +5507,9 @@ class Demand(NamedTuple):
     inputs: int = 0                 # texts to embed
 
 
+UNKNOWN_LENGTHS = OutputLengths()
+
+
 class Estimates:
     """What the cluster has learned of models, whichever node they ran on."""
 
@@ -5383,23 +5518,19 @@ class Estimates:
 
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
-        lengths = self.lengths.get(spec.model)
-        if lengths is None:
-            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
-        else:
-            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
-            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
+        lengths = self.lengths.get(spec.model, UNKNOWN_LENGTHS)
+        prompt_tokens = lengths.prompts.tokens(spec)
+        output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
         if spec.embeds:
             output_tokens = 0.0
         elif spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
         return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
 
-    def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
+    def learn_prompt(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
-        if prompt_tokens and spec.prompt_chars > 200:
-            lengths = self.lengths[spec.model]
-            lengths.chars_per_token = blend(lengths.chars_per_token, spec.prompt_chars / prompt_tokens, 0.1)
+        if prompt_tokens:
+            self.lengths[spec.model].prompts.learn(spec, prompt_tokens)
 
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
@@ -5570,6 +5701,7 @@ BUSY_STATUSES = frozenset((408, 425, 429, 503, 508))    # 508: a gateway as a no
 PROXY_STATUSES = frozenset((401, 403, 502, 504, *range(300, 400), *range(520, 531)))    # of what stands before a node
 TOO_LONG = re.compile(rb"context|too long|exceed", re.I)
 UNSUPPORTED = re.compile(rb"support", re.I)
+TOLD_TOKENS = re.compile(rb'n_prompt_tokens\W{1,9}(\d{1,9})|(\d{1,9}) tokens\)? exceed')     # of llama-server
 FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
 
 
@@ -5850,6 +5982,9 @@ class Inference:
             return
         if isinstance(failed, NodeAnswer):
             self.last = failed
+            if failed.kind == "length":
+                told = TOLD_TOKENS.search(failed.body)
+                self.dispatcher.learn_too_long(lease, int(told[1] or told[2]) if told else 0)
         elif not isinstance(self.last, NodeAnswer):
             self.last = Answer(502, f"{lease.node.name}: {failed.text}")
         if failed.kind is not None:
@@ -9426,7 +9561,10 @@ KEPT_OF_SPEEDS: dict[str, Range] = {
     "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
 KEPT_OF_SLOTS: dict[str, Range] = {"count": (int, 1, 256), "max_proven": (int, 1, 256), "rejections": (int, 0, 1000)}
 KEPT_OF_LENGTHS: dict[str, Range] = {
-    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
+    "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12)}
+KEPT_OF_PROMPTS: dict[str, Range] = {
+    "chars_per_token": (float, 0.01, 1000.0), "chars_per_token_with_tools": (float, 0.01, 1000.0),
+    "image_tokens": (float, 1.0, 1e6)}
 KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
 KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
 MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
@@ -9442,7 +9580,7 @@ def within(values: Any, ranges: dict[str, Range]) -> Json:
     return found
 
 
-def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths,
+def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths | PromptSizes,
                ranges: dict[str, Range]) -> Json:
     """Return the attributes of an estimate that are worth keeping."""
     return within({name: getattr(owner, name) for name in ranges}, ranges)
@@ -9475,7 +9613,7 @@ def learned_of_node(node: Node) -> Json:
 
 def learned_of_lengths(lengths: OutputLengths) -> Json:
     """Return what is to be kept of a model's lengths."""
-    return {**attributes(lengths, KEPT_OF_LENGTHS),
+    return {**attributes(lengths, KEPT_OF_LENGTHS), **attributes(lengths.prompts, KEPT_OF_PROMPTS),
             "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
 
 
@@ -9499,6 +9637,9 @@ def read_lengths(entry: Any) -> OutputLengths:
     lengths = OutputLengths()
     for name, value in within(entry, KEPT_OF_LENGTHS).items():
         setattr(lengths, name, value)
+    for name, value in within(entry, KEPT_OF_PROMPTS).items():
+        setattr(lengths.prompts, name, value)
+        lengths.prompts.samples[name] = KEPT_SAMPLES
     lengths.samples = min(lengths.samples, 3 * KEPT_SAMPLES)    # lengths vary more than speeds
     means = within(entry["buckets"], KEPT_BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
     lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}

@@ -646,6 +646,56 @@ def test_size_of_the_prompt(path, body, chars):
     assert asked(path, body).prompt_chars == chars
 
 
+CALL = {"name": "read", "arguments": {"path": "a.py"}}
+BILLED = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.37.fbe; cc_entrypoint=cli; cch=6a2f1;"}
+
+
+@table("path, body, chars, images", [
+    ("tools", "/api/chat", {"tools": [{"a": 1}], "messages": []}, len('[{"a": 1}]'), 0),
+    ("a call of Ollama's", "/api/chat", {"messages": [{"content": "", "tool_calls": [{"function": CALL}]}]},
+     len('read{"path": "a.py"}'), 0),
+    ("a call of OpenAI's", "/v1/chat/completions", {"messages": [{"tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "read", "arguments": '{"path":"a.py"}'}}]}]},
+     len('read{"path":"a.py"}'), 0),
+    ("a call and its result, as responses", "/v1/responses", {"input": [
+        {"type": "function_call", "call_id": "c", "name": "read", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "12345"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "why"}], "encrypted_content": "x" * 99}]},
+     len("read{}12345why"), 0),
+    ("a call and its result of Anthropic's", "/v1/messages", {"messages": [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "read", "input": {"p": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [
+            {"type": "text", "text": "123"}, {"type": "image", "source": {"type": "base64", "data": "A" * 99}}]}]}]},
+     len('read{"p": 1}123'), 1),
+    ("thinking", "/api/chat", {"messages": [{"content": "a", "thinking": "bc"}]}, 3, 0),
+    ("a document", "/v1/messages", {"messages": [{"content": [
+        {"type": "document", "source": {"type": "text", "data": "abc"}}]}]}, 3, 0),
+    ("images of Ollama's", "/api/chat", {"messages": [{"content": "a", "images": ["A" * 99, "B" * 99]}]}, 1, 2),
+    ("images of a prompt", "/api/generate", {"prompt": "a", "images": ["A" * 99]}, 1, 1),
+    ("images of responses", "/v1/responses", {"input": [
+        {"content": [{"type": "input_image", "image_url": "A"}]}]}, 0, 1),
+    ("suffix", "/api/generate", {"prompt": "ab", "suffix": "cd"}, 4, 0),
+    ("a block that is another one each time", "/v1/messages", {
+        "system": [BILLED, {"text": "ab"}], "messages": []}, 2, 0),
+    ("nested without end", "/v1/messages", {"messages": [{"content": [[[[[[[[["abc"]]]]]]]]]}]}, 0, 0),
+])
+def test_prompt_is_all_that_the_model_reads(path, body, chars, images):
+    spec = asked(path, body)
+    assert (spec.prompt_chars, spec.prompt_images) == (chars, images)
+
+
+def test_tokens_given_as_numbers_count():
+    assert asked("/api/generate", {"prompt": "", "context": [1, 2, 3]}).prompt_tokens == 3
+
+
+def test_changing_first_block_of_claude_code_changes_no_prefix():
+    system = [{"type": "text", "text": "You are Claude Code"}]
+    bodies = [{"system": [{**BILLED, "text": BILLED["text"].replace("6a2f1", hash)}, *system],
+               "messages": [{"role": "user", "content": "hi"}]} for hash in ("12345", "abcde")]
+    one, two = (asked("/v1/messages", body).prefix for body in bodies)
+    assert one == two
+
+
 @pytest.mark.parametrize("path, body, bound", [
     ("/api/chat", {"options": {"num_predict": 7}}, 7), ("/api/chat", {"options": {"num_predict": -1}}, None),
     ("/api/chat", {"options": [["num_predict", 7]]}, None), ("/api/chat", {"max_tokens": 9}, None),
@@ -814,8 +864,8 @@ def test_large_body_tells_what_a_short_one_tells():
                 "service_tier": "flex", "max_output_tokens": 9, name: turns}
         large, longer = asked(path, body), asked(path, {**body, name: turns + turns[:100]})
         short = asked(path, {**body, name: turns[:1]})
-        assert replace(large, prompt_chars=0, prefix=(), inputs=1, batch=None) == replace(
-            short, prompt_chars=0, prefix=(), inputs=1, batch=None)
+        assert replace(large, prompt_chars=0, prompt_tokens=0, prefix=(), inputs=1, batch=None) == replace(
+            short, prompt_chars=0, prompt_tokens=0, prefix=(), inputs=1, batch=None)
         assert large.prompt_chars == pytest.approx(2000 * len(text), rel=0.03)
         assert len(large.prefix) == sollol.PREFIX_FIRST + sollol.PREFIX_LAST
         assert large.prefix[:4] == longer.prefix[:4]
@@ -1477,6 +1527,21 @@ def test_hidden_wait_is_what_no_duration_explains():
     assert Timings(5, 1, 0.5, 26, 2.5, 298).hidden_wait_s == 1.0
 
 
+def test_ten_answers_tell_how_many_tokens_chats_agents_and_pictures_are():
+    """Chats of 4.4 characters a token, agents of 2.9, pictures of 280 tokens, in turn: none spoils the others."""
+    sizes, true = sollol.PromptSizes(), {"chat": 4.4, "agent": 2.9, "picture": 4.4}
+    specs = {"chat": want(prompt_chars=3000, prompt_tokens=40),
+             "agent": want(prompt_chars=90_000, has_tools=True, prompt_tokens=120),
+             "picture": want(prompt_chars=500, prompt_images=3, prompt_tokens=4)}
+    tokens = {kind: spec.prompt_chars / true[kind] + spec.prompt_images * 280 + spec.prompt_tokens
+              for kind, spec in specs.items()}
+    for _ in range(10):
+        for kind, spec in specs.items():
+            sizes.learn(spec, tokens[kind])
+    for kind, spec in specs.items():
+        assert sizes.tokens(spec) == pytest.approx(tokens[kind], rel=0.15)
+
+
 def test_output_lengths_are_learned_by_size_of_the_prompt():
     lengths = sollol.OutputLengths()
     assert lengths.expect(100) == sollol.PRIOR_OUTPUT_TOKENS
@@ -1752,7 +1817,7 @@ def test_speeds_and_lengths_are_learned_from_answers():
     known = runner(dispatcher, "n1")
     assert known.speeds.decode_s == pytest.approx(0.05) and known.speeds.prefill_s == pytest.approx(0.001, rel=0.1)
     lengths = dispatcher.cluster.estimates.lengths["m:latest"]
-    assert lengths.chars_per_token == pytest.approx(3.0, rel=0.1) and lengths.mean == pytest.approx(40)
+    assert lengths.prompts.chars_per_token == pytest.approx(3.0, rel=0.1) and lengths.mean == pytest.approx(40)
     offer = known.node.snapshot(now).offer(known, now)
     it = offer.predict(dispatcher.cluster.estimates.demand(want(prompt_chars=3000)), now)
     assert (it.prefill_s, it.decode_s) == pytest.approx((1.03, 2.0), rel=0.1)
@@ -5264,6 +5329,25 @@ async def test_unknown_model_is_answered_beside_a_node_that_does_not_tell_its_mo
     async with gateway_for(mute, bench.SimNode(**FAST)) as gateway:
         answer = await call(gateway, "POST", "/api/generate", generate("nobody-has-this"))
         assert answer.status in (404, 500) and "x-sollol-node" in answer.fields
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("too_long", ["refuse", "exceed", "cut"])
+def test_prompt_goes_only_where_it_fits(at_once, too_long):
+    """Ten thousand tokens, windows of 4,096 and 32,768, the smaller node being the faster: nothing is refused or cut."""
+    async def run():
+        nodes = [bench.SimNode(loaded=("llama3.2",), seed=seed, context=context, speed=speed, slots=1,
+                               too_long=too_long) for seed, context, speed in ((1, 4096, 3.0), (2, 32768, 1.0))]
+        async with gateway_for(*nodes) as gateway:
+            for turn in range(16 // at_once):
+                bodies = [{**generate(tokens=5), "prompt": f"{turn} {number} " + "word " * 10_000}
+                          for number in range(at_once)]
+                answers = await asyncio.gather(*(call(gateway, "POST", "/api/generate", body) for body in bodies))
+                assert [answer.status for answer in answers] == [200] * at_once
+                assert all(answer.json()["prompt_eval_count"] > 9_000 for answer in answers)
+            short = await call(gateway, "POST", "/api/generate", generate(tokens=5))
+            assert short.fields["x-sollol-node"].endswith(str(nodes[0].port))
+    bench.run_virtual(run())
 
 
 # -----------------------------------------------------------------------------
