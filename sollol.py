@@ -270,6 +270,7 @@ class RequestSpec:
     prompt_images: int = 0
     prompt_tokens: int = 0          # beside these
     has_tools: bool = False
+    kind: int = 0                   # hash of what its answer's length depends on; 0 = nothing is known of that
     max_output: int | None = None   # tokens, if the client bounds them
     options: RunnerOptions = ()     # those given: another value means unload and load again
     keep_alive_s: float | None = None   # how long the model stays loaded from now on; None = as before
@@ -1277,6 +1278,8 @@ async def read_request(exchange: Exchange) -> None:
     """Read the body of a request, unless its route leaves that unread, and what the request wants. Raises Refusal."""
     gateway, head, route, verdict = exchange.gateway, exchange.head, exchange.route, exchange.verdict
     body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
+    if route.family is Family.ANTHROPIC and gateway.options.stable_prefix and len(body) <= PARSED_BYTES:
+        body = exchange.body = CHANGING_BLOCK.sub(STABLE_BLOCK, body, 1)
     exchange.client.serving = True
     steps = reading_steps(head, route, body)
     reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
@@ -1646,6 +1649,7 @@ PARSED_BYTES, PARSED_VALUES = 2 * MIB, 32_768
 SHORT_BODY_BYTES = 32 * KIB         # read at once, in 5 ms at most; the readers of longer ones take turns
 MAX_NAME_CHARS = 512                # kept of a model's name: a client can make up names of any length
 SHOWN_CHARS = 200                   # of a name or path in the log and in statistics
+PROMPT_KINDS = frozenset(("generate", "chat", "embed"))     # of routes: what the body asks is text for the model
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
 SERVICE_TIERS = {"priority": 8, "flex": 3}
@@ -1719,6 +1723,7 @@ class Prompt(NamedTuple):
     texts: int = 1                  # in an embedding's input
     images: int = 0
     tokens: int = 0                 # beside the text: marks around messages, and `context` of /api/generate
+    lead: int = 0                   # hash of its tools and its system prompt; 0 = it has none
 
 
 class Reading(NamedTuple):
@@ -2017,6 +2022,8 @@ MOST_NESTED = 6                     # content in a tool's result in a message: t
 # Claude Code's first block, which is another one in each request, and which no model needs: it would keep prompts that
 # are otherwise equal from the node's prefix cache.
 BILLING = "x-anthropic-billing-header:"
+CHANGING_BLOCK = re.compile(rb'"text"(\s*:\s*)"x-anthropic-billing-header:[^"\\]{0,400}"')
+STABLE_BLOCK = rb'"text"\1"x-anthropic-billing-header: cc_version=0; cc_entrypoint=cli; cch=00000;"'
 
 
 def add_texts(part: Any, texts: list[str], level: int = 0) -> int:
@@ -2066,12 +2073,21 @@ def text_of(part: Any) -> tuple[str, int]:
     return "".join(texts), images
 
 
-def prompt_parts(kind: str, fields: Json) -> list[tuple[str, int]]:
-    """Return the prompt as [(text, images), ...], in the order in which the model reads them."""
+def lead_parts(fields: Json) -> list[tuple[str, int]]:
+    """Return the tools and the system prompt as [(text, images), ...]."""
     tools, system = fields.get("tools"), fields.get("system", fields.get("instructions"))
     lead = [(json.dumps(tools, ensure_ascii=False), 0)] if tools else []
     if system:
         lead.append(text_of(system))
+    messages = fields.get("messages")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if not system and isinstance(first, dict) and first.get("role") in ("system", "developer"):
+        lead.append(text_of(first))
+    return lead
+
+
+def prompt_parts(kind: str, fields: Json, lead: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the prompt as [(text, images), ...], in the order in which the model reads them, from its lead on."""
     if kind == "generate":
         prompt, suffix = text_of(fields.get("prompt"))[0], text_of(fields.get("suffix"))
         images = len(fields["images"]) if isinstance(fields.get("images"), list) else 0
@@ -2080,7 +2096,8 @@ def prompt_parts(kind: str, fields: Json) -> list[tuple[str, int]]:
     messages = fields.get("messages", fields.get("input"))
     if not isinstance(messages, list):
         return [*lead, (messages, 0)] if isinstance(messages, str) else lead
-    return lead + [text_of(message) for message in messages if isinstance(message, dict)]
+    parts = [text_of(message) for message in messages if isinstance(message, dict)]
+    return lead + parts[lead[-1:] == parts[:1]:]    # a system prompt may be the first message
 
 
 def prefix_of(chain: list[tuple[int, int]]) -> Prefix:
@@ -2096,13 +2113,24 @@ def read_prompt(kind: str, fields: Json) -> Prompt:
         return Prompt(len(text), ((hash(text), len(text)),), len(texts) if isinstance(texts, list) and texts else 1)
     chars = seed = images = 0
     chain: list[tuple[int, int]] = []
-    for text, pictures in prompt_parts(kind, fields):
+    lead = lead_parts(fields)
+    for text, pictures in prompt_parts(kind, fields, lead):
         chars, images = chars + len(text), images + pictures
         seed = hash((seed, text, pictures))
         chain.append((seed, chars))
     context = fields.get("context")
     tokens = MESSAGE_TOKENS * len(chain) if kind == "chat" else len(context) if isinstance(context, list) else 0
-    return Prompt(chars, prefix_of(chain), 1, images, tokens)
+    return Prompt(chars, prefix_of(chain), 1, images, tokens, chain[len(lead) - 1][0] if lead else 0)
+
+
+def kind_of(client: str, lead: int, fields: Json) -> int:
+    """Return what is equal for requests whose answers are of like length: a program asks with one system prompt, for
+    one format, with or without thinking. 0 if there is neither a system prompt nor a format.
+    """
+    shape = fields.get("format") or fields.get("response_format") or fields.get("text")
+    if not (lead or shape):
+        return 0
+    return hash((client, lead, repr(shape), repr(fields.get("think", fields.get("thinking")))))
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
@@ -2190,7 +2218,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
-    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else NO_PROMPT
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if route.kind in PROMPT_KINDS else NO_PROMPT
     change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
@@ -2202,6 +2230,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         prompt_images=prompt.images,
         prompt_tokens=prompt.tokens,
         has_tools=bool(fields.get("tools")),
+        kind=kind_of(client, prompt.lead, fields) if is_inference and not embeds else 0,
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
@@ -5301,7 +5330,8 @@ class Dispatcher:
         if timings.output_tokens or timings.prompt_tokens:
             self.charge(lease, timings.prompt_tokens or lease.prompt_tokens, timings.output_tokens, now)
         if timings.output_tokens and not lease.ticket.spec.embeds:
-            estimates.lengths[lease.ticket.spec.model].learn(lease.prompt_tokens, timings.output_tokens)
+            spec = lease.ticket.spec
+            estimates.lengths[spec.model].learn(lease.prompt_tokens, timings.output_tokens, spec.kind)
 
     def charge(self, lease: Lease, prompt_tokens: float, output_tokens: float, now: float) -> None:
         """Charge the client of a lease for what its request has really cost, in place of what was expected."""
@@ -5431,23 +5461,39 @@ class Dispatcher:
                 and not any(self.waiting.first(model) for model in node.rows))
 
 
+KIND_SAMPLES, MOST_KINDS = 20, 256  # an EWMA over the last twenty; kinds of one model that are kept
+
+
 class OutputLengths:
-    """Learn how many tokens a model answers with, by size of the prompt."""
+    """Learn how many tokens a model answers with, by kind of request and by size of the prompt."""
 
     def __init__(self) -> None:
         self.mean, self.samples = PRIOR_OUTPUT_TOKENS, 0
         self.buckets: dict[int, list[float]] = {}       # log2 of prompt tokens: [mean, samples]
         self.off: list[float] = []  # the last answers, as long as each was grossly shorter or each grossly longer
         self.prompts = PromptSizes()
+        self.kinds: collections.OrderedDict[int, list[float]] = collections.OrderedDict()   # by kind: [mean, samples]
 
-    def expect(self, prompt_tokens: float) -> float:
-        """Return the expected output tokens: the bucket's mean, drawn to the model's while it has few samples."""
+    def expect(self, prompt_tokens: float, kind: int = 0) -> float:
+        """Return the expected output tokens: the mean of its kind, drawn to that of its size while it has few samples,
+        and that to the model's."""
         mean, samples = self.buckets.get(int(prompt_tokens).bit_length(), (self.mean, 0))
         weight = min(samples, 50)
-        return (weight * mean + 4 * self.mean) / (weight + 4)
+        by_size = (weight * mean + 4 * self.mean) / (weight + 4)
+        if not kind or kind not in self.kinds:
+            return by_size
+        mean, samples = self.kinds[kind]
+        return (samples * mean + by_size) / (samples + 1)
 
-    def learn(self, prompt_tokens: float, output_tokens: float) -> None:
+    def learn(self, prompt_tokens: float, output_tokens: float, kind: int = 0) -> None:
         """Take in one finished answer. Many in a row that are grossly off in one direction replace all before them."""
+        if kind:
+            known = self.kinds.setdefault(kind, [output_tokens, 0])
+            self.kinds.move_to_end(kind)
+            known[1] = min(known[1] + 1, KIND_SAMPLES)
+            known[0] += (output_tokens - known[0]) / known[1]
+            if len(self.kinds) > MOST_KINDS:
+                self.kinds.popitem(last=False)
         expected = max(1.0, self.expect(prompt_tokens))
         if self.off and (self.off[-1] > expected) != (output_tokens > expected):
             self.off.clear()
@@ -5520,7 +5566,7 @@ class Estimates:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(spec.model, UNKNOWN_LENGTHS)
         prompt_tokens = lengths.prompts.tokens(spec)
-        output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
+        output_tokens, samples = lengths.expect(prompt_tokens, spec.kind), lengths.samples
         if spec.embeds:
             output_tokens = 0.0
         elif spec.max_output is not None:
@@ -8005,6 +8051,12 @@ async def serve_own(exchange: Exchange) -> None:
     answer_locally(exchange, exchange.gateway.own_answer(exchange.head.path))
 
 
+async def serve_token_count(exchange: Exchange) -> None:
+    """Answer how many tokens a prompt is, as learned from answers: Ollama itself has no such path."""
+    tokens = exchange.gateway.dispatcher.cluster.estimates.demand(exchange.spec).prompt_tokens
+    answer_locally(exchange, json_answer({"input_tokens": math.ceil(tokens)}))
+
+
 async def serve_order(exchange: Exchange) -> None:
     """Drain or resume a node: no new work there, or some again. Raises Refusal."""
     name, _, verb = exchange.head.path.removeprefix("/api/nodes/").rpartition("/")
@@ -8999,6 +9051,10 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("POST", "/v1/responses", queued("chat", Family.OPENAI)),
     ("POST", "/v1/embeddings", queued("embed", Family.OPENAI)),
     ("POST", "/v1/messages", queued("chat", Family.ANTHROPIC)),
+    ("POST", "/v1/messages/count_tokens", Route(serve_token_count, Where.ANY, "chat", Family.ANTHROPIC)),
+    ("POST", "/v1/systemone", queued("generate", Family.OPENAI)),
+    ("POST", "/v1/images/generations", queued("image", Family.OPENAI)),
+    ("POST", "/v1/images/edits", queued("transcribe", Family.OPENAI)),
     ("POST", "/v1/audio/transcriptions", queued("transcribe", Family.OPENAI)),
     ("POST", "/api/show", Route(serve_control, Where.ANY, "show")),
     ("GET", "/v1/models/", Route(serve_control, Where.ANY, family=Family.OPENAI)),
@@ -9024,7 +9080,7 @@ KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.where is Where.QUEUED)
 
 # Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
-# new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
+# new paths are inference.
 ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
              for family in Family for guarded in (False, True)}
 
@@ -10108,6 +10164,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
                                  "nodes (it is)"),
         "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
                             "temperature 0 or a seed makes it say the same (it does)"),
+        "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another in "
+                                   "each request, so that no prompt cache helps (it is made constant)"),
         "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
         "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
     },

@@ -1527,6 +1527,30 @@ def test_hidden_wait_is_what_no_duration_explains():
     assert Timings(5, 1, 0.5, 26, 2.5, 298).hidden_wait_s == 1.0
 
 
+def test_title_of_a_chat_is_short_and_the_chat_is_long():
+    lengths = sollol.OutputLengths()
+    for _ in range(10):
+        lengths.learn(500, 12, kind=1)
+        lengths.learn(500, 700, kind=2)
+    assert lengths.expect(500, 1) < 60 and lengths.expect(500, 2) > 640
+    assert lengths.expect(500) == lengths.expect(500, 3) == pytest.approx(356, abs=60)
+    for kind in range(3, 3 + 2 * sollol.MOST_KINDS):
+        lengths.learn(500, 5, kind)
+    assert len(lengths.kinds) == sollol.MOST_KINDS
+
+
+@table("one, other, alike", [
+    ("another question", {}, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]}, True),
+    ("another system prompt", {}, {"messages": [{"role": "system", "content": "t"}]}, False),
+    ("another format", {}, {"format": "json"}, False), ("with tools", {}, {"tools": [{"a": 1}]}, False),
+    ("thinking", {}, {"think": True}, False),
+    ("no system prompt", {"messages": [{"role": "user", "content": "a"}]}, {"messages": []}, True)])
+def test_kind_of_a_request_is_what_its_answers_length_depends_on(one, other, alike):
+    chat = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}
+    kinds = [asked("/api/chat", {**chat, **change}).kind for change in (one, other)]
+    assert (kinds[0] == kinds[1]) is alike and bool(kinds[0]) is ("messages" not in one)
+
+
 def test_ten_answers_tell_how_many_tokens_chats_agents_and_pictures_are():
     """Chats of 4.4 characters a token, agents of 2.9, pictures of 280 tokens, in turn: none spoils the others."""
     sizes, true = sollol.PromptSizes(), {"chat": 4.4, "agent": 2.9, "picture": 4.4}
@@ -5348,6 +5372,33 @@ def test_prompt_goes_only_where_it_fits(at_once, too_long):
             short = await call(gateway, "POST", "/api/generate", generate(tokens=5))
             assert short.fields["x-sollol-node"].endswith(str(nodes[0].port))
     bench.run_virtual(run())
+
+
+@over_sockets
+async def test_tokens_are_counted_here_by_what_answers_have_told():
+    body = {"model": "llama3.2", "messages": [{"role": "user", "content": "word " * 800}], "max_tokens": 1}
+    async with gateway_for(fixed(1)) as gateway:
+        counts = []
+        for _ in range(6):
+            counted = await call(gateway, "POST", "/v1/messages/count_tokens", body)
+            counts.append(counted.json()["input_tokens"])
+            answer = (await call(gateway, "POST", "/v1/messages", body)).json()
+        assert counts[0] == 1004 and counts[-1] == pytest.approx(answer["usage"]["input_tokens"], rel=0.15)
+
+
+@pytest.mark.parametrize("flags, seen", [((), 1), (("--no-stable-prefix",), 2)])
+def test_changing_first_block_of_claude_code_is_constant_for_nodes(flags, seen):
+    async def run():
+        bodies = [json.dumps({"model": "llama3.2", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}],
+                              "system": [{**BILLED, "text": BILLED["text"].replace("6a2f1", hash)}]}).encode()
+                  for hash in ("12345", "abcde")]
+        node = fixed(1)
+        async with gateway_for(node, flags=flags) as gateway:
+            for body in bodies:
+                assert (await call(gateway, "POST", "/v1/messages", body)).status == 200
+            sent = {record.body for record in node.requests if record.path == "/v1/messages"}
+            assert len(sent) == seen and all(json.loads(body)["system"][0]["text"] for body in sent)
+    asyncio.run(run())
 
 
 # -----------------------------------------------------------------------------
