@@ -1724,6 +1724,22 @@ async def transcribe(node, exchange, body):
     exchange.send_json({"text": f"{len(body.get('file') or '')} bytes of speech"})
 
 
+async def draw(node, exchange, body):
+    """Answer with one picture of a pixel."""
+    _, model = find_model(node, body, NOT_FOUND, NO_NAME)
+    async with node.engine.runner(model, (), None) as runner, runner.slots:
+        await node.engine.device.work(model.blob, 1.0)
+    exchange.send_json({"created": int(time.time()), "data": [{"b64_json": "iVBORw0KGgo="}]})
+
+
+async def decide(node, exchange, body):
+    """Answer as a decision model does."""
+    _, model = find_model(node, body, NOT_FOUND, NO_NAME)
+    async with node.engine.runner(model, (), None) as runner, runner.slots:
+        await node.engine.device.work(model.blob, node.engine.overhead_s())
+    exchange.send_json({"object": "systemone", "decision": "yes"})
+
+
 class Embeddings(NamedTuple):
     vectors: list
     prompt_tokens: int
@@ -2066,6 +2082,9 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/responses", openai_response, "inference"),
     Endpoint("POST", "/v1/messages", anthropic_message, "inference"),
     Endpoint("POST", "/v1/audio/transcriptions", transcribe, "inference"),
+    Endpoint("POST", "/v1/systemone", decide, "inference"),
+    Endpoint("POST", "/v1/images/generations", draw, "inference"),
+    Endpoint("POST", "/v1/images/edits", draw, "inference"),
     Endpoint("POST", "/api/pull", pull),
     Endpoint("POST", "/api/push", push),
     Endpoint("POST", "/api/create", create),

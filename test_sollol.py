@@ -4637,6 +4637,7 @@ async def test_without_keys_everybody_changes_models_as_with_plain_ollama():
 def test_every_route_that_changes_something_is_guarded():
     free = {"/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/api/show", "/v1/completions",
             "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/messages", "/v1/audio/transcriptions",
+            "/v1/messages/count_tokens", "/v1/systemone", "/v1/images/generations", "/v1/images/edits",
             "/api/experimental/web_search", "/api/experimental/web_fetch"}
     assert {path for (method, path), route in sollol.ROUTES.items()
             if method not in ("GET", "HEAD") and not route.guarded} == free
@@ -9210,6 +9211,10 @@ SURFACE = {
     ("POST", "/v1/messages"): ("/v1/messages", MISTRAL, 200, '"type":"message"', "b"),
     ("POST", "/v1/audio/transcriptions"): ("/v1/audio/transcriptions", form(model="mistral", file="RIFF")[0], 200,
                                            "4 bytes of speech", "b"),
+    ("POST", "/v1/messages/count_tokens"): ("/v1/messages/count_tokens", MISTRAL, 200, '"input_tokens":', None),
+    ("POST", "/v1/systemone"): ("/v1/systemone", MISTRAL, 200, '"decision":', "b"),
+    ("POST", "/v1/images/generations"): ("/v1/images/generations", MISTRAL, 200, '"b64_json":', "b"),
+    ("POST", "/v1/images/edits"): ("/v1/images/edits", form(model="mistral", image="RIFF")[0], 200, '"b64_json":', "b"),
     ("POST", "/api/show"): ("/api/show", {"model": "qwen3:14b"}, 200, '"model_info":', "a"),
     ("GET", "/v1/models/"): ("/v1/models/qwen3:14b", None, 200, '"object":"model"', "a"),
     ("POST", "/api/pull"): ("/api/pull", {"model": "mistral"}, 200, '{"status":"success"}', "b,c"),
@@ -9319,7 +9324,7 @@ async def test_route_does_what_its_row_says(row):
         node.account = node.name
     path, body, status, part, names = SURFACE[row]
     async with surface(nodes) as gateway:
-        fields = {"Content_Type": form()[1]} if path.endswith("transcriptions") else {}
+        fields = {"Content_Type": form()[1]} if path.endswith(("transcriptions", "edits")) else {}
         answer = await call(gateway, row[0], path, body, **fields)
         assert (answer.status, answer.fields.get("x-sollol-node")) == (status, names)
         assert all(word in answer.body.decode() for word in part.split(" ")) and bool(answer.body) == bool(part)
