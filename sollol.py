@@ -2565,8 +2565,8 @@ class Cluster:
 
     def is_unsure(self, node: Node, now: float) -> bool:
         """Tell whether a model is asked for of which no answer of a node has lately said how fast it is there."""
-        return any(runner.listed and not runner.speeds.is_confirmed(now) and self.is_asked_for(runner, now)
-                   for runner in node.runners.values())
+        return any(not runner.speeds.is_confirmed(now) and self.is_asked_for(runner, now)
+                   for runner in loaded_runners(node))
 
     # For what takes no slot.
 
@@ -2584,6 +2584,8 @@ class Cluster:
         holders = [node for node in up if has_on_disk(node, spec.model)]
         if spec.where is Where.PRIMARY:
             node = self.primary_for(spec, holders, now)
+            if node.name in tried:
+                raise Refusal(*ALL_FAILED)
             return node, "primary node" if node.settings.primary else "has the model"
         if holders:
             newest = max(version_of(node, spec.model) for node in holders)
@@ -2648,7 +2650,7 @@ class Cluster:
         """Return all that is worth keeping, as plain values."""
         self.keep(self.nodes.values())
         lengths = [(model, learned_of_lengths(known)) for model, known in self.estimates.lengths.items()
-                   if known.samples]
+                   if known.samples or known.prompts.samples]
         return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
 
     def keep(self, nodes: Iterable[Node]) -> None:
@@ -2666,7 +2668,7 @@ class Cluster:
         self.kept = [entry for entry in map(read_node, learned["nodes"][-MOST_KEPT:]) if entry]
         for model, entry in itertools.islice(learned["lengths"].items(), MOST_KEPT):
             lengths = read_lengths(entry)
-            if lengths.samples:
+            if lengths.samples or lengths.prompts.samples:
                 self.estimates.lengths[model] = lengths
 
 
@@ -3911,6 +3913,7 @@ class SlotEstimate:
         if not self.is_set:
             self.count = self.proven = self.max_proven = 1
             self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
+            self.seen = self.votes = self.waits = 0
 
     def limit(self, now: float) -> int:
         """Return how many may run at once, one more than are known while another is tried.
@@ -5649,7 +5652,7 @@ class Forecast:
         self.cluster, self.now = cluster, now
         self.slots: dict[Node, list[list[float]]] = {}      # [[when a slot is free, in seconds from now], ...]
         self.heaps: dict[str | None, list[Place]] = {}      # of each model
-        self.costs_s: dict[tuple[Runner, int, int], float] = {}     # by the size of a demand: its time in a slot
+        self.costs_s: dict[tuple[Runner, int, int, int], float] = {}     # by the size of a demand: its time in a slot
 
     def slots_of(self, node: Node) -> list[list[float]]:
         """Return the slots of a node, busy until what runs there now is predicted to end."""
@@ -5673,7 +5676,8 @@ class Forecast:
 
     def cost_s(self, runner: Runner, demand: Demand) -> float:
         """Return how long a request takes in a slot while all others are busy; once for all that are much alike."""
-        alike = runner, round(4 * math.log2(1 + demand.prompt_tokens)), round(demand.output_tokens)
+        prompt, inputs = (round(4 * math.log2(1 + size)) for size in (demand.prompt_tokens, demand.inputs))
+        alike = runner, prompt, inputs, round(demand.output_tokens)
         if alike not in self.costs_s:
             self.costs_s[alike] = alone_s(runner, demand) * BATCH_SLOWDOWN[min(len(self.slots_of(runner.node)), 256)]
         return self.costs_s[alike]
@@ -10164,8 +10168,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
                                  "nodes (it is)"),
         "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
                             "temperature 0 or a seed makes it say the same (it does)"),
-        "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another in "
-                                   "each request, so that no prompt cache helps (it is made constant)"),
+        "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another "
+                                   "in each request, so that no prompt cache helps (it is made constant)"),
         "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
         "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
     },

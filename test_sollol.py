@@ -1540,7 +1540,8 @@ def test_title_of_a_chat_is_short_and_the_chat_is_long():
 
 
 @table("one, other, alike", [
-    ("another question", {}, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]}, True),
+    ("another question", {}, {"messages": [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "b"}]}, True),
     ("another system prompt", {}, {"messages": [{"role": "system", "content": "t"}]}, False),
     ("another format", {}, {"format": "json"}, False), ("with tools", {}, {"tools": [{"a": 1}]}, False),
     ("thinking", {}, {"think": True}, False),
@@ -2095,6 +2096,22 @@ def test_predictions_are_judged_by_what_became_of_them():
     assert [dispatcher.ratios.share(share) for share in (0.1, 0.5, 0.51, 0.9)] == [0.5, 0.5, 2.0, 2.0]
 
 
+def test_forecast_tells_a_long_list_from_one_text():
+    dispatcher = cluster(n1=["nomic-embed-text"])
+    model = "nomic-embed-text:latest"
+    holder, forecast = runner(dispatcher, "n1", model), sollol.Forecast(dispatcher.cluster, 0.0)
+    one, many = (dispatcher.cluster.estimates.demand(want(model, embeds=True, prompt_chars=4000, inputs=inputs))
+                 for inputs in (1, 1000))
+    assert forecast.cost_s(holder, many) > 5 * forecast.cost_s(holder, one)
+
+
+def test_request_of_the_primary_is_not_sent_there_again_after_it_has_failed_it():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    with pytest.raises(Refusal) as caught:
+        dispatcher.cluster.node_unqueued(want("unknown", where=Where.PRIMARY), {"n1"}, 0.0)
+    assert caught.value.status == 502
+
+
 def test_load_time_is_learned():
     dispatcher = cluster(resident=False, n1=["m"])
     it, = enter(dispatcher, want())
@@ -2320,6 +2337,20 @@ def test_request_costs_a_node_what_lone_ones_have_shown_outside_prefill_and_deco
     for hidden_s, alone in ((0.2, True), (0.9, True), (5.0, True), (0.21, True), (0.35, False), (0.19, True)):
         node.learn_overhead(hidden_s, alone)
     assert 0.19 <= node.overhead_s <= 0.2
+
+
+def test_embedding_model_in_use_makes_nobody_measure_its_node():
+    async def run():
+        node = bench.SimNode(models=("llama3.2", "nomic-embed-text"), loaded=("llama3.2", "nomic-embed-text"))
+        async with gateway_for(node) as gateway:
+            gateway.options.calibrate = True
+            await asyncio.sleep(5.0)
+            asked = sum(record.path == "/api/ps" for record in node.requests)
+            body = {"model": "nomic-embed-text", "input": "a text"}
+            assert (await call(gateway, "POST", "/api/embed", body)).status == 200
+            await asyncio.sleep(20.0)
+            assert sum(record.path == "/api/ps" for record in node.requests) - asked <= 6
+    bench.run_virtual(run())
 
 
 def test_idle_node_is_measured_again_when_what_is_believed_was_not_confirmed_for_long():
@@ -3208,6 +3239,16 @@ def test_what_was_learned_is_known_again_as_an_estimate():
     assert other.slots.retry_at_s == 100.0 + sollol.RETRY_SLOT_S
     assert again.cluster.estimates.demand(want(prompt_chars=400)).output_tokens == pytest.approx(40)
     assert one.runners["nomic-embed:latest"].slots.origin == "set"
+
+
+def test_what_is_known_of_an_embedding_models_prompts_is_kept():
+    dispatcher = cluster(n1=["nomic-embed-text"])
+    it, = enter(dispatcher, want("nomic-embed-text:latest", embeds=True, prompt_chars=3000))
+    placed(dispatcher)
+    finish(dispatcher, it, 1.0, Timings(0.5, 0, 0, 1500))
+    again = restarted(dispatcher.cluster.learned(), settings_of(dispatcher))
+    sizes = again.cluster.estimates.lengths["nomic-embed-text:latest"].prompts
+    assert sizes.chars_per_token < sollol.CHARS_PER_TOKEN
 
 
 def test_new_answers_outweigh_what_was_kept():
@@ -5359,7 +5400,7 @@ async def test_unknown_model_is_answered_beside_a_node_that_does_not_tell_its_mo
 @pytest.mark.parametrize("at_once", [1, 8])
 @pytest.mark.parametrize("too_long", ["refuse", "exceed", "cut"])
 def test_prompt_goes_only_where_it_fits(at_once, too_long):
-    """Ten thousand tokens, windows of 4,096 and 32,768, the smaller node being the faster: nothing is refused or cut."""
+    """Ten thousand tokens, windows of 4,096 and 32,768, the smaller node being faster: nothing is refused or cut."""
     async def run():
         nodes = [bench.SimNode(loaded=("llama3.2",), seed=seed, context=context, speed=speed, slots=1,
                                too_long=too_long) for seed, context, speed in ((1, 4096, 3.0), (2, 32768, 1.0))]
