@@ -4722,7 +4722,8 @@ class Policy:
 
     binds_early = False             # requests wait in the nodes: silence there says nothing
 
-    def __init__(self) -> None:
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
         self.decisions: collections.deque[Decision] = collections.deque(maxlen=DECISIONS_KEPT)
 
     def assign(self, waiting: WaitingRoom, cluster: Cluster, now: float) -> tuple[list[Lease], list[Ticket]]:
@@ -4796,8 +4797,8 @@ class RoundRobin(EarlyBinding):
 
     reason = "round_robin"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
         self.picks = itertools.count()
 
     def choose(self, nodes: list[Node]) -> Node:
@@ -4874,9 +4875,9 @@ class CompletionTime(Policy):
     looked at again when a slot may have become free for it, when a node has changed, or LOOK_AGAIN_S later.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.anywhere = LeastInflight()         # for models that no node is known to have
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self.anywhere = LeastInflight(rng)      # for models that no node is known to have
         self.parked: dict[str | None, Parked] = {}          # by model
 
     def arrived(self, ticket: Ticket) -> None:
@@ -5196,9 +5197,9 @@ class Dispatcher:
     """Own the waiting room, the cluster and the policy. Never waits, never looks at a clock."""
 
     def __init__(self, policy: str = "latency-weighted", *, max_queue: int = 1024, queue_timeout_s: float = 240.0,
-                 early_refusal: bool = False) -> None:
+                 early_refusal: bool = False, rng: random.Random | None = None) -> None:
         self.waiting, self.cluster = WaitingRoom(max_queue, queue_timeout_s), Cluster(queue_timeout_s)
-        self.policy = POLICIES[policy]()
+        self.policy = POLICIES[policy](rng or random.Random(0))
         self.rates, self.early_refusal = ClusterRates(self.cluster), early_refusal
         self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0          # when `drain_s` was reckoned last, and what came out
@@ -9918,7 +9919,8 @@ class Gateway:
         self.stopped = asyncio.Event()
         self.timer: asyncio.TimerHandle | None = None
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
-                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal)
+                                     queue_timeout_s=options.queue_timeout, early_refusal=options.early_refusal,
+                                     rng=self.rng)
         self.access = Access(options, keys)
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.turns = LoopTurns(self.loop)       # of work that takes long
