@@ -5517,7 +5517,7 @@ class OutputLengths:
 class PromptSizes:
     """Learn how many tokens the prompts of a model are: by their characters, with tools and without, and images."""
 
-    FIRST_GAIN, GAIN = 10, 0.1      # the first samples count alike, then EWMA
+    GAIN, FAST_GAIN, FAR_OFF = 0.1, 0.3, 1.25       # EWMA; of a sample that is so many times off, too
 
     def __init__(self) -> None:
         self.chars_per_token = self.chars_per_token_with_tools = CHARS_PER_TOKEN
@@ -5543,8 +5543,9 @@ class PromptSizes:
         """Take a sample into one of the three."""
         if sample > 0:
             self.samples[name] += 1
-            gain = max(self.GAIN, 1 / (self.samples[name] + 1))
-            setattr(self, name, blend(getattr(self, name), sample, gain))
+            known = getattr(self, name)
+            is_near = 1 / self.FAR_OFF < sample / known < self.FAR_OFF
+            setattr(self, name, blend(known, sample, self.GAIN if is_near else self.FAST_GAIN))
 
 
 class Demand(NamedTuple):

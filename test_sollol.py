@@ -5058,7 +5058,7 @@ def test_slots_and_speeds_are_learned_from_answers_that_tell_no_durations(draw, 
     async def run():
         nodes = [bench.SimNode(slots=slots, loaded=("llama3.2",), noise=0.08, seed=slots) for slots in (1, 2, 4)]
         async with gateway_for(*nodes) as gateway:
-            await work_through(gateway, draw, 12, 160)
+            await work_through(gateway, draw, 12, 240)
             known = [node.runners["llama3.2:latest"] for node in gateway.dispatcher.cluster.nodes.values()]
             for slots, found in zip((1, 2, 4), known, strict=True):
                 assert slots <= found.slots.count <= slots + 1
