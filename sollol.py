@@ -6336,7 +6336,7 @@ class Sink:
 
     def lost(self) -> None:
         """The connection has closed: the right end for a body without length, a failure for any other."""
-        if isinstance(self.body, UntilCloseBody) and self.connection.ended:
+        if self.head.length == UNTIL_CLOSE and self.connection.ended:
             self.end(False)
         else:
             self.finish(self.connection.failure)
@@ -6445,16 +6445,6 @@ class LengthBody:
         return data, len(data)
 
 
-class UntilCloseBody:
-    """Decode a body that ends with its connection: never `done` by itself."""
-
-    verbatim = done = False
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """Return (payload, count of bytes of `data` that belong to the body): all of it."""
-        return data, len(data)
-
-
 @remembered
 def plain_size(line: bytes) -> int:
     """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
@@ -6544,14 +6534,14 @@ class ChunkedBody:
                 raise ProtocolError("malformed or too long trailers")
 
 
-BodyDecoder = LengthBody | UntilCloseBody | ChunkedBody
+BodyDecoder = LengthBody | ChunkedBody
 
 
 def body_decoder(length: int | None) -> BodyDecoder:
-    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE."""
+    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE (never `done` by itself)."""
     if length is None:
         return ChunkedBody()
-    return UntilCloseBody() if length == UNTIL_CLOSE else LengthBody(length)
+    return LengthBody(sys.maxsize if length == UNTIL_CLOSE else length)
 
 
 def chunk(data: bytes) -> bytes:
@@ -6775,7 +6765,7 @@ class Relay(Sink):
 
     def end(self, clean: bool) -> None:
         self.hold = 0
-        if self.framing is Framing.CHUNKED and isinstance(self.body, UntilCloseBody):
+        if self.framing is Framing.CHUNKED and self.head.length == UNTIL_CLOSE:
             self.write(LAST_CHUNK)
         elif self.prelude:
             self.write(b"")
@@ -7213,7 +7203,7 @@ class LineRelay(Relay):
             self.pass_on(self.partial)
         if self.over:
             return
-        if isinstance(self.body, UntilCloseBody) and not self.is_complete():
+        if self.head.length == UNTIL_CLOSE and not self.is_complete():
             self.fail(Failure("died", "closed the connection"))
         elif self.transcript.is_behind:
             self.fail(Answer(502, "the answer of another node is shorter"))
