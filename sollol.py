@@ -6176,22 +6176,14 @@ class Pool:
         self.tls: ssl.SSLContext | None = None      # the context of the connections, once there is one
         self.prune(math.inf)
 
-    def context(self) -> ssl.SSLContext | None:
-        """Return the TLS context, None for plain HTTP. Raises NodeFailure if the file of ca= has become unusable."""
-        if self.tls is None:
-            try:
-                self.tls = trust_in(self.settings)
-            except ValueError as error:
-                raise NodeFailure("refused", str(error)) from None
-        return self.tls
-
     async def connect(self) -> NodeConnection:
         """Return a fresh connection. Raises NodeFailure."""
+        node = self.settings        # the certificate is that of its name, whichever its address is
         try:
+            self.tls = self.tls or trust_in(node)
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                node = self.settings        # the certificate is that of its name, whichever its address is
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.turns), node.address or node.host, node.port, ssl=self.context(),
+                    lambda: NodeConnection(self.turns), node.address or node.host, node.port, ssl=self.tls,
                     server_hostname=node.host if node.tls else None)
             connection.settings = node
             return connection
@@ -6207,7 +6199,9 @@ class Pool:
                 raise Refusal(503, f"the gateway has no connection left: {error.strerror}", retry_after_s=1.0) from None
             raise NodeFailure("refused", f"no connection: {error.strerror or error}") from None
         except UnicodeError:
-            raise NodeFailure("refused", f"no connection: {self.settings.host!r} is not a host name") from None
+            raise NodeFailure("refused", f"no connection: {node.host!r} is not a host name") from None
+        except ValueError as error:     # the file of ca= has become unusable
+            raise NodeFailure("refused", str(error)) from None
 
     def take(self) -> NodeConnection | None:
         """Return a connection that was used before, or None.
