@@ -5632,12 +5632,10 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
     request = render_request(head, lease.node.settings, len(exchange.body))
     repeatable = spec.repeatable and not spec.change
     connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
-    clean = has_begun = False
+    has_begun = False
     try:
         if spec.inference and await shows_failure(connection, answer):
-            collector = Collector(connection, answer)
-            text = await collector.collect()
-            clean = collector.clean
+            text = await Collector(connection, answer).collect()
             kind = failover_kind(answer.status, text, lease.runner is not None)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         has_begun = True
@@ -5645,7 +5643,7 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
     finally:
         lease.abandon = None
         if not has_begun:
-            pool.give_back(connection, clean)
+            pool.give_back(connection)
 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
@@ -5863,7 +5861,7 @@ class Inference:
 
     def close(self, begun: Begun) -> None:
         """Give back what an answer was received with."""
-        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection, begun.clean)
+        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection)
         self.end(begun.lease)
 
 
@@ -5964,7 +5962,7 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
-                 "idle_s", "source", "write_paused", "unsent", "settings", "behind", "catching_up")
+                 "clean", "idle_s", "source", "write_paused", "unsent", "settings", "behind", "catching_up")
 
     def __init__(self, turns: LoopTurns) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -5980,6 +5978,7 @@ class NodeConnection(asyncio.Protocol):
         self.ended = False          # the node closed it in good order
         self.busy = True
         self.reused = False
+        self.clean = True           # no request, or its answer ended where its framing said: it can be used again
         self.idle_s = 0.0
         self.source: ClientConnection | None = None     # whose reading stops while this socket's buffer is full
         self.write_paused = False
@@ -6021,7 +6020,7 @@ class NodeConnection(asyncio.Protocol):
             most = sink.at_most()
             piece, self.behind = self.behind[:most], self.behind[most:]
             sink.data(piece)
-        sink.clean = sink.clean and not self.behind
+        self.clean = self.clean and not self.behind
         self.behind, self.catching_up = b"", None
         if self.sink is not sink:
             return
@@ -6044,6 +6043,7 @@ class NodeConnection(asyncio.Protocol):
 
     def send(self, head: bytes, body: Body) -> None:
         """Send a request; a long body goes out in pieces, as the node takes them."""
+        self.clean = False
         if len(body) <= SENT_BYTES:
             self.transport.write(head + body)
         else:
@@ -6218,11 +6218,11 @@ class Pool:
             connection.transport.abort()
         return None
 
-    def give_back(self, connection: NodeConnection, clean: bool) -> None:
+    def give_back(self, connection: NodeConnection) -> None:
         """Keep a connection whose answer ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        is_empty = not (connection.buffer or connection.unsent or connection.behind)
-        if clean and is_empty and connection.is_open() and not self.closed and connection.settings is self.settings:
+        is_clean = connection.clean and not (connection.buffer or connection.unsent or connection.behind)
+        if is_clean and connection.is_open() and not self.closed and connection.settings is self.settings:
             connection.busy = False
             connection.idle_s = self.loop.time()
             connection.transport.resume_reading()       # a slow client may have stopped it; an end must be noticed
@@ -6256,32 +6256,30 @@ class Pool:
         while True:
             connection = reuse and self.take() or await self.connect()
             on_connection(connection)
-            kept = False
+            head = None
             try:
                 connection.send(data, body)
                 head = await connection.response(method)
-                kept = True
                 return connection, head
             except NodeFailure as failure:
                 if not connection.reused or failure.kind != "died" or connection.buffer:
                     raise
                 self.prune(math.inf)
             finally:
-                if not kept:
-                    self.give_back(connection, clean=False)
+                if head is None:
+                    self.give_back(connection)
 
 
 class Sink:
     """Take in the body of an answer until it is `over`: complete, or ended by a `failure`."""
 
-    __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
+    __slots__ = ("connection", "head", "body", "over", "failure", "waiter")
     reads_lines = False             # each line as JSON
 
     def __init__(self, connection: NodeConnection, head: ResponseHead) -> None:
         self.connection, self.head = connection, head
         self.body = body_decoder(head.length)
         self.over = False
-        self.clean = False          # ended where its framing said: the connection can be used again
         self.failure: Failure | Answer | None = None
         self.waiter: asyncio.Future[None] | None = None
 
@@ -6309,7 +6307,7 @@ class Sink:
     def data(self, data: bytes) -> None:
         """Take a piece from the socket."""
         if self.over:
-            self.clean = False
+            self.connection.clean = False
             return
         try:
             payload, used = self.body.feed(data)
@@ -6325,7 +6323,7 @@ class Sink:
         raise NotImplementedError
 
     def end(self, clean: bool) -> None:
-        self.clean = clean and self.head.keep_alive
+        self.connection.clean = clean and self.head.keep_alive
         self.finish(None)
 
     def lost(self) -> None:
@@ -6680,7 +6678,6 @@ class Begun:
     lease: Lease
     connection: NodeConnection
     answer: ResponseHead
-    clean: bool = False             # it has ended where its framing said: the connection can be used again
     upload: Upload | None = None    # of a body that is still going up
 
 
@@ -6833,7 +6830,7 @@ def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
     exchange.client.write(head + body)
     record.status, record.bytes, record.first_s = begun.answer.status, len(body), lease.first_s
     judge_end(exchange, begun, body[-TAIL_BYTES:])
-    begun.clean = begun.answer.keep_alive
+    connection.clean = begun.answer.keep_alive
 
 
 def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
@@ -6921,7 +6918,6 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     if before:
         gateway.dispatcher.rescued(whole=not relay.failure)
         record.reason = f"rescued from {' and '.join(before.transcript.lost)}; {record.reason}"
-    begun.clean = relay.clean
 
 
 # -----------------------------------------------------------------------------
@@ -7343,7 +7339,7 @@ async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
     upload, has_begun = Upload(client, connection, head.length, gateway.turns), False
     try:
         client.send_continue(head)
-        connection.transport.write(render_request(head, lease.node.settings, head.length))
+        connection.send(render_request(head, lease.node.settings, head.length), b"")
         upload.start(gateway.header_timeout_s)
         answer = await connection.response(head.method)
         exchange.keep, has_begun = head.keep_alive and upload.body.done, True
@@ -7351,7 +7347,7 @@ async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
     finally:
         if not has_begun:
             upload.end()
-            pool.give_back(connection, clean=False)
+            pool.give_back(connection)
 
 
 async def serve_control(exchange: Exchange) -> None:
@@ -7384,8 +7380,8 @@ async def serve_control(exchange: Exchange) -> None:
             if begun is not None:
                 if begun.upload is not None:
                     begun.upload.end()
-                    begun.clean = begun.clean and begun.upload.body.done
-                pool.give_back(begun.connection, begun.clean)
+                    begun.connection.clean &= begun.upload.body.done
+                pool.give_back(begun.connection)
             dispatcher.release(lease, loop.time())
 
 
@@ -7549,7 +7545,6 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
         is_stream_of_lines = answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b"")
         sink = Lines(begun.connection, answer, on_line) if is_stream_of_lines else Collector(begun.connection, answer)
         last = await sink.collect()
-        begun.clean = sink.clean
         if answer.status < 400:
             dispatcher.observe(lease, Timings(), loop.time())
         error = error_in(spec.change, answer.status, last)
@@ -7564,7 +7559,7 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
     finally:
         lease.abandon = None
         if begun is not None:
-            gateway.node_io.pools[node].give_back(begun.connection, begun.clean)
+            gateway.node_io.pools[node].give_back(begun.connection)
         dispatcher.release(lease, loop.time())
 
 
@@ -7712,13 +7707,11 @@ async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
     """Keep a node's answer to a share. Raises NodeFailure or NodeRefused."""
     dispatcher, loop, lease = exchange.gateway.dispatcher, exchange.gateway.loop, begun.lease
     lease.heard(0, loop.time())
-    collector = Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES)
-    body = await collector.collect()
+    body = await Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES).collect()
     if begun.answer.status != 200:
         raise NodeRefused(NodeAnswer(lease.node.name, None, begun.answer, body))
     share.answer, share.cut = begun.answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
-    begun.clean = collector.clean
 
 
 async def serve_share(batch: Exchange, share: Share, version: str) -> None:
@@ -8461,19 +8454,17 @@ class OllamaApi:
         body = b"" if value is None else json.dumps(value).encode()
         head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
                            len(body), True, False, self.pool.via)
-        connection, clean = None, False
+        connection = None
         try:
             async with asyncio.timeout(timeout_s):
                 request = render_request(head, self.pool.settings, len(body)) + body
                 connection, answer = await self.pool.request(request, method)
-                collector = Collector(connection, answer, max_bytes)
-                text = await collector.collect()
-                clean = collector.clean
+                text = await Collector(connection, answer, max_bytes).collect()
         except TimeoutError:
             raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
         finally:
             if connection is not None:
-                self.pool.give_back(connection, clean)
+                self.pool.give_back(connection)
         try:
             parsed = json.loads(text)
         except (ValueError, RecursionError):
@@ -9349,7 +9340,7 @@ class Sources:
         pool = Pool(parse_node(f"{bracketed(address)}:{self.scan_port}"), self.gateway.turns, self.gateway.via)
         try:
             async with asyncio.timeout(SCAN_CONNECT_S):
-                pool.give_back(await pool.connect(), clean=True)
+                pool.give_back(await pool.connect())
             return await OllamaApi(pool).is_there()
         except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
             return False

@@ -10464,9 +10464,9 @@ async def test_connection_made_by_the_settings_of_before_is_not_used_again():
         pool, = gateway.node_io.pools.values()
         old = await pool.connect()
         pool.configure(pool.settings._replace(token="another"))
-        pool.give_back(old, clean=True)
+        pool.give_back(old)
         new = await pool.connect()
-        pool.give_back(new, clean=True)
+        pool.give_back(new)
         assert pool.idle[-1] is new and old not in pool.idle and not old.is_open()
 
 
