@@ -8418,10 +8418,6 @@ CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is f
 SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
 
 
-class ProbeFailure(Exception):
-    """A node gave no usable answer to a question of the gateway's own."""
-
-
 BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
 
 
@@ -8442,7 +8438,7 @@ class OllamaApi:
     """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
 
     A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
-    NodeFailure without an answer, ProbeFailure after a wrong one, and Refusal if the gateway itself has no socket left.
+    NodeFailure without a usable answer, and Refusal if the gateway itself has no socket left.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -8461,7 +8457,7 @@ class OllamaApi:
                 connection, answer = await self.pool.request(request, method)
                 text = await Collector(connection, answer, max_bytes).collect()
         except TimeoutError:
-            raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
+            raise NodeFailure("lost", f"no answer to {path} within {timeout_s:g} s") from None
         finally:
             if connection is not None:
                 self.pool.give_back(connection)
@@ -8475,7 +8471,7 @@ class OllamaApi:
         """Return the JSON object that a node answers with status 200."""
         status, answer, _ = await self.fetch("GET", path, timeout_s=timeout_s)
         if status != 200 or answer is None:
-            raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
+            raise NodeFailure("garbage", f"{path} answered {status} and not the JSON of an Ollama server")
         return answer
 
     async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
@@ -8506,7 +8502,7 @@ class OllamaApi:
             value["shift"] = bool(value["options"].pop("shift"))
         status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
         if status != 200 or answer is None:
-            raise ProbeFailure(f"the measurement was answered with {status}")
+            raise NodeFailure("garbage", f"the measurement was answered with {status}")
         return read_timings(text[-TAIL_BYTES:])
 
     async def is_there(self) -> bool:
@@ -8609,7 +8605,7 @@ class NodeIO:
 
     async def look_after_load(self, node: Node) -> None:
         """See at once what a load has pushed out: the next one should know what fits together."""
-        with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
+        with contextlib.suppress(NodeFailure, Refusal):
             await self.look_at_residency(node)
             pump(self.gateway)
 
@@ -8642,12 +8638,12 @@ class NodeIO:
             await self.look_at_models(node)
             await self.look_at_residency(node)
             await self.look_at_weights(node)
-        except (NodeFailure, ProbeFailure, Refusal) as failure:
+        except (NodeFailure, Refusal) as failure:
             why = str(failure)
             if answered:
                 node.index_failed()
-            elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-                node.missed(getattr(failure, "kind", "") == "refused", loop.time())
+            elif isinstance(failure, NodeFailure):      # a Refusal is the gateway's own lack of sockets
+                node.missed(failure.kind == "refused", loop.time())
         self.log_state(node, why)
         pump(self.gateway)
         return why
@@ -8760,7 +8756,7 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
     loop = nodes.loop
     try:
         await nodes.look_at_residency(node)
-    except (ProbeFailure, NodeFailure, Refusal):
+    except (NodeFailure, Refusal):
         node.pause_measuring(loop.time())
     if not node.may_measure(loop.time()):
         return None
@@ -9342,7 +9338,7 @@ class Sources:
             async with asyncio.timeout(SCAN_CONNECT_S):
                 pool.give_back(await pool.connect())
             return await OllamaApi(pool).is_there()
-        except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
+        except (TimeoutError, NodeFailure, Refusal):
             return False
         finally:
             pool.close()
