@@ -8461,10 +8461,7 @@ class OllamaApi:
         finally:
             if connection is not None:
                 self.pool.give_back(connection)
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed = None
+        parsed = json_of(text)
         return answer.status, parsed if isinstance(parsed, dict) else None, text
 
     async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
@@ -9506,10 +9503,9 @@ STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 def parse_state(text: bytes) -> Json:
     """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
-    try:
-        state = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("it is no JSON") from None
+    state = json_of(text)
+    if state is None:
+        raise ValueError("it is no JSON")
     if not isinstance(state, dict) or any(state.get(name) != value for name, value in STATE_FORMAT.items()):
         raise ValueError(f"it does not have {STATE_FORMAT}")
     if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
