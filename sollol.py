@@ -5818,7 +5818,7 @@ class Inference:
         lease, record = begun.lease, self.record
         record.node, record.reason = lease.node.name, lease.reason
         if lease.loads:
-            self.gateway.node_io.note_load(lease.node)
+            self.gateway.node_io.begin_job(lease.node, NodeIO.look_after_load)
         if self.exchange.transcript:    # silent in its midst, it may be raced by a replay
             self.ticket.race, lease.abandon = self.begin_race, begun.connection.fail
         try:
@@ -7429,10 +7429,6 @@ class Progress:
         self.shown[status] = 0
         return line
 
-    def drop(self, name: str) -> None:
-        """Wait no longer for a node that has failed, or is done."""
-        self.names.discard(name)
-
 
 class Lines(Sink):
     """Hand each line of an answer to `hear` as it comes, which may end the answer by raising NodeFailure."""
@@ -7596,7 +7592,7 @@ async def serve_change(exchange: Exchange) -> None:
         """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
         value = read_line(line)
         if value.get("error"):
-            progress.drop(node.name)
+            progress.names.discard(node.name)
         elif value.get("status") != "success":
             due = progress.take(node.name, value)
             if len(nodes) == 1 or due is not None:
@@ -7604,12 +7600,13 @@ async def serve_change(exchange: Exchange) -> None:
 
     async def one(node: Node) -> Outcome:
         outcome = await change_on(exchange, node, hear)
-        progress.drop(node.name)    # of two lines the one that counts has come, or never will
+        progress.names.discard(node.name)       # of two lines the one that counts has come, or never will
         return outcome
 
     outcomes = await asyncio.gather(*map(one, nodes))
-    if spec.change != "unload":
-        await gateway.node_io.look_at_changes([outcome.node for outcome in outcomes if outcome.answer])
+    if spec.change != "unload":     # whoever changed the index looks at it next; who is silent now is probed later
+        looks = [gateway.node_io.look_at_models(outcome.node) for outcome in outcomes if outcome.answer]
+        await asyncio.gather(*looks, return_exceptions=True)
     pump(gateway)
     await answer_change(exchange, lines, without_absent(spec.change, outcomes))
 
@@ -8606,13 +8603,6 @@ class NodeIO:
             await self.look_at_residency(node)
             pump(self.gateway)
 
-    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
-        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
-
-        A node that does not answer now is looked at by the next probe.
-        """
-        await asyncio.gather(*map(self.look_at_models, nodes), return_exceptions=True)
-
     async def look_again(self, look: Look) -> None:
         """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
 
@@ -8679,11 +8669,7 @@ class NodeIO:
         if failure.kind in CONNECTION_FAILURES:
             self.begin_job(lease.node, NodeIO.probe)
         elif failure.kind == "model":
-            self.note_load(lease.node)
-
-    def note_load(self, node: Node) -> None:
-        """Find out soon what the load of a model has pushed out of a node."""
-        self.begin_job(node, NodeIO.look_after_load)
+            self.begin_job(lease.node, NodeIO.look_after_load)
 
     def sweep(self, now: float) -> None:
         """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""

@@ -7969,7 +7969,7 @@ def merged(names, *lines):
     for line in lines:
         name, what, *count = line.split()
         if what == "-":
-            progress.drop(name)
+            progress.names.discard(name)
             continue
         value = {"status": f"pulling {what}", "digest": what, "total": 9, "completed": int(count[0])} if count else {
             "status": what}
