@@ -7623,7 +7623,7 @@ SHARES_AHEAD = 2                    # of one batch per node, running and queued:
 LIST_START_BYTES = 64 * KIB         # of an answer, in which its list must begin
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 LIST_START = re.compile(rb'"(embeddings|data)"\s*:\s*\[')
-INDEX = re.compile(rb"\s*:\s*(\d+)")
+INDEX = re.compile(rb'"index"\s*:\s*(\d+)')
 TOTAL = re.compile(rb'"(prompt_eval_count|prompt_tokens|total_tokens|total_duration|load_duration)"\s*:\s*(\d{1,18})')
 
 
@@ -7660,12 +7660,7 @@ def cut_answer(body: bytes, count: int) -> Cut:
 
 def renumbered(rows: bytes, offset: int) -> bytes:
     """Return rows of /v1/embeddings with `offset` added to each index."""
-    first, *rest = rows.split(b'"index"')
-    for at, piece in enumerate(rest):
-        number = INDEX.match(piece)
-        if number:
-            rest[at] = b":%d" % (int(number[1]) + offset) + piece[number.end():]
-    return b'"index"'.join((first, *rest))
+    return INDEX.sub(lambda number: b'"index":%d' % (int(number[1]) + offset), rows)
 
 
 def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None, None, list[bytes]]:
