@@ -7840,12 +7840,16 @@ async def serve_own(exchange: Exchange) -> None:
 
 
 async def serve_order(exchange: Exchange) -> None:
-    """Drain or resume a node: no new work there, or some again. Raises Refusal."""
+    """Drain or resume a node: no new work there, or some again; answer with its state. Raises Refusal."""
+    gateway, nodes = exchange.gateway, exchange.gateway.dispatcher.cluster.nodes
     name, _, verb = exchange.head.path.removeprefix("/api/nodes/").rpartition("/")
-    nodes = exchange.gateway.dispatcher.cluster.nodes
     if name not in nodes or verb not in ("drain", "resume"):
         raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {', '.join(nodes)}")
-    answer_locally(exchange, exchange.gateway.order(nodes[name], verb))
+    gateway.dispatcher.drain(nodes[name], verb == "drain")
+    gateway.answers.clear()         # it is to be seen at once
+    gateway.node_io.log_state(nodes[name], f"asked to {verb}")
+    pump(gateway)
+    answer_locally(exchange, json_answer(node_stats(nodes[name], gateway.loop.time())))
 
 
 async def serve_events(exchange: Exchange) -> None:
@@ -9678,8 +9682,6 @@ class Gateway:
         self.files = Files(self)
         self.configure(lines)
 
-    # Start and reload -------------------------------------------------------
-
     async def start(self) -> Gateway:
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
         with contextlib.suppress(TimeoutError):
@@ -9711,16 +9713,6 @@ class Gateway:
         added, dropped = self.dispatcher.cluster.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
         return added, dropped, self.node_io.configure(added, dropped)
 
-    # Work -------------------------------------------------------------------
-
-    def order(self, node: Node, verb: str) -> OwnAnswer:
-        """Drain or resume a node; return the answer: its state."""
-        self.dispatcher.drain(node, verb == "drain")
-        self.answers.clear()        # it is to be seen at once
-        self.node_io.log_state(node, f"asked to {verb}")
-        pump(self)
-        return json_answer(node_stats(node, self.loop.time()))
-
     def own_answer(self, path: str) -> OwnAnswer:
         """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
         """
@@ -9751,8 +9743,6 @@ class Gateway:
         self.files.sweep(now)
         tell_systemd("WATCHDOG=1")
         pump(self)
-
-    # Stop -------------------------------------------------------------------
 
     def drain(self) -> None:
         """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo."""
