@@ -7959,13 +7959,11 @@ def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
 
     What a ticket costs is reckoned by what is known now, not when it came.
     """
-    queue, forecast = [], Forecast(dispatcher.cluster, now)
-    for position, ticket in enumerate(dispatcher.waiting.in_order(), 1):
-        queue.append({"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
-                      "client": ticket.spec.client, "position": position,
-                      "waited_s": round(now - ticket.arrived_s, 3),
-                      "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))})
-    return queue
+    forecast = Forecast(dispatcher.cluster, now)
+    return [{"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
+             "client": ticket.spec.client, "position": position, "waited_s": round(now - ticket.arrived_s, 3),
+             "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))}
+            for position, ticket in enumerate(dispatcher.waiting.in_order(), 1)]
 
 
 def answer_queue(gateway: Gateway) -> OwnAnswer:
@@ -9177,11 +9175,6 @@ Server = tuple[str, int]            # address and port
 Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
 
 
-def names_in(lines: Iterable[NodeSettings], discovering: bool) -> set[str]:
-    """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
-    return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
-
-
 def addresses_of(line: NodeSettings, dns: Addresses) -> list[str]:
     """Return the addresses of a line's host, as far as they are known."""
     address = literal(line.host)
@@ -9274,7 +9267,8 @@ class Sources:
 
     def configure(self, lines: list[NodeSettings]) -> None:
         """Take over the lines of hosts.txt and of flags, and follow the names in them."""
-        self.lines, names = lines, names_in(lines, bool(self.options.discover))
+        self.lines = lines          # beside a scan, all names are looked up: it finds their servers again
+        names = {line.host for line in lines if (line.resolve or self.options.discover) and not literal(line.host)}
         for name in self.tasks.keys() - names - {SCAN}:
             self.tasks.pop(name).cancel()
             self.dns.pop(name, None)
@@ -9822,11 +9816,9 @@ def parse_port(text: str) -> int:
 
 def parse_bind(text: str) -> str:
     """Return the name or address to listen on. An empty one is refused: it would mean every address."""
-    try:
+    with contextlib.suppress(UnicodeError):
         if text.encode("idna"):
             return text
-    except UnicodeError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not an address or a host name")
 
 
