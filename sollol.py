@@ -6638,12 +6638,13 @@ EVENT_END = re.compile(rb"(\r?\n\r?\n)")    # an event's lines may end in CRLF
 LINE_END = re.compile(rb"(\n)")
 
 
-def json_of(data: bytes) -> Any:
-    """Return the JSON value that a node sent, None if it is none."""
+def object_in(data: bytes) -> Json | None:
+    """Return the JSON object that a node sent, None if it sent anything else."""
     try:
-        return json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def error_text(error: object) -> str:
@@ -6652,8 +6653,7 @@ def error_text(error: object) -> str:
     `error`: the bytes of a body or of a line, or their JSON: of an object its `error`, and of that its `message`.
     """
     if isinstance(error, bytes):
-        value = json_of(error)
-        error = value if isinstance(value, dict) else error[:4 * KIB].decode(errors="replace")
+        error = object_in(error) or error[:4 * KIB].decode(errors="replace")
     for key in ("error", "message"):
         error = error.get(key) or error if isinstance(error, dict) else error
     text = error if isinstance(error, str) else json.dumps(error)
@@ -6666,8 +6666,7 @@ def error_in_stream(ending: bytes) -> str:
         return ""
     lines = [b"", *(line for line in ending.splitlines() if line.strip() and line != b"data: [DONE]")]
     last = lines[-1].removeprefix(b"data:").strip()
-    value = json_of(last)
-    has_error = isinstance(value, dict) and value.get("error") or lines[-2:-1] == [b"event: error"]
+    has_error = (object_in(last) or {}).get("error") or lines[-2:-1] == [b"event: error"]
     return error_text(last) if has_error else ""
 
 
@@ -7110,9 +7109,7 @@ class Transcript:
         for a replay that says something else.
         """
         lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
-        value = {"done": True} if text == b"[DONE]" else json_of(text)
-        if not isinstance(value, dict):
-            value = {}
+        value = {"done": True} if text == b"[DONE]" else object_in(text) or {}
         if value.get("error"):
             raise NodeFailure("model", f"broke off: {error_text(value)}")
         was_behind, said = self.is_behind, delta_texts(value)
@@ -7485,8 +7482,8 @@ class LineAnswer:
 
 def read_line(line: bytes) -> Json:
     """Return the object in a line. Raises NodeFailure."""
-    value = json_of(line)
-    if not isinstance(value, dict):
+    value = object_in(line)
+    if value is None:
         raise NodeFailure("garbage", "answered what is not JSON")
     return value
 
@@ -7494,8 +7491,8 @@ def read_line(line: bytes) -> Json:
 def error_in(change: str, status: int, body: bytes) -> str:
     """Return why a change was not done, by a node's answer or last line, or "". Raises NodeFailure for garbage."""
     if status >= 400:
-        value = json_of(body)
-        return error_text(value) if isinstance(value, dict) and value.get("error") else f"answered {status}"
+        value = object_in(body) or {}
+        return error_text(value) if value.get("error") else f"answered {status}"
     if change in ("copy", "delete"):
         return "" if status == 200 else f"answered {status}"
     last = read_line(body)
@@ -8455,8 +8452,7 @@ class OllamaApi:
         finally:
             if connection is not None:
                 self.pool.give_back(connection)
-        parsed = json_of(text)
-        return answer.status, parsed if isinstance(parsed, dict) else None, text
+        return answer.status, object_in(text), text
 
     async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
         """Return the JSON object that a node answers with status 200."""
@@ -9482,10 +9478,10 @@ STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 def parse_state(text: bytes) -> Json:
     """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
-    state = json_of(text)
+    state = object_in(text)
     if state is None:
-        raise ValueError("it is no JSON")
-    if not isinstance(state, dict) or any(state.get(name) != value for name, value in STATE_FORMAT.items()):
+        raise ValueError("it is not a JSON object")
+    if any(state.get(name) != value for name, value in STATE_FORMAT.items()):
         raise ValueError(f"it does not have {STATE_FORMAT}")
     if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
         raise ValueError("it has no nodes or no lengths")
