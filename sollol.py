@@ -8860,10 +8860,10 @@ def parse_switch(text: str) -> bool:
     return text == "yes"
 
 
-def parse_slots(text: str) -> int:
-    """Return a number of slots. Raises ValueError."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
-        raise ValueError(f"must be a whole number from 1 to 64, not {text!r}")
+def parse_whole(text: str, most: int = 10**9) -> int:
+    """Return a whole number from 1 to `most`. Raises ValueError."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise ValueError(f"must be a whole number from 1 to {most}, not {text!r}")
     return int(text)
 
 
@@ -8890,8 +8890,9 @@ def parse_prefix(text: str) -> str:
 
 SettingParsers = Mapping[str, Callable[[str], str | int | tuple[int, float]]]
 NODE_SETTINGS: SettingParsers = {
-    "name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word, "prefix": parse_prefix,
-    "primary": parse_switch, "ca": parse_word, "insecure": parse_switch, "resolve": parse_resolve}
+    "name": parse_word, "slots": functools.partial(parse_whole, most=64), "token": parse_word, "host": parse_word,
+    "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
+    "resolve": parse_resolve}
 
 
 def open_regular(path: str) -> int:
@@ -9044,16 +9045,9 @@ def parse_rate(text: str) -> tuple[int, float]:
     return int(match[1]), PERIODS_S[match[2]]
 
 
-def parse_most(text: str) -> int:
-    """Return a number of requests. Raises ValueError."""
-    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
-        raise ValueError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 KEY_SETTINGS: SettingParsers = {
     "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
-    "concurrency": parse_most, "admin": parse_switch}
+    "concurrency": parse_whole, "admin": parse_switch}
 
 
 def parse_key(line: str) -> KeySettings:
