@@ -6078,7 +6078,7 @@ class NodeConnection(asyncio.Protocol):
         if self.failure is None:
             self.failure = failure
         if self.sink is not None:
-            self.sink.fail(self.failure)
+            self.sink.finish(self.failure)
         self.wake()
         self.transport.abort()
 
@@ -6312,7 +6312,7 @@ class Sink:
         try:
             payload, used = self.body.feed(data)
         except ProtocolError as error:
-            self.fail(Failure("garbage", f"broke the framing of its answer: {error}"))
+            self.finish(Failure("garbage", f"broke the framing of its answer: {error}"))
             return
         self.take(payload, data if self.body.verbatim and used == len(data) else None)
         if self.body.done:
@@ -6333,10 +6333,8 @@ class Sink:
         else:
             self.finish(self.connection.failure)
 
-    def fail(self, failure: Failure | Answer) -> None:
-        self.finish(failure)
-
     def finish(self, failure: Failure | Answer | None) -> None:
+        """End the body, by a failure or, None, as it should."""
         if not self.over:
             self.over, self.failure = True, failure
             if self.waiter is not None and not self.waiter.done():
@@ -6365,7 +6363,7 @@ class Collector(Sink):
         self.parts.append(payload)
         self.room -= len(payload)
         if self.room < 0:
-            self.fail(Failure("garbage", "answer too long"))
+            self.finish(Failure("garbage", "answer too long"))
 
     async def collect(self) -> bytes:
         """Return the whole body. Raises NodeFailure."""
@@ -7182,7 +7180,7 @@ class LineRelay(Relay):
             framed = chunk(data) if verbatim is None or data != whole else verbatim
             self.write(framed if self.framing is Framing.CHUNKED else data)
         if failure:
-            self.fail(failure)
+            self.finish(failure)
 
     def end(self, clean: bool) -> None:
         """Come to the end; an answer without length that ends without its last line was cut."""
@@ -7191,9 +7189,9 @@ class LineRelay(Relay):
         if self.over:
             return
         if self.head.length == UNTIL_CLOSE and not self.is_complete():
-            self.fail(Failure("died", "closed the connection"))
+            self.finish(Failure("died", "closed the connection"))
         elif self.transcript.is_behind:
-            self.fail(Answer(502, "the answer of another node is shorter"))
+            self.finish(Answer(502, "the answer of another node is shorter"))
         else:
             self.write(LAST_CHUNK if self.framing is Framing.CHUNKED else b"")
             Sink.end(self, clean)
@@ -7440,14 +7438,14 @@ class Lines(Sink):
     def take(self, payload: bytes, verbatim: bytes | None) -> None:
         *lines, self.rest = (self.rest + payload).split(b"\n")
         if len(self.rest) > MAX_LINE_BYTES:
-            self.fail(Failure("garbage", "a line without end"))
+            self.finish(Failure("garbage", "a line without end"))
         try:
             for line in lines:
                 if line.strip() and not self.over:
                     self.last = line
                     self.hear(line)
         except NodeFailure as failure:
-            self.fail(failure.value)
+            self.finish(failure.value)
 
     async def collect(self) -> bytes:
         """Return the last line. Raises NodeFailure."""
