@@ -7247,7 +7247,6 @@ class Upload:
                  turns: LoopTurns) -> None:
         self.client, self.connection, self.turns = client, connection, turns
         self.body = body_decoder(length)
-        self.chunked = length is None
         self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
         self.catching_up: asyncio.Task[None] | None = None      # the task that does it
 
@@ -7311,7 +7310,7 @@ class Upload:
                 self.client.transport.abort()
             self.behind = b""
             return
-        if self.chunked:
+        if isinstance(self.body, ChunkedBody):
             payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
         if payload:
             self.connection.transport.write(payload)
@@ -7927,8 +7926,7 @@ def running_stats(lease: Lease, now: float) -> Json:
 
 
 def node_slots(node: Node) -> tuple[int, str]:
-    """Return how many requests of one model a node runs at once, and how that is known: of the model that is resident,
-    or was last used."""
+    """Return (slots, how they are known) of a node's model that is resident, or was used last."""
     runner = max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
     return (runner.slots.count, runner.slots.origin) if runner else (node.settings.slots or 1, "guessed")
 
@@ -8027,8 +8025,7 @@ Series = collections.Counter[tuple[str | int, ...]]         # values of labels: 
 
 
 class Metrics:
-    """Count what finished requests were like. Nothing is done per token; names that a client can invent share a label.
-    """
+    """Count what finished requests were like, nothing per token. Names that a client can invent share a label."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -8148,8 +8145,7 @@ def milliseconds(seconds: float | None) -> int | str:
 
 
 def log_level(record: Record) -> int:
-    """Return the level of a request's log line: warning if the nodes failed it in the end, debug for a scrape that
-    succeeded."""
+    """Return the level of a request's log line: warning if the nodes failed it, debug for a scrape that succeeded."""
     if record.path in PROBED_PATHS and record.method in ("GET", "HEAD") and record.status < 400:
         return logging.DEBUG
     return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
@@ -8215,8 +8211,7 @@ def bare(text: str) -> str:
 
 
 class LogFormat(logging.Formatter):
-    """Write one line per event, `key=value ...` or a JSON object. A message is the dict of an event, or a list of them.
-    """
+    """Write one line per event, `key=value ...` or a JSON object. A message is an event's dict, or a list of them."""
 
     converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
@@ -9308,8 +9303,7 @@ class Sources:
             pool.close()
 
     async def scan(self) -> None:
-        """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again.
-        """
+        """Look once for Ollama servers in the networks of --discover. Nodes that are up are not asked again."""
         networks, port, began_s = self.options.discover, self.scan_port, self.loop.time()
         up = {(node.settings.address or node.settings.host, node.settings.port)
               for node in self.gateway.dispatcher.cluster.nodes.values() if node.up}
@@ -9636,8 +9630,7 @@ COSTLY_S = 0.005                    # an answer of the gateway's own that takes 
 
 
 class Gateway:
-    """Start, reload, drain and stop the services that own sockets, tasks and files; all decisions are the Dispatcher's.
-    """
+    """Start, reload, drain and stop the services that own sockets, tasks and files. The Dispatcher decides."""
 
     def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
                  tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
@@ -9696,8 +9689,7 @@ class Gateway:
         return added, dropped, self.node_io.configure(added, dropped)
 
     def own_answer(self, path: str) -> OwnAnswer:
-        """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
-        """
+        """Return the gateway's own answer on a path; a costly one serves all who ask within FRESH_S."""
         until_s, answer = self.answers.get(path, (-math.inf, None))
         if answer is None or self.loop.time() >= until_s:
             began_s = time.thread_time()
@@ -10057,8 +10049,7 @@ MODELS_IN_A_ROW, ROW_CHARS = 3, 120
 
 
 def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
-    """Return the lines of a table. A cell that is a list has one word a line if there are many, or the row is too wide.
-    """
+    """Return the lines of a table. A list in a cell has one word a line if it is long, or the row too wide."""
     def cells(row: tuple[str | list[str], ...], split: bool) -> list[list[str]]:
         """Return the lines of each cell."""
         return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
@@ -10151,8 +10142,7 @@ def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
 
 
 def abandon_unwritten() -> None:
-    """Drop what could not be written to standard error, on a full disk say: Python would fail to write it at the exit.
-    """
+    """Drop what a full disk kept from standard error: Python would fail to write it at the exit."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()
