@@ -6283,13 +6283,6 @@ class Sink:
         self.failure: Failure | Answer | None = None
         self.waiter: asyncio.Future[None] | None = None
 
-    def start(self) -> None:
-        """Begin with what came behind the head."""
-        if self.body.done:
-            self.end(not self.connection.buffer)
-        else:
-            self.connection.attach(self)
-
     def is_costly(self, data: bytes) -> bool:
         """Tell whether it would take long to take in a piece at once."""
         if self.reads_lines:
@@ -6341,7 +6334,11 @@ class Sink:
                 self.waiter.set_result(None)
 
     async def finished(self) -> None:
-        """Wait for the end of the body. Raises NodeFailure."""
+        """Take in the body, from what came behind the head to its end. Raises NodeFailure."""
+        if self.body.done:
+            self.end(not self.connection.buffer)
+        else:
+            self.connection.attach(self)
         if not self.over:
             self.waiter = self.connection.loop.create_future()
             await self.waiter
@@ -6367,7 +6364,6 @@ class Collector(Sink):
 
     async def collect(self) -> bytes:
         """Return the whole body. Raises NodeFailure."""
-        self.start()
         await self.finished()
         return b"".join(self.parts)
 
@@ -6898,7 +6894,6 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
         lease.ticket.race = None    # no other node could go on with it
     client.source = begun.connection
     try:
-        relay.start()
         await relay.finished()
         judge_end(exchange, begun, relay.ending())
     except NodeFailure as failure:
@@ -7448,7 +7443,6 @@ class Lines(Sink):
 
     async def collect(self) -> bytes:
         """Return the last line. Raises NodeFailure."""
-        self.start()
         await self.finished()
         return self.rest or self.last
 
