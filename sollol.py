@@ -6681,8 +6681,8 @@ class Relay(Sink):
     client has seen nothing.
     """
 
-    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "ends", "mark", "boundary",
-                 "recent", "latest", "bytes", "between", "passing", "withheld")
+    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "ends", "mark", "boundary", "recent",
+                 "latest", "bytes", "between", "passing", "withheld")
 
     def __init__(self, exchange: Exchange, begun: Begun, hold: int = 0) -> None:
         connection, head = begun.connection, begun.answer
@@ -6693,7 +6693,7 @@ class Relay(Sink):
         self.heard = begun.lease.heard
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
-        self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
+        self.mark = b"_tokens" if events else b"_count"
         self.ends: tuple[bytes, ...] = (b"\n\n", b"\n\r\n") if events else (b"\n",)
         self.boundary = tuple(end + b"\r\n" for end in self.ends)
         self.recent: collections.deque[bytes] = collections.deque(maxlen=8)     # the last pieces, but for mere tokens
@@ -6779,7 +6779,7 @@ class Relay(Sink):
         Never with a made-up last line, nor with an error behind a real one; an error of the node itself in its own
         words. A body of announced length can only be cut.
         """
-        kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.separator
+        kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.ends[0]
         if self.framing is Framing.LENGTH or self.client.gone:
             return False
         if self.is_complete():
@@ -7804,16 +7804,11 @@ def answer_status(gateway: Gateway) -> OwnAnswer:
     return json_answer((enabled or states or [{"cloud": {"disabled": False, "source": "none"}}])[0])
 
 
-def openai_model(row: Json) -> Json:
-    """Return a row of /api/tags as /v1/models shows it."""
-    name = row["name"]
-    return {"id": name, "object": "model", "created": int(instant_s(row.get("modified_at"))),
-            "owned_by": name.rpartition("/")[0].rpartition("/")[2] or "library"}
-
-
 def answer_openai_models(gateway: Gateway) -> OwnAnswer:
     """Answer /v1/models; `data` is null when there is no model, as Ollama has it, and so are type and newline."""
-    own = json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
+    models = [{"id": row["name"], "object": "model", "created": int(instant_s(row.get("modified_at"))),
+               "owned_by": row["name"].rpartition("/")[0].rpartition("/")[2] or "library"} for row in all_tags(gateway)]
+    own = json_answer({"object": "list", "data": models or None})
     return OwnAnswer(200, own.body + b"\n", b"application/json")
 
 
@@ -8032,14 +8027,6 @@ class Metrics:
                                     # by priority
         self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something ended
 
-    def model_label(self, model: str) -> str:
-        """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
-        return model if not model or model in self.dispatcher.cluster.holders else "other"
-
-    def node_label(self, names: str) -> str:
-        """Return the name of a node, `several` for more than one."""
-        return names if not names or names in self.dispatcher.cluster.nodes else "several" if "," in names else "other"
-
     def count(self, counter: Series, amount: int, node: str, model: str, *more: str | int) -> None:
         """Add to a counter; once it has MOST_SERIES, new models are folded."""
         key = node, model, *more
@@ -8063,7 +8050,11 @@ class Metrics:
 
     def count_request(self, record: Record, total_s: float) -> None:
         """Take in a finished request."""
-        node, model = self.node_label(record.node), self.model_label(record.model)
+        cluster, node, model = self.dispatcher.cluster, record.node, record.model
+        if node and node not in cluster.nodes:
+            node = "several" if "," in node else "other"
+        if model and model not in cluster.holders:
+            model = "other"         # clients can make up any number of names
         self.count(self.requests, 1, node, model, route_label(record.path), record.status, record.outcome)
         if record.path not in INFERENCE_PATHS or not record.attempts:
             return
