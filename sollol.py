@@ -5574,11 +5574,11 @@ FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
 
 
 def failover_kind(status: int, body: bytes, has_model: bool) -> str | None:
-    """Return why an error answer is tried on another node, None if it is the client's own to have.
+    """Return why another node is tried after an error answer; None if the client gets this answer.
 
-    model: its runner is broken; busy, proxy: the node is, or what stands before it; missing: it has not the model
-    after all; route: it knows no such path, being older; length, feature: a larger window or another version may do.
-    Of a model that no node is known to have, such as those of the cloud, most answers are no fault of the node.
+    model: the runner is broken; busy: the node is busy; proxy: the error is of a proxy before the node; missing: the
+    node does not have the model after all; route: the node is older and does not know the path; length, feature: a
+    larger window or another version may help. If no node has the model (cloud models), most errors are the client's.
     """
     if status == 200 or status >= 500:
         return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else "model"
@@ -5619,8 +5619,8 @@ class NodeRefused(Exception):
 async def begin(exchange: Exchange, lease: Lease) -> Begun:
     """Send a request to the leased node and wait until its answer has begun, however long that takes.
 
-    Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
-    with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
+    Raises NodeFailure or NodeRefused: the client has seen nothing, so another node may answer. A stream begins with its
+    first bytes: if they tell an error, or there are none, it counts as an answer with an error status.
     """
     pool, spec, head = exchange.gateway.node_io.pools[lease.node], exchange.spec, exchange.head
 
@@ -5647,7 +5647,7 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
-    """Tell whether an answer is an error, begins with one, or is empty. Of one in one piece only the head is read."""
+    """Tell whether an answer is an error, begins with one, or is empty. Only of a stream bytes of the body are read."""
     if answer.status != 200:
         return answer.status >= 300
     if is_stream(answer):
@@ -5657,14 +5657,14 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
 
 
 def pump(gateway: Gateway) -> None:
-    """Let the dispatcher match, and wake whoever waits for what it decided."""
+    """Let the dispatcher assign tickets to nodes, and wake the requests that it decided on."""
     leases, refused = gateway.dispatcher.dispatch(gateway.loop.time())
     if leases or refused:
         wake([*(lease.ticket for lease in leases), *refused])
 
 
 def wake(tickets: Iterable[Ticket]) -> None:
-    """Wake whoever waits for tickets: each has a lease or a refusal now."""
+    """Wake the requests of tickets that have a lease or a refusal now."""
     for ticket in tickets:
         if ticket.waiter is not None and not ticket.waiter.done():
             ticket.waiter.set_result(None)
@@ -5695,7 +5695,7 @@ class Race:
     async def run(self) -> Begun | None:
         """Run the attempt; if it wins, the first one is given up."""
         inference, begun = self.inference, None
-        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
+        with contextlib.suppress(Refusal):      # the gateway has no socket left
             begun = await inference.attempt(self.lease)
         stream = begun_stream(inference.exchange)
         if begun is not None and stream is not None:
@@ -5708,9 +5708,9 @@ class Race:
         return begun
 
     async def rehearsed(self, begun: Begun, stream: LineRelay) -> Begun | None:
-        """Return an answer that can go on with a stream.
+        """Return an answer if it can continue the client's stream.
 
-        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
+        None if it says something else, if the first attempt sent more meanwhile, or if the stream is too long to keep.
         """
         inference, transcript = self.inference, stream.transcript
         known, is_taken = transcript.all_known(), False
@@ -5728,7 +5728,7 @@ class Race:
         return begun if is_taken else None
 
     async def winner(self) -> Begun | None:
-        """Wait for the attempt and hand its answer over; None if it has none."""
+        """Wait for the attempt and return its answer, which the caller owns then; None if it failed."""
         begun = await self.task
         self.is_closed = True
         return begun
@@ -5784,7 +5784,7 @@ class Inference:
             self.end_race()
 
     async def next_answer(self) -> Begun | None:
-        """Wait for what begins to answer; None if that has failed, and the request may move on."""
+        """Wait for the attempts that run, until one begins to answer; None if they failed: the request may move on."""
         if self.race is None:
             lease = await acquire_lease(self.gateway, self.ticket)
             if not self.record.attempts:
@@ -5801,7 +5801,7 @@ class Inference:
         return begun
 
     async def attempt(self, lease: Lease) -> Begun | None:
-        """Let the leased node begin to answer. The lease goes on only with what is returned."""
+        """Wait until the leased node begins to answer; None if it failed. The lease ends here unless it did begin."""
         self.record.attempts += 1
         begun = None
         try:
@@ -5814,12 +5814,12 @@ class Inference:
         return begun
 
     async def pass_on(self, begun: Begun, take: Take) -> bool:
-        """Let the client have an answer that has begun; tell whether that went well, or another node may answer."""
+        """Pass an answer that has begun to the client; return False if it failed and another node may answer."""
         lease, record = begun.lease, self.record
         record.node, record.reason = lease.node.name, lease.reason
         if lease.loads:
             self.gateway.node_io.begin_job(lease.node, NodeIO.look_after_load)
-        if self.exchange.transcript:    # silent in its midst, it may be raced by a replay
+        if self.exchange.transcript:    # if the stream falls silent, a replay may race it
             self.ticket.race, lease.abandon = self.begin_race, begun.connection.fail
         try:
             await take(self.exchange, begun)
@@ -5843,7 +5843,7 @@ class Inference:
             self.race = None
 
     def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
-        """Keep what a node said last, and hold it against the node if it is its fault."""
+        """Keep the last failure or answer of a node, and count it as a failure of the node if it was one."""
         if failed.kind == "raced":
             return
         if isinstance(failed, NodeAnswer):
@@ -5854,7 +5854,7 @@ class Inference:
             self.gateway.node_io.record_failure(lease, failed)
 
     def end(self, lease: Lease) -> None:
-        """End a lease, unless it ended with the ticket of a client that left, and let others have its slot."""
+        """End a lease and give its slot to others; if the client left, it ended with the ticket before."""
         if not lease.released:
             self.dispatcher.release(lease, self.loop.time())
             pump(self.gateway)
@@ -5870,10 +5870,7 @@ Take = Callable[["Exchange", "Begun"], Awaitable[None]]
 
 
 async def serve_inference(exchange: Exchange, take: Take | None = None) -> None:
-    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
-
-    If a deterministic stream breaks off in its midst, another node goes on with it.
-    """
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused."""
     gateway, dispatcher, loop = exchange.gateway, exchange.gateway.dispatcher, exchange.gateway.loop
     if exchange.spec.deterministic and gateway.options.rescue:
         exchange.transcript = Transcript()
@@ -5894,11 +5891,11 @@ async def serve_inference(exchange: Exchange, take: Take | None = None) -> None:
 # -----------------------------------------------------------------------------
 # Upstream: how do the bytes get to a node and back?
 #
-# A NodeConnection carries one request at a time and then waits in its node's pool. Until the head of the answer is
-# complete it collects bytes; from then on every piece goes straight from the socket's callback into a sink: a Relay,
-# which writes it to the client at once, or a Collector, which keeps a short answer. Back-pressure couples the two
-# sockets directly: while the client's buffer is full nothing is read from the node, and the other way round for a
-# body on its way up. A connection is never used again whose last answer did not end exactly where its framing said.
+# A NodeConnection carries one request at a time and then waits in its node's pool. It collects bytes until the head of
+# the answer is complete; from then on every piece goes from the socket's callback into a sink: a Relay writes it to the
+# client at once, a Collector keeps a short answer. Back-pressure couples the two sockets: while the client's buffer is
+# full, nothing is read from the node; for a request body it is the other way round. A connection is used again only if
+# its last answer ended exactly where its framing said.
 # -----------------------------------------------------------------------------
 
 TAKEN_LINES = 12 * KIB              # of an answer's piece, in one step: 4,096 chunks of one line, 4 ms
@@ -5915,9 +5912,9 @@ MOST_UNQUEUED = 64                  # requests without a slot, per node at once;
 
 
 def watch_for_death(sock: socket.socket) -> None:
-    """Let the kernel find out whether the other machine is still there.
+    """Let the kernel find out whether the other machine is still there, by keep-alive probes.
 
-    Not by TCP_USER_TIMEOUT: that also ends a connection whose other side is alive and only does not read.
+    TCP_USER_TIMEOUT would also end a connection whose other side is alive and only does not read.
     """
     with contextlib.suppress(OSError, AttributeError):      # a system that has not all of these
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -5926,7 +5923,7 @@ def watch_for_death(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
 
 
-# The other side has closed its end, although nothing is read of it. A system without this tells only of a reset.
+# The event that the other side has closed its end, although nothing is read. Systems without it report only a reset.
 HAS_LEFT: int = getattr(select, "POLLRDHUP", 0)
 
 
@@ -6012,7 +6009,7 @@ class NodeConnection(asyncio.Protocol):
         self.wake()
 
     async def catch_up(self, sink: Sink) -> None:
-        """Let the sink take in what is behind; only then read on, or tell it that the connection has closed."""
+        """Feed what is behind to the sink; then read on, or tell the sink that the connection has closed."""
         while self.behind and not sink.over:
             await self.turns.take()
             if self.sink is not sink:
@@ -6073,8 +6070,8 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure: Failure | Answer) -> None:
-        """End the answer from this side: whoever waits for it gets this reason, and no answer."""
-        self.buffer = b""           # what has come of one may be about to be read
+        """End the answer from this side: whoever waits for it gets `failure` instead."""
+        self.buffer = b""           # or a complete head in it would still be read
         if self.failure is None:
             self.failure = failure
         if self.sink is not None:
@@ -6115,10 +6112,7 @@ class NodeConnection(asyncio.Protocol):
         await self.waiter
 
     async def first_payload(self, head: ResponseHead) -> bytes:
-        """Wait for the first bytes of a body; return them, but leave them in the buffer. b"" = the body is empty.
-
-        Raises NodeFailure.
-        """
+        """Wait for the first bytes of a body; return them, but keep them buffered. Empty: b"". Raises NodeFailure."""
         while True:
             body = body_decoder(head.length)
             try:
@@ -6160,7 +6154,7 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 
 
 class Pool:
-    """The connections to one node; one that was made by earlier settings is not used again."""
+    """The connections to one node. A connection made with earlier settings is not used again."""
 
     def __init__(self, settings: NodeSettings, turns: LoopTurns, via: bytes) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -7511,10 +7505,7 @@ def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
 
 
 async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
-    """Make a change on one node and return its Outcome, whatever happens there.
-
-    Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
-    """
+    """Make a change on one node; return its Outcome, never raise. `hear` gets each line; its NodeFailure ends it."""
     gateway, spec = exchange.gateway, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
     lease, begun = dispatcher.lease_on(exchange.record.id, spec, node, spec.change, loop.time()), None
@@ -7652,10 +7643,7 @@ def renumbered(rows: bytes, offset: int) -> bytes:
 
 
 def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None, None, list[bytes]]:
-    """Return one body, in pieces, of the Cuts of all shares, in order: token counts summed, `took_s` seconds at work.
-
-    One share a step.
-    """
+    """Return the pieces of one body made of all Cuts: token counts summed, `took_s` at work. One share is one step."""
     totals: collections.defaultdict[bytes, list[int]] = collections.defaultdict(list)
     for cut in cuts:
         for name, value in TOTAL.findall(cut.after):
@@ -7813,10 +7801,7 @@ def answer_openai_models(gateway: Gateway) -> OwnAnswer:
 
 
 async def serve_own(exchange: Exchange) -> None:
-    """Answer from what is known. No node is waited for, unless the route asks for a look at them first.
-
-    Who asks such a route has often just changed what it shows.
-    """
+    """Answer from what is known. Only a route with a `look` waits for nodes: see NodeIO.look_again."""
     if exchange.route.look is not None:
         await exchange.gateway.node_io.look_again(exchange.route.look)
     answer_locally(exchange, exchange.gateway.own_answer(exchange.head.path))
@@ -7937,10 +7922,7 @@ def node_stats(node: Node, now: float) -> Json:
 
 
 def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
-    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
-
-    What a ticket costs is reckoned by what is known now, not when it came.
-    """
+    """Return what /api/queue says of the waiting tickets, the next one first. Their cost is estimated anew."""
     forecast = Forecast(dispatcher.cluster, now)
     return [{"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
              "client": ticket.spec.client, "position": position, "waited_s": round(now - ticket.arrived_s, 3),
@@ -8404,7 +8386,7 @@ def rows_of(answer: Json) -> list[Json]:
 
 
 class OllamaApi:
-    """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
+    """The gateway's own questions to one node. Only this class knows Ollama's paths for them and the answers' JSON.
 
     A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
     NodeFailure without a usable answer, and Refusal if the gateway itself has no socket left.
@@ -8556,10 +8538,7 @@ class NodeIO:
         node.take_ps(rows, asked_s, self.loop.time())
 
     async def look_at_weights(self, node: Node) -> None:
-        """Find out which models of a node that look alike are made from the same weights; each is asked about once.
-
-        Raises as OllamaApi.
-        """
+        """Find out which look-alike models of a node have the same weights; each is asked once. Raises as OllamaApi."""
         for model in possible_twins(node):
             key = model, digest_of(node, model)
             self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
@@ -8703,10 +8682,7 @@ async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> boo
 
 
 async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
-    """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
-
-    Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
-    """
+    """Return a loaded model of a node to measure, after a look; None if there is none, or the node became busy."""
     loop = nodes.loop
     try:
         await nodes.look_at_residency(node)
@@ -9175,13 +9151,10 @@ def is_own(address: str) -> bool:
 
 def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: Iterable[Server],
                   is_own: Callable[[str], bool] = is_own) -> list[NodeSettings]:
-    """Return the NodeSettings of all nodes that the sources know. A server that is written is not taken as found, too.
-
-    This machine may be written as localhost.
-    """
+    """Return the NodeSettings of all nodes that the sources know; a scanned server that is also written counts once."""
     nodes: dict[str, NodeSettings] = {}
     written = servers_in(lines, dns)
-    here = {port for address, port in written if is_loopback(address)}
+    here = {port for address, port in written if is_loopback(address)}      # this machine, written as localhost
     for line in lines:
         for node in expand(line, dns) if line.resolve else [line]:
             nodes.setdefault(node.name, node)
@@ -9955,10 +9928,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> Non
 
 
 def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line; a flag wins over its twin SOLLOL_<FLAG> in the environment.
-
-    Exits with status 2 and one line at a mistake.
-    """
+    """Return the options of a command line; a flag wins over its twin SOLLOL_<FLAG>. Exits with 2 at a mistake."""
     environ = os.environ if environ is None else environ
     links = [name for name, value in environ.items() if SERVICE_LINK.match(f"{name}={value}")]
     environ = {name: value for name, value in environ.items() if name not in links}

@@ -7471,7 +7471,7 @@ def test_connection_that_was_given_back_is_not_taken_again_by_what_was_still_to_
             connection.sink = collector = sollol.Collector(connection, answer)
             connection.data_received(b"1\r\nx\r\n" * 2**14)
             if is_over:
-                collector.fail(sollol.Failure("lost", "silent"))
+                collector.finish(sollol.Failure("lost", "silent"))
             connection.sink = None
             await asyncio.sleep(1)
             assert connection.sink is None and not collector.parts
