@@ -6278,7 +6278,7 @@ class Sink:
         self.waiter: asyncio.Future[None] | None = None
 
     def is_costly(self, data: bytes) -> bool:
-        """Tell whether it would take long to take in a piece at once."""
+        """Tell whether a piece must be taken in by steps."""
         if self.reads_lines:
             return data.count(b"\n") > READ_LINES
         return isinstance(self.body, ChunkedBody) and data.count(b"\n") > TAKEN_LINES
@@ -6288,7 +6288,7 @@ class Sink:
         return self.body.at_most() if isinstance(self.body, ChunkedBody) and not self.reads_lines else READ_BYTES
 
     def is_held_up(self) -> bool:
-        """Tell whether nothing more is to be read for the time being."""
+        """Tell whether reading must pause."""
         return False
 
     def data(self, data: bytes) -> None:
@@ -6306,7 +6306,7 @@ class Sink:
             self.end(used == len(data))
 
     def take(self, payload: bytes, verbatim: bytes | None) -> None:
-        """Use a piece of the body; `verbatim` is the same as whole chunks, or None."""
+        """Use a piece of the body; `verbatim`: the same piece as whole chunks, or None."""
         raise NotImplementedError
 
     def end(self, clean: bool) -> None:
@@ -6373,8 +6373,8 @@ def is_stream(answer: ResponseHead) -> bool:
 # -----------------------------------------------------------------------------
 # Wire to a node: how is a request written, and its answer read?
 #
-# Lines go on as they came, except those that speak of one connection only. Bodies are decoded in steps: `feed` may be
-# given any split of the bytes.
+# Header lines pass unchanged, except those that concern one connection only. `feed` decodes bodies however their bytes
+# are split.
 # -----------------------------------------------------------------------------
 
 MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
@@ -6427,7 +6427,7 @@ class LengthBody:
 
 @remembered
 def plain_size(line: bytes) -> int:
-    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
+    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk, or one with an extension."""
     match = CHUNK_LINE.fullmatch(line)
     return int(match[1], 16) if match and not match[2] else 0
 
@@ -6435,8 +6435,8 @@ def plain_size(line: bytes) -> int:
 class ChunkedBody:
     """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are dropped.
 
-    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
-    are. Their receiver is then between two chunks, where an error line can still be added.
+    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: they can be passed on unchanged, and
+    their receiver stands between two chunks, where an error line can still be added.
     """
 
     __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
@@ -6447,13 +6447,13 @@ class ChunkedBody:
         self.done = self.verbatim = False
 
     def at_most(self) -> int:
-        """Return how many bytes may be fed in one step: each chunk costs a microsecond, whatever its size."""
+        """Return how many bytes may be fed in one step: a chunk costs a microsecond, whatever its size."""
         return max(DECODED_BYTES, self.left)
 
     def plain_chunks(self, data: bytes) -> int:
-        """Return the number of chunks in `data` if it is nothing but whole plain ones, as tokens mostly are; else 0.
+        """Return the number of chunks in `data` if they all are whole and plain, as tokens mostly are; else 0.
 
-        Such data need not be fed: it can be handed on as it is, and leaves the decoder in the same state.
+        Such data can be passed on without `feed`: it would leave the decoder in the same state.
         """
         if self.state or self.line:
             return 0                # in the middle of a chunk
@@ -6529,18 +6529,18 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# The gateway writes its own length, coding, Host and Via, has answered Expect and Origin, and has read X-Priority.
-# Accept-Encoding: it reads statistics in the answers, and a tunnel in front of a node would compress them.
+# The gateway writes its own length, coding, Host and Via; it has answered Expect and Origin, and read X-Priority.
+# Without Accept-Encoding nobody compresses the answers, in which it reads statistics.
 NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
                              b"via"}
 
-# The gateway says these itself, and nobody else may: a browser that gets two allowed origins accepts neither.
+# Only the gateway says these: a browser that gets two allowed origins accepts neither.
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
 def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
-    """Return the raw lines that are handed on: those neither `dropped` nor named by Connection."""
+    """Return the raw lines that are passed on: those neither `dropped` nor named by Connection."""
     listed = fields.get(b"connection")
     if listed:
         dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
@@ -6597,7 +6597,7 @@ UNBUFFERED = b"X-Accel-Buffering: no"       # nginx would hold a stream back
 
 
 def client_head(exchange: Exchange, answer: ResponseHead) -> tuple[Framing, bytes]:
-    """Return (Framing, head) of a node's answer as the client gets it; notes if its end must be the connection's."""
+    """Return (Framing, head) of a node's answer for the client; clears `exchange.keep` if the end must be a close."""
     head, record, length = exchange.head, exchange.record, answer.fields.get(b"content-length")
     if head.method == "HEAD" or answer.status in (204, 304):
         framing, lines = Framing.LENGTH, [b"Content-Length: " + length] if length and answer.status != 204 else []
@@ -6617,7 +6617,7 @@ def client_head(exchange: Exchange, answer: ResponseHead) -> tuple[Framing, byte
     return framing, render_response(answer, added, lines + connection_lines(exchange))
 
 
-# How a stream ends that says all it has to say: Ollama's statistics, OpenAI's and Anthropic's last events.
+# How a complete stream ends: Ollama's statistics, OpenAI's and Anthropic's last events.
 LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\r?\n\Z|'
                        rb'(?:(?:^|\n)data: ?(?:\[DONE\]|\{"type":\s*"message_stop"\s*\})|'
                        rb'"input_tokens":\s*[0-9][^\n]*"total_tokens":\s*[0-9][^\n]*\})\r?\n\r?\n\Z')
@@ -6636,9 +6636,9 @@ def object_in(data: bytes) -> Json | None:
 
 
 def error_text(error: object) -> str:
-    """Return what an error says, in one line of ERROR_CHARS characters at most.
+    """Return the text of an error in one line of at most ERROR_CHARS characters.
 
-    `error`: the bytes of a body or of a line, or their JSON: of an object its `error`, and of that its `message`.
+    `error`: the bytes of a body or line, or its JSON, of which `error` and then `message` are taken if they are there.
     """
     if isinstance(error, bytes):
         error = object_in(error) or error[:4 * KIB].decode(errors="replace")
@@ -6671,8 +6671,7 @@ class Begun:
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body.
 
-    `hold`: up to so many bytes are kept until the answer is whole, so that another node can give it as long as the
-    client has seen nothing.
+    `hold`: keep up to so many bytes until the answer is whole. Until the client sees one, another node can answer.
     """
 
     __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "ends", "mark", "boundary", "recent",
@@ -6701,11 +6700,10 @@ class Relay(Sink):
         return self.client.write_paused
 
     def data(self, data: bytes) -> None:
-        """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and only the last
-        is kept.
+        """Take a piece from the socket. Most are one token in one chunk: it passes in one step, the last one is kept.
 
-        A stream's objects have left the processor's caches when its next token comes: whatever is touched here costs
-        several times what it does in a loop. Statistics take the long way.
+        When the next token of a stream comes, its objects have left the processor's caches: each one that is touched
+        costs several times what it does in a loop. Statistics take the long way.
         """
         if (self.passing and self.between and not self.over and data.rfind(self.mark) < 0
                 and data.endswith(self.boundary) and (chunks := self.passing.plain_chunks(data))):
@@ -6764,14 +6762,14 @@ class Relay(Sink):
         return self.ending()[-TAIL_BYTES:]
 
     def is_complete(self) -> bool:
-        """Tell whether the client has a stream's own last line, so that nothing but the framing is missing."""
+        """Tell whether the client has the stream's own last line: only the framing may be missing."""
         return self.between and LAST_LINE.search(self.tail()) is not None
 
     def close_with(self, text: str, family: Family) -> bool:
-        """End a broken answer as its format lets clients understand; tell whether that could be done.
+        """End a broken answer by an error in its format; return False if the format has none.
 
-        Never with a made-up last line, nor with an error behind a real one; an error of the node itself in its own
-        words. A body of announced length can only be cut.
+        There is no made-up last line, and no error behind a real one; a node's own error passes in its own words. A
+        body of announced length can only be cut.
         """
         kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.ends[0]
         if self.framing is Framing.LENGTH or self.client.gone:
@@ -6792,7 +6790,7 @@ class Relay(Sink):
 
 
 async def answer_whole(exchange: Exchange, answer: ResponseHead, pieces: Sequence[bytes]) -> None:
-    """Write a node's answer that is whole, in pieces, byte for byte, as the client reads it."""
+    """Write a node's whole answer, given in pieces, as fast as the client reads it."""
     client, record = exchange.client, exchange.record
     answer.length = record.bytes = sum(map(len, pieces))
     record.status = answer.status
@@ -6823,8 +6821,8 @@ def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
 def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
     """Learn from an answer that ended as its framing said.
 
-    An error in the last line of a stream is a failure of the node; a stream without its last line says no more than
-    that the node works.
+    An error in the last line of a stream is a failure of the node; a stream without its last line only shows that the
+    node works.
     """
     if begun.answer.status >= 400:
         return
@@ -6843,12 +6841,12 @@ def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
 
 
 def begun_stream(exchange: Exchange) -> LineRelay | None:
-    """Return the relay that gave the client a part of a stream which another node may go on with; None before that."""
+    """Return the relay whose stream the client has a part of, and another node may continue; None before that."""
     return exchange.transcript.relay if exchange.transcript else None
 
 
 def make_relay(exchange: Exchange, begun: Begun) -> Relay:
-    """Return the Relay for an answer. Raises NodeFailure if it cannot go on with what the client has of another."""
+    """Return the Relay for an answer. Raises NodeFailure if it cannot continue the stream that the client has begun."""
     answer, transcript, before = begun.answer, exchange.transcript, begun_stream(exchange)
     kind = answer.fields.get(b"content-type", b"")
     if before and (answer.status != 200 or kind != before.head.fields.get(b"content-type")):
@@ -6861,7 +6859,7 @@ def make_relay(exchange: Exchange, begun: Begun) -> Relay:
 
 
 def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
-    """End an answer that nobody can complete: in-band where its format allows it, else it is cut."""
+    """End an answer that nobody can complete: by an error in its format, else by a cut."""
     record = exchange.record
     record.reason = text
     has_end = relay.close_with(text, exchange.spec.family)
@@ -6874,8 +6872,8 @@ def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
 async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     """Pass a node's answer on to the client as it comes, and learn from its end.
 
-    Raises NodeFailure if the node fails and another one may go on: nothing is out, or what is out is in a transcript.
-    Any other failure ends the answer here.
+    Raises NodeFailure if the node fails and another one may answer: the client has nothing, or a transcript has what
+    it got. Any other failure ends the answer here.
     """
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
     before = begun_stream(exchange)
@@ -6909,8 +6907,8 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
 # -----------------------------------------------------------------------------
 # Own answers: what does the gateway itself say?
 #
-# Handlers take an Exchange, fill in what they find out, and write an answer to its client or raise it: a Refusal, which
-# has the shape that clients of its path expect, or a node's own error. `keep` says whether the connection goes on.
+# A handler takes an Exchange, fills in what it finds out, and writes an answer or raises it: a Refusal, which gets the
+# shape that clients of its path expect, or a node's own error. `keep` says whether the connection stays open.
 # -----------------------------------------------------------------------------
 
 REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
@@ -7002,9 +7000,9 @@ def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) 
 # -----------------------------------------------------------------------------
 # Rescue: how does another node go on with a stream that has broken off?
 #
-# Only a deterministic one: it is asked for again, and the client gets what the first node had not sent. A Transcript
-# keeps the text that the client has; the replay is compared with it, and must say the same. A LineRelay does both while
-# it relays. A stream that is silent in its midst is raced by such a replay, which is read ahead (`rehearse`).
+# Only a deterministic stream is asked for again; the client gets what the first node had not sent. A Transcript keeps
+# the text that the client has; the replay must say the same. A LineRelay compares while it relays. A stream that falls
+# silent is raced by such a replay, which is read ahead (`rehearse`).
 # -----------------------------------------------------------------------------
 
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
@@ -7013,9 +7011,9 @@ SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "f
 
 
 def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
-    """Return what an object of a stream says, in its order: [(object that holds it, key, text)].
+    """Return the texts in an object of a stream, in order: [(object that holds it, key, text)].
 
-    Of tool calls the ids are left out: they are drawn at random.
+    The ids of tool calls are left out: nodes draw them at random.
     """
     choices = value.get("choices")
     choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
@@ -7027,9 +7025,9 @@ def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
 
 
 class Transcript:
-    """What a client has got of a deterministic stream, so that another node can go on where one has died.
+    """What a client has got of a deterministic stream, so that another node can continue it.
 
-    A replay is compared by its text, not by its bytes: time stamps differ, and tokens may be cut otherwise.
+    A replay is compared by its text, not by its bytes: time stamps differ, and tokens may be split in another way.
     """
 
     def __init__(self) -> None:
@@ -7059,16 +7057,16 @@ class Transcript:
 
     @property
     def is_behind(self) -> bool:
-        """Tell whether the replay has not come to what the client lacks."""
+        """Tell whether the replay still repeats what the client has."""
         return self.at < len(self.known)
 
     @property
     def is_short(self) -> bool:
-        """Tell whether a text is small enough to be kept. A long one is not: memory must stay bounded."""
+        """Tell whether the text is short enough to be kept."""
         return self.at <= TRANSCRIPT_CHARS
 
     def consume(self, key: str, text: str) -> str:
-        """Take in what the running answer says next; return what the client lacks of it. Raises Refusal."""
+        """Take in the next text of the running answer; return what the client lacks of it. Raises Refusal."""
         spoken = text if key == self.key else f"\0{key}\0{text}"
         known = self.known[self.at:self.at + len(spoken)] if self.is_behind else ""
         if not spoken.startswith(known):
@@ -7080,7 +7078,7 @@ class Transcript:
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
     def rename(self, value: Json) -> bool:
-        """Give an event of a replay the id and the time of the stream it goes on with; tell whether they differed."""
+        """Give an event of a replay the id and time of the stream that it continues; tell whether they differed."""
         if not self.lost:
             if not self.name:
                 self.name = {key: value[key] for key in ("id", "created") if key in value}
@@ -7092,8 +7090,8 @@ class Transcript:
     def unsent_part(self, line: bytes) -> bytes:
         """Return what the client lacks of a streamed line or event: all, nothing, or a new line with the rest.
 
-        Before a node is lost that is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
-        for a replay that says something else.
+        Until a node is lost, this is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
+        for a replay that differs.
         """
         lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
         value = {"done": True} if text == b"[DONE]" else object_in(text) or {}
@@ -7123,7 +7121,7 @@ class Transcript:
 
 
 class LineRelay(Relay):
-    """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can go on with it."""
+    """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can continue it."""
 
     __slots__ = ("transcript", "partial")
     reads_lines = True
@@ -7149,7 +7147,7 @@ class LineRelay(Relay):
         self.pass_on(whole, verbatim if len(whole) == len(payload) == len(data) and not self.body.done else None)
 
     def pass_on(self, whole: bytes, verbatim: bytes | None = None) -> None:
-        """Give the client what it lacks of whole lines; `verbatim` is the same as chunks, or None."""
+        """Send the client what it lacks of whole lines; `verbatim`: the same lines as chunks, or None."""
         *lines, rest = (EVENT_END if len(self.ends) > 1 else LINE_END).split(whole)
         lines = [line + end for line, end in zip(lines[::2], lines[1::2], strict=True)] + ([rest] if rest else [])
         parts: list[bytes] = []
@@ -7172,7 +7170,7 @@ class LineRelay(Relay):
             self.finish(failure)
 
     def end(self, clean: bool) -> None:
-        """Come to the end; an answer without length that ends without its last line was cut."""
+        """End the stream; one that ends with its connection and without its last line was cut."""
         if not self.over:
             self.pass_on(self.partial)
         if self.over:
@@ -7194,9 +7192,9 @@ class LineRelay(Relay):
 
 
 async def rehearse(begun: Begun, known: str) -> None:
-    """Read a replay until it has said all of `known`; what was read is left to be relayed.
+    """Read a replay until it has said all of `known`; what was read stays buffered for the relay.
 
-    Raises NodeFailure, or Refusal for one that says something else, or takes more than REPLAY_BYTES to say the same.
+    Raises NodeFailure, or Refusal for a replay that differs or takes more than REPLAY_BYTES.
     """
     connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
     events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
