@@ -7223,8 +7223,8 @@ async def rehearse(begun: Begun, known: str) -> None:
 # -----------------------------------------------------------------------------
 # Without a slot: how does a request pass that waits for nothing?
 #
-# To one node that has the model, or to the primary one. A body that nobody here needs is not read: an Upload passes it
-# on as it comes, and back-pressure holds for it as for an answer.
+# It goes to one node that has the model, or to the primary one. A body that nobody here needs is not read: an Upload
+# passes it on as it comes, with back-pressure.
 # -----------------------------------------------------------------------------
 
 class Upload:
@@ -7249,7 +7249,7 @@ class Upload:
         self.data(data)
 
     def expire(self) -> None:
-        """The client sends too slowly, unless it is the node that does not read."""
+        """End an upload that is too slow, unless the node is what does not read."""
         if self.connection.write_paused:
             self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
         elif self.connection.sink is None:
@@ -7261,7 +7261,7 @@ class Upload:
         """Take a piece from the client's socket; what lies behind the body stays for the next request."""
         self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
-            return                  # the answer came early; what is still coming has no reader
+            return                  # nobody reads it any more
         self.behind += data
         if self.catching_up is None:
             self.step()
@@ -7310,7 +7310,7 @@ class Upload:
 async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
     """Send a request whose body passes through as it comes, and wait until its answer has begun. Raises NodeFailure.
 
-    On a fresh connection: what has gone up cannot be sent again if an idle one turns out to be dead.
+    It takes a fresh connection: what was sent on an idle one that turns out to be dead could not be sent again.
     """
     gateway, client, head = exchange.gateway, exchange.client, exchange.head
     pool = gateway.node_io.pools[lease.node]
@@ -7334,8 +7334,8 @@ async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
 async def serve_control(exchange: Exchange) -> None:
     """Send a request without a slot to one suitable node; to another one only if the first cannot be reached.
 
-    One whose body is not read here is tried once, and ends the connection unless the node has got it all: what is left
-    of the body could be taken for the next request.
+    An upload is tried once, and ends the connection unless the node has got it all: the rest of the body could be taken
+    for the next request.
     """
     gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
@@ -7370,12 +7370,12 @@ async def serve_control(exchange: Exchange) -> None:
 # Many nodes: how does one request change a model wherever it is?
 #
 # The request is sent to all nodes of the model at once. Their progress is merged into one stream that shows how far the
-# slowest is. The index is refreshed before the last line, so that who changed a model finds it changed. A node that
-# fails, hangs or talks garbage is named in the answer, which then is no success, whatever the others have done.
+# slowest is. The index is refreshed before the last line, so that the client then finds the model changed. If a node
+# fails, hangs or sends garbage, the answer is an error that names it.
 # -----------------------------------------------------------------------------
 
 class Outcome(NamedTuple):
-    """What became of a change on one node. `answer` and `body`: what it said, of a stream the last line."""
+    """What became of a change on one node. `body`: of its answer; of a stream the last line."""
 
     node: Node
     answer: ResponseHead | None
@@ -7384,10 +7384,10 @@ class Outcome(NamedTuple):
 
 
 class Progress:
-    """Merge the progress of several nodes: of each layer what the slowest has; other lines once all nodes sent them."""
+    """Merge the progress of several nodes: the slowest node's of each layer; other lines once all nodes sent them."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = set(names)     # of nodes that are still at it
+        self.names = set(names)     # of the nodes that are waited for
         self.counts: dict[str, dict[str, int]] = {}     # digest: {name: completed bytes}
         self.reached: dict[str, set[str]] = {}  # status without a digest: names that have sent it
         self.shown: dict[str, int] = {}         # digest or status: completed bytes, as the client saw them last
@@ -7440,7 +7440,7 @@ class Lines(Sink):
 
 
 class LineAnswer:
-    """An answer of lines to a client. Its head, that of a node's answer, goes out with the first of them."""
+    """An answer of lines to a client. Its head is that of a node's answer, and goes out with the first line."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -7458,7 +7458,6 @@ class LineAnswer:
         self.exchange.client.write(head + (chunk(data) if self.framing is Framing.CHUNKED else data))
 
     def end(self) -> None:
-        """End it."""
         if self.framing is Framing.CHUNKED:
             self.exchange.client.write(LAST_CHUNK)
 
@@ -7486,14 +7485,14 @@ def error_in(change: str, status: int, body: bytes) -> str:
 
 
 def without_absent(change: str, outcomes: list[Outcome]) -> list[Outcome]:
-    """Return the outcomes that count: a node that had nothing to delete or unload does not, beside one that had."""
+    """Leave out the nodes that had nothing to delete or unload, if another node had."""
     if change not in ("delete", "unload"):
         return outcomes
     return [outcome for outcome in outcomes if not outcome.answer or outcome.answer.status != 404] or outcomes
 
 
 def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
-    """Return (status, text) that tell which nodes failed, why, and where the change was made all the same."""
+    """Return (status, text): which nodes failed, why, and on which the change was made."""
     failed = [outcome for outcome in outcomes if outcome.error]
     done = [outcome.node.name for outcome in outcomes if not outcome.error]
     statuses = [outcome.answer.status if outcome.answer else 502 for outcome in failed]
@@ -7540,7 +7539,7 @@ async def answer_change(exchange: Exchange, lines: LineAnswer, outcomes: list[Ou
     """Write the end of the answer to a change, of which `lines` may be out. Raises Refusal."""
     failed = [outcome for outcome in outcomes if outcome.error]
     statuses = {outcome.answer.status if outcome.answer else 0 for outcome in outcomes}
-    own = outcomes[0].answer        # that one speaks for all if all did it, or all refused it alike
+    own = outcomes[0].answer        # it speaks for all if all did it, or all refused it alike
     is_one = not failed or len(outcomes) == 1 or len(statuses) == 1 and min(statuses) >= 400
     status, text = explain_failure(outcomes) if failed else (200, "")
     if failed:
@@ -7566,7 +7565,7 @@ async def serve_change(exchange: Exchange) -> None:
     lines, progress = LineAnswer(exchange), Progress(node.name for node in nodes)
 
     def hear(node: Node, answer: ResponseHead, line: bytes) -> None:
-        """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
+        """Pass a line on: unchanged of one node, merged of several. The last line of each stream is held back."""
         value = read_line(line)
         if value.get("error"):
             progress.names.discard(node.name)
@@ -7591,9 +7590,9 @@ async def serve_change(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Batches: how do many nodes embed one long list?
 #
-# The list is cut into shares. Each is a request of its own with its place in the queue: a share that fails moves on
-# alone, and other requests pass between two shares. The answers are put together as bytes: no number is read, so none
-# can change, and 10 MB of them do not hold up the streams of others.
+# The list is cut into shares. Each is a request of its own in the queue: a share that fails moves on alone, and other
+# requests run between two shares. The answers are joined as bytes: no number is parsed, so none can change, and 10 MB
+# do not delay the streams of others.
 # -----------------------------------------------------------------------------
 
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
@@ -7614,7 +7613,7 @@ class Cut(NamedTuple):
 
 @dataclass(slots=True)
 class Share:
-    """Some texts of a batch, a request of their own, and what a node has answered to it."""
+    """Some texts of a batch, their request, and a node's answer to it."""
 
     texts: list[str]
     spec: RequestSpec
@@ -7697,7 +7696,7 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
     left = iter(shares)
 
     async def work() -> None:
-        """Have one share after the other embedded; what else the same client asks for comes in between."""
+        """Serve one share after the other, so that other requests of the same client run in between."""
         for share in left:
             await serve_share(exchange, share, version)
 
@@ -7736,9 +7735,8 @@ async def serve_embedding(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Cluster-wide answers: what does the whole cluster look like, as one Ollama?
 #
-# Merged from what the probes saw last, so that a slow or hung node can delay nobody. Rows are kept as the nodes sent
-# them, unknown fields and all; of several rows for one name the newest counts. Beside them, what the gateway answers
-# for itself: orders to nodes, and the events of the dashboard.
+# Answers are merged from what the probes saw last, so that a slow or hung node delays nobody. Rows keep all fields that
+# the nodes sent; of several rows for one name the newest counts. Orders to nodes and the dashboard's events follow.
 # -----------------------------------------------------------------------------
 
 def live_nodes(gateway: Gateway) -> list[Node]:
@@ -7778,7 +7776,7 @@ def answer_ps(gateway: Gateway) -> OwnAnswer:
 
 
 def answer_version(gateway: Gateway) -> OwnAnswer:
-    """Answer with the lowest version of all nodes: what every one of them can do."""
+    """Answer with the lowest version of all nodes: every node can do what it can."""
     versions = [node.version for node in live_nodes(gateway)]
     return json_answer({"version": min(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])})
 
@@ -7835,8 +7833,8 @@ async def serve_events(exchange: Exchange) -> None:
 # What is going on: health, statistics, the log
 # -----------------------------------------------------------------------------
 
-TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
-NOTIFY_S = 0.2                      # streams stand still meanwhile
+TALLY_DELAY_S = 0.05                # finished requests are counted and logged together, at most this late
+NOTIFY_S = 0.2                      # all streams pause meanwhile
 MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
 LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
 
@@ -7870,7 +7868,7 @@ def rounded(seconds: float | None) -> float | None:
 
 
 def shown(name: str | None) -> str | None:
-    """Return a name that a client may have made up as logs and statistics show it: not longer than SHOWN_CHARS."""
+    """Return a name for logs and statistics: a client may have made it up, so cut it at SHOWN_CHARS."""
     return name and name[:SHOWN_CHARS]
 
 
@@ -7965,7 +7963,7 @@ def labelled(**labels: str | int) -> str:
 
 
 def route_label(path: str) -> str:
-    """Return the path of the table of routes that a path belongs to, or `other`."""
+    """Return the path's row in the table of routes, or `other`."""
     if path in KNOWN_PATHS:
         return path
     return next((above for _, above, _ in ROUTES_BELOW if path.startswith(above)), "other")
@@ -8133,7 +8131,7 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 
 
 class Telemetry:
-    """Count and log finished requests, some together and a moment late: that is much cheaper."""
+    """Count and log finished requests, in groups, which is much cheaper."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.loop = gateway, gateway.loop
@@ -8291,8 +8289,8 @@ def tell_systemd(message: str) -> None:
 # -----------------------------------------------------------------------------
 # Dashboard: what does a person see?
 #
-# One page without outside resources. It comes with the state of its moment, and then gets the whole state every second:
-# the state is small, and a page that missed an event, or the gateway's restart, is right again one second later.
+# One page without outside resources. It contains the current state, and gets the whole state again every second: the
+# state is small, and a page that missed an event, or the gateway's restart, is right one second later.
 # -----------------------------------------------------------------------------
 
 ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
@@ -8355,12 +8353,12 @@ def answer_dashboard(gateway: Gateway) -> OwnAnswer:
 # -----------------------------------------------------------------------------
 # Probes: which nodes live, and what do they hold?
 #
-# One task per node. /api/version tells whether it lives: /api/ps can block for seconds while a model is unloaded, so
-# that one is asked for residency only. Intervals have jitter, so that the probes of many gateways do not fall together.
+# One task per node. /api/version tells whether it lives, /api/ps only what is loaded: it can block for seconds while a
+# model is unloaded. Intervals have jitter, so that the probes of several gateways spread.
 # -----------------------------------------------------------------------------
 
 PROBE_TIMEOUT_S = 3.0
-RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # for so long a node that has gone is looked at so often
+RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # how long, and how often, a node that has gone is probed more often
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
 CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
@@ -8464,7 +8462,7 @@ Followed = TypeVar("Followed")      # a node, or the name of a source
 
 def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
               work: Callable[[Followed], Coroutine[None, None, None]], pause_s: float) -> None:
-    """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
+    """Start the task `tasks[key]`; if a defect ends it, log that and start it again after a pause."""
     loop = asyncio.get_running_loop()
     task = tasks[key] = loop.create_task(work(key))
 
@@ -8546,15 +8544,15 @@ class NodeIO:
         node.cloud = await self.api(node).cloud(timeout_s)
 
     async def look_after_load(self, node: Node) -> None:
-        """See at once what a load has pushed out: the next one should know what fits together."""
+        """See at once which models a load has pushed out: the next decision should know what fits together."""
         with contextlib.suppress(NodeFailure, Refusal):
             await self.look_at_residency(node)
             pump(self.gateway)
 
     async def look_again(self, look: Look) -> None:
-        """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
+        """Look at all nodes, for FRESH_S at most; what does not answer by then stays as last seen.
 
-        Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
+        A client that asks /api/ps has often just caused a load. One look serves all clients that ask meanwhile.
         """
         if look not in self.looking:
             looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
@@ -8597,7 +8595,7 @@ class NodeIO:
         now = self.loop.time()
         was, state = self.logged_states.get(node, "new"), node.state(now)
         if not node.probed or state == was or node.up and not node.indexed:
-            return                      # its models are part of the line
+            return                      # the line shows its models: wait for them
         self.logged_states[node] = state
         bad, error = state in ("down", "suspect"), node.last_error
         if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
@@ -8657,7 +8655,7 @@ def loaded_runners(node: Node) -> list[Runner]:
 async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
     """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
 
-    It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
+    Any request ends it at once. It loads no model, and reloads none with other options.
     """
     dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
     prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
@@ -8693,11 +8691,11 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
 
 
 async def calibrate(nodes: NodeIO, node: Node) -> None:
-    """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
-    told it for long although the model is asked for.
+    """Measure the speed of an idle node on a loaded model: once after it came up, and when answers have not shown it
+    for long although the model is asked for.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
-    with a CPU node. One short request at a time: slots are learned from those of others.
+    with a CPU node. It sends one short request at a time: slots are learned from real requests.
     """
     node.calibrates()
     runner = await loaded_runner(nodes, node)
@@ -8711,7 +8709,7 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
 
 
 async def check(nodes: NodeIO, node: Node) -> None:
-    """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
+    """Check a node in doubt: one token of a loaded model shows whether it works, and whether it is slow."""
     loop = nodes.loop
     runner = await loaded_runner(nodes, node)
     if not node.may_measure(loop.time()):
@@ -8731,8 +8729,8 @@ async def check(nodes: NodeIO, node: Node) -> None:
 # -----------------------------------------------------------------------------
 # Routes: which handler answers which path?
 #
-# The README's table of routes, row by row. A row names its handler, so the table stands behind all of them; code above
-# finds a row when a request asks for it. A new path is one row, and a handler if none of these will do.
+# The README's table of routes, row by row. A row names its handler, so the table stands behind all handlers. A new path
+# is one row, and a handler if none of these fits.
 # -----------------------------------------------------------------------------
 
 def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> Route:
@@ -8787,8 +8785,8 @@ ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.where is Where.QUEUED)
 
-# Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
-# new paths are inference: /v1/messages/count_tokens, /v1/images/generations.
+# An unknown path may change something, as POST /api/experimental/aliases does. On /v1/ new paths are inference, such as
+# /v1/messages/count_tokens.
 ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
              for family in Family for guarded in (False, True)}
 
