@@ -8794,11 +8794,11 @@ ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, g
 # -----------------------------------------------------------------------------
 # hosts.txt: which nodes?
 #
-# A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has the same shape, with a key
-# instead of the URL: `read_file`, `parse_lines` and `parse_settings` serve both.
+# A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has a key instead of the URL:
+# `read_file`, `parse_lines` and `parse_settings` serve both.
 # -----------------------------------------------------------------------------
 
-# Bounds of a file that is read in one go, in 50 ms; of the keys file, too.
+# Bounds of this and the keys file: one is read at once, within 50 ms.
 MAX_FILE_BYTES, MAX_FILE_LINES, MAX_LINE_CHARS = 1 * MIB, 4096, 4096
 MAX_NODES = 1024                    # in one file
 
@@ -8846,7 +8846,7 @@ NODE_SETTINGS: SettingParsers = {
 
 
 def open_regular(path: str) -> int:
-    """Return a descriptor to read a file. Raises ConfigError, also for a pipe or a device: they may have no end."""
+    """Return a descriptor to read a file. Raises ConfigError, also for a pipe or a device, which may have no end."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -9034,7 +9034,7 @@ def parse_keys(text: str, place: str) -> list[KeySettings]:
 def warn_of_readers(event: str, path: str, mode: int) -> None:
     """Warn if others than its owner can read a secret file.
 
-    What systemd hands over (LoadCredential=) it has closed to others by an ACL, which shows as rights of the group.
+    A file of systemd's LoadCredential= is safe: the rights of its group are those of an ACL.
     """
     given_by_systemd = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY", "none")
     if mode & (stat.S_IRWXG | stat.S_IRWXO) and not given_by_systemd:
@@ -9076,7 +9076,7 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     if not options.tls_cert:
         return None
     certificate, key = options.tls_cert, options.tls_key
-    for path in (certificate, key):     # ssl does not say which one cannot be read, and waits for the end of a pipe
+    for path in (certificate, key):     # ssl would not say which one cannot be read, and would wait for a pipe's end
         os.close(open_regular(path))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -9099,30 +9099,30 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
 # -----------------------------------------------------------------------------
 # Sources: where do the nodes come from?
 #
-# From three sources: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS has for the names
-# in them; the servers that scans have found. `merge_sources` makes one list of settings of what each of them knows, and
-# Gateway.join takes that over whenever one has changed.
+# There are three sources: the lines of hosts.txt and of flags, the addresses that DNS has for their names, and the
+# servers that scans have found. `merge_sources` makes one list of settings of them; Gateway.join takes it over whenever
+# a source has changed.
 # -----------------------------------------------------------------------------
 
 SCAN_S = 180.0                      # between two scans of the networks in --discover
 SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
 SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
 MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
-SCANS_KEPT = 10                     # for which a found node may be away: half an hour
-FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
+SCANS_KEPT = 10                     # a scanned node may miss so many: half an hour
+FOLLOW_S = 30.0                     # at most between two looks at a name: the time to live of Kubernetes' names
 Addresses = dict[str, list[str]]    # of names, as DNS answered last
 Server = tuple[str, int]            # address and port
 Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
 
 
 def addresses_of(line: NodeSettings, dns: Addresses) -> list[str]:
-    """Return the addresses of a line's host, as far as they are known."""
+    """Return the known addresses of a line's host."""
     address = literal(line.host)
     return [address] if address else dns.get(line.host, [])
 
 
 def expand(line: NodeSettings, dns: Addresses) -> list[NodeSettings]:
-    """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
+    """Return the NodeSettings of every address behind a line; only IPv4 if there are both: a server has both."""
     addresses = addresses_of(line, dns)
     addresses = [address for address in addresses if ":" not in address] or addresses
     name = line.name.removesuffix(":11434")
@@ -9293,9 +9293,8 @@ class Sources:
 # -----------------------------------------------------------------------------
 # Memory: what is worth keeping of what was learned?
 #
-# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
-# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
-# than a few samples, which new ones soon outweigh.
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. When it is read,
+# numbers out of range are left out, and the rest counts as a few samples only, which new ones soon outweigh.
 # -----------------------------------------------------------------------------
 
 Range = tuple[type[float], float, float]        # kind of number, least, most
@@ -9312,11 +9311,11 @@ KEPT_OF_LENGTHS: dict[str, Range] = {
     "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12), "chars_per_token": (float, 0.01, 1000.0)}
 KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
 KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
-MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
+MOST_KEPT = 500                     # nodes, and models of each: pods that never return would pile up
 
 
 def within(values: Any, ranges: dict[str, Range]) -> Json:
-    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
+    """Return the values that are numbers in their range: {name: number}; none if `values` is no dict."""
     found = {}
     for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
         value = values.get(name)
@@ -9327,12 +9326,12 @@ def within(values: Any, ranges: dict[str, Range]) -> Json:
 
 def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths,
                ranges: dict[str, Range]) -> Json:
-    """Return the attributes of an estimate that are worth keeping."""
+    """Return the attributes of an estimate that are in their range."""
     return within({name: getattr(owner, name) for name in ranges}, ranges)
 
 
 def learned_of_runner(runner: Runner, digest: str) -> Json:
-    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
+    """Return what to keep of a model on a node; {} if nothing was learned."""
     kept = {**attributes(runner, KEPT_OF_RUNNER), **attributes(runner.speeds, KEPT_OF_SPEEDS)}
     if not runner.speeds.samples:
         kept.pop("lines_per_token", None)
@@ -9345,7 +9344,7 @@ def learned_of_runner(runner: Runner, digest: str) -> Json:
 
 
 def learned_of_node(node: Node) -> Json:
-    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
+    """Return what to keep of a node, with what was kept of models that it does not have now."""
     models = {model: learned for model, runner in node.runners.items()
               if (learned := learned_of_runner(runner, digest_of(node, model)))}
     kept = {model: learned for model, learned in node.kept.items() if model not in models}
@@ -9357,13 +9356,13 @@ def learned_of_node(node: Node) -> Json:
 
 
 def learned_of_lengths(lengths: OutputLengths) -> Json:
-    """Return what is to be kept of a model's lengths."""
+    """Return what to keep of a model's lengths."""
     return {**attributes(lengths, KEPT_OF_LENGTHS),
             "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
 
 
 def read_node(entry: Any) -> Json | None:
-    """Return what was kept of a node, in range; None for what is no such thing."""
+    """Return what was kept of a node, in range; None if `entry` is not of that kind."""
     if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
             and isinstance(entry.get("models"), dict)):
         return None
@@ -9378,7 +9377,7 @@ def read_node(entry: Any) -> Json | None:
 
 
 def read_lengths(entry: Any) -> OutputLengths:
-    """Return the OutputLengths that were kept of a model, as far as they are in range."""
+    """Return the OutputLengths that were kept of a model; values out of range are left out."""
     lengths = OutputLengths()
     for name, value in within(entry, KEPT_OF_LENGTHS).items():
         setattr(lengths, name, value)
@@ -9398,7 +9397,7 @@ def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
 
 
 def recall(entries: list[Json], node: Node) -> Node:
-    """Return a new node, with what was kept of its server. It need not be calibrated then."""
+    """Return a new node, with what was kept of its server: it need not be calibrated then."""
     entry = kept_of(entries, node.settings)
     node.kept = entry.get("models", {})
     for owner, names in ((node, KEPT_OF_NODE), (node.memory, KEPT_OF_MEMORY)):
@@ -9429,7 +9428,7 @@ def parse_state(text: bytes) -> Json:
 
 
 class StateFile:
-    """Keep in a file what was learned, over restarts. A file that cannot be used is renamed, never overwritten."""
+    """Keep what was learned in a file, over restarts. A file that cannot be used is renamed, not overwritten."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
@@ -9526,7 +9525,7 @@ class Files:
         return stamps
 
     def reload(self) -> None:
-        """Read all files again. What is in a bad one is refused with one log line; what was there before stays."""
+        """Read all files again. A bad one is refused with one log line, and what it said before stays."""
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.seen = self.stamps()
         for read in (self.read_hosts, self.read_keys, self.read_certificate):
@@ -9558,7 +9557,7 @@ class Files:
     def sweep(self, now: float) -> None:
         """Read files that have been saved, and save what was learned, each when it is time."""
         former, self.before = self.before, self.stamps()
-        if former == self.before and any(       # still for SWEEP_S: nobody is writing it
+        if former == self.before and any(       # unchanged for SWEEP_S: nobody is writing
                 stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
             self.reload()
         if now - self.saved_s >= STATE_S:
@@ -9579,8 +9578,8 @@ class Files:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
-ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
-COSTLY_S = 0.005                    # an answer of the gateway's own that takes longer to make is kept for FRESH_S
+ECHO_S = 1.0                        # signals within this count once: timeout(1) sends two, to its child and its group
+COSTLY_S = 0.005                    # an own answer that takes longer to make is kept for FRESH_S
 
 
 class Gateway:
@@ -9648,7 +9647,7 @@ class Gateway:
         if answer is None or self.loop.time() >= until_s:
             began_s = time.thread_time()
             make = ROUTES["GET", path].own
-            assert make is not None     # else it is no answer of ours
+            assert make is not None     # as all routes of serve_own have it
             answer = make(self)
             costly = time.thread_time() - began_s > COSTLY_S
             self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
@@ -9757,7 +9756,7 @@ def parse_bind(text: str) -> str:
 
 
 def parse_secret_file(text: str) -> str:
-    """Return the path of a file that protects the gateway. An empty one is refused: some variable was not set."""
+    """Return the path of a file that protects the gateway. An empty one is refused: a variable was not set."""
     if not text:
         raise argparse.ArgumentTypeError("no file is named")
     return text
@@ -9781,7 +9780,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class ListFlag(argparse.Action):
-    """Collect the values of a flag that may be repeated, in place of those that its variable lists."""
+    """Collect the values of a flag that may be repeated; they replace those of its variable."""
 
     def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any,
                  flag: str | None = None) -> None:
@@ -9799,7 +9798,7 @@ LIST: FlagSettings = {"action": ListFlag, "default": []}
 ON: FlagSettings = {"action": "store_true"}
 OFF: FlagSettings = {"action": "store_false"}
 
-# By the groups of --help. What holds without the flag stands in brackets; where that is the default, it is added.
+# By the groups of --help. What holds without the flag stands in brackets; a help without brackets gets its default.
 FLAGS: dict[str, dict[str, FlagSettings]] = {
     "nodes": {
         "--hosts": dict(FILE, help="one node per line; read again when saved, or on SIGHUP (none)"),
@@ -9877,7 +9876,7 @@ SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "fals
 
 
 def twin_value(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
-    """Return what a flag is set to by the text of its variable. Raises ArgumentError."""
+    """Return the value that the text of a variable gives to its flag. Raises ArgumentError."""
     def value_of(word: str) -> Any:
         value = parser._get_value(action, word)
         parser._check_value(action, value)
@@ -9904,7 +9903,7 @@ def twin_name(flag: str) -> str:
 
 
 def take_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    """Let what the twins of flags in the environment say be the flags' defaults. Exits at a mistake."""
+    """Make the variables in the environment the defaults of their flags. Exits at a mistake."""
     for flag, action in parser._option_string_actions.items():
         name = twin_name(flag)
         if name in environ and action.dest not in ("help", "version"):
@@ -9915,8 +9914,8 @@ def take_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) 
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Exit at the first variable that is the twin of no flag: a mistyped one would change nothing, unseen."""
-    known = {twin_name(flag)[7:] for flags in FLAGS.values() for flag in flags}     # what all share is no likeness
+    """Exit at the first variable that belongs to no flag: a mistyped one would silently change nothing."""
+    known = {twin_name(flag)[7:] for flags in FLAGS.values() for flag in flags}     # compared without SOLLOL_
     for name in names:
         if name.startswith("SOLLOL_") and name[7:] not in known:
             near = difflib.get_close_matches(name[7:], known, 1)
@@ -9941,7 +9940,7 @@ def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = No
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open sockets as the system grants: a client and a node's connection for each request."""
+    """Allow as many open sockets as the system grants: a request may need two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -9975,7 +9974,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         if greeting:
             try:
                 print(greeting.format(url=url), flush=True)
-            except OSError:         # a full disk, or a closed pipe; Python would try again at the exit, and fail
+            except OSError:         # a full disk, or a closed pipe: Python would fail again at the exit
                 sys.stdout = None
         await gateway.stopped.wait()
     finally:
@@ -10053,9 +10052,9 @@ def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
 
 
 def trim_memory() -> None:
-    """Give the system back what Python needed to compile this file: 15 MiB if it runs as a module (python3 -m sollol).
+    """Return to the system what Python needed to compile this file: 15 MiB after `python3 -m sollol`.
 
-    As a script it gives back next to nothing: Python keeps the parse tree for as long as the script runs.
+    For a script this returns next to nothing: Python keeps the parse tree while the script runs.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):     # glibc has this call, others need none
         import ctypes
