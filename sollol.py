@@ -6362,12 +6362,9 @@ class Collector(Sink):
         return b"".join(self.parts)
 
 
-STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
-
-
 def is_stream(answer: ResponseHead) -> bool:
     """Tell whether an answer is lines or events that come one after the other."""
-    return answer.fields.get(b"content-type", b"").lower().startswith(STREAM_KINDS)
+    return answer.fields.get(b"content-type", b"").lower().startswith((b"application/x-ndjson", b"text/event-stream"))
 
 
 # -----------------------------------------------------------------------------
@@ -6658,8 +6655,7 @@ def error_in_stream(ending: bytes) -> str:
     return error_text(last) if has_error else ""
 
 
-@dataclass(slots=True, eq=False)
-class Begun:
+class Begun(NamedTuple):
     """A lease whose answer has begun, and the connection that it comes on."""
 
     lease: Lease
@@ -9055,15 +9051,6 @@ def read_keys(options: argparse.Namespace) -> list[KeySettings]:
 # Certificate and key of the gateway's own port
 # -----------------------------------------------------------------------------
 
-def is_certificate(path: str) -> bool:
-    """Tell whether there is a certificate in a file, in PEM form."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError:
-        return False
-    return True
-
-
 def no_password() -> NoReturn:
     raise ConfigError("is encrypted, and nobody is here to give the password")
 
@@ -9087,7 +9074,9 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
     except (ssl.SSLError, OSError) as error:
-        if not is_certificate(certificate):
+        try:
+            context.load_verify_locations(certificate)
+        except ssl.SSLError:
             raise ConfigError(f"{certificate}: there is no certificate in PEM form in it") from None
         if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
             raise ConfigError(f"{key}: this is not the key of the certificate in {certificate}") from None
@@ -9810,8 +9799,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--no-calibrate": dict(OFF, dest="calibrate", help="do not measure idle nodes at the start (they are, with one "
                                "short request to a model that is loaded)"),
         "--demo": dict(ON, help="run in front of three simulated nodes (needs bench.py beside it) (no)"),
-        "--check": dict(ON, help="probe every node, print what was found, and exit: 0 all up, 1 some down, 2 bad file "
-                        "(no)"),
+        "--check": dict(ON, help="probe every node, print a table, and exit: 0 all up, 1 some down, 2 bad file (no)"),
     },
     "listening": {
         "--bind": dict(metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on"),
@@ -9834,10 +9822,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
     },
     "limits": {
-        "--max-body": dict(SIZE, default="64MiB", help="bytes of a body that is read for routing; blobs pass without "
-                           "limit"),
-        "--max-memory": dict(SIZE, default="512MiB", help="bytes of such bodies at once; beyond that further ones wait "
-                             "unread"),
+        "--max-body": dict(SIZE, default="64MiB", help="bytes of a body that is read for routing; blobs have no limit"),
+        "--max-memory": dict(SIZE, default="512MiB", help="bytes of such bodies at once; further ones wait unread"),
         "--header-timeout": dict(TIME, default="10s", help="time a head may take to arrive"),
         "--max-connections": dict(COUNT, default="4096", help="client connections"),
     },
@@ -9852,8 +9838,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
     },
     "log": {
         "--log-format": dict(choices=("kv", "json"), default="kv", help="key=value or JSON lines"),
-        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
-                            "told"),
+        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="least that is told"),
     },
 }
 
@@ -9941,10 +9926,9 @@ def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = No
 
 def raise_descriptor_limit() -> None:
     """Allow as many open sockets as the system grants: a request may need two."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], keys: list[KeySettings],
