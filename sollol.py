@@ -7948,14 +7948,12 @@ def answer_stats(gateway: Gateway) -> OwnAnswer:
         "decisions": decision_stats(dispatcher.policy.decisions, now)})
 
 
-def escaped(text: str) -> str:
-    """Return a label's value with what would end it escaped."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
 def labelled(**labels: str | int) -> str:
     """Return labels as the text format has them."""
-    return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
+    return ",".join(f'{name}="{str(value).translate(LABEL_ESCAPES)}"' for name, value in labels.items())
 
 
 def route_label(path: str) -> str:
