@@ -6667,7 +6667,7 @@ class Begun(NamedTuple):
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body.
 
-    `hold`: keep up to so many bytes until the answer is whole. Until the client sees one, another node can answer.
+    `hold`: keep up to so many bytes until the answer is whole: as long as the client has none, another node can answer.
     """
 
     __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "ends", "mark", "boundary", "recent",
@@ -7576,7 +7576,7 @@ async def serve_change(exchange: Exchange) -> None:
         return outcome
 
     outcomes = await asyncio.gather(*map(one, nodes))
-    if spec.change != "unload":     # whoever changed the index looks at it next; who is silent now is probed later
+    if spec.change != "unload":     # the client looks at the models next; a node that is silent now is probed later
         looks = [gateway.node_io.look_at_models(outcome.node) for outcome in outcomes if outcome.answer]
         await asyncio.gather(*looks, return_exceptions=True)
     pump(gateway)
@@ -8352,7 +8352,7 @@ def answer_dashboard(gateway: Gateway) -> OwnAnswer:
 # -----------------------------------------------------------------------------
 
 PROBE_TIMEOUT_S = 3.0
-RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # how long, and how often, a node that has gone is probed more often
+RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # how long, and at which pause, a node that has gone is probed
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
 CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
