@@ -10487,7 +10487,7 @@ async def test_authority_may_go_with_its_line_and_a_node_whose_authority_has_gon
         hosts.write_text(lines[1])
         await until(lambda: gateway.dispatcher.cluster.nodes["n2"].settings.ca)
         node = gateway.dispatcher.cluster.nodes["n2"]
-        gateway.node_io.pools[node].configure(node.settings)
+        gateway.node_io.pools[node].configure(node.settings._replace())      # a connection in the making, too, is old
         authorities[1].unlink()
         await until(lambda: not gateway.dispatcher.cluster.nodes["n2"].up)
         assert f"ca {authorities[1]}: No such file or directory" in caplog.text
