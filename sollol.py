@@ -568,10 +568,6 @@ class TlsTransport(asyncio.Protocol):
     `forget` is told of a client whose handshake never ended.
     """
 
-    __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended",
-                 "is_closing", "pause_reading", "resume_reading", "set_write_buffer_limits", "get_write_buffer_size",
-                 "get_extra_info")
-
     def __init__(self, socket: asyncio.Transport, context: ssl.SSLContext, client: ClientConnection,
                  forget: Callable[[ClientConnection], None]) -> None:
         self.socket, self.client, self.forget = socket, client, forget
@@ -2848,8 +2844,6 @@ LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded f
 class MemoryEstimate:
     """What fits into a node's memory, as far as its evictions have shown."""
 
-    __slots__ = ("seen_bytes", "limit_bytes", "loaded_seen", "most_loaded")
-
     def __init__(self) -> None:
         self.seen_bytes = 0.0       # most that was resident at once
         self.limit_bytes = math.inf         # an eviction was seen when this much was asked for
@@ -2977,8 +2971,6 @@ class ErrorShare:
 
 class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
-
-    __slots__ = ("models", "idle_models", "everything", "count")
 
     def __init__(self) -> None:
         self.models: set[str | None] = set()
@@ -3728,9 +3720,6 @@ class SlotEstimate:
     Methods that may change `count` return whether they did.
     """
 
-    __slots__ = ("count", "origin", "proven", "max_proven", "retry_at_s", "seen", "seen_s", "rejections", "rejected_s",
-                 "waits", "votes")
-
     def __init__(self) -> None:
         self.count = 1
         self.origin = "guessed"     # guessed, learned, or set: in hosts.txt, or to one for what only embeds
@@ -3873,9 +3862,6 @@ def beyond(estimate: float, least: float, most: float) -> float:
 
 class SpeedEstimate:
     """How fast a model is on its node, as measured; 0 = not yet. All for a lone request."""
-
-    __slots__ = ("prefill_s", "prefills", "slow_prefill_s", "decode_s", "off_decode_s", "input_s", "samples",
-                 "confirmed_s", "load_s", "lines_per_token", "streams")
 
     def __init__(self) -> None:
         self.prefill_s = 0.0        # a prompt token
@@ -4387,9 +4373,6 @@ class Offer:
     at only if no slot is free: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
-                 "decode_s", "input_s", "loading", "neighbours")
-
     def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
         node = runner.node
         self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
@@ -4481,8 +4464,6 @@ class NodeSnapshot:
 
     Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
     """
-
-    __slots__ = ("node", "at_s", "changes", "offers", "harmed_s", "memory")
 
     def __init__(self, node: Node, now: float) -> None:
         self.node, self.at_s, self.changes = node, now, node.changes.count
