@@ -353,7 +353,8 @@ class Listener:
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
-        address = client.note_address()
+        peer = transport.get_extra_info("peername")         # None if it has gone already
+        address = client.address = peer[0] if isinstance(peer, tuple) else "local"
         if len(self.clients) >= self.max_clients:
             self.close_idle_client()
         is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
@@ -462,9 +463,6 @@ def unread_bytes(transport: Transport) -> int:
     return unsent
 
 
-Result = TypeVar("Result")
-
-
 class LoopTurns:
     """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
 
@@ -479,14 +477,14 @@ class LoopTurns:
         async with self.lock:
             await asyncio.sleep(0)
 
-    async def run(self, steps: Generator[None, None, Result]) -> Result:
+    async def run(self, steps: Steps[Parsed]) -> Parsed:
         """Do work that is written as a generator, each step in a turn of its own; return its result."""
         while True:
             await self.take()
             try:
                 next(steps)
             except StopIteration as end:
-                result: Result = end.value
+                result: Parsed = end.value
                 return result
 
 
@@ -515,9 +513,9 @@ class BodyMemory:
 
     async def hold(self, client: ClientConnection, size: int) -> None:
         """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
-        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
-        if size <= SHORT_BODY_BYTES or not more:
+        if size <= max(SHORT_BODY_BYTES, client.held_bytes):
             return
+        more = max(size - client.held_bytes, client.held_bytes)     # at least doubled: a chunked body asks often
         if not self.waiting and self.fits(more):
             self.held_bytes += more
             client.held_bytes += more
@@ -701,12 +699,6 @@ class ClientConnection(asyncio.Protocol):
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
 
-    def note_address(self) -> str:
-        """Note and return the address of the other side."""
-        peer = self.transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
-        return self.address
-
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
             self.sink.data(data)
@@ -869,9 +861,9 @@ class ClientConnection(asyncio.Protocol):
         """
         if head.length == 0:
             return b""
-        if head.length is not None and head.length > limit:
-            raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        if head.length is not None and head.length > SHORT_BODY_BYTES:
+        if head.length is not None:
+            if head.length > limit:
+                raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             await memory.hold(self, head.length)
         self.send_continue(head)
         now = self.loop.time()
@@ -1018,9 +1010,7 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
-    """Return ({lower-case name: value}, [(lower-case name, raw line)]). The values of a repeated field are joined by
-    commas. Raises ProtocolError.
-    """
+    """Return the fields, the values of a repeated one joined by commas, and the named lines. Raises ProtocolError."""
     parsed = list(map(parse_field, lines))
     fields = dict(parsed)
     if len(fields) < len(parsed):
@@ -1440,12 +1430,7 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
 
 def is_listed(origin: str, allowed: Iterable[str]) -> bool:
     """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
-                                 and origin.endswith(end)):
-            return True
-    return False
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), origin, re.S) for pattern in allowed)
 
 
 def is_own_origin(origin: bytes, host: bytes) -> bool:
@@ -1947,10 +1932,7 @@ def canonical(name: str) -> str:
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
-    if name.endswith(":local"):
-        name = name[:-len(":local")]
-    for default in ("registry.ollama.ai/", "library/"):
-        name = name.removeprefix(default)
+    name = name.removesuffix(":local").removeprefix("registry.ollama.ai/").removeprefix("library/")
     if name and ":" not in name.rpartition("/")[2]:
         name += ":latest"
     return name
@@ -2045,10 +2027,7 @@ def output_bound(path: str, fields: Json, options: Json) -> int | None:
 
 
 def runner_options(fields: Json, options: Json) -> RunnerOptions:
-    """Return the options that belong to a loaded model: for another value Ollama unloads the model and loads it again.
-    """
-    if not options and "shift" not in fields:
-        return ()
+    """Return the options that a model is loaded with: for another value Ollama unloads it and loads it again."""
     values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
