@@ -2195,18 +2195,13 @@ def window_of(node: Node, model: str | None) -> int:
     return next((context_of(row) for row in node.running if row_name(row) == model), 0)
 
 
-def has_on_disk(node: Node, model: str | None) -> bool:
-    """Tell whether a node is known to have a model."""
-    return model in node.rows
-
-
 def version_of(node: Node, model: str | None) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
     return instant_s(node.rows[model].get("modified_at")) if model in node.rows else 0.0
 
 
 def digest_of(node: Node, model: str | None) -> str:
-    """Return the digest of a model that a node has; "" if the node did not tell."""
+    """Return the digest of a model on a node; "" if the node has not the model, or did not tell."""
     return str(node.rows[model].get("digest") or "") if model in node.rows else ""
 
 
@@ -2294,17 +2289,15 @@ def server_of(settings: NodeSettings) -> tuple[str, str]:
 
 def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
     """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
-    found, free = {}, {node: server_of(node.settings) for node in nodes}
+    matches, free = {}, {node: server_of(node.settings) for node in nodes}
     for names_count in (True, False):
         for line in lines:
-            if line.name in found:
-                continue
-            for node, server in free.items():
-                if server == server_of(line) and (node.name == line.name or not names_count):
-                    found[line.name] = node
-                    del free[node]
-                    break
-    return found
+            node = next((node for node, server in free.items() if server == server_of(line)
+                         and (node.name == line.name or not names_count)), None)
+            if node is not None and line.name not in matches:
+                matches[line.name] = node
+                del free[node]
+    return matches
 
 
 def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
@@ -2419,9 +2412,9 @@ class Cluster:
         """Return the nodes that have a model; all of them if none is known to."""
         return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
 
-    def count_with(self, model: str | None, digest: str | None) -> int:
-        """Return how many nodes have a version of a model."""
-        return sum(has_on_disk(node, model) and digest_of(node, model) == digest for node in self.nodes.values())
+    def count_with(self, model: str | None, digest: str) -> int:
+        """Return how many nodes have a version of a model; `digest`: not ""."""
+        return sum(digest_of(node, model) == digest for node in self.nodes.values())
 
     def servers(self, model: str | None, now: float) -> list[Runner]:
         """Return the runners that can serve a model now; if there are none, those that it waits for."""
@@ -2461,7 +2454,7 @@ class Cluster:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         up = [node for node in up if node.breaker.allows(now)] or up
-        holders = [node for node in up if has_on_disk(node, spec.model)]
+        holders = [node for node in up if spec.model in node.rows]
         if spec.where is Where.PRIMARY:
             node = self.primary_for(spec, holders, now)
             return node, "primary node" if node.settings.primary else "has the model"
@@ -2492,7 +2485,7 @@ class Cluster:
         if not up:
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         model = spec.source if spec.change in ("copy", "create") else spec.model
-        holders = [node for node in up if has_on_disk(node, model)]
+        holders = [node for node in up if model in node.rows]
         if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
             return [self.primary_for(spec, holders, now)]
         if spec.change == "copy" and holders:
@@ -2602,8 +2595,7 @@ class Ticket:
 
     def may_use(self, node: Node) -> bool:
         """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
-        return node.name not in self.tried and (self.version == "" or (
-            has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) == self.version))
+        return node.name not in self.tried and self.version in ("", digest_of(node, self.spec.model))
 
     def take(self, lease: Lease) -> None:
         """Note a lease: its only one, or one that races the first."""
@@ -2624,7 +2616,7 @@ class Ticket:
     def pin_version_of(self, node: Node) -> None:
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         self.begun = True
-        self.version = has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) or None
+        self.version = digest_of(node, self.spec.model) or None
 
     def exclude_alike(self, kind: str, failed: Node, others: Iterable[Node]) -> None:
         """Keep it from the nodes that would refuse it as `failed` did. After a 400 one more is tried at most.
@@ -7898,7 +7890,7 @@ def shown(name: str | None) -> str | None:
 def runner_stats(node: Node, model: str, now: float) -> Json:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
-    return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
+    return {"on_disk": model in node.rows, "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count,
             "slots_known": runner.slots.origin,
