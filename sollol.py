@@ -3045,10 +3045,6 @@ class Node:
         """Tell whether it may get new work."""
         return self.up and not self.draining and self.breaker.allows(now)
 
-    def doubt_s(self, now: float) -> float:
-        """Return what is added to a finish there while in doubt: as long as it has been silent, it may be again."""
-        return max(0.0, now - self.heard_s)
-
     def snapshot(self, now: float) -> NodeSnapshot:
         """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
 
@@ -3948,11 +3944,7 @@ class Prefixes:
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
-        if self.parts:
-            for part, chars in reversed(prefix):
-                if part in self.parts:
-                    return chars
-        return 0
+        return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
 
     def clear(self) -> None:
         """Forget all: the model was unloaded."""
@@ -4043,10 +4035,7 @@ class Runner:
             shared_chars = self.beginnings.common_chars(spec.prefix)
             lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
             self.prefixes.remember(spec.prefix, self.slots.count + 2)
-            ends = spec.prefix
-            if len(ends) > PREFIX_FIRST:
-                ends = (*ends[:PREFIX_FIRST], ends[-1])
-            self.beginnings.remember(ends, BEGINNINGS_KEPT)     # a kilobyte each
+            self.beginnings.remember((*spec.prefix[:PREFIX_FIRST], spec.prefix[-1]), BEGINNINGS_KEPT)   # a KiB each
         if not self.leases:
             self.node.busy.append(self)
         elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
@@ -4261,8 +4250,7 @@ def clamped_context(runner: Runner, num_ctx: float) -> float:
 
 
 def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
-    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
-    """
+    """Tell whether the loaded context suits the `num_ctx` that is wanted, as far as is known; 0 = none was given."""
     if not wanted and not loaded and runner.options is not None:
         return True                 # the server's default, whatever that is
     there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
@@ -4293,20 +4281,6 @@ def last_end_s(runner: Runner, now: float) -> float:
     return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
 
 
-def cached_tokens(runner: Runner, demand: Demand) -> float:
-    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
-    if runner.ready_s is None:
-        return 0.0
-    chars = runner.prefixes.common_chars(demand.spec.prefix)
-    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
-
-
-def harm_s(node: Node, now: float) -> float:
-    """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
-               for other in node.busy)
-
-
 class MemoryLoad(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
@@ -4314,14 +4288,6 @@ class MemoryLoad(NamedTuple):
     count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
-
-
-def memory_load(node: Node, now: float) -> MemoryLoad:
-    """Return the MemoryLoad of a node."""
-    there = resident_runners(node)
-    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
-    return MemoryLoad(sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
-                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
 class Prediction(NamedTuple):
@@ -4404,10 +4370,12 @@ class Offer:
         return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
 
     def new_tokens(self, demand: Demand) -> float:
-        """Return how many tokens of a prompt the prefix cache lacks."""
-        if not self.runner.prefixes.parts:
-            return demand.prompt_tokens
-        return demand.prompt_tokens - cached_tokens(self.runner, demand)
+        """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there."""
+        runner, tokens = self.runner, demand.prompt_tokens
+        if not runner.prefixes.parts or runner.ready_s is None:
+            return tokens
+        chars = runner.prefixes.common_chars(demand.spec.prefix)
+        return tokens - AFFINITY * chars * tokens / max(1, demand.spec.prompt_chars)
 
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
@@ -4443,15 +4411,21 @@ class NodeSnapshot:
         self.memory: MemoryLoad | None = None
 
     def harm_s(self, now: float) -> float:
-        """Return what a request of a model that does not run there costs those that do."""
+        """Return what a request of a model that does not run there costs those that do: each gets slower."""
         if self.harmed_s is None:
-            self.harmed_s = harm_s(self.node, now)
+            node = self.node
+            self.harmed_s = sum(HARM * slowdown(node, other) / len(node.busy)
+                                * sum([solo_left_s(lease, now) for lease in other.leases]) for other in node.busy)
         return self.harmed_s
 
     def memory_load(self, now: float) -> MemoryLoad:
         """Return the MemoryLoad that a model to be loaded meets."""
         if self.memory is None:
-            self.memory = memory_load(self.node, now)
+            there = resident_runners(self.node)
+            ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+            self.memory = MemoryLoad(
+                sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
+                now + min((last_end_s(runner, now) for runner in there), default=0.0))
         return self.memory
 
     def offer(self, runner: Runner, now: float) -> Offer:
@@ -4535,10 +4509,6 @@ class DispatchPass:
         for ticket in list(self.waiting.tickets):
             if ticket.spec.model == model and ticket.seq >= since_seq:
                 self.refuse(ticket, refusal)
-
-    def give(self, ticket: Ticket, runner: Runner, reason: str, prediction: Prediction) -> None:
-        """Give a ticket a slot of a runner."""
-        self.leases.append(give_lease(ticket, runner.node, runner, self.now, reason, prediction))
 
 
 class Decision(NamedTuple):
@@ -4658,11 +4628,7 @@ class ModelPass:
 
     def is_open(self, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
-        if self.looks_left > 0:
-            for runner in self.runners:
-                if self.has_room(runner, now):
-                    return True
-        return False
+        return self.looks_left > 0 and any(self.has_room(runner, now) for runner in self.runners)
 
 
 def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
@@ -4679,8 +4645,7 @@ def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
 
 
 def yields(node: Node, now: float) -> bool:
-    """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
-    """
+    """Tell whether a node gets a pause to load: Ollama loads once another model is idle, and a fed one never is."""
     return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
@@ -4776,8 +4741,9 @@ class CompletionTime(Policy):
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
-            work.give(ticket, free.runner, explain(candidates, free), free.offer.predict(demand, now))
-            self.decisions.append(Decision(now, ticket.id, model.model, free.runner.node.name, candidates))
+            node, reason = free.runner.node, explain(candidates, free)
+            work.leases.append(give_lease(ticket, node, free.runner, now, reason, free.offer.predict(demand, now)))
+            self.decisions.append(Decision(now, ticket.id, model.model, node.name, candidates))
         elif candidates or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
             model.looks_left -= free is not None    # one that has tried all free nodes stands in nobody's way
@@ -4801,8 +4767,8 @@ class CompletionTime(Policy):
             elif offer.snapshot is not snapshot:    # a lease was given there
                 offer = work.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
             finish_s = offer.finish_s(demand, now)
-            if node.suspect:
-                finish_s += node.doubt_s(now)
+            if node.suspect:        # as long as it has been silent, it may be again
+                finish_s += max(0.0, now - node.heard_s)
             candidates.append(Candidate(node.suspect, finish_s, order, offer))
         candidates.sort()
         return candidates
@@ -4897,11 +4863,6 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self.tickets)
 
-    @property
-    def is_full(self) -> bool:
-        """Tell whether a new ticket has to displace another one."""
-        return len(self.tickets) >= self.max_tickets
-
     def key_s(self, spec: RequestSpec, now: float) -> float:
         """Return the key that a new request would have: when it starts virtually, less its head start."""
         return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
@@ -4970,10 +4931,6 @@ class WaitingRoom:
         ticket.state, ticket.refusal = TicketState.REFUSED, refusal
         return ticket
 
-    def late(self, now: float) -> list[Ticket]:
-        """Return the tickets that have waited for too long."""
-        return [ticket for ticket in self.tickets if now - ticket.since_s >= self.timeout_s]
-
     def leave(self, ticket: Ticket) -> bool:
         """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
         if ticket.state is TicketState.LEFT:
@@ -4991,8 +4948,7 @@ class WaitingRoom:
         has begun stays. O(n), so for a full queue only.
         """
         waiting = [ticket for ticket in self.tickets if not ticket.begun]
-        counts = collections.Counter(ticket.spec.client for ticket in waiting)
-        counts[client] += 1
+        counts = collections.Counter([client, *(ticket.spec.client for ticket in waiting)])
         most = max(counts.values())
         last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
@@ -5045,7 +5001,7 @@ class Dispatcher:
         """
         if self.early_refusal:
             self.refuse_early(spec, now)
-        if self.waiting.is_full:
+        if len(self.waiting) >= self.waiting.max_tickets:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
         ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now)
@@ -5077,11 +5033,11 @@ class Dispatcher:
 
     def expire(self, now: float) -> list[Ticket]:
         """Refuse and return the tickets that have waited too long."""
-        late = self.waiting.late(now)
+        timeout_s = self.waiting.timeout_s
+        late = [ticket for ticket in self.waiting.tickets if now - ticket.since_s >= timeout_s]
         if not late:
             return []
-        refusal = Answer(503, f"no slot became free within {self.waiting.timeout_s:g} s",
-                         retry_after_s=self.drain_s(now))
+        refusal = Answer(503, f"no slot became free within {timeout_s:g} s", retry_after_s=self.drain_s(now))
         return [self.waiting.refuse(ticket, refusal) for ticket in late]
 
     def retry(self, ticket: Ticket, now: float) -> bool:
@@ -5317,6 +5273,9 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
+NOTHING_LEARNED = OutputLengths()   # of a model that has not answered yet
+
+
 class Demand(NamedTuple):
     """What a request asks for, in the tokens that it is expected to cost."""
 
@@ -5335,17 +5294,12 @@ class Estimates:
 
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
-        lengths = self.lengths.get(spec.model)
-        if lengths is None:
-            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
-        else:
-            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
-            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
-        if spec.embeds:
-            output_tokens = 0.0
-        elif spec.max_output is not None:
+        lengths = self.lengths.get(spec.model, NOTHING_LEARNED)
+        prompt_tokens = spec.prompt_chars / lengths.chars_per_token
+        output_tokens = 0.0 if spec.embeds else lengths.expect(prompt_tokens)
+        if spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
+        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0)
 
     def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
@@ -5355,21 +5309,14 @@ class Estimates:
 
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
-        lengths = self.lengths.get(ticket.spec.model)
         demand = ticket.demand
-        if demand is None or lengths is not None and lengths.samples != demand.samples:
+        if demand is None or demand.samples != self.lengths.get(ticket.spec.model, NOTHING_LEARNED).samples:
             demand = ticket.demand = self.demand(ticket.spec)
         return demand
 
 
-class Rates(NamedTuple):
-    """What a node needs for the requests of a model, in seconds."""
-
-    at_once: float                  # so many run there as if each were alone
-    overhead_s: float               # a request
-    prefill_s: float                # a token
-    decode_s: float
-    input_s: float                  # a text to embed
+# Of a runner: how many run there as if each were alone; seconds a request, a prompt token, an output token, a text.
+Rates = tuple[float, float, float, float, float]
 
 
 class ClusterRates:
@@ -5397,8 +5344,8 @@ class ClusterRates:
             self.rates.pop(model, None)
             return []
         if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
-            rates = [Rates(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
-                           runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
+            rates = [(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
+                      runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
             self.rates[model] = now, self.cluster.changes.count, rates
         return rates
 
