@@ -141,7 +141,7 @@ Parsed = TypeVar("Parsed")
 Line = TypeVar("Line", bytes, str)
 
 
-# What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
+# What is kept is a plain value: an exception would keep its traceback, the frames in it and so the request's body.
 
 class Failure(NamedTuple):
     """Why a node gave no answer.
@@ -198,11 +198,7 @@ class NodeFailure(Exception):
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
-        self.value = Failure(kind, text)
-
-    @property
-    def kind(self) -> str:
-        return self.value.kind
+        self.kind, self.value = kind, Failure(kind, text)
 
 
 class ConfigError(Exception):
@@ -1663,13 +1659,8 @@ def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
     if type(value) is list:
         return all(map(has_lower_keys, value))
-    if type(value) is dict:
-        if not all(map(str.islower, value)):
-            return False
-        for key in ("options", "messages", "input", "content"):
-            if key in value and not has_lower_keys(value[key]):
-                return False
-    return True
+    return type(value) is not dict or all(map(str.islower, value)) and all(
+        has_lower_keys(value[key]) for key in ("options", "messages", "input", "content") if key in value)
 
 
 def json_value(text: str) -> Any:
@@ -2545,9 +2536,6 @@ class Cluster:
 
 # -----------------------------------------------------------------------------
 # Tickets and leases: where does a request stand?
-#
-# A Ticket is a request's place in the waiting room, kept until its client has its answer. A Lease is the right to run
-# it on one node, given once and ended once. A ticket has one lease at a time, or two that race each other.
 # -----------------------------------------------------------------------------
 
 class TicketState(enum.Enum):
@@ -2568,7 +2556,10 @@ class TicketState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
+    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing.
+
+    It has one lease at a time, or two that race each other.
+    """
 
     id: str
     spec: RequestSpec
@@ -2673,8 +2664,7 @@ class Lease:
     race_s: float = 0.0             # silence before its first byte that is no reason for a race
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
-    predecessor_left_progress_s: float | None = None    # and when the first request sent before it left, if that was
-                                    # earlier
+    predecessor_left_progress_s: float | None = None    # and when the first one sent before it left, if earlier
     left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
     order_unknown: bool = False     # another was sent at the same time: nobody knows which the node took first
     has_list_input: bool = False    # or was sent behind one: it takes more slots than requests
@@ -2872,10 +2862,6 @@ class Breaker:
         self.trial = self.failures >= self.threshold
         return self.trial
 
-    def end_trial(self) -> None:
-        """Note that the trial ended without telling anything: its client left, say."""
-        self.trial = False
-
     def fail(self, now: float) -> bool:
         """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
 
@@ -2944,18 +2930,10 @@ class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
 
     def __init__(self) -> None:
-        self.models: set[str | None] = set()
-        self.idle_models: set[str | None] = set()       # that an idle node could load
+        self.models: set[str | None] = set()            # for which a slot may have become free
+        self.idle_models: set[str | None] = set()       # of nodes that have nothing to do
         self.everything = True
         self.count = 0              # of `note_all`: what was reckoned before is out of date
-
-    def note(self, models: Iterable[str]) -> None:
-        """Note that a slot may have become free for some models."""
-        self.models.update(models)
-
-    def note_idle(self, models: Iterable[str]) -> None:
-        """Note that a node with these models has nothing to do."""
-        self.idle_models.update(models)
 
     def note_all(self) -> None:
         """Note that a node has changed, so that every prediction may be different."""
@@ -2977,8 +2955,7 @@ class Node:
     changes: Changes = field(default_factory=Changes)       # the cluster's
     name: str = field(init=False)
     rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
-    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # (model, digest): the blob with its weights;
-                                    # "" = untold
+    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # by (model, digest): their blob; "" = untold
     runners: dict[str, Runner] = field(default_factory=dict)    # by model
     leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
     busy: list[Runner] = field(default_factory=list)        # those with leases
@@ -3075,9 +3052,9 @@ class Node:
         elif lease.runner is not None:
             lease.runner.end(lease, now)
         if not self.leases:         # it is worth a look even for what had better wait for another node
-            self.changes.note_idle(self.rows)
+            self.changes.idle_models.update(self.rows)
         for breaker in lease.trials:
-            breaker.end_trial()
+            breaker.trial = False   # it may have ended without telling anything: its client left, say
         self.heard_s = now          # its silence, if any, ended with this lease
 
     def advance(self, now: float) -> None:
@@ -3906,9 +3883,6 @@ class SpeedEstimate:
 
 # -----------------------------------------------------------------------------
 # Runners: what is known of one model on one node?
-#
-# Its residency, what runs there, and its two estimates: slots and speeds. Speeds that were not measured yet are priors,
-# scaled by the other models of the node.
 # -----------------------------------------------------------------------------
 
 KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
@@ -3946,11 +3920,6 @@ class Prefixes:
         """Return how many leading characters a prompt shares with one of those remembered."""
         return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
 
-    def clear(self) -> None:
-        """Forget all: the model was unloaded."""
-        self.prompts.clear()
-        self.parts.clear()
-
 
 @dataclass(slots=True, eq=False)
 class Runner:
@@ -3975,8 +3944,7 @@ class Runner:
     used_s: float = -math.inf       # last sent to
     slots: SlotEstimate = field(default_factory=SlotEstimate)
     speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
-    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to the first byte of what
-                                    # need not wait, over what its tokens let expect
+    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # does it stream: first byte, seen over expected
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
@@ -4063,7 +4031,7 @@ class Runner:
             self.node.busy.remove(self)
             if not self.keep_alive_s:       # the node unloads it at once
                 self.assume_unloaded()
-        self.node.changes.note(self.models)
+        self.node.changes.models.update(self.models)
 
     def confirm_slots(self, running: int, now: float) -> None:
         """Note that so many requests ran at once."""
@@ -4073,7 +4041,7 @@ class Runner:
         """Forget what was reckoned with another count of slots, if it has changed."""
         if changed:
             self.node.kept_snapshot = None
-            self.node.changes.note(self.models)
+            self.node.changes.models.update(self.models)
 
     def set_slots(self) -> None:
         """Take over the slots that hosts.txt tells."""
@@ -4092,8 +4060,7 @@ class Runner:
         """Note that it is no longer resident; its prefix cache went with it."""
         self.ready_s, self.options, self.listed = None, None, {}
         self.context, self.keep_alive_s = 0, KEEP_LOADED_S
-        self.prefixes.clear()
-        self.beginnings.clear()
+        self.prefixes, self.beginnings = Prefixes(), Prefixes()
 
     def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
         """Take over its row of /api/ps, None if it has none; tell whether predictions change.
@@ -4314,8 +4281,7 @@ class Offer:
         node = runner.node
         self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
         self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
-        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
-                                    # needed
+        self.ends_at_s: list[float] | None = None   # when leases and claims end, ascending; reckoned once needed
         self.slow = slowdown(node, runner, 1)
         self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
@@ -4961,8 +4927,6 @@ class WaitingRoom:
 
 # -----------------------------------------------------------------------------
 # Dispatcher: what becomes of a ticket, from its arrival to its end?
-#
-# The thin owner that ties waiting room, cluster and policy together.
 # -----------------------------------------------------------------------------
 
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
@@ -4988,8 +4952,7 @@ class Dispatcher:
         self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0          # when `drain_s` was reckoned last, and what came out
         self.ratios = Histogram(ERROR_BOUNDS)   # time taken over time predicted, of all answers
-        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams that another node was to go on
-                                    # with: whole, broken
+        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams, see `rescued`
 
     # Tickets.
 
