@@ -98,7 +98,7 @@ READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before it
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
 DEAD_S = 15.0                       # without an answer to /api/version: a node gets nothing new
-FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
+FRESH_S = 0.25                      # a merged answer waits so long for nodes, then shows what was seen last
 SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 MAX_LINE_BYTES = 1 * MIB            # of progress
@@ -114,7 +114,7 @@ ALIKE = 2.0                         # times: samples that far apart at most agre
 MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
 FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
 LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
-KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
+KEPT_SAMPLES = 3                    # a kept estimate counts as so many at most: new samples then weigh 0.25, 0.2, 0.17
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
@@ -311,7 +311,7 @@ class NodeSettings(NamedTuple):
 # -----------------------------------------------------------------------------
 
 LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
-SPARED_S = 1.0                      # a connection is not closed as an idle one within this
+SPARED_S = 1.0                      # a connection that has been idle for less is not closed
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 
 
@@ -381,7 +381,7 @@ class Listener:
             client.transport.abort()
 
     def acquaint(self, client: ClientConnection) -> None:
-        """Count a connection for its address no longer: it has given a key, or ends."""
+        """Stop counting a connection for its address: it has given a key, or it ends."""
         if client.is_stranger:
             client.is_stranger = False
             self.strangers[client.address] -= 1
@@ -389,14 +389,14 @@ class Listener:
                 del self.strangers[client.address]
 
     def forget(self, client: ClientConnection) -> None:
-        """Count a connection no longer."""
+        """Stop counting a connection."""
         self.acquaint(client)
         self.clients.discard(client)
 
     def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         """Log what went wrong outside all tasks: an exception handler of the loop.
 
-        A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
+        The loop reports a lack of descriptors at every try to accept, and tries again. It is logged once a second.
         """
         error, now = context.get("exception"), self.loop.time()
         if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
@@ -440,7 +440,7 @@ MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks f
 KEEP_ALIVE_S = 75.0                 # an idle client connection
 BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
                                     # as much, and 64 MiB byte by byte would hold a connection for years
-WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads less than the next line's bytes
+WRITE_PAUSE_S = 300.0               # in which a client must read the next line's bytes of a full buffer
 LEAST_READ_BYTES = 60_000           # 200 bytes/s
 WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
                                     # top: 200 clients that hardly read a fast stream hold 52 MiB
@@ -682,7 +682,7 @@ class ClientConnection(asyncio.Protocol):
     idle_s: float = 0.0             # since when no request is under way
     is_stranger: bool = False       # it has shown no key, and counts for its address
     write_deadline_s: float = math.inf      # until when the client must have read LEAST_READ_BYTES
-    unread_bytes: int = 0           # of what was to be sent when that was asked for
+    unread_bytes: int = 0           # when that was set
     asking: bool = False            # a request has begun and its answer has not ended
     serving: bool = False           # that request is complete: nothing but its end is expected of the client
     eof: bool = False
@@ -745,11 +745,11 @@ class ClientConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def arm_write_deadline(self) -> None:
-        """Note how much there is to be read now, and until when some of it must have been."""
+        """Note how much the client has to read now, and by when it must have read some of it."""
         self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
 
     def expire(self, now: float) -> None:
-        """End what this connection has waited for too long. Called every SWEEP_S."""
+        """End the waits of this connection that are overdue. Called every SWEEP_S."""
         if now > self.write_deadline_s:
             if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
                 self.transport.abort()
@@ -1019,13 +1019,10 @@ def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
-    """Return the body length that the fields declare, in bytes: None for chunked, 0 if they say nothing.
-
-    RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
-    """
+    """Return the bytes of a body: None for chunked, 0 if no field tells. Raises ProtocolError for what is ambiguous."""
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
-        if length is not None:      # 6.3: "might indicate an attempt to perform request smuggling"
+        if length is not None:      # RFC 9112 6.3: "might indicate an attempt to perform request smuggling"
             raise ProtocolError("both Content-Length and Transfer-Encoding")
         if version == 0:            # 6.1: "MUST treat the message as if the framing is faulty"
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
@@ -1341,7 +1338,7 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 # digest, so the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
 
-MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
+MOST_FROM_AFAR = 8                  # for who asks from another machine without a key: else all would be critical
 OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
 DIGEST_SECRET = secrets.token_bytes(32)
 
@@ -2075,16 +2072,10 @@ def is_batch(texts: object) -> bool:
     return type(texts) is list and 1 < len(texts) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in texts)
 
 
-NO_PROMPT = Prompt(0, (), 1)
-
-
 def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
               default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
-    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority.
-
-    Without a body that is read, only the path can name the model.
-    """
-    if route.kind in ("raw", "account"):
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority."""
+    if route.kind in ("raw", "account"):    # of their body nothing is read: only the path can name a model
         return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                            repeatable=head.method in ("GET", "HEAD"))
     fields, is_inference = reading.fields, route.where is Where.QUEUED
@@ -2093,7 +2084,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
-    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else NO_PROMPT
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else Prompt(0, (), 1)
     change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
@@ -2227,7 +2218,7 @@ def possible_twins(node: Node) -> list[str]:
 def share_runners(node: Node) -> None:
     """Give the models of a node that are made from the same weights one runner, and only those.
 
-    One that works stays as it is until it is idle, when the models are looked at next.
+    A runner at work stays as it is until it is idle when its node's models are listed again.
     """
     sharing: dict[str, list[str]] = {}
     taken: set[Runner] = set()
@@ -2264,7 +2255,7 @@ ALL_FAILED = 502, "every node that could answer has failed"
 
 
 def emptiest(nodes: list[Node], count: int) -> list[Node]:
-    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
+    """Return the nodes that get a new model: those with the fewest GB on disk; among equals the fastest."""
     def fullness(node: Node) -> tuple[int, float]:
         held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
@@ -2777,10 +2768,7 @@ def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, re
 
 
 def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
-
-    After it the node has a pause, which is doubled until it answers somebody.
-    """
+    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other."""
     node = runner.node
     lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
     node.advance(now)
@@ -3023,10 +3011,7 @@ class Node:
         return self.up and not self.draining and self.breaker.allows(now)
 
     def snapshot(self, now: float) -> NodeSnapshot:
-        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
-
-        So old is what an Offer says of the work that still runs.
-        """
+        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most."""
         known = self.kept_snapshot
         if known is None or known.changes != self.changes.count or now - known.at_s > LOOK_AGAIN_S:
             known = self.kept_snapshot = NodeSnapshot(self, now)
@@ -3082,7 +3067,7 @@ class Node:
         self.misses, self.check_pause_s = 0, CHECK_PAUSE_S
 
     def note_error(self, text: str, status: int | None, kind: str | None, now: float) -> None:
-        """Note an error that it answered, or how else it failed. What follows from that is the part of `fail`."""
+        """Note an error that it answered, or how else it failed. `Dispatcher.fail` draws the conclusions."""
         self.last_error = NodeError(text, status, now)
         if kind not in DIFFERENCES:
             self.error_share.add(True, now)
@@ -3123,7 +3108,7 @@ class Node:
         return self.up and not self.draining and not self.leases and now >= self.check_s
 
     def calibrates(self, done: bool = True) -> None:
-        """Note that it is being measured; that is done once each time it comes up. Or that it was in vain."""
+        """Note that it is being measured, once each time it comes up; not `done`: it was in vain."""
         self.calibrated = done
 
     def pause_measuring(self, now: float) -> None:
@@ -3161,7 +3146,7 @@ class Node:
             runner.slots.forget()
 
     def refused(self, now: float) -> None:
-        """Note that it refuses connections: no new work. Whether what runs there is lost, the next probe tells."""
+        """Note that it refuses connections: no new work. The next probe tells whether what runs there is lost."""
         self.up, self.lost_s = False, now
 
     def configure(self, settings: NodeSettings) -> None:
@@ -3182,7 +3167,7 @@ class Node:
         return runner
 
     def take_tags(self, rows: list[Json], asked_s: float) -> bool:
-        """Take over its /api/tags, unless what was asked for later has come before it; tell whether it was."""
+        """Take over its /api/tags, unless a later request was answered before; tell whether it was taken over."""
         if asked_s < self.indexed_s:
             return False
         self.indexed_s = asked_s if asked_s < math.inf else self.indexed_s
@@ -3224,7 +3209,7 @@ class Node:
         share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
-        """Take over its /api/ps, asked for at `asked_s`. Of the names of one runner it shows the first asked for."""
+        """Take over its /api/ps, asked for at `asked_s`. It shows a runner under the name that was asked for first."""
         names = {row_name(row): row for row in rows}
         loading = {lease.slot for lease in self.loading}
         loading_bytes = sum(runner.resident_bytes() for runner in loading
@@ -3279,7 +3264,7 @@ class Histogram:
         self.sum += value * count
 
     def share(self, share: float) -> float | None:
-        """Return the bound that so many of the values do not exceed; None without any."""
+        """Return the lowest bound that at least this share of the values does not exceed; None without values."""
         total = sum(self.counts)
         for bound, count in zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True):
             if total and count >= share * total:
@@ -3500,8 +3485,10 @@ def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
     if not is_disturbed(lease):
         if lease.predecessor_left_progress_s is None and not lease.order_unknown:       # it waited for nobody
             learn_speed_by_latency(lease, timings, now)
-        if lease.ticket.spec.stream:        # once it has begun it waits for nobody either
-            learn_decode_by_latency(lease, timings, now)
+        tokens, later_s = timings.output_tokens, runner.progress_s - lease.first_progress_s
+        if lease.ticket.spec.stream and tokens >= 8 and later_s > 1e-4:     # once begun it waits for nobody either
+            stalled_s = lease.stall_tokens * runner.prefill_s()
+            learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
     weigh_latency(lease, timings, now)
 
 
@@ -3534,14 +3521,6 @@ def weigh_latency(lease: Lease, timings: Timings, now: float) -> None:
             runner.note_slots(slots.vote(lease.position, -1, now, strangers_s))
         elif waited is False and not streams:       # streams that really overlap show it
             runner.note_slots(slots.vote(lease.position, 1, now, strangers_s))
-
-
-def learn_decode_by_latency(lease: Lease, timings: Timings, now: float) -> None:
-    """Take the time between a stream's first byte and its end as a sample of decode speed."""
-    runner, tokens = lease.slot, timings.output_tokens
-    later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * runner.prefill_s()
-    if tokens >= 8 and later_s > 1e-4:
-        learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
 
 
 def learn_speed_by_latency(lease: Lease, timings: Timings, now: float) -> None:
@@ -3589,8 +3568,7 @@ def learn_prefill(lease: Lease, seconds: float, tokens: float) -> None:
 def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0.0) -> None:
     """Take in the seconds per output token that a lone request would have seen.
 
-    `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only a
-    bound.
+    For up to `stalled_s` of them it stood still for the prefills of others. If that is much, it is only a bound.
     """
     node, known = runner.node, runner.decode_s()
     if stalled_s <= STALL_SHARE * sample or not runner.speeds.samples:
@@ -3601,14 +3579,9 @@ def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0
             return
     others = any(other.speeds.decode_s for other in node.runners.values() if other is not runner)
     sample, gain = runner.speeds.learn_decode(known, sample, now)
-    factor = size_factor(runner, sample)
-    node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
-
-
-def size_factor(runner: Runner, decode_s: float) -> float:
-    """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
     expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.cpu_factor()
-    return min(max(decode_s / expected_s, 0.01), 100.0)
+    factor = min(max(sample / expected_s, 0.01), 100.0)     # by its size and place: how slow the node is with any model
+    node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
 
 
 def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
@@ -3652,7 +3625,7 @@ CLIP = 3.0                          # one sample moves an estimate as if it were
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
                                     # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
+LAST_SHORT_PAUSE = 1                # doublings of the pause, at most, where the evidence is weak
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 CONFIRMED_S = 600.0                 # how long an answer confirms
@@ -4123,10 +4096,7 @@ def must_evict(runner: Runner) -> bool:
 
 
 def victim(runner: Runner) -> Runner:
-    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
-
-    When it was last used plays no part.
-    """
+    """Return what Ollama unloads to load a model: an idle one first, then by shortest keep-alive, not by last use."""
     return min(resident_runners(runner.node, exclude=runner),
                key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
@@ -4147,8 +4117,8 @@ def victim(runner: Runner) -> Runner:
 # These, their plateaus and what each is worth were measured on a simulator with real token traces.
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
-FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
-OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
+FORESIGHT_S = 3600.0                # no wait is predicted to be longer
+OVERDUE = 3.0                       # times the predicted silence an answer is overdue; more while little is measured
 
 # By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
 BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
@@ -4228,10 +4198,7 @@ def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
 
 
 def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
-    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
-
-    What is unknown is taken to suit.
-    """
+    """Tell whether the model is resident or loading, with options of equal values; what is unknown is taken to suit."""
     if runner.ready_s is None:
         return False
     if runner.options == spec.options or runner.options is None and not runner.context:
@@ -4446,7 +4413,7 @@ HOLD = 1.4                          # wait for a better node if a free one is th
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
-YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
+YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
 
 
@@ -4580,7 +4547,7 @@ class ModelPass:
 
     model: str | None
     runners: list[Runner]           # on usable nodes, their own breakers not open
-    forced: bool                    # all fail it, and the only nodes that can serve always may
+    forced: bool                    # every node fails the model: used in spite of its breaker
     looks_left: int                 # tickets that may still be held back
 
     def has_room(self, runner: Runner, now: float) -> bool:
@@ -4796,7 +4763,7 @@ class FairShare:
         return start_s
 
     def correct(self, spec: RequestSpec, more_s: float) -> None:
-        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
+        """Charge a request that has not gone yet `more_s` seconds more; less if that is negative.
 
         The next one starts no earlier than the last one did: a client's requests keep their order.
         """
@@ -4855,8 +4822,7 @@ class WaitingRoom:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
         if ticket.state is not TicketState.WAITING:
             return
-        ticket.state = TicketState.IDLE
-        del self.tickets[ticket]
+        self.take(ticket)
         model = ticket.spec.model
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
@@ -4910,8 +4876,8 @@ class WaitingRoom:
         """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
 
         It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
-        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
-        has begun stays. O(n), so for a full queue only.
+        So a crowd of addresses with urgent requests displaces its own, and nobody who waits for a single one. What has
+        begun stays. O(n), so for a full queue only.
         """
         waiting = [ticket for ticket in self.tickets if not ticket.begun]
         counts = collections.Counter([client, *(ticket.spec.client for ticket in waiting)])
@@ -4930,8 +4896,8 @@ class WaitingRoom:
 # -----------------------------------------------------------------------------
 
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
-RACE_LOAD_S = 60.0                  # of silence, before a request that loads a model is raced: to lose ends the load
-RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
+RACE_LOAD_S = 60.0                  # of silence before a request that loads a model is raced: if it loses, its load ends
+RACE_GAIN = 0.5                     # a race begins where its end is predicted within this share of the silence so far
 STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
 JUDGE_S = 2.0                       # a stream's speed is judged so often
 PRIOR_OUTPUT_TOKENS = 150.0
@@ -5371,12 +5337,11 @@ class Forecast:
         heap = self.heaps[model]
         if not heap:
             return None
-        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
+        while heap[0][2][0] > heap[0][0]:       # taken meanwhile, for this model or another
             _, order, slot, runner = heap[0]
             heapq.heapreplace(heap, (slot[0], order, slot, runner))
-        start_s, order, slot, runner = heap[0]
+        start_s, _, slot, runner = heap[0]
         slot[0] = start_s + self.cost_s(runner, demand)
-        heapq.heapreplace(heap, (slot[0], order, slot, runner))
         return start_s
 
 
