@@ -153,7 +153,6 @@ class Failure(NamedTuple):
     text: str
 
     def error(self) -> Exception:
-        """Return the exception that tells it."""
         return NodeFailure(*self)
 
 
@@ -166,7 +165,6 @@ class Answer(NamedTuple):
     retry_after_s: float | None = None
 
     def error(self) -> Exception:
-        """Return the exception that tells it."""
         return Refusal(self.status, self.text, close=self.close, retry_after_s=self.retry_after_s)
 
 
@@ -469,7 +467,6 @@ class LoopTurns:
         self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
 
     async def take(self) -> None:
-        """Wait for a turn."""
         async with self.lock:
             await asyncio.sleep(0)
 
@@ -2127,16 +2124,10 @@ def row_name(row: Json) -> str:
     return canonical(row["name"])
 
 
-@functools.lru_cache(maxsize=4096)
-def parse_instant(text: str) -> float:
-    """Return seconds since 1970 for a time in RFC 3339. Raises ValueError or OverflowError."""
-    return datetime.datetime.fromisoformat(text).timestamp()
-
-
 def instant_s(value: object) -> float:
-    """Return seconds since 1970 for a time in a node's row, 0 for anything else. Zones differ between nodes."""
+    """Return seconds since 1970 for a time in a node's row (RFC 3339, in any zone), 0 for anything else."""
     try:
-        return parse_instant(value) if isinstance(value, str) and len(value) < 64 else 0.0
+        return datetime.datetime.fromisoformat(value).timestamp() if isinstance(value, str) else 0.0
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2869,7 +2860,6 @@ class Breaker:
         self.failures = max(0, self.failures - 1)
 
     def succeed(self) -> None:
-        """Close."""
         self.failures, self.trial = 0, False
 
 
@@ -2904,7 +2894,6 @@ class ErrorShare:
         return errors / answers if answers else None
 
     def counts(self, now: float) -> tuple[int, int]:
-        """Return (errors, answers)."""
         recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
         return sum(step[1] for step in recent), sum(step[2] for step in recent)
 
@@ -3081,7 +3070,6 @@ class Node:
     # Doubt and speed.
 
     def doubt(self, now: float) -> None:
-        """Note that it is in doubt."""
         self.doubted_s = now
         if not self.suspect:
             self.suspect = True
@@ -3099,7 +3087,6 @@ class Node:
         self.kept_snapshot = None
 
     def reset_speed(self) -> None:
-        """Reset its speed factor to 1."""
         self.speed = 1.0
         self.changes.note_all()
 
@@ -3871,7 +3858,7 @@ class Prefixes:
 
     def __init__(self) -> None:
         self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
-        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
+        self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
 
     def remember(self, prefix: Prefix, most: int) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
@@ -3880,8 +3867,7 @@ class Prefixes:
             self.prompts.move_to_end(whole)
             return
         self.prompts[whole] = prefix
-        for part, _ in prefix:
-            self.parts[part] = self.parts.get(part, 0) + 1
+        self.parts.update(part for part, _ in prefix)
         while len(self.prompts) > most:
             _, prefix = self.prompts.popitem(last=False)
             for part, _ in prefix:
@@ -3956,7 +3942,6 @@ class Runner:
         return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
 
     def load_s(self) -> float:
-        """Return how long it takes to load."""
         return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
 
     def resident_bytes(self) -> float:
@@ -4430,7 +4415,6 @@ class DispatchPass:
     claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
 
     def refuse(self, ticket: Ticket, refusal: Answer) -> None:
-        """Refuse a ticket."""
         self.refused.append(self.waiting.refuse(ticket, refusal))
 
     def refuse_model(self, model: str | None, text: str, since_seq: int = 0) -> None:
@@ -4896,7 +4880,7 @@ class WaitingRoom:
 # -----------------------------------------------------------------------------
 
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
-RACE_LOAD_S = 60.0                  # of silence before a request that loads a model is raced: if it loses, its load ends
+RACE_LOAD_S = 60.0                  # of silence before a request that loads a model is raced: the loser's load ends
 RACE_GAIN = 0.5                     # a race begins where its end is predicted within this share of the silence so far
 STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
 JUDGE_S = 2.0                       # a stream's speed is judged so often
