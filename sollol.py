@@ -2195,15 +2195,15 @@ def make_of(row: Json) -> tuple[str, ...]:
 def possible_twins(node: Node) -> list[str]:
     """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
     alike: collections.defaultdict[tuple[str, ...], list[tuple[float, str]]] = collections.defaultdict(list)
-    found: dict[str, None] = {}
+    twins: dict[str, None] = {}
     for model, row in node.rows.items():
         if kind := make_of(row):
             alike[kind].append((row_bytes(row, "size"), model))
     for sized in alike.values():
         for (size, one), (larger, two) in itertools.pairwise(sorted(sized)):
             if larger - size <= MIB and digest_of(node, one) != digest_of(node, two):
-                found.update({one: None, two: None})
-    return [model for model in found if (model, digest_of(node, model)) not in node.weights]
+                twins.update({one: None, two: None})
+    return [model for model in twins if (model, digest_of(node, model)) not in node.weights]
 
 
 def share_runners(node: Node) -> None:
@@ -3190,9 +3190,8 @@ class Node:
 
     def know_weights(self, blobs: dict[tuple[str, str], str]) -> None:
         """Take over which blobs its models are made from: {(model, digest): blob}."""
-        self.weights = {**self.weights, **blobs}
         known = {(model, digest_of(self, model)) for model in self.rows}
-        self.weights = {key: blob for key, blob in self.weights.items() if key in known}
+        self.weights = {key: blob for key, blob in {**self.weights, **blobs}.items() if key in known}
         share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
@@ -3297,14 +3296,13 @@ TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside 
 
 def read_timings(tail: bytes) -> Timings:
     """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
-    found = dict(TIMING.findall(tail))
-    given = found.get
+    value = dict(TIMING.findall(tail)).get
     return Timings(
-        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
-        int(given(b"eval_duration", 0)) / 1e9,
-        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
+        int(value(b"total_duration", 0)) / 1e9, int(value(b"load_duration", 0)) / 1e9,
+        int(value(b"prompt_eval_duration", 0)) / 1e9,
+        int(value(b"prompt_eval_count") or value(b"prompt_tokens") or value(b"input_tokens") or 0),
+        int(value(b"eval_duration", 0)) / 1e9,
+        int(value(b"eval_count") or value(b"completion_tokens") or value(b"output_tokens") or 0))
 
 
 def waits_long(timings: Timings, took_s: float) -> bool:
@@ -3355,8 +3353,7 @@ def certainly_beside(lease: Lease) -> int:
 def is_answer(lease: Lease, timings: Timings) -> bool:
     """Tell whether an answer took a slot: a request without a prompt only loads the model."""
     spec = lease.ticket.spec
-    told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
-    return bool(told or spec.embeds and spec.prompt_chars)
+    return bool(timings.prompt_tokens or timings.output_tokens or lease.lines > 2 or spec.embeds and spec.prompt_chars)
 
 
 def first_work_s(lease: Lease, timings: Timings) -> float:
