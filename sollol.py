@@ -436,8 +436,7 @@ class Listener:
 
 MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 KEEP_ALIVE_S = 75.0                 # an idle client connection
-BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
-                                    # as much, and 64 MiB byte by byte would hold a connection for years
+BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout; a modem sends four times as much
 WRITE_PAUSE_S = 300.0               # in which a client must read the next line's bytes of a full buffer
 LEAST_READ_BYTES = 60_000           # 200 bytes/s
 WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
@@ -458,10 +457,7 @@ def unread_bytes(transport: Transport) -> int:
 
 
 class LoopTurns:
-    """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
-
-    So it delays everybody else by one step, some milliseconds, however many clients cause it.
-    """
+    """Share the event loop: long work is done in steps of some milliseconds, one per turn of the loop, whoever asks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
@@ -530,10 +526,9 @@ class BodyMemory:
 
     def give_back(self, client: ClientConnection) -> None:
         """Take back what a client holds."""
-        if client.held_bytes:
-            self.held_bytes -= client.held_bytes
-            client.held_bytes = 0
-            self.grant()
+        self.held_bytes -= client.held_bytes
+        client.held_bytes = 0
+        self.grant()
 
 
 def body_due_s(due_s: float, size: int, now: float) -> float:
@@ -1140,8 +1135,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
             client.asking = True
             exchange = begin_exchange(gateway, client, head)
             await handle(exchange)
-            if client.write_paused:
-                await client.drained()
+            await client.drained()
             if client.buffer:       # it asks ahead: others come in between
                 await gateway.turns.take()
             if not exchange.keep or gateway.draining or client.gone:
@@ -1198,8 +1192,7 @@ async def serve(exchange: Exchange) -> None:
         answer_page(exchange, verdict.page_status)
         return
     if route.where in ANSWERED_HERE:
-        if head.length != 0:
-            await exchange.read_body()
+        await exchange.read_body()
         await route.handler(exchange)
         return
     if gateway.draining:
@@ -1310,11 +1303,8 @@ class Exchange:
 
 
 def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
-    """Return the Exchange of a request whose head has come.
-
-    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
-    """
-    own = head.fields.get(b"x-request-id", b"")
+    """Return the Exchange of a request whose head has come."""
+    own = head.fields.get(b"x-request-id", b"")     # its id, if that is harmless in a header and a log line
     id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
     record = Record(id, client.address, head.method, head.path, gateway.loop.time())
     return Exchange(gateway, client, head, record, head.keep_alive)
@@ -2469,10 +2459,7 @@ class Cluster:
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
     def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
-        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
-
-        Only nodes with the same version take part: the one that most have.
-        """
+        """Return (sizes, digest): the texts in each share of a batch, and the model's version that most nodes have."""
         versions: dict[str, list[Runner]] = {}
         for runner in self.holders.get(spec.model, ()):
             if runner.node.is_alive(now):
@@ -2538,10 +2525,7 @@ class TicketState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing.
-
-    It has one lease at a time, or two that race each other.
-    """
+    """A request's place in the queue, kept over failed attempts. It has one lease at a time, or two that race."""
 
     id: str
     spec: RequestSpec
@@ -3318,10 +3302,7 @@ def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
 
 
 def ran_at_once(lease: Lease, timings: Timings) -> int:
-    """Return how many requests of ours ran on a node when one that had waited there began, itself included.
-
-    0 if none of ours left then: it waited for somebody else's.
-    """
+    """Return how many of our requests ran when one that had waited began, itself included; 0: it waited for others'."""
     began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
     leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
     if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
@@ -3569,14 +3550,11 @@ def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0
 
 
 def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
-    """Learn from the answer to a measuring request; tell whether it says anything. Before its end.
-
-    It does not if somebody else used the node, or the model was loaded for it.
-    """
+    """Learn from the answer to a measuring request; tell whether it says anything. Before its end."""
     node, runner = lease.node, lease.slot
     speeds = runner.speeds
     node.heard_s = now
-    if waits_long(timings, now - lease.sent_s):
+    if waits_long(timings, now - lease.sent_s):     # somebody else uses the node
         node.strangers_s = now
         return False
     if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
@@ -3607,8 +3585,7 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
-SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
-                                    # says is no proof by itself, and a slot too few costs more than one too many
+SIGNS_FOR, SIGNS_AGAINST = 3, 5     # by so many votes a slot is won or lost: one too few costs more than one too many
 LAST_SHORT_PAUSE = 1                # doublings of the pause, at most, where the evidence is weak
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
@@ -3708,10 +3685,7 @@ class SlotEstimate:
             self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
 
     def limit(self, now: float) -> int:
-        """Return how many may run at once, one more than are known while another is tried.
-
-        What nobody has lately seen is tried one by one.
-        """
+        """Return how many may run at once: one more than known, or than seen lately, while another is tried."""
         if self.is_set:
             return self.count
         seen = self.lately_seen(now)
@@ -4314,10 +4288,7 @@ class Offer:
 
 
 class NodeSnapshot:
-    """What a request meets on a node, as long as nothing there begins or ends.
-
-    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
-    """
+    """What a request meets on a node, as long as nothing there begins or ends. Each part is reckoned once needed."""
 
     def __init__(self, node: Node, now: float) -> None:
         self.node, self.at_s, self.changes = node, now, node.changes.count
@@ -4394,7 +4365,7 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
-MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
+MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
 YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
 
@@ -4688,10 +4659,7 @@ class CompletionTime(Policy):
         return candidates
 
     def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
-        """Tell whether a ticket has been held back as long as the better node was first predicted to need.
-
-        Beliefs that no answer has confirmed lately hold it for MOST_HELD_S at most: nothing stands idle for an error.
-        """
+        """Tell whether a ticket has been held back as long as the better node was first predicted to need."""
         if ticket.held_until_s is None:
             sure = free.runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
@@ -4883,7 +4851,7 @@ STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is 
 JUDGE_S = 2.0                       # a stream's speed is judged so often
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
-FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
+FORECAST_S = 1.0                    # a full queue's Retry-After is kept so long: 1,024 requests take 3 ms to forecast
 ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
 
@@ -4975,10 +4943,7 @@ class Dispatcher:
         return self.waiting.leave(ticket) and had_place
 
     def drain_s(self, now: float) -> float:
-        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
-
-        Reckoned anew once a second: a full queue asks for it at every refusal.
-        """
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
         at_s, drained_s = self.forecast
         if not at_s <= now < at_s + FORECAST_S:
             forecast = Forecast(self.cluster, now)
