@@ -3544,9 +3544,14 @@ def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0
             return
     others = any(other.speeds.decode_s for other in node.runners.values() if other is not runner)
     sample, gain = runner.speeds.learn_decode(known, sample, now)
-    expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.cpu_factor()
-    factor = min(max(sample / expected_s, 0.01), 100.0)     # by its size and place: how slow the node is with any model
+    factor = size_factor(runner, sample)
     node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
+
+
+def size_factor(runner: Runner, decode_s: float) -> float:
+    """Return seconds per token over what the model's size and place let expect: how slow its node is with any model."""
+    expected_s = runner.disk_bytes / 1e9 * PRIOR_DECODE_S_PER_GB * runner.cpu_factor()
+    return min(max(decode_s / expected_s, 0.01), 100.0)
 
 
 def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
