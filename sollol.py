@@ -98,7 +98,7 @@ READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before it
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
 DEAD_S = 15.0                       # without an answer to /api/version: a node gets nothing new
-FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
+FRESH_S = 0.25                      # a merged answer waits so long for nodes, then shows what was seen last
 SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 MAX_LINE_BYTES = 1 * MIB            # of progress
@@ -114,7 +114,7 @@ ALIKE = 2.0                         # times: samples that far apart at most agre
 MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
 FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
 LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
-KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
+KEPT_SAMPLES = 3                    # a kept estimate counts as so many at most: new samples then weigh 0.25, 0.2, 0.17
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
@@ -141,7 +141,7 @@ Parsed = TypeVar("Parsed")
 Line = TypeVar("Line", bytes, str)
 
 
-# What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
+# What is kept is a plain value: an exception would keep its traceback, the frames in it and so the request's body.
 
 class Failure(NamedTuple):
     """Why a node gave no answer.
@@ -153,7 +153,6 @@ class Failure(NamedTuple):
     text: str
 
     def error(self) -> Exception:
-        """Return the exception that tells it."""
         return NodeFailure(*self)
 
 
@@ -166,7 +165,6 @@ class Answer(NamedTuple):
     retry_after_s: float | None = None
 
     def error(self) -> Exception:
-        """Return the exception that tells it."""
         return Refusal(self.status, self.text, close=self.close, retry_after_s=self.retry_after_s)
 
 
@@ -198,11 +196,7 @@ class NodeFailure(Exception):
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
-        self.value = Failure(kind, text)
-
-    @property
-    def kind(self) -> str:
-        return self.value.kind
+        self.kind, self.value = kind, Failure(kind, text)
 
 
 class ConfigError(Exception):
@@ -315,7 +309,7 @@ class NodeSettings(NamedTuple):
 # -----------------------------------------------------------------------------
 
 LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
-SPARED_S = 1.0                      # a connection is not closed as an idle one within this
+SPARED_S = 1.0                      # a connection that has been idle for less is not closed
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 
 
@@ -353,7 +347,8 @@ class Listener:
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
-        address = client.note_address()
+        peer = transport.get_extra_info("peername")         # None if it has gone already
+        address = client.address = peer[0] if isinstance(peer, tuple) else "local"
         if len(self.clients) >= self.max_clients:
             self.close_idle_client()
         is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
@@ -384,7 +379,7 @@ class Listener:
             client.transport.abort()
 
     def acquaint(self, client: ClientConnection) -> None:
-        """Count a connection for its address no longer: it has given a key, or ends."""
+        """Stop counting a connection for its address: it has given a key, or it ends."""
         if client.is_stranger:
             client.is_stranger = False
             self.strangers[client.address] -= 1
@@ -392,14 +387,14 @@ class Listener:
                 del self.strangers[client.address]
 
     def forget(self, client: ClientConnection) -> None:
-        """Count a connection no longer."""
+        """Stop counting a connection."""
         self.acquaint(client)
         self.clients.discard(client)
 
     def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         """Log what went wrong outside all tasks: an exception handler of the loop.
 
-        A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
+        The loop reports a lack of descriptors at every try to accept, and tries again. It is logged once a second.
         """
         error, now = context.get("exception"), self.loop.time()
         if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
@@ -441,9 +436,8 @@ class Listener:
 
 MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 KEEP_ALIVE_S = 75.0                 # an idle client connection
-BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
-                                    # as much, and 64 MiB byte by byte would hold a connection for years
-WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads less than the next line's bytes
+BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout; a modem sends four times as much
+WRITE_PAUSE_S = 300.0               # in which a client must read the next line's bytes of a full buffer
 LEAST_READ_BYTES = 60_000           # 200 bytes/s
 WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
                                     # top: 200 clients that hardly read a fast stream hold 52 MiB
@@ -462,31 +456,24 @@ def unread_bytes(transport: Transport) -> int:
     return unsent
 
 
-Result = TypeVar("Result")
-
-
 class LoopTurns:
-    """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
-
-    So it delays everybody else by one step, some milliseconds, however many clients cause it.
-    """
+    """Share the event loop: long work is done in steps of some milliseconds, one per turn of the loop, whoever asks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
 
     async def take(self) -> None:
-        """Wait for a turn."""
         async with self.lock:
             await asyncio.sleep(0)
 
-    async def run(self, steps: Generator[None, None, Result]) -> Result:
+    async def run(self, steps: Steps[Parsed]) -> Parsed:
         """Do work that is written as a generator, each step in a turn of its own; return its result."""
         while True:
             await self.take()
             try:
                 next(steps)
             except StopIteration as end:
-                result: Result = end.value
+                result: Parsed = end.value
                 return result
 
 
@@ -515,9 +502,9 @@ class BodyMemory:
 
     async def hold(self, client: ClientConnection, size: int) -> None:
         """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
-        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
-        if size <= SHORT_BODY_BYTES or not more:
+        if size <= max(SHORT_BODY_BYTES, client.held_bytes):
             return
+        more = max(size - client.held_bytes, client.held_bytes)     # at least doubled: a chunked body asks often
         if not self.waiting and self.fits(more):
             self.held_bytes += more
             client.held_bytes += more
@@ -539,10 +526,9 @@ class BodyMemory:
 
     def give_back(self, client: ClientConnection) -> None:
         """Take back what a client holds."""
-        if client.held_bytes:
-            self.held_bytes -= client.held_bytes
-            client.held_bytes = 0
-            self.grant()
+        self.held_bytes -= client.held_bytes
+        client.held_bytes = 0
+        self.grant()
 
 
 def body_due_s(due_s: float, size: int, now: float) -> float:
@@ -567,10 +553,6 @@ class TlsTransport(asyncio.Protocol):
     31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
     `forget` is told of a client whose handshake never ended.
     """
-
-    __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended",
-                 "is_closing", "pause_reading", "resume_reading", "set_write_buffer_limits", "get_write_buffer_size",
-                 "get_extra_info")
 
     def __init__(self, socket: asyncio.Transport, context: ssl.SSLContext, client: ClientConnection,
                  forget: Callable[[ClientConnection], None]) -> None:
@@ -692,7 +674,7 @@ class ClientConnection(asyncio.Protocol):
     idle_s: float = 0.0             # since when no request is under way
     is_stranger: bool = False       # it has shown no key, and counts for its address
     write_deadline_s: float = math.inf      # until when the client must have read LEAST_READ_BYTES
-    unread_bytes: int = 0           # of what was to be sent when that was asked for
+    unread_bytes: int = 0           # when that was set
     asking: bool = False            # a request has begun and its answer has not ended
     serving: bool = False           # that request is complete: nothing but its end is expected of the client
     eof: bool = False
@@ -704,12 +686,6 @@ class ClientConnection(asyncio.Protocol):
         self.transport, self.write_deadline_s, self.idle_s = transport, math.inf, self.loop.time()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
-
-    def note_address(self) -> str:
-        """Note and return the address of the other side."""
-        peer = self.transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
-        return self.address
 
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
@@ -761,11 +737,11 @@ class ClientConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def arm_write_deadline(self) -> None:
-        """Note how much there is to be read now, and until when some of it must have been."""
+        """Note how much the client has to read now, and by when it must have read some of it."""
         self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
 
     def expire(self, now: float) -> None:
-        """End what this connection has waited for too long. Called every SWEEP_S."""
+        """End the waits of this connection that are overdue. Called every SWEEP_S."""
         if now > self.write_deadline_s:
             if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
                 self.transport.abort()
@@ -873,9 +849,9 @@ class ClientConnection(asyncio.Protocol):
         """
         if head.length == 0:
             return b""
-        if head.length is not None and head.length > limit:
-            raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        if head.length is not None and head.length > SHORT_BODY_BYTES:
+        if head.length is not None:
+            if head.length > limit:
+                raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             await memory.hold(self, head.length)
         self.send_continue(head)
         now = self.loop.time()
@@ -1022,9 +998,7 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
-    """Return ({lower-case name: value}, [(lower-case name, raw line)]). The values of a repeated field are joined by
-    commas. Raises ProtocolError.
-    """
+    """Return the fields, the values of a repeated one joined by commas, and the named lines. Raises ProtocolError."""
     parsed = list(map(parse_field, lines))
     fields = dict(parsed)
     if len(fields) < len(parsed):
@@ -1037,13 +1011,10 @@ def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
-    """Return the body length that the fields declare, in bytes: None for chunked, 0 if they say nothing.
-
-    RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
-    """
+    """Return the bytes of a body: None for chunked, 0 if no field tells. Raises ProtocolError for what is ambiguous."""
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
-        if length is not None:      # 6.3: "might indicate an attempt to perform request smuggling"
+        if length is not None:      # RFC 9112 6.3: "might indicate an attempt to perform request smuggling"
             raise ProtocolError("both Content-Length and Transfer-Encoding")
         if version == 0:            # 6.1: "MUST treat the message as if the framing is faulty"
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
@@ -1164,8 +1135,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
             client.asking = True
             exchange = begin_exchange(gateway, client, head)
             await handle(exchange)
-            if client.write_paused:
-                await client.drained()
+            await client.drained()
             if client.buffer:       # it asks ahead: others come in between
                 await gateway.turns.take()
             if not exchange.keep or gateway.draining or client.gone:
@@ -1222,8 +1192,7 @@ async def serve(exchange: Exchange) -> None:
         answer_page(exchange, verdict.page_status)
         return
     if route.where in ANSWERED_HERE:
-        if head.length != 0:
-            await exchange.read_body()
+        await exchange.read_body()
         await route.handler(exchange)
         return
     if gateway.draining:
@@ -1334,11 +1303,8 @@ class Exchange:
 
 
 def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
-    """Return the Exchange of a request whose head has come.
-
-    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
-    """
-    own = head.fields.get(b"x-request-id", b"")
+    """Return the Exchange of a request whose head has come."""
+    own = head.fields.get(b"x-request-id", b"")     # its id, if that is harmless in a header and a log line
     id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
     record = Record(id, client.address, head.method, head.path, gateway.loop.time())
     return Exchange(gateway, client, head, record, head.keep_alive)
@@ -1359,7 +1325,7 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 # digest, so the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
 
-MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
+MOST_FROM_AFAR = 8                  # for who asks from another machine without a key: else all would be critical
 OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
 DIGEST_SECRET = secrets.token_bytes(32)
 
@@ -1444,12 +1410,7 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
 
 def is_listed(origin: str, allowed: Iterable[str]) -> bool:
     """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
-                                 and origin.endswith(end)):
-            return True
-    return False
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), origin, re.S) for pattern in allowed)
 
 
 def is_own_origin(origin: bytes, host: bytes) -> bool:
@@ -1682,13 +1643,8 @@ def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
     if type(value) is list:
         return all(map(has_lower_keys, value))
-    if type(value) is dict:
-        if not all(map(str.islower, value)):
-            return False
-        for key in ("options", "messages", "input", "content"):
-            if key in value and not has_lower_keys(value[key]):
-                return False
-    return True
+    return type(value) is not dict or all(map(str.islower, value)) and all(
+        has_lower_keys(value[key]) for key in ("options", "messages", "input", "content") if key in value)
 
 
 def json_value(text: str) -> Any:
@@ -1951,10 +1907,7 @@ def canonical(name: str) -> str:
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
-    if name.endswith(":local"):
-        name = name[:-len(":local")]
-    for default in ("registry.ollama.ai/", "library/"):
-        name = name.removeprefix(default)
+    name = name.removesuffix(":local").removeprefix("registry.ollama.ai/").removeprefix("library/")
     if name and ":" not in name.rpartition("/")[2]:
         name += ":latest"
     return name
@@ -2049,10 +2002,7 @@ def output_bound(path: str, fields: Json, options: Json) -> int | None:
 
 
 def runner_options(fields: Json, options: Json) -> RunnerOptions:
-    """Return the options that belong to a loaded model: for another value Ollama unloads the model and loads it again.
-    """
-    if not options and "shift" not in fields:
-        return ()
+    """Return the options that a model is loaded with: for another value Ollama unloads it and loads it again."""
     values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
@@ -2109,16 +2059,10 @@ def is_batch(texts: object) -> bool:
     return type(texts) is list and 1 < len(texts) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in texts)
 
 
-NO_PROMPT = Prompt(0, (), 1)
-
-
 def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
               default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
-    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority.
-
-    Without a body that is read, only the path can name the model.
-    """
-    if route.kind in ("raw", "account"):
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority."""
+    if route.kind in ("raw", "account"):    # of their body nothing is read: only the path can name a model
         return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                            repeatable=head.method in ("GET", "HEAD"))
     fields, is_inference = reading.fields, route.where is Where.QUEUED
@@ -2127,7 +2071,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
-    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else NO_PROMPT
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if is_inference else Prompt(0, (), 1)
     change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
@@ -2170,16 +2114,10 @@ def row_name(row: Json) -> str:
     return canonical(row["name"])
 
 
-@functools.lru_cache(maxsize=4096)
-def parse_instant(text: str) -> float:
-    """Return seconds since 1970 for a time in RFC 3339. Raises ValueError or OverflowError."""
-    return datetime.datetime.fromisoformat(text).timestamp()
-
-
 def instant_s(value: object) -> float:
-    """Return seconds since 1970 for a time in a node's row, 0 for anything else. Zones differ between nodes."""
+    """Return seconds since 1970 for a time in a node's row (RFC 3339, in any zone), 0 for anything else."""
     try:
-        return parse_instant(value) if isinstance(value, str) and len(value) < 64 else 0.0
+        return datetime.datetime.fromisoformat(value).timestamp() if isinstance(value, str) else 0.0
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2220,18 +2158,13 @@ def window_of(node: Node, model: str | None) -> int:
     return next((context_of(row) for row in node.running if row_name(row) == model), 0)
 
 
-def has_on_disk(node: Node, model: str | None) -> bool:
-    """Tell whether a node is known to have a model."""
-    return model in node.rows
-
-
 def version_of(node: Node, model: str | None) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
     return instant_s(node.rows[model].get("modified_at")) if model in node.rows else 0.0
 
 
 def digest_of(node: Node, model: str | None) -> str:
-    """Return the digest of a model that a node has; "" if the node did not tell."""
+    """Return the digest of a model on a node; "" if the node has not the model, or did not tell."""
     return str(node.rows[model].get("digest") or "") if model in node.rows else ""
 
 
@@ -2252,21 +2185,21 @@ def make_of(row: Json) -> tuple[str, ...]:
 def possible_twins(node: Node) -> list[str]:
     """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
     alike: collections.defaultdict[tuple[str, ...], list[tuple[float, str]]] = collections.defaultdict(list)
-    found: dict[str, None] = {}
+    twins: dict[str, None] = {}
     for model, row in node.rows.items():
         if kind := make_of(row):
             alike[kind].append((row_bytes(row, "size"), model))
     for sized in alike.values():
         for (size, one), (larger, two) in itertools.pairwise(sorted(sized)):
             if larger - size <= MIB and digest_of(node, one) != digest_of(node, two):
-                found.update({one: None, two: None})
-    return [model for model in found if (model, digest_of(node, model)) not in node.weights]
+                twins.update({one: None, two: None})
+    return [model for model in twins if (model, digest_of(node, model)) not in node.weights]
 
 
 def share_runners(node: Node) -> None:
     """Give the models of a node that are made from the same weights one runner, and only those.
 
-    One that works stays as it is until it is idle, when the models are looked at next.
+    A runner at work stays as it is until it is idle when its node's models are listed again.
     """
     sharing: dict[str, list[str]] = {}
     taken: set[Runner] = set()
@@ -2303,7 +2236,7 @@ ALL_FAILED = 502, "every node that could answer has failed"
 
 
 def emptiest(nodes: list[Node], count: int) -> list[Node]:
-    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
+    """Return the nodes that get a new model: those with the fewest GB on disk; among equals the fastest."""
     def fullness(node: Node) -> tuple[int, float]:
         held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
@@ -2319,17 +2252,15 @@ def server_of(settings: NodeSettings) -> tuple[str, str]:
 
 def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
     """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
-    found, free = {}, {node: server_of(node.settings) for node in nodes}
+    matches, free = {}, {node: server_of(node.settings) for node in nodes}
     for names_count in (True, False):
         for line in lines:
-            if line.name in found:
-                continue
-            for node, server in free.items():
-                if server == server_of(line) and (node.name == line.name or not names_count):
-                    found[line.name] = node
-                    del free[node]
-                    break
-    return found
+            node = next((node for node, server in free.items() if server == server_of(line)
+                         and (node.name == line.name or not names_count)), None)
+            if node is not None and line.name not in matches:
+                matches[line.name] = node
+                del free[node]
+    return matches
 
 
 def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
@@ -2444,9 +2375,9 @@ class Cluster:
         """Return the nodes that have a model; all of them if none is known to."""
         return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
 
-    def count_with(self, model: str | None, digest: str | None) -> int:
-        """Return how many nodes have a version of a model."""
-        return sum(has_on_disk(node, model) and digest_of(node, model) == digest for node in self.nodes.values())
+    def count_with(self, model: str | None, digest: str) -> int:
+        """Return how many nodes have a version of a model; `digest`: not ""."""
+        return sum(digest_of(node, model) == digest for node in self.nodes.values())
 
     def servers(self, model: str | None, now: float) -> list[Runner]:
         """Return the runners that can serve a model now; if there are none, those that it waits for."""
@@ -2486,7 +2417,7 @@ class Cluster:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         up = [node for node in up if node.breaker.allows(now)] or up
-        holders = [node for node in up if has_on_disk(node, spec.model)]
+        holders = [node for node in up if spec.model in node.rows]
         if spec.where is Where.PRIMARY:
             node = self.primary_for(spec, holders, now)
             return node, "primary node" if node.settings.primary else "has the model"
@@ -2517,7 +2448,7 @@ class Cluster:
         if not up:
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         model = spec.source if spec.change in ("copy", "create") else spec.model
-        holders = [node for node in up if has_on_disk(node, model)]
+        holders = [node for node in up if model in node.rows]
         if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
             return [self.primary_for(spec, holders, now)]
         if spec.change == "copy" and holders:
@@ -2528,10 +2459,7 @@ class Cluster:
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
     def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
-        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
-
-        Only nodes with the same version take part: the one that most have.
-        """
+        """Return (sizes, digest): the texts in each share of a batch, and the model's version that most nodes have."""
         versions: dict[str, list[Runner]] = {}
         for runner in self.holders.get(spec.model, ()):
             if runner.node.is_alive(now):
@@ -2577,9 +2505,6 @@ class Cluster:
 
 # -----------------------------------------------------------------------------
 # Tickets and leases: where does a request stand?
-#
-# A Ticket is a request's place in the waiting room, kept until its client has its answer. A Lease is the right to run
-# it on one node, given once and ended once. A ticket has one lease at a time, or two that race each other.
 # -----------------------------------------------------------------------------
 
 class TicketState(enum.Enum):
@@ -2600,7 +2525,7 @@ class TicketState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
+    """A request's place in the queue, kept over failed attempts. It has one lease at a time, or two that race."""
 
     id: str
     spec: RequestSpec
@@ -2627,8 +2552,7 @@ class Ticket:
 
     def may_use(self, node: Node) -> bool:
         """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
-        return node.name not in self.tried and (self.version == "" or (
-            has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) == self.version))
+        return node.name not in self.tried and self.version in ("", digest_of(node, self.spec.model))
 
     def take(self, lease: Lease) -> None:
         """Note a lease: its only one, or one that races the first."""
@@ -2649,7 +2573,7 @@ class Ticket:
     def pin_version_of(self, node: Node) -> None:
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         self.begun = True
-        self.version = has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) or None
+        self.version = digest_of(node, self.spec.model) or None
 
     def exclude_alike(self, kind: str, failed: Node, others: Iterable[Node]) -> None:
         """Keep it from the nodes that would refuse it as `failed` did. After a 400 one more is tried at most.
@@ -2706,8 +2630,7 @@ class Lease:
     race_s: float = 0.0             # silence before its first byte that is no reason for a race
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
-    predecessor_left_progress_s: float | None = None    # and when the first request sent before it left, if that was
-                                    # earlier
+    predecessor_left_progress_s: float | None = None    # and when the first one sent before it left, if earlier
     left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
     order_unknown: bool = False     # another was sent at the same time: nobody knows which the node took first
     has_list_input: bool = False    # or was sent behind one: it takes more slots than requests
@@ -2820,10 +2743,7 @@ def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, re
 
 
 def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
-
-    After it the node has a pause, which is doubled until it answers somebody.
-    """
+    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other."""
     node = runner.node
     lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
     node.advance(now)
@@ -2847,8 +2767,6 @@ LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded f
 
 class MemoryEstimate:
     """What fits into a node's memory, as far as its evictions have shown."""
-
-    __slots__ = ("seen_bytes", "limit_bytes", "loaded_seen", "most_loaded")
 
     def __init__(self) -> None:
         self.seen_bytes = 0.0       # most that was resident at once
@@ -2907,10 +2825,6 @@ class Breaker:
         self.trial = self.failures >= self.threshold
         return self.trial
 
-    def end_trial(self) -> None:
-        """Note that the trial ended without telling anything: its client left, say."""
-        self.trial = False
-
     def fail(self, now: float) -> bool:
         """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
 
@@ -2930,7 +2844,6 @@ class Breaker:
         self.failures = max(0, self.failures - 1)
 
     def succeed(self) -> None:
-        """Close."""
         self.failures, self.trial = 0, False
 
 
@@ -2965,7 +2878,6 @@ class ErrorShare:
         return errors / answers if answers else None
 
     def counts(self, now: float) -> tuple[int, int]:
-        """Return (errors, answers)."""
         recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
         return sum(step[1] for step in recent), sum(step[2] for step in recent)
 
@@ -2978,21 +2890,11 @@ class ErrorShare:
 class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
 
-    __slots__ = ("models", "idle_models", "everything", "count")
-
     def __init__(self) -> None:
-        self.models: set[str | None] = set()
-        self.idle_models: set[str | None] = set()       # that an idle node could load
+        self.models: set[str | None] = set()            # for which a slot may have become free
+        self.idle_models: set[str | None] = set()       # of nodes that have nothing to do
         self.everything = True
         self.count = 0              # of `note_all`: what was reckoned before is out of date
-
-    def note(self, models: Iterable[str]) -> None:
-        """Note that a slot may have become free for some models."""
-        self.models.update(models)
-
-    def note_idle(self, models: Iterable[str]) -> None:
-        """Note that a node with these models has nothing to do."""
-        self.idle_models.update(models)
 
     def note_all(self) -> None:
         """Note that a node has changed, so that every prediction may be different."""
@@ -3014,8 +2916,7 @@ class Node:
     changes: Changes = field(default_factory=Changes)       # the cluster's
     name: str = field(init=False)
     rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
-    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # (model, digest): the blob with its weights;
-                                    # "" = untold
+    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # by (model, digest): their blob; "" = untold
     runners: dict[str, Runner] = field(default_factory=dict)    # by model
     leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
     busy: list[Runner] = field(default_factory=list)        # those with leases
@@ -3082,15 +2983,8 @@ class Node:
         """Tell whether it may get new work."""
         return self.up and not self.draining and self.breaker.allows(now)
 
-    def doubt_s(self, now: float) -> float:
-        """Return what is added to a finish there while in doubt: as long as it has been silent, it may be again."""
-        return max(0.0, now - self.heard_s)
-
     def snapshot(self, now: float) -> NodeSnapshot:
-        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
-
-        So old is what an Offer says of the work that still runs.
-        """
+        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most."""
         known = self.kept_snapshot
         if known is None or known.changes != self.changes.count or now - known.at_s > LOOK_AGAIN_S:
             known = self.kept_snapshot = NodeSnapshot(self, now)
@@ -3116,9 +3010,9 @@ class Node:
         elif lease.runner is not None:
             lease.runner.end(lease, now)
         if not self.leases:         # it is worth a look even for what had better wait for another node
-            self.changes.note_idle(self.rows)
+            self.changes.idle_models.update(self.rows)
         for breaker in lease.trials:
-            breaker.end_trial()
+            breaker.trial = False   # it may have ended without telling anything: its client left, say
         self.heard_s = now          # its silence, if any, ended with this lease
 
     def advance(self, now: float) -> None:
@@ -3146,7 +3040,7 @@ class Node:
         self.misses, self.check_pause_s = 0, CHECK_PAUSE_S
 
     def note_error(self, text: str, status: int | None, kind: str | None, now: float) -> None:
-        """Note an error that it answered, or how else it failed. What follows from that is the part of `fail`."""
+        """Note an error that it answered, or how else it failed. `Dispatcher.fail` draws the conclusions."""
         self.last_error = NodeError(text, status, now)
         if kind not in DIFFERENCES:
             self.error_share.add(True, now)
@@ -3160,7 +3054,6 @@ class Node:
     # Doubt and speed.
 
     def doubt(self, now: float) -> None:
-        """Note that it is in doubt."""
         self.doubted_s = now
         if not self.suspect:
             self.suspect = True
@@ -3178,7 +3071,6 @@ class Node:
         self.kept_snapshot = None
 
     def reset_speed(self) -> None:
-        """Reset its speed factor to 1."""
         self.speed = 1.0
         self.changes.note_all()
 
@@ -3187,7 +3079,7 @@ class Node:
         return self.up and not self.draining and not self.leases and now >= self.check_s
 
     def calibrates(self, done: bool = True) -> None:
-        """Note that it is being measured; that is done once each time it comes up. Or that it was in vain."""
+        """Note that it is being measured, once each time it comes up; not `done`: it was in vain."""
         self.calibrated = done
 
     def pause_measuring(self, now: float) -> None:
@@ -3225,7 +3117,7 @@ class Node:
             runner.slots.forget()
 
     def refused(self, now: float) -> None:
-        """Note that it refuses connections: no new work. Whether what runs there is lost, the next probe tells."""
+        """Note that it refuses connections: no new work. The next probe tells whether what runs there is lost."""
         self.up, self.lost_s = False, now
 
     def configure(self, settings: NodeSettings) -> None:
@@ -3246,7 +3138,7 @@ class Node:
         return runner
 
     def take_tags(self, rows: list[Json], asked_s: float) -> bool:
-        """Take over its /api/tags, unless what was asked for later has come before it; tell whether it was."""
+        """Take over its /api/tags, unless a later request was answered before; tell whether it was taken over."""
         if asked_s < self.indexed_s:
             return False
         self.indexed_s = asked_s if asked_s < math.inf else self.indexed_s
@@ -3282,13 +3174,12 @@ class Node:
 
     def know_weights(self, blobs: dict[tuple[str, str], str]) -> None:
         """Take over which blobs its models are made from: {(model, digest): blob}."""
-        self.weights = {**self.weights, **blobs}
         known = {(model, digest_of(self, model)) for model in self.rows}
-        self.weights = {key: blob for key, blob in self.weights.items() if key in known}
+        self.weights = {key: blob for key, blob in {**self.weights, **blobs}.items() if key in known}
         share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
-        """Take over its /api/ps, asked for at `asked_s`. Of the names of one runner it shows the first asked for."""
+        """Take over its /api/ps, asked for at `asked_s`. It shows a runner under the name that was asked for first."""
         names = {row_name(row): row for row in rows}
         loading = {lease.slot for lease in self.loading}
         loading_bytes = sum(runner.resident_bytes() for runner in loading
@@ -3343,7 +3234,7 @@ class Histogram:
         self.sum += value * count
 
     def share(self, share: float) -> float | None:
-        """Return the bound that so many of the values do not exceed; None without any."""
+        """Return the lowest bound that at least this share of the values does not exceed; None without values."""
         total = sum(self.counts)
         for bound, count in zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True):
             if total and count >= share * total:
@@ -3389,14 +3280,13 @@ TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside 
 
 def read_timings(tail: bytes) -> Timings:
     """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
-    found = dict(TIMING.findall(tail))
-    given = found.get
+    value = dict(TIMING.findall(tail)).get
     return Timings(
-        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
-        int(given(b"eval_duration", 0)) / 1e9,
-        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
+        int(value(b"total_duration", 0)) / 1e9, int(value(b"load_duration", 0)) / 1e9,
+        int(value(b"prompt_eval_duration", 0)) / 1e9,
+        int(value(b"prompt_eval_count") or value(b"prompt_tokens") or value(b"input_tokens") or 0),
+        int(value(b"eval_duration", 0)) / 1e9,
+        int(value(b"eval_count") or value(b"completion_tokens") or value(b"output_tokens") or 0))
 
 
 def waits_long(timings: Timings, took_s: float) -> bool:
@@ -3412,10 +3302,7 @@ def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
 
 
 def ran_at_once(lease: Lease, timings: Timings) -> int:
-    """Return how many requests of ours ran on a node when one that had waited there began, itself included.
-
-    0 if none of ours left then: it waited for somebody else's.
-    """
+    """Return how many of our requests ran when one that had waited began, itself included; 0: it waited for others'."""
     began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
     leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
     if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
@@ -3447,8 +3334,7 @@ def certainly_beside(lease: Lease) -> int:
 def is_answer(lease: Lease, timings: Timings) -> bool:
     """Tell whether an answer took a slot: a request without a prompt only loads the model."""
     spec = lease.ticket.spec
-    told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
-    return bool(told or spec.embeds and spec.prompt_chars)
+    return bool(timings.prompt_tokens or timings.output_tokens or lease.lines > 2 or spec.embeds and spec.prompt_chars)
 
 
 def first_work_s(lease: Lease, timings: Timings) -> float:
@@ -3564,8 +3450,10 @@ def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
     if not is_disturbed(lease):
         if lease.predecessor_left_progress_s is None and not lease.order_unknown:       # it waited for nobody
             learn_speed_by_latency(lease, timings, now)
-        if lease.ticket.spec.stream:        # once it has begun it waits for nobody either
-            learn_decode_by_latency(lease, timings, now)
+        tokens, later_s = timings.output_tokens, runner.progress_s - lease.first_progress_s
+        if lease.ticket.spec.stream and tokens >= 8 and later_s > 1e-4:     # once begun it waits for nobody either
+            stalled_s = lease.stall_tokens * runner.prefill_s()
+            learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
     weigh_latency(lease, timings, now)
 
 
@@ -3598,14 +3486,6 @@ def weigh_latency(lease: Lease, timings: Timings, now: float) -> None:
             runner.note_slots(slots.vote(lease.position, -1, now, strangers_s))
         elif waited is False and not streams:       # streams that really overlap show it
             runner.note_slots(slots.vote(lease.position, 1, now, strangers_s))
-
-
-def learn_decode_by_latency(lease: Lease, timings: Timings, now: float) -> None:
-    """Take the time between a stream's first byte and its end as a sample of decode speed."""
-    runner, tokens = lease.slot, timings.output_tokens
-    later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * runner.prefill_s()
-    if tokens >= 8 and later_s > 1e-4:
-        learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
 
 
 def learn_speed_by_latency(lease: Lease, timings: Timings, now: float) -> None:
@@ -3653,8 +3533,7 @@ def learn_prefill(lease: Lease, seconds: float, tokens: float) -> None:
 def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0.0) -> None:
     """Take in the seconds per output token that a lone request would have seen.
 
-    `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only a
-    bound.
+    For up to `stalled_s` of them it stood still for the prefills of others. If that is much, it is only a bound.
     """
     node, known = runner.node, runner.decode_s()
     if stalled_s <= STALL_SHARE * sample or not runner.speeds.samples:
@@ -3676,14 +3555,11 @@ def size_factor(runner: Runner, decode_s: float) -> float:
 
 
 def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
-    """Learn from the answer to a measuring request; tell whether it says anything. Before its end.
-
-    It does not if somebody else used the node, or the model was loaded for it.
-    """
+    """Learn from the answer to a measuring request; tell whether it says anything. Before its end."""
     node, runner = lease.node, lease.slot
     speeds = runner.speeds
     node.heard_s = now
-    if waits_long(timings, now - lease.sent_s):
+    if waits_long(timings, now - lease.sent_s):     # somebody else uses the node
         node.strangers_s = now
         return False
     if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
@@ -3714,9 +3590,8 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
-SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
-                                    # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
+SIGNS_FOR, SIGNS_AGAINST = 3, 5     # by so many votes a slot is won or lost: one too few costs more than one too many
+LAST_SHORT_PAUSE = 1                # doublings of the pause, at most, where the evidence is weak
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 CONFIRMED_S = 600.0                 # how long an answer confirms
@@ -3727,9 +3602,6 @@ class SlotEstimate:
 
     Methods that may change `count` return whether they did.
     """
-
-    __slots__ = ("count", "origin", "proven", "max_proven", "retry_at_s", "seen", "seen_s", "rejections", "rejected_s",
-                 "waits", "votes")
 
     def __init__(self) -> None:
         self.count = 1
@@ -3818,10 +3690,7 @@ class SlotEstimate:
             self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
 
     def limit(self, now: float) -> int:
-        """Return how many may run at once, one more than are known while another is tried.
-
-        What nobody has lately seen is tried one by one.
-        """
+        """Return how many may run at once: one more than known, or than seen lately, while another is tried."""
         if self.is_set:
             return self.count
         seen = self.lately_seen(now)
@@ -3873,9 +3742,6 @@ def beyond(estimate: float, least: float, most: float) -> float:
 
 class SpeedEstimate:
     """How fast a model is on its node, as measured; 0 = not yet. All for a lone request."""
-
-    __slots__ = ("prefill_s", "prefills", "slow_prefill_s", "decode_s", "off_decode_s", "input_s", "samples",
-                 "confirmed_s", "load_s", "lines_per_token", "streams")
 
     def __init__(self) -> None:
         self.prefill_s = 0.0        # a prompt token
@@ -3953,9 +3819,6 @@ class SpeedEstimate:
 
 # -----------------------------------------------------------------------------
 # Runners: what is known of one model on one node?
-#
-# Its residency, what runs there, and its two estimates: slots and speeds. Speeds that were not measured yet are priors,
-# scaled by the other models of the node.
 # -----------------------------------------------------------------------------
 
 KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
@@ -3971,7 +3834,7 @@ class Prefixes:
 
     def __init__(self) -> None:
         self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
-        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
+        self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
 
     def remember(self, prefix: Prefix, most: int) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
@@ -3980,8 +3843,7 @@ class Prefixes:
             self.prompts.move_to_end(whole)
             return
         self.prompts[whole] = prefix
-        for part, _ in prefix:
-            self.parts[part] = self.parts.get(part, 0) + 1
+        self.parts.update(part for part, _ in prefix)
         while len(self.prompts) > most:
             _, prefix = self.prompts.popitem(last=False)
             for part, _ in prefix:
@@ -3991,16 +3853,7 @@ class Prefixes:
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
-        if self.parts:
-            for part, chars in reversed(prefix):
-                if part in self.parts:
-                    return chars
-        return 0
-
-    def clear(self) -> None:
-        """Forget all: the model was unloaded."""
-        self.prompts.clear()
-        self.parts.clear()
+        return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -4026,8 +3879,7 @@ class Runner:
     used_s: float = -math.inf       # last sent to
     slots: SlotEstimate = field(default_factory=SlotEstimate)
     speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
-    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to the first byte of what
-                                    # need not wait, over what its tokens let expect
+    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # does it stream: first byte, seen over expected
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
@@ -4066,7 +3918,6 @@ class Runner:
         return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
 
     def load_s(self) -> float:
-        """Return how long it takes to load."""
         return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
 
     def resident_bytes(self) -> float:
@@ -4086,10 +3937,7 @@ class Runner:
             shared_chars = self.beginnings.common_chars(spec.prefix)
             lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
             self.prefixes.remember(spec.prefix, self.slots.count + 2)
-            ends = spec.prefix
-            if len(ends) > PREFIX_FIRST:
-                ends = (*ends[:PREFIX_FIRST], ends[-1])
-            self.beginnings.remember(ends, BEGINNINGS_KEPT)     # a kilobyte each
+            self.beginnings.remember((*spec.prefix[:PREFIX_FIRST], spec.prefix[-1]), BEGINNINGS_KEPT)   # a KiB each
         if not self.leases:
             self.node.busy.append(self)
         elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
@@ -4117,7 +3965,7 @@ class Runner:
             self.node.busy.remove(self)
             if not self.keep_alive_s:       # the node unloads it at once
                 self.assume_unloaded()
-        self.node.changes.note(self.models)
+        self.node.changes.models.update(self.models)
 
     def confirm_slots(self, running: int, now: float) -> None:
         """Note that so many requests ran at once."""
@@ -4127,7 +3975,7 @@ class Runner:
         """Forget what was reckoned with another count of slots, if it has changed."""
         if changed:
             self.node.kept_snapshot = None
-            self.node.changes.note(self.models)
+            self.node.changes.models.update(self.models)
 
     def set_slots(self) -> None:
         """Take over the slots that hosts.txt tells."""
@@ -4146,8 +3994,7 @@ class Runner:
         """Note that it is no longer resident; its prefix cache went with it."""
         self.ready_s, self.options, self.listed = None, None, {}
         self.context, self.keep_alive_s = 0, KEEP_LOADED_S
-        self.prefixes.clear()
-        self.beginnings.clear()
+        self.prefixes, self.beginnings = Prefixes(), Prefixes()
 
     def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
         """Take over its row of /api/ps, None if it has none; tell whether predictions change.
@@ -4210,10 +4057,7 @@ def must_evict(runner: Runner) -> bool:
 
 
 def victim(runner: Runner) -> Runner:
-    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
-
-    When it was last used plays no part.
-    """
+    """Return what Ollama unloads to load a model: an idle one first, then by shortest keep-alive, not by last use."""
     return min(resident_runners(runner.node, exclude=runner),
                key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
@@ -4234,8 +4078,8 @@ def victim(runner: Runner) -> Runner:
 # These, their plateaus and what each is worth were measured on a simulator with real token traces.
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
-FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
-OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
+FORESIGHT_S = 3600.0                # no wait is predicted to be longer
+OVERDUE = 3.0                       # times the predicted silence an answer is overdue; more while little is measured
 
 # By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
 BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
@@ -4304,8 +4148,7 @@ def clamped_context(runner: Runner, num_ctx: float) -> float:
 
 
 def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
-    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
-    """
+    """Tell whether the loaded context suits the `num_ctx` that is wanted, as far as is known; 0 = none was given."""
     if not wanted and not loaded and runner.options is not None:
         return True                 # the server's default, whatever that is
     there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
@@ -4316,10 +4159,7 @@ def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
 
 
 def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
-    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
-
-    What is unknown is taken to suit.
-    """
+    """Tell whether the model is resident or loading, with options of equal values; what is unknown is taken to suit."""
     if runner.ready_s is None:
         return False
     if runner.options == spec.options or runner.options is None and not runner.context:
@@ -4336,20 +4176,6 @@ def last_end_s(runner: Runner, now: float) -> float:
     return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
 
 
-def cached_tokens(runner: Runner, demand: Demand) -> float:
-    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
-    if runner.ready_s is None:
-        return 0.0
-    chars = runner.prefixes.common_chars(demand.spec.prefix)
-    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
-
-
-def harm_s(node: Node, now: float) -> float:
-    """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
-               for other in node.busy)
-
-
 class MemoryLoad(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
@@ -4357,14 +4183,6 @@ class MemoryLoad(NamedTuple):
     count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
-
-
-def memory_load(node: Node, now: float) -> MemoryLoad:
-    """Return the MemoryLoad of a node."""
-    there = resident_runners(node)
-    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
-    return MemoryLoad(sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
-                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
 class Prediction(NamedTuple):
@@ -4387,15 +4205,11 @@ class Offer:
     at only if no slot is free: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
-                 "decode_s", "input_s", "loading", "neighbours")
-
     def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
         node = runner.node
         self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
         self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
-        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
-                                    # needed
+        self.ends_at_s: list[float] | None = None   # when leases and claims end, ascending; reckoned once needed
         self.slow = slowdown(node, runner, 1)
         self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
@@ -4450,10 +4264,12 @@ class Offer:
         return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
 
     def new_tokens(self, demand: Demand) -> float:
-        """Return how many tokens of a prompt the prefix cache lacks."""
-        if not self.runner.prefixes.parts:
-            return demand.prompt_tokens
-        return demand.prompt_tokens - cached_tokens(self.runner, demand)
+        """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there."""
+        runner, tokens = self.runner, demand.prompt_tokens
+        if not runner.prefixes.parts or runner.ready_s is None:
+            return tokens
+        chars = runner.prefixes.common_chars(demand.spec.prefix)
+        return tokens - AFFINITY * chars * tokens / max(1, demand.spec.prompt_chars)
 
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
@@ -4477,12 +4293,7 @@ class Offer:
 
 
 class NodeSnapshot:
-    """What a request meets on a node, as long as nothing there begins or ends.
-
-    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
-    """
-
-    __slots__ = ("node", "at_s", "changes", "offers", "harmed_s", "memory")
+    """What a request meets on a node, as long as nothing there begins or ends. Each part is reckoned once needed."""
 
     def __init__(self, node: Node, now: float) -> None:
         self.node, self.at_s, self.changes = node, now, node.changes.count
@@ -4491,15 +4302,21 @@ class NodeSnapshot:
         self.memory: MemoryLoad | None = None
 
     def harm_s(self, now: float) -> float:
-        """Return what a request of a model that does not run there costs those that do."""
+        """Return what a request of a model that does not run there costs those that do: each gets slower."""
         if self.harmed_s is None:
-            self.harmed_s = harm_s(self.node, now)
+            node = self.node
+            self.harmed_s = sum(HARM * slowdown(node, other) / len(node.busy)
+                                * sum([solo_left_s(lease, now) for lease in other.leases]) for other in node.busy)
         return self.harmed_s
 
     def memory_load(self, now: float) -> MemoryLoad:
         """Return the MemoryLoad that a model to be loaded meets."""
         if self.memory is None:
-            self.memory = memory_load(self.node, now)
+            there = resident_runners(self.node)
+            ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+            self.memory = MemoryLoad(
+                sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
+                now + min((last_end_s(runner, now) for runner in there), default=0.0))
         return self.memory
 
     def offer(self, runner: Runner, now: float) -> Offer:
@@ -4553,8 +4370,8 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
-MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
-YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
+MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
+YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
 
 
@@ -4571,7 +4388,6 @@ class DispatchPass:
     claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
 
     def refuse(self, ticket: Ticket, refusal: Answer) -> None:
-        """Refuse a ticket."""
         self.refused.append(self.waiting.refuse(ticket, refusal))
 
     def refuse_model(self, model: str | None, text: str, since_seq: int = 0) -> None:
@@ -4583,10 +4399,6 @@ class DispatchPass:
         for ticket in list(self.waiting.tickets):
             if ticket.spec.model == model and ticket.seq >= since_seq:
                 self.refuse(ticket, refusal)
-
-    def give(self, ticket: Ticket, runner: Runner, reason: str, prediction: Prediction) -> None:
-        """Give a ticket a slot of a runner."""
-        self.leases.append(give_lease(ticket, runner.node, runner, self.now, reason, prediction))
 
 
 class Decision(NamedTuple):
@@ -4692,7 +4504,7 @@ class ModelPass:
 
     model: str | None
     runners: list[Runner]           # on usable nodes, their own breakers not open
-    forced: bool                    # all fail it, and the only nodes that can serve always may
+    forced: bool                    # every node fails the model: used in spite of its breaker
     looks_left: int                 # tickets that may still be held back
 
     def has_room(self, runner: Runner, now: float) -> bool:
@@ -4706,11 +4518,7 @@ class ModelPass:
 
     def is_open(self, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
-        if self.looks_left > 0:
-            for runner in self.runners:
-                if self.has_room(runner, now):
-                    return True
-        return False
+        return self.looks_left > 0 and any(self.has_room(runner, now) for runner in self.runners)
 
 
 def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
@@ -4727,8 +4535,7 @@ def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
 
 
 def yields(node: Node, now: float) -> bool:
-    """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
-    """
+    """Tell whether a node gets a pause to load: Ollama loads once another model is idle, and a fed one never is."""
     return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
@@ -4824,8 +4631,9 @@ class CompletionTime(Policy):
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
-            work.give(ticket, free.runner, explain(candidates, free), free.offer.predict(demand, now))
-            self.decisions.append(Decision(now, ticket.id, model.model, free.runner.node.name, candidates))
+            node, reason = free.runner.node, explain(candidates, free)
+            work.leases.append(give_lease(ticket, node, free.runner, now, reason, free.offer.predict(demand, now)))
+            self.decisions.append(Decision(now, ticket.id, model.model, node.name, candidates))
         elif candidates or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
             model.looks_left -= free is not None    # one that has tried all free nodes stands in nobody's way
@@ -4849,17 +4657,14 @@ class CompletionTime(Policy):
             elif offer.snapshot is not snapshot:    # a lease was given there
                 offer = work.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
             finish_s = offer.finish_s(demand, now)
-            if node.suspect:
-                finish_s += node.doubt_s(now)
+            if node.suspect:        # as long as it has been silent, it may be again
+                finish_s += max(0.0, now - node.heard_s)
             candidates.append(Candidate(node.suspect, finish_s, order, offer))
         candidates.sort()
         return candidates
 
     def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
-        """Tell whether a ticket has been held back as long as the better node was first predicted to need.
-
-        Beliefs that no answer has confirmed lately hold it for MOST_HELD_S at most: nothing stands idle for an error.
-        """
+        """Tell whether a ticket has been held back as long as the better node was first predicted to need."""
         if ticket.held_until_s is None:
             sure = free.runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
@@ -4912,7 +4717,7 @@ class FairShare:
         return start_s
 
     def correct(self, spec: RequestSpec, more_s: float) -> None:
-        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
+        """Charge a request that has not gone yet `more_s` seconds more; less if that is negative.
 
         The next one starts no earlier than the last one did: a client's requests keep their order.
         """
@@ -4945,11 +4750,6 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self.tickets)
 
-    @property
-    def is_full(self) -> bool:
-        """Tell whether a new ticket has to displace another one."""
-        return len(self.tickets) >= self.max_tickets
-
     def key_s(self, spec: RequestSpec, now: float) -> float:
         """Return the key that a new request would have: when it starts virtually, less its head start."""
         return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
@@ -4976,8 +4776,7 @@ class WaitingRoom:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
         if ticket.state is not TicketState.WAITING:
             return
-        ticket.state = TicketState.IDLE
-        del self.tickets[ticket]
+        self.take(ticket)
         model = ticket.spec.model
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
@@ -5018,10 +4817,6 @@ class WaitingRoom:
         ticket.state, ticket.refusal = TicketState.REFUSED, refusal
         return ticket
 
-    def late(self, now: float) -> list[Ticket]:
-        """Return the tickets that have waited for too long."""
-        return [ticket for ticket in self.tickets if now - ticket.since_s >= self.timeout_s]
-
     def leave(self, ticket: Ticket) -> bool:
         """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
         if ticket.state is TicketState.LEFT:
@@ -5035,12 +4830,11 @@ class WaitingRoom:
         """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
 
         It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
-        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
-        has begun stays. O(n), so for a full queue only.
+        So a crowd of addresses with urgent requests displaces its own, and nobody who waits for a single one. What has
+        begun stays. O(n), so for a full queue only.
         """
         waiting = [ticket for ticket in self.tickets if not ticket.begun]
-        counts = collections.Counter(ticket.spec.client for ticket in waiting)
-        counts[client] += 1
+        counts = collections.Counter([client, *(ticket.spec.client for ticket in waiting)])
         most = max(counts.values())
         last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
@@ -5053,18 +4847,16 @@ class WaitingRoom:
 
 # -----------------------------------------------------------------------------
 # Dispatcher: what becomes of a ticket, from its arrival to its end?
-#
-# The thin owner that ties waiting room, cluster and policy together.
 # -----------------------------------------------------------------------------
 
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
-RACE_LOAD_S = 60.0                  # of silence, before a request that loads a model is raced: to lose ends the load
-RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
+RACE_LOAD_S = 60.0                  # of silence before a request that loads a model is raced: the loser's load ends
+RACE_GAIN = 0.5                     # a race begins where its end is predicted within this share of the silence so far
 STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
 JUDGE_S = 2.0                       # a stream's speed is judged so often
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
-FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
+FORECAST_S = 1.0                    # a full queue's Retry-After is kept so long: 1,024 requests take 3 ms to forecast
 ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
 
@@ -5080,8 +4872,7 @@ class Dispatcher:
         self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0          # when `drain_s` was reckoned last, and what came out
         self.ratios = Histogram(ERROR_BOUNDS)   # time taken over time predicted, of all answers
-        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams that another node was to go on
-                                    # with: whole, broken
+        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams, see `rescued`
 
     # Tickets.
 
@@ -5093,7 +4884,7 @@ class Dispatcher:
         """
         if self.early_refusal:
             self.refuse_early(spec, now)
-        if self.waiting.is_full:
+        if len(self.waiting) >= self.waiting.max_tickets:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
         ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now)
@@ -5125,11 +4916,11 @@ class Dispatcher:
 
     def expire(self, now: float) -> list[Ticket]:
         """Refuse and return the tickets that have waited too long."""
-        late = self.waiting.late(now)
+        timeout_s = self.waiting.timeout_s
+        late = [ticket for ticket in self.waiting.tickets if now - ticket.since_s >= timeout_s]
         if not late:
             return []
-        refusal = Answer(503, f"no slot became free within {self.waiting.timeout_s:g} s",
-                         retry_after_s=self.drain_s(now))
+        refusal = Answer(503, f"no slot became free within {timeout_s:g} s", retry_after_s=self.drain_s(now))
         return [self.waiting.refuse(ticket, refusal) for ticket in late]
 
     def retry(self, ticket: Ticket, now: float) -> bool:
@@ -5157,10 +4948,7 @@ class Dispatcher:
         return self.waiting.leave(ticket) and had_place
 
     def drain_s(self, now: float) -> float:
-        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
-
-        Reckoned anew once a second: a full queue asks for it at every refusal.
-        """
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
         at_s, drained_s = self.forecast
         if not at_s <= now < at_s + FORECAST_S:
             forecast = Forecast(self.cluster, now)
@@ -5365,6 +5153,9 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
+NOTHING_LEARNED = OutputLengths()   # of a model that has not answered yet
+
+
 class Demand(NamedTuple):
     """What a request asks for, in the tokens that it is expected to cost."""
 
@@ -5383,17 +5174,12 @@ class Estimates:
 
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
-        lengths = self.lengths.get(spec.model)
-        if lengths is None:
-            prompt_tokens, output_tokens, samples = spec.prompt_chars / CHARS_PER_TOKEN, PRIOR_OUTPUT_TOKENS, 0
-        else:
-            prompt_tokens = spec.prompt_chars / lengths.chars_per_token
-            output_tokens, samples = lengths.expect(prompt_tokens), lengths.samples
-        if spec.embeds:
-            output_tokens = 0.0
-        elif spec.max_output is not None:
+        lengths = self.lengths.get(spec.model, NOTHING_LEARNED)
+        prompt_tokens = spec.prompt_chars / lengths.chars_per_token
+        output_tokens = 0.0 if spec.embeds else lengths.expect(prompt_tokens)
+        if spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
+        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0)
 
     def learn_chars(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
@@ -5403,21 +5189,14 @@ class Estimates:
 
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
-        lengths = self.lengths.get(ticket.spec.model)
         demand = ticket.demand
-        if demand is None or lengths is not None and lengths.samples != demand.samples:
+        if demand is None or demand.samples != self.lengths.get(ticket.spec.model, NOTHING_LEARNED).samples:
             demand = ticket.demand = self.demand(ticket.spec)
         return demand
 
 
-class Rates(NamedTuple):
-    """What a node needs for the requests of a model, in seconds."""
-
-    at_once: float                  # so many run there as if each were alone
-    overhead_s: float               # a request
-    prefill_s: float                # a token
-    decode_s: float
-    input_s: float                  # a text to embed
+# Of a runner: how many run there as if each were alone; seconds a request, a prompt token, an output token, a text.
+Rates = tuple[float, float, float, float, float]
 
 
 class ClusterRates:
@@ -5445,8 +5224,8 @@ class ClusterRates:
             self.rates.pop(model, None)
             return []
         if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
-            rates = [Rates(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
-                           runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
+            rates = [(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
+                      runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
             self.rates[model] = now, self.cluster.changes.count, rates
         return rates
 
@@ -5509,12 +5288,11 @@ class Forecast:
         heap = self.heaps[model]
         if not heap:
             return None
-        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
+        while heap[0][2][0] > heap[0][0]:       # taken meanwhile, for this model or another
             _, order, slot, runner = heap[0]
             heapq.heapreplace(heap, (slot[0], order, slot, runner))
-        start_s, order, slot, runner = heap[0]
+        start_s, _, slot, runner = heap[0]
         slot[0] = start_s + self.cost_s(runner, demand)
-        heapq.heapreplace(heap, (slot[0], order, slot, runner))
         return start_s
 
 
@@ -7871,7 +7649,7 @@ def shown(name: str | None) -> str | None:
 def runner_stats(node: Node, model: str, now: float) -> Json:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
-    return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
+    return {"on_disk": model in node.rows, "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count,
             "slots_known": runner.slots.origin,
