@@ -98,7 +98,7 @@ READ_AHEAD_BYTES = 256 * KIB        # unread bytes held per connection before it
 TAIL_BYTES = 2 * KIB                # the end of an answer; all statistics are in its last few hundred bytes
 BODY_PAUSE_S = 60.0                 # silence in the middle of a request body
 DEAD_S = 15.0                       # without an answer to /api/version: a node gets nothing new
-FRESH_S = 0.25                      # what a merged answer may wait for nodes; then it shows what was seen last
+FRESH_S = 0.25                      # a merged answer waits so long for nodes, then shows what was seen last
 SENT_BYTES = 256 * KIB              # of a body, in one turn of the loop; over TLS 0.3 ms
 MAX_ATTEMPTS = 3                    # nodes tried for one request
 MAX_LINE_BYTES = 1 * MIB            # of progress
@@ -111,10 +111,10 @@ RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each
 UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
-MANY_SAMPLES, LATELY_S = 8, 60.0    # so many, confirmed so lately, outweigh two samples that are grossly off
-FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # a shorter prompt says less of speed; nothing at all
-LEEWAY = 1.3                        # times beyond a bound is noise: without it the bound itself would be learned
-KEPT_SAMPLES = 3                    # that what was kept counts as, at most: new samples then weigh 0.25, 0.2, 0.17
+MANY_SAMPLES, LATELY_S = 8, 60.0    # this many samples, confirmed this recently, outweigh two gross outliers
+FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # below the first: weak evidence of speed; below the second: none
+LEEWAY = 1.3                        # factor beyond a bound that still counts as noise, not as a sample
+KEPT_SAMPLES = 3                    # a kept estimate counts as so many at most: new samples then weigh 0.25, 0.2, 0.17
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
 
 # What is believed of a model before anything is measured: a mid-range card, where 1 GB of weights cost
@@ -141,7 +141,7 @@ Parsed = TypeVar("Parsed")
 Line = TypeVar("Line", bytes, str)
 
 
-# What is kept is a value: an exception that is kept keeps its traceback, that the frames, and these the request's body.
+# What is kept is a plain value: an exception would keep its traceback, the frames in it and so the request's body.
 
 class Failure(NamedTuple):
     """Why a node gave no answer.
@@ -153,7 +153,6 @@ class Failure(NamedTuple):
     text: str
 
     def error(self) -> Exception:
-        """Return the exception that tells it."""
         return NodeFailure(*self)
 
 
@@ -166,7 +165,6 @@ class Answer(NamedTuple):
     retry_after_s: float | None = None
 
     def error(self) -> Exception:
-        """Return the exception that tells it."""
         return Refusal(self.status, self.text, close=self.close, retry_after_s=self.retry_after_s)
 
 
@@ -198,11 +196,7 @@ class NodeFailure(Exception):
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
-        self.value = Failure(kind, text)
-
-    @property
-    def kind(self) -> str:
-        return self.value.kind
+        self.kind, self.value = kind, Failure(kind, text)
 
 
 class ConfigError(Exception):
@@ -319,7 +313,7 @@ class NodeSettings(NamedTuple):
 # -----------------------------------------------------------------------------
 
 LEAST_STRANGERS = 16                # connections of one address, without keys; a quarter of all if that is more
-SPARED_S = 1.0                      # a connection is not closed as an idle one within this
+SPARED_S = 1.0                      # a connection that has been idle for less is not closed
 SPARE_DESCRIPTORS = 64              # beside a client's and a node's connection per request: probes, files, refusals
 
 
@@ -357,7 +351,8 @@ class Listener:
         client.writer = writer      # since Python 3.11.5 a StreamWriter that is collected closes its transport
         client.transport = transport
         transport.set_protocol(client)
-        address = client.note_address()
+        peer = transport.get_extra_info("peername")         # None if it has gone already
+        address = client.address = peer[0] if isinstance(peer, tuple) else "local"
         if len(self.clients) >= self.max_clients:
             self.close_idle_client()
         is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
@@ -388,7 +383,7 @@ class Listener:
             client.transport.abort()
 
     def acquaint(self, client: ClientConnection) -> None:
-        """Count a connection for its address no longer: it has given a key, or ends."""
+        """Stop counting a connection for its address: it has given a key, or it ends."""
         if client.is_stranger:
             client.is_stranger = False
             self.strangers[client.address] -= 1
@@ -396,14 +391,14 @@ class Listener:
                 del self.strangers[client.address]
 
     def forget(self, client: ClientConnection) -> None:
-        """Count a connection no longer."""
+        """Stop counting a connection."""
         self.acquaint(client)
         self.clients.discard(client)
 
     def report(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         """Log what went wrong outside all tasks: an exception handler of the loop.
 
-        A lack of descriptors is told for every try to accept, and logged once a second: the loop pauses, and resumes.
+        The loop reports a lack of descriptors at every try to accept, and tries again. It is logged once a second.
         """
         error, now = context.get("exception"), self.loop.time()
         if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
@@ -445,9 +440,8 @@ class Listener:
 
 MAX_EMPTY_LINES = 4                 # before a request line; RFC 9112 2.2 asks for one
 KEEP_ALIVE_S = 75.0                 # an idle client connection
-BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout: a modem's line sends four times
-                                    # as much, and 64 MiB byte by byte would hold a connection for years
-WRITE_PAUSE_S = 300.0               # a full buffer of which the client reads less than the next line's bytes
+BODY_BYTES_PER_S = 1 * KIB          # least average of a body, after --header-timeout; a modem sends four times as much
+WRITE_PAUSE_S = 300.0               # in which a client must read the next line's bytes of a full buffer
 LEAST_READ_BYTES = 60_000           # 200 bytes/s
 WRITE_AHEAD_BYTES = 16 * KIB        # unsent, then the node is read no further. One read, of up to 256 KiB, may come on
                                     # top: 200 clients that hardly read a fast stream hold 52 MiB
@@ -466,31 +460,24 @@ def unread_bytes(transport: Transport) -> int:
     return unsent
 
 
-Result = TypeVar("Result")
-
-
 class LoopTurns:
-    """Share the event loop: long work is done in steps, one step per turn of the loop, one asker after the other.
-
-    So it delays everybody else by one step, some milliseconds, however many clients cause it.
-    """
+    """Share the event loop: long work is done in steps of some milliseconds, one per turn of the loop, whoever asks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.lock = loop, asyncio.Lock()     # which lets the askers in as they came
 
     async def take(self) -> None:
-        """Wait for a turn."""
         async with self.lock:
             await asyncio.sleep(0)
 
-    async def run(self, steps: Generator[None, None, Result]) -> Result:
+    async def run(self, steps: Steps[Parsed]) -> Parsed:
         """Do work that is written as a generator, each step in a turn of its own; return its result."""
         while True:
             await self.take()
             try:
                 next(steps)
             except StopIteration as end:
-                result: Result = end.value
+                result: Parsed = end.value
                 return result
 
 
@@ -519,9 +506,9 @@ class BodyMemory:
 
     async def hold(self, client: ClientConnection, size: int) -> None:
         """Let a client hold so many bytes in all, once there is room. Raises Refusal if that takes too long."""
-        more = max(size, 2 * client.held_bytes) - client.held_bytes if size > client.held_bytes else 0
-        if size <= SHORT_BODY_BYTES or not more:
+        if size <= max(SHORT_BODY_BYTES, client.held_bytes):
             return
+        more = max(size - client.held_bytes, client.held_bytes)     # at least doubled: a chunked body asks often
         if not self.waiting and self.fits(more):
             self.held_bytes += more
             client.held_bytes += more
@@ -543,10 +530,9 @@ class BodyMemory:
 
     def give_back(self, client: ClientConnection) -> None:
         """Take back what a client holds."""
-        if client.held_bytes:
-            self.held_bytes -= client.held_bytes
-            client.held_bytes = 0
-            self.grant()
+        self.held_bytes -= client.held_bytes
+        client.held_bytes = 0
+        self.grant()
 
 
 def body_due_s(due_s: float, size: int, now: float) -> float:
@@ -571,10 +557,6 @@ class TlsTransport(asyncio.Protocol):
     31.2 and a stream 0.06 MiB instead of 0.3; on uvloop 25.0 us instead of 26.6; without TLS 24.2 and 20.6.
     `forget` is told of a client whose handshake never ended.
     """
-
-    __slots__ = ("socket", "client", "forget", "incoming", "outgoing", "tls", "shaken", "ended",
-                 "is_closing", "pause_reading", "resume_reading", "set_write_buffer_limits", "get_write_buffer_size",
-                 "get_extra_info")
 
     def __init__(self, socket: asyncio.Transport, context: ssl.SSLContext, client: ClientConnection,
                  forget: Callable[[ClientConnection], None]) -> None:
@@ -696,7 +678,7 @@ class ClientConnection(asyncio.Protocol):
     idle_s: float = 0.0             # since when no request is under way
     is_stranger: bool = False       # it has shown no key, and counts for its address
     write_deadline_s: float = math.inf      # until when the client must have read LEAST_READ_BYTES
-    unread_bytes: int = 0           # of what was to be sent when that was asked for
+    unread_bytes: int = 0           # when that was set
     asking: bool = False            # a request has begun and its answer has not ended
     serving: bool = False           # that request is complete: nothing but its end is expected of the client
     eof: bool = False
@@ -708,12 +690,6 @@ class ClientConnection(asyncio.Protocol):
         self.transport, self.write_deadline_s, self.idle_s = transport, math.inf, self.loop.time()
         transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self.task = self.loop.create_task(self.converse(self))
-
-    def note_address(self) -> str:
-        """Note and return the address of the other side."""
-        peer = self.transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
-        return self.address
 
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
@@ -765,11 +741,11 @@ class ClientConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def arm_write_deadline(self) -> None:
-        """Note how much there is to be read now, and until when some of it must have been."""
+        """Note how much the client has to read now, and by when it must have read some of it."""
         self.write_deadline_s, self.unread_bytes = self.loop.time() + WRITE_PAUSE_S, unread_bytes(self.transport)
 
     def expire(self, now: float) -> None:
-        """End what this connection has waited for too long. Called every SWEEP_S."""
+        """End the waits of this connection that are overdue. Called every SWEEP_S."""
         if now > self.write_deadline_s:
             if unread_bytes(self.transport) > self.unread_bytes - LEAST_READ_BYTES:
                 self.transport.abort()
@@ -877,9 +853,9 @@ class ClientConnection(asyncio.Protocol):
         """
         if head.length == 0:
             return b""
-        if head.length is not None and head.length > limit:
-            raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-        if head.length is not None and head.length > SHORT_BODY_BYTES:
+        if head.length is not None:
+            if head.length > limit:
+                raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             await memory.hold(self, head.length)
         self.send_continue(head)
         now = self.loop.time()
@@ -1026,9 +1002,7 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
-    """Return ({lower-case name: value}, [(lower-case name, raw line)]). The values of a repeated field are joined by
-    commas. Raises ProtocolError.
-    """
+    """Return the fields, the values of a repeated one joined by commas, and the named lines. Raises ProtocolError."""
     parsed = list(map(parse_field, lines))
     fields = dict(parsed)
     if len(fields) < len(parsed):
@@ -1041,13 +1015,10 @@ def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
-    """Return the body length that the fields declare, in bytes: None for chunked, 0 if they say nothing.
-
-    RFC 9112 6.1 and 6.3. Raises ProtocolError where two readings are possible.
-    """
+    """Return the bytes of a body: None for chunked, 0 if no field tells. Raises ProtocolError for what is ambiguous."""
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
-        if length is not None:      # 6.3: "might indicate an attempt to perform request smuggling"
+        if length is not None:      # RFC 9112 6.3: "might indicate an attempt to perform request smuggling"
             raise ProtocolError("both Content-Length and Transfer-Encoding")
         if version == 0:            # 6.1: "MUST treat the message as if the framing is faulty"
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
@@ -1168,8 +1139,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
             client.asking = True
             exchange = begin_exchange(gateway, client, head)
             await handle(exchange)
-            if client.write_paused:
-                await client.drained()
+            await client.drained()
             if client.buffer:       # it asks ahead: others come in between
                 await gateway.turns.take()
             if not exchange.keep or gateway.draining or client.gone:
@@ -1226,8 +1196,7 @@ async def serve(exchange: Exchange) -> None:
         answer_page(exchange, verdict.page_status)
         return
     if route.where in ANSWERED_HERE:
-        if head.length != 0:
-            await exchange.read_body()
+        await exchange.read_body()
         await route.handler(exchange)
         return
     if gateway.draining:
@@ -1340,11 +1309,8 @@ class Exchange:
 
 
 def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
-    """Return the Exchange of a request whose head has come.
-
-    Its id is the client's own X-Request-Id if that is harmless in a header and a log line.
-    """
-    own = head.fields.get(b"x-request-id", b"")
+    """Return the Exchange of a request whose head has come."""
+    own = head.fields.get(b"x-request-id", b"")     # its id, if that is harmless in a header and a log line
     id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
     record = Record(id, client.address, head.method, head.path, gateway.loop.time())
     return Exchange(gateway, client, head, record, head.keep_alive)
@@ -1365,7 +1331,7 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 # digest, so the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
 
-MOST_FROM_AFAR = 8                  # of who asks from another machine without a key: else all would be critical
+MOST_FROM_AFAR = 8                  # for who asks from another machine without a key: else all would be critical
 OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
 DIGEST_SECRET = secrets.token_bytes(32)
 
@@ -1450,12 +1416,7 @@ PREFLIGHT = [b"Access-Control-Allow-Methods: GET,POST,PUT,PATCH,DELETE,HEAD,OPTI
 
 def is_listed(origin: str, allowed: Iterable[str]) -> bool:
     """Tell whether an origin is one of `allowed`, each with one `*` at most, which stands for anything."""
-    for pattern in allowed:
-        start, star, end = pattern.partition("*")
-        if origin == pattern or (star and len(origin) >= len(start + end) and origin.startswith(start)
-                                 and origin.endswith(end)):
-            return True
-    return False
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), origin, re.S) for pattern in allowed)
 
 
 def is_own_origin(origin: bytes, host: bytes) -> bool:
@@ -1480,7 +1441,7 @@ def origin_lines(origin: bytes, host: bytes, allowed: list[str]) -> list[bytes] 
 def page_may_change(fields: HeadFields, allowed: Iterable[str]) -> bool:
     """Tell whether a request comes from no web page, from one of the gateway's own, or from one of an allowed origin.
 
-    Programs send neither field. Browsers set both themselves, out of reach of a page's scripts.
+    Programs send neither Origin nor Sec-Fetch-Site; browsers send both, and a page's scripts cannot change them.
     """
     origin = fields.get(b"origin", b"")
     if origin and is_listed(origin.decode("latin-1"), allowed):
@@ -1689,13 +1650,8 @@ def has_lower_keys(value: object) -> bool:
     """Tell whether the keys that are read below are in lower case: of an object, its options, messages and parts."""
     if type(value) is list:
         return all(map(has_lower_keys, value))
-    if type(value) is dict:
-        if not all(map(str.islower, value)):
-            return False
-        for key in ("options", "messages", "input", "content"):
-            if key in value and not has_lower_keys(value[key]):
-                return False
-    return True
+    return type(value) is not dict or all(map(str.islower, value)) and all(
+        has_lower_keys(value[key]) for key in ("options", "messages", "input", "content") if key in value)
 
 
 def json_value(text: str) -> Any:
@@ -1964,10 +1920,7 @@ def canonical(name: str) -> str:
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
-    if name.endswith(":local"):
-        name = name[:-len(":local")]
-    for default in ("registry.ollama.ai/", "library/"):
-        name = name.removeprefix(default)
+    name = name.removesuffix(":local").removeprefix("registry.ollama.ai/").removeprefix("library/")
     if name and ":" not in name.rpartition("/")[2]:
         name += ":latest"
     return name
@@ -2140,10 +2093,7 @@ def output_bound(path: str, fields: Json, options: Json) -> int | None:
 
 
 def runner_options(fields: Json, options: Json) -> RunnerOptions:
-    """Return the options that belong to a loaded model: for another value Ollama unloads the model and loads it again.
-    """
-    if not options and "shift" not in fields:
-        return ()
+    """Return the options that a model is loaded with: for another value Ollama unloads it and loads it again."""
     values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
@@ -2200,16 +2150,10 @@ def is_batch(texts: object) -> bool:
     return type(texts) is list and 1 < len(texts) <= MAX_SPLIT_TEXTS and all(type(text) is str for text in texts)
 
 
-NO_PROMPT = Prompt(0, (), 1)
-
-
 def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
               default_priority: int = DEFAULT_PRIORITY) -> RequestSpec:
-    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority.
-
-    Without a body that is read, only the path can name the model.
-    """
-    if route.kind in ("raw", "account"):
+    """Return what a request wants, from its head and a Reading of its body. Raises Refusal for an invalid priority."""
+    if route.kind in ("raw", "account"):    # of their body nothing is read: only the path can name a model
         return RequestSpec(route.family, model_in(head.path), client=client, inference=False, where=route.where,
                            repeatable=head.method in ("GET", "HEAD"))
     fields, is_inference = reading.fields, route.where is Where.QUEUED
@@ -2218,7 +2162,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     options = options if isinstance(options, dict) else {}
     name = fields.get("model") or fields.get("name") or fields.get("source")
     stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
-    prompt = (reading.prompt or read_prompt(route.kind, fields)) if route.kind in PROMPT_KINDS else NO_PROMPT
+    prompt = (reading.prompt or read_prompt(route.kind, fields)) if route.kind in PROMPT_KINDS else Prompt(0, ())
     change = change_of(route, fields)
     return RequestSpec(
         family=route.family,
@@ -2265,16 +2209,10 @@ def row_name(row: Json) -> str:
     return canonical(row["name"])
 
 
-@functools.lru_cache(maxsize=4096)
-def parse_instant(text: str) -> float:
-    """Return seconds since 1970 for a time in RFC 3339. Raises ValueError or OverflowError."""
-    return datetime.datetime.fromisoformat(text).timestamp()
-
-
 def instant_s(value: object) -> float:
-    """Return seconds since 1970 for a time in a node's row, 0 for anything else. Zones differ between nodes."""
+    """Return seconds since 1970 for a time in a node's row (RFC 3339, in any zone), 0 for anything else."""
     try:
-        return parse_instant(value) if isinstance(value, str) and len(value) < 64 else 0.0
+        return datetime.datetime.fromisoformat(value).timestamp() if isinstance(value, str) else 0.0
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2305,7 +2243,7 @@ def row_vram_bytes(row: Json) -> float:
 
 
 def context_of(row: Json | None) -> int:
-    """Return `context_length` of a row of /api/ps, or of the details in one of /api/tags; 0 if it does not tell."""
+    """Return `context_length` of a row of /api/ps, or of `details` in a row of /api/tags; 0 if it is missing."""
     value = row.get("context_length") if isinstance(row, dict) else None
     return value if type(value) is int and 0 < value < 2**40 else 0
 
@@ -2315,18 +2253,13 @@ def window_of(node: Node, model: str | None) -> int:
     return next((context_of(row) for row in node.running if row_name(row) == model), 0)
 
 
-def has_on_disk(node: Node, model: str | None) -> bool:
-    """Tell whether a node is known to have a model."""
-    return model in node.rows
-
-
 def version_of(node: Node, model: str | None) -> float:
     """Return when the model that a node has was last changed, in seconds since 1970."""
     return instant_s(node.rows[model].get("modified_at")) if model in node.rows else 0.0
 
 
 def digest_of(node: Node, model: str | None) -> str:
-    """Return the digest of a model that a node has; "" if the node did not tell."""
+    """Return the digest of a model on a node; "" if the node has not the model, or did not tell."""
     return str(node.rows[model].get("digest") or "") if model in node.rows else ""
 
 
@@ -2337,7 +2270,7 @@ def weights_of(node: Node, model: str) -> str:
 
 
 def make_of(row: Json) -> tuple[str, ...]:
-    """Return what is equal in the rows of models made from the same weights, beside their sizes; () if it is untold."""
+    """Return what rows of models from the same weights have in common, besides the size; () if the row lacks it."""
     details = row.get("details")
     if not isinstance(details, dict) or not details.get("parameter_size"):
         return ()
@@ -2347,21 +2280,21 @@ def make_of(row: Json) -> tuple[str, ...]:
 def possible_twins(node: Node) -> list[str]:
     """Return the models that may have the weights of another one of their node, and were not asked for theirs yet."""
     alike: collections.defaultdict[tuple[str, ...], list[tuple[float, str]]] = collections.defaultdict(list)
-    found: dict[str, None] = {}
+    twins: dict[str, None] = {}
     for model, row in node.rows.items():
         if kind := make_of(row):
             alike[kind].append((row_bytes(row, "size"), model))
     for sized in alike.values():
         for (size, one), (larger, two) in itertools.pairwise(sorted(sized)):
             if larger - size <= MIB and digest_of(node, one) != digest_of(node, two):
-                found.update({one: None, two: None})
-    return [model for model in found if (model, digest_of(node, model)) not in node.weights]
+                twins.update({one: None, two: None})
+    return [model for model in twins if (model, digest_of(node, model)) not in node.weights]
 
 
 def share_runners(node: Node) -> None:
     """Give the models of a node that are made from the same weights one runner, and only those.
 
-    One that works stays as it is until it is idle, when the models are looked at next.
+    A runner at work stays as it is until it is idle when its node's models are listed again.
     """
     sharing: dict[str, list[str]] = {}
     taken: set[Runner] = set()
@@ -2398,7 +2331,7 @@ ALL_FAILED = 502, "every node that could answer has failed"
 
 
 def emptiest(nodes: list[Node], count: int) -> list[Node]:
-    """Return the nodes that shall get a new model: those with the fewest GB on disk, of equals the fastest."""
+    """Return the nodes that get a new model: those with the fewest GB on disk; among equals the fastest."""
     def fullness(node: Node) -> tuple[int, float]:
         held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
@@ -2414,17 +2347,15 @@ def server_of(settings: NodeSettings) -> tuple[str, str]:
 
 def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
     """Return {line's name: the node of the same server}; of two nodes of one server, first the one with that name."""
-    found, free = {}, {node: server_of(node.settings) for node in nodes}
+    matches, free = {}, {node: server_of(node.settings) for node in nodes}
     for names_count in (True, False):
         for line in lines:
-            if line.name in found:
-                continue
-            for node, server in free.items():
-                if server == server_of(line) and (node.name == line.name or not names_count):
-                    found[line.name] = node
-                    del free[node]
-                    break
-    return found
+            node = next((node for node, server in free.items() if server == server_of(line)
+                         and (node.name == line.name or not names_count)), None)
+            if node is not None and line.name not in matches:
+                matches[line.name] = node
+                del free[node]
+    return matches
 
 
 def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
@@ -2455,7 +2386,7 @@ class Cluster:
     """The nodes, and what is known of models wherever they are."""
 
     def __init__(self, patience_s: float = 240.0) -> None:
-        self.patience_s = patience_s            # for so long what waits may wait for a node that has gone
+        self.patience_s = patience_s            # how long requests may wait for a node that has disappeared
         self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
         self.leaving: list[Node] = []           # dropped nodes that still work
         self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
@@ -2539,9 +2470,9 @@ class Cluster:
         """Return the nodes that have a model; all of them if none is known to."""
         return [runner.node for runner in self.holders.get(model, ())] or list(self.nodes.values())
 
-    def count_with(self, model: str | None, digest: str | None) -> int:
-        """Return how many nodes have a version of a model."""
-        return sum(has_on_disk(node, model) and digest_of(node, model) == digest for node in self.nodes.values())
+    def count_with(self, model: str | None, digest: str) -> int:
+        """Return how many nodes have a version of a model; `digest`: not ""."""
+        return sum(digest_of(node, model) == digest for node in self.nodes.values())
 
     def servers(self, model: str | None, now: float) -> list[Runner]:
         """Return the runners that can serve a model now; if there are none, those that it waits for."""
@@ -2581,7 +2512,7 @@ class Cluster:
                 raise Refusal(*ALL_FAILED)
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         up = [node for node in up if node.breaker.allows(now)] or up
-        holders = [node for node in up if has_on_disk(node, spec.model)]
+        holders = [node for node in up if spec.model in node.rows]
         if spec.where is Where.PRIMARY:
             node = self.primary_for(spec, holders, now)
             if node.name in tried:
@@ -2606,7 +2537,7 @@ class Cluster:
     def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
         """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
 
-        Those that are up and have it, hung or not: what cannot be done there must be told. A copy is made where the
+        All that are up and have it, even hung ones: a failure there must be reported. A copy is made where the
         newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
         node to refuse.
         """
@@ -2614,7 +2545,7 @@ class Cluster:
         if not up:
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         model = spec.source if spec.change in ("copy", "create") else spec.model
-        holders = [node for node in up if has_on_disk(node, model)]
+        holders = [node for node in up if model in node.rows]
         if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
             return [self.primary_for(spec, holders, now)]
         if spec.change == "copy" and holders:
@@ -2625,10 +2556,7 @@ class Cluster:
         return holders or [min(up, key=lambda node: not node.settings.primary)]
 
     def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
-        """Return (sizes, digest): into shares of how many texts a batch is cut, and for which version of its model.
-
-        Only nodes with the same version take part: the one that most have.
-        """
+        """Return (sizes, digest): the texts in each share of a batch, and the model's version that most nodes have."""
         versions: dict[str, list[Runner]] = {}
         for runner in self.holders.get(spec.model, ()):
             if runner.node.is_alive(now):
@@ -2674,9 +2602,6 @@ class Cluster:
 
 # -----------------------------------------------------------------------------
 # Tickets and leases: where does a request stand?
-#
-# A Ticket is a request's place in the waiting room, kept until its client has its answer. A Lease is the right to run
-# it on one node, given once and ended once. A ticket has one lease at a time, or two that race each other.
 # -----------------------------------------------------------------------------
 
 class TicketState(enum.Enum):
@@ -2697,7 +2622,7 @@ class TicketState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request's place in the queue, kept over failed attempts, so that failing over costs it nothing."""
+    """A request's place in the queue, kept over failed attempts. It has one lease at a time, or two that race."""
 
     id: str
     spec: RequestSpec
@@ -2720,12 +2645,11 @@ class Ticket:
     differed: bool = False          # a node with another window or version was tried in place of one that refused it
     held_until_s: float | None = None           # until when it may be held back for a better node
     refusal: Answer | None = None   # why it will never run
-    waiter: asyncio.Future[None] | None = None      # what the I/O side waits with
+    waiter: asyncio.Future[None] | None = None      # future that the I/O side awaits
 
     def may_use(self, node: Node) -> bool:
         """Tell whether a node has not failed it and has the version of the model that it is pinned to."""
-        return node.name not in self.tried and (self.version == "" or (
-            has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) == self.version))
+        return node.name not in self.tried and self.version in ("", digest_of(node, self.spec.model))
 
     def take(self, lease: Lease) -> None:
         """Note a lease: its only one, or one that races the first."""
@@ -2746,7 +2670,7 @@ class Ticket:
     def pin_version_of(self, node: Node) -> None:
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
         self.begun = True
-        self.version = has_on_disk(node, self.spec.model) and digest_of(node, self.spec.model) or None
+        self.version = digest_of(node, self.spec.model) or None
 
     def exclude_alike(self, kind: str, failed: Node, others: Iterable[Node]) -> None:
         """Keep it from the nodes that would refuse it as `failed` did. After a 400 one more is tried at most.
@@ -2803,11 +2727,10 @@ class Lease:
     race_s: float = 0.0             # silence before its first byte that is no reason for a race
     first_s: float | None = None
     first_progress_s: float = 0.0   # the runner's progress then
-    predecessor_left_progress_s: float | None = None    # and when the first request sent before it left, if that was
-                                    # earlier
+    predecessor_left_progress_s: float | None = None    # and when the first one sent before it left, if earlier
     left_s: tuple[float, ...] = ()  # when those sent before it left, one after the other
     order_unknown: bool = False     # another was sent at the same time: nobody knows which the node took first
-    has_list_input: bool = False    # or was sent behind one: it takes more slots than requests
+    has_list_input: bool = False    # it, or one sent before it that still ran, embeds a list: more slots than one
     overlapping: int = 1            # how many ran at its first byte, itself included, if the node keeps their order
     heard_s: float = 0.0
     lines: int = 0
@@ -2819,7 +2742,7 @@ class Lease:
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
     abandon: Callable[[Failure], object] | None = None      # tells the I/O side that another node does this
-    lost_to: Failure | None = None  # the rival that has won, if its own connection is still to come
+    lost_to: Failure | None = None  # set if a rival won before this lease had a connection to abort
     held_up: Callable[[], bool] | None = None   # tells whether the answer waits for its client to read
 
     @property
@@ -2917,10 +2840,7 @@ def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, re
 
 
 def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other.
-
-    After it the node has a pause, which is doubled until it answers somebody.
-    """
+    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other."""
     node = runner.node
     lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
     node.advance(now)
@@ -2944,8 +2864,6 @@ LEAST_COUNT_LIMIT = 3               # Ollama keeps at most three models loaded f
 
 class MemoryEstimate:
     """What fits into a node's memory, as far as its evictions have shown."""
-
-    __slots__ = ("seen_bytes", "limit_bytes", "loaded_seen", "most_loaded")
 
     def __init__(self) -> None:
         self.seen_bytes = 0.0       # most that was resident at once
@@ -3004,10 +2922,6 @@ class Breaker:
         self.trial = self.failures >= self.threshold
         return self.trial
 
-    def end_trial(self) -> None:
-        """Note that the trial ended without telling anything: its client left, say."""
-        self.trial = False
-
     def fail(self, now: float) -> bool:
         """Count a failure, and tell whether it was; from the threshold on the pause doubles each time.
 
@@ -3027,7 +2941,6 @@ class Breaker:
         self.failures = max(0, self.failures - 1)
 
     def succeed(self) -> None:
-        """Close."""
         self.failures, self.trial = 0, False
 
 
@@ -3062,7 +2975,6 @@ class ErrorShare:
         return errors / answers if answers else None
 
     def counts(self, now: float) -> tuple[int, int]:
-        """Return (errors, answers)."""
         recent = [step for step in self.steps if step[0] > now // STEP_S - self.STEPS]
         return sum(step[1] for step in recent), sum(step[2] for step in recent)
 
@@ -3075,21 +2987,11 @@ class ErrorShare:
 class Changes:
     """What has happened on the nodes since a policy looked last: which models are worth another look."""
 
-    __slots__ = ("models", "idle_models", "everything", "count")
-
     def __init__(self) -> None:
-        self.models: set[str | None] = set()
-        self.idle_models: set[str | None] = set()       # that an idle node could load
+        self.models: set[str | None] = set()            # for which a slot may have become free
+        self.idle_models: set[str | None] = set()       # of nodes that have nothing to do
         self.everything = True
         self.count = 0              # of `note_all`: what was reckoned before is out of date
-
-    def note(self, models: Iterable[str]) -> None:
-        """Note that a slot may have become free for some models."""
-        self.models.update(models)
-
-    def note_idle(self, models: Iterable[str]) -> None:
-        """Note that a node with these models has nothing to do."""
-        self.idle_models.update(models)
 
     def note_all(self) -> None:
         """Note that a node has changed, so that every prediction may be different."""
@@ -3111,8 +3013,7 @@ class Node:
     changes: Changes = field(default_factory=Changes)       # the cluster's
     name: str = field(init=False)
     rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
-    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # (model, digest): the blob with its weights;
-                                    # "" = untold
+    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # by (model, digest): their blob; "" = untold
     runners: dict[str, Runner] = field(default_factory=dict)    # by model
     leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
     busy: list[Runner] = field(default_factory=list)        # those with leases
@@ -3179,15 +3080,8 @@ class Node:
         """Tell whether it may get new work."""
         return self.up and not self.draining and self.breaker.allows(now)
 
-    def doubt_s(self, now: float) -> float:
-        """Return what is added to a finish there while in doubt: as long as it has been silent, it may be again."""
-        return max(0.0, now - self.heard_s)
-
     def snapshot(self, now: float) -> NodeSnapshot:
-        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most.
-
-        So old is what an Offer says of the work that still runs.
-        """
+        """Return what a request meets there: kept as long as nothing happens there, but LOOK_AGAIN_S at most."""
         known = self.kept_snapshot
         if known is None or known.changes != self.changes.count or now - known.at_s > LOOK_AGAIN_S:
             known = self.kept_snapshot = NodeSnapshot(self, now)
@@ -3213,9 +3107,9 @@ class Node:
         elif lease.runner is not None:
             lease.runner.end(lease, now)
         if not self.leases:         # it is worth a look even for what had better wait for another node
-            self.changes.note_idle(self.rows)
+            self.changes.idle_models.update(self.rows)
         for breaker in lease.trials:
-            breaker.end_trial()
+            breaker.trial = False   # it may have ended without telling anything: its client left, say
         self.heard_s = now          # its silence, if any, ended with this lease
 
     def advance(self, now: float) -> None:
@@ -3243,7 +3137,7 @@ class Node:
         self.misses, self.check_pause_s = 0, CHECK_PAUSE_S
 
     def note_error(self, text: str, status: int | None, kind: str | None, now: float) -> None:
-        """Note an error that it answered, or how else it failed. What follows from that is the part of `fail`."""
+        """Note an error that it answered, or how else it failed. `Dispatcher.fail` draws the conclusions."""
         self.last_error = NodeError(text, status, now)
         if kind not in DIFFERENCES:
             self.error_share.add(True, now)
@@ -3257,7 +3151,6 @@ class Node:
     # Doubt and speed.
 
     def doubt(self, now: float) -> None:
-        """Note that it is in doubt."""
         self.doubted_s = now
         if not self.suspect:
             self.suspect = True
@@ -3275,7 +3168,6 @@ class Node:
         self.kept_snapshot = None
 
     def reset_speed(self) -> None:
-        """Reset its speed factor to 1."""
         self.speed = 1.0
         self.changes.note_all()
 
@@ -3284,7 +3176,7 @@ class Node:
         return self.up and not self.draining and not self.leases and now >= self.check_s
 
     def calibrates(self, done: bool = True) -> None:
-        """Note that it is being measured; that is done once each time it comes up. Or that it was in vain."""
+        """Note that it is being measured, once each time it comes up; not `done`: it was in vain."""
         self.calibrated = done
 
     def pause_measuring(self, now: float) -> None:
@@ -3322,7 +3214,7 @@ class Node:
             runner.slots.forget()
 
     def refused(self, now: float) -> None:
-        """Note that it refuses connections: no new work. Whether what runs there is lost, the next probe tells."""
+        """Note that it refuses connections: no new work. The next probe tells whether what runs there is lost."""
         self.up, self.lost_s = False, now
 
     def configure(self, settings: NodeSettings) -> None:
@@ -3343,7 +3235,7 @@ class Node:
         return runner
 
     def take_tags(self, rows: list[Json], asked_s: float) -> bool:
-        """Take over its /api/tags, unless what was asked for later has come before it; tell whether it was."""
+        """Take over its /api/tags, unless a later request was answered before; tell whether it was taken over."""
         if asked_s < self.indexed_s:
             return False
         self.indexed_s = asked_s if asked_s < math.inf else self.indexed_s
@@ -3379,13 +3271,12 @@ class Node:
 
     def know_weights(self, blobs: dict[tuple[str, str], str]) -> None:
         """Take over which blobs its models are made from: {(model, digest): blob}."""
-        self.weights = {**self.weights, **blobs}
         known = {(model, digest_of(self, model)) for model in self.rows}
-        self.weights = {key: blob for key, blob in self.weights.items() if key in known}
+        self.weights = {key: blob for key, blob in {**self.weights, **blobs}.items() if key in known}
         share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
-        """Take over its /api/ps, asked for at `asked_s`. Of the names of one runner it shows the first asked for."""
+        """Take over its /api/ps, asked for at `asked_s`. It shows a runner under the name that was asked for first."""
         names = {row_name(row): row for row in rows}
         loading = {lease.slot for lease in self.loading}
         loading_bytes = sum(runner.resident_bytes() for runner in loading
@@ -3421,7 +3312,7 @@ class Node:
 # -----------------------------------------------------------------------------
 
 LEAST_WAIT_RATIO = 1.5              # a wait that makes less difference than this is lost in noise
-WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the work: it waited in any case; its work was not so much, in any case
+WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the expected work: above, it surely waited; below, less was due
 STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
 STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
@@ -3440,7 +3331,7 @@ class Histogram:
         self.sum += value * count
 
     def share(self, share: float) -> float | None:
-        """Return the bound that so many of the values do not exceed; None without any."""
+        """Return the lowest bound that at least this share of the values does not exceed; None without values."""
         total = sum(self.counts)
         for bound, count in zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True):
             if total and count >= share * total:
@@ -3486,14 +3377,13 @@ TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside 
 
 def read_timings(tail: bytes) -> Timings:
     """Return the Timings in the last bytes of an answer, Ollama's or OpenAI's (counts only). Never raises."""
-    found = dict(TIMING.findall(tail))
-    given = found.get
+    value = dict(TIMING.findall(tail)).get
     return Timings(
-        int(given(b"total_duration", 0)) / 1e9, int(given(b"load_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_duration", 0)) / 1e9,
-        int(given(b"prompt_eval_count") or given(b"prompt_tokens") or given(b"input_tokens") or 0),
-        int(given(b"eval_duration", 0)) / 1e9,
-        int(given(b"eval_count") or given(b"completion_tokens") or given(b"output_tokens") or 0))
+        int(value(b"total_duration", 0)) / 1e9, int(value(b"load_duration", 0)) / 1e9,
+        int(value(b"prompt_eval_duration", 0)) / 1e9,
+        int(value(b"prompt_eval_count") or value(b"prompt_tokens") or value(b"input_tokens") or 0),
+        int(value(b"eval_duration", 0)) / 1e9,
+        int(value(b"eval_count") or value(b"completion_tokens") or value(b"output_tokens") or 0))
 
 
 def waits_long(timings: Timings, took_s: float) -> bool:
@@ -3509,10 +3399,7 @@ def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
 
 
 def ran_at_once(lease: Lease, timings: Timings) -> int:
-    """Return how many requests of ours ran on a node when one that had waited there began, itself included.
-
-    0 if none of ours left then: it waited for somebody else's.
-    """
+    """Return how many of our requests ran when one that had waited began, itself included; 0: it waited for others'."""
     began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s - lease.node.overhead_s
     leeway_s = UNORDERED_S + lease.node.rtt_s + 0.02 * timings.hidden_wait_s + lease.node.overhead_s
     if not any(abs(left_s - began_s) <= leeway_s for left_s in lease.left_s):
@@ -3544,8 +3431,7 @@ def certainly_beside(lease: Lease) -> int:
 def is_answer(lease: Lease, timings: Timings) -> bool:
     """Tell whether an answer took a slot: a request without a prompt only loads the model."""
     spec = lease.ticket.spec
-    told = timings.prompt_tokens or timings.output_tokens or lease.lines > 2
-    return bool(told or spec.embeds and spec.prompt_chars)
+    return bool(timings.prompt_tokens or timings.output_tokens or lease.lines > 2 or spec.embeds and spec.prompt_chars)
 
 
 def first_work_s(lease: Lease, timings: Timings) -> float:
@@ -3661,8 +3547,10 @@ def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
     if not is_disturbed(lease):
         if lease.predecessor_left_progress_s is None and not lease.order_unknown:       # it waited for nobody
             learn_speed_by_latency(lease, timings, now)
-        if lease.ticket.spec.stream:        # once it has begun it waits for nobody either
-            learn_decode_by_latency(lease, timings, now)
+        tokens, later_s = timings.output_tokens, runner.progress_s - lease.first_progress_s
+        if lease.ticket.spec.stream and tokens >= 8 and later_s > 1e-4:     # once begun it waits for nobody either
+            stalled_s = lease.stall_tokens * runner.prefill_s()
+            learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
     weigh_latency(lease, timings, now)
 
 
@@ -3695,14 +3583,6 @@ def weigh_latency(lease: Lease, timings: Timings, now: float) -> None:
             runner.note_slots(slots.vote(lease.position, -1, now, strangers_s))
         elif waited is False and not streams:       # streams that really overlap show it
             runner.note_slots(slots.vote(lease.position, 1, now, strangers_s))
-
-
-def learn_decode_by_latency(lease: Lease, timings: Timings, now: float) -> None:
-    """Take the time between a stream's first byte and its end as a sample of decode speed."""
-    runner, tokens = lease.slot, timings.output_tokens
-    later_s, stalled_s = runner.progress_s - lease.first_progress_s, lease.stall_tokens * runner.prefill_s()
-    if tokens >= 8 and later_s > 1e-4:
-        learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
 
 
 def learn_speed_by_latency(lease: Lease, timings: Timings, now: float) -> None:
@@ -3750,8 +3630,7 @@ def learn_prefill(lease: Lease, seconds: float, tokens: float) -> None:
 def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0.0) -> None:
     """Take in the seconds per output token that a lone request would have seen.
 
-    `stalled_s` of them, at most, it stood still for the prefills of others: if that may be much, the sample is only a
-    bound.
+    For up to `stalled_s` of them it stood still for the prefills of others. If that is much, it is only a bound.
     """
     node, known = runner.node, runner.decode_s()
     if stalled_s <= STALL_SHARE * sample or not runner.speeds.samples:
@@ -3773,14 +3652,11 @@ def size_factor(runner: Runner, decode_s: float) -> float:
 
 
 def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
-    """Learn from the answer to a measuring request; tell whether it says anything. Before its end.
-
-    It does not if somebody else used the node, or the model was loaded for it.
-    """
+    """Learn from the answer to a measuring request; tell whether it says anything. Before its end."""
     node, runner = lease.node, lease.slot
     speeds = runner.speeds
     node.heard_s = now
-    if waits_long(timings, now - lease.sent_s):
+    if waits_long(timings, now - lease.sent_s):     # somebody else uses the node
         node.strangers_s = now
         return False
     if timings.load_s > 1.0 or timings.output_tokens < 4 or timings.output_s <= 1e-4:
@@ -3811,9 +3687,8 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
-SIGNS_FOR, SIGNS_AGAINST = 3, 5     # answers more for than against a slot, or the reverse, that decide: what a latency
-                                    # says is no proof by itself, and a slot too few costs more than one too many
-LAST_SHORT_PAUSE = 1                # the pause is doubled so often at most after mere signs
+SIGNS_FOR, SIGNS_AGAINST = 3, 5     # by so many votes a slot is won or lost: one too few costs more than one too many
+LAST_SHORT_PAUSE = 1                # doublings of the pause, at most, where the evidence is weak
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 CONFIRMED_S = 600.0                 # how long an answer confirms
@@ -3824,9 +3699,6 @@ class SlotEstimate:
 
     Methods that may change `count` return whether they did.
     """
-
-    __slots__ = ("count", "origin", "proven", "max_proven", "retry_at_s", "seen", "seen_s", "rejections", "rejected_s",
-                 "waits", "votes")
 
     def __init__(self) -> None:
         self.count = 1
@@ -3916,10 +3788,7 @@ class SlotEstimate:
             self.seen = self.votes = self.waits = 0
 
     def limit(self, now: float) -> int:
-        """Return how many may run at once, one more than are known while another is tried.
-
-        What nobody has lately seen is tried one by one.
-        """
+        """Return how many may run at once: one more than known, or than seen lately, while another is tried."""
         if self.is_set:
             return self.count
         seen = self.lately_seen(now)
@@ -3965,15 +3834,12 @@ def usual_prefill_s(samples: collections.deque[float]) -> float:
 
 
 def beyond(estimate: float, least: float, most: float) -> float:
-    """Return the bound that an estimate lies clearly beyond; 0 if it lies between them, so that they teach nothing."""
+    """Return the bound that the estimate is clearly outside of; 0 if it is within both: nothing to learn."""
     return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
 
 
 class SpeedEstimate:
     """How fast a model is on its node, as measured; 0 = not yet. All for a lone request."""
-
-    __slots__ = ("prefill_s", "prefills", "slow_prefill_s", "decode_s", "off_decode_s", "input_s", "samples",
-                 "confirmed_s", "load_s", "lines_per_token", "streams")
 
     def __init__(self) -> None:
         self.prefill_s = 0.0        # a prompt token
@@ -4051,9 +3917,6 @@ class SpeedEstimate:
 
 # -----------------------------------------------------------------------------
 # Runners: what is known of one model on one node?
-#
-# Its residency, what runs there, and its two estimates: slots and speeds. Speeds that were not measured yet are priors,
-# scaled by the other models of the node.
 # -----------------------------------------------------------------------------
 
 KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
@@ -4069,7 +3932,7 @@ class Prefixes:
 
     def __init__(self) -> None:
         self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
-        self.parts: dict[int, int] = {}     # hash of a part: prompts that begin with it
+        self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
 
     def remember(self, prefix: Prefix, most: int) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
@@ -4078,8 +3941,7 @@ class Prefixes:
             self.prompts.move_to_end(whole)
             return
         self.prompts[whole] = prefix
-        for part, _ in prefix:
-            self.parts[part] = self.parts.get(part, 0) + 1
+        self.parts.update(part for part, _ in prefix)
         while len(self.prompts) > most:
             _, prefix = self.prompts.popitem(last=False)
             for part, _ in prefix:
@@ -4089,16 +3951,7 @@ class Prefixes:
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
-        if self.parts:
-            for part, chars in reversed(prefix):
-                if part in self.parts:
-                    return chars
-        return 0
-
-    def clear(self) -> None:
-        """Forget all: the model was unloaded."""
-        self.prompts.clear()
-        self.parts.clear()
+        return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -4124,8 +3977,7 @@ class Runner:
     used_s: float = -math.inf       # last sent to
     slots: SlotEstimate = field(default_factory=SlotEstimate)
     speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
-    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # streams or not: time to the first byte of what
-                                    # need not wait, over what its tokens let expect
+    unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # does it stream: first byte, seen over expected
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
@@ -4164,7 +4016,6 @@ class Runner:
         return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
 
     def load_s(self) -> float:
-        """Return how long it takes to load."""
         return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
 
     def resident_bytes(self) -> float:
@@ -4184,10 +4035,7 @@ class Runner:
             shared_chars = self.beginnings.common_chars(spec.prefix)
             lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
             self.prefixes.remember(spec.prefix, self.slots.count + 2)
-            ends = spec.prefix
-            if len(ends) > PREFIX_FIRST:
-                ends = (*ends[:PREFIX_FIRST], ends[-1])
-            self.beginnings.remember(ends, BEGINNINGS_KEPT)     # a kilobyte each
+            self.beginnings.remember((*spec.prefix[:PREFIX_FIRST], spec.prefix[-1]), BEGINNINGS_KEPT)   # a KiB each
         if not self.leases:
             self.node.busy.append(self)
         elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
@@ -4215,7 +4063,7 @@ class Runner:
             self.node.busy.remove(self)
             if not self.keep_alive_s:       # the node unloads it at once
                 self.assume_unloaded()
-        self.node.changes.note(self.models)
+        self.node.changes.models.update(self.models)
 
     def confirm_slots(self, running: int, now: float) -> None:
         """Note that so many requests ran at once."""
@@ -4225,7 +4073,7 @@ class Runner:
         """Forget what was reckoned with another count of slots, if it has changed."""
         if changed:
             self.node.kept_snapshot = None
-            self.node.changes.note(self.models)
+            self.node.changes.models.update(self.models)
 
     def set_slots(self) -> None:
         """Take over the slots that hosts.txt tells."""
@@ -4244,8 +4092,7 @@ class Runner:
         """Note that it is no longer resident; its prefix cache went with it."""
         self.ready_s, self.options, self.listed = None, None, {}
         self.context, self.keep_alive_s = 0, KEEP_LOADED_S
-        self.prefixes.clear()
-        self.beginnings.clear()
+        self.prefixes, self.beginnings = Prefixes(), Prefixes()
 
     def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
         """Take over its row of /api/ps, None if it has none; tell whether predictions change.
@@ -4308,10 +4155,7 @@ def must_evict(runner: Runner) -> bool:
 
 
 def victim(runner: Runner) -> Runner:
-    """Return what Ollama unloads to load a model: of those that are idle the one with the shortest keep-alive.
-
-    When it was last used plays no part.
-    """
+    """Return what Ollama unloads to load a model: an idle one first, then by shortest keep-alive, not by last use."""
     return min(resident_runners(runner.node, exclude=runner),
                key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
 
@@ -4331,9 +4175,9 @@ def victim(runner: Runner) -> Runner:
 
 # These, their plateaus and what each is worth were measured on a simulator with real token traces.
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
-HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: of what others lose, of a load to come, of prefixes; 0.5..2 alike
-FORESIGHT_S = 3600.0                # a wait that is predicted to be longer is not worth a figure
-OVERDUE = 3.0                       # times the predicted silence: then it is; more while little is measured
+HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later reload, cached prefixes; 0.5..2 alike
+FORESIGHT_S = 3600.0                # no wait is predicted to be longer
+OVERDUE = 3.0                       # times the predicted silence an answer is overdue; more while little is measured
 
 # By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
 BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
@@ -4402,8 +4246,7 @@ def clamped_context(runner: Runner, num_ctx: float) -> float:
 
 
 def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
-    """Tell whether the loaded context suits a `num_ctx`, as far as is known. `loaded`: that of the load; 0 = none.
-    """
+    """Tell whether the loaded context suits the `num_ctx` that is wanted, as far as is known; 0 = none was given."""
     if not wanted and not loaded and runner.options is not None:
         return True                 # the server's default, whatever that is
     there = runner.context or (clamped_context(runner, loaded) if loaded else 0)
@@ -4414,10 +4257,7 @@ def has_context_for(runner: Runner, wanted: float, loaded: float) -> bool:
 
 
 def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
-    """Tell whether the model is resident, or loading, with runner options that suit: by their values, as Ollama does.
-
-    What is unknown is taken to suit.
-    """
+    """Tell whether the model is resident or loading, with options of equal values; what is unknown is taken to suit."""
     if runner.ready_s is None:
         return False
     if runner.options == spec.options or runner.options is None and not runner.context:
@@ -4454,20 +4294,6 @@ def last_end_s(runner: Runner, now: float) -> float:
     return max((solo_left_s(lease, now) * slow for lease in runner.leases), default=0.0)
 
 
-def cached_tokens(runner: Runner, demand: Demand) -> float:
-    """Return how many prompt tokens the node's prefix cache likely holds: the longest beginning seen there last."""
-    if runner.ready_s is None:
-        return 0.0
-    chars = runner.prefixes.common_chars(demand.spec.prefix)
-    return AFFINITY * chars * demand.prompt_tokens / max(1, demand.spec.prompt_chars) if chars else 0.0
-
-
-def harm_s(node: Node, now: float) -> float:
-    """Return what one more model at work costs the requests that run on a node: each gets slower."""
-    return sum(HARM * slowdown(node, other) / len(node.busy) * sum([solo_left_s(lease, now) for lease in other.leases])
-               for other in node.busy)
-
-
 class MemoryLoad(NamedTuple):
     """What a model that is to be loaded meets in a node's memory."""
 
@@ -4475,14 +4301,6 @@ class MemoryLoad(NamedTuple):
     count: int                      # type: ignore[assignment]  # of other models there; hides `tuple.count`
     loaded_at_s: float              # loads come one after the other
     drained_at_s: float             # one of the others can be evicted
-
-
-def memory_load(node: Node, now: float) -> MemoryLoad:
-    """Return the MemoryLoad of a node."""
-    there = resident_runners(node)
-    ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
-    return MemoryLoad(sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
-                    now + min((last_end_s(runner, now) for runner in there), default=0.0))
 
 
 class Prediction(NamedTuple):
@@ -4505,15 +4323,11 @@ class Offer:
     at only if no slot is free: mostly it is not needed.
     """
 
-    __slots__ = ("runner", "snapshot", "free", "claims_at_s", "ends_at_s", "slow", "fixed_s", "overhead_s", "prefill_s",
-                 "decode_s", "input_s", "loading", "neighbours")
-
     def __init__(self, runner: Runner, snapshot: NodeSnapshot, now: float, claims_at_s: tuple[float, ...] = ()) -> None:
         node = runner.node
         self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
         self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
-        self.ends_at_s: list[float] | None = None   # when what runs in the slots ends, ascending, with the claims; once
-                                    # needed
+        self.ends_at_s: list[float] | None = None   # when leases and claims end, ascending; reckoned once needed
         self.slow = slowdown(node, runner, 1)
         self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
@@ -4533,7 +4347,7 @@ class Offer:
         return max(0.0, self.ends_at_s[-self.runner.slots.count] - now)
 
     def claimed(self, at_s: float, now: float) -> Offer:
-        """Return the Offer to those behind a ticket that waits for the runner: that has the first slot until then."""
+        """Return the Offer to tickets behind one that is held for this runner and will occupy a slot until `at_s`."""
         offer = Offer(self.runner, self.snapshot, now, (*self.claims_at_s, at_s))
         if self.ends_at_s is not None:
             offer.ends_at_s = sorted([*self.ends_at_s, at_s])
@@ -4568,10 +4382,12 @@ class Offer:
         return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
 
     def new_tokens(self, demand: Demand) -> float:
-        """Return how many tokens of a prompt the prefix cache lacks."""
-        if not self.runner.prefixes.parts:
-            return demand.prompt_tokens
-        return demand.prompt_tokens - cached_tokens(self.runner, demand)
+        """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there."""
+        runner, tokens = self.runner, demand.prompt_tokens
+        if not runner.prefixes.parts or runner.ready_s is None:
+            return tokens
+        chars = runner.prefixes.common_chars(demand.spec.prefix)
+        return tokens - AFFINITY * chars * tokens / max(1, demand.spec.prompt_chars)
 
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
@@ -4595,12 +4411,7 @@ class Offer:
 
 
 class NodeSnapshot:
-    """What a request meets on a node, as long as nothing there begins or ends.
-
-    Each part is reckoned when it is first asked for: mostly a slot is free, the model there, and only an Offer needed.
-    """
-
-    __slots__ = ("node", "at_s", "changes", "offers", "harmed_s", "memory")
+    """What a request meets on a node, as long as nothing there begins or ends. Each part is reckoned once needed."""
 
     def __init__(self, node: Node, now: float) -> None:
         self.node, self.at_s, self.changes = node, now, node.changes.count
@@ -4609,15 +4420,21 @@ class NodeSnapshot:
         self.memory: MemoryLoad | None = None
 
     def harm_s(self, now: float) -> float:
-        """Return what a request of a model that does not run there costs those that do."""
+        """Return what a request of a model that does not run there costs those that do: each gets slower."""
         if self.harmed_s is None:
-            self.harmed_s = harm_s(self.node, now)
+            node = self.node
+            self.harmed_s = sum(HARM * slowdown(node, other) / len(node.busy)
+                                * sum([solo_left_s(lease, now) for lease in other.leases]) for other in node.busy)
         return self.harmed_s
 
     def memory_load(self, now: float) -> MemoryLoad:
         """Return the MemoryLoad that a model to be loaded meets."""
         if self.memory is None:
-            self.memory = memory_load(self.node, now)
+            there = resident_runners(self.node)
+            ready_s = [runner.ready_s for runner in there if runner.ready_s is not None]
+            self.memory = MemoryLoad(
+                sum(runner.resident_bytes() for runner in there), len(there), max(ready_s, default=now),
+                now + min((last_end_s(runner, now) for runner in there), default=0.0))
         return self.memory
 
     def offer(self, runner: Runner, now: float) -> Offer:
@@ -4671,8 +4488,8 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
-MOST_HELD_S = 3.0                   # a ticket is held back so long on beliefs that no answer has confirmed lately
-YIELD_S = 30.0                      # an overdue load is let in for so long before what is loaded is fed again
+MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
+YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
 
 
@@ -4689,7 +4506,6 @@ class DispatchPass:
     claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
 
     def refuse(self, ticket: Ticket, refusal: Answer) -> None:
-        """Refuse a ticket."""
         self.refused.append(self.waiting.refuse(ticket, refusal))
 
     def refuse_model(self, model: str | None, text: str, since_seq: int = 0) -> None:
@@ -4701,10 +4517,6 @@ class DispatchPass:
         for ticket in list(self.waiting.tickets):
             if ticket.spec.model == model and ticket.seq >= since_seq:
                 self.refuse(ticket, refusal)
-
-    def give(self, ticket: Ticket, runner: Runner, reason: str, prediction: Prediction) -> None:
-        """Give a ticket a slot of a runner."""
-        self.leases.append(give_lease(ticket, runner.node, runner, self.now, reason, prediction))
 
 
 class Decision(NamedTuple):
@@ -4720,7 +4532,7 @@ class Decision(NamedTuple):
 class Policy:
     """Match waiting tickets to nodes."""
 
-    binds_early = False             # requests wait in the nodes: silence there says nothing
+    binds_early = False             # True: requests queue inside the nodes, so a silent node proves nothing
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -4811,7 +4623,7 @@ class ModelPass:
 
     model: str | None
     runners: list[Runner]           # on usable nodes, their own breakers not open
-    forced: bool                    # all fail it, and the only nodes that can serve always may
+    forced: bool                    # every node fails the model: used in spite of its breaker
     looks_left: int                 # tickets that may still be held back
 
     def has_room(self, runner: Runner, now: float) -> bool:
@@ -4825,11 +4637,7 @@ class ModelPass:
 
     def is_open(self, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
-        if self.looks_left > 0:
-            for runner in self.runners:
-                if self.has_room(runner, now):
-                    return True
-        return False
+        return self.looks_left > 0 and any(self.has_room(runner, now) for runner in self.runners)
 
 
 def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
@@ -4846,8 +4654,7 @@ def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
 
 
 def yields(node: Node, now: float) -> bool:
-    """Tell whether a node is given time to load: Ollama loads when another model is idle, and what is fed may never be.
-    """
+    """Tell whether a node gets a pause to load: Ollama loads once another model is idle, and a fed one never is."""
     return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
 
 
@@ -4945,11 +4752,12 @@ class CompletionTime(Policy):
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
-            work.give(ticket, free.runner, explain(candidates, free, demand), free.offer.predict(demand, now))
-            self.decisions.append(Decision(now, ticket.id, model.model, free.runner.node.name, candidates))
+            node, reason = free.runner.node, explain(candidates, free, demand)
+            work.leases.append(give_lease(ticket, node, free.runner, now, reason, free.offer.predict(demand, now)))
+            self.decisions.append(Decision(now, ticket.id, model.model, node.name, candidates))
         elif candidates or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
-            model.looks_left -= free is not None    # one that has tried all free nodes stands in nobody's way
+            model.looks_left -= free is not None    # a ticket that can use none of the free nodes blocks nobody
             if candidates:
                 best = candidates[0]
                 work.claimed[best.runner] = best.offer.claimed(now + best.finish_s, now)
@@ -4970,8 +4778,8 @@ class CompletionTime(Policy):
             elif offer.snapshot is not snapshot:    # a lease was given there
                 offer = work.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
             finish_s = offer.finish_s(demand, now)
-            if node.suspect:
-                finish_s += node.doubt_s(now)
+            if node.suspect:        # as long as it has been silent, it may be again
+                finish_s += max(0.0, now - node.heard_s)
             candidates.append(Candidate(node.suspect, finish_s, order, offer))
         if demand.prompt_tokens * FIRST_WINDOW_MARGIN > LEAST_WINDOW_TOKENS:
             candidates = [candidate for candidate in candidates if fits(candidate.runner, demand)] or candidates
@@ -4979,10 +4787,7 @@ class CompletionTime(Policy):
         return candidates
 
     def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
-        """Tell whether a ticket has been held back as long as the better node was first predicted to need.
-
-        Beliefs that no answer has confirmed lately hold it for MOST_HELD_S at most: nothing stands idle for an error.
-        """
+        """Tell whether a ticket has been held back as long as the better node was first predicted to need."""
         if ticket.held_until_s is None:
             sure = free.runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
@@ -5035,7 +4840,7 @@ class FairShare:
         return start_s
 
     def correct(self, spec: RequestSpec, more_s: float) -> None:
-        """Let a request that is not yet gone have cost `more_s` seconds more than it was charged, or less.
+        """Charge a request that has not gone yet `more_s` seconds more; less if that is negative.
 
         The next one starts no earlier than the last one did: a client's requests keep their order.
         """
@@ -5068,11 +4873,6 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self.tickets)
 
-    @property
-    def is_full(self) -> bool:
-        """Tell whether a new ticket has to displace another one."""
-        return len(self.tickets) >= self.max_tickets
-
     def key_s(self, spec: RequestSpec, now: float) -> float:
         """Return the key that a new request would have: when it starts virtually, less its head start."""
         return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
@@ -5099,8 +4899,7 @@ class WaitingRoom:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
         if ticket.state is not TicketState.WAITING:
             return
-        ticket.state = TicketState.IDLE
-        del self.tickets[ticket]
+        self.take(ticket)
         model = ticket.spec.model
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
@@ -5141,10 +4940,6 @@ class WaitingRoom:
         ticket.state, ticket.refusal = TicketState.REFUSED, refusal
         return ticket
 
-    def late(self, now: float) -> list[Ticket]:
-        """Return the tickets that have waited for too long."""
-        return [ticket for ticket in self.tickets if now - ticket.since_s >= self.timeout_s]
-
     def leave(self, ticket: Ticket) -> bool:
         """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
         if ticket.state is TicketState.LEFT:
@@ -5158,12 +4953,11 @@ class WaitingRoom:
         """Return the ticket that makes room for a new one of `client` with this key; None = the new one has to go.
 
         It is the least urgent ticket of whoever has most waiting, with the new one; of equals the least urgent of all.
-        So many addresses with urgent requests displace each other's, and nobody who waits for one thing only. What
-        has begun stays. O(n), so for a full queue only.
+        So a crowd of addresses with urgent requests displaces its own, and nobody who waits for a single one. What has
+        begun stays. O(n), so for a full queue only.
         """
         waiting = [ticket for ticket in self.tickets if not ticket.begun]
-        counts = collections.Counter(ticket.spec.client for ticket in waiting)
-        counts[client] += 1
+        counts = collections.Counter([client, *(ticket.spec.client for ticket in waiting)])
         most = max(counts.values())
         last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
                    key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
@@ -5176,19 +4970,17 @@ class WaitingRoom:
 
 # -----------------------------------------------------------------------------
 # Dispatcher: what becomes of a ticket, from its arrival to its end?
-#
-# The thin owner that ties waiting room, cluster and policy together.
 # -----------------------------------------------------------------------------
 
 OFF_LENGTHS = 8                     # answers in a row that are so much shorter than expected, or longer
-RACE_LOAD_S = 60.0                  # of silence, before a request that loads a model is raced: to lose ends the load
-RACE_GAIN = 0.5                     # a race is for what is predicted to be finished in this share of the time waited
+RACE_LOAD_S = 60.0                  # of silence before a request that loads a model is raced: the loser's load ends
+RACE_GAIN = 0.5                     # a race begins where its end is predicted within this share of the silence so far
 STREAM_ON_TIME_SHARE = 0.75         # of the expected tokens: a smaller loss is noise, or for the learned speeds to show
 JUDGE_S = 2.0                       # a stream's speed is judged so often
 PRIOR_OUTPUT_TOKENS = 150.0
 CHARS_PER_TOKEN = 4.0
 IMAGE_TOKENS = 768.0                # what Ollama assumes of an image
-FORECAST_S = 1.0                    # a full queue's Retry-After: 1,024 waiting requests take 3 ms to forecast
+FORECAST_S = 1.0                    # a full queue's Retry-After is kept so long: 1,024 requests take 3 ms to forecast
 ERROR_BOUNDS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)   # time taken over time predicted
 CONNECTION_FAILURES = frozenset(("refused", "died", "lost"))
 
@@ -5204,8 +4996,7 @@ class Dispatcher:
         self.displaced: list[Ticket] = []       # refused since the last dispatch
         self.forecast = -math.inf, 0.0          # when `drain_s` was reckoned last, and what came out
         self.ratios = Histogram(ERROR_BOUNDS)   # time taken over time predicted, of all answers
-        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams that another node was to go on
-                                    # with: whole, broken
+        self.rescues: collections.Counter[str] = collections.Counter()  # broken streams, see `rescued`
 
     # Tickets.
 
@@ -5217,7 +5008,7 @@ class Dispatcher:
         """
         if self.early_refusal:
             self.refuse_early(spec, now)
-        if self.waiting.is_full:
+        if len(self.waiting) >= self.waiting.max_tickets:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
         ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now)
@@ -5249,11 +5040,11 @@ class Dispatcher:
 
     def expire(self, now: float) -> list[Ticket]:
         """Refuse and return the tickets that have waited too long."""
-        late = self.waiting.late(now)
+        timeout_s = self.waiting.timeout_s
+        late = [ticket for ticket in self.waiting.tickets if now - ticket.since_s >= timeout_s]
         if not late:
             return []
-        refusal = Answer(503, f"no slot became free within {self.waiting.timeout_s:g} s",
-                         retry_after_s=self.drain_s(now))
+        refusal = Answer(503, f"no slot became free within {timeout_s:g} s", retry_after_s=self.drain_s(now))
         return [self.waiting.refuse(ticket, refusal) for ticket in late]
 
     def retry(self, ticket: Ticket, now: float) -> bool:
@@ -5281,10 +5072,7 @@ class Dispatcher:
         return self.waiting.leave(ticket) and had_place
 
     def drain_s(self, now: float) -> float:
-        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1.
-
-        Reckoned anew once a second: a full queue asks for it at every refusal.
-        """
+        """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
         at_s, drained_s = self.forecast
         if not at_s <= now < at_s + FORECAST_S:
             forecast = Forecast(self.cluster, now)
@@ -5364,7 +5152,7 @@ class Dispatcher:
         ticket.tried.add(node.name)
         if kind in CONNECTION_FAILURES:
             ticket.gone.add(node.name)
-        if kind != "refused":       # it has not got the request
+        if kind != "refused":       # else the request never reached the node
             ticket.attempts += 1
             ticket.since_s = now
         if kind in DIFFERENCES:
@@ -5558,7 +5346,7 @@ class Demand(NamedTuple):
     inputs: int = 0                 # texts to embed
 
 
-UNKNOWN_LENGTHS = OutputLengths()
+UNKNOWN_LENGTHS = OutputLengths()   # of a model that has not answered yet
 
 
 class Estimates:
@@ -5571,12 +5359,10 @@ class Estimates:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(spec.model, UNKNOWN_LENGTHS)
         prompt_tokens = lengths.prompts.tokens(spec)
-        output_tokens, samples = lengths.expect(prompt_tokens, spec.kind), lengths.samples
-        if spec.embeds:
-            output_tokens = 0.0
-        elif spec.max_output is not None:
+        output_tokens = 0.0 if spec.embeds else lengths.expect(prompt_tokens, spec.kind)
+        if spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, samples, spec.inputs if spec.embeds else 0)
+        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0)
 
     def learn_prompt(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
@@ -5585,21 +5371,14 @@ class Estimates:
 
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
-        lengths = self.lengths.get(ticket.spec.model)
         demand = ticket.demand
-        if demand is None or lengths is not None and lengths.samples != demand.samples:
+        if demand is None or demand.samples != self.lengths.get(ticket.spec.model, UNKNOWN_LENGTHS).samples:
             demand = ticket.demand = self.demand(ticket.spec)
         return demand
 
 
-class Rates(NamedTuple):
-    """What a node needs for the requests of a model, in seconds."""
-
-    at_once: float                  # so many run there as if each were alone
-    overhead_s: float               # a request
-    prefill_s: float                # a token
-    decode_s: float
-    input_s: float                  # a text to embed
+# Of a runner: how many run there as if each were alone; seconds a request, a prompt token, an output token, a text.
+Rates = tuple[float, float, float, float, float]
 
 
 class ClusterRates:
@@ -5627,8 +5406,8 @@ class ClusterRates:
             self.rates.pop(model, None)
             return []
         if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
-            rates = [Rates(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
-                           runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
+            rates = [(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
+                      runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
             self.rates[model] = now, self.cluster.changes.count, rates
         return rates
 
@@ -5692,12 +5471,11 @@ class Forecast:
         heap = self.heaps[model]
         if not heap:
             return None
-        while heap[0][2][0] > heap[0][0]:       # taken by another model meanwhile
+        while heap[0][2][0] > heap[0][0]:       # taken meanwhile, for this model or another
             _, order, slot, runner = heap[0]
             heapq.heapreplace(heap, (slot[0], order, slot, runner))
-        start_s, order, slot, runner = heap[0]
+        start_s, _, slot, runner = heap[0]
         slot[0] = start_s + self.cost_s(runner, demand)
-        heapq.heapreplace(heap, (slot[0], order, slot, runner))
         return start_s
 
 
@@ -5758,11 +5536,11 @@ FIRST_ERROR = re.compile(rb'\s*(?:data:\s*)?\{\s*"error"\s*:|event:\s*error')
 
 
 def failover_kind(status: int, body: bytes, has_model: bool) -> str | None:
-    """Return why an error answer is tried on another node, None if it is the client's own to have.
+    """Return why another node is tried after an error answer; None if the client gets this answer.
 
-    model: its runner is broken; busy, proxy: the node is, or what stands before it; missing: it has not the model
-    after all; route: it knows no such path, being older; length, feature: a larger window or another version may do.
-    Of a model that no node is known to have, such as those of the cloud, most answers are no fault of the node.
+    model: the runner is broken; busy: the node is busy; proxy: the error is of a proxy before the node; missing: the
+    node does not have the model after all; route: the node is older and does not know the path; length, feature: a
+    larger window or another version may help. If no node has the model (cloud models), most errors are the client's.
     """
     if status == 200 or status >= 500:
         return "busy" if status in BUSY_STATUSES else "proxy" if status in PROXY_STATUSES else "model"
@@ -5803,8 +5581,8 @@ class NodeRefused(Exception):
 async def begin(exchange: Exchange, lease: Lease) -> Begun:
     """Send a request to the leased node and wait until its answer has begun, however long that takes.
 
-    Raises NodeFailure or NodeRefused: nobody has seen anything of it, and another node may answer. A stream has begun
-    with its first bytes: if these tell an error, or there are none, it is as good as an answer with status 500.
+    Raises NodeFailure or NodeRefused: the client has seen nothing, so another node may answer. A stream begins with its
+    first bytes: if they tell an error, or there are none, it counts as an answer with an error status.
     """
     pool, spec, head = exchange.gateway.node_io.pools[lease.node], exchange.spec, exchange.head
 
@@ -5816,12 +5594,10 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
     request = render_request(head, lease.node.settings, len(exchange.body))
     repeatable = spec.repeatable and not spec.change
     connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
-    clean = has_begun = False
+    has_begun = False
     try:
         if spec.inference and await shows_failure(connection, answer):
-            collector = Collector(connection, answer)
-            text = await collector.collect()
-            clean = collector.clean
+            text = await Collector(connection, answer).collect()
             kind = failover_kind(answer.status, text, lease.runner is not None)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         has_begun = True
@@ -5829,11 +5605,11 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
     finally:
         lease.abandon = None
         if not has_begun:
-            pool.give_back(connection, clean)
+            pool.give_back(connection)
 
 
 async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> bool:
-    """Tell whether an answer is an error, begins with one, or is empty. Of one in one piece only the head is read."""
+    """Tell whether an answer is an error, begins with one, or is empty. Only of a stream bytes of the body are read."""
     if answer.status != 200:
         return answer.status >= 300
     if is_stream(answer):
@@ -5843,14 +5619,14 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
 
 
 def pump(gateway: Gateway) -> None:
-    """Let the dispatcher match, and wake whoever waits for what it decided."""
+    """Let the dispatcher assign tickets to nodes, and wake the requests that it decided on."""
     leases, refused = gateway.dispatcher.dispatch(gateway.loop.time())
     if leases or refused:
         wake([*(lease.ticket for lease in leases), *refused])
 
 
 def wake(tickets: Iterable[Ticket]) -> None:
-    """Wake whoever waits for tickets: each has a lease or a refusal now."""
+    """Wake the requests of tickets that have a lease or a refusal now."""
     for ticket in tickets:
         if ticket.waiter is not None and not ticket.waiter.done():
             ticket.waiter.set_result(None)
@@ -5870,7 +5646,7 @@ async def acquire_lease(gateway: Gateway, ticket: Ticket) -> Lease:
 class Race:
     """A second attempt beside one that is far overdue, on another node: the first byte wins.
 
-    It owns its task and its lease. Who awaits `winner` gets what they received; else `close` ends both, once.
+    It owns a task and a lease. `winner` hands their answer over to the caller; otherwise `close` ends both, once.
     """
 
     def __init__(self, inference: Inference, first: Lease, lease: Lease) -> None:
@@ -5881,7 +5657,7 @@ class Race:
     async def run(self) -> Begun | None:
         """Run the attempt; if it wins, the first one is given up."""
         inference, begun = self.inference, None
-        with contextlib.suppress(Refusal):      # the gateway's own lack of sockets
+        with contextlib.suppress(Refusal):      # the gateway has no socket left
             begun = await inference.attempt(self.lease)
         stream = begun_stream(inference.exchange)
         if begun is not None and stream is not None:
@@ -5894,9 +5670,9 @@ class Race:
         return begun
 
     async def rehearsed(self, begun: Begun, stream: LineRelay) -> Begun | None:
-        """Return an answer that can go on with a stream.
+        """Return an answer if it can continue the client's stream.
 
-        None if it says something else, or if that stream has gone on by itself meanwhile, or is too long to be kept.
+        None if it says something else, if the first attempt sent more meanwhile, or if the stream is too long to keep.
         """
         inference, transcript = self.inference, stream.transcript
         known, is_taken = transcript.all_known(), False
@@ -5914,7 +5690,7 @@ class Race:
         return begun if is_taken else None
 
     async def winner(self) -> Begun | None:
-        """Wait for the attempt and hand its answer over; None if it has none."""
+        """Wait for the attempt and return its answer, which the caller owns then; None if it failed."""
         begun = await self.task
         self.is_closed = True
         return begun
@@ -5970,7 +5746,7 @@ class Inference:
             self.end_race()
 
     async def next_answer(self) -> Begun | None:
-        """Wait for what begins to answer; None if that has failed, and the request may move on."""
+        """Wait for the attempts that run, until one begins to answer; None if they failed: the request may move on."""
         if self.race is None:
             lease = await acquire_lease(self.gateway, self.ticket)
             if not self.record.attempts:
@@ -5987,7 +5763,7 @@ class Inference:
         return begun
 
     async def attempt(self, lease: Lease) -> Begun | None:
-        """Let the leased node begin to answer. The lease goes on only with what is returned."""
+        """Wait until the leased node begins to answer; None if it failed. The lease ends here unless it did begin."""
         self.record.attempts += 1
         begun = None
         try:
@@ -6000,12 +5776,12 @@ class Inference:
         return begun
 
     async def pass_on(self, begun: Begun, take: Take) -> bool:
-        """Let the client have an answer that has begun; tell whether that went well, or another node may answer."""
+        """Pass an answer that has begun to the client; return False if it failed and another node may answer."""
         lease, record = begun.lease, self.record
         record.node, record.reason = lease.node.name, lease.reason
         if lease.loads:
-            self.gateway.node_io.note_load(lease.node)
-        if self.exchange.transcript:    # silent in its midst, it may be raced by a replay
+            self.gateway.node_io.begin_job(lease.node, NodeIO.look_after_load)
+        if self.exchange.transcript:    # if the stream falls silent, a replay may race it
             self.ticket.race, lease.abandon = self.begin_race, begun.connection.fail
         try:
             await take(self.exchange, begun)
@@ -6029,7 +5805,7 @@ class Inference:
             self.race = None
 
     def note(self, lease: Lease, failed: Failure | NodeAnswer) -> None:
-        """Keep what a node said last, and hold it against the node if it is its fault."""
+        """Keep the last failure or answer of a node, and count it as a failure of the node if it was one."""
         if failed.kind == "raced":
             return
         if isinstance(failed, NodeAnswer):
@@ -6043,14 +5819,14 @@ class Inference:
             self.gateway.node_io.record_failure(lease, failed)
 
     def end(self, lease: Lease) -> None:
-        """End a lease, unless it ended with the ticket of a client that left, and let others have its slot."""
+        """End a lease and give its slot to others; if the client left, it ended with the ticket before."""
         if not lease.released:
             self.dispatcher.release(lease, self.loop.time())
             pump(self.gateway)
 
     def close(self, begun: Begun) -> None:
         """Give back what an answer was received with."""
-        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection, begun.clean)
+        self.gateway.node_io.pools[begun.lease.node].give_back(begun.connection)
         self.end(begun.lease)
 
 
@@ -6059,10 +5835,7 @@ Take = Callable[["Exchange", "Begun"], Awaitable[None]]
 
 
 async def serve_inference(exchange: Exchange, take: Take | None = None) -> None:
-    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused.
-
-    If a deterministic stream breaks off in its midst, another node goes on with it.
-    """
+    """Wait for a slot, run the request, and fail over until it is answered. Raises Refusal or NodeRefused."""
     gateway, dispatcher, loop = exchange.gateway, exchange.gateway.dispatcher, exchange.gateway.loop
     if exchange.spec.deterministic and gateway.options.rescue:
         exchange.transcript = Transcript()
@@ -6083,11 +5856,11 @@ async def serve_inference(exchange: Exchange, take: Take | None = None) -> None:
 # -----------------------------------------------------------------------------
 # Upstream: how do the bytes get to a node and back?
 #
-# A NodeConnection carries one request at a time and then waits in its node's pool. Until the head of the answer is
-# complete it collects bytes; from then on every piece goes straight from the socket's callback into a sink: a Relay,
-# which writes it to the client at once, or a Collector, which keeps a short answer. Back-pressure couples the two
-# sockets directly: while the client's buffer is full nothing is read from the node, and the other way round for a
-# body on its way up. A connection is never used again whose last answer did not end exactly where its framing said.
+# A NodeConnection carries one request at a time and then waits in its node's pool. It collects bytes until the head of
+# the answer is complete; from then on every piece goes from the socket's callback into a sink: a Relay writes it to the
+# client at once, a Collector keeps a short answer. Back-pressure couples the two sockets: while the client's buffer is
+# full, nothing is read from the node; for a request body it is the other way round. A connection is used again only if
+# its last answer ended exactly where its framing said.
 # -----------------------------------------------------------------------------
 
 TAKEN_LINES = 12 * KIB              # of an answer's piece, in one step: 4,096 chunks of one line, 4 ms
@@ -6104,9 +5877,9 @@ MOST_UNQUEUED = 64                  # requests without a slot, per node at once;
 
 
 def watch_for_death(sock: socket.socket) -> None:
-    """Let the kernel find out whether the other machine is still there.
+    """Let the kernel find out whether the other machine is still there, by keep-alive probes.
 
-    Not by TCP_USER_TIMEOUT: that also ends a connection whose other side is alive and only does not read.
+    TCP_USER_TIMEOUT would also end a connection whose other side is alive and only does not read.
     """
     with contextlib.suppress(OSError, AttributeError):      # a system that has not all of these
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -6115,7 +5888,7 @@ def watch_for_death(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_ALIVE_TRIES)
 
 
-# The other side has closed its end, although nothing is read of it. A system without this tells only of a reset.
+# The event that the other side has closed its end, although nothing is read. Systems without it report only a reset.
 HAS_LEFT: int = getattr(select, "POLLRDHUP", 0)
 
 
@@ -6151,7 +5924,7 @@ class NodeConnection(asyncio.Protocol):
     """One connection to a node."""
 
     __slots__ = ("loop", "turns", "transport", "buffer", "sink", "waiter", "failure", "ended", "busy", "reused",
-                 "idle_s", "source", "write_paused", "unsent", "settings", "behind", "catching_up")
+                 "clean", "idle_s", "source", "write_paused", "unsent", "settings", "behind", "catching_up")
 
     def __init__(self, turns: LoopTurns) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -6167,6 +5940,7 @@ class NodeConnection(asyncio.Protocol):
         self.ended = False          # the node closed it in good order
         self.busy = True
         self.reused = False
+        self.clean = True           # no request, or its answer ended where its framing said: it can be used again
         self.idle_s = 0.0
         self.source: ClientConnection | None = None     # whose reading stops while this socket's buffer is full
         self.write_paused = False
@@ -6200,7 +5974,7 @@ class NodeConnection(asyncio.Protocol):
         self.wake()
 
     async def catch_up(self, sink: Sink) -> None:
-        """Let the sink take in what is behind; only then read on, or tell it that the connection has closed."""
+        """Feed what is behind to the sink; then read on, or tell the sink that the connection has closed."""
         while self.behind and not sink.over:
             await self.turns.take()
             if self.sink is not sink:
@@ -6208,7 +5982,7 @@ class NodeConnection(asyncio.Protocol):
             most = sink.at_most()
             piece, self.behind = self.behind[:most], self.behind[most:]
             sink.data(piece)
-        sink.clean = sink.clean and not self.behind
+        self.clean = self.clean and not self.behind
         self.behind, self.catching_up = b"", None
         if self.sink is not sink:
             return
@@ -6231,6 +6005,7 @@ class NodeConnection(asyncio.Protocol):
 
     def send(self, head: bytes, body: Body) -> None:
         """Send a request; a long body goes out in pieces, as the node takes them."""
+        self.clean = False
         if len(body) <= SENT_BYTES:
             self.transport.write(head + body)
         else:
@@ -6260,12 +6035,12 @@ class NodeConnection(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def fail(self, failure: Failure | Answer) -> None:
-        """End the answer from this side: whoever waits for it gets this reason, and no answer."""
-        self.buffer = b""           # what has come of one may be about to be read
+        """End the answer from this side: whoever waits for it gets `failure` instead."""
+        self.buffer = b""           # or a complete head in it would still be read
         if self.failure is None:
             self.failure = failure
         if self.sink is not None:
-            self.sink.fail(self.failure)
+            self.sink.finish(self.failure)
         self.wake()
         self.transport.abort()
 
@@ -6302,10 +6077,7 @@ class NodeConnection(asyncio.Protocol):
         await self.waiter
 
     async def first_payload(self, head: ResponseHead) -> bytes:
-        """Wait for the first bytes of a body; return them, but leave them in the buffer. b"" = the body is empty.
-
-        Raises NodeFailure.
-        """
+        """Wait for the first bytes of a body; return them, but keep them buffered. Empty: b"". Raises NodeFailure."""
         while True:
             body = body_decoder(head.length)
             try:
@@ -6347,7 +6119,7 @@ EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, 
 
 
 class Pool:
-    """The connections to one node; one that was made by earlier settings is not used again."""
+    """The connections to one node. A connection made with earlier settings is not used again."""
 
     def __init__(self, settings: NodeSettings, turns: LoopTurns, via: bytes) -> None:
         self.loop, self.turns = turns.loop, turns
@@ -6363,22 +6135,14 @@ class Pool:
         self.tls: ssl.SSLContext | None = None      # the context of the connections, once there is one
         self.prune(math.inf)
 
-    def context(self) -> ssl.SSLContext | None:
-        """Return the TLS context, None for plain HTTP. Raises NodeFailure if the file of ca= has become unusable."""
-        if self.tls is None:
-            try:
-                self.tls = trust_in(self.settings)
-            except ValueError as error:
-                raise NodeFailure("refused", str(error)) from None
-        return self.tls
-
     async def connect(self) -> NodeConnection:
         """Return a fresh connection. Raises NodeFailure."""
+        node = self.settings        # the certificate is that of its name, whichever its address is
         try:
+            self.tls = self.tls or trust_in(node)
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                node = self.settings        # the certificate is that of its name, whichever its address is
                 _, connection = await self.loop.create_connection(
-                    lambda: NodeConnection(self.turns), node.address or node.host, node.port, ssl=self.context(),
+                    lambda: NodeConnection(self.turns), node.address or node.host, node.port, ssl=self.tls,
                     server_hostname=node.host if node.tls else None)
             connection.settings = node
             return connection
@@ -6394,7 +6158,9 @@ class Pool:
                 raise Refusal(503, f"the gateway has no connection left: {error.strerror}", retry_after_s=1.0) from None
             raise NodeFailure("refused", f"no connection: {error.strerror or error}") from None
         except UnicodeError:
-            raise NodeFailure("refused", f"no connection: {self.settings.host!r} is not a host name") from None
+            raise NodeFailure("refused", f"no connection: {node.host!r} is not a host name") from None
+        except ValueError as error:     # the file of ca= has become unusable
+            raise NodeFailure("refused", str(error)) from None
 
     def take(self) -> NodeConnection | None:
         """Return a connection that was used before, or None.
@@ -6411,11 +6177,11 @@ class Pool:
             connection.transport.abort()
         return None
 
-    def give_back(self, connection: NodeConnection, clean: bool) -> None:
+    def give_back(self, connection: NodeConnection) -> None:
         """Keep a connection whose answer ended cleanly; close any other one at once, unread bytes and all."""
         connection.sink = connection.source = connection.waiter = None
-        is_empty = not (connection.buffer or connection.unsent or connection.behind)
-        if clean and is_empty and connection.is_open() and not self.closed and connection.settings is self.settings:
+        is_clean = connection.clean and not (connection.buffer or connection.unsent or connection.behind)
+        if is_clean and connection.is_open() and not self.closed and connection.settings is self.settings:
             connection.busy = False
             connection.idle_s = self.loop.time()
             connection.transport.resume_reading()       # a slow client may have stopped it; an end must be noticed
@@ -6449,44 +6215,35 @@ class Pool:
         while True:
             connection = reuse and self.take() or await self.connect()
             on_connection(connection)
-            kept = False
+            head = None
             try:
                 connection.send(data, body)
                 head = await connection.response(method)
-                kept = True
                 return connection, head
             except NodeFailure as failure:
                 if not connection.reused or failure.kind != "died" or connection.buffer:
                     raise
                 self.prune(math.inf)
             finally:
-                if not kept:
-                    self.give_back(connection, clean=False)
+                if head is None:
+                    self.give_back(connection)
 
 
 class Sink:
     """Take in the body of an answer until it is `over`: complete, or ended by a `failure`."""
 
-    __slots__ = ("connection", "head", "body", "over", "clean", "failure", "waiter")
+    __slots__ = ("connection", "head", "body", "over", "failure", "waiter")
     reads_lines = False             # each line as JSON
 
     def __init__(self, connection: NodeConnection, head: ResponseHead) -> None:
         self.connection, self.head = connection, head
         self.body = body_decoder(head.length)
         self.over = False
-        self.clean = False          # ended where its framing said: the connection can be used again
         self.failure: Failure | Answer | None = None
         self.waiter: asyncio.Future[None] | None = None
 
-    def start(self) -> None:
-        """Begin with what came behind the head."""
-        if self.body.done:
-            self.end(not self.connection.buffer)
-        else:
-            self.connection.attach(self)
-
     def is_costly(self, data: bytes) -> bool:
-        """Tell whether it would take long to take in a piece at once."""
+        """Tell whether a piece must be taken in by steps."""
         if self.reads_lines:
             return data.count(b"\n") > READ_LINES
         return isinstance(self.body, ChunkedBody) and data.count(b"\n") > TAKEN_LINES
@@ -6496,49 +6253,51 @@ class Sink:
         return self.body.at_most() if isinstance(self.body, ChunkedBody) and not self.reads_lines else READ_BYTES
 
     def is_held_up(self) -> bool:
-        """Tell whether nothing more is to be read for the time being."""
+        """Tell whether reading must pause."""
         return False
 
     def data(self, data: bytes) -> None:
         """Take a piece from the socket."""
         if self.over:
-            self.clean = False
+            self.connection.clean = False
             return
         try:
             payload, used = self.body.feed(data)
         except ProtocolError as error:
-            self.fail(Failure("garbage", f"broke the framing of its answer: {error}"))
+            self.finish(Failure("garbage", f"broke the framing of its answer: {error}"))
             return
         self.take(payload, data if self.body.verbatim and used == len(data) else None)
         if self.body.done:
             self.end(used == len(data))
 
     def take(self, payload: bytes, verbatim: bytes | None) -> None:
-        """Use a piece of the body; `verbatim` is the same as whole chunks, or None."""
+        """Use a piece of the body; `verbatim`: the same piece as whole chunks, or None."""
         raise NotImplementedError
 
     def end(self, clean: bool) -> None:
-        self.clean = clean and self.head.keep_alive
+        self.connection.clean = clean and self.head.keep_alive
         self.finish(None)
 
     def lost(self) -> None:
         """The connection has closed: the right end for a body without length, a failure for any other."""
-        if isinstance(self.body, UntilCloseBody) and self.connection.ended:
+        if self.head.length == UNTIL_CLOSE and self.connection.ended:
             self.end(False)
         else:
             self.finish(self.connection.failure)
 
-    def fail(self, failure: Failure | Answer) -> None:
-        self.finish(failure)
-
     def finish(self, failure: Failure | Answer | None) -> None:
+        """End the body, by a failure or, None, as it should."""
         if not self.over:
             self.over, self.failure = True, failure
             if self.waiter is not None and not self.waiter.done():
                 self.waiter.set_result(None)
 
     async def finished(self) -> None:
-        """Wait for the end of the body. Raises NodeFailure."""
+        """Take in the body, from what came behind the head to its end. Raises NodeFailure."""
+        if self.body.done:
+            self.end(not self.connection.buffer)
+        else:
+            self.connection.attach(self)
         if not self.over:
             self.waiter = self.connection.loop.create_future()
             await self.waiter
@@ -6560,28 +6319,24 @@ class Collector(Sink):
         self.parts.append(payload)
         self.room -= len(payload)
         if self.room < 0:
-            self.fail(Failure("garbage", "answer too long"))
+            self.finish(Failure("garbage", "answer too long"))
 
     async def collect(self) -> bytes:
         """Return the whole body. Raises NodeFailure."""
-        self.start()
         await self.finished()
         return b"".join(self.parts)
 
 
-STREAM_KINDS = (b"application/x-ndjson", b"text/event-stream")
-
-
 def is_stream(answer: ResponseHead) -> bool:
     """Tell whether an answer is lines or events that come one after the other."""
-    return answer.fields.get(b"content-type", b"").lower().startswith(STREAM_KINDS)
+    return answer.fields.get(b"content-type", b"").lower().startswith((b"application/x-ndjson", b"text/event-stream"))
 
 
 # -----------------------------------------------------------------------------
 # Wire to a node: how is a request written, and its answer read?
 #
-# Lines go on as they came, except those that speak of one connection only. Bodies are decoded in steps: `feed` may be
-# given any split of the bytes.
+# Header lines pass unchanged, except those that concern one connection only. `feed` decodes bodies however their bytes
+# are split.
 # -----------------------------------------------------------------------------
 
 MAX_CHUNK_LINE_BYTES = 4 * KIB      # a size line with its extensions, or one trailer line
@@ -6632,19 +6387,9 @@ class LengthBody:
         return data, len(data)
 
 
-class UntilCloseBody:
-    """Decode a body that ends with its connection: never `done` by itself."""
-
-    verbatim = done = False
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """Return (payload, count of bytes of `data` that belong to the body): all of it."""
-        return data, len(data)
-
-
 @remembered
 def plain_size(line: bytes) -> int:
-    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk and all that is not plain."""
+    """Return the size in the first line of a chunk, with its CRLF; 0 for the last chunk, or one with an extension."""
     match = CHUNK_LINE.fullmatch(line)
     return int(match[1], 16) if match and not match[2] else 0
 
@@ -6652,8 +6397,8 @@ def plain_size(line: bytes) -> int:
 class ChunkedBody:
     """Decode the chunked coding (RFC 9112 7.1). Extensions and trailers are dropped.
 
-    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: then they can be handed on as they
-    are. Their receiver is then between two chunks, where an error line can still be added.
+    After each `feed`, `verbatim` tells whether its bytes were whole plain chunks: they can be passed on unchanged, and
+    their receiver stands between two chunks, where an error line can still be added.
     """
 
     __slots__ = ("state", "left", "line", "trailer_bytes", "done", "verbatim")
@@ -6664,13 +6409,13 @@ class ChunkedBody:
         self.done = self.verbatim = False
 
     def at_most(self) -> int:
-        """Return how many bytes may be fed in one step: each chunk costs a microsecond, whatever its size."""
+        """Return how many bytes may be fed in one step: a chunk costs a microsecond, whatever its size."""
         return max(DECODED_BYTES, self.left)
 
     def plain_chunks(self, data: bytes) -> int:
-        """Return the number of chunks in `data` if it is nothing but whole plain ones, as tokens mostly are; else 0.
+        """Return the number of chunks in `data` if they all are whole and plain, as tokens mostly are; else 0.
 
-        Such data need not be fed: it can be handed on as it is, and leaves the decoder in the same state.
+        Such data can be passed on without `feed`: it would leave the decoder in the same state.
         """
         if self.state or self.line:
             return 0                # in the middle of a chunk
@@ -6731,14 +6476,14 @@ class ChunkedBody:
                 raise ProtocolError("malformed or too long trailers")
 
 
-BodyDecoder = LengthBody | UntilCloseBody | ChunkedBody
+BodyDecoder = LengthBody | ChunkedBody
 
 
 def body_decoder(length: int | None) -> BodyDecoder:
-    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE."""
+    """Return the decoder for a declared `length`: a number, None (chunked) or UNTIL_CLOSE (never `done` by itself)."""
     if length is None:
         return ChunkedBody()
-    return UntilCloseBody() if length == UNTIL_CLOSE else LengthBody(length)
+    return LengthBody(sys.maxsize if length == UNTIL_CLOSE else length)
 
 
 def chunk(data: bytes) -> bytes:
@@ -6746,18 +6491,18 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# The gateway writes its own length, coding, Host and Via, has answered Expect and Origin, and has read X-Priority.
-# Accept-Encoding: it reads statistics in the answers, and a tunnel in front of a node would compress them.
+# The gateway writes its own length, coding, Host and Via; it has answered Expect and Origin, and read X-Priority.
+# Without Accept-Encoding nobody compresses the answers, in which it reads statistics.
 NOT_FOR_NODES = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin", b"accept-encoding", b"x-priority",
                              b"via"}
 
-# The gateway says these itself, and nobody else may: a browser that gets two allowed origins accepts neither.
+# Only the gateway says these: a browser that gets two allowed origins accepts neither.
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 OURS_TO_SAY = b"access-control-", b"x-sollol-"
 
 
 def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) -> list[bytes]:
-    """Return the raw lines that are handed on: those neither `dropped` nor named by Connection."""
+    """Return the raw lines that are passed on: those neither `dropped` nor named by Connection."""
     listed = fields.get(b"connection")
     if listed:
         dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
@@ -6814,7 +6559,7 @@ UNBUFFERED = b"X-Accel-Buffering: no"       # nginx would hold a stream back
 
 
 def client_head(exchange: Exchange, answer: ResponseHead) -> tuple[Framing, bytes]:
-    """Return (Framing, head) of a node's answer as the client gets it; notes if its end must be the connection's."""
+    """Return (Framing, head) of a node's answer for the client; clears `exchange.keep` if the end must be a close."""
     head, record, length = exchange.head, exchange.record, answer.fields.get(b"content-length")
     if head.method == "HEAD" or answer.status in (204, 304):
         framing, lines = Framing.LENGTH, [b"Content-Length: " + length] if length and answer.status != 204 else []
@@ -6834,7 +6579,7 @@ def client_head(exchange: Exchange, answer: ResponseHead) -> tuple[Framing, byte
     return framing, render_response(answer, added, lines + connection_lines(exchange))
 
 
-# How a stream ends that says all it has to say: Ollama's statistics, OpenAI's and Anthropic's last events.
+# How a complete stream ends: Ollama's statistics, OpenAI's and Anthropic's last events.
 LAST_LINE = re.compile(rb'"(?:total_duration|eval_count)":\s*[0-9]+[^\n{]*\}\r?\n\Z|'
                        rb'(?:(?:^|\n)data: ?(?:\[DONE\]|\{"type":\s*"message_stop"\s*\})|'
                        rb'"input_tokens":\s*[0-9][^\n]*"total_tokens":\s*[0-9][^\n]*\})\r?\n\r?\n\Z')
@@ -6843,22 +6588,22 @@ EVENT_END = re.compile(rb"(\r?\n\r?\n)")    # an event's lines may end in CRLF
 LINE_END = re.compile(rb"(\n)")
 
 
-def json_of(data: bytes) -> Any:
-    """Return the JSON value that a node sent, None if it is none."""
+def object_in(data: bytes) -> Json | None:
+    """Return the JSON object that a node sent, None if it sent anything else."""
     try:
-        return json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def error_text(error: object) -> str:
-    """Return what an error says, in one line of ERROR_CHARS characters at most.
+    """Return the text of an error in one line of at most ERROR_CHARS characters.
 
-    `error`: the bytes of a body or of a line, or their JSON: of an object its `error`, and of that its `message`.
+    `error`: the bytes of a body or line, or its JSON, of which `error` and then `message` are taken if they are there.
     """
     if isinstance(error, bytes):
-        value = json_of(error)
-        error = value if isinstance(value, dict) else error[:4 * KIB].decode(errors="replace")
+        error = object_in(error) or error[:4 * KIB].decode(errors="replace")
     for key in ("error", "message"):
         error = error.get(key) or error if isinstance(error, dict) else error
     text = error if isinstance(error, str) else json.dumps(error)
@@ -6871,31 +6616,27 @@ def error_in_stream(ending: bytes) -> str:
         return ""
     lines = [b"", *(line for line in ending.splitlines() if line.strip() and line != b"data: [DONE]")]
     last = lines[-1].removeprefix(b"data:").strip()
-    value = json_of(last)
-    has_error = isinstance(value, dict) and value.get("error") or lines[-2:-1] == [b"event: error"]
+    has_error = (object_in(last) or {}).get("error") or lines[-2:-1] == [b"event: error"]
     return error_text(last) if has_error else ""
 
 
-@dataclass(slots=True, eq=False)
-class Begun:
+class Begun(NamedTuple):
     """A lease whose answer has begun, and the connection that it comes on."""
 
     lease: Lease
     connection: NodeConnection
     answer: ResponseHead
-    clean: bool = False             # it has ended where its framing said: the connection can be used again
     upload: Upload | None = None    # of a body that is still going up
 
 
 class Relay(Sink):
     """Write an answer to the client as it comes. `prelude`, the head, goes out with the first bytes of the body.
 
-    `hold`: up to so many bytes are kept until the answer is whole, so that another node can give it as long as the
-    client has seen nothing.
+    `hold`: keep up to so many bytes until the answer is whole: as long as the client has none, another node can answer.
     """
 
-    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "separator", "ends", "mark", "boundary",
-                 "recent", "latest", "bytes", "between", "passing", "withheld")
+    __slots__ = ("client", "framing", "prelude", "hold", "heard", "time", "ends", "mark", "boundary", "recent",
+                 "latest", "bytes", "between", "passing", "withheld")
 
     def __init__(self, exchange: Exchange, begun: Begun, hold: int = 0) -> None:
         connection, head = begun.connection, begun.answer
@@ -6906,7 +6647,7 @@ class Relay(Sink):
         self.heard = begun.lease.heard
         self.time = connection.loop.time
         events = b"event-stream" in head.fields.get(b"content-type", b"")
-        self.separator, self.mark = (b"\n\n", b"_tokens") if events else (b"\n", b"_count")
+        self.mark = b"_tokens" if events else b"_count"
         self.ends: tuple[bytes, ...] = (b"\n\n", b"\n\r\n") if events else (b"\n",)
         self.boundary = tuple(end + b"\r\n" for end in self.ends)
         self.recent: collections.deque[bytes] = collections.deque(maxlen=8)     # the last pieces, but for mere tokens
@@ -6920,11 +6661,10 @@ class Relay(Sink):
         return self.client.write_paused
 
     def data(self, data: bytes) -> None:
-        """Take a piece from the socket. Most are one token, one chunk: that passes in one step, and only the last
-        is kept.
+        """Take a piece from the socket. Most are one token in one chunk: it passes in one step, the last one is kept.
 
-        A stream's objects have left the processor's caches when its next token comes: whatever is touched here costs
-        several times what it does in a loop. Statistics take the long way.
+        When the next token of a stream comes, its objects have left the processor's caches: each one that is touched
+        costs several times what it does in a loop. Statistics take the long way.
         """
         if (self.passing and self.between and not self.over and data.rfind(self.mark) < 0
                 and data.endswith(self.boundary) and (chunks := self.passing.plain_chunks(data))):
@@ -6962,7 +6702,7 @@ class Relay(Sink):
 
     def end(self, clean: bool) -> None:
         self.hold = 0
-        if self.framing is Framing.CHUNKED and isinstance(self.body, UntilCloseBody):
+        if self.framing is Framing.CHUNKED and self.head.length == UNTIL_CLOSE:
             self.write(LAST_CHUNK)
         elif self.prelude:
             self.write(b"")
@@ -6983,16 +6723,16 @@ class Relay(Sink):
         return self.ending()[-TAIL_BYTES:]
 
     def is_complete(self) -> bool:
-        """Tell whether the client has a stream's own last line, so that nothing but the framing is missing."""
+        """Tell whether the client has the stream's own last line: only the framing may be missing."""
         return self.between and LAST_LINE.search(self.tail()) is not None
 
     def close_with(self, text: str, family: Family) -> bool:
-        """End a broken answer as its format lets clients understand; tell whether that could be done.
+        """End a broken answer by an error in its format; return False if the format has none.
 
-        Never with a made-up last line, nor with an error behind a real one; an error of the node itself in its own
-        words. A body of announced length can only be cut.
+        There is no made-up last line, and no error behind a real one; a node's own error passes in its own words. A
+        body of announced length can only be cut.
         """
-        kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.separator
+        kind, lead = self.head.fields.get(b"content-type", b""), b"" if self.between else self.ends[0]
         if self.framing is Framing.LENGTH or self.client.gone:
             return False
         if self.is_complete():
@@ -7011,7 +6751,7 @@ class Relay(Sink):
 
 
 async def answer_whole(exchange: Exchange, answer: ResponseHead, pieces: Sequence[bytes]) -> None:
-    """Write a node's answer that is whole, in pieces, byte for byte, as the client reads it."""
+    """Write a node's whole answer, given in pieces, as fast as the client reads it."""
     client, record = exchange.client, exchange.record
     answer.length = record.bytes = sum(map(len, pieces))
     record.status = answer.status
@@ -7036,14 +6776,14 @@ def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
     exchange.client.write(head + body)
     record.status, record.bytes, record.first_s = begun.answer.status, len(body), lease.first_s
     judge_end(exchange, begun, body[-TAIL_BYTES:])
-    begun.clean = begun.answer.keep_alive
+    connection.clean = begun.answer.keep_alive
 
 
 def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
     """Learn from an answer that ended as its framing said.
 
-    An error in the last line of a stream is a failure of the node; a stream without its last line says no more than
-    that the node works.
+    An error in the last line of a stream is a failure of the node; a stream without its last line only shows that the
+    node works.
     """
     if begun.answer.status >= 400:
         return
@@ -7062,12 +6802,12 @@ def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
 
 
 def begun_stream(exchange: Exchange) -> LineRelay | None:
-    """Return the relay that gave the client a part of a stream which another node may go on with; None before that."""
+    """Return the relay whose stream the client has a part of, and another node may continue; None before that."""
     return exchange.transcript.relay if exchange.transcript else None
 
 
 def make_relay(exchange: Exchange, begun: Begun) -> Relay:
-    """Return the Relay for an answer. Raises NodeFailure if it cannot go on with what the client has of another."""
+    """Return the Relay for an answer. Raises NodeFailure if it cannot continue the stream that the client has begun."""
     answer, transcript, before = begun.answer, exchange.transcript, begun_stream(exchange)
     kind = answer.fields.get(b"content-type", b"")
     if before and (answer.status != 200 or kind != before.head.fields.get(b"content-type")):
@@ -7080,7 +6820,7 @@ def make_relay(exchange: Exchange, begun: Begun) -> Relay:
 
 
 def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
-    """End an answer that nobody can complete: in-band where its format allows it, else it is cut."""
+    """End an answer that nobody can complete: by an error in its format, else by a cut."""
     record = exchange.record
     record.reason = text
     has_end = relay.close_with(text, exchange.spec.family)
@@ -7093,8 +6833,8 @@ def break_off(exchange: Exchange, relay: Relay, text: str) -> None:
 async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     """Pass a node's answer on to the client as it comes, and learn from its end.
 
-    Raises NodeFailure if the node fails and another one may go on: nothing is out, or what is out is in a transcript.
-    Any other failure ends the answer here.
+    Raises NodeFailure if the node fails and another one may answer: the client has nothing, or a transcript has what
+    it got. Any other failure ends the answer here.
     """
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
     before = begun_stream(exchange)
@@ -7107,7 +6847,6 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
         lease.ticket.race = None    # no other node could go on with it
     client.source = begun.connection
     try:
-        relay.start()
         await relay.finished()
         judge_end(exchange, begun, relay.ending())
     except NodeFailure as failure:
@@ -7124,14 +6863,13 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     if before:
         gateway.dispatcher.rescued(whole=not relay.failure)
         record.reason = f"rescued from {' and '.join(before.transcript.lost)}; {record.reason}"
-    begun.clean = relay.clean
 
 
 # -----------------------------------------------------------------------------
 # Own answers: what does the gateway itself say?
 #
-# Handlers take an Exchange, fill in what they find out, and write an answer to its client or raise it: a Refusal, which
-# has the shape that clients of its path expect, or a node's own error. `keep` says whether the connection goes on.
+# A handler takes an Exchange, fills in what it finds out, and writes an answer or raises it: a Refusal, which gets the
+# shape that clients of its path expect, or a node's own error. `keep` says whether the connection stays open.
 # -----------------------------------------------------------------------------
 
 REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden",
@@ -7223,9 +6961,9 @@ def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) 
 # -----------------------------------------------------------------------------
 # Rescue: how does another node go on with a stream that has broken off?
 #
-# Only a deterministic one: it is asked for again, and the client gets what the first node had not sent. A Transcript
-# keeps the text that the client has; the replay is compared with it, and must say the same. A LineRelay does both while
-# it relays. A stream that is silent in its midst is raced by such a replay, which is read ahead (`rehearse`).
+# Only a deterministic stream is asked for again; the client gets what the first node had not sent. A Transcript keeps
+# the text that the client has; the replay must say the same. A LineRelay compares while it relays. A stream that falls
+# silent is raced by such a replay, which is read ahead (`rehearse`).
 # -----------------------------------------------------------------------------
 
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
@@ -7234,9 +6972,9 @@ SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "f
 
 
 def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
-    """Return what an object of a stream says, in its order: [(object that holds it, key, text)].
+    """Return the texts in an object of a stream, in order: [(object that holds it, key, text)].
 
-    Of tool calls the ids are left out: they are drawn at random.
+    The ids of tool calls are left out: nodes draw them at random.
     """
     choices = value.get("choices")
     choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
@@ -7248,9 +6986,9 @@ def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
 
 
 class Transcript:
-    """What a client has got of a deterministic stream, so that another node can go on where one has died.
+    """What a client has got of a deterministic stream, so that another node can continue it.
 
-    A replay is compared by its text, not by its bytes: time stamps differ, and tokens may be cut otherwise.
+    A replay is compared by its text, not by its bytes: time stamps differ, and tokens may be split in another way.
     """
 
     def __init__(self) -> None:
@@ -7280,16 +7018,16 @@ class Transcript:
 
     @property
     def is_behind(self) -> bool:
-        """Tell whether the replay has not come to what the client lacks."""
+        """Tell whether the replay still repeats what the client has."""
         return self.at < len(self.known)
 
     @property
     def is_short(self) -> bool:
-        """Tell whether a text is small enough to be kept. A long one is not: memory must stay bounded."""
+        """Tell whether the text is short enough to be kept."""
         return self.at <= TRANSCRIPT_CHARS
 
     def consume(self, key: str, text: str) -> str:
-        """Take in what the running answer says next; return what the client lacks of it. Raises Refusal."""
+        """Take in the next text of the running answer; return what the client lacks of it. Raises Refusal."""
         spoken = text if key == self.key else f"\0{key}\0{text}"
         known = self.known[self.at:self.at + len(spoken)] if self.is_behind else ""
         if not spoken.startswith(known):
@@ -7301,7 +7039,7 @@ class Transcript:
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
     def rename(self, value: Json) -> bool:
-        """Give an event of a replay the id and the time of the stream it goes on with; tell whether they differed."""
+        """Give an event of a replay the id and time of the stream that it continues; tell whether they differed."""
         if not self.lost:
             if not self.name:
                 self.name = {key: value[key] for key in ("id", "created") if key in value}
@@ -7313,13 +7051,11 @@ class Transcript:
     def unsent_part(self, line: bytes) -> bytes:
         """Return what the client lacks of a streamed line or event: all, nothing, or a new line with the rest.
 
-        Before a node is lost that is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
-        for a replay that says something else.
+        Until a node is lost, this is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
+        for a replay that differs.
         """
         lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
-        value = {"done": True} if text == b"[DONE]" else json_of(text)
-        if not isinstance(value, dict):
-            value = {}
+        value = {"done": True} if text == b"[DONE]" else object_in(text) or {}
         if value.get("error"):
             raise NodeFailure("model", f"broke off: {error_text(value)}")
         was_behind, said = self.is_behind, delta_texts(value)
@@ -7346,7 +7082,7 @@ class Transcript:
 
 
 class LineRelay(Relay):
-    """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can go on with it."""
+    """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can continue it."""
 
     __slots__ = ("transcript", "partial")
     reads_lines = True
@@ -7372,7 +7108,7 @@ class LineRelay(Relay):
         self.pass_on(whole, verbatim if len(whole) == len(payload) == len(data) and not self.body.done else None)
 
     def pass_on(self, whole: bytes, verbatim: bytes | None = None) -> None:
-        """Give the client what it lacks of whole lines; `verbatim` is the same as chunks, or None."""
+        """Send the client what it lacks of whole lines; `verbatim`: the same lines as chunks, or None."""
         *lines, rest = (EVENT_END if len(self.ends) > 1 else LINE_END).split(whole)
         lines = [line + end for line, end in zip(lines[::2], lines[1::2], strict=True)] + ([rest] if rest else [])
         parts: list[bytes] = []
@@ -7392,18 +7128,18 @@ class LineRelay(Relay):
             framed = chunk(data) if verbatim is None or data != whole else verbatim
             self.write(framed if self.framing is Framing.CHUNKED else data)
         if failure:
-            self.fail(failure)
+            self.finish(failure)
 
     def end(self, clean: bool) -> None:
-        """Come to the end; an answer without length that ends without its last line was cut."""
+        """End the stream; one that ends with its connection and without its last line was cut."""
         if not self.over:
             self.pass_on(self.partial)
         if self.over:
             return
-        if isinstance(self.body, UntilCloseBody) and not self.is_complete():
-            self.fail(Failure("died", "closed the connection"))
+        if self.head.length == UNTIL_CLOSE and not self.is_complete():
+            self.finish(Failure("died", "closed the connection"))
         elif self.transcript.is_behind:
-            self.fail(Answer(502, "the answer of another node is shorter"))
+            self.finish(Answer(502, "the answer of another node is shorter"))
         else:
             self.write(LAST_CHUNK if self.framing is Framing.CHUNKED else b"")
             Sink.end(self, clean)
@@ -7417,9 +7153,9 @@ class LineRelay(Relay):
 
 
 async def rehearse(begun: Begun, known: str) -> None:
-    """Read a replay until it has said all of `known`; what was read is left to be relayed.
+    """Read a replay until it has said all of `known`; what was read stays buffered for the relay.
 
-    Raises NodeFailure, or Refusal for one that says something else, or takes more than REPLAY_BYTES to say the same.
+    Raises NodeFailure, or Refusal for a replay that differs or takes more than REPLAY_BYTES.
     """
     connection, body, transcript = begun.connection, body_decoder(begun.answer.length), Transcript()
     events = b"event-stream" in begun.answer.fields.get(b"content-type", b"")
@@ -7446,10 +7182,10 @@ async def rehearse(begun: Begun, known: str) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Without a slot: how does a request pass that waits for nothing?
+# Without a slot: how does a request that need not queue reach a node?
 #
-# To one node that has the model, or to the primary one. A body that nobody here needs is not read: an Upload passes it
-# on as it comes, and back-pressure holds for it as for an answer.
+# It goes to one node that has the model, or to the primary one. A body that nobody here needs is not read: an Upload
+# passes it on as it comes, with back-pressure.
 # -----------------------------------------------------------------------------
 
 class Upload:
@@ -7459,7 +7195,6 @@ class Upload:
                  turns: LoopTurns) -> None:
         self.client, self.connection, self.turns = client, connection, turns
         self.body = body_decoder(length)
-        self.chunked = length is None
         self.behind = b""           # what has come and is not decoded yet: chunks so small that it takes several steps
         self.catching_up: asyncio.Task[None] | None = None      # the task that does it
 
@@ -7475,7 +7210,7 @@ class Upload:
         self.data(data)
 
     def expire(self) -> None:
-        """The client sends too slowly, unless it is the node that does not read."""
+        """End an upload that is too slow, unless the node is what does not read."""
         if self.connection.write_paused:
             self.client.deadline_s = self.client.loop.time() + BODY_PAUSE_S
         elif self.connection.sink is None:
@@ -7487,7 +7222,7 @@ class Upload:
         """Take a piece from the client's socket; what lies behind the body stays for the next request."""
         self.client.deadline_s = body_due_s(self.client.deadline_s, len(data), self.client.loop.time())
         if self.connection.failure is not None:
-            return                  # the answer came early; what is still coming has no reader
+            return                  # nobody reads it any more
         self.behind += data
         if self.catching_up is None:
             self.step()
@@ -7523,7 +7258,7 @@ class Upload:
                 self.client.transport.abort()
             self.behind = b""
             return
-        if self.chunked:
+        if isinstance(self.body, ChunkedBody):
             payload = chunk(payload) + (LAST_CHUNK if self.body.done else b"")
         if payload:
             self.connection.transport.write(payload)
@@ -7536,7 +7271,7 @@ class Upload:
 async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
     """Send a request whose body passes through as it comes, and wait until its answer has begun. Raises NodeFailure.
 
-    On a fresh connection: what has gone up cannot be sent again if an idle one turns out to be dead.
+    It takes a fresh connection: what was sent on an idle one that turns out to be dead could not be sent again.
     """
     gateway, client, head = exchange.gateway, exchange.client, exchange.head
     pool = gateway.node_io.pools[lease.node]
@@ -7546,7 +7281,7 @@ async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
     upload, has_begun = Upload(client, connection, head.length, gateway.turns), False
     try:
         client.send_continue(head)
-        connection.transport.write(render_request(head, lease.node.settings, head.length))
+        connection.send(render_request(head, lease.node.settings, head.length), b"")
         upload.start(gateway.header_timeout_s)
         answer = await connection.response(head.method)
         exchange.keep, has_begun = head.keep_alive and upload.body.done, True
@@ -7554,14 +7289,14 @@ async def begin_upload(exchange: Exchange, lease: Lease) -> Begun:
     finally:
         if not has_begun:
             upload.end()
-            pool.give_back(connection, clean=False)
+            pool.give_back(connection)
 
 
 async def serve_control(exchange: Exchange) -> None:
     """Send a request without a slot to one suitable node; to another one only if the first cannot be reached.
 
-    One whose body is not read here is tried once, and ends the connection unless the node has got it all: what is left
-    of the body could be taken for the next request.
+    An upload is tried once, and ends the connection unless the node has got it all: the rest of the body could be taken
+    for the next request.
     """
     gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
@@ -7587,8 +7322,8 @@ async def serve_control(exchange: Exchange) -> None:
             if begun is not None:
                 if begun.upload is not None:
                     begun.upload.end()
-                    begun.clean = begun.clean and begun.upload.body.done
-                pool.give_back(begun.connection, begun.clean)
+                    begun.connection.clean &= begun.upload.body.done
+                pool.give_back(begun.connection)
             dispatcher.release(lease, loop.time())
 
 
@@ -7596,12 +7331,12 @@ async def serve_control(exchange: Exchange) -> None:
 # Many nodes: how does one request change a model wherever it is?
 #
 # The request is sent to all nodes of the model at once. Their progress is merged into one stream that shows how far the
-# slowest is. The index is refreshed before the last line, so that who changed a model finds it changed. A node that
-# fails, hangs or talks garbage is named in the answer, which then is no success, whatever the others have done.
+# slowest is. The index is refreshed before the last line, so that the client then finds the model changed. If a node
+# fails, hangs or sends garbage, the answer is an error that names it.
 # -----------------------------------------------------------------------------
 
 class Outcome(NamedTuple):
-    """What became of a change on one node. `answer` and `body`: what it said, of a stream the last line."""
+    """What became of a change on one node. `body`: of its answer; of a stream the last line."""
 
     node: Node
     answer: ResponseHead | None
@@ -7610,10 +7345,10 @@ class Outcome(NamedTuple):
 
 
 class Progress:
-    """Merge the progress of several nodes: of each layer what the slowest has; other lines once all nodes sent them."""
+    """Merge the progress of several nodes: the slowest node's of each layer; other lines once all nodes sent them."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = set(names)     # of nodes that are still at it
+        self.names = set(names)     # of the nodes that are waited for
         self.counts: dict[str, dict[str, int]] = {}     # digest: {name: completed bytes}
         self.reached: dict[str, set[str]] = {}  # status without a digest: names that have sent it
         self.shown: dict[str, int] = {}         # digest or status: completed bytes, as the client saw them last
@@ -7636,10 +7371,6 @@ class Progress:
         self.shown[status] = 0
         return line
 
-    def drop(self, name: str) -> None:
-        """Wait no longer for a node that has failed, or is done."""
-        self.names.discard(name)
-
 
 class Lines(Sink):
     """Hand each line of an answer to `hear` as it comes, which may end the answer by raising NodeFailure."""
@@ -7654,24 +7385,23 @@ class Lines(Sink):
     def take(self, payload: bytes, verbatim: bytes | None) -> None:
         *lines, self.rest = (self.rest + payload).split(b"\n")
         if len(self.rest) > MAX_LINE_BYTES:
-            self.fail(Failure("garbage", "a line without end"))
+            self.finish(Failure("garbage", "a line without end"))
         try:
             for line in lines:
                 if line.strip() and not self.over:
                     self.last = line
                     self.hear(line)
         except NodeFailure as failure:
-            self.fail(failure.value)
+            self.finish(failure.value)
 
     async def collect(self) -> bytes:
         """Return the last line. Raises NodeFailure."""
-        self.start()
         await self.finished()
         return self.rest or self.last
 
 
 class LineAnswer:
-    """An answer of lines to a client. Its head, that of a node's answer, goes out with the first of them."""
+    """An answer of lines to a client. Its head is that of a node's answer, and goes out with the first line."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -7689,15 +7419,14 @@ class LineAnswer:
         self.exchange.client.write(head + (chunk(data) if self.framing is Framing.CHUNKED else data))
 
     def end(self) -> None:
-        """End it."""
         if self.framing is Framing.CHUNKED:
             self.exchange.client.write(LAST_CHUNK)
 
 
 def read_line(line: bytes) -> Json:
     """Return the object in a line. Raises NodeFailure."""
-    value = json_of(line)
-    if not isinstance(value, dict):
+    value = object_in(line)
+    if value is None:
         raise NodeFailure("garbage", "answered what is not JSON")
     return value
 
@@ -7705,8 +7434,8 @@ def read_line(line: bytes) -> Json:
 def error_in(change: str, status: int, body: bytes) -> str:
     """Return why a change was not done, by a node's answer or last line, or "". Raises NodeFailure for garbage."""
     if status >= 400:
-        value = json_of(body)
-        return error_text(value) if isinstance(value, dict) and value.get("error") else f"answered {status}"
+        value = object_in(body) or {}
+        return error_text(value) if value.get("error") else f"answered {status}"
     if change in ("copy", "delete"):
         return "" if status == 200 else f"answered {status}"
     last = read_line(body)
@@ -7717,14 +7446,14 @@ def error_in(change: str, status: int, body: bytes) -> str:
 
 
 def without_absent(change: str, outcomes: list[Outcome]) -> list[Outcome]:
-    """Return the outcomes that count: a node that had nothing to delete or unload does not, beside one that had."""
+    """Leave out the nodes that had nothing to delete or unload, if another node had."""
     if change not in ("delete", "unload"):
         return outcomes
     return [outcome for outcome in outcomes if not outcome.answer or outcome.answer.status != 404] or outcomes
 
 
 def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
-    """Return (status, text) that tell which nodes failed, why, and where the change was made all the same."""
+    """Return (status, text): which nodes failed, why, and on which the change was made."""
     failed = [outcome for outcome in outcomes if outcome.error]
     done = [outcome.node.name for outcome in outcomes if not outcome.error]
     statuses = [outcome.answer.status if outcome.answer else 502 for outcome in failed]
@@ -7734,10 +7463,7 @@ def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
 
 
 async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, ResponseHead, bytes], None]) -> Outcome:
-    """Make a change on one node and return its Outcome, whatever happens there.
-
-    Each line of a stream goes to `hear`, which may fail it by raising NodeFailure.
-    """
+    """Make a change on one node; return its Outcome, never raise. `hear` gets each line; its NodeFailure ends it."""
     gateway, spec = exchange.gateway, exchange.spec
     dispatcher, loop = gateway.dispatcher, gateway.loop
     lease, begun = dispatcher.lease_on(exchange.record.id, spec, node, spec.change, loop.time()), None
@@ -7752,7 +7478,6 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
         is_stream_of_lines = answer.status == 200 and b"ndjson" in answer.fields.get(b"content-type", b"")
         sink = Lines(begun.connection, answer, on_line) if is_stream_of_lines else Collector(begun.connection, answer)
         last = await sink.collect()
-        begun.clean = sink.clean
         if answer.status < 400:
             dispatcher.observe(lease, Timings(), loop.time())
         error = error_in(spec.change, answer.status, last)
@@ -7767,7 +7492,7 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
     finally:
         lease.abandon = None
         if begun is not None:
-            gateway.node_io.pools[node].give_back(begun.connection, begun.clean)
+            gateway.node_io.pools[node].give_back(begun.connection)
         dispatcher.release(lease, loop.time())
 
 
@@ -7775,7 +7500,7 @@ async def answer_change(exchange: Exchange, lines: LineAnswer, outcomes: list[Ou
     """Write the end of the answer to a change, of which `lines` may be out. Raises Refusal."""
     failed = [outcome for outcome in outcomes if outcome.error]
     statuses = {outcome.answer.status if outcome.answer else 0 for outcome in outcomes}
-    own = outcomes[0].answer        # that one speaks for all if all did it, or all refused it alike
+    own = outcomes[0].answer        # it speaks for all if all did it, or all refused it alike
     is_one = not failed or len(outcomes) == 1 or len(statuses) == 1 and min(statuses) >= 400
     status, text = explain_failure(outcomes) if failed else (200, "")
     if failed:
@@ -7801,10 +7526,10 @@ async def serve_change(exchange: Exchange) -> None:
     lines, progress = LineAnswer(exchange), Progress(node.name for node in nodes)
 
     def hear(node: Node, answer: ResponseHead, line: bytes) -> None:
-        """Pass a line on: of one node as it is, of several merged; what ends its stream waits for the others."""
+        """Pass a line on: unchanged of one node, merged of several. The last line of each stream is held back."""
         value = read_line(line)
         if value.get("error"):
-            progress.drop(node.name)
+            progress.names.discard(node.name)
         elif value.get("status") != "success":
             due = progress.take(node.name, value)
             if len(nodes) == 1 or due is not None:
@@ -7812,12 +7537,13 @@ async def serve_change(exchange: Exchange) -> None:
 
     async def one(node: Node) -> Outcome:
         outcome = await change_on(exchange, node, hear)
-        progress.drop(node.name)    # of two lines the one that counts has come, or never will
+        progress.names.discard(node.name)       # it sends no more: the merged progress must not wait for it
         return outcome
 
     outcomes = await asyncio.gather(*map(one, nodes))
-    if spec.change != "unload":
-        await gateway.node_io.look_at_changes([outcome.node for outcome in outcomes if outcome.answer])
+    if spec.change != "unload":     # the client looks at the models next; a node that is silent now is probed later
+        looks = [gateway.node_io.look_at_models(outcome.node) for outcome in outcomes if outcome.answer]
+        await asyncio.gather(*looks, return_exceptions=True)
     pump(gateway)
     await answer_change(exchange, lines, without_absent(spec.change, outcomes))
 
@@ -7825,16 +7551,16 @@ async def serve_change(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Batches: how do many nodes embed one long list?
 #
-# The list is cut into shares. Each is a request of its own with its place in the queue: a share that fails moves on
-# alone, and other requests pass between two shares. The answers are put together as bytes: no number is read, so none
-# can change, and 10 MB of them do not hold up the streams of others.
+# The list is cut into shares. Each is a request of its own in the queue: a share that fails moves on alone, and other
+# requests run between two shares. The answers are joined as bytes: no number is parsed, so none can change, and 10 MB
+# do not delay the streams of others.
 # -----------------------------------------------------------------------------
 
 SHARES_AHEAD = 2                    # of one batch per node, running and queued: the next one is there when one ends
 LIST_START_BYTES = 64 * KIB         # of an answer, in which its list must begin
 SHARE_ANSWER_BYTES = 256 * MIB      # 5000 vectors of 4096 numbers, as JSON
 LIST_START = re.compile(rb'"(embeddings|data)"\s*:\s*\[')
-INDEX = re.compile(rb"\s*:\s*(\d+)")
+INDEX = re.compile(rb'"index"\s*:\s*(\d+)')
 TOTAL = re.compile(rb'"(prompt_eval_count|prompt_tokens|total_tokens|total_duration|load_duration)"\s*:\s*(\d{1,18})')
 
 
@@ -7848,7 +7574,7 @@ class Cut(NamedTuple):
 
 @dataclass(slots=True)
 class Share:
-    """Some texts of a batch, a request of their own, and what a node has answered to it."""
+    """Some texts of a batch, their request, and a node's answer to it."""
 
     texts: list[str]
     spec: RequestSpec
@@ -7871,19 +7597,11 @@ def cut_answer(body: bytes, count: int) -> Cut:
 
 def renumbered(rows: bytes, offset: int) -> bytes:
     """Return rows of /v1/embeddings with `offset` added to each index."""
-    first, *rest = rows.split(b'"index"')
-    for at, piece in enumerate(rest):
-        number = INDEX.match(piece)
-        if number:
-            rest[at] = b":%d" % (int(number[1]) + offset) + piece[number.end():]
-    return b'"index"'.join((first, *rest))
+    return INDEX.sub(lambda number: b'"index":%d' % (int(number[1]) + offset), rows)
 
 
 def joined(cuts: list[Cut], counts: list[int], took_s: float) -> Generator[None, None, list[bytes]]:
-    """Return one body, in pieces, of the Cuts of all shares, in order: token counts summed, `took_s` seconds at work.
-
-    One share a step.
-    """
+    """Return the pieces of one body made of all Cuts: token counts summed, `took_s` at work. One share is one step."""
     totals: collections.defaultdict[bytes, list[int]] = collections.defaultdict(list)
     for cut in cuts:
         for name, value in TOTAL.findall(cut.after):
@@ -7915,13 +7633,11 @@ async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
     """Keep a node's answer to a share. Raises NodeFailure or NodeRefused."""
     dispatcher, loop, lease = exchange.gateway.dispatcher, exchange.gateway.loop, begun.lease
     lease.heard(0, loop.time())
-    collector = Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES)
-    body = await collector.collect()
+    body = await Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES).collect()
     if begun.answer.status != 200:
         raise NodeRefused(NodeAnswer(lease.node.name, None, begun.answer, body))
     share.answer, share.cut = begun.answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
-    begun.clean = collector.clean
 
 
 async def serve_share(batch: Exchange, share: Share, version: str) -> None:
@@ -7941,7 +7657,7 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
     left = iter(shares)
 
     async def work() -> None:
-        """Have one share after the other embedded; what else the same client asks for comes in between."""
+        """Serve one share after the other, so that other requests of the same client run in between."""
         for share in left:
             await serve_share(exchange, share, version)
 
@@ -7980,9 +7696,8 @@ async def serve_embedding(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Cluster-wide answers: what does the whole cluster look like, as one Ollama?
 #
-# Merged from what the probes saw last, so that a slow or hung node can delay nobody. Rows are kept as the nodes sent
-# them, unknown fields and all; of several rows for one name the newest counts. Beside them, what the gateway answers
-# for itself: orders to nodes, and the events of the dashboard.
+# Answers are merged from what the probes saw last, so that a slow or hung node delays nobody. Rows keep all fields that
+# the nodes sent; of several rows for one name the newest counts. Orders to nodes and the dashboard's events follow.
 # -----------------------------------------------------------------------------
 
 def live_nodes(gateway: Gateway) -> list[Node]:
@@ -8022,7 +7737,7 @@ def answer_ps(gateway: Gateway) -> OwnAnswer:
 
 
 def answer_version(gateway: Gateway) -> OwnAnswer:
-    """Answer with the lowest version of all nodes: what every one of them can do."""
+    """Answer with the lowest version of all nodes: every node can do what it can."""
     versions = [node.version for node in live_nodes(gateway)]
     return json_answer({"version": min(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])})
 
@@ -8034,24 +7749,16 @@ def answer_status(gateway: Gateway) -> OwnAnswer:
     return json_answer((enabled or states or [{"cloud": {"disabled": False, "source": "none"}}])[0])
 
 
-def openai_model(row: Json) -> Json:
-    """Return a row of /api/tags as /v1/models shows it."""
-    name = row["name"]
-    return {"id": name, "object": "model", "created": int(instant_s(row.get("modified_at"))),
-            "owned_by": name.rpartition("/")[0].rpartition("/")[2] or "library"}
-
-
 def answer_openai_models(gateway: Gateway) -> OwnAnswer:
     """Answer /v1/models; `data` is null when there is no model, as Ollama has it, and so are type and newline."""
-    own = json_answer({"object": "list", "data": [openai_model(row) for row in all_tags(gateway)] or None})
+    models = [{"id": row["name"], "object": "model", "created": int(instant_s(row.get("modified_at"))),
+               "owned_by": row["name"].rpartition("/")[0].rpartition("/")[2] or "library"} for row in all_tags(gateway)]
+    own = json_answer({"object": "list", "data": models or None})
     return OwnAnswer(200, own.body + b"\n", b"application/json")
 
 
 async def serve_own(exchange: Exchange) -> None:
-    """Answer from what is known. No node is waited for, unless the route asks for a look at them first.
-
-    Who asks such a route has often just changed what it shows.
-    """
+    """Answer from what is known. Only a route with a `look` waits for nodes: see NodeIO.look_again."""
     if exchange.route.look is not None:
         await exchange.gateway.node_io.look_again(exchange.route.look)
     answer_locally(exchange, exchange.gateway.own_answer(exchange.head.path))
@@ -8064,12 +7771,16 @@ async def serve_token_count(exchange: Exchange) -> None:
 
 
 async def serve_order(exchange: Exchange) -> None:
-    """Drain or resume a node: no new work there, or some again. Raises Refusal."""
+    """Drain or resume a node: no new work there, or some again; answer with its state. Raises Refusal."""
+    gateway, nodes = exchange.gateway, exchange.gateway.dispatcher.cluster.nodes
     name, _, verb = exchange.head.path.removeprefix("/api/nodes/").rpartition("/")
-    nodes = exchange.gateway.dispatcher.cluster.nodes
     if name not in nodes or verb not in ("drain", "resume"):
         raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {', '.join(nodes)}")
-    answer_locally(exchange, exchange.gateway.order(nodes[name], verb))
+    gateway.dispatcher.drain(nodes[name], verb == "drain")
+    gateway.answers.clear()         # it is to be seen at once
+    gateway.node_io.log_state(nodes[name], f"asked to {verb}")
+    pump(gateway)
+    answer_locally(exchange, json_answer(node_stats(nodes[name], gateway.loop.time())))
 
 
 async def serve_events(exchange: Exchange) -> None:
@@ -8089,8 +7800,8 @@ async def serve_events(exchange: Exchange) -> None:
 # What is going on: health, statistics, the log
 # -----------------------------------------------------------------------------
 
-TALLY_DELAY_S = 0.05                # finished requests are counted and logged together; this late at most
-NOTIFY_S = 0.2                      # streams stand still meanwhile
+TALLY_DELAY_S = 0.05                # finished requests are counted and logged together, at most this late
+NOTIFY_S = 0.2                      # all streams pause meanwhile
 MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
 LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
 
@@ -8124,14 +7835,14 @@ def rounded(seconds: float | None) -> float | None:
 
 
 def shown(name: str | None) -> str | None:
-    """Return a name that a client may have made up as logs and statistics show it: not longer than SHOWN_CHARS."""
+    """Return a name for logs and statistics: a client may have made it up, so cut it at SHOWN_CHARS."""
     return name and name[:SHOWN_CHARS]
 
 
 def runner_stats(node: Node, model: str, now: float) -> Json:
     """Return what /api/stats says of one model on one node."""
     runner = node.runners[model]
-    return {"on_disk": has_on_disk(node, model), "resident": runner.ready_s is not None,
+    return {"on_disk": model in node.rows, "resident": runner.ready_s is not None,
             "loading": runner.ready_s is not None and runner.ready_s > now,
             "vram_bytes": int(runner.vram_bytes) or None, "slots": runner.slots.count,
             "slots_known": runner.slots.origin,
@@ -8152,8 +7863,7 @@ def running_stats(lease: Lease, now: float) -> Json:
 
 
 def node_slots(node: Node) -> tuple[int, str]:
-    """Return how many requests of one model a node runs at once, and how that is known: of the model that is resident,
-    or was last used."""
+    """Return (slots, how they are known) of a node's model that is resident, or was used last."""
     runner = max(node.runners.values(), key=lambda runner: (runner.ready_s is not None, runner.used_s), default=None)
     return (runner.slots.count, runner.slots.origin) if runner else (node.settings.slots or 1, "guessed")
 
@@ -8175,17 +7885,12 @@ def node_stats(node: Node, now: float) -> Json:
 
 
 def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
-    """Return what is said of the waiting tickets, the next one first; an id is the client's X-Request-Id.
-
-    What a ticket costs is reckoned by what is known now, not when it came.
-    """
-    queue, forecast = [], Forecast(dispatcher.cluster, now)
-    for position, ticket in enumerate(dispatcher.waiting.in_order(), 1):
-        queue.append({"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
-                      "client": ticket.spec.client, "position": position,
-                      "waited_s": round(now - ticket.arrived_s, 3),
-                      "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))})
-    return queue
+    """Return what /api/queue says of the waiting tickets, the next one first. Their cost is estimated anew."""
+    forecast = Forecast(dispatcher.cluster, now)
+    return [{"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
+             "client": ticket.spec.client, "position": position, "waited_s": round(now - ticket.arrived_s, 3),
+             "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))}
+            for position, ticket in enumerate(dispatcher.waiting.in_order(), 1)]
 
 
 def answer_queue(gateway: Gateway) -> OwnAnswer:
@@ -8214,18 +7919,16 @@ def answer_stats(gateway: Gateway) -> OwnAnswer:
         "decisions": decision_stats(dispatcher.policy.decisions, now)})
 
 
-def escaped(text: str) -> str:
-    """Return a label's value with what would end it escaped."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
 def labelled(**labels: str | int) -> str:
     """Return labels as the text format has them."""
-    return ",".join(f'{name}="{escaped(str(value))}"' for name, value in labels.items())
+    return ",".join(f'{name}="{str(value).translate(LABEL_ESCAPES)}"' for name, value in labels.items())
 
 
 def route_label(path: str) -> str:
-    """Return the path of the table of routes that a path belongs to, or `other`."""
+    """Return the path's row in the table of routes, or `other`."""
     if path in KNOWN_PATHS:
         return path
     return next((above for _, above, _ in ROUTES_BELOW if path.startswith(above)), "other")
@@ -8254,8 +7957,7 @@ Series = collections.Counter[tuple[str | int, ...]]         # values of labels: 
 
 
 class Metrics:
-    """Count what finished requests were like. Nothing is done per token; names that a client can invent share a label.
-    """
+    """Count what finished requests were like, nothing per token. Names that a client can invent share a label."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -8267,14 +7969,6 @@ class Metrics:
         self.queue_s: dict[int | str, Histogram] = collections.defaultdict(lambda: Histogram(TIME_BOUNDS_S))
                                     # by priority
         self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something ended
-
-    def model_label(self, model: str) -> str:
-        """Return a model's name if a node has it, else `other`: clients can make up any number of names."""
-        return model if not model or model in self.dispatcher.cluster.holders else "other"
-
-    def node_label(self, names: str) -> str:
-        """Return the name of a node, `several` for more than one."""
-        return names if not names or names in self.dispatcher.cluster.nodes else "several" if "," in names else "other"
 
     def count(self, counter: Series, amount: int, node: str, model: str, *more: str | int) -> None:
         """Add to a counter; once it has MOST_SERIES, new models are folded."""
@@ -8299,7 +7993,11 @@ class Metrics:
 
     def count_request(self, record: Record, total_s: float) -> None:
         """Take in a finished request."""
-        node, model = self.node_label(record.node), self.model_label(record.model)
+        cluster, node, model = self.dispatcher.cluster, record.node, record.model
+        if node and node not in cluster.nodes:
+            node = "several" if "," in node else "other"
+        if model and model not in cluster.holders:
+            model = "other"         # clients can make up any number of names
         self.count(self.requests, 1, node, model, route_label(record.path), record.status, record.outcome)
         if record.path not in INFERENCE_PATHS or not record.attempts:
             return
@@ -8375,8 +8073,7 @@ def milliseconds(seconds: float | None) -> int | str:
 
 
 def log_level(record: Record) -> int:
-    """Return the level of a request's log line: warning if the nodes failed it in the end, debug for a scrape that
-    succeeded."""
+    """Return the level of a request's log line: warning if the nodes failed it, debug for a scrape that succeeded."""
     if record.path in PROBED_PATHS and record.method in ("GET", "HEAD") and record.status < 400:
         return logging.DEBUG
     return logging.WARNING if record.attempts and record.outcome in ("cut", "error") else logging.INFO
@@ -8399,7 +8096,7 @@ PROBED_PATHS = frozenset(("/", "/api/version", "/api/health", "/metrics"))
 
 
 class Telemetry:
-    """Count and log finished requests, some together and a moment late: that is much cheaper."""
+    """Count and log finished requests, in groups, which is much cheaper."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.loop = gateway, gateway.loop
@@ -8442,8 +8139,7 @@ def bare(text: str) -> str:
 
 
 class LogFormat(logging.Formatter):
-    """Write one line per event, `key=value ...` or a JSON object. A message is the dict of an event, or a list of them.
-    """
+    """Write one line per event, `key=value ...` or a JSON object. A message is an event's dict, or a list of them."""
 
     converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
@@ -8558,8 +8254,8 @@ def tell_systemd(message: str) -> None:
 # -----------------------------------------------------------------------------
 # Dashboard: what does a person see?
 #
-# One page without outside resources. It comes with the state of its moment, and then gets the whole state every second:
-# the state is small, and a page that missed an event, or the gateway's restart, is right again one second later.
+# One page without outside resources. It contains the current state, and gets the whole state again every second: the
+# state is small, and a page that missed an event, or the gateway's restart, is right one second later.
 # -----------------------------------------------------------------------------
 
 ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
@@ -8622,20 +8318,16 @@ def answer_dashboard(gateway: Gateway) -> OwnAnswer:
 # -----------------------------------------------------------------------------
 # Probes: which nodes live, and what do they hold?
 #
-# One task per node. /api/version tells whether it lives: /api/ps can block for seconds while a model is unloaded, so
-# that one is asked for residency only. Intervals have jitter, so that the probes of many gateways do not fall together.
+# One task per node. /api/version tells whether it lives, /api/ps only what is loaded: it can block for seconds while a
+# model is unloaded. Intervals have jitter, so that the probes of several gateways spread.
 # -----------------------------------------------------------------------------
 
 PROBE_TIMEOUT_S = 3.0
-RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # for so long a node that has gone is looked at so often
+RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # how long, and at which pause, a node that has gone is probed
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
 CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
 SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
-
-
-class ProbeFailure(Exception):
-    """A node gave no usable answer to a question of the gateway's own."""
 
 
 BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
@@ -8655,10 +8347,10 @@ def rows_of(answer: Json) -> list[Json]:
 
 
 class OllamaApi:
-    """The gateway's own questions to one node: the only place that knows Ollama's paths for them and the answers' JSON.
+    """The gateway's own questions to one node. Only this class knows Ollama's paths for them and the answers' JSON.
 
     A server of another kind needs one more class with these methods, chosen in `NodeIO.api`. Each method raises
-    NodeFailure without an answer, ProbeFailure after a wrong one, and Refusal if the gateway itself has no socket left.
+    NodeFailure without a usable answer, and Refusal if the gateway itself has no socket left.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -8670,30 +8362,24 @@ class OllamaApi:
         body = b"" if value is None else json.dumps(value).encode()
         head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
                            len(body), True, False, self.pool.via)
-        connection, clean = None, False
+        connection = None
         try:
             async with asyncio.timeout(timeout_s):
                 request = render_request(head, self.pool.settings, len(body)) + body
                 connection, answer = await self.pool.request(request, method)
-                collector = Collector(connection, answer, max_bytes)
-                text = await collector.collect()
-                clean = collector.clean
+                text = await Collector(connection, answer, max_bytes).collect()
         except TimeoutError:
-            raise ProbeFailure(f"no answer to {path} within {timeout_s:g} s") from None
+            raise NodeFailure("lost", f"no answer to {path} within {timeout_s:g} s") from None
         finally:
             if connection is not None:
-                self.pool.give_back(connection, clean)
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed = None
-        return answer.status, parsed if isinstance(parsed, dict) else None, text
+                self.pool.give_back(connection)
+        return answer.status, object_in(text), text
 
     async def ask(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Json:
         """Return the JSON object that a node answers with status 200."""
         status, answer, _ = await self.fetch("GET", path, timeout_s=timeout_s)
         if status != 200 or answer is None:
-            raise ProbeFailure(f"{path} answered {status} and not the JSON of an Ollama server")
+            raise NodeFailure("garbage", f"{path} answered {status} and not the JSON of an Ollama server")
         return answer
 
     async def version(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
@@ -8724,7 +8410,7 @@ class OllamaApi:
             value["shift"] = bool(value["options"].pop("shift"))
         status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
         if status != 200 or answer is None:
-            raise ProbeFailure(f"the measurement was answered with {status}")
+            raise NodeFailure("garbage", f"the measurement was answered with {status}")
         return read_timings(text[-TAIL_BYTES:])
 
     async def is_there(self) -> bool:
@@ -8741,7 +8427,7 @@ Followed = TypeVar("Followed")      # a node, or the name of a source
 
 def supervise(tasks: dict[Followed, asyncio.Task[None]], key: Followed,
               work: Callable[[Followed], Coroutine[None, None, None]], pause_s: float) -> None:
-    """Start the task `tasks[key]`; should a defect end it, start it again after a pause: nothing must be forgotten."""
+    """Start the task `tasks[key]`; if a defect ends it, log that and start it again after a pause."""
     loop = asyncio.get_running_loop()
     task = tasks[key] = loop.create_task(work(key))
 
@@ -8813,10 +8499,7 @@ class NodeIO:
         node.take_ps(rows, asked_s, self.loop.time())
 
     async def look_at_weights(self, node: Node) -> None:
-        """Find out which models of a node that look alike are made from the same weights; each is asked about once.
-
-        Raises as OllamaApi.
-        """
+        """Find out which look-alike models of a node have the same weights; each is asked once. Raises as OllamaApi."""
         for model in possible_twins(node):
             key = model, digest_of(node, model)
             self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
@@ -8826,22 +8509,15 @@ class NodeIO:
         node.cloud = await self.api(node).cloud(timeout_s)
 
     async def look_after_load(self, node: Node) -> None:
-        """See at once what a load has pushed out: the next one should know what fits together."""
-        with contextlib.suppress(ProbeFailure, NodeFailure, Refusal):
+        """See at once which models a load has pushed out: the next decision should know what fits together."""
+        with contextlib.suppress(NodeFailure, Refusal):
             await self.look_at_residency(node)
             pump(self.gateway)
 
-    async def look_at_changes(self, nodes: Iterable[Node]) -> None:
-        """Let the index know what nodes have just been made to change: whoever changed it looks at it next.
-
-        A node that does not answer now is looked at by the next probe.
-        """
-        await asyncio.gather(*map(self.look_at_models, nodes), return_exceptions=True)
-
     async def look_again(self, look: Look) -> None:
-        """Let all nodes be looked at that answer within FRESH_S; the rest stays as last seen.
+        """Look at all nodes, for FRESH_S at most; what does not answer by then stays as last seen.
 
-        Somebody who asks /api/ps has often just caused a load. At most one look at a time, however many ask.
+        A client that asks /api/ps has often just caused a load. One look serves all clients that ask meanwhile.
         """
         if look not in self.looking:
             looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
@@ -8860,12 +8536,12 @@ class NodeIO:
             await self.look_at_models(node)
             await self.look_at_residency(node)
             await self.look_at_weights(node)
-        except (NodeFailure, ProbeFailure, Refusal) as failure:
+        except (NodeFailure, Refusal) as failure:
             why = str(failure)
             if answered:
                 node.index_failed()
-            elif not isinstance(failure, Refusal):      # that is the gateway's own lack of sockets
-                node.missed(getattr(failure, "kind", "") == "refused", loop.time())
+            elif isinstance(failure, NodeFailure):      # a Refusal is the gateway's own lack of sockets
+                node.missed(failure.kind == "refused", loop.time())
         self.log_state(node, why)
         pump(self.gateway)
         return why
@@ -8884,7 +8560,7 @@ class NodeIO:
         now = self.loop.time()
         was, state = self.logged_states.get(node, "new"), node.state(now)
         if not node.probed or state == was or node.up and not node.indexed:
-            return                      # its models are part of the line
+            return                      # the line shows its models: wait for them
         self.logged_states[node] = state
         bad, error = state in ("down", "suspect"), node.last_error
         if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
@@ -8904,11 +8580,7 @@ class NodeIO:
         if failure.kind in CONNECTION_FAILURES:
             self.begin_job(lease.node, NodeIO.probe)
         elif failure.kind == "model":
-            self.note_load(lease.node)
-
-    def note_load(self, node: Node) -> None:
-        """Find out soon what the load of a model has pushed out of a node."""
-        self.begin_job(node, NodeIO.look_after_load)
+            self.begin_job(lease.node, NodeIO.look_after_load)
 
     def sweep(self, now: float) -> None:
         """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
@@ -8948,7 +8620,7 @@ def loaded_runners(node: Node) -> list[Runner]:
 async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
     """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
 
-    It is work like any other, but gives way at once to any. It loads no model, nor one anew with other options.
+    Any request ends it at once. It loads no model, and reloads none with other options.
     """
     dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
     prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
@@ -8971,14 +8643,11 @@ async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> boo
 
 
 async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
-    """Return a model of a node that can be measured, after a look at what is loaded; None if there is none.
-
-    Meanwhile a request may have come, or the node may not answer: then the node has a pause, too.
-    """
+    """Return a loaded model of a node to measure, after a look; None if there is none, or the node became busy."""
     loop = nodes.loop
     try:
         await nodes.look_at_residency(node)
-    except (ProbeFailure, NodeFailure, Refusal):
+    except (NodeFailure, Refusal):
         node.pause_measuring(loop.time())
     if not node.may_measure(loop.time()):
         return None
@@ -8987,11 +8656,11 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
 
 
 async def calibrate(nodes: NodeIO, node: Node) -> None:
-    """Measure the speed of an idle node on a model that is loaded anyway: once after it came up, and when no answer has
-    told it for long although the model is asked for.
+    """Measure the speed of an idle node on a loaded model: once after it came up, and when answers have not shown it
+    for long although the model is asked for.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
-    with a CPU node. One short request at a time: slots are learned from those of others.
+    with a CPU node. It sends one short request at a time: slots are learned from real requests.
     """
     node.calibrates()
     runner = await loaded_runner(nodes, node)
@@ -9005,7 +8674,7 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
 
 
 async def check(nodes: NodeIO, node: Node) -> None:
-    """Settle a suspicion: one token from a loaded model of an idle node shows that it works, and whether it is slow."""
+    """Check a node in doubt: one token of a loaded model shows whether it works, and whether it is slow."""
     loop = nodes.loop
     runner = await loaded_runner(nodes, node)
     if not node.may_measure(loop.time()):
@@ -9025,8 +8694,8 @@ async def check(nodes: NodeIO, node: Node) -> None:
 # -----------------------------------------------------------------------------
 # Routes: which handler answers which path?
 #
-# The README's table of routes, row by row. A row names its handler, so the table stands behind all of them; code above
-# finds a row when a request asks for it. A new path is one row, and a handler if none of these will do.
+# The README's table of routes, row by row. A row names its handler, so the table stands behind all handlers. A new path
+# is one row, and a handler if none of these fits.
 # -----------------------------------------------------------------------------
 
 def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> Route:
@@ -9085,8 +8754,7 @@ ANSWERED_HERE = Where.GATEWAY, Where.MERGED
 KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.where is Where.QUEUED)
 
-# Versions of Ollama differ, and what one of them adds may be a change, as POST /api/experimental/aliases is. On /v1/
-# new paths are inference.
+# An unknown path may change something, as POST /api/experimental/aliases does. On /v1/ new paths are inference.
 ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
              for family in Family for guarded in (False, True)}
 
@@ -9094,11 +8762,11 @@ ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, g
 # -----------------------------------------------------------------------------
 # hosts.txt: which nodes?
 #
-# A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has the same shape, with a key
-# instead of the URL: `read_file`, `parse_lines` and `parse_settings` serve both.
+# A line is a URL and then settings such as slots=4; `#` begins a comment. The keys file has a key instead of the URL:
+# `read_file`, `parse_lines` and `parse_settings` serve both.
 # -----------------------------------------------------------------------------
 
-# Bounds of a file that is read in one go, in 50 ms; of the keys file, too.
+# Bounds of this and the keys file: one is read at once, within 50 ms.
 MAX_FILE_BYTES, MAX_FILE_LINES, MAX_LINE_CHARS = 1 * MIB, 4096, 4096
 MAX_NODES = 1024                    # in one file
 
@@ -9110,10 +8778,10 @@ def parse_switch(text: str) -> bool:
     return text == "yes"
 
 
-def parse_slots(text: str) -> int:
-    """Return a number of slots. Raises ValueError."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
-        raise ValueError(f"must be a whole number from 1 to 64, not {text!r}")
+def parse_whole(text: str, most: int = 10**9) -> int:
+    """Return a whole number from 1 to `most`. Raises ValueError."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise ValueError(f"must be a whole number from 1 to {most}, not {text!r}")
     return int(text)
 
 
@@ -9140,12 +8808,13 @@ def parse_prefix(text: str) -> str:
 
 SettingParsers = Mapping[str, Callable[[str], str | int | tuple[int, float]]]
 NODE_SETTINGS: SettingParsers = {
-    "name": parse_word, "slots": parse_slots, "token": parse_word, "host": parse_word, "prefix": parse_prefix,
-    "primary": parse_switch, "ca": parse_word, "insecure": parse_switch, "resolve": parse_resolve}
+    "name": parse_word, "slots": functools.partial(parse_whole, most=64), "token": parse_word, "host": parse_word,
+    "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
+    "resolve": parse_resolve}
 
 
 def open_regular(path: str) -> int:
-    """Return a descriptor to read a file. Raises ConfigError, also for a pipe or a device: they may have no end."""
+    """Return a descriptor to read a file. Raises ConfigError, also for a pipe or a device, which may have no end."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -9294,16 +8963,9 @@ def parse_rate(text: str) -> tuple[int, float]:
     return int(match[1]), PERIODS_S[match[2]]
 
 
-def parse_most(text: str) -> int:
-    """Return a number of requests. Raises ValueError."""
-    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
-        raise ValueError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 KEY_SETTINGS: SettingParsers = {
     "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
-    "concurrency": parse_most, "admin": parse_switch}
+    "concurrency": parse_whole, "admin": parse_switch}
 
 
 def parse_key(line: str) -> KeySettings:
@@ -9340,7 +9002,7 @@ def parse_keys(text: str, place: str) -> list[KeySettings]:
 def warn_of_readers(event: str, path: str, mode: int) -> None:
     """Warn if others than its owner can read a secret file.
 
-    What systemd hands over (LoadCredential=) it has closed to others by an ACL, which shows as rights of the group.
+    A file of systemd's LoadCredential= is safe: the rights of its group are those of an ACL.
     """
     given_by_systemd = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY", "none")
     if mode & (stat.S_IRWXG | stat.S_IRWXO) and not given_by_systemd:
@@ -9361,15 +9023,6 @@ def read_keys(options: argparse.Namespace) -> list[KeySettings]:
 # Certificate and key of the gateway's own port
 # -----------------------------------------------------------------------------
 
-def is_certificate(path: str) -> bool:
-    """Tell whether there is a certificate in a file, in PEM form."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError:
-        return False
-    return True
-
-
 def no_password() -> NoReturn:
     raise ConfigError("is encrypted, and nobody is here to give the password")
 
@@ -9382,7 +9035,7 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     if not options.tls_cert:
         return None
     certificate, key = options.tls_cert, options.tls_key
-    for path in (certificate, key):     # ssl does not say which one cannot be read, and waits for the end of a pipe
+    for path in (certificate, key):     # ssl would not say which one cannot be read, and would wait for a pipe's end
         os.close(open_regular(path))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -9393,7 +9046,9 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
     except (ssl.SSLError, OSError) as error:
-        if not is_certificate(certificate):
+        try:
+            context.load_verify_locations(certificate)
+        except ssl.SSLError:
             raise ConfigError(f"{certificate}: there is no certificate in PEM form in it") from None
         if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
             raise ConfigError(f"{key}: this is not the key of the certificate in {certificate}") from None
@@ -9405,35 +9060,30 @@ def read_certificate(options: argparse.Namespace) -> ssl.SSLContext | None:
 # -----------------------------------------------------------------------------
 # Sources: where do the nodes come from?
 #
-# From three sources: the lines that somebody wrote, in hosts.txt and in flags; the addresses that DNS has for the names
-# in them; the servers that scans have found. `merge_sources` makes one list of settings of what each of them knows, and
-# Gateway.join takes that over whenever one has changed.
+# There are three sources: the lines of hosts.txt and of flags, the addresses that DNS has for their names, and the
+# servers that scans have found. `merge_sources` makes one list of settings of them; Gateway.join takes it over whenever
+# a source has changed.
 # -----------------------------------------------------------------------------
 
 SCAN_S = 180.0                      # between two scans of the networks in --discover
 SCAN_CONNECT_S = 0.5                # a machine of a LAN answers within a few ms
 SCAN_AT_ONCE = 32                   # half of SPARE_DESCRIPTORS: a /24 takes 4 s if nobody answers, a /20 a minute
 MOST_SCANNED = 4096                 # addresses in a network: a /20, or a /116 of IPv6
-SCANS_KEPT = 10                     # for which a found node may be away: half an hour
-FOLLOW_S = 30.0                     # at most between two looks at a name: those of Kubernetes may live so long
+SCANS_KEPT = 10                     # a scanned node may miss so many: half an hour
+FOLLOW_S = 30.0                     # at most between two looks at a name: the time to live of Kubernetes' names
 Addresses = dict[str, list[str]]    # of names, as DNS answered last
 Server = tuple[str, int]            # address and port
 Scanned = dict[Server, int]         # servers that scans have found: scans in a row without an answer
 
 
-def names_in(lines: Iterable[NodeSettings], discovering: bool) -> set[str]:
-    """Return the names in lines whose addresses DNS is asked for; beside a scan, those of all: it finds them again."""
-    return {line.host for line in lines if (line.resolve or discovering) and not literal(line.host)}
-
-
 def addresses_of(line: NodeSettings, dns: Addresses) -> list[str]:
-    """Return the addresses of a line's host, as far as they are known."""
+    """Return the known addresses of a line's host."""
     address = literal(line.host)
     return [address] if address else dns.get(line.host, [])
 
 
 def expand(line: NodeSettings, dns: Addresses) -> list[NodeSettings]:
-    """Return the NodeSettings of every address behind a line; only IPv4 if there are both, for a server has both."""
+    """Return the NodeSettings of every address behind a line; only IPv4 if there are both: a server has both."""
     addresses = addresses_of(line, dns)
     addresses = [address for address in addresses if ":" not in address] or addresses
     name = line.name.removesuffix(":11434")
@@ -9458,13 +9108,10 @@ def is_own(address: str) -> bool:
 
 def merge_sources(lines: Iterable[NodeSettings], dns: Addresses, scanned: Iterable[Server],
                   is_own: Callable[[str], bool] = is_own) -> list[NodeSettings]:
-    """Return the NodeSettings of all nodes that the sources know. A server that is written is not taken as found, too.
-
-    This machine may be written as localhost.
-    """
+    """Return the NodeSettings of all nodes that the sources know; a scanned server that is also written counts once."""
     nodes: dict[str, NodeSettings] = {}
     written = servers_in(lines, dns)
-    here = {port for address, port in written if is_loopback(address)}
+    here = {port for address, port in written if is_loopback(address)}      # this machine, written as localhost
     for line in lines:
         for node in expand(line, dns) if line.resolve else [line]:
             nodes.setdefault(node.name, node)
@@ -9518,7 +9165,8 @@ class Sources:
 
     def configure(self, lines: list[NodeSettings]) -> None:
         """Take over the lines of hosts.txt and of flags, and follow the names in them."""
-        self.lines, names = lines, names_in(lines, bool(self.options.discover))
+        self.lines = lines          # beside a scan, all names are looked up: it finds their servers again
+        names = {line.host for line in lines if (line.resolve or self.options.discover) and not literal(line.host)}
         for name in self.tasks.keys() - names - {SCAN}:
             self.tasks.pop(name).cancel()
             self.dns.pop(name, None)
@@ -9562,16 +9210,15 @@ class Sources:
         pool = Pool(parse_node(f"{bracketed(address)}:{self.scan_port}"), self.gateway.turns, self.gateway.via)
         try:
             async with asyncio.timeout(SCAN_CONNECT_S):
-                pool.give_back(await pool.connect(), clean=True)
+                pool.give_back(await pool.connect())
             return await OllamaApi(pool).is_there()
-        except (TimeoutError, NodeFailure, ProbeFailure, Refusal):
+        except (TimeoutError, NodeFailure, Refusal):
             return False
         finally:
             pool.close()
 
     async def scan(self) -> None:
-        """Look once for Ollama servers in the networks of --discover. Those that are nodes and up are not asked again.
-        """
+        """Look once for Ollama servers in the networks of --discover. Nodes that are up are not asked again."""
         networks, port, began_s = self.options.discover, self.scan_port, self.loop.time()
         up = {(node.settings.address or node.settings.host, node.settings.port)
               for node in self.gateway.dispatcher.cluster.nodes.values() if node.up}
@@ -9607,9 +9254,8 @@ class Sources:
 # -----------------------------------------------------------------------------
 # Memory: what is worth keeping of what was learned?
 #
-# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. Nothing in it is
-# taken for granted when it is read back: numbers out of range are left out, and what is taken over counts as no more
-# than a few samples, which new ones soon outweigh.
+# Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. When it is read,
+# numbers out of range are left out, and the rest counts as a few samples only, which new ones soon outweigh.
 # -----------------------------------------------------------------------------
 
 Range = tuple[type[float], float, float]        # kind of number, least, most
@@ -9629,11 +9275,11 @@ KEPT_OF_PROMPTS: dict[str, Range] = {
     "image_tokens": (float, 1.0, 1e6)}
 KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
 KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
-MOST_KEPT = 500                     # nodes, and models of each: those of pods that are gone for ever pile up
+MOST_KEPT = 500                     # nodes, and models of each: pods that never return would pile up
 
 
 def within(values: Any, ranges: dict[str, Range]) -> Json:
-    """Return those values that are numbers in their range, {name: number}; anything but a dict has none."""
+    """Return the values that are numbers in their range: {name: number}; none if `values` is no dict."""
     found = {}
     for name, (kind, least, most) in ranges.items() if isinstance(values, dict) else ():
         value = values.get(name)
@@ -9644,12 +9290,12 @@ def within(values: Any, ranges: dict[str, Range]) -> Json:
 
 def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths | PromptSizes,
                ranges: dict[str, Range]) -> Json:
-    """Return the attributes of an estimate that are worth keeping."""
+    """Return the attributes of an estimate that are in their range."""
     return within({name: getattr(owner, name) for name in ranges}, ranges)
 
 
 def learned_of_runner(runner: Runner, digest: str) -> Json:
-    """Return what is to be kept of a model on a node; nothing if nothing was learned."""
+    """Return what to keep of a model on a node; {} if nothing was learned."""
     kept = {**attributes(runner, KEPT_OF_RUNNER), **attributes(runner.speeds, KEPT_OF_SPEEDS)}
     if not runner.speeds.samples:
         kept.pop("lines_per_token", None)
@@ -9662,7 +9308,7 @@ def learned_of_runner(runner: Runner, digest: str) -> Json:
 
 
 def learned_of_node(node: Node) -> Json:
-    """Return what is to be kept of a node, with what was kept of models that it does not show now."""
+    """Return what to keep of a node, with what was kept of models that it does not have now."""
     models = {model: learned for model, runner in node.runners.items()
               if (learned := learned_of_runner(runner, digest_of(node, model)))}
     kept = {model: learned for model, learned in node.kept.items() if model not in models}
@@ -9674,13 +9320,13 @@ def learned_of_node(node: Node) -> Json:
 
 
 def learned_of_lengths(lengths: OutputLengths) -> Json:
-    """Return what is to be kept of a model's lengths."""
+    """Return what to keep of a model's lengths."""
     return {**attributes(lengths, KEPT_OF_LENGTHS), **attributes(lengths.prompts, KEPT_OF_PROMPTS),
             "buckets": {str(bits): mean for bits, (mean, _) in sorted(lengths.buckets.items())}}
 
 
 def read_node(entry: Any) -> Json | None:
-    """Return what was kept of a node, in range; None for what is no such thing."""
+    """Return what was kept of a node, in range; None if `entry` is not of that kind."""
     if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("url"), str)
             and isinstance(entry.get("models"), dict)):
         return None
@@ -9695,7 +9341,7 @@ def read_node(entry: Any) -> Json | None:
 
 
 def read_lengths(entry: Any) -> OutputLengths:
-    """Return the OutputLengths that were kept of a model, as far as they are in range."""
+    """Return the OutputLengths that were kept of a model; values out of range are left out."""
     lengths = OutputLengths()
     for name, value in within(entry, KEPT_OF_LENGTHS).items():
         setattr(lengths, name, value)
@@ -9718,7 +9364,7 @@ def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
 
 
 def recall(entries: list[Json], node: Node) -> Node:
-    """Return a new node, with what was kept of its server. It need not be calibrated then."""
+    """Return a new node, with what was kept of its server: it need not be calibrated then."""
     entry = kept_of(entries, node.settings)
     node.kept = entry.get("models", {})
     for owner, names in ((node, KEPT_OF_NODE), (node.memory, KEPT_OF_MEMORY)):
@@ -9738,11 +9384,10 @@ STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 def parse_state(text: bytes) -> Json:
     """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
-    try:
-        state = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("it is no JSON") from None
-    if not isinstance(state, dict) or any(state.get(name) != value for name, value in STATE_FORMAT.items()):
+    state = object_in(text)
+    if state is None:
+        raise ValueError("it is not a JSON object")
+    if any(state.get(name) != value for name, value in STATE_FORMAT.items()):
         raise ValueError(f"it does not have {STATE_FORMAT}")
     if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
         raise ValueError("it has no nodes or no lengths")
@@ -9750,7 +9395,7 @@ def parse_state(text: bytes) -> Json:
 
 
 class StateFile:
-    """Keep in a file what was learned, over restarts. A file that cannot be used is renamed, never overwritten."""
+    """Keep what was learned in a file, over restarts. A file that cannot be used is renamed, not overwritten."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
@@ -9847,7 +9492,7 @@ class Files:
         return stamps
 
     def reload(self) -> None:
-        """Read all files again. What is in a bad one is refused with one log line; what was there before stays."""
+        """Read all files again. A bad one is refused with one log line, and what it said before stays."""
         tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
         self.seen = self.stamps()
         for read in (self.read_hosts, self.read_keys, self.read_certificate):
@@ -9879,7 +9524,7 @@ class Files:
     def sweep(self, now: float) -> None:
         """Read files that have been saved, and save what was learned, each when it is time."""
         former, self.before = self.before, self.stamps()
-        if former == self.before and any(       # still for SWEEP_S: nobody is writing it
+        if former == self.before and any(       # unchanged for SWEEP_S: nobody is writing
                 stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
             self.reload()
         if now - self.saved_s >= STATE_S:
@@ -9900,13 +9545,12 @@ class Files:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
-ECHO_S = 1.0                        # signals within this are one: timeout(1) sends two, to its child and to its group
-COSTLY_S = 0.005                    # an answer of the gateway's own that takes longer to make is kept for FRESH_S
+ECHO_S = 1.0                        # signals within this count once: timeout(1) sends two, to its child and its group
+COSTLY_S = 0.005                    # an own answer that takes longer to make is kept for FRESH_S
 
 
 class Gateway:
-    """Start, reload, drain and stop the services that own sockets, tasks and files; all decisions are the Dispatcher's.
-    """
+    """Start, reload, drain and stop the services that own sockets, tasks and files. The Dispatcher decides."""
 
     def __init__(self, options: argparse.Namespace, lines: list[NodeSettings], keys: Iterable[KeySettings] = (),
                  tls: ssl.SSLContext | None = None, *, look_up: Callable[[str], Awaitable[list[str]]] = look_up,
@@ -9933,8 +9577,6 @@ class Gateway:
         self.listener = Listener(self, tls)
         self.files = Files(self)
         self.configure(lines)
-
-    # Start and reload -------------------------------------------------------
 
     async def start(self) -> Gateway:
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
@@ -9967,24 +9609,13 @@ class Gateway:
         added, dropped = self.dispatcher.cluster.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
         return added, dropped, self.node_io.configure(added, dropped)
 
-    # Work -------------------------------------------------------------------
-
-    def order(self, node: Node, verb: str) -> OwnAnswer:
-        """Drain or resume a node; return the answer: its state."""
-        self.dispatcher.drain(node, verb == "drain")
-        self.answers.clear()        # it is to be seen at once
-        self.node_io.log_state(node, f"asked to {verb}")
-        pump(self)
-        return json_answer(node_stats(node, self.loop.time()))
-
     def own_answer(self, path: str) -> OwnAnswer:
-        """Return the gateway's own answer on a path; one that takes long to make serves all who ask within FRESH_S.
-        """
+        """Return the gateway's own answer on a path; a costly one serves all who ask within FRESH_S."""
         until_s, answer = self.answers.get(path, (-math.inf, None))
         if answer is None or self.loop.time() >= until_s:
             began_s = time.thread_time()
             make = ROUTES["GET", path].own
-            assert make is not None     # else it is no answer of ours
+            assert make is not None     # as all routes of serve_own have it
             answer = make(self)
             costly = time.thread_time() - began_s > COSTLY_S
             self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
@@ -10007,8 +9638,6 @@ class Gateway:
         self.files.sweep(now)
         tell_systemd("WATCHDOG=1")
         pump(self)
-
-    # Stop -------------------------------------------------------------------
 
     def drain(self) -> None:
         """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo."""
@@ -10088,16 +9717,14 @@ def parse_port(text: str) -> int:
 
 def parse_bind(text: str) -> str:
     """Return the name or address to listen on. An empty one is refused: it would mean every address."""
-    try:
+    with contextlib.suppress(UnicodeError):
         if text.encode("idna"):
             return text
-    except UnicodeError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not an address or a host name")
 
 
 def parse_secret_file(text: str) -> str:
-    """Return the path of a file that protects the gateway. An empty one is refused: some variable was not set."""
+    """Return the path of a file that protects the gateway. An empty one is refused: a variable was not set."""
     if not text:
         raise argparse.ArgumentTypeError("no file is named")
     return text
@@ -10121,7 +9748,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class ListFlag(argparse.Action):
-    """Collect the values of a flag that may be repeated, in place of those that its variable lists."""
+    """Collect the values of a flag that may be repeated; they replace those of its variable."""
 
     def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any,
                  flag: str | None = None) -> None:
@@ -10139,7 +9766,7 @@ LIST: FlagSettings = {"action": ListFlag, "default": []}
 ON: FlagSettings = {"action": "store_true"}
 OFF: FlagSettings = {"action": "store_false"}
 
-# By the groups of --help. What holds without the flag stands in brackets; where that is the default, it is added.
+# By the groups of --help. What holds without the flag stands in brackets; a help without brackets gets its default.
 FLAGS: dict[str, dict[str, FlagSettings]] = {
     "nodes": {
         "--hosts": dict(FILE, help="one node per line; read again when saved, or on SIGHUP (none)"),
@@ -10151,8 +9778,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--no-calibrate": dict(OFF, dest="calibrate", help="do not measure idle nodes at the start (they are, with one "
                                "short request to a model that is loaded)"),
         "--demo": dict(ON, help="run in front of three simulated nodes (needs bench.py beside it) (no)"),
-        "--check": dict(ON, help="probe every node, print what was found, and exit: 0 all up, 1 some down, 2 bad file "
-                        "(no)"),
+        "--check": dict(ON, help="probe every node, print a table, and exit: 0 all up, 1 some down, 2 bad file (no)"),
     },
     "listening": {
         "--bind": dict(metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on"),
@@ -10177,10 +9803,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
     },
     "limits": {
-        "--max-body": dict(SIZE, default="64MiB", help="bytes of a body that is read for routing; blobs pass without "
-                           "limit"),
-        "--max-memory": dict(SIZE, default="512MiB", help="bytes of such bodies at once; beyond that further ones wait "
-                             "unread"),
+        "--max-body": dict(SIZE, default="64MiB", help="bytes of a body that is read for routing; blobs have no limit"),
+        "--max-memory": dict(SIZE, default="512MiB", help="bytes of such bodies at once; further ones wait unread"),
         "--header-timeout": dict(TIME, default="10s", help="time a head may take to arrive"),
         "--max-connections": dict(COUNT, default="4096", help="client connections"),
     },
@@ -10195,8 +9819,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
     },
     "log": {
         "--log-format": dict(choices=("kv", "json"), default="kv", help="key=value or JSON lines"),
-        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="the least that is "
-                            "told"),
+        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="least that is told"),
     },
 }
 
@@ -10219,7 +9842,7 @@ SWITCHES = {"1": True, "yes": True, "true": True, "0": False, "no": False, "fals
 
 
 def twin_value(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
-    """Return what a flag is set to by the text of its variable. Raises ArgumentError."""
+    """Return the value that the text of a variable gives to its flag. Raises ArgumentError."""
     def value_of(word: str) -> Any:
         value = parser._get_value(action, word)
         parser._check_value(action, value)
@@ -10246,7 +9869,7 @@ def twin_name(flag: str) -> str:
 
 
 def take_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    """Let what the twins of flags in the environment say be the flags' defaults. Exits at a mistake."""
+    """Make the variables in the environment the defaults of their flags. Exits at a mistake."""
     for flag, action in parser._option_string_actions.items():
         name = twin_name(flag)
         if name in environ and action.dest not in ("help", "version"):
@@ -10257,8 +9880,8 @@ def take_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) 
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Exit at the first variable that is the twin of no flag: a mistyped one would change nothing, unseen."""
-    known = {twin_name(flag)[7:] for flags in FLAGS.values() for flag in flags}     # what all share is no likeness
+    """Exit at the first variable that belongs to no flag: a mistyped one would silently change nothing."""
+    known = {twin_name(flag)[7:] for flags in FLAGS.values() for flag in flags}     # compared without SOLLOL_
     for name in names:
         if name.startswith("SOLLOL_") and name[7:] not in known:
             near = difflib.get_close_matches(name[7:], known, 1)
@@ -10266,10 +9889,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, names: Iterable[str]) -> Non
 
 
 def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line; a flag wins over its twin SOLLOL_<FLAG> in the environment.
-
-    Exits with status 2 and one line at a mistake.
-    """
+    """Return the options of a command line; a flag wins over its twin SOLLOL_<FLAG>. Exits with 2 at a mistake."""
     environ = os.environ if environ is None else environ
     links = [name for name, value in environ.items() if SERVICE_LINK.match(f"{name}={value}")]
     environ = {name: value for name, value in environ.items() if name not in links}
@@ -10286,11 +9906,10 @@ def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = No
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open sockets as the system grants: a client and a node's connection for each request."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    """Allow as many open sockets as the system grants: a request may need two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], keys: list[KeySettings],
@@ -10320,7 +9939,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         if greeting:
             try:
                 print(greeting.format(url=url), flush=True)
-            except OSError:         # a full disk, or a closed pipe; Python would try again at the exit, and fail
+            except OSError:         # a full disk, or a closed pipe: Python would fail again at the exit
                 sys.stdout = None
         await gateway.stopped.wait()
     finally:
@@ -10345,8 +9964,7 @@ MODELS_IN_A_ROW, ROW_CHARS = 3, 120
 
 
 def table_lines(rows: list[tuple[str | list[str], ...]]) -> list[str]:
-    """Return the lines of a table. A cell that is a list has one word a line if there are many, or the row is too wide.
-    """
+    """Return the lines of a table. A list in a cell has one word a line if it is long, or the row too wide."""
     def cells(row: tuple[str | list[str], ...], split: bool) -> list[list[str]]:
         """Return the lines of each cell."""
         return [[cell] if isinstance(cell, str) else cell if split or len(cell) > MODELS_IN_A_ROW else [" ".join(cell)]
@@ -10399,9 +10017,9 @@ def new_loop(fast: bool) -> asyncio.AbstractEventLoop:
 
 
 def trim_memory() -> None:
-    """Give the system back what Python needed to compile this file: 15 MiB if it runs as a module (python3 -m sollol).
+    """Return to the system what Python needed to compile this file: 15 MiB after `python3 -m sollol`.
 
-    As a script it gives back next to nothing: Python keeps the parse tree for as long as the script runs.
+    For a script this returns next to nothing: Python keeps the parse tree while the script runs.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):     # glibc has this call, others need none
         import ctypes
@@ -10439,8 +10057,7 @@ def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
 
 
 def abandon_unwritten() -> None:
-    """Drop what could not be written to standard error, on a full disk say: Python would fail to write it at the exit.
-    """
+    """Drop what a full disk kept from standard error: Python would fail to write it at the exit."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()

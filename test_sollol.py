@@ -7648,7 +7648,7 @@ def test_connection_that_was_given_back_is_not_taken_again_by_what_was_still_to_
             connection.sink = collector = sollol.Collector(connection, answer)
             connection.data_received(b"1\r\nx\r\n" * 2**14)
             if is_over:
-                collector.fail(sollol.Failure("lost", "silent"))
+                collector.finish(sollol.Failure("lost", "silent"))
             connection.sink = None
             await asyncio.sleep(1)
             assert connection.sink is None and not collector.parts
@@ -8146,7 +8146,7 @@ def merged(names, *lines):
     for line in lines:
         name, what, *count = line.split()
         if what == "-":
-            progress.drop(name)
+            progress.names.discard(name)
             continue
         value = {"status": f"pulling {what}", "digest": what, "total": 9, "completed": int(count[0])} if count else {
             "status": what}
@@ -10645,9 +10645,9 @@ async def test_connection_made_by_the_settings_of_before_is_not_used_again():
         pool, = gateway.node_io.pools.values()
         old = await pool.connect()
         pool.configure(pool.settings._replace(token="another"))
-        pool.give_back(old, clean=True)
+        pool.give_back(old)
         new = await pool.connect()
-        pool.give_back(new, clean=True)
+        pool.give_back(new)
         assert pool.idle[-1] is new and old not in pool.idle and not old.is_open()
 
 
@@ -10668,7 +10668,7 @@ async def test_authority_may_go_with_its_line_and_a_node_whose_authority_has_gon
         hosts.write_text(lines[1])
         await until(lambda: gateway.dispatcher.cluster.nodes["n2"].settings.ca)
         node = gateway.dispatcher.cluster.nodes["n2"]
-        gateway.node_io.pools[node].configure(node.settings)
+        gateway.node_io.pools[node].configure(node.settings._replace())      # a connection in the making, too, is old
         authorities[1].unlink()
         await until(lambda: not gateway.dispatcher.cluster.nodes["n2"].up)
         assert f"ca {authorities[1]}: No such file or directory" in caplog.text
