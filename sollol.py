@@ -1637,6 +1637,45 @@ def family_of(path: str) -> Family:
     return Family.OPENAI if path.startswith("/v1/") else Family.OLLAMA
 
 
+MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
+MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
+FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
+BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
+FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
+
+
+def find_in_steps(body: Body, mark: bytes, at: int) -> Steps[int]:
+    """Return where `mark` is found from `at` on, or -1."""
+    while at < len(body):
+        place = body.find(mark, at, at + FORM_SEARCH_BYTES)
+        if place >= 0:
+            return place
+        at += FORM_SEARCH_BYTES - len(mark)
+        yield
+    return -1
+
+
+def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None]:
+    """Return the text of a field of a multipart form (RFC 7578), or None."""
+    match = BOUNDARY.search(content_type)
+    if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
+        return None
+    delimiter = b"--" + (match[1] or match[2])
+    at = yield from find_in_steps(body, delimiter, 0)
+    for count in range(MAX_FORM_FIELDS):
+        start, end = at + len(delimiter), (yield from find_in_steps(body, b"\r\n" + delimiter, at))
+        value = body.find(b"\r\n\r\n", start, min(max(0, end), start + MAX_HEAD_BYTES))
+        if at < 0 or value < 0:
+            return None
+        field_name = FIELD_NAME.search(body[start:min(value, start + KIB)])
+        if field_name and field_name[1] == name:
+            return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
+        at = end + 2
+        if count % 100 == 99:
+            yield
+    return None
+
+
 def lower_keys(pairs: list[tuple[str, Any]]) -> Json:
     """Build a JSON object as Go does: keys in any case are the same key, and the last one wins."""
     return {key.lower(): value for key, value in pairs}
@@ -1864,45 +1903,6 @@ def is_long(body: Body) -> bool:
     """Tell whether json would take too long for a body: more than 10 ms."""
     return len(body) > PARSED_BYTES or (
         len(body) > SHORT_BODY_BYTES and sum(map(body.count, (b",", b"{", b"["))) > PARSED_VALUES)
-
-
-MAX_FORM_FIELDS = 1000              # of a multipart form; Ollama's have five
-MAX_BOUNDARY_BYTES = 200            # RFC 2046 5.1.1 allows 70
-FORM_SEARCH_BYTES = 4 * MIB         # of a form, searched in one step: 4 ms at the most
-BOUNDARY = re.compile(rb'boundary=(?:"([^"]+)"|([^\s;,"]+))', re.I)
-FIELD_NAME = re.compile(rb'^content-disposition:[^\r\n]*[;\s]name="?([^";\r\n]+)', re.I | re.M)
-
-
-def find_in_steps(body: Body, mark: bytes, at: int) -> Steps[int]:
-    """Return where `mark` is found from `at` on, or -1."""
-    while at < len(body):
-        place = body.find(mark, at, at + FORM_SEARCH_BYTES)
-        if place >= 0:
-            return place
-        at += FORM_SEARCH_BYTES - len(mark)
-        yield
-    return -1
-
-
-def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None]:
-    """Return the text of a field of a multipart form (RFC 7578), or None."""
-    match = BOUNDARY.search(content_type)
-    if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
-        return None
-    delimiter = b"--" + (match[1] or match[2])
-    at = yield from find_in_steps(body, delimiter, 0)
-    for count in range(MAX_FORM_FIELDS):
-        start, end = at + len(delimiter), (yield from find_in_steps(body, b"\r\n" + delimiter, at))
-        value = body.find(b"\r\n\r\n", start, min(max(0, end), start + MAX_HEAD_BYTES))
-        if at < 0 or value < 0:
-            return None
-        field_name = FIELD_NAME.search(body[start:min(value, start + KIB)])
-        if field_name and field_name[1] == name:
-            return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
-        at = end + 2
-        if count % 100 == 99:
-            yield
-    return None
 
 
 def reading_steps(head: RequestHead, route: Route, body: Body) -> Steps[Reading]:
