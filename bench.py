@@ -840,6 +840,7 @@ class Engine:
         self.pending = 0                # requests in the line, its head included
         self.loads = 0
         self.evictions = 0
+        self.prefilled_tokens = 0       # of all prompts, what no cache held
         self._rng = random.Random(traits.seed)
         self._line = asyncio.Lock()     # FIFO; whoever holds it is the head
         self._idle = asyncio.Event()    # some runner became idle or left
@@ -1626,6 +1627,7 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
         begun_s = now_s()
         with engine.device.enter(runner.model.blob, token_s, PROMPT_BATCH * prompt_rate_s) as turn:
             fresh = max(1, prompt_tokens - cached)
+            engine.prefilled_tokens += fresh
             await turn.prefill(jitter * (fresh * prompt_rate_s + pictures * engine.picture_s()))
             turn.decode()
             prefilled_s = now_s()
@@ -4285,6 +4287,89 @@ def agents_table(counts, clusters, seed):
     return rows
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Coding agents: is a conversation that grows sent back to the node that has it?
+#
+# An agent's turn sends all before it along: a system prompt and tools of 8,000 tokens that all agents of a program
+# share, then what tools have answered, up to 60,000 tokens. Chats of people run beside. A node's cache holds what
+# its slots had last.
+# ------------------------------------------------------------------------------------------------------------
+
+AGENTS_MODEL = "llama3.1:8b"
+LEAD_TOKENS, LAST_TOKENS, TURNS = 8_000, 60_000, 40
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {
+    "path": {"type": "string"}}}}} for name in ("read", "edit", "search", "run")]
+
+
+class CodingRun(NamedTuple):
+    """What one policy made of agents and of the chats beside them."""
+
+    turns: Figures
+    chats: Figures
+    prefilled_tokens: int
+    refused: int                    # answers 400
+
+
+async def agent_turns(caller, number, rng):
+    """Let an agent make its turns, with a few seconds for its tools between them; return the Samples."""
+    loop, samples = asyncio.get_running_loop(), []
+    messages = [{"role": "system", "content": worded("You are an agent. ", LEAD_TOKENS)},
+                {"role": "user", "content": worded(f"Task {number}: ", 200)}]
+    await asyncio.sleep(rng.uniform(0, 20))
+    for turn in range(TURNS):
+        output_tokens = rng.choice((60, 90, 150, 300))
+        asked = {"role": "tool", "content": f"<out={output_tokens}> result {number} {turn}: "}
+        body = json.dumps({"model": AGENTS_MODEL, "messages": [*messages, asked], "tools": TOOLS, "stream": True})
+        work = Work(turn, 0.0, "", 0, output_tokens)
+        samples.append(await make_request(caller, work, loop.time(), 600.0, body.encode()))
+        answer = worded(f"answer {number} {turn} ", output_tokens)
+        result = worded(f"file {number} {turn} ", (LAST_TOKENS - LEAD_TOKENS) // TURNS - output_tokens)
+        messages += [asked, {"role": "assistant", "content": answer}, {"role": "tool", "content": result}]
+        await asyncio.sleep(rng.expovariate(1 / 3.0))
+    return samples
+
+
+async def run_coding(agents, cluster, policy, seed):
+    """Run agents and chats under one policy; return the CodingRun."""
+    scenario = Scenario(f"coding{agents}/{cluster}", cluster, models=(AGENTS_MODEL,))
+    rng = random.Random(f"{scenario.name} {seed}")
+    at_s, chats = 0.0, []
+    while at_s < 300.0:
+        at_s += rng.expovariate(0.2)
+        chats.append(Work(len(chats), at_s, AGENTS_MODEL, *pick_lengths(rng, "conversation")))
+    async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, policy, seed) as gateway:
+        callers = [Caller(*gateway.listener.address) for _ in range(agents + 1)]
+        try:
+            seen, *turns = await asyncio.gather(
+                open_loop(callers[0], chats, 600.0),
+                *(agent_turns(caller, number, random.Random(f"{seed} {number}"))
+                  for number, caller in enumerate(callers[1:])))
+        finally:
+            for caller in callers:
+                caller.close()
+        samples = [sample for some in turns for sample in some]
+        return CodingRun(figures(Run(policy, samples, 1.0)), figures(Run(policy, seen, 1.0)),
+                         sum(node.engine.prefilled_tokens for node in nodes),
+                         sum(sample.status == 400 for sample in (*samples, *seen)))
+
+
+def coding_table(counts, clusters, seed):
+    """Return rows of text: what agents and the chats beside them see, by policy, and without prefix affinity."""
+    rows = [["agents/cluster", "policy", "s per turn", "P95", "first byte", "prefilled", "400s", "chats: first byte",
+             "P95"]]
+    for count in counts:
+        for cluster in clusters:
+            for policy, without in (*((policy, None) for policy in (*RIVALS, SOLLOL)), (SOLLOL, "prefix affinity")):
+                with switched_off(without):
+                    run = run_virtual(run_coding(count, cluster, policy, seed))
+                rows.append([f"{count}/{cluster}", policy + (f", no {without}" if without else ""),
+                             f"{run.turns.mean_s:.2f} s", f"{run.turns.p95_s:.2f} s", f"{run.turns.ttft_s:.2f} s",
+                             f"{run.prefilled_tokens / 1e6:.2f} M", str(run.refused),
+                             f"{run.chats.ttft_s:.2f} s", f"{run.chats.p95_s:.2f} s"])
+                say(f"{count} agents on {cluster}: {rows[-1][1]} done")
+    return rows
+
+
 def read_trace(path):
     """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
     try:
@@ -6463,6 +6548,10 @@ def run_agents(options: argparse.Namespace) -> int:
     return show(agents_table(counts, ("hom5", "mild5", "het5", "hom10"), options.seed))
 
 
+def run_coding_agents(options: argparse.Namespace) -> int:
+    return show(coding_table(options.counts, options.clusters, options.seed))
+
+
 def run_check(options: argparse.Namespace) -> int:
     return int(not all([check_claims(options.seed), run_quick(check_weight())]))
 
@@ -6527,6 +6616,10 @@ def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -
     add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of scenarios (all)")
     add = command("agents", run_agents, "parallel agents, against one call after the other", "--seed")
     add("counts", metavar="N,N", help="so many agents")
+    add = command("coding", run_coding_agents, "agents whose prompts grow from 8,000 to 60,000 tokens in 40 turns, "
+                  "beside chats; minutes", "--seed")
+    add("counts", nargs="*", type=sollol.parse_count, default=[4, 12], metavar="N", help="agents (4 12)")
+    add("--clusters", type=lambda text: text.split(","), default=["mild5"], metavar="C,C", help="of nodes (mild5)")
     command("ablate", lambda options: show(ablation_table(ABLATED, options.seed)),
             "switch off one term of routing at a time: what is each worth?", "--seed")
     add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "
