@@ -1959,7 +1959,7 @@ def test_nothing_is_learned_of_speed_while_others_use_the_node(timings, taught):
     dispatcher = cluster(n1=["m"])
     known = known_speeds(dispatcher)
     now = answer_alone(dispatcher, 0.0, timings)
-    assert (known.speeds.decode_s > 0.02, known.speeds.prefill_s > 0.001) == (taught, taught)
+    assert (known.speeds.decode_s > 0.02, len(known.speeds.prefills) > 10) == (taught, taught)
     found = known.speeds.decode_s
     now = answer_alone(dispatcher, now, prompted(1000, 0.002, 2.5))     # the others may still be there
     assert (known.speeds.decode_s > found) is taught
@@ -1987,7 +1987,7 @@ def test_nothing_is_learned_of_speed_during_a_load():
     finish(dispatcher, loads, 6.0)
     assert (known.speeds.decode_s, known.speeds.prefill_s) == (0.02, 0.001)
     answer_alone(dispatcher, 10.0, prompted(1000, 0.0015, 1.6))
-    assert known.speeds.decode_s > 0.02 and known.speeds.prefill_s > 0.001
+    assert known.speeds.decode_s > 0.02 and len(known.speeds.prefills) > 10
 
 
 @table("chars, output_s, decode_s", [
