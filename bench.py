@@ -4095,7 +4095,7 @@ ABLATIONS = (
     Switch("harm", {"HARM": 0.0}, "models5"),
     Switch("swap", {"SWAP": 0.0}, "models5"),
     Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),
-    Switch("prefix affinity", {"AFFINITY": 0.0}, "chat"),
+    Switch("prefix affinity", {"AFFINITY": 0.0, "EVICTION": 0.0}, "chat"),
     Switch("head start", {"HEAD_START_S": 0.0}, "prio"),
     Switch("fairness", {"FairShare.charge": charge_nothing}, "fair"),
     Switch("watchdog", {"Dispatcher.watch": lambda dispatcher, now: ([], [])}, "models5|hang"),

@@ -3932,22 +3932,50 @@ class Prefixes:
 
     def __init__(self) -> None:
         self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
+        self.used_s: dict[int, float] = {}      # when each was sent
+        self.hit_share = 0.5                    # EWMA: of the conversations that came, how many found their cache
         self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
 
-    def remember(self, prefix: Prefix, most: int) -> None:
+    def remember(self, prefix: Prefix, most: int, now: float) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
         whole = prefix[-1][0]
+        self.used_s[whole] = now
         if whole in self.prompts:
             self.prompts.move_to_end(whole)
             return
         self.prompts[whole] = prefix
         self.parts.update(part for part, _ in prefix)
         while len(self.prompts) > most:
-            _, prefix = self.prompts.popitem(last=False)
-            for part, _ in prefix:
-                self.parts[part] -= 1
-                if not self.parts[part]:
-                    del self.parts[part]
+            self.forget(next(iter(self.prompts)))
+
+    def forget_continued(self, prefix: Prefix) -> None:
+        """Forget the turns that a prompt continues: a conversation has the cache of one slot, not one for each turn."""
+        if len(prefix) >= CONVERSATION_PARTS:
+            hit = self.common_chars(prefix) > CONTINUES_SHARE * prefix[-1][1]
+            self.hit_share += HIT_GAIN * (hit - self.hit_share)
+        for part, _ in prefix[:-1]:
+            if part in self.prompts:
+                self.forget(part)
+
+    def forget(self, whole: int) -> None:
+        """Forget a prompt."""
+        del self.used_s[whole]
+        for part, _ in self.prompts.pop(whole):
+            self.parts[part] -= 1
+            if not self.parts[part]:
+                del self.parts[part]
+
+    def evicted_chars(self, slots: int, now: float) -> float:
+        """Return the characters that a conversation would need again if one more prompt pushed it out of the cache.
+
+        A prompt of a few parts is no conversation yet: most of those are not continued. Where few conversations find
+        their cache, others would push this one out in any case.
+        """
+        if len(self.prompts) < slots:
+            return 0.0
+        whole, prefix = next(iter(self.prompts.items()))
+        goes_on = len(prefix) >= CONVERSATION_PARTS and now - self.used_s[whole] < CONTINUED_S
+        return prefix[-1][1] * max(0.0, 2 * self.hit_share - 1) if goes_on else 0.0
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
@@ -4034,8 +4062,10 @@ class Runner:
         if spec.prefix and not spec.embeds:
             shared_chars = self.beginnings.common_chars(spec.prefix)
             lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
-            self.prefixes.remember(spec.prefix, self.slots.count + 2)
-            self.beginnings.remember((*spec.prefix[:PREFIX_FIRST], spec.prefix[-1]), BEGINNINGS_KEPT)   # a KiB each
+            self.prefixes.forget_continued(spec.prefix)
+            self.prefixes.remember(spec.prefix, self.slots.count, now)
+            ends = (*spec.prefix[:PREFIX_FIRST], spec.prefix[-1])
+            self.beginnings.remember(ends, BEGINNINGS_KEPT, now)        # a KiB each
         if not self.leases:
             self.node.busy.append(self)
         elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
@@ -4166,6 +4196,7 @@ def victim(runner: Runner) -> Runner:
 #     finish = wait for a slot or for the model, whichever is longer
 #            + prefill of what the prefix cache lacks + decode of the expected output
 #            + harm to other models that run there + the load that an eviction will cost somebody later
+#            + the prefill that a conversation will need again which this prompt pushes out of the prefix cache
 #
 # Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
 # speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
@@ -4176,6 +4207,10 @@ def victim(runner: Runner) -> Runner:
 # These, their plateaus and what each is worth were measured on a simulator with real token traces.
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later reload, cached prefixes; 0.5..2 alike
+EVICTION = 1.0                      # weight of a prefill that another conversation will need again
+CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
+HIT_GAIN = 0.1
+CONTINUES_SHARE = 0.5               # a prompt of which so much is cached goes on with that
 FORESIGHT_S = 3600.0                # no wait is predicted to be longer
 OVERDUE = 3.0                       # times the predicted silence an answer is overdue; more while little is measured
 
@@ -4335,6 +4370,7 @@ class Offer:
             self.fixed_s += snapshot.harm_s(now)
         self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
+        self.evicted_tokens = runner.prefixes.evicted_chars(runner.slots.count, now) / CHARS_PER_TOKEN
 
     def first_s(self, now: float) -> float:
         """Return when the first slot is free, in seconds from now."""
@@ -4398,7 +4434,15 @@ class Offer:
         prompt_s = self.new_tokens(demand) * self.prefill_s
         work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s
+        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s + self.evicts_s(demand)
+
+    def evicts_s(self, demand: Demand) -> float:
+        """Return what it costs another conversation that this prompt takes the place of its cache."""
+        if not self.evicted_tokens:
+            return 0.0
+        chars = self.runner.prefixes.common_chars(demand.spec.prefix)
+        continues = chars > CONTINUES_SHARE * demand.spec.prompt_chars
+        return 0.0 if continues else EVICTION * self.evicted_tokens * self.prefill_s
 
     def predict(self, demand: Demand, now: float) -> Prediction:
         """Return the Prediction for a request that is to go here."""

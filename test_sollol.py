@@ -1552,6 +1552,32 @@ def test_kind_of_a_request_is_what_its_answers_length_depends_on(one, other, ali
     assert (kinds[0] == kinds[1]) is alike and bool(kinds[0]) is ("messages" not in one)
 
 
+def test_conversation_has_the_cache_of_one_slot_and_the_least_recent_one_is_pushed_out():
+    known, turns = sollol.Prefixes(), [tuple((part, 4000 * part) for part in range(1, last + 1)) for last in (4, 6, 8)]
+    for now, turn in enumerate(turns):
+        known.forget_continued(turn)
+        known.remember(turn, 2, now)
+    assert len(known.prompts) == 1 and known.common_chars(turns[0]) == 16_000 and known.evicted_chars(2, 3.0) == 0
+    known.hit_share = 1.0
+    known.remember(((77, 100),), 2, 3.0)
+    assert known.evicted_chars(2, 4.0) == 32_000        # the conversation, which may go on
+    assert known.evicted_chars(2, 4.0 + sollol.CONTINUED_S) == 0
+    known.hit_share = 0.5                               # others push it out in any case
+    assert known.evicted_chars(2, 4.0) == 0
+    known.remember(((78, 100),), 2, 5.0)
+    assert not known.common_chars(turns[0]) and len(known.used_s) == 2
+
+
+def test_hits_of_conversations_are_learned_and_single_prompts_are_none():
+    known = sollol.Prefixes()
+    for number in range(40):
+        turn = tuple((part, 4000 * part) for part in range(1, 5 + number))
+        known.forget_continued(turn)
+        known.remember(turn, 2, number)
+        known.forget_continued(((-number, 10),))
+    assert known.hit_share > 0.95
+
+
 def test_ten_answers_tell_how_many_tokens_chats_agents_and_pictures_are():
     """Chats of 4.4 characters a token, agents of 2.9, pictures of 280 tokens, in turn: none spoils the others."""
     sizes, true = sollol.PromptSizes(), {"chat": 4.4, "agent": 2.9, "picture": 4.4}
@@ -10736,8 +10762,8 @@ def readme_commands():
 SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py serve 3"}
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
         "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
-        "python3 bench.py matrix": (0,)}
-SMALLER = {"python3 bench.py matrix": ["seed/hom3"]}
+        "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,)}
+SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"]}
 # What runs the others: a test, or a line of .ci/run with these words.
 ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
@@ -11597,6 +11623,14 @@ def test_failing_seed_is_told_and_makes_the_soak_fail(monkeypatch, capsys):
 
 def test_urgent_requests_in_bursts_take_at_most_half_as_long_as_the_others():
     assert bench.urgent_share(1) <= 0.5
+
+
+def test_agents_prefill_less_and_wait_less_than_under_plain_policies(monkeypatch):
+    monkeypatch.setattr(bench, "TURNS", 12)
+    plain, ours = (bench.run_virtual(bench.run_coding(4, "mild5", policy, 1)) for policy in ("least-inflight",
+                                                                                             bench.SOLLOL))
+    assert ours.prefilled_tokens < 0.7 * plain.prefilled_tokens and ours.turns.mean_s < plain.turns.mean_s
+    assert ours.turns.success == ours.chats.success == 1.0 and not ours.refused
 
 
 def test_every_term_of_routing_can_be_switched_off_and_is_on_again_afterwards():
