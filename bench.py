@@ -1719,26 +1719,27 @@ async def anthropic_message(node, exchange, body):
     await infer(node, exchange, MessageEvents(ask, exchange.trace))
 
 
-async def transcribe(node, exchange, body):
+async def work_for(node, body, solo_s):
+    """Have a body's model work for so long, in a slot."""
     _, model = find_model(node, body, NOT_FOUND, NO_NAME)
     async with node.engine.runner(model, (), None) as runner, runner.slots:
-        await node.engine.device.work(model.blob, node.engine.overhead_s())
+        await node.engine.device.work(model.blob, solo_s)
+
+
+async def transcribe(node, exchange, body):
+    await work_for(node, body, node.engine.overhead_s())
     exchange.send_json({"text": f"{len(body.get('file') or '')} bytes of speech"})
 
 
 async def draw(node, exchange, body):
     """Answer with one picture of a pixel."""
-    _, model = find_model(node, body, NOT_FOUND, NO_NAME)
-    async with node.engine.runner(model, (), None) as runner, runner.slots:
-        await node.engine.device.work(model.blob, 1.0)
+    await work_for(node, body, 1.0)
     exchange.send_json({"created": int(time.time()), "data": [{"b64_json": "iVBORw0KGgo="}]})
 
 
 async def decide(node, exchange, body):
     """Answer as a decision model does."""
-    _, model = find_model(node, body, NOT_FOUND, NO_NAME)
-    async with node.engine.runner(model, (), None) as runner, runner.slots:
-        await node.engine.device.work(model.blob, node.engine.overhead_s())
+    await work_for(node, body, node.engine.overhead_s())
     exchange.send_json({"object": "systemone", "decision": "yes"})
 
 
