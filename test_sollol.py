@@ -1776,8 +1776,12 @@ def test_stream_without_usage_is_counted_by_its_events():
 def test_node_that_was_lost_is_learned_anew():
     dispatcher = cluster(slots=0, n1=["m"])
     runner(dispatcher, "n1").confirm_slots(4, 0.0)
+    slots = runner(dispatcher, "n1").slots
+    slots.vote(5, 1, 0.0, -math.inf)
+    slots.suspect(0, 0.0, -math.inf)
     dispatcher.cluster.nodes["n1"].missed(True, 1.0)
-    assert (runner(dispatcher, "n1").slots.count, runner(dispatcher, "n1").slots.origin) == (1, "guessed")
+    assert (slots.count, slots.origin) == (1, "guessed")
+    assert (slots.votes, slots.waits, slots.lately_seen(1.0)) == (0, 0, 0)
 
 
 def test_no_hidden_wait_proves_nothing_if_the_first_one_left_meanwhile():
