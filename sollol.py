@@ -4431,18 +4431,16 @@ class Offer:
         Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
         """
         start_s, _, swap_s = self.start(demand, now)
-        prompt_s = self.new_tokens(demand) * self.prefill_s
+        new_tokens = self.new_tokens(demand)
+        prompt_s = new_tokens * self.prefill_s
         work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s + self.evicts_s(demand)
+        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s + self.evicts_s(demand, new_tokens)
 
-    def evicts_s(self, demand: Demand) -> float:
+    def evicts_s(self, demand: Demand, new_tokens: float) -> float:
         """Return what it costs another conversation that this prompt takes the place of its cache."""
-        if not self.evicted_tokens:
-            return 0.0
-        chars = self.runner.prefixes.common_chars(demand.spec.prefix)
-        continues = chars > CONTINUES_SHARE * demand.spec.prompt_chars
-        return 0.0 if continues else EVICTION * self.evicted_tokens * self.prefill_s
+        is_its_own = new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens
+        return 0.0 if is_its_own else EVICTION * self.evicted_tokens * self.prefill_s
 
     def predict(self, demand: Demand, now: float) -> Prediction:
         """Return the Prediction for a request that is to go here."""
