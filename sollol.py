@@ -1975,8 +1975,8 @@ MOST_NESTED = 6                     # content in a tool's result in a message: t
 # Claude Code's first block, which is another one in each request, and which no model needs: it would keep prompts that
 # are otherwise equal from the node's prefix cache.
 BILLING = "x-anthropic-billing-header:"
-CHANGING_BLOCK = re.compile(rb'"text"(\s*:\s*)"x-anthropic-billing-header:[^"\\]{0,400}"')
-STABLE_BLOCK = rb'"text"\1"x-anthropic-billing-header: cc_version=0; cc_entrypoint=cli; cch=00000;"'
+CHANGING_BLOCK = re.compile(rb'("text"\s*:\s*"%b)[^"\\]{0,400}"' % BILLING.encode())
+STABLE_BLOCK = rb'\1 cc_version=0; cc_entrypoint=cli; cch=00000;"'
 
 
 def add_texts(part: Any, texts: list[str], level: int = 0) -> int:
@@ -2026,31 +2026,26 @@ def text_of(part: Any) -> tuple[str, int]:
     return "".join(texts), images
 
 
-def lead_parts(fields: Json) -> list[tuple[str, int]]:
-    """Return the tools and the system prompt as [(text, images), ...]."""
+def prompt_parts(kind: str, fields: Json) -> tuple[list[tuple[str, int]], int]:
+    """Return ([(text, images), ...] in the order in which the model reads them, how many of these are the lead).
+
+    The lead is the tools and the system prompt, which may be the first message.
+    """
     tools, system = fields.get("tools"), fields.get("system", fields.get("instructions"))
     lead = [(json.dumps(tools, ensure_ascii=False), 0)] if tools else []
     if system:
         lead.append(text_of(system))
-    messages = fields.get("messages")
-    first = messages[0] if isinstance(messages, list) and messages else None
-    if not system and isinstance(first, dict) and first.get("role") in ("system", "developer"):
-        lead.append(text_of(first))
-    return lead
-
-
-def prompt_parts(kind: str, fields: Json, lead: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return the prompt as [(text, images), ...], in the order in which the model reads them, from its lead on."""
     if kind == "generate":
-        prompt, suffix = text_of(fields.get("prompt"))[0], text_of(fields.get("suffix"))
-        images = len(fields["images"]) if isinstance(fields.get("images"), list) else 0
+        prompt, images = text_of({"content": fields.get("prompt"), "images": fields.get("images")})
+        suffix = text_of(fields.get("suffix"))
         blocks = [(prompt[at:at + PREFIX_BLOCK_CHARS], 0) for at in range(0, len(prompt), PREFIX_BLOCK_CHARS)]
-        return [*lead, *([("", images)] if images else []), *blocks, *([suffix] if suffix[0] else [])]
+        return [*lead, *([("", images)] if images else []), *blocks, *([suffix] if suffix[0] else [])], len(lead)
     messages = fields.get("messages", fields.get("input"))
-    if not isinstance(messages, list):
-        return [*lead, (messages, 0)] if isinstance(messages, str) else lead
-    parts = [text_of(message) for message in messages if isinstance(message, dict)]
-    return lead + parts[lead[-1:] == parts[:1]:]    # a system prompt may be the first message
+    if isinstance(messages, str):
+        return [*lead, (messages, 0)], len(lead)
+    said = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    begins_with_system = not system and said[:1] and said[0].get("role") in ("system", "developer")
+    return lead + [text_of(message) for message in said], len(lead) + bool(begins_with_system)
 
 
 def prefix_of(chain: list[tuple[int, int]]) -> Prefix:
@@ -2066,14 +2061,14 @@ def read_prompt(kind: str, fields: Json) -> Prompt:
         return Prompt(len(text), ((hash(text), len(text)),), len(texts) if isinstance(texts, list) and texts else 1)
     chars = seed = images = 0
     chain: list[tuple[int, int]] = []
-    lead = lead_parts(fields)
-    for text, pictures in prompt_parts(kind, fields, lead):
+    parts, lead = prompt_parts(kind, fields)
+    for text, pictures in parts:
         chars, images = chars + len(text), images + pictures
         seed = hash((seed, text, pictures))
         chain.append((seed, chars))
     context = fields.get("context")
     tokens = MESSAGE_TOKENS * len(chain) if kind == "chat" else len(context) if isinstance(context, list) else 0
-    return Prompt(chars, prefix_of(chain), 1, images, tokens, chain[len(lead) - 1][0] if lead else 0)
+    return Prompt(chars, prefix_of(chain), 1, images, tokens, chain[lead - 1][0] if lead else 0)
 
 
 def kind_of(client: str, lead: int, fields: Json) -> int:

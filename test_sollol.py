@@ -636,6 +636,8 @@ def test_error_shape_follows_the_path(path, family):
         {"type": "text", "text": "ab"}, {"type": "image_url", "image_url": {"url": "data:" + "A" * 999}},
         "c", 5, None, {"text": 5}, {"text": None}]}]}, 3),
     ("/v1/messages", {"system": [{"type": "text", "text": "ab"}], "messages": [{"content": "c"}]}, 3),
+    ("/v1/messages", {"system": "ab", "messages": [{"content": "ab"}]}, 4),
+    ("/api/generate", {"prompt": "abc", "messages": [{"role": "system", "content": "de"}]}, 3),
     ("/v1/responses", {"input": "abc"}, 3), ("/v1/responses", {"input": [{"content": [{"text": "abc"}]}]}, 3),
     ("/api/embed", {"input": "abc"}, 3), ("/api/embed", {"input": ["abc", "d"]}, 4),
     ("/api/embeddings", {"prompt": "abc"}, 3), ("/v1/embeddings", {"input": [[1, 2], [3]]}, 0),
