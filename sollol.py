@@ -279,6 +279,7 @@ class RequestSpec:
     repeatable: bool = True         # doing it twice does no harm
     deterministic: bool = False     # a stream that says the same on every node with the same version of the model
     silent: bool = False            # nothing may be seen of its answer before its end: it does not stream, or has tools
+    needs_account: bool = False     # its node will search the web, as the account that it is signed in with
 
 
 def bracketed(host: str) -> str:
@@ -1760,9 +1761,10 @@ MEMBER_END = re.compile(SPACE + rb"(?=([,}]))")
 OBJECT_START = re.compile(SPACE + rb"(?=\{)")
 SCALAR = re.compile(rb"[-+.0-9A-Za-z]{1,400}")
 NAME_FIELDS = ("model", "name", "source", "from")       # what a request calls its model
+BLOB_FIELDS = ("files", "adapters", "draft_files")      # of create: what is made from blobs
 LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
 SKIMMED_FIELDS = frozenset((*NAME_FIELDS, *LONG_FIELDS, "stream", "options", "tools", "keep_alive", "priority",
-                            "service_tier", "files", "adapters", "shift", "temperature", "seed", "logprobs",
+                            "service_tier", *BLOB_FIELDS, "shift", "temperature", "seed", "logprobs",
                             "top_logprobs", *OUTPUT_BOUNDS.values()))
 
 
@@ -2127,7 +2129,7 @@ def change_of(route: Route, fields: Json) -> str:
 def source_of(route: Route, fields: Json) -> str | None:
     """Return the canonical name of the model that a request makes a new one from, if it does."""
     source = fields.get("source") if route.kind == "copy" else None
-    if route.kind == "create" and not fields.get("files") and not fields.get("adapters"):
+    if route.kind == "create" and not any(map(fields.get, BLOB_FIELDS)):
         source = fields.get("from")             # else it is made from blobs, and these are on the primary node
     return canonical(source) if isinstance(source, str) else None
 
@@ -2138,6 +2140,13 @@ def is_deterministic(fields: Json, sampling: Json) -> bool:
     if fields.get("logprobs") or fields.get("top_logprobs"):
         return False                # numbers that belong to whole lines, and are never quite the same
     return type(temperature) in (int, float) and temperature == 0 or type(seed) is int and seed != -1
+
+
+def searches_web(family: Family, tools: Any) -> bool:
+    """Tell whether a node itself searches the web for a request, as it does for Anthropic's tools only (Ollama:
+    anthropic/anthropic.go). What other clients call so is a function of their own."""
+    return family is Family.ANTHROPIC and isinstance(tools, list) and any(
+        isinstance(tool, dict) and str(tool.get("type")).startswith("web_search") for tool in tools)
 
 
 def is_batch(texts: object) -> bool:
@@ -2185,6 +2194,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         deterministic=(stream and head.path in TEXT_STREAMS
                        and is_deterministic(fields, options if is_ollama else fields)),
         silent=not stream or bool(fields.get("tools")),
+        needs_account=searches_web(route.family, fields.get("tools")),
     )
 
 
@@ -2241,6 +2251,11 @@ def context_of(row: Json | None) -> int:
     """Return `context_length` of a row of /api/ps, or of `details` in a row of /api/tags; 0 if it is missing."""
     value = row.get("context_length") if isinstance(row, dict) else None
     return value if type(value) is int and 0 < value < 2**40 else 0
+
+
+def is_remote(row: Json) -> bool:
+    """Tell whether a model in a row of /api/tags is run by another server, whatever it is called here."""
+    return bool(row.get("remote_model") or row.get("remote_host"))
 
 
 def window_of(node: Node, model: str | None) -> int:
@@ -2325,14 +2340,13 @@ DIFFERENCES = frozenset(("length", "feature", "route"))     # between nodes, and
 ALL_FAILED = 502, "every node that could answer has failed"
 
 
-def emptiest(nodes: list[Node], count: int) -> list[Node]:
-    """Return the nodes that get a new model: those with the fewest GB on disk; among equals the fastest."""
+def emptiest(nodes: list[Node]) -> list[Node]:
+    """Return nodes in the order in which they get a new model: by the GB on their disk; among equals the fastest."""
     def fullness(node: Node) -> tuple[int, float]:
         held_bytes = sum(row_bytes(row, "size") for row in node.rows.values())
         return round(held_bytes / 1e9), node.size_factor / node.speed
 
-    chosen = sorted(nodes, key=fullness)[:count]
-    return [node for node in nodes if node in chosen]
+    return sorted(nodes, key=fullness)
 
 
 def server_of(settings: NodeSettings) -> tuple[str, str]:
@@ -2387,6 +2401,7 @@ class Cluster:
         self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
         self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
         self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
+        self.remote: set[str] = set()           # models that another server runs
         self.estimates = Estimates()
         self.changes = Changes()
 
@@ -2449,11 +2464,18 @@ class Cluster:
     def reindex(self) -> None:
         """Rebuild the table of who has which model. Cloud models run on no node's own card: they are not in it."""
         self.changes.note_all()
-        self.holders = {}
+        self.holders, remote = {}, set()
         for node in self.nodes.values():
-            for model in node.rows:
-                if not is_cloud(model):
+            for model, row in node.rows.items():
+                if is_remote(row):
+                    remote.add(model)
+                elif not is_cloud(model):
                     self.holders.setdefault(model, []).append(node.runners[model])
+        self.remote = remote - self.holders.keys()
+
+    def is_in_cloud(self, model: str | None) -> bool:
+        """Tell whether a model is run by ollama.com or another server, and not by a card of a node's own."""
+        return model is not None and (is_cloud(model) or model in self.remote)
 
     def in_flight(self) -> int:
         """Return how many requests run, on dropped nodes, too."""
@@ -2522,33 +2544,34 @@ class Cluster:
     def primary_for(self, spec: RequestSpec, holders: list[Node], now: float) -> Node:
         """Return the node that a request is pinned to: the primary if it or nobody has its model. Raises Refusal."""
         primary = next(node for node in self.nodes.values() if node.settings.primary)
-        in_cloud = is_cloud(spec.model or "")
-        if primary.is_alive(now) and (primary in holders or not holders or in_cloud):
+        is_account = is_cloud(spec.model or "")     # what only an account can have is not listed before it is pulled
+        if primary.is_alive(now) and (primary in holders or not holders or is_account):
             return primary
-        if holders and not in_cloud:
+        if holders and not is_account:
             return holders[0]
         raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
 
-    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> list[Node]:
-        """Return the nodes on which a model is to be changed, in the order of hosts.txt. Raises Refusal.
+    def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> tuple[list[Node], list[Node]]:
+        """Return (the nodes on which a model is to be changed, in the order of hosts.txt; spares for those that cannot).
 
-        All that are up and have it, even hung ones: a failure there must be reported. A copy is made where the
-        newest version is. A model that nobody has is pulled by `replicas` nodes; any other change of it is for one
-        node to refuse.
+        All that are up and have it, even hung ones: a failure there must be reported. A copy, or another model from
+        it, is made where the newest version is. A model that nobody has is pulled by `replicas` nodes; any other change
+        of it is for one node to refuse. Raises Refusal.
         """
         up = [node for node in self.nodes.values() if node.up]
         if not up:
             raise Refusal(503, "no node is up", retry_after_s=1.0)
         model = spec.source if spec.change in ("copy", "create") else spec.model
         holders = [node for node in up if model in node.rows]
-        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
-            return [self.primary_for(spec, holders, now)]
-        if spec.change == "copy" and holders:
+        if spec.change in ("copy", "create") and holders and spec.source and not self.is_in_cloud(model):
             newest = max(holders, key=lambda node: version_of(node, model))
-            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)]
+            return [node for node in holders if digest_of(node, model) == digest_of(newest, model)], []
+        if spec.change == "create" or spec.change == "pull" and is_cloud(model or ""):
+            return [self.primary_for(spec, holders, now)], []
         if spec.change == "pull" and not holders:
-            return emptiest([node for node in up if not node.draining] or up, replicas)
-        return holders or [min(up, key=lambda node: not node.settings.primary)]
+            ranked = emptiest([node for node in up if not node.draining] or up)
+            return [node for node in up if node in ranked[:replicas]], ranked[replicas:]
+        return holders or [min(up, key=lambda node: not node.settings.primary)], []
 
     def split(self, spec: RequestSpec, now: float) -> tuple[list[int], str]:
         """Return (sizes, digest): the texts in each share of a batch, and the model's version that most nodes have."""
@@ -4606,8 +4629,9 @@ class EarlyBinding(Policy):
         if not holders and any(not (node.indexed or node.probed and not node.up) for node in cluster.nodes.values()):
             return                  # somebody may have it; wait for the answer
         nodes = cluster.nodes_for(model)
-        if not holders and model and is_cloud(model):
-            nodes = sorted(nodes, key=lambda node: (not node.up, not node.settings.primary))[:1]
+        if not holders and model and cluster.is_in_cloud(model):
+            nodes = sorted(nodes, key=lambda node: (not node.up, model in cluster.remote and model not in node.rows,
+                                                    not node.settings.primary))[:1]
         kept = []                   # entries of those that only a node can serve that may come back
         while entry := waiting.first(model):
             ticket = entry[2]
@@ -4820,6 +4844,8 @@ class CompletionTime(Policy):
             candidates.append(Candidate(node.suspect, finish_s, order, offer))
         if demand.prompt_tokens * FIRST_WINDOW_MARGIN > LEAST_WINDOW_TOKENS:
             candidates = [candidate for candidate in candidates if fits(candidate.runner, demand)] or candidates
+        if ticket.spec.needs_account:
+            candidates = [candidate for candidate in candidates if candidate.runner.node.settings.primary] or candidates
         candidates.sort()
         return candidates
 
@@ -5260,7 +5286,8 @@ class Dispatcher:
         stream that has begun is raced by a replay, so that it must be deterministic and its model the same there.
         """
         first, model, spec = ticket.lease, ticket.spec.model, ticket.spec
-        if first is None or ticket.race is None or ticket.rival is not None or not spec.repeatable:
+        if (first is None or ticket.race is None or ticket.rival is not None or not spec.repeatable
+                or spec.needs_account):
             return None
         silent_s, least_s = now - first.heard_s, RACE_LOAD_S if first in first.node.loading else 0.0
         patience_s = first.race_s if first.first_s is None else allowed_s(first)
@@ -7489,6 +7516,18 @@ def without_absent(change: str, outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if not outcome.answer or outcome.answer.status != 404] or outcomes
 
 
+NOT_IN_REGISTRY = "file does not exist"
+
+
+def lacks_nodes(outcomes: list[Outcome], wanted: int) -> bool:
+    """Tell whether another node should pull a model: fewer than `wanted` could, for reasons of their own.
+
+    They may be full, too old, or without the engine that the model needs. What the registry lacks nobody can pull.
+    """
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    return len(outcomes) - len(errors) < wanted and not any(NOT_IN_REGISTRY in error for error in errors)
+
+
 def explain_failure(outcomes: list[Outcome]) -> tuple[int, str]:
     """Return (status, text): which nodes failed, why, and on which the change was made."""
     failed = [outcome for outcome in outcomes if outcome.error]
@@ -7557,8 +7596,9 @@ async def answer_change(exchange: Exchange, lines: LineAnswer, outcomes: list[Ou
 async def serve_change(exchange: Exchange) -> None:
     """Change a model on all nodes concerned; succeed only if all of them do."""
     gateway, record, spec = exchange.gateway, exchange.record, exchange.spec
-    nodes = gateway.dispatcher.cluster.nodes_to_change(spec, gateway.options.replicas, gateway.loop.time())
+    nodes, spares = gateway.dispatcher.cluster.nodes_to_change(spec, gateway.options.replicas, gateway.loop.time())
     record.node, record.attempts = ",".join(node.name for node in nodes), len(nodes)
+    wanted = len(nodes)
     record.reason = f"{spec.change} on {'every node that has it' if len(nodes) > 1 else 'one node'}"
     lines, progress = LineAnswer(exchange), Progress(node.name for node in nodes)
 
@@ -7575,9 +7615,17 @@ async def serve_change(exchange: Exchange) -> None:
     async def one(node: Node) -> Outcome:
         outcome = await change_on(exchange, node, hear)
         progress.names.discard(node.name)       # it sends no more: the merged progress must not wait for it
+        if outcome.error and spares:
+            LOG.warning({"event": "failure", "node": node.name, "kind": spec.change, "why": outcome.error})
         return outcome
 
     outcomes = await asyncio.gather(*map(one, nodes))
+    while spares and lacks_nodes(outcomes, wanted):
+        nodes.append(spares.pop(0))
+        record.node, record.attempts = f"{record.node},{nodes[-1].name}", record.attempts + 1
+        outcomes.append(await one(nodes[-1]))
+    done = [outcome for outcome in outcomes if not outcome.error]
+    outcomes = done if len(done) == wanted else outcomes
     if spec.change != "unload":     # the client looks at the models next; a node that is silent now is probed later
         looks = [gateway.node_io.look_at_models(outcome.node) for outcome in outcomes if outcome.answer]
         await asyncio.gather(*looks, return_exceptions=True)

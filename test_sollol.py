@@ -2748,6 +2748,21 @@ def test_cloud_model_goes_to_the_primary_node():
     assert sorted(placed(dispatcher)) == ["n1"] * 4
 
 
+def test_model_that_another_server_runs_takes_no_slot_whatever_it_is_called():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    remote = {"name": "mine", "remote_model": "gpt-oss:120b", "remote_host": "https://ollama.com:443"}
+    dispatcher.cluster.take_tags(dispatcher.cluster.nodes["n2"], [*rows("m"), remote])
+    tickets = enter(dispatcher, *[want("mine")] * 3)
+    assert placed(dispatcher) == ["n2"] * 3 and all(it.lease.runner is None for it in tickets)
+    dispatcher.cluster.take_tags(dispatcher.cluster.nodes["n1"], [*rows("m"), remote])
+    enter(dispatcher, want("mine"))
+    assert placed(dispatcher)[-1] == "n1"       # the primary, once it knows the model
+    dispatcher.cluster.take_tags(dispatcher.cluster.nodes["n1"], rows("m", "mine"))
+    tickets = enter(dispatcher, want("mine"))
+    placed(dispatcher)
+    assert tickets[0].lease.runner.node.name == "n1"        # weights of its own under that name
+
+
 def empty(dispatcher):
     """Tell whether nothing is left of any request."""
     return (not dispatcher.waiting.tickets and not dispatcher.waiting.fair.active and not dispatcher.waiting.fair.next_s
@@ -8113,6 +8128,26 @@ async def test_push_goes_to_a_node_that_has_the_model_the_primary_first():
             assert answer.fields["x-sollol-node"] == name and answer.status == (404 if model == "nobodys" else 200)
 
 
+@pytest.mark.parametrize("path, type, is_pinned", [
+    ("/v1/messages", "web_search_20250305", True), ("/v1/messages", "custom", False),
+    ("/v1/responses", "web_search", False)])
+@over_sockets
+async def test_request_for_which_a_node_searches_the_web_goes_to_the_primary(path, type, is_pinned):
+    nodes = three()
+    nodes[2].line += " primary=yes"
+    async with surface(nodes) as gateway:
+        tools = [{"type": type, "name": "web_search"}]
+        value = {"model": "llama3.2", "max_tokens": 9, "messages": MESSAGES, "input": MESSAGES, "tools": tools}
+        answers = await asyncio.gather(*[call(gateway, "POST", path, value) for _ in range(6)])
+        assert {answer.status for answer in answers} == {200}
+        assert ({answer.fields["x-sollol-node"] for answer in answers} == {"c"}) == is_pinned
+        nodes[2].kill()
+        answer = await call(gateway, "POST", path, value)
+        assert (answer.status, answer.fields["x-sollol-node"] in "ab") == (200, True)
+        value["model"] = "qwen3:14b"
+        assert (await call(gateway, "POST", path, value)).fields["x-sollol-node"] == "a"
+
+
 @over_sockets
 async def test_cloud_model_goes_to_the_primary_even_if_others_list_it():
     nodes = three()
@@ -8209,7 +8244,7 @@ def test_new_model_goes_to_the_emptiest_of_equals_the_fastest():
 
     def names(replicas, model="new:latest"):
         spec.model = model
-        return [node.name for node in dispatcher.cluster.nodes_to_change(spec, replicas, 0.0)]
+        return [node.name for node in dispatcher.cluster.nodes_to_change(spec, replicas, 0.0)[0]]
 
     assert [names(count) for count in (1, 2, 9)] == [["n3"], ["n2", "n3"], ["n1", "n2", "n3"]]
     assert names(1, "y:latest") == ["n1"] and names(1, "x:latest") == ["n1", "n2", "n3"]
@@ -8372,6 +8407,30 @@ async def test_pull_of_one_node_arrives_byte_for_byte_errors_too():
             assert (answer.status, answer.body) == (200, b"".join(lines[:2]) + end)
 
 
+NO_MLX = "this model requires MLX support, but the MLX runtime is not available"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@over_sockets
+async def test_new_model_that_a_node_cannot_pull_is_pulled_by_the_next(stream):
+    def refuse(request):
+        error = json.dumps({"error": NO_MLX}).encode()
+        return [chunked(b'{"status":"pulling manifest"}\n', error + b"\n") if stream
+                else framed(error, b"500 Internal Server Error"), KEEP]
+
+    linux = [ScriptedNode(refuse, ()), ScriptedNode(refuse, ())]
+    mac = bench.SimNode("m2", ("llama3.2", "mistral"), name="c", **FAST)
+    async with gateway_for(*linux, mac) as gateway:
+        answer = await call(gateway, "POST", "/api/pull", {"model": "gemma3:4b", "stream": stream})
+        lines = lines_of(answer)
+        assert answer.status == 200 and lines[-1] == {"status": "success"} and "error" not in str(lines)
+        assert [line["status"] for line in lines].count("pulling manifest") == stream
+        assert [len(node.requests) for node in linux] == [1, 1] and "gemma3:4b" in mac.models
+    async with gateway_for(*[ScriptedNode(refuse, ()) for _ in range(3)]) as gateway:
+        answer = await call(gateway, "POST", "/api/pull", {"model": "gemma3:4b", "stream": stream})
+        assert (answer.status == 200) == stream and lines_of(answer)[-1]["error"].count(NO_MLX) in (1, 3)
+
+
 @over_sockets
 async def test_missing_model_is_told_in_band_or_with_its_status():
     async with surface(flags=("--replicas", "2")) as gateway:
@@ -8405,10 +8464,13 @@ async def test_blobs_and_create_are_on_one_home_and_the_new_model_is_seen_at_onc
         assert lines[-1] == {"status": "success"}
         assert (await call(gateway, "POST", "/api/show", {"model": "mine"})).fields["x-sollol-node"] == "a"
         lines = lines_of(await call(gateway, "POST", "/api/create", {"model": "his", "from": "mistral"}))
-        assert lines[-1] == {"status": "success"} and "his:latest" in gateway.nodes[1].models
+        assert lines[-1] == {"status": "success"} and [line["status"] for line in lines].count("success") == 1
+        assert ["his:latest" in node.models for node in gateway.nodes] == [False, True, True]   # where mistral is
         body = {"model": "mistral", "from": "llama3.2", "files": {"x": f"sha256:{DIGEST}"}}
         assert lines_of(await call(gateway, "POST", "/api/create", body))[-1] == {"status": "success"}
         assert gateway.nodes[0].requests[-2].path == "/api/create"      # where the blob is, though b has a mistral
+        body = {"model": "drafts", "from": "mistral", "draft_files": {"x": f"sha256:{DIGEST}"}, "stream": False}
+        assert (await call(gateway, "POST", "/api/create", body)).fields["x-sollol-node"] == "a"
         answer = await call(gateway, "POST", "/api/create", {"model": "none", "stream": False})
         assert answer.status == 400 and answer.fields["x-sollol-node"] == "a"
 
