@@ -180,6 +180,7 @@ class Model(NamedTuple):
     max_context: int = 131_072      # tokens that it was trained for: a larger num_ctx is cut to it
     manifest: str = ""      # what the digest is of; name and weights if empty
     format: str = "gguf"    # or "safetensors"
+    num_ctx: int = 0        # PARAMETER of its Modelfile: a request that asks for none gets this
 
     @property
     def blob(self):
@@ -854,7 +855,8 @@ class Engine:
         """Return the tokens of a window: those asked for or Ollama's default for so much VRAM, at most the model's."""
         vram_gb = 0 if self.hardware.on_cpu else self.vram_gb
         default = self.traits.context or (4096 if vram_gb < 23 else 32_768 if vram_gb < 47 else 262_144)
-        return min(model.max_context, max(4, int(explicit)) if isinstance(explicit, (int, float)) else default)
+        explicit = explicit if isinstance(explicit, (int, float)) else model.num_ctx or None
+        return min(model.max_context, default if explicit is None else max(4, int(explicit)))
 
     def settings(self, model, options):
         """Return the values that explicit options (see runner_key) come to for a model."""
@@ -1829,7 +1831,7 @@ async def status(_node, exchange):
 
 
 def details(model):
-    family = "nomic-bert" if model.embedding else model.name.split(":")[0]
+    family = "nomic-bert" if model.embedding else (model.weights or model.name).split(":")[0]     # of the weights
     return {"parent_model": "", "format": model.format, "family": family, "families": [family],
             "parameter_size": f"{model.params_b:g}B", "quantization_level": "Q4_K_M",
             "context_length": model.max_context}
@@ -1875,6 +1877,7 @@ async def show(node, exchange):
     info = {"general.architecture": details(model)["family"],
             "general.parameter_count": int(model.params_b * 1e9), "general.basename": model.name}
     modelfile = f"FROM /root/.ollama/models/blobs/sha256-{model.blob}\nTEMPLATE {{{{ .Prompt }}}}\n"
+    modelfile += f"PARAMETER num_ctx {model.num_ctx}\n" if model.num_ctx else ""
     exchange.send_json({"modelfile": modelfile, "template": "{{ .Prompt }}",
                         "details": details(model), "model_info": info, "capabilities": capabilities(model),
                         "modified_at": stamp(node.modified_s.get(model.name, 0.0))})
@@ -2007,7 +2010,8 @@ async def created(node, name, body):
         raise Refused(400, "neither 'from' or 'files' was specified")
     yield {"status": "creating new layer"}
     yield {"status": "writing manifest"}
-    node.keep(base._replace(name=canonical(name), weights=base.weights or base.name))
+    num_ctx = field(field(body, "parameters", dict, {}), "num_ctx", int, base.num_ctx)
+    node.keep(base._replace(name=canonical(name), weights=base.weights or base.name, num_ctx=num_ctx))
     yield SUCCESS
 
 

@@ -1252,7 +1252,11 @@ async def read_request(exchange: Exchange) -> None:
         body = exchange.body = CHANGING_BLOCK.sub(STABLE_BLOCK, body, 1)
     exchange.client.serving = True
     steps = reading_steps(head, route, body)
-    reading = at_once(steps) if len(body) <= SHORT_BODY_BYTES else await gateway.turns.run(steps)
+    is_short = len(body) <= SHORT_BODY_BYTES
+    reading = at_once(steps) if is_short else await gateway.turns.run(steps)
+    if gateway.options.num_ctx and route.where is Where.QUEUED and route.family is Family.OLLAMA:
+        widening = widened(body, reading.fields, gateway.options.num_ctx)
+        exchange.body = at_once(widening) if is_short else await gateway.turns.run(widening)
     spec = exchange.spec = read_spec(head, route, reading, verdict.client, verdict.priority)
     spec.priority = min(spec.priority, verdict.max_priority)
     if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
@@ -1934,6 +1938,21 @@ def model_in(path: str) -> str | None:
     return canonical(name) if name and not before else None
 
 
+def parse_pattern(text: str) -> str:
+    """Return a pattern for the names of models: a name, or a text in which `*` stands for anything."""
+    return text.strip().lower() if "*" in text else canonical(text)
+
+
+@remembered
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.S)
+
+
+def is_meant(model: str, pattern: str) -> bool:
+    """Tell whether a pattern means the model of a canonical name."""
+    return pattern_regex(pattern).fullmatch(model) is not None
+
+
 def is_cloud(model: str) -> bool:
     """Tell whether a canonical name is run by ollama.com and not by a card of the node's own."""
     return model.endswith((":cloud", "-cloud"))
@@ -2094,6 +2113,29 @@ def runner_options(fields: Json, options: Json) -> RunnerOptions:
     values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
+
+
+def widened(body: Body, fields: Json, windows: list[tuple[str, int]]) -> Steps[Body]:
+    """Return a body that asks for the context that --num-ctx gives its model, if it asks for none itself.
+
+    That field is added to the bytes and to `fields`; nothing else changes. Options that are no object are left for
+    Ollama to refuse.
+    """
+    name, options = fields.get("model"), fields.get("options")
+    own = {} if options is None else options
+    num_ctx = next((num_ctx for pattern, num_ctx in windows
+                    if isinstance(name, str) and is_meant(canonical(name), pattern)), 0)
+    if not num_ctx or not isinstance(own, dict) or "num_ctx" in own:
+        return body
+    spans = yield from spans_in(body)
+    fields["options"] = {**own, "num_ctx": num_ctx}
+    if "options" not in spans:
+        at = body.index(b"{") + 1
+        return body[:at] + b'"options":{"num_ctx":%d},' % num_ctx + body[at:]
+    start, end = spans["options"]
+    if options is None:
+        return body[:start] + b'{"num_ctx":%d}' % num_ctx + body[end:]
+    return body[:start + 1] + b'"num_ctx":%d%b' % (num_ctx, b"," if own else b"") + body[start + 1:]
 
 
 # A duration as Go writes it: "1h30m", "-1m"; "0" alone needs no unit.
@@ -2273,10 +2315,28 @@ def digest_of(node: Node, model: str | None) -> str:
     return str(node.rows[model].get("digest") or "") if model in node.rows else ""
 
 
+class Made(NamedTuple):
+    """What a model is made from, as its Modelfile tells."""
+
+    blob: str = ""                  # with its weights; "" = untold
+    num_ctx: int = 0                # of a PARAMETER: each request asks for that; 0 = none
+
+
+BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
+OWN_CONTEXT = re.compile(r"^PARAMETER num_ctx (\d{1,9})\s*$", re.M)
+
+
+def made_from(modelfile: object) -> Made:
+    """Return what the text of a Modelfile tells."""
+    text = modelfile if isinstance(modelfile, str) else ""
+    blob, num_ctx = BLOB.search(text), OWN_CONTEXT.search(text)
+    return Made(blob[1] if blob else "", int(num_ctx[1]) if num_ctx else 0)
+
+
 def weights_of(node: Node, model: str) -> str:
     """Return what is equal for models of one node that are known to be made from the same weights."""
     digest = digest_of(node, model)
-    return node.weights.get((model, digest)) or digest or model
+    return node.made.get((model, digest), Made()).blob or digest or model
 
 
 def make_of(row: Json) -> tuple[str, ...]:
@@ -2298,7 +2358,7 @@ def possible_twins(node: Node) -> list[str]:
         for (size, one), (larger, two) in itertools.pairwise(sorted(sized)):
             if larger - size <= MIB and digest_of(node, one) != digest_of(node, two):
                 twins.update({one: None, two: None})
-    return [model for model in twins if (model, digest_of(node, model)) not in node.weights]
+    return [model for model in twins if (model, digest_of(node, model)) not in node.made]
 
 
 def share_runners(node: Node) -> None:
@@ -2448,9 +2508,9 @@ class Cluster:
         if node.take_tags(rows, asked_s):
             self.reindex()
 
-    def know_weights(self, node: Node, blobs: dict[tuple[str, str], str]) -> None:
-        """Take over which blobs the models of a node are made from: {(model, digest): blob}."""
-        node.know_weights(blobs)
+    def know_made(self, node: Node, made: dict[tuple[str, str], Made]) -> None:
+        """Take over what models of a node are made from: {(model, digest): Made}."""
+        node.know_made(made)
         self.reindex()
 
     def lacks(self, node: Node, runner: Runner, model: str | None) -> None:
@@ -2552,7 +2612,7 @@ class Cluster:
         raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
 
     def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> tuple[list[Node], list[Node]]:
-        """Return (the nodes on which a model is to be changed, in the order of hosts.txt; spares for those that cannot).
+        """Return (nodes on which a model is to be changed, in the order of hosts.txt; spares for those that cannot).
 
         All that are up and have it, even hung ones: a failure there must be reported. A copy, or another model from
         it, is made where the newest version is. A model that nobody has is pulled by `replicas` nodes; any other change
@@ -2807,8 +2867,9 @@ class Lease:
         self.first_progress_s, self.overlapping = runner.progress_s, certainly_beside(self)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
-            if runner.options is None and not (runner.context and dict(spec.options).get("num_ctx")):
-                runner.options = spec.options       # else it may have been loaded so by default
+            options = options_there(node, spec)
+            if runner.options is None and not (runner.context and dict(options).get("num_ctx")):
+                runner.options = options    # else it may have been loaded so by default
         if spec.stream:
             runner.confirm_slots(sum(1 for other in runner.leases if other.first_s is not None
                                      and other.ticket.spec.stream and not other.is_held_up), now)
@@ -3031,7 +3092,8 @@ class Node:
     changes: Changes = field(default_factory=Changes)       # the cluster's
     name: str = field(init=False)
     rows: dict[str, Json] = field(default_factory=dict)     # models on its disk: {model: row of its /api/tags}
-    weights: dict[tuple[str, str], str] = field(default_factory=dict)   # by (model, digest): their blob; "" = untold
+    made: dict[tuple[str, str], Made] = field(default_factory=dict)     # from what, by (model, digest)
+    contexts: dict[str, int] = field(default_factory=dict)      # by model: PARAMETER num_ctx of those that have one
     runners: dict[str, Runner] = field(default_factory=dict)    # by model
     leases: list[Lease] = field(default_factory=list)       # of all models, also those without a slot
     busy: list[Runner] = field(default_factory=list)        # those with leases
@@ -3287,10 +3349,11 @@ class Node:
         if runner is not None and not runner.leases:
             runner.assume_unloaded()
 
-    def know_weights(self, blobs: dict[tuple[str, str], str]) -> None:
-        """Take over which blobs its models are made from: {(model, digest): blob}."""
+    def know_made(self, made: dict[tuple[str, str], Made]) -> None:
+        """Take over what its models are made from: {(model, digest): Made}."""
         known = {(model, digest_of(self, model)) for model in self.rows}
-        self.weights = {key: blob for key, blob in {**self.weights, **blobs}.items() if key in known}
+        self.made = {key: one for key, one in {**self.made, **made}.items() if key in known}
+        self.contexts = {model: one.num_ctx for (model, _), one in self.made.items() if one.num_ctx}
         share_runners(self)
 
     def take_ps(self, rows: list[Json], asked_s: float, now: float) -> None:
@@ -4074,7 +4137,7 @@ class Runner:
         """Note that a request is sent."""
         spec = lease.ticket.spec
         if lease.loads:
-            self.assume_loaded(spec.options, lease.ready_s)
+            self.assume_loaded(options_there(self.node, spec), lease.ready_s)
         if spec.keep_alive_s is not None:
             self.keep_alive_s = spec.keep_alive_s
         if spec.prefix and not spec.embeds:
@@ -4292,6 +4355,12 @@ def stall(lease: Lease) -> None:
             other.stall_tokens += lease.new_tokens
 
 
+def options_there(node: Node, spec: RequestSpec) -> RunnerOptions:
+    """Return the runner options of a request on a node: a model with a PARAMETER num_ctx brings that along."""
+    num_ctx = node.contexts.get(spec.model or "") if node.contexts else None
+    return (("num_ctx", num_ctx), *spec.options) if num_ctx and "num_ctx" not in dict(spec.options) else spec.options
+
+
 def clamped_context(runner: Runner, num_ctx: float) -> float:
     """Return the context that a model is loaded with for a `num_ctx`: never more than its own maximum."""
     most = context_of(runner.row.get("details"))
@@ -4313,9 +4382,10 @@ def is_loaded_for(runner: Runner, spec: RequestSpec) -> bool:
     """Tell whether the model is resident or loading, with options of equal values; what is unknown is taken to suit."""
     if runner.ready_s is None:
         return False
-    if runner.options == spec.options or runner.options is None and not runner.context:
+    options = options_there(runner.node, spec)
+    if runner.options == options or runner.options is None and not runner.context:
         return True
-    wanted, loaded = {**USUAL_OPTIONS, **dict(spec.options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
+    wanted, loaded = {**USUAL_OPTIONS, **dict(options)}, {**USUAL_OPTIONS, **dict(runner.options or ())}
     if not has_context_for(runner, wanted.pop("num_ctx", 0), loaded.pop("num_ctx", 0)):
         return False
     return runner.options is None or wanted == loaded
@@ -4329,7 +4399,7 @@ WINDOW_MARGIN, FIRST_WINDOW_MARGIN = 1.05, 1.35
 
 def window_tokens(runner: Runner, spec: RequestSpec) -> float:
     """Return the context that a request would get there; 0 if that is not known."""
-    wanted = dict(spec.options).get("num_ctx", 0)
+    wanted = dict(options_there(runner.node, spec)).get("num_ctx", 0)
     if wanted:
         return clamped_context(runner, wanted)
     return runner.context if is_loaded_for(runner, spec) else runner.own_context
@@ -7627,7 +7697,7 @@ async def serve_change(exchange: Exchange) -> None:
     done = [outcome for outcome in outcomes if not outcome.error]
     outcomes = done if len(done) == wanted else outcomes
     if spec.change != "unload":     # the client looks at the models next; a node that is silent now is probed later
-        looks = [gateway.node_io.look_at_models(outcome.node) for outcome in outcomes if outcome.answer]
+        looks = [gateway.node_io.look_after_change(outcome.node) for outcome in outcomes if outcome.answer]
         await asyncio.gather(*looks, return_exceptions=True)
     pump(gateway)
     await answer_change(exchange, lines, without_absent(spec.change, outcomes))
@@ -8415,15 +8485,6 @@ CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is f
 SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
 
 
-BLOB = re.compile(r"^FROM .*blobs[/\\](sha256-[0-9a-f]{64})\s*$", re.M)
-
-
-def blob_in(modelfile: object) -> str:
-    """Return the blob with a model's weights, as the text of its Modelfile names it; "" if it names none."""
-    match = BLOB.search(modelfile) if isinstance(modelfile, str) else None
-    return match[1] if match else ""
-
-
 def rows_of(answer: Json) -> list[Json]:
     """Return the rows of /api/tags or /api/ps, if they have a name."""
     rows = answer.get("models")
@@ -8483,10 +8544,10 @@ class OllamaApi:
         """Return whether the server uses the cloud; old ones do not tell."""
         return await self.ask("/api/status", timeout_s)
 
-    async def weights(self, model: str) -> str:
-        """Return the blob that a model is made from; "" if the server does not tell."""
+    async def made(self, model: str) -> Made:
+        """Return what a model is made from, as far as the server tells."""
         status, answer, _ = await self.fetch("POST", "/api/show", {"model": model})
-        return blob_in(answer.get("modelfile")) if status == 200 and answer else ""
+        return made_from(answer.get("modelfile")) if status == 200 and answer else Made()
 
     async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
         """Let a model continue a raw text; return what its answer tells of the work."""
@@ -8583,11 +8644,16 @@ class NodeIO:
         rows = await self.api(node).loaded(timeout_s)
         node.take_ps(rows, asked_s, self.loop.time())
 
-    async def look_at_weights(self, node: Node) -> None:
-        """Find out which look-alike models of a node have the same weights; each is asked once. Raises as OllamaApi."""
+    async def look_at_twins(self, node: Node) -> None:
+        """Find out what look-alike models of a node are made from; each is asked once. Raises as OllamaApi."""
         for model in possible_twins(node):
             key = model, digest_of(node, model)
-            self.dispatcher.cluster.know_weights(node, {key: await self.api(node).weights(model)})
+            self.dispatcher.cluster.know_made(node, {key: await self.api(node).made(model)})
+
+    async def look_after_change(self, node: Node) -> None:
+        """See at once what a change has made of a node's models. Raises as OllamaApi."""
+        await self.look_at_models(node)
+        await self.look_at_twins(node)
 
     async def look_at_cloud(self, node: Node, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         """Find out whether a node uses the cloud. Raises as OllamaApi."""
@@ -8620,7 +8686,7 @@ class NodeIO:
             node.answered(version, loop.time() - asked_s, loop.time())
             await self.look_at_models(node)
             await self.look_at_residency(node)
-            await self.look_at_weights(node)
+            await self.look_at_twins(node)
         except (NodeFailure, Refusal) as failure:
             why = str(failure)
             if answered:
@@ -9793,6 +9859,14 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_window(text: str) -> tuple[str, int]:
+    """Return (pattern, tokens) of a MODEL=N."""
+    model, _, tokens = text.rpartition("=")
+    if not model.strip() or not re.fullmatch(r"[1-9]\d{0,8}", tokens, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=TOKENS such as qwen3:14b=32768 or 'qwen3:*=32768'")
+    return parse_pattern(model), int(tokens)
+
+
 def parse_port(text: str) -> int:
     """Return a port number; 0 lets the system choose."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
@@ -9884,6 +9958,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
                             "temperature 0 or a seed makes it say the same (it does)"),
         "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another "
                                    "in each request, so that no prompt cache helps (it is made constant)"),
+        "--num-ctx": dict(LIST, metavar="MODEL=N", type=parse_window, help="context in tokens for requests to Ollama's "
+                          "own API that ask for none; * stands for anything; may be repeated (the node's default)"),
         "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
         "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
     },

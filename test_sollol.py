@@ -1362,7 +1362,8 @@ def twin_rows(*models, size=2e9):
 
 def of_blobs(dispatcher, node, **blobs):
     """Tell a dispatcher the weights of models, by their names."""
-    dispatcher.cluster.know_weights(node, {(f"{model}:latest", f"d-{model}"): blob for model, blob in blobs.items()})
+    dispatcher.cluster.know_made(node, {(f"{model}:latest", f"d-{model}"): sollol.Made(blob)
+                                        for model, blob in blobs.items()})
 
 
 def twins(slots=2, *more):
@@ -1393,12 +1394,19 @@ def test_only_models_that_look_alike_are_asked_for_their_weights():
     assert sollol.possible_twins(node) == []
 
 
+@pytest.mark.parametrize("modelfile, num_ctx", [
+    ("FROM x\nPARAMETER num_ctx 32768\nPARAMETER stop x", 32768), ("PARAMETER num_ctx 8192", 8192),
+    ("# PARAMETER num_ctx 1\nPARAMETER temperature 1", 0), ("PARAMETER num_ctx many", 0), (None, 0)])
+def test_context_that_a_model_brings_along_is_told_in_its_modelfile(modelfile, num_ctx):
+    assert sollol.made_from(modelfile).num_ctx == num_ctx
+
+
 @pytest.mark.parametrize("modelfile, blob", [
     (f"# Modelfile\n# FROM llama3.2:latest\n\nFROM /usr/share/ollama/blobs/{BLOB_A}\nTEMPLATE x", BLOB_A),
     (f"FROM C:\\Users\\x\\blobs\\{BLOB_B}\r\nFROM /blobs/{BLOB_A}", BLOB_B), ("FROM llama3.2", ""), ("", ""),
     (f"# FROM /blobs/{BLOB_A}", ""), (None, ""), (5, "")])
 def test_weights_of_a_model_are_named_in_its_modelfile(modelfile, blob):
-    assert sollol.blob_in(modelfile) == blob
+    assert sollol.made_from(modelfile).blob == blob
 
 
 def test_names_of_the_same_weights_share_runner_slots_residency_and_speeds():
@@ -5216,6 +5224,60 @@ def test_requests_with_different_num_ctx_settle_each_on_a_node_of_its_own():
     bench.run_virtual(run())
 
 
+def test_model_and_its_variant_with_another_num_ctx_settle_each_on_a_node_of_its_own():
+    """Made from the same weights, they share a runner, which is loaded anew for the other's window."""
+    async def run():
+        nodes = [bench.SimNode(speed=5, seed=seed) for seed in (1, 2)]
+        async with gateway_for(*nodes) as gateway:
+            value = {"model": "wide", "from": "llama3.2", "parameters": {"num_ctx": 16384}, "stream": False}
+            assert (await call(gateway, "POST", "/api/create", value)).json() == {"status": "success"}
+            assert all("wide:latest" in node.contexts for node in gateway.dispatcher.cluster.nodes.values())
+            for number in range(30):
+                body = generate("wide" if number % 2 else "llama3.2", tokens=60)
+                path = "/v1/completions" if number % 3 else "/api/generate"
+                assert (await call(gateway, "POST", path, body)).status == 200
+            assert [node.loads for node in nodes] == [1, 1]
+            answers = [await call(gateway, "POST", "/v1/completions", generate("wide", prompt="word " * 9000))
+                       for _ in range(2)]
+            assert {answer.status for answer in answers} == {200} and [node.loads for node in nodes] == [1, 1]
+    bench.run_virtual(run())
+
+
+WINDOWS = [("llama3.2:latest", 8192), ("qwen3:*", 32768)]
+
+
+@table("body, sent", [
+    ("none", b'{"model":"llama3.2","prompt":"x"}', b'{"options":{"num_ctx":8192},"model":"llama3.2","prompt":"x"}'),
+    ("by a pattern", b' {"model" : "Qwen3:14B"} tail', b' {"options":{"num_ctx":32768},"model" : "Qwen3:14B"} tail'),
+    ("other options", b'{"model":"llama3.2","Options" : {"seed":1}}',
+     b'{"model":"llama3.2","Options" : {"num_ctx":8192,"seed":1}}'),
+    ("empty ones", b'{"options":{},"model":"llama3.2"}', b'{"options":{"num_ctx":8192},"model":"llama3.2"}'),
+    ("null", b'{"options":null,"model":"llama3.2"}', b'{"options":{"num_ctx":8192},"model":"llama3.2"}'),
+    ("one is asked for", b'{"model":"llama3.2","options":{"num_ctx":4096}}', None),
+    ("no number", b'{"model":"llama3.2","options":{"num_ctx":"many"}}', None),
+    ("no object", b'{"model":"llama3.2","options":[1]}', None), ("another model", b'{"model":"mistral"}', None),
+    ("another tag", b'{"model":"llama3.2:1b"}', None), ("no model", b'{"model":5}', None), ("no JSON", b"x", None),
+    ("a long text", b'{"prompt":"%b","model":"llama3.2"}' % (b'\\"{' * 20_000),
+     b'{"options":{"num_ctx":8192},"prompt":"%b","model":"llama3.2"}' % (b'\\"{' * 20_000)),
+])
+def test_num_ctx_is_added_for_a_model_and_not_another_byte_changed(body, sent):
+    fields = sollol.read_object(body)
+    assert bytes(sollol.at_once(sollol.widened(body, fields, WINDOWS))) == (sent or body)
+    assert fields == sollol.read_object(sent or body)
+
+
+@over_sockets
+async def test_num_ctx_of_the_command_line_is_what_a_node_loads_a_model_with():
+    nodes = [bench.SimNode(speed=20, seed=seed) for seed in (1, 2)]
+    async with gateway_for(*nodes, flags=["--num-ctx", "llama3.2=16384"]) as gateway:
+        long = {"model": "llama3.2", "messages": [{"role": "user", "content": "word " * 5000}]}
+        for path, value in (("/api/generate", generate(tokens=5)), ("/api/chat", long),
+                            ("/api/generate", generate(options={"num_ctx": 16384}))):
+            assert (await call(gateway, "POST", path, value)).status == 200
+        rows = [row for node in nodes for row in (await ask(node, "/api/ps", b"", "GET")).json()["models"]]
+        assert [row["context_length"] for row in rows] == [16384]
+
+
 def test_two_models_settle_each_on_a_small_node_of_its_own():
     """Either node has room for one of them; the requests alternate, some at the same time."""
     async def run():
@@ -5299,7 +5361,7 @@ async def test_weights_are_asked_for_once():
     node.told = {name: {"size": 5000, "details": DETAILS} for name in ("one", "two", "three", "broken")}
     async with gateway_for(node, flags=["--probe-interval", "0.1"]) as gateway:
         known, = gateway.dispatcher.cluster.nodes.values()
-        await until(lambda: len(known.weights) == 4)
+        await until(lambda: len(known.made) == 4)
         await asyncio.sleep(0.5)
         assert len(node.requests) == 4 and all(b"POST /api/show" in it for it in node.requests)
         runners = [known.runners[f"{name}:latest"] for name in ("one", "two", "three", "broken", "alone")]
@@ -8468,7 +8530,8 @@ async def test_blobs_and_create_are_on_one_home_and_the_new_model_is_seen_at_onc
         assert ["his:latest" in node.models for node in gateway.nodes] == [False, True, True]   # where mistral is
         body = {"model": "mistral", "from": "llama3.2", "files": {"x": f"sha256:{DIGEST}"}}
         assert lines_of(await call(gateway, "POST", "/api/create", body))[-1] == {"status": "success"}
-        assert gateway.nodes[0].requests[-2].path == "/api/create"      # where the blob is, though b has a mistral
+        paths = [request.path for request in gateway.nodes[0].requests]
+        assert paths.count("/api/create") == 2      # where the blob is, though b has a mistral
         body = {"model": "drafts", "from": "mistral", "draft_files": {"x": f"sha256:{DIGEST}"}, "stream": False}
         assert (await call(gateway, "POST", "/api/create", body)).fields["x-sollol-node"] == "a"
         answer = await call(gateway, "POST", "/api/create", {"model": "none", "stream": False})
