@@ -265,6 +265,7 @@ class RequestSpec:
     prompt_tokens: int = 0          # beside these
     has_tools: bool = False
     kind: int = 0                   # hash of what its answer's length depends on; 0 = nothing is known of that
+    session: int = 0                # hash of what the requests of one conversation have in common; 0 = unknown
     max_output: int | None = None   # tokens, if the client bounds them
     options: RunnerOptions = ()     # those given: another value means unload and load again
     keep_alive_s: float | None = None   # how long the model stays loaded from now on; None = as before
@@ -1724,6 +1725,7 @@ class Prompt(NamedTuple):
     images: int = 0
     tokens: int = 0                 # beside the text: marks around messages, and `context` of /api/generate
     lead: int = 0                   # hash of its tools and its system prompt; 0 = it has none
+    opening: int = 0                # hash of all up to its first message: what the turns of a conversation share
 
 
 class Reading(NamedTuple):
@@ -2089,7 +2091,8 @@ def read_prompt(kind: str, fields: Json) -> Prompt:
         chain.append((seed, chars))
     context = fields.get("context")
     tokens = MESSAGE_TOKENS * len(chain) if kind == "chat" else len(context) if isinstance(context, list) else 0
-    return Prompt(chars, prefix_of(chain), 1, images, tokens, chain[lead - 1][0] if lead else 0)
+    opening = chain[min(lead, len(chain) - 1)][0] if kind == "chat" and chain else 0
+    return Prompt(chars, prefix_of(chain), 1, images, tokens, chain[lead - 1][0] if lead else 0, opening)
 
 
 def kind_of(client: str, lead: int, fields: Json) -> int:
@@ -2100,6 +2103,16 @@ def kind_of(client: str, lead: int, fields: Json) -> int:
     if not (lead or shape):
         return 0
     return hash((client, lead, repr(shape), repr(fields.get("think", fields.get("thinking")))))
+
+
+def session_of(opening: int, fields: Json) -> int:
+    """Return what is equal for the requests of a conversation: what the client calls it, or else how it begins.
+
+    Codex sends prompt_cache_key, Claude Code metadata.user_id, with the session in it.
+    """
+    metadata = fields.get("metadata")
+    name = fields.get("prompt_cache_key") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
+    return hash(name) if isinstance(name, str) else opening
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
@@ -2221,6 +2234,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         prompt_tokens=prompt.tokens,
         has_tools=bool(fields.get("tools")),
         kind=kind_of(client, prompt.lead, fields) if is_inference and not embeds else 0,
+        session=session_of(prompt.opening, fields),
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
@@ -4937,16 +4951,21 @@ POLICIES: dict[str, type[Policy]] = {
 # -----------------------------------------------------------------------------
 # Waiting room: who is next?
 #
-# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. A key never
-# changes, so the order of two waiting tickets never changes: a heap suffices, and ageing costs nothing. A batch
+# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. The keys of a client
+# never change, so neither does the order of two waiting clients: a heap suffices, and ageing costs nothing. A batch
 # request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
 #
 # Fair share is start-time fair queueing (Goyal 1996): each request of a client starts, virtually, when that client's
 # previous request of the same or a higher priority ends. So the many requests of one client delay nobody else, and
-# its batch work does not delay its own urgent work. A client with nothing waiting or running owes nothing.
+# its batch work does not delay its own urgent work. A client with nothing waiting or running owes nothing: its request
+# goes before the next one of any client that does, however much slower than charged the cluster is.
+#
+# The sessions of one client, an agent's conversation and somebody's chat, take turns within the places that the client
+# has: a new request of a session with little under way takes the place of one whose session has more.
 # -----------------------------------------------------------------------------
 
 HEAD_START_S = 6.0                  # one level of priority, in seconds of waiting; high is 18 s before normal
+TIE_S = 1e-6                        # just before another
 
 
 class FairShare:
@@ -4958,7 +4977,10 @@ class FairShare:
         self.active: collections.Counter[tuple[str, int]] = collections.Counter()   # requests that wait or run
 
     def start_s(self, spec: RequestSpec, now: float) -> float:
-        """Return the virtual start of a new request: not before what the client has asked for with higher priority."""
+        """Return the virtual start of a new request: not before what the client has asked for with higher priority.
+
+        `now`: in virtual seconds, see WaitingRoom.virtual_s.
+        """
         levels = self.next_s.get(spec.client)
         if not levels:
             return now
@@ -4992,6 +5014,20 @@ class FairShare:
                 del self.next_s[spec.client]
 
 
+def is_valid(entry: Entry) -> bool:
+    """Tell whether an entry of a heap stands for its ticket: it still waits, and has this key."""
+    return entry[2].state is TicketState.WAITING and entry[0] == entry[2].key_s
+
+
+def place_of(ticket: Ticket) -> tuple[float, int]:
+    return ticket.key_s, ticket.seq
+
+
+def places_alike(one: RequestSpec, other: RequestSpec) -> bool:
+    """Tell whether requests of one client may exchange their places: they wait for the same, and are as urgent."""
+    return one.client == other.client and one.model == other.model and one.priority == other.priority
+
+
 class WaitingRoom:
     """Hold waiting tickets: one heap per model, so that a model without a free node blocks no other one."""
 
@@ -5001,6 +5037,8 @@ class WaitingRoom:
         self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
         self.tickets: dict[Ticket, None] = {}   # that wait, in the order of their coming
         self.fair = FairShare()
+        self.owing: dict[str | None, dict[int, list[Entry]]] = {}   # by model and priority: those whose client owes
+        self.sessions: collections.Counter[tuple[str, int]] = collections.Counter()     # (client, session): requests
         self.seq = itertools.count()
 
     def __len__(self) -> int:
@@ -5008,15 +5046,53 @@ class WaitingRoom:
 
     def key_s(self, spec: RequestSpec, now: float) -> float:
         """Return the key that a new request would have: when it starts virtually, less its head start."""
-        return self.fair.start_s(spec, now) - HEAD_START_S * spec.priority
+        return self.fair.start_s(spec, self.virtual_s(spec, now)) - HEAD_START_S * spec.priority
+
+    def virtual_s(self, spec: RequestSpec, now: float) -> float:
+        """Return when the request of a client that owes nothing starts virtually: now, or just before the next request of
+        the same model, and of no higher priority, whose client owes something."""
+        for priority, heap in self.owing.get(spec.model, {}).items():
+            while heap and not is_valid(heap[0]):
+                heapq.heappop(heap)
+            if heap and priority <= spec.priority:
+                now = min(now, heap[0][0] + HEAD_START_S * priority - TIE_S)
+        return now
 
     def enter(self, id: str, demand: Demand, cost_s: float, now: float) -> Ticket:
         """Return a waiting ticket for a request that will keep the whole cluster busy for `cost_s`."""
         spec = demand.spec
-        key_s = self.fair.charge(spec, now, cost_s) - HEAD_START_S * spec.priority
-        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand)
+        start_s = self.fair.charge(spec, self.virtual_s(spec, now), cost_s)
+        ticket = Ticket(id, spec, now, start_s - HEAD_START_S * spec.priority, next(self.seq), now, cost_s, demand)
+        self.sessions[spec.client, spec.session] += 1
+        for other in self.take_turns(ticket):
+            self.marked[spec.model] += 1
+            self.push(other)
         self.push(ticket)
         return ticket
+
+    def take_turns(self, ticket: Ticket) -> list[Ticket]:
+        """Give a new ticket the place of its client's first ticket whose session has more ahead of it than its own has.
+
+        Each later ticket of the client gets the place behind its own. Returns those whose keys have grown.
+        """
+        spec, line = ticket.spec, []
+        ahead = self.sessions[spec.client, spec.session] - 1
+        if ahead + 1 < self.fair.active[spec.client, spec.priority]:    # else the client has no other session
+            line = sorted((other for other in self.tickets if not other.begun and places_alike(other.spec, spec)),
+                          key=place_of)
+        passed = collections.Counter({other.spec.session: self.sessions[spec.client, other.spec.session]
+                                      for other in line})
+        passed.subtract(other.spec.session for other in line)       # now: how many run
+        for place, other in enumerate(line):
+            if passed[other.spec.session] > ahead:
+                moved = [ticket, *line[place:]]
+                keys_s = [*(one.key_s for one in line[place:]), ticket.key_s]
+                later = [one for one, key_s in zip(moved, keys_s, strict=True) if key_s > one.key_s]
+                for one, key_s in zip(moved, keys_s, strict=True):
+                    one.key_s = key_s
+                return later
+            passed[other.spec.session] += 1
+        return []
 
     def unqueued(self, id: str, spec: RequestSpec, now: float) -> Ticket:
         """Return a ticket for a request that takes no slot: it never waits."""
@@ -5026,7 +5102,10 @@ class WaitingRoom:
         """Put a ticket at the place that its key gives it."""
         ticket.state = TicketState.WAITING
         self.tickets[ticket] = None
-        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
+        entry, spec = (ticket.key_s, ticket.seq, ticket), ticket.spec
+        heapq.heappush(self.heaps.setdefault(spec.model, []), entry)
+        if ticket.key_s + HEAD_START_S * spec.priority > ticket.arrived_s:
+            heapq.heappush(self.owing.setdefault(spec.model, {}).setdefault(spec.priority, []), entry)
 
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
@@ -5037,19 +5116,19 @@ class WaitingRoom:
         self.marked[model] += 1
         heap = self.heaps.get(model, [])
         if self.marked[model] > 16 + len(heap) // 2:
-            heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
+            heap[:] = filter(is_valid, heap)
             heapq.heapify(heap)
             del self.marked[model]
 
     def first(self, model: str | None) -> Entry | None:
         """Return the first waiting entry of a model, or None."""
         heap = self.heaps.get(model, ())
-        while heap and heap[0][2].state is not TicketState.WAITING:
+        while heap and not is_valid(heap[0]):
             heapq.heappop(heap)
             self.marked[model] -= 1
         if not heap:
-            self.heaps.pop(model, None)
-            self.marked.pop(model, None)
+            for table in (self.heaps, self.marked, self.owing):
+                table.pop(model, None)
             return None
         return heap[0]
 
@@ -5080,6 +5159,10 @@ class WaitingRoom:
         self.discard(ticket)
         ticket.state = TicketState.LEFT
         self.fair.settle(ticket.spec)
+        session = ticket.spec.client, ticket.spec.session
+        self.sessions[session] -= 1
+        if not self.sessions[session]:
+            del self.sessions[session]
         return True
 
     def to_displace(self, client: str, key_s: float) -> Ticket | None:
@@ -5093,12 +5176,12 @@ class WaitingRoom:
         counts = collections.Counter([client, *(ticket.spec.client for ticket in waiting)])
         most = max(counts.values())
         last = max((ticket for ticket in waiting if counts[ticket.spec.client] == most),
-                   key=lambda ticket: (ticket.key_s, ticket.seq), default=None)
+                   key=place_of, default=None)
         return None if counts[client] == most and (last is None or last.key_s <= key_s) else last
 
     def in_order(self) -> list[Ticket]:
         """Return the waiting tickets, the next one first. O(n log n): for people, not for dispatch."""
-        return sorted(self.tickets, key=lambda ticket: (ticket.key_s, ticket.seq))
+        return sorted(self.tickets, key=place_of)
 
 
 # -----------------------------------------------------------------------------

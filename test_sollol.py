@@ -866,8 +866,8 @@ def test_large_body_tells_what_a_short_one_tells():
                 "service_tier": "flex", "max_output_tokens": 9, name: turns}
         large, longer = asked(path, body), asked(path, {**body, name: turns + turns[:100]})
         short = asked(path, {**body, name: turns[:1]})
-        assert replace(large, prompt_chars=0, prompt_tokens=0, prefix=(), inputs=1, batch=None) == replace(
-            short, prompt_chars=0, prompt_tokens=0, prefix=(), inputs=1, batch=None)
+        assert replace(large, prompt_chars=0, prompt_tokens=0, prefix=(), inputs=1, batch=None, session=0) == replace(
+            short, prompt_chars=0, prompt_tokens=0, prefix=(), inputs=1, batch=None, session=0)
         assert large.prompt_chars == pytest.approx(2000 * len(text), rel=0.03)
         assert len(large.prefix) == sollol.PREFIX_FIRST + sollol.PREFIX_LAST
         assert large.prefix[:4] == longer.prefix[:4]
@@ -2774,6 +2774,7 @@ def test_model_that_another_server_runs_takes_no_slot_whatever_it_is_called():
 def empty(dispatcher):
     """Tell whether nothing is left of any request."""
     return (not dispatcher.waiting.tickets and not dispatcher.waiting.fair.active and not dispatcher.waiting.fair.next_s
+            and not dispatcher.waiting.sessions
             and not any(dispatcher.waiting.first(model) for model in list(dispatcher.waiting.heaps))
             and not any(node.leases or node.busy or any(it.leases for it in node.runners.values())
                         for node in dispatcher.cluster.nodes.values()))
@@ -3039,6 +3040,43 @@ def test_500_requests_of_one_client_do_not_stand_before_anothers_one():
     assert fair.charge(want(client="greedy", priority=8), 0.5, 1.0) == 0.5
 
 
+def entered(queue, *tickets, first=0):
+    """Let tickets enter a waiting room: "client session priority now", each with a cost of a second."""
+    for seq, text in enumerate(tickets, first):
+        client, session, priority, now = text.split()
+        spec = want(client=client, session=int(session), priority=int(priority))
+        queue.enter(f"{client}{session}-{seq}", sollol.Demand(spec, 1.0, 1.0, 0), 1.0, float(now))
+
+
+@table("tickets, running, order", [
+    ("one session", ["c 1 5 0"] * 3, 0, "c1-0 c1-1 c1-2"),
+    ("two of a client take turns", ["c 1 5 0"] * 3 + ["c 2 5 0"] * 2, 0, "c1-0 c2-3 c1-1 c2-4 c1-2"),
+    ("what runs counts", ["c 1 5 0"] * 3 + ["c 2 5 0"] * 2, 1, "c2-3 c1-1 c2-4 c1-2"),
+    ("much runs", ["c 1 5 0"] * 4 + ["c 2 5 0"] * 3, 3, "c2-4 c2-5 c2-6 c1-3"),
+    ("three sessions", ["c 1 5 0"] * 3 + ["c 2 5 0", "c 3 5 0", "c 2 5 0"], 0, "c1-0 c2-3 c3-4 c1-1 c2-5 c1-2"),
+    ("no place of another client is lost", ["c 1 5 0", "c 1 5 0", "d 1 5 0.5", "c 1 5 0.5", "c 2 5 0.5"], 1,
+     "d1-2 c2-4 c1-1 c1-3"),
+    ("another priority is a line of its own", ["c 1 5 0"] * 2 + ["c 2 3 0"], 0, "c1-0 c1-1 c2-2"),
+])
+def test_sessions_of_a_client_take_turns_within_its_places(tickets, running, order):
+    queue = sollol.WaitingRoom()
+    entered(queue, *tickets[:running])
+    for _ in range(running):
+        queue.take(queue.pop("m:latest")[2])
+    entered(queue, *tickets[running:], first=running)
+    assert " ".join(it.id for it in queue.in_order()) == order
+    assert drained(queue) == order.split() and not queue.heaps and not queue.owing
+
+
+def test_client_that_owes_nothing_goes_before_whoever_does_however_slow_the_cluster_is():
+    queue = sollol.WaitingRoom()
+    entered(queue, *["greedy 0 5 0"] * 8, "early 0 5 3.5", "greedy 0 9 3.5", *["greedy 0 9 3.6"] * 2)
+    for _ in range(2):
+        queue.take(queue.pop("m:latest")[2])        # greedy's first of priority 9, and the next: they run for long
+    entered(queue, "late 0 5 100", "late 0 5 100", "later 0 5 101", "low 0 4 102")
+    assert drained(queue)[:6] == ["greedy0-11", "greedy0-0", "early0-8", "late0-0", "later0-2", "greedy0-1"]
+
+
 def test_client_with_nothing_left_is_forgotten():
     fair, spec = sollol.FairShare(), want(client="c")
     fair.charge(spec, 0.0, 100.0)
@@ -3129,7 +3167,8 @@ class Walk:
         spec = want(rng.choice(["a", "a", "b", "unknown", "x:cloud"]), priority=rng.randint(1, 10),
                      client=rng.choice("xyz"), stream=rng.random() < 0.7, prompt_chars=rng.choice([0, 50000]),
                      max_output=rng.choice([None, 1, 500]), embeds=rng.random() < 0.1,
-                     options=rng.choice([(), (), (("num_ctx", 8192),)]), prefix=((rng.randrange(5), 200),))
+                     options=rng.choice([(), (), (("num_ctx", 8192),)]), prefix=((rng.randrange(5), 200),),
+                     session=rng.randrange(3))
         waiting = list(self.dispatcher.waiting.tickets)
         full = len(waiting) >= self.dispatcher.waiting.max_tickets
         try:
@@ -3228,6 +3267,9 @@ class Walk:
                    == [name for name in [states[it.state]] if name] for it in self.tickets)
         fair = self.dispatcher.waiting.fair
         assert sum(fair.active.values()) == len(self.tickets) and fair.begun_s.keys() == fair.active.keys()
+        assert sum(queue.sessions.values()) == len(self.tickets)
+        valid = [entry[2] for heap in queue.heaps.values() for entry in heap if sollol.is_valid(entry)]
+        assert len(valid) == len(queue.tickets) and set(valid) == set(queue.tickets)
         assert all(fair.next_s[client][priority] >= begun_s for (client, priority), begun_s in fair.begun_s.items())
 
 
