@@ -79,9 +79,9 @@ import termios
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
 
 __version__ = "0.1.0"
 
@@ -2724,6 +2724,7 @@ class Ticket:
     since_s: float = 0.0            # when it began to wait, this time
     cost_s: float = 0.0             # how long it will keep the whole cluster busy
     demand: Demand | None = None    # what it is expected to cost; None for what does not queue
+    pace: Pace | None = None        # of its conversation; None = it is known to belong to none
     state: TicketState = TicketState.IDLE
     begun: bool = False             # its client has a part of the answer
     version: str | None = ""        # digest of its model that it is pinned to; "" = any, None = one that nobody has
@@ -4022,55 +4023,75 @@ CPU_SLOWDOWN = 20.0                 # of a model that lies wholly in main memory
 PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
 
 
+class Cached(NamedTuple):
+    """A prompt that a runner's cache likely holds."""
+
+    prefix: Prefix
+    used_s: float                   # when it was sent
+    pace: Pace | None = None        # of its conversation
+    since_s: float = 0.0            # since when that has been there
+
+
+NOTHING = Cached(((0, 0),), -math.inf)
+
+
 class Prefixes:
     """The beginnings of the last prompts that a runner had: what its prefix cache likely holds."""
 
     def __init__(self) -> None:
-        self.prompts: collections.OrderedDict[int, Prefix] = collections.OrderedDict()  # by the whole prompt's hash
-        self.used_s: dict[int, float] = {}      # when each was sent
+        self.prompts: collections.OrderedDict[int, Cached] = collections.OrderedDict()  # by the whole prompt's hash
         self.hit_share = 0.5                    # EWMA: of the conversations that came, how many found their cache
         self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
 
-    def remember(self, prefix: Prefix, most: int, now: float) -> None:
+    def remember(self, prompt: Cached, most: int) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
-        whole = prefix[-1][0]
-        self.used_s[whole] = now
+        whole = prompt.prefix[-1][0]
         if whole in self.prompts:
             self.prompts.move_to_end(whole)
-            return
-        self.prompts[whole] = prefix
-        self.parts.update(part for part, _ in prefix)
+        else:
+            self.parts.update(part for part, _ in prompt.prefix)
+        self.prompts[whole] = prompt
         while len(self.prompts) > most:
             self.forget(next(iter(self.prompts)))
 
-    def forget_continued(self, prefix: Prefix) -> None:
-        """Forget the turns that a prompt continues: a conversation has the cache of one slot, not one for each turn."""
+    def forget_continued(self, prefix: Prefix, now: float) -> float:
+        """Forget the turns that a prompt continues: a conversation has the cache of one slot, not one for each turn.
+
+        Returns since when it has been there.
+        """
         if len(prefix) >= CONVERSATION_PARTS:
             hit = self.common_chars(prefix) > CONTINUES_SHARE * prefix[-1][1]
             self.hit_share += HIT_GAIN * (hit - self.hit_share)
+        since_s = now
         for part, _ in prefix[:-1]:
             if part in self.prompts:
+                since_s = min(since_s, self.prompts[part].since_s)
                 self.forget(part)
+        return since_s
 
     def forget(self, whole: int) -> None:
         """Forget a prompt."""
-        del self.used_s[whole]
-        for part, _ in self.prompts.pop(whole):
+        for part, _ in self.prompts.pop(whole).prefix:
             self.parts[part] -= 1
             if not self.parts[part]:
                 del self.parts[part]
 
-    def evicted_chars(self, slots: int, now: float) -> float:
+    def next_victim(self, slots: int, running: Container[int]) -> Cached:
+        """Return what one more prompt would push out of the cache: the least recent that does not run, by its whole's
+        hash; NOTHING while there is room."""
+        if len(self.prompts) < slots:
+            return NOTHING
+        return next((prompt for whole, prompt in self.prompts.items() if whole not in running),
+                    next(iter(self.prompts.values())))
+
+    def evicted_chars(self, victim: Cached, now: float) -> float:
         """Return the characters that a conversation would need again if one more prompt pushed it out of the cache.
 
         A prompt of a few parts is no conversation yet: most of those are not continued. Where few conversations find
         their cache, others would push this one out in any case.
         """
-        if len(self.prompts) < slots:
-            return 0.0
-        whole, prefix = next(iter(self.prompts.items()))
-        goes_on = len(prefix) >= CONVERSATION_PARTS and now - self.used_s[whole] < CONTINUED_S
-        return prefix[-1][1] * max(0.0, 2 * self.hit_share - 1) if goes_on else 0.0
+        goes_on = len(victim.prefix) >= CONVERSATION_PARTS and now - victim.used_s < CONTINUED_S
+        return victim.prefix[-1][1] * max(0.0, 2 * self.hit_share - 1) if goes_on else 0.0
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
@@ -4157,10 +4178,12 @@ class Runner:
         if spec.prefix and not spec.embeds:
             shared_chars = self.beginnings.common_chars(spec.prefix)
             lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
-            self.prefixes.forget_continued(spec.prefix)
-            self.prefixes.remember(spec.prefix, self.slots.count, now)
+            since_s = self.prefixes.forget_continued(spec.prefix, now)
+            self.prefixes.remember(Cached(spec.prefix, now, lease.ticket.pace, since_s), self.slots.count)
             ends = (*spec.prefix[:PREFIX_FIRST], spec.prefix[-1])
-            self.beginnings.remember(ends, BEGINNINGS_KEPT, now)        # a KiB each
+            self.beginnings.remember(Cached(ends, now), BEGINNINGS_KEPT)        # a KiB each
+        if lease.ticket.pace is not None:
+            lease.ticket.pace.running += 1
         if not self.leases:
             self.node.busy.append(self)
         elif now - self.leases[-1].sent_s <= self.node.rtt_s + UNORDERED_S:
@@ -4178,6 +4201,8 @@ class Runner:
         """Note that a request has ended; those sent after it may have waited for that."""
         place = self.leases.index(lease)
         del self.leases[place]
+        if lease.ticket.pace is not None:
+            lease.ticket.pace.running -= 1
         for later in self.leases[place:]:
             later.left_s += (now,)
             if later.first_s is None and later.predecessor_left_progress_s is None:
@@ -4305,6 +4330,8 @@ HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later relo
 EVICTION = 1.0                      # weight of a prefill that another conversation will need again
 CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
 HIT_GAIN = 0.1
+STAY = 16.0                         # times its prefill a conversation that goes on stays in a cache: see Offer.is_kept
+MOST_KEPT_S = 120.0                 # a conversation waits no longer for others' to make room
 CONTINUES_SHARE = 0.5               # a prompt of which so much is cached goes on with that
 FORESIGHT_S = 3600.0                # no wait is predicted to be longer
 OVERDUE = 3.0                       # times the predicted silence an answer is overdue; more while little is measured
@@ -4472,7 +4499,9 @@ class Offer:
             self.fixed_s += snapshot.harm_s(now)
         self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
-        self.evicted_tokens = runner.prefixes.evicted_chars(runner.slots.count, now) / CHARS_PER_TOKEN
+        running = {lease.ticket.spec.prefix[-1][0] for lease in runner.leases if lease.ticket.spec.prefix}
+        self.victim = runner.prefixes.next_victim(runner.slots.count, running)
+        self.evicted_tokens = runner.prefixes.evicted_chars(self.victim, now) / CHARS_PER_TOKEN
 
     def first_s(self, now: float) -> float:
         """Return when the first slot is free, in seconds from now."""
@@ -4543,6 +4572,19 @@ class Offer:
         """Return what it costs another conversation that this prompt takes the place of its cache."""
         is_its_own = new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens
         return 0.0 if is_its_own else EVICTION * self.evicted_tokens * self.prefill_s
+
+    def is_kept(self, demand: Demand, now: float) -> bool:
+        """Tell whether a slot is kept from a conversation that is not cached here, for one whose place it would take.
+
+        That other one is expected back sooner than its prompt could be evaluated again, and has not been here for long. What
+        goes round and round over more conversations than slots would never be cached.
+        """
+        victim, new_tokens = self.victim, self.new_tokens(demand)
+        if (victim.pace is None or len(demand.spec.prefix) < CONVERSATION_PARTS
+                or new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens):
+            return False
+        again_s = victim.prefix[-1][1] / CHARS_PER_TOKEN * self.prefill_s
+        return victim.pace.is_back_within(again_s, now) and now - victim.since_s < STAY * again_s
 
     def predict(self, demand: Demand, now: float) -> Prediction:
         """Return the Prediction for a request that is to go here."""
@@ -4770,6 +4812,7 @@ class ModelPass:
     runners: list[Runner]           # on usable nodes, their own breakers not open
     forced: bool                    # every node fails the model: used in spite of its breaker
     looks_left: int                 # tickets that may still be held back
+    keeps: bool = False             # a slot is kept for a conversation that may come back
 
     def has_room(self, runner: Runner, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
@@ -4883,7 +4926,8 @@ class CompletionTime(Policy):
                 if following and model.is_open(work.now):
                     heapq.heappush(heads, (*following[:2], model))
                 else:
-                    self.parked[model.model] = Parked(work.now, entry[0] if following else math.inf)
+                    self.parked[model.model] = Parked(
+                        work.now, entry[0] if following and not model.keeps else math.inf)
         finally:
             for entry in work.held:
                 waiting.restore(entry)
@@ -4893,7 +4937,11 @@ class CompletionTime(Policy):
         ticket, now = entry[2], work.now
         demand = work.cluster.estimates.demand_of(ticket)
         candidates = self.candidates(work, ticket, demand, model.runners)
-        free = next((candidate for candidate in candidates if model.has_room(candidate.runner, now)), None)
+        room = [candidate for candidate in candidates if model.has_room(candidate.runner, now)]
+        if room and now - ticket.since_s < MOST_KEPT_S:
+            room = [candidate for candidate in room if not candidate.offer.is_kept(demand, now)]
+            model.keeps = model.keeps or not room
+        free = room[0] if room else None
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
@@ -4903,7 +4951,7 @@ class CompletionTime(Policy):
         elif candidates or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
             model.looks_left -= free is not None    # a ticket that can use none of the free nodes blocks nobody
-            if candidates:
+            if candidates and (free or not model.keeps):    # a slot that is kept is claimed by nobody
                 best = candidates[0]
                 work.claimed[best.runner] = best.offer.claimed(now + best.finish_s, now)
         else:
@@ -4951,9 +4999,9 @@ POLICIES: dict[str, type[Policy]] = {
 # -----------------------------------------------------------------------------
 # Waiting room: who is next?
 #
-# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. The keys of a client
-# never change, so neither does the order of two waiting clients: a heap suffices, and ageing costs nothing. A batch
-# request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
+# The key of a ticket is a time: its arrival, less a head start for its priority, plus a fair share. The keys of a
+# client never change, so neither does the order of two waiting clients: a heap suffices, and ageing costs nothing. A
+# batch request that has waited longer than the head start of a fresh urgent one goes first, so nobody starves.
 #
 # Fair share is start-time fair queueing (Goyal 1996): each request of a client starts, virtually, when that client's
 # previous request of the same or a higher priority ends. So the many requests of one client delay nobody else, and
@@ -5049,8 +5097,8 @@ class WaitingRoom:
         return self.fair.start_s(spec, self.virtual_s(spec, now)) - HEAD_START_S * spec.priority
 
     def virtual_s(self, spec: RequestSpec, now: float) -> float:
-        """Return when the request of a client that owes nothing starts virtually: now, or just before the next request of
-        the same model, and of no higher priority, whose client owes something."""
+        """Return when the request of a client that owes nothing starts virtually: now, or just before the next request
+        of the same model, and of no higher priority, whose client owes something."""
         for priority, heap in self.owing.get(spec.model, {}).items():
             while heap and not is_valid(heap[0]):
                 heapq.heappop(heap)
@@ -5228,7 +5276,7 @@ class Dispatcher:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
         ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now)
-        ticket.version = version
+        ticket.version, ticket.pace = version, self.cluster.estimates.paces.begin(spec, now)
         self.policy.arrived(ticket)
         return ticket
 
@@ -5285,7 +5333,10 @@ class Dispatcher:
         had_place = ticket.state in (TicketState.WAITING, TicketState.LEASED)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
-        return self.waiting.leave(ticket) and had_place
+        has_left = self.waiting.leave(ticket)
+        if has_left and ticket.pace is not None:
+            ticket.pace.end(now)
+        return has_left and had_place
 
     def drain_s(self, now: float) -> float:
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
@@ -5571,6 +5622,7 @@ class Estimates:
 
     def __init__(self) -> None:
         self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
+        self.paces = Paces()
 
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
@@ -5592,6 +5644,59 @@ class Estimates:
         if demand is None or demand.samples != self.lengths.get(ticket.spec.model, UNKNOWN_LENGTHS).samples:
             demand = ticket.demand = self.demand(ticket.spec)
         return demand
+
+
+LATE = 6.0                          # times its usual pause: then a conversation is not waited for
+MOST_PACES = 1000                   # conversations that are remembered
+
+
+@dataclass(slots=True)
+class Pace:
+    """How soon a conversation goes on: an agent's tools take seconds, a person reads."""
+
+    GAIN: ClassVar[float] = 0.3
+
+    asked: int = 0                  # its requests that wait or run
+    running: int = 0                # those that run
+    ended_s: float = -math.inf      # when the last one ended
+    gap_s: float = math.inf         # EWMA of the time from the end of one to the next; infinite = never seen
+
+    def begin(self, now: float) -> None:
+        """Note that a request of it came."""
+        if not self.asked and self.ended_s > -math.inf:
+            gap_s = now - self.ended_s
+            self.gap_s = gap_s if self.gap_s == math.inf else self.gap_s + self.GAIN * (gap_s - self.gap_s)
+        self.asked += 1
+
+    def end(self, now: float) -> None:
+        """Note that one has ended."""
+        self.asked -= 1
+        self.ended_s = now
+
+    def is_back_within(self, seconds: float, now: float) -> bool:
+        """Tell whether its next request waits, or is expected within so many seconds from the end of the last one."""
+        if self.running:
+            return False
+        return self.asked > 0 or self.gap_s < seconds and now - self.ended_s < LATE * self.gap_s
+
+
+class Paces:
+    """The Pace of each conversation, the last ones."""
+
+    def __init__(self) -> None:
+        self.known: collections.OrderedDict[tuple[str, int], Pace] = collections.OrderedDict()
+
+    def begin(self, spec: RequestSpec, now: float) -> Pace | None:
+        """Return the Pace of a new request's conversation, if it belongs to one."""
+        if not spec.session:
+            return None
+        account = spec.client, spec.session
+        pace = self.known.setdefault(account, Pace())
+        self.known.move_to_end(account)
+        pace.begin(now)
+        if len(self.known) > MOST_PACES:
+            self.known.popitem(last=False)
+        return pace
 
 
 # Of a runner: how many run there as if each were alone; seconds a request, a prompt token, an output token, a text.

@@ -1565,27 +1565,98 @@ def test_kind_of_a_request_is_what_its_answers_length_depends_on(one, other, ali
 def test_conversation_has_the_cache_of_one_slot_and_the_least_recent_one_is_pushed_out():
     known, turns = sollol.Prefixes(), [tuple((part, 4000 * part) for part in range(1, last + 1)) for last in (4, 6, 8)]
     for now, turn in enumerate(turns):
-        known.forget_continued(turn)
-        known.remember(turn, 2, now)
-    assert len(known.prompts) == 1 and known.common_chars(turns[0]) == 16_000 and known.evicted_chars(2, 3.0) == 0
+        since_s = known.forget_continued(turn, now)
+        known.remember(sollol.Cached(turn, now, None, since_s), 2)
+    assert len(known.prompts) == 1 and known.common_chars(turns[0]) == 16_000 and since_s == 0.0
+    assert known.next_victim(2, ()) is sollol.NOTHING and known.evicted_chars(sollol.NOTHING, 3.0) == 0
     known.hit_share = 1.0
-    known.remember(((77, 100),), 2, 3.0)
-    assert known.evicted_chars(2, 4.0) == 32_000        # the conversation, which may go on
-    assert known.evicted_chars(2, 4.0 + sollol.CONTINUED_S) == 0
+    known.remember(sollol.Cached(((77, 100),), 3.0), 2)
+    victim = known.next_victim(2, ())
+    assert known.evicted_chars(victim, 4.0) == 32_000       # the conversation, which may go on
+    assert known.next_victim(2, (turns[-1][-1][0],)).prefix == ((77, 100),)     # what runs stays
+    assert known.evicted_chars(victim, 4.0 + sollol.CONTINUED_S) == 0
     known.hit_share = 0.5                               # others push it out in any case
-    assert known.evicted_chars(2, 4.0) == 0
-    known.remember(((78, 100),), 2, 5.0)
-    assert not known.common_chars(turns[0]) and len(known.used_s) == 2
+    assert known.evicted_chars(victim, 4.0) == 0
+    known.remember(sollol.Cached(((78, 100),), 5.0), 2)
+    assert not known.common_chars(turns[0]) and len(known.prompts) == 2
 
 
 def test_hits_of_conversations_are_learned_and_single_prompts_are_none():
     known = sollol.Prefixes()
     for number in range(40):
         turn = tuple((part, 4000 * part) for part in range(1, 5 + number))
-        known.forget_continued(turn)
-        known.remember(turn, 2, number)
-        known.forget_continued(((-number, 10),))
+        known.forget_continued(turn, number)
+        known.remember(sollol.Cached(turn, number), 2)
+        known.forget_continued(((-number, 10),), number)
     assert known.hit_share > 0.95
+
+
+@table("told, seconds, now, is_back", [
+    ("never seen to go on", "b0 e1", 60, 2, False), ("back after two seconds", "b0 e1 b3 e4", 5, 5, True),
+    ("not within one", "b0 e1 b3 e4", 1, 5, False), ("late", "b0 e1 b3 e4", 5, 17, False),
+    ("it waits", "b0 e1 b3 e4 b100", 1, 200, True), ("it runs", "b0 e1 b3 e4 b6 r", 60, 7, False),
+    ("two at once", "b0 b0 e1 b3 e4 e9 b10 e11", 2, 12, True)])
+def test_conversation_is_expected_back_by_its_usual_pause(told, seconds, now, is_back):
+    pace = sollol.Pace()
+    for word in told.split():
+        if word == "r":
+            pace.running += 1
+        else:
+            (pace.begin if word[0] == "b" else pace.end)(float(word[1:]))
+    assert pace.is_back_within(seconds, now) is is_back
+
+
+def turn_of(session, parts, now, dispatcher, **more):
+    """Enter a turn of a conversation of 4,000 characters, about 0.7 s of prefill, a part; return its ticket."""
+    prefix = tuple((session * 1000 + part, 4000 * part) for part in range(1, parts + 1))
+    it, = enter(dispatcher, want(prefix=prefix, prompt_chars=4000 * parts, session=session, **more), now=now)
+    return it
+
+
+def test_slot_is_kept_for_a_conversation_that_goes_on_but_not_for_ever():
+    dispatcher = cluster(slots=1, n1=["m"])
+    runner(dispatcher, "n1").speeds.prefill_s = 0.001       # 4 s for a conversation of 16,000 characters
+    now = 0.0
+    for parts in (4, 5, 6):
+        first = turn_of(1, parts, now, dispatcher)
+        assert placed(dispatcher, now) == ["n1"]
+        finish(dispatcher, first, now + 1.0)
+        now += 2.0                  # its tools take a second
+    other, single = turn_of(2, 5, 5.5, dispatcher), turn_of(3, 3, 5.6, dispatcher)
+    assert placed(dispatcher, 5.7) == ["n1"] and single.lease       # a question that is no conversation is not held up
+    finish(dispatcher, single, 5.8)
+    first = turn_of(1, 7, 6.0, dispatcher)          # it lost its cache: whoever came first goes first
+    assert placed(dispatcher, 6.1) == ["n1"] and other.lease
+    finish(dispatcher, other, 7.0)
+    assert placed(dispatcher, 7.0) == ["n1"] and first.lease
+    finish(dispatcher, first, 8.0)
+    for parts, now in ((8, 9.0), (9, 11.0)):
+        first = turn_of(1, parts, now, dispatcher)
+        placed(dispatcher, now)
+        finish(dispatcher, first, now + 1.0)
+    other = turn_of(2, 6, 12.1, dispatcher)
+    assert placed(dispatcher, 12.1) == [] == placed(dispatcher, 12.9)
+    first = turn_of(1, 10, 13.0, dispatcher)
+    assert placed(dispatcher, 13.0) == ["n1"] and first.lease and not other.lease
+    finish(dispatcher, first, 14.0)
+    assert placed(dispatcher, 14.5) == [] and placed(dispatcher, 30.0) == ["n1"]     # it comes back no more
+    finish(dispatcher, other, 31.0)
+
+
+def test_conversation_waits_for_others_no_longer_than_their_stay():
+    dispatcher = cluster(slots=1, n1=["m"])
+    runner(dispatcher, "n1").speeds.prefill_s = 0.001
+    now, other = 0.0, None
+    for parts in range(4, 100):
+        first = turn_of(1, parts, now, dispatcher)
+        other = other or (turn_of(2, 5, now, dispatcher) if parts == 6 else None)
+        placed(dispatcher, now)
+        if not first.lease:
+            break
+        finish(dispatcher, first, now + 1.0)
+        placed(dispatcher, now + 1.0)
+        now += 2.0
+    assert other.lease and other.lease.sent_s == pytest.approx(4.0 + sollol.MOST_KEPT_S, abs=2.1)
 
 
 def test_ten_answers_tell_how_many_tokens_chats_agents_and_pictures_are():
