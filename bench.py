@@ -1304,6 +1304,14 @@ class Stats(NamedTuple):
 GIVEN_UP = Stats(None, 0.0, 0.0, 0, 0.0, 0, 0.0)
 
 
+DRAWN_IDS = random.Random("ids")        # Ollama draws them at random: two nodes never say the same
+
+
+def drawn_id(lead):
+    """Return an id such as Ollama's, all of one length."""
+    return f"{lead}_{DRAWN_IDS.randrange(100_000, 999_999)}"
+
+
 class GenerateLines:
     """/api/generate."""
 
@@ -1349,8 +1357,8 @@ class ChatLines(GenerateLines):
     def content(self, text):
         if not self.ask.tool or not text:
             return {"message": {"role": "assistant", "content": text}}
-        function = {"index": 0, "name": self.ask.tool, "arguments": {"text": text}}
-        return {"message": {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", "function": function}]}}
+        call = {"id": drawn_id("call"), "function": {"index": 0, "name": self.ask.tool, "arguments": {"text": text}}}
+        return {"message": {"role": "assistant", "content": "", "tool_calls": [call]}}
 
 
 class ChatEvents:
@@ -1400,7 +1408,7 @@ class ChatEvents:
     def content(self, text):
         if not self.ask.tool:
             return {"message": {"role": "assistant", "content": text}}
-        call = {"id": "call_1", "index": 0, "type": "function",
+        call = {"id": drawn_id("call"), "index": 0, "type": "function",
                 "function": {"name": self.ask.tool, "arguments": json.dumps({"text": text})}}
         return {"message": {"role": "assistant", "content": "", "tool_calls": [call]}}
 
@@ -1426,97 +1434,102 @@ def event(name, **fields):
 
 
 class ResponseEvents:
-    """/v1/responses."""
+    """/v1/responses (openai/responses.go)."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask, trace):
+    def __init__(self, ask, _trace):
         self.ask = ask
-        self._id, self._item_id = f"resp_{trace.number}", f"msg_{trace.number}"
-        self._created, self._text, self._numbers = epoch_at(trace.time_s), [], itertools.count()
+        self._id, self._call_id = drawn_id("resp"), drawn_id("call")
+        self._item_id = f"{drawn_id('fc')}_0" if ask.tool else drawn_id("msg")
+        self._text, self._numbers = [], itertools.count()
 
-    def _response(self, status, output, usage=None):
-        return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
-                "model": self.ask.name, "output": output, "usage": usage, "parallel_tool_calls": True, "tools": [],
-                "tool_choice": "auto", "incomplete_details": None, "instructions": None, "metadata": {}}
+    def _response(self, status, output, now_s, usage=None):
+        given = dict.fromkeys(("completed_at", "incomplete_details", "previous_response_id", "instructions", "error",
+                               "reasoning", "max_output_tokens", "max_tool_calls", "safety_identifier",
+                               "prompt_cache_key"))
+        given |= {"presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": 0, "top_p": 1, "temperature": 1}
+        return given | {"id": self._id, "object": "response", "created_at": epoch_at(now_s), "status": status,
+                        "model": self.ask.name, "output": output, "usage": usage, "parallel_tool_calls": True,
+                        "tools": [], "tool_choice": "auto", "metadata": {}, "text": {"format": {"type": "text"}},
+                        "truncation": "disabled", "store": False, "background": False, "service_tier": "default"}
 
-    def _item(self, status, content):
+    def _item(self, status, text):
+        if self.ask.tool:
+            return {"id": self._item_id, "type": "function_call", "status": status, "call_id": self._call_id,
+                    "name": self.ask.tool, "arguments": text}
+        content = [self._content(text)] if status == "completed" else []
         return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _call(self, status, arguments):
-        return {"id": f"fc_{self._id}", "type": "function_call", "status": status, "call_id": "call_1",
-                "name": self.ask.tool, "arguments": arguments}
-
     def _event(self, name, **fields):
-        return event(f"response.{name}", sequence_number=next(self._numbers), **fields)
+        """Return an event, its fields in the order of their names: Go sorts the keys of a map."""
+        fields |= {"type": f"response.{name}", "sequence_number": next(self._numbers)}
+        ordered = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
+        return b"event: response.%b\ndata: %b\n\n" % (name.encode(), ordered)
 
-    def _begin(self):
-        running = self._response("in_progress", [])
+    def _begin(self, now_s):
+        running = self._response("in_progress", [], now_s)
         return b"".join((
             self._event("created", response=running), self._event("in_progress", response=running),
-            self._event("output_item.added", output_index=0, item=self._item("in_progress", [])),
-            self._event("content_part.added", item_id=self._item_id, output_index=0, content_index=0,
-                        part=self._content(""))))
+            self._event("output_item.added", output_index=0, item=self._item("in_progress", ""))))
 
-    def part(self, text, _now_s):
-        begin = b"" if self._text else self._begin()
+    def _placed(self, name, **fields):
+        return self._event(name, item_id=self._item_id, output_index=0, **fields)
+
+    def part(self, text, now_s):
+        begin = b"" if self._text else self._begin(now_s) + self._placed(
+            "content_part.added", content_index=0, part=self._content(""))
         self._text.append(text)
-        return begin + self._event("output_text.delta", item_id=self._item_id, output_index=0, content_index=0,
-                                   delta=text, logprobs=[])
+        return begin + self._placed("output_text.delta", content_index=0, delta=text, logprobs=[])
 
-    def call(self, text, _now_s):
-        running, arguments = self._response("in_progress", []), json.dumps({"text": text})
-        place = {"item_id": f"fc_{self._id}", "output_index": 0}
+    def call(self, text, now_s):
+        arguments = json.dumps({"text": text})
         self._text.append(text)
         return b"".join((
-            self._event("created", response=running), self._event("in_progress", response=running),
-            self._event("output_item.added", output_index=0, item=self._call("in_progress", "")),
-            self._event("function_call_arguments.delta", delta=arguments, **place),
-            self._event("function_call_arguments.done", arguments=arguments, **place),
-            self._event("output_item.done", output_index=0, item=self._call("completed", arguments))))
+            self._begin(now_s),
+            self._placed("function_call_arguments.delta", delta=arguments),
+            self._placed("function_call_arguments.done", arguments=arguments),
+            self._event("output_item.done", output_index=0, item=self._item("completed", arguments))))
 
     def last(self, stats, now_s):
         text = "".join(self._text)
-        if self.ask.tool:
-            return [self._event("completed", response=self.whole(text, stats, now_s))]
-        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        return [self._event("output_text.done", text=text, logprobs=[], **place),
-                self._event("content_part.done", part=self._content(text), **place),
-                self._event("output_item.done", output_index=0, item=self._item("completed", [self._content(text)])),
-                self._event("completed", response=self.whole(text, stats, now_s))]
+        closing = [] if self.ask.tool else [
+            self._placed("output_text.done", content_index=0, text=text, logprobs=[]),
+            self._placed("content_part.done", content_index=0, part=self._content(text)),
+            self._event("output_item.done", output_index=0, item=self._item("completed", text))]
+        return [*closing, self._event("completed", response=self.whole(text, stats, now_s))]
 
-    def whole(self, text, stats, _now_s):
+    def whole(self, text, stats, now_s):
         usage = {"input_tokens": stats.prompt_tokens, "input_tokens_details": {"cached_tokens": 0},
                  "output_tokens": stats.output_tokens, "output_tokens_details": {"reasoning_tokens": 0},
                  "total_tokens": stats.prompt_tokens + stats.output_tokens}
-        item = (self._call("completed", json.dumps({"text": text})) if self.ask.tool else
-                self._item("completed", [self._content(text)]))
-        return self._response("completed", [item], usage)
+        item = self._item("completed", json.dumps({"text": text}) if self.ask.tool else text)
+        return self._response("completed", [item], now_s, usage) | {"completed_at": epoch_at(now_s)}
 
     def _content(self, text):
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 class MessageEvents:
-    """/v1/messages."""
+    """/v1/messages (anthropic/anthropic.go)."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask, trace):
+    def __init__(self, ask, _trace):
         self.ask = ask
-        self._id, self._begun = f"msg_{trace.number}", False
+        self._id, self._call_id, self._begun = drawn_id("msg"), drawn_id("call"), False
 
-    def _message(self, content, reason, usage):
+    def _message(self, content, input_tokens, output_tokens, **reason):
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.ask.name, "content": content,
-                "stop_reason": reason, "stop_sequence": None, "usage": usage}
+                **reason, "usage": {"input_tokens": input_tokens, "output_tokens": output_tokens}}
 
     def _begin(self, block):
-        self._begun = True
-        return (event("message_start", message=self._message([], None, {"input_tokens": 0, "output_tokens": 0}))
+        self._begun = True      # the real count is not known before the end
+        return (event("message_start", message=self._message([], len(self.ask.prompt) // 4, 0))
                 + event("content_block_start", index=0, content_block=block))
 
     def _tool_use(self, arguments):
-        return {"type": "tool_use", "id": "call_1", "name": self.ask.tool, "input": arguments}
+        return {"type": "tool_use", "id": self._call_id, "name": self.ask.tool, "input": arguments}
 
     def part(self, text, _now_s):
         begin = b"" if self._begun else self._begin({"type": "text", "text": ""})
@@ -1529,13 +1542,11 @@ class MessageEvents:
     def last(self, stats, _now_s):
         usage = {"input_tokens": stats.prompt_tokens, "output_tokens": stats.output_tokens}
         return [event("content_block_stop", index=0),
-                event("message_delta", delta={"stop_reason": self._reason(stats), "stop_sequence": None}, usage=usage),
-                event("message_stop")]
+                event("message_delta", delta={"stop_reason": self._reason(stats)}, usage=usage), event("message_stop")]
 
     def whole(self, text, stats, _now_s):
         block = self._tool_use({"text": text}) if self.ask.tool else {"type": "text", "text": text}
-        return self._message([block], self._reason(stats),
-                             {"input_tokens": stats.prompt_tokens, "output_tokens": stats.output_tokens})
+        return self._message([block], stats.prompt_tokens, stats.output_tokens, stop_reason=self._reason(stats))
 
     def _reason(self, stats):
         reasons = {"length": "max_tokens", "stop": "tool_use" if self.ask.tool else "end_turn"}

@@ -1620,7 +1620,8 @@ PROMPT_KINDS = frozenset(("generate", "chat", "embed"))     # of routes: what th
 CHANGES = frozenset(("pull", "copy", "delete", "create"))
 NOT_REPEATABLE = CHANGES | {"push"}
 SERVICE_TIERS = {"priority": 8, "flex": 3}
-TEXT_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
+SEEDED_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
+TEXT_STREAMS = SEEDED_STREAMS | {"/v1/messages", "/v1/responses"}   # Ollama reads no `seed` of the last two
 
 # With the value that an option has by itself, it is as good as absent.
 USUAL_OPTIONS = {"main_gpu": 0, "use_mmap": False, "num_thread": 0, "shift": True}
@@ -2189,9 +2190,9 @@ def source_of(route: Route, fields: Json) -> str | None:
     return canonical(source) if isinstance(source, str) else None
 
 
-def is_deterministic(fields: Json, sampling: Json) -> bool:
+def is_deterministic(path: str, fields: Json, sampling: Json) -> bool:
     """Tell whether the same request gives the same text again: temperature 0, or a seed (-1: a random one)."""
-    temperature, seed = sampling.get("temperature"), sampling.get("seed")
+    temperature, seed = sampling.get("temperature"), sampling.get("seed") if path in SEEDED_STREAMS else None
     if fields.get("logprobs") or fields.get("top_logprobs"):
         return False                # numbers that belong to whole lines, and are never quite the same
     return type(temperature) in (int, float) and temperature == 0 or type(seed) is int and seed != -1
@@ -2248,7 +2249,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         change=change,
         repeatable=route.kind not in NOT_REPEATABLE,
         deterministic=(stream and head.path in TEXT_STREAMS
-                       and is_deterministic(fields, options if is_ollama else fields)),
+                       and is_deterministic(head.path, fields, options if is_ollama else fields)),
         silent=not stream or bool(fields.get("tools")),
         needs_account=searches_web(route.family, fields.get("tools")),
     )
@@ -7284,13 +7285,31 @@ def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) 
 # Rescue: how does another node go on with a stream that has broken off?
 #
 # Only a deterministic stream is asked for again; the client gets what the first node had not sent. A Transcript keeps
-# the text that the client has; the replay must say the same. A LineRelay compares while it relays. A stream that falls
-# silent is raced by such a replay, which is read ahead (`rehearse`).
+# the text that the client has; the replay must say the same. A LineRelay compares while it relays; what it passes on of
+# a replay gets the ids and numbers of the first stream. A stream that falls silent is raced by such a replay, which is
+# read ahead (`rehearse`).
 # -----------------------------------------------------------------------------
 
 TRANSCRIPT_CHARS = 1 * MIB          # of a stream's text, kept so that another node can go on with it
 REPLAY_BYTES = 8 * MIB              # of a replay that is read ahead: a token's line has some 100 to 200 bytes
 SAID = ("thinking", "reasoning", "response", "content", "text", "tool_calls", "finish_reason")
+SAID_IN_EVENTS = ("delta", "text", "thinking", "partial_json")      # a piece of text, in events that have a type
+SAID_OF_PARTS = ("type", "name", "input", "content", "action", "stop_reason")   # of what such an event begins or ends
+LAST_EVENTS = ("message_stop", "response.completed", "response.failed", "response.incomplete")
+EVENT_LEAD = re.compile(rb"(?:event:[^\n]*\n)?data: ?")
+NAMES = ("id", "created", "item_id", "call_id", "tool_use_id")      # what a node drew for an answer, or a part of it
+MOST_NAMES = 1000                   # that are kept of one answer
+
+
+def objects(*values: object) -> list[Json]:
+    """Return the JSON objects among some values, and in the arrays among them."""
+    found: list[Json] = []
+    for value in values:
+        if isinstance(value, dict):
+            found.append(value)
+        elif isinstance(value, list):
+            found += [one for one in value if isinstance(one, dict)]
+    return found
 
 
 def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
@@ -7298,13 +7317,38 @@ def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
 
     The ids of tool calls are left out: nodes draw them at random.
     """
-    choices = value.get("choices")
-    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-    holders = [value, value.get("message"), *(choice.get("delta") for choice in choices), *choices]
-    deltas = [(holder, key, holder[key]) for holder in holders if isinstance(holder, dict)
-              for key in SAID if holder.get(key)]
+    kind, choices = value.get("type"), objects(value.get("choices"))
+    if isinstance(kind, str) and not choices:
+        return event_texts(value, kind)
+    holders = objects(value, value.get("message"), *(choice.get("delta") for choice in choices), *choices)
+    deltas = [(holder, key, holder[key]) for holder in holders for key in SAID if holder.get(key)]
     return [(holder, key, delta if isinstance(delta, str) else re.sub(r'"id": "[^"]*"', "", json.dumps(delta)))
             for holder, key, delta in deltas]
+
+
+def event_texts(value: Json, kind: str) -> list[tuple[Json, str, str]]:
+    """Return the same of an event with a type, as /v1/messages and /v1/responses have them.
+
+    For an event that adds no text, its type, its place and its parts stand as a text: a replay must have the
+    same event there. Source: Ollama, anthropic/anthropic.go and openai/responses.go.
+    """
+    texts = [(holder, key, holder[key]) for holder in objects(value, value.get("delta")) for key in SAID_IN_EVENTS
+             if isinstance(holder.get(key), str)]
+    if kind.endswith("delta") and texts or kind == "ping":
+        return [text for text in texts if text[-1]]
+    parts = objects(*map(value.get, ("content_block", "item", "part", "delta")))
+    about = [{key: part[key] for key in SAID_OF_PARTS if part.get(key)} for part in parts]
+    return [(value, "type", json.dumps([kind, value.get("index"), value.get("output_index"), about]))]
+
+
+def named_parts(value: Json) -> Iterator[tuple[Json, str, str | int]]:
+    """Yield the names in an event: (object that holds it, key, name)."""
+    answers = objects(value.get("response"))
+    for holder in objects(value, *answers, value.get("item"), value.get("content_block"),
+                          *(answer.get("output") for answer in answers)):
+        for key in NAMES:
+            if isinstance(holder.get(key), (str, int)):
+                yield holder, key, holder[key]
 
 
 class Transcript:
@@ -7321,18 +7365,20 @@ class Transcript:
         self.relay: LineRelay | None = None         # that has written to the client last
         self.done = False           # the client has the last line
         self.used = False           # the client has OpenAI's count of tokens
-        self.name: Json = {}        # fields that name one completion in all its events, as the client had them first
+        self.names: list[str | int] = []    # ids and time, in the order in which the client had them first
+        self.renamed: dict[str | int, str | int] = {}   # those of the running answer: what the client has instead
+        self.number = 0             # of the next event, where they are numbered
         self.lost: list[str] = []   # names of nodes that did not come to the end
 
     def begin_again(self) -> None:
         """Forget the running answer: the client has got nothing of it."""
-        self.fresh, self.at, self.key, self.used, self.name = [], 0, "", False, {}
+        self.fresh, self.at, self.key, self.used, self.names, self.renamed = [], 0, "", False, [], {}
 
     def rewind(self, name: str) -> None:
         """Begin anew, on another node than `name`."""
         self.lost.append(name)
         self.known = self.all_known()
-        self.fresh, self.at, self.key = [], 0, ""
+        self.fresh, self.at, self.key, self.renamed = [], 0, "", {}
 
     def all_known(self) -> str:
         """Return all the text that the client has."""
@@ -7361,14 +7407,27 @@ class Transcript:
         return text[max(0, len(known) - len(spoken) + len(text)):]
 
     def rename(self, value: Json) -> bool:
-        """Give an event of a replay the id and time of the stream that it continues; tell whether they differed."""
-        if not self.lost:
-            if not self.name:
-                self.name = {key: value[key] for key in ("id", "created") if key in value}
+        """Give an event of a replay the ids and time of the stream that it continues; tell whether they differed.
+
+        Nodes draw them at random, but equal answers name equal parts in the same order.
+        """
+        differs = False
+        for holder, key, name in named_parts(value):
+            if name not in self.renamed and len(self.renamed) < MOST_NAMES:
+                self.names += [name] if len(self.renamed) == len(self.names) else []
+                self.renamed[name] = self.names[len(self.renamed)]
+            holder[key] = self.renamed.get(name, name)
+            differs = differs or holder[key] != name
+        return differs
+
+    def renumber(self, value: Json) -> bool:
+        """Give a numbered event of a replay, which goes to the client, the next number; tell whether that differs."""
+        number = value.get("sequence_number")
+        if type(number) is not int:
             return False
-        other = {key: first for key, first in self.name.items() if value.get(key, first) != first}
-        value.update(other)
-        return bool(other)
+        value["sequence_number"] = self.number if self.lost else number
+        self.number = value["sequence_number"] + 1
+        return bool(number != value["sequence_number"])
 
     def unsent_part(self, line: bytes) -> bytes:
         """Return what the client lacks of a streamed line or event: all, nothing, or a new line with the rest.
@@ -7376,25 +7435,26 @@ class Transcript:
         Until a node is lost, this is the line as it came. Raises NodeFailure for a line that tells an error, Refusal
         for a replay that differs.
         """
-        lead, text = (b"data: ", line[5:].strip()) if line.startswith(b"data:") else (b"", line.strip())
+        event = EVENT_LEAD.match(line)
+        lead = event[0] if event else b""
+        text = line[len(lead):].strip()
         value = {"done": True} if text == b"[DONE]" else object_in(text) or {}
         if value.get("error"):
             raise NodeFailure("model", f"broke off: {error_text(value)}")
         was_behind, said = self.is_behind, delta_texts(value)
         rests = [self.consume(key, text) for _, key, text in said]
-        if value.get("done") is True and self.is_behind:
+        is_last = value.get("done") is True or value.get("type") in LAST_EVENTS
+        if is_last and self.is_behind:
             raise Refusal(502, "the answer of another node is shorter")
-        self.done = value.get("done") is True
+        differs = bool(lead) and self.rename(value)
+        self.done = is_last
         counts = bool(lead and value.get("usage") and not value.get("choices"))     # others may have it, all zeros
-        if self.lost and self.used and counts:
+        if was_behind and not any(rests) and (said or self.is_behind) or self.lost and self.used and counts:
             return b""
         self.used = self.used or counts
-        if lead and self.rename(value) and not was_behind:
-            return lead + json.dumps(value).encode() + b"\n\n"
-        if not was_behind:
+        differs = self.renumber(value) or differs
+        if not was_behind and not differs:
             return line
-        if not any(rests) and (said or self.is_behind):
-            return b""
         for (holder, key, text_of_key), rest in zip(said, rests, strict=True):
             if not rest:
                 holder[key] = type(holder[key])()

@@ -716,6 +716,19 @@ def test_bound_of_the_output(path, body, bound):
     assert asked(path, body).max_output == bound
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_only_what_ollama_reads_makes_a_stream_deterministic(path):
+    """Ollama reads no seed of /v1/messages and /v1/responses."""
+    def is_so(**sampling):
+        given = {"options": sampling} if path.startswith("/api") else sampling
+        return asked(path, {"stream": True, **given}).deterministic
+
+    assert is_so(temperature=0) and is_so(temperature=0.0, seed=-1)
+    assert not is_so() and not is_so(temperature=0.1) and not is_so(temperature=False) and not is_so(seed=-1)
+    assert is_so(seed=7) == (path in ("/api/chat", "/v1/chat/completions"))
+    assert not asked(path, {"stream": False, "temperature": 0, "options": {"temperature": 0}}).deterministic
+
+
 @pytest.mark.parametrize("options, expected", [
     ({"num_ctx": 8192, "temperature": 0, "num_predict": 3}, (("num_ctx", 8192),)),
     ({"num_gpu": 0}, (("num_gpu", 0),)),
@@ -4109,7 +4122,12 @@ ZEROED = tuple(b'data: {"choices":[%b],"usage":{"prompt_tokens":%d,"completion_t
     ("events with CRLF", "/v1/chat/completions", b"text/event-stream; charset=utf-8", CRLF),
     ("usage on every event", "/v1/completions", b"text/event-stream", (*ZEROED, SSE[1])),
     ("odd spacing", "/v1/completions", b"text/event-stream",
-     (b": hello\n\n", b'data:{"choices": [ {"text":"x"}]}\n\n', b"id: 7\ndata: \xe4\n\r\n", b"data:[DONE]\n\n"))])
+     (b": hello\n\n", b'data:{"choices": [ {"text":"x"}]}\n\n', b"id: 7\ndata: \xe4\n\r\n", b"data:[DONE]\n\n")),
+    ("odd shapes", "/v1/completions", b"text/event-stream", (
+        b'data: {"type" :["x"],"choices":7,"usage":[1]}\n\n',
+        b'event: x\ndata: {"type":"x_delta","delta":[{"text":7}]}\n\n',
+        b'event: x\r\ndata: {"type":"x.done","item":{"id":{}},"response":{"output":[[],{"id":7}]}}\r\n\r\n',
+        b'data:{"type":"ping","sequence_number":true,"index":{}}\n\n', b"event: x\n\n", b"data: 7\n\n", SSE[1]))])
 @pytest.mark.parametrize("seed", [{}, {"seed": 7}], ids=["drawn", "deterministic"])
 @over_sockets
 async def test_first_run_of_a_stream_passes_as_it_comes_whoever_could_rescue_it(seed, path, kind, pieces):
@@ -6512,6 +6530,7 @@ def delta(text, **more):
     return sse(id="x", choices=[{"index": 0, "delta": {"content": text, **more}, "finish_reason": None}])
 
 
+TEXT_PATHS = "/api/generate", "/api/chat", "/v1/completions", OPENAI, "/v1/responses", "/v1/messages"
 # Path: (content type, one piece of text as this path streams it, the stream's last lines).
 DIALECTS = {
     "/api/generate": (b"application/x-ndjson", lambda text: line(model="m", response=text, done=False),
@@ -6653,12 +6672,253 @@ async def test_rescued_stream_is_one_completion_with_one_count_of_tokens():
         assert gateway.dispatcher.rescues == {"whole": 1}
 
 
+def message_events(number, *blocks):
+    """Return the events of /v1/messages (anthropic/anthropic.go). `blocks`: (type, its text in pieces)."""
+    message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": "m", "content": []}
+    told = {"text": ("text_delta", "text", {"text": ""}), "thinking": ("thinking_delta", "thinking", {"thinking": ""}),
+            "tool_use": ("input_json_delta", "partial_json", {"id": "", "name": "look", "input": {}}),
+            "server_tool_use": ("", "", {"id": "", "name": "web_search", "input": {"query": "x"}}),
+            "web_search_tool_result": ("", "", {"tool_use_id": f"srvtoolu_{number}", "content": [{"url": "u"}]})}
+    events = [named_event("message_start", message={**message, "usage": {"input_tokens": 3, "output_tokens": 0}})]
+    for index, (kind, *texts) in enumerate(blocks):
+        name, key, block = told[kind]
+        deltas = ({"type": name, key: text} for text in texts)
+        drawn = {"tool_use": f"call_{number}_{index}", "server_tool_use": f"srvtoolu_{number}"}
+        block |= {"id": drawn[kind]} if kind in drawn else {}
+        events += [named_event("content_block_start", index=index, content_block={"type": kind, **block}),
+                   *(named_event("content_block_delta", index=index, delta=delta) for delta in deltas),
+                   named_event("content_block_stop", index=index)]
+    usage = {"input_tokens": 9, "output_tokens": 7}
+    return [*events, named_event("message_delta", delta={"stop_reason": "end_turn"}, usage=usage),
+            named_event("message_stop")]
+
+
+def response_events(number, *items):
+    """Return the events of /v1/responses (openai/responses.go). `items`: (type, its text in pieces)."""
+    events, output = [], []
+
+    def add(name, **fields):
+        fields |= {"type": f"response.{name}", "sequence_number": len(events)}
+        data = json.dumps(fields, sort_keys=True).encode()
+        events.append(b"event: response.%b\ndata: %b\n\n" % (name.encode(), data))
+
+    def response(status, **more):
+        return {"id": f"resp_{number}", "object": "response", "created_at": number, "status": status, "error": None,
+                "tools": [{"name": "look", "parameters": {"id": "x"}}], "output": output, **more}
+
+    add("created", response=response("in_progress"))
+    add("in_progress", response=response("in_progress"))
+    for index, (kind, *texts) in enumerate(items):
+        text, item = "".join(texts), {"id": f"{kind}_{number}_{index}", "type": kind}
+        place, part = {"item_id": item["id"], "output_index": index}, {"type": "output_text", "annotations": []}
+        if kind == "message":
+            item |= {"role": "assistant"}
+            add("output_item.added", output_index=index, item={**item, "status": "in_progress", "content": []})
+            add("content_part.added", content_index=0, part={**part, "text": ""}, **place)
+            for piece in texts:
+                add("output_text.delta", content_index=0, delta=piece, logprobs=[], **place)
+            add("output_text.done", content_index=0, text=text, logprobs=[], **place)
+            add("content_part.done", content_index=0, part={**part, "text": text}, **place)
+            item |= {"status": "completed", "content": [{**part, "text": text}]}
+        elif kind == "reasoning":
+            add("output_item.added", output_index=index, item={**item, "summary": []})
+            for piece in texts:
+                add("reasoning_summary_text.delta", summary_index=0, delta=piece, **place)
+            add("reasoning_summary_text.done", summary_index=0, text=text, **place)
+            item |= {"summary": [{"type": "summary_text", "text": text}], "encrypted_content": text}
+        else:
+            item |= {"call_id": f"call_{number}_{index}", "name": "look", "status": "completed", "arguments": text}
+            add("output_item.added", output_index=index, item={**item, "status": "in_progress", "arguments": ""})
+            for piece in texts:
+                add("function_call_arguments.delta", delta=piece, **place)
+            add("function_call_arguments.done", arguments=text, **place)
+        add("output_item.done", output_index=index, item=item)
+        output.append(item)
+    usage = {"input_tokens": 9, "output_tokens": 7, "total_tokens": 16}
+    add("completed", response=response("completed", usage=usage))
+    return events
+
+
+EVENTS_OF = {"/v1/messages": message_events, "/v1/responses": response_events}
+
+
+def delta_in(value):
+    """Return (object, key) of the text that an event adds, or None."""
+    delta = value.get("delta")
+    if isinstance(delta, str):
+        return value, "delta"
+    return next(((delta, key) for key in ("text", "thinking", "partial_json") if key in (delta or {})), None)
+
+
+def joined(body):
+    """Return the objects of a stream of named events, pieces of one text put together and times left out.
+
+    Events must bear the name of their object, and numbers must count them. Ids are numbered as they come.
+    """
+    found, last, ids = [], None, {}
+    body = re.sub(rb'(?<=id":) ?("[a-z]+_[^"]*")', lambda name: b"%d" % ids.setdefault(name[1], len(ids)), body)
+    for number, one in enumerate(body.removesuffix(b"\n\n").split(b"\n\n")):
+        name, data = re.fullmatch(rb"event: (\S+)\ndata: (.*)", one).groups()
+        value = json.loads(data)
+        assert value["type"] == name.decode() and value.pop("sequence_number", number) == number, (number, body)
+        for key in ("created_at", "completed_at"):
+            value.get("response", {}).pop(key, None)
+        place = delta_in(value)
+        text, about = (place[0].pop(place[1]), json.dumps(value)) if place else ("", None)
+        assert text or not place
+        if place and about == last:
+            found[-1][1] += text
+        else:
+            found.append([value, text])
+        last = about
+    return found
+
+
+ANSWERS = {
+    ("a text", "/v1/messages"): (("text", "He", "llo", " wor", "ld"),),
+    ("nothing", "/v1/messages"): (),
+    ("thinking, then a text", "/v1/messages"): (("thinking", "Hm", "m."), ("text", "So", "!")),
+    ("a text, then two calls", "/v1/messages"): (("text", "I ", "look"), ("tool_use", '{"a":', "1}"),
+                                                 ("tool_use", "{}")),
+    ("a search", "/v1/messages"): (("text", "I ", "look"), ("server_tool_use",), ("web_search_tool_result",),
+                                   ("text", "So")),
+    ("a text", "/v1/responses"): (("message", "He", "llo", " wor", "ld"),),
+    ("nothing", "/v1/responses"): (),
+    ("thinking, then a text", "/v1/responses"): (("reasoning", "Hm", "m."), ("message", "So", "!")),
+    ("thinking, then two calls", "/v1/responses"): (("reasoning", "I ", "look"), ("function_call", '{"a":', "1}"),
+                                                    ("function_call", "{}")),
+}
+
+
+def split_anew(parts, rng):
+    """Return parts of an answer with their texts in other pieces."""
+    def pieces(text):
+        cuts = sorted(rng.sample(range(1, len(text)), min(len(text) - 1, rng.randint(0, 4)))) if text else []
+        return [text[at:end] for at, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+    return [(kind, *filter(None, pieces("".join(texts)))) for kind, *texts in parts]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=" of ".join)
+def test_stream_of_named_events_is_one_answer_wherever_it_is_cut(answer):
+    """Cut behind every event, once or twice; tokens come in other pieces, and all ids are others."""
+    events_of, parts = EVENTS_OF[answer[1]], ANSWERS[answer]
+    first, rng = events_of(1, *parts), random.Random(1)
+    for cut in range(1, len(first)):
+        for again in (None, *range(1, len(first))):
+            transcript, sent = sollol.Transcript(), []
+            for number, most in ((1, cut), (22, again), (333, sys.maxsize)):
+                if most is not None:
+                    answers = first if number == 1 else events_of(number, *split_anew(parts, rng))
+                    sent += [transcript.unsent_part(event) for event in answers[:most]]
+                    assert transcript.done == (most >= len(answers))
+                    transcript.rewind("n")
+            assert joined(b"".join(sent)) == joined(b"".join(first)), (cut, again)
+
+
+@pytest.mark.parametrize("answer", [answer for answer in ANSWERS if answer[0].startswith("thinking")], ids=" of ".join)
+def test_stream_of_named_events_goes_on_with_no_other_answer(answer):
+    events_of, parts = EVENTS_OF[answer[1]], [list(part) for part in ANSWERS[answer]]
+    first, changed = events_of(1, *parts), []
+    for at, part in enumerate(parts):
+        changed.append([*parts[:at], [part[0], "x" + part[1], *part[2:]], *parts[at + 1:]])
+        changed.append(parts[:at])
+    for others in (*changed, parts[::-1]):
+        transcript = sollol.Transcript()
+        for event in first[:-3]:
+            transcript.unsent_part(event)
+        transcript.rewind("n")
+        with pytest.raises(Refusal, match="differs"):
+            for event in events_of(2, *others):
+                transcript.unsent_part(event)
+
+
+def test_named_events_keep_a_bound_of_ids_and_go_on_counting_where_the_first_node_was():
+    transcript = sollol.Transcript()
+    for number in range(3 * sollol.MOST_NAMES):
+        given = {"index": number, "item": {"id": f"item_{number}"}, "sequence_number": number + 7}
+        assert transcript.unsent_part(named_event("response.output_item.added", **given))
+    assert len(transcript.names) == sollol.MOST_NAMES and transcript.known == ""
+    transcript.rewind("n")
+    transcript.known = ""           # as if it had been said
+    event = transcript.unsent_part(named_event("response.in_progress", sequence_number=0))
+    assert json.loads(event.split(b"data: ")[1])["sequence_number"] == number + 8
+
+
+@table("event, other", [
+    ("what is called", {"item": {"name": "a"}}, {"item": {"name": "b"}}),
+    ("what it is", {"part": {"type": "a"}}, {"part": {"type": "b"}}),
+    ("what is searched for", {"content_block": {"input": {"q": "a"}}}, {"content_block": {"input": {"q": "b"}}}),
+    ("what was found", {"content_block": {"content": ["a"]}}, {"content_block": {"content": ["b"]}}),
+    ("what is done", {"item": {"action": {"query": "a"}}}, {"item": {"action": {"query": "b"}}}),
+    ("why it ends", {"delta": {"stop_reason": "a"}}, {"delta": {"stop_reason": "b"}}),
+    ("its place", {"index": 0}, {"index": 1}), ("its place in the answer", {"output_index": 0}, {"output_index": 1})])
+def test_named_event_that_adds_no_text_is_compared_by_what_it_begins(event, other):
+    for replay, is_same in ((event, True), (other, False)):
+        transcript = sollol.Transcript()
+        for sent in (named_event("x", **event), named_event("ping"), named_event("x_delta", delta={"text": ""})):
+            assert transcript.unsent_part(sent) == sent
+        transcript.rewind("n")
+        with contextlib.nullcontext() if is_same else pytest.raises(Refusal, match="differs"):
+            assert transcript.unsent_part(named_event("x", **replay, text="it takes no part")) == b""
+            assert transcript.unsent_part(named_event("y", **event)) == named_event("y", **event)
+    transcript = sollol.Transcript()
+    transcript.unsent_part(named_event("x", **event))
+    transcript.rewind("n")
+    with pytest.raises(Refusal, match="differs"):
+        transcript.unsent_part(named_event("y", **event))
+
+
+def test_completion_whose_chunks_have_a_type_is_compared_by_its_text():
+    (_, *said), = sollol.delta_texts({"type": "chunk", "choices": [{"delta": {"content": "a"}}]})
+    assert said == ["content", "a"]
+
+
+@pytest.mark.parametrize("path", EVENTS_OF)
+def test_stream_of_named_events_is_rescued_whatever_byte_it_is_cut_at(path):
+    """Behind every event, and within each: in its name, in its text and before its last byte."""
+    parts = ANSWERS["thinking, then a text", path]
+    first, second = EVENTS_OF[path](1, *parts), EVENTS_OF[path](2, *split_anew(parts, random.Random(2)))
+    kind, whole, ends = b"text/event-stream", b"".join(first), list(itertools.accumulate(map(len, first)))
+    cuts = sorted({max(1, end - back) for end, event in zip(ends, first, strict=True)
+                   for back in (0, 1, 2, 5, len(event) // 2, len(event) - 9)})
+
+    async def main():
+        for cut in cuts:
+            begun = chunked(whole[:cut], kind=kind, end=b"")
+            nodes = (ScriptedNode(lambda request, begun=begun: [begun, 0.02]),
+                     ScriptedNode(lambda request: [chunked(*second, kind=kind), KEEP]))
+            answer, gateway = await rescued(path, *nodes)
+            assert joined(answer.body) == joined(whole), cut
+            assert len(nodes[1].requests) == (cut < len(whole))
+            assert gateway.dispatcher.rescues == ({"whole": 1} if len(first[0]) <= cut < len(whole) else {})
+    bench.run_virtual(main())
+
+
 @over_sockets
 async def test_error_line_of_the_node_itself_is_rescued_too():
     path = "/api/generate"
     nodes = dying(path, "a", then=[line(error="llama runner process no longer running")]), lasting(path, "a", "b")
     answer, _ = await rescued(path, *nodes)
     assert text_of(answer.body) == "ab" and b"error" not in answer.body
+
+
+@pytest.mark.parametrize("path", EVENTS_OF)
+@over_sockets
+async def test_named_error_is_rescued_and_any_node_begins_anew_where_nothing_is_out(path):
+    kind, parts = b"text/event-stream", ANSWERS["a text", path]
+    first, second, third = (EVENTS_OF[path](number, *parts) for number in (1, 2, 3))
+    later = b"".join(first[4:6]) + named_event("error", error={"type": "api_error", "message": "unexpected EOF"})
+    later = b"%x\r\n%b\r\n0\r\n\r\n" % (len(later), later)
+    begun = chunked(b"".join(first[:4]), kind=kind, end=b"")
+    late, at_once, lasts = [begun, 0.02, later, KEEP], [begun + later, KEEP], [chunked(*third, kind=kind), KEEP]
+    dies = [chunked(*second[:5], kind=kind, end=b""), 0.02]     # asked second, as the last of three
+    for scripts in ((late, lasts), (at_once, lasts), (at_once, lasts, dies)):
+        nodes = [ScriptedNode(lambda request, script=script: script) for script in scripts]
+        answer, gateway = await rescued(path, *nodes)
+        assert joined(answer.body) == joined(b"".join(first))
+        assert gateway.dispatcher.rescues == ({"whole": 1} if late in scripts or dies in scripts else {})
+        assert gateway.dispatcher.rescues or answer.body == b"".join(third)
 
 
 @over_sockets
@@ -6745,6 +7005,8 @@ def test_under_kills_deterministic_streams_are_whole_and_nothing_else_is_lost():
         found = {"exact": 0, "done": 0, "error": 0, "plain": 0}
         async with gateway_for(quiet) as gateway:
             expected = text_of((await call(gateway, "POST", "/api/generate", generate(tokens=120, stream=True))).body)
+            told = asked_for(120)
+            whole = {path: joined((await call(gateway, "POST", path, told)).body) for path in EVENTS_OF}
         async with gateway_for(*nodes, flags=["--probe-interval", "0.5"]) as gateway:
             end_s = gateway.loop.time() + 60
 
@@ -6763,6 +7025,12 @@ def test_under_kills_deterministic_streams_are_whole_and_nothing_else_is_lost():
                         found["error" if "error" in last else "done"] += 1
                         assert "error" in last or last["done"]
 
+            async def client_of_events(path):
+                while gateway.loop.time() < end_s:
+                    answer = await call(gateway, "POST", path, told)
+                    assert joined(answer.body) == whole[path]
+                    found["exact"] += 1
+
             async def killer():
                 while gateway.loop.time() < end_s:
                     for node in nodes:
@@ -6773,25 +7041,34 @@ def test_under_kills_deterministic_streams_are_whole_and_nothing_else_is_lost():
 
             task = asyncio.create_task(killer())
             await asyncio.gather(*(client(stream, options) for stream, options in
-                                   ((True, {"seed": 1}), (True, {"temperature": 0}), (True, {}), (False, {}))))
+                                   ((True, {"seed": 1}), (True, {"temperature": 0}), (True, {}), (False, {}))),
+                                 *map(client_of_events, EVENTS_OF))
             task.cancel()
             assert gateway.dispatcher.rescues["whole"] > 3 and not gateway.dispatcher.rescues["broken"]
             assert found["exact"] > 20 and found["error"] > 0 and found["plain"] > 20
     bench.run_virtual(main())
 
 
-def test_deterministic_stream_of_a_wedged_node_is_raced_by_a_replay():
+def asked_for(tokens):
+    """Return the body of a deterministic stream's request, for any path."""
+    text = f"say <out={tokens}>"
+    return generate(tokens=tokens, stream=True, options={"temperature": 0}, temperature=0, input=text,
+                    max_tokens=tokens, messages=[{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize("path", TEXT_PATHS)
+def test_deterministic_stream_of_a_wedged_node_is_raced_by_a_replay(path):
     async def main():
-        nodes = [bench.SimNode(loaded=("llama3.2",)) for _ in range(2)]
+        nodes, text = [bench.SimNode(loaded=("llama3.2",)) for _ in range(2)], joined if path in EVENTS_OF else text_of
         async with gateway_for(*nodes) as gateway:
-            value = generate(tokens=200, stream=True, options={"temperature": 0})
-            expected = text_of((await call(gateway, "POST", "/api/generate", value)).body)
-            stream = asyncio.create_task(call(gateway, "POST", "/api/generate", value))
+            value = asked_for(200)
+            expected = text((await call(gateway, "POST", path, value)).body)
+            stream = asyncio.create_task(call(gateway, "POST", path, value))
             leases = [node.leases for node in gateway.dispatcher.cluster.nodes.values()]
             await until(lambda: any(lease.lines > 20 for held in leases for lease in held))
             next(node for node in nodes if node.in_flight).hang()
             answer = await stream
-            assert text_of(answer.body) == expected and gateway.dispatcher.rescues == {"whole": 1}
+            assert text(answer.body) == expected and gateway.dispatcher.rescues == {"whole": 1}
     bench.run_virtual(main())
 
 
@@ -6805,14 +7082,31 @@ def overdue(texts, pause_s, path="/api/generate", framing=chunked):
     return ScriptedNode(lambda request: [raw[:cut], pause_s, raw[cut:], KEEP])
 
 
-async def raced_stream(*nodes):
+async def raced_stream(*nodes, path="/api/generate"):
     """Return (answer, Record, gateway) of a deterministic stream that begins on the first node."""
     async with gateway_for(*nodes) as gateway:
         finished, finish = [], gateway.telemetry.finish
         gateway.telemetry.finish = lambda record: (finished.append(record), finish(record))
-        answer = await call(gateway, "POST", "/api/generate", repeatable())
+        answer = await call(gateway, "POST", path, repeatable(path))
         await until(lambda: not health(gateway)["inflight"])
         return answer, finished[0], gateway
+
+
+@pytest.mark.parametrize("path", EVENTS_OF)
+def test_stream_of_named_events_is_raced_before_its_first_byte_and_behind_every_event(path):
+    async def main():
+        parts, kind = ANSWERS["a text", path], b"text/event-stream"
+        first, second = EVENTS_OF[path](1, *parts), EVENTS_OF[path](2, *split_anew(parts, random.Random(3)))
+        for cut in range(len(first)):
+            begun = [chunked(*first[:cut], kind=kind, end=b"")] if cut else []
+            nodes = (ScriptedNode(lambda request, begun=begun: [*begun, 90.0, KEEP]),
+                     ScriptedNode(lambda request: [chunked(*second, kind=kind), KEEP]))
+            started_s = asyncio.get_running_loop().time()
+            answer, _, gateway = await raced_stream(*nodes, path=path)
+            assert joined(answer.body) == joined(b"".join(first)), cut
+            assert gateway.dispatcher.rescues == ({"whole": 1} if cut else {}) and gateway.loop.time() < started_s + 70
+            assert gateway.telemetry.metrics.races[nodes[1].url.removeprefix("http://"), "yes"] == 1
+    bench.run_virtual(main())
 
 
 def test_replay_that_says_something_else_ends_no_stream_and_is_not_asked_for_again():
@@ -7816,6 +8110,7 @@ def crumbled(body, kind=b"application/x-ndjson"):
 
 LONG_LINE = b'{"response":"%b","done":false}\n' % (b"a" * 2**18) + FINISHED
 SEEDED, SHORT_LINES = {"options": {"seed": 1}}, b'{"response":"a"}\n' * 2**15 + FINISHED
+SHORT_EVENTS = named_event("response.output_text.delta", delta="a", item_id="x", sequence_number=1) * 2**14
 # Name, path, the request, what the node sends, the body that the client gets.
 LAVISH = [
     ("chunks of one byte", "/api/generate", {}, crumbled(LONG_LINE), LONG_LINE),
@@ -7823,6 +8118,8 @@ LAVISH = [
     ("a whole answer in chunks of one byte", "/api/generate", {"stream": False}, crumbled(LONG_LINE), LONG_LINE),
     ("a deterministic stream in chunks of one byte", "/api/generate", SEEDED, crumbled(LONG_LINE), LONG_LINE),
     ("short lines of a deterministic stream", "/api/generate", SEEDED, chunked(SHORT_LINES), SHORT_LINES),
+    ("short named events", "/v1/responses", {"stream": True, "temperature": 0},
+     chunked(SHORT_EVENTS, kind=b"text/event-stream"), SHORT_EVENTS),
     ("the same, cut", "/api/generate", SEEDED, chunked(SHORT_LINES[:-9], end=b""), None),
     ("the same, until it closes", "/api/generate", SEEDED,
      head(b"HTTP/1.1 200 OK", b"Content-Type: application/x-ndjson") + SHORT_LINES, SHORT_LINES),
@@ -9547,7 +9844,6 @@ SURFACE = {
 
 
 # Directly and through the gateway, byte for byte: every route of a node, in all its forms.
-TEXT_PATHS = "/api/generate", "/api/chat", "/v1/completions", OPENAI, "/v1/responses", "/v1/messages"
 CHATTY = {"model": "llama3.2", "prompt": "hi <out=4>", "messages": MESSAGES, "input": "hi <out=3>", "max_tokens": 9}
 USAGE = {"stream_options": {"include_usage": True}}
 FORMS = [
@@ -11275,6 +11571,42 @@ def test_official_anthropic_client(cluster_url):
         client.messages.create(**{**asked, "model": "no-such-model"})
     with pytest.raises(anthropic.BadRequestError):
         client.messages.create(**{**asked, "max_tokens": 0})
+
+
+def test_official_clients_read_rescued_streams_as_one():
+    """Cut behind every event."""
+    anthropic = pytest.importorskip("anthropic", reason="PyPI anthropic is not installed")
+    openai = pytest.importorskip("openai", reason="PyPI openai is not installed")
+
+    async def messages(url):
+        asked = {"model": "llama3.2", "max_tokens": 9, "messages": MESSAGES, "extra_body": {"temperature": 0}}
+        async with (anthropic.AsyncAnthropic(base_url=url, api_key="unused", max_retries=0) as client,
+                    client.messages.stream(**asked) as stream):
+            text = "".join([piece async for piece in stream.text_stream])
+            whole = await stream.get_final_message()
+        return text, whole.content[-1].text, whole.id, whole.usage.output_tokens
+
+    async def responses(url):
+        async with (openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+                    client.responses.stream(model="llama3.2", input="hi", temperature=0) as stream):
+            text = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+            whole = await stream.get_final_response()
+        return text, whole.output_text, whole.id, whole.usage.output_tokens
+
+    async def run():
+        for path, ask, name in (("/v1/messages", messages, "msg_1"), ("/v1/responses", responses, "resp_1")):
+            parts = ANSWERS["thinking, then a text", path]
+            first, second = EVENTS_OF[path](1, *parts), EVENTS_OF[path](2, *split_anew(parts, random.Random(4)))
+            for cut in range(1, len(first)):
+                begun, whole = (chunked(*events, kind=b"text/event-stream", end=end) for events, end in (
+                    (first[:cut], b""), (second, b"0\r\n\r\n")))
+                nodes = (ScriptedNode(lambda request, begun=begun: [begun, 0.02]),
+                         ScriptedNode(lambda request, whole=whole: [whole, KEEP]))
+                async with gateway_for(*nodes, flags=IN_TURN) as gateway:
+                    url = "http://{}:{}".format(*gateway.listener.address)
+                    assert await ask(url) == ("So!", "So!", name, 7) and gateway.dispatcher.rescues == {"whole": 1}
+
+    asyncio.run(run())
 
 
 OLLAMA_JS = """
