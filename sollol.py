@@ -5519,33 +5519,85 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
+class PromptSize(NamedTuple):
+    """How large the beginning of a prompt is, as a node told it or as it follows from that."""
+
+    chars: int = 0
+    images: int = 0
+    tokens: float = 0.0             # of the text and the images
+
+
+NO_BEGINNING = PromptSize()
+
+
 class PromptSizes:
-    """Learn how many tokens the prompts of a model are: by their characters, with tools and without, and images."""
+    """Learn how many tokens the prompts of a model are.
+
+    Most prompts of agents and chats begin with one whose size was told, so only what was added is estimated: by its
+    characters, and images. Schemas of tools, which templates shorten, have other characters per token than the code
+    and the outputs that come after them.
+    """
 
     GAIN, FAST_GAIN, FAR_OFF = 0.1, 0.3, 1.25       # EWMA; of a sample that is so many times off, too
+    MOST_KNOWN = 1024               # beginnings, 0.3 KiB each
+    LEAD_SHARE = 0.75               # of a prompt: the size of a beginning that is at least so large follows from it
+    CUT_CHARS_PER_TOKEN = 16.0      # more than that were added: the node has cut the prompt to its context
 
     def __init__(self) -> None:
-        self.chars_per_token = self.chars_per_token_with_tools = CHARS_PER_TOKEN
+        self.chars_per_token = CHARS_PER_TOKEN
+        self.chars_per_token_with_tools = CHARS_PER_TOKEN   # of prompts without a known beginning
+        self.chars_per_token_added = CHARS_PER_TOKEN        # to a known beginning with tools
         self.image_tokens = IMAGE_TOKENS
         self.samples: collections.Counter[str] = collections.Counter()      # behind each of these
+        self.known: collections.OrderedDict[int, PromptSize] = collections.OrderedDict()    # by hash of a beginning
 
     def tokens(self, spec: RequestSpec) -> float:
         """Return the tokens that a prompt is expected to be."""
-        chars_per_token = self.chars_per_token_with_tools if spec.has_tools else self.chars_per_token
-        return spec.prompt_chars / chars_per_token + spec.prompt_images * self.image_tokens + spec.prompt_tokens
+        known = self.beginning(spec)
+        chars_per_token: float = getattr(self, self.ratio_of(spec, known))
+        return (known.tokens + (spec.prompt_chars - known.chars) / chars_per_token
+                + (spec.prompt_images - known.images) * self.image_tokens + spec.prompt_tokens)
+
+    def beginning(self, spec: RequestSpec) -> PromptSize:
+        """Return the size of the longest known beginning of a prompt."""
+        return next((self.known[part] for part, _ in reversed(spec.prefix) if part in self.known), NO_BEGINNING)
+
+    def ratio_of(self, spec: RequestSpec, known: PromptSize) -> str:
+        """Return the name of the characters per token of what is behind the known beginning of a prompt."""
+        if not spec.has_tools:
+            return "chars_per_token"
+        return "chars_per_token_added" if known.chars else "chars_per_token_with_tools"
 
     def learn(self, spec: RequestSpec, tokens: float) -> None:
         """Take in how many tokens a prompt was. With images in it the text is known better than they are."""
         tokens -= spec.prompt_tokens
-        if spec.prompt_images:
-            text_tokens = self.tokens(replace(spec, prompt_images=0, prompt_tokens=0))
-            self.blend("image_tokens", (tokens - text_tokens) / spec.prompt_images)
-        elif spec.prompt_chars > 200 and tokens > 0:
-            name = "chars_per_token_with_tools" if spec.has_tools else "chars_per_token"
-            self.blend(name, spec.prompt_chars / tokens)
+        known = self.beginning(spec)
+        name = self.ratio_of(spec, known)
+        chars, images = spec.prompt_chars - known.chars, spec.prompt_images - known.images
+        added = tokens - known.tokens
+        if images > 0:
+            self.blend("image_tokens", (added - chars / getattr(self, name)) / images)
+        elif chars > 200 and added > 0 and not (known.chars and chars > self.CUT_CHARS_PER_TOKEN * added):
+            self.blend(name, chars / added)
+        if tokens > 0 and spec.prefix and not spec.embeds:      # parts of a batch all have the prefix of the whole
+            self.remember(spec, tokens, known)
+
+    def remember(self, spec: RequestSpec, tokens: float, known: PromptSize) -> None:
+        """Note the size of a prompt, and of its lead, with which the next conversation of its program begins."""
+        if spec.has_tools and not known.chars and not spec.prompt_images:
+            for part, chars in spec.prefix[:PREFIX_FIRST]:
+                behind_tokens = (spec.prompt_chars - chars) / self.chars_per_token_added
+                if chars >= self.LEAD_SHARE * spec.prompt_chars and behind_tokens < tokens:
+                    self.known[part] = PromptSize(chars, 0, tokens - behind_tokens)
+        self.known[spec.prefix[-1][0]] = PromptSize(spec.prompt_chars, spec.prompt_images, tokens)
+        for part, _ in spec.prefix:
+            if part in self.known:
+                self.known.move_to_end(part)
+        while len(self.known) > self.MOST_KNOWN:
+            self.known.popitem(last=False)
 
     def blend(self, name: str, sample: float) -> None:
-        """Take a sample into one of the three."""
+        """Take a sample into one of the estimates."""
         if sample > 0:
             self.samples[name] += 1
             known = getattr(self, name)
@@ -9506,7 +9558,7 @@ KEPT_OF_LENGTHS: dict[str, Range] = {
     "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12)}
 KEPT_OF_PROMPTS: dict[str, Range] = {
     "chars_per_token": (float, 0.01, 1000.0), "chars_per_token_with_tools": (float, 0.01, 1000.0),
-    "image_tokens": (float, 1.0, 1e6)}
+    "chars_per_token_added": (float, 0.01, 1000.0), "image_tokens": (float, 1.0, 1e6)}
 KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
 KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
 MOST_KEPT = 500                     # nodes, and models of each: pods that never return would pile up
