@@ -4524,8 +4524,7 @@ class Offer:
         runner, tokens = self.runner, demand.prompt_tokens
         if not runner.prefixes.parts or runner.ready_s is None:
             return tokens
-        chars = runner.prefixes.common_chars(demand.spec.prefix)
-        return tokens - AFFINITY * chars * tokens / max(1, demand.spec.prompt_chars)
+        return tokens - AFFINITY * demand.tokens_of(runner.prefixes.common_chars(demand.spec.prefix))
 
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
@@ -5525,6 +5524,7 @@ class PromptSize(NamedTuple):
     chars: int = 0
     images: int = 0
     tokens: float = 0.0             # of the text and the images
+    beside_tokens: int = 0          # marks around messages
 
 
 NO_BEGINNING = PromptSize()
@@ -5535,10 +5535,11 @@ class PromptSizes:
 
     Most prompts of agents and chats begin with one whose size was told, so only what was added is estimated: by its
     characters, and images. Schemas of tools, which templates shorten, have other characters per token than the code
-    and the outputs that come after them.
+    and the outputs that come after them, and so has each program without tools.
     """
 
     GAIN, FAST_GAIN, FAR_OFF = 0.1, 0.3, 1.25       # EWMA; of a sample that is so many times off, too
+    KIND_GAIN = 0.5                 # of one program
     MOST_KNOWN = 1024               # beginnings, 0.3 KiB each
     LEAD_SHARE = 0.75               # of a prompt: the size of a beginning that is at least so large follows from it
     CUT_CHARS_PER_TOKEN = 16.0      # more than that were added: the node has cut the prompt to its context
@@ -5549,38 +5550,50 @@ class PromptSizes:
         self.chars_per_token_added = CHARS_PER_TOKEN        # to a known beginning with tools
         self.image_tokens = IMAGE_TOKENS
         self.samples: collections.Counter[str] = collections.Counter()      # behind each of these
+        self.kinds: collections.OrderedDict[int, float] = collections.OrderedDict()     # characters per token, no tools
         self.known: collections.OrderedDict[int, PromptSize] = collections.OrderedDict()    # by hash of a beginning
 
     def tokens(self, spec: RequestSpec) -> float:
         """Return the tokens that a prompt is expected to be."""
         known = self.beginning(spec)
-        chars_per_token: float = getattr(self, self.ratio_of(spec, known))
-        return (known.tokens + (spec.prompt_chars - known.chars) / chars_per_token
+        return (known.tokens + (spec.prompt_chars - known.chars) / self.ratio_of(spec, known)
                 + (spec.prompt_images - known.images) * self.image_tokens + spec.prompt_tokens)
 
     def beginning(self, spec: RequestSpec) -> PromptSize:
         """Return the size of the longest known beginning of a prompt."""
         return next((self.known[part] for part, _ in reversed(spec.prefix) if part in self.known), NO_BEGINNING)
 
-    def ratio_of(self, spec: RequestSpec, known: PromptSize) -> str:
-        """Return the name of the characters per token of what is behind the known beginning of a prompt."""
+    def ratio_of(self, spec: RequestSpec, known: PromptSize) -> float:
+        """Return the characters per token of what is behind the known beginning of a prompt."""
         if not spec.has_tools:
-            return "chars_per_token"
-        return "chars_per_token_added" if known.chars else "chars_per_token_with_tools"
+            return self.kinds.get(spec.kind, self.chars_per_token)
+        return self.chars_per_token_added if known.chars else self.chars_per_token_with_tools
 
     def learn(self, spec: RequestSpec, tokens: float) -> None:
         """Take in how many tokens a prompt was. With images in it the text is known better than they are."""
         tokens -= spec.prompt_tokens
         known = self.beginning(spec)
-        name = self.ratio_of(spec, known)
         chars, images = spec.prompt_chars - known.chars, spec.prompt_images - known.images
         added = tokens - known.tokens
         if images > 0:
-            self.blend("image_tokens", (added - chars / getattr(self, name)) / images)
+            self.blend("image_tokens", (added - chars / self.ratio_of(spec, known)) / images)
         elif chars > 200 and added > 0 and not (known.chars and chars > self.CUT_CHARS_PER_TOKEN * added):
-            self.blend(name, chars / added)
+            self.learn_ratio(spec, known, chars / added)
         if tokens > 0 and spec.prefix and not spec.embeds:      # parts of a batch all have the prefix of the whole
             self.remember(spec, tokens, known)
+
+    def learn_ratio(self, spec: RequestSpec, known: PromptSize, sample: float) -> None:
+        """Take in how many characters a token had behind the known beginning of a prompt."""
+        if spec.has_tools:
+            self.blend("chars_per_token_added" if known.chars else "chars_per_token_with_tools", sample)
+            return
+        if spec.kind not in self.kinds:     # only the first of a kind tells about others
+            self.blend("chars_per_token", sample)
+        if spec.kind:
+            self.kinds[spec.kind] = blend(self.ratio_of(spec, known), sample, self.KIND_GAIN)
+            self.kinds.move_to_end(spec.kind)
+            if len(self.kinds) > MOST_KINDS:
+                self.kinds.popitem(last=False)
 
     def remember(self, spec: RequestSpec, tokens: float, known: PromptSize) -> None:
         """Note the size of a prompt, and of its lead, with which the next conversation of its program begins."""
@@ -5589,7 +5602,7 @@ class PromptSizes:
                 behind_tokens = (spec.prompt_chars - chars) / self.chars_per_token_added
                 if chars >= self.LEAD_SHARE * spec.prompt_chars and behind_tokens < tokens:
                     self.known[part] = PromptSize(chars, 0, tokens - behind_tokens)
-        self.known[spec.prefix[-1][0]] = PromptSize(spec.prompt_chars, spec.prompt_images, tokens)
+        self.known[spec.prefix[-1][0]] = PromptSize(spec.prompt_chars, spec.prompt_images, tokens, spec.prompt_tokens)
         for part, _ in spec.prefix:
             if part in self.known:
                 self.known.move_to_end(part)
@@ -5601,8 +5614,8 @@ class PromptSizes:
         if sample > 0:
             self.samples[name] += 1
             known = getattr(self, name)
-            is_near = 1 / self.FAR_OFF < sample / known < self.FAR_OFF
-            setattr(self, name, blend(known, sample, self.GAIN if is_near else self.FAST_GAIN))
+            gain = self.GAIN if 1 / self.FAR_OFF < sample / known < self.FAR_OFF else self.FAST_GAIN
+            setattr(self, name, blend(known, sample, max(gain, 1 / (self.samples[name] + 1))))
 
 
 class Demand(NamedTuple):
@@ -5613,6 +5626,16 @@ class Demand(NamedTuple):
     output_tokens: float
     samples: int                    # answers that the model's lengths were learned from
     inputs: int = 0                 # texts to embed
+    known: PromptSize = NO_BEGINNING    # of its prompt
+
+    def tokens_of(self, chars: int) -> float:
+        """Return how many tokens the first characters of the prompt are: a share of its known beginning or, if they are
+        more than that, all of it and a share of the rest."""
+        known, tokens = self.known, min(self.known.tokens + self.known.beside_tokens, self.prompt_tokens)
+        if chars <= known.chars:
+            return tokens * chars / max(1, known.chars)
+        share = (chars - known.chars) / max(1, self.spec.prompt_chars - known.chars)
+        return tokens + share * (self.prompt_tokens - tokens)
 
 
 UNKNOWN_LENGTHS = OutputLengths()   # of a model that has not answered yet
@@ -5627,11 +5650,11 @@ class Estimates:
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(spec.model, UNKNOWN_LENGTHS)
-        prompt_tokens = lengths.prompts.tokens(spec)
+        known, prompt_tokens = lengths.prompts.beginning(spec), lengths.prompts.tokens(spec)
         output_tokens = 0.0 if spec.embeds else lengths.expect(prompt_tokens, spec.kind)
         if spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0)
+        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0, known)
 
     def learn_prompt(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
@@ -5662,7 +5685,7 @@ class ClusterRates:
 
         Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
         """
-        spec, prompt_tokens, output_tokens, _, inputs = demand
+        spec, prompt_tokens, output_tokens, _, inputs, _ = demand
         per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
                      for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(spec.model, now)])
         return 1 / per_s if per_s else 0.0

@@ -1628,6 +1628,44 @@ def test_turns_of_agents_are_as_many_tokens_as_was_told_and_what_they_add():
     assert sizes.tokens(spec) == pytest.approx(tokens, rel=0.2)
 
 
+def test_programs_without_tools_do_not_spoil_each_other_nor_chats():
+    """One sends tables of numbers, 2.4 characters a token."""
+    sizes, true = sollol.PromptSizes(), {1: 2.4, 2: 4.8, 0: 4.2}
+    for number in range(1, 11):
+        for kind, chars_per_token in true.items():
+            spec = want(prompt_chars=3000 + 700 * number, kind=kind)
+            if number > 5:
+                assert sizes.tokens(spec) == pytest.approx(spec.prompt_chars / chars_per_token, rel=0.1)
+            sizes.learn(spec, spec.prompt_chars / chars_per_token)
+    for kind in range(100, 1100):
+        sizes.learn(want(kind=kind), 100)
+    assert len(sizes.kinds) == sollol.MOST_KINDS and sizes.chars_per_token == pytest.approx(4.0, rel=0.01)
+
+
+@pytest.mark.parametrize("chars, tokens", [(0, 0), (600, 300), (1200, 600), (1500, 700), (1800, 800), (2100, 900)])
+def test_beginning_of_a_prompt_is_a_share_of_what_is_known_of_it(chars, tokens):
+    """600 tokens were told of the first 1,200 characters; 300 are expected of the 900 behind them."""
+    known = sollol.PromptSize(1200, 0, 590, 10)
+    assert sollol.Demand(want(prompt_chars=2100), 900, 1, 1, known=known).tokens_of(chars) == pytest.approx(tokens)
+    assert sollol.Demand(want(prompt_chars=2100), 900, 1, 1).tokens_of(chars) == pytest.approx(chars * 3 / 7)
+
+
+def test_what_a_cache_lacks_of_an_agents_turn_is_what_the_turn_adds():
+    """A large schema has five characters a token, and what a turn adds has three."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    for turns in range(6):
+        spec, tokens = turn_of_agent("a", turns, 70_000)
+        spec = replace(spec, model="m:latest")
+        demand = dispatcher.cluster.estimates.demand(spec)
+        it, = enter(dispatcher, spec, now=now)
+        placed(dispatcher, now)
+        new_tokens = it.lease.new_tokens
+        finish(dispatcher, it, now + 3.0, Timings(3.0, 0, 2.0, tokens, 1.0, 20))
+        now += 10
+    assert new_tokens == pytest.approx(700 * 6 / 3 + 7 / 3 + 8, rel=0.1)
+    assert demand.prompt_tokens == pytest.approx(tokens, rel=0.02)
+
+
 def test_pictures_of_earlier_turns_are_counted_once():
     sizes = sollol.PromptSizes()
     said = [{"role": "user", "content": "a" * 400, "images": ["A"]}]
