@@ -5553,15 +5553,18 @@ class PromptSizes:
         self.kinds: collections.OrderedDict[int, float] = collections.OrderedDict()     # characters per token, no tools
         self.known: collections.OrderedDict[int, PromptSize] = collections.OrderedDict()    # by hash of a beginning
 
-    def tokens(self, spec: RequestSpec) -> float:
-        """Return the tokens that a prompt is expected to be."""
-        known = self.beginning(spec)
+    def tokens(self, spec: RequestSpec, known: PromptSize | None = None) -> float:
+        """Return the tokens that a prompt is expected to be; `known` is its beginning, if that was looked up."""
+        known = known or self.beginning(spec)
         return (known.tokens + (spec.prompt_chars - known.chars) / self.ratio_of(spec, known)
                 + (spec.prompt_images - known.images) * self.image_tokens + spec.prompt_tokens)
 
     def beginning(self, spec: RequestSpec) -> PromptSize:
         """Return the size of the longest known beginning of a prompt."""
-        return next((self.known[part] for part, _ in reversed(spec.prefix) if part in self.known), NO_BEGINNING)
+        for part, _ in reversed(spec.prefix):
+            if part in self.known:
+                return self.known[part]
+        return NO_BEGINNING
 
     def ratio_of(self, spec: RequestSpec, known: PromptSize) -> float:
         """Return the characters per token of what is behind the known beginning of a prompt."""
@@ -5650,7 +5653,8 @@ class Estimates:
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(spec.model, UNKNOWN_LENGTHS)
-        known, prompt_tokens = lengths.prompts.beginning(spec), lengths.prompts.tokens(spec)
+        known = lengths.prompts.beginning(spec)
+        prompt_tokens = lengths.prompts.tokens(spec, known)
         output_tokens = 0.0 if spec.embeds else lengths.expect(prompt_tokens, spec.kind)
         if spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
