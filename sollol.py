@@ -1995,8 +1995,8 @@ JSON_FIELDS = ("arguments", "input")
 IMAGE_TYPES = frozenset(("image", "image_url", "input_image"))
 MESSAGE_TOKENS = 4                  # of a template's marks around a message
 MOST_NESTED = 6                     # content in a tool's result in a message: three levels
-# Claude Code's first block, which is another one in each request, and which no model needs: it would keep prompts that
-# are otherwise equal from the node's prefix cache.
+# Claude Code's first block, which is another one in each conversation and, of some versions, in each request, and which
+# no model needs: it would keep prompts that are otherwise equal from the node's prefix cache.
 BILLING = "x-anthropic-billing-header:"
 CHANGING_BLOCK = re.compile(rb'("text"\s*:\s*"%b)[^"\\]{0,400}"' % BILLING.encode())
 STABLE_BLOCK = rb'\1 cc_version=0; cc_entrypoint=cli; cch=00000;"'
@@ -5556,8 +5556,8 @@ class PromptSizes:
     def tokens(self, spec: RequestSpec, known: PromptSize | None = None) -> float:
         """Return the tokens that a prompt is expected to be; `known` is its beginning, if that was looked up."""
         known = known or self.beginning(spec)
-        return (known.tokens + (spec.prompt_chars - known.chars) / self.ratio_of(spec, known)
-                + (spec.prompt_images - known.images) * self.image_tokens + spec.prompt_tokens)
+        return (known.tokens + max(0, spec.prompt_chars - known.chars) / self.ratio_of(spec, known)
+                + max(0, spec.prompt_images - known.images) * self.image_tokens + spec.prompt_tokens)
 
     def beginning(self, spec: RequestSpec) -> PromptSize:
         """Return the size of the longest known beginning of a prompt."""
@@ -10119,7 +10119,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
                             "temperature 0 or a seed makes it say the same (it does)"),
         "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another "
-                                   "in each request, so that no prompt cache helps (it is made constant)"),
+                                   "in each conversation, so that no prompt cache helps (it is made constant)"),
         "--num-ctx": dict(LIST, metavar="MODEL=N", type=parse_window, help="context in tokens for requests to Ollama's "
                           "own API that ask for none; * stands for anything; may be repeated (the node's default)"),
         "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
