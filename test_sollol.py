@@ -1629,13 +1629,13 @@ def test_turns_of_agents_are_as_many_tokens_as_was_told_and_what_they_add():
 
 
 def test_programs_without_tools_do_not_spoil_each_other_nor_chats():
-    """One sends tables of numbers, 2.4 characters a token."""
-    sizes, true = sollol.PromptSizes(), {1: 2.4, 2: 4.8, 0: 4.2}
+    """Two send tables of numbers, which have few characters a token."""
+    sizes, true = sollol.PromptSizes(), {1: 2.4, 2: 3.2, 0: 4.2}
     for number in range(1, 11):
         for kind, chars_per_token in true.items():
             spec = want(prompt_chars=3000 + 700 * number, kind=kind)
             if number > 5:
-                assert sizes.tokens(spec) == pytest.approx(spec.prompt_chars / chars_per_token, rel=0.1)
+                assert sizes.tokens(spec) == pytest.approx(spec.prompt_chars / chars_per_token, rel=0.15)
             sizes.learn(spec, spec.prompt_chars / chars_per_token)
     for kind in range(100, 1100):
         sizes.learn(want(kind=kind), 100)
