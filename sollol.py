@@ -1996,8 +1996,8 @@ JSON_FIELDS = ("arguments", "input")
 IMAGE_TYPES = frozenset(("image", "image_url", "input_image"))
 MESSAGE_TOKENS = 4                  # of a template's marks around a message
 MOST_NESTED = 6                     # content in a tool's result in a message: three levels
-# Claude Code's first block, which is another one in each request, and which no model needs: it would keep prompts that
-# are otherwise equal from the node's prefix cache.
+# Claude Code's first block, which is another one in each conversation and, of some versions, in each request, and which
+# no model needs: it would keep prompts that are otherwise equal from the node's prefix cache.
 BILLING = "x-anthropic-billing-header:"
 CHANGING_BLOCK = re.compile(rb'("text"\s*:\s*"%b)[^"\\]{0,400}"' % BILLING.encode())
 STABLE_BLOCK = rb'\1 cc_version=0; cc_entrypoint=cli; cch=00000;"'
@@ -4554,8 +4554,7 @@ class Offer:
         runner, tokens = self.runner, demand.prompt_tokens
         if not runner.prefixes.parts or runner.ready_s is None:
             return tokens
-        chars = runner.prefixes.common_chars(demand.spec.prefix)
-        return tokens - AFFINITY * chars * tokens / max(1, demand.spec.prompt_chars)
+        return tokens - AFFINITY * demand.tokens_of(runner.prefixes.common_chars(demand.spec.prefix))
 
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
@@ -5571,38 +5570,107 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
+class PromptSize(NamedTuple):
+    """How large the beginning of a prompt is, as a node told it or as it follows from that."""
+
+    chars: int = 0
+    images: int = 0
+    tokens: float = 0.0             # of the text and the images
+    beside_tokens: int = 0          # marks around messages
+
+
+NO_BEGINNING = PromptSize()
+
+
 class PromptSizes:
-    """Learn how many tokens the prompts of a model are: by their characters, with tools and without, and images."""
+    """Learn how many tokens the prompts of a model are.
+
+    Most prompts of agents and chats begin with one whose size was told, so only what was added is estimated: by its
+    characters, and images. Schemas of tools, which templates shorten, have other characters per token than the code
+    and the outputs that come after them, and so has each program without tools.
+    """
 
     GAIN, FAST_GAIN, FAR_OFF = 0.1, 0.3, 1.25       # EWMA; of a sample that is so many times off, too
+    KIND_GAIN = 0.5                 # of one program
+    MOST_KNOWN = 1024               # beginnings, 0.3 KiB each
+    LEAD_SHARE = 0.75               # of a prompt: the size of a beginning that is at least so large follows from it
+    CUT_CHARS_PER_TOKEN = 16.0      # more than that were added: the node has cut the prompt to its context
 
     def __init__(self) -> None:
-        self.chars_per_token = self.chars_per_token_with_tools = CHARS_PER_TOKEN
+        self.chars_per_token = CHARS_PER_TOKEN
+        self.chars_per_token_with_tools = CHARS_PER_TOKEN   # of prompts without a known beginning
+        self.chars_per_token_added = CHARS_PER_TOKEN        # to a known beginning with tools
         self.image_tokens = IMAGE_TOKENS
         self.samples: collections.Counter[str] = collections.Counter()      # behind each of these
+        self.kinds: collections.OrderedDict[int, float] = collections.OrderedDict()     # characters per token, no tools
+        self.known: collections.OrderedDict[int, PromptSize] = collections.OrderedDict()    # by hash of a beginning
 
-    def tokens(self, spec: RequestSpec) -> float:
-        """Return the tokens that a prompt is expected to be."""
-        chars_per_token = self.chars_per_token_with_tools if spec.has_tools else self.chars_per_token
-        return spec.prompt_chars / chars_per_token + spec.prompt_images * self.image_tokens + spec.prompt_tokens
+    def tokens(self, spec: RequestSpec, known: PromptSize | None = None) -> float:
+        """Return the tokens that a prompt is expected to be; `known` is its beginning, if that was looked up."""
+        known = known or self.beginning(spec)
+        return (known.tokens + max(0, spec.prompt_chars - known.chars) / self.ratio_of(spec, known)
+                + max(0, spec.prompt_images - known.images) * self.image_tokens + spec.prompt_tokens)
+
+    def beginning(self, spec: RequestSpec) -> PromptSize:
+        """Return the size of the longest known beginning of a prompt."""
+        for part, _ in reversed(spec.prefix):
+            if part in self.known:
+                return self.known[part]
+        return NO_BEGINNING
+
+    def ratio_of(self, spec: RequestSpec, known: PromptSize) -> float:
+        """Return the characters per token of what is behind the known beginning of a prompt."""
+        if not spec.has_tools:
+            return self.kinds.get(spec.kind, self.chars_per_token)
+        return self.chars_per_token_added if known.chars else self.chars_per_token_with_tools
 
     def learn(self, spec: RequestSpec, tokens: float) -> None:
         """Take in how many tokens a prompt was. With images in it the text is known better than they are."""
         tokens -= spec.prompt_tokens
-        if spec.prompt_images:
-            text_tokens = self.tokens(replace(spec, prompt_images=0, prompt_tokens=0))
-            self.blend("image_tokens", (tokens - text_tokens) / spec.prompt_images)
-        elif spec.prompt_chars > 200 and tokens > 0:
-            name = "chars_per_token_with_tools" if spec.has_tools else "chars_per_token"
-            self.blend(name, spec.prompt_chars / tokens)
+        known = self.beginning(spec)
+        chars, images = spec.prompt_chars - known.chars, spec.prompt_images - known.images
+        added = tokens - known.tokens
+        if images > 0:
+            self.blend("image_tokens", (added - chars / self.ratio_of(spec, known)) / images)
+        elif chars > 200 and added > 0 and not (known.chars and chars > self.CUT_CHARS_PER_TOKEN * added):
+            self.learn_ratio(spec, known, chars / added)
+        if tokens > 0 and spec.prefix and not spec.embeds:      # parts of a batch all have the prefix of the whole
+            self.remember(spec, tokens, known)
+
+    def learn_ratio(self, spec: RequestSpec, known: PromptSize, sample: float) -> None:
+        """Take in how many characters a token had behind the known beginning of a prompt."""
+        if spec.has_tools:
+            self.blend("chars_per_token_added" if known.chars else "chars_per_token_with_tools", sample)
+            return
+        if spec.kind not in self.kinds:     # only the first of a kind tells about others
+            self.blend("chars_per_token", sample)
+        if spec.kind:
+            self.kinds[spec.kind] = blend(self.ratio_of(spec, known), sample, self.KIND_GAIN)
+            self.kinds.move_to_end(spec.kind)
+            if len(self.kinds) > MOST_KINDS:
+                self.kinds.popitem(last=False)
+
+    def remember(self, spec: RequestSpec, tokens: float, known: PromptSize) -> None:
+        """Note the size of a prompt, and of its lead, with which the next conversation of its program begins."""
+        if spec.has_tools and not known.chars and not spec.prompt_images:
+            for part, chars in spec.prefix[:PREFIX_FIRST]:
+                behind_tokens = (spec.prompt_chars - chars) / self.chars_per_token_added
+                if chars >= self.LEAD_SHARE * spec.prompt_chars and behind_tokens < tokens:
+                    self.known[part] = PromptSize(chars, 0, tokens - behind_tokens)
+        self.known[spec.prefix[-1][0]] = PromptSize(spec.prompt_chars, spec.prompt_images, tokens, spec.prompt_tokens)
+        for part, _ in spec.prefix:
+            if part in self.known:
+                self.known.move_to_end(part)
+        while len(self.known) > self.MOST_KNOWN:
+            self.known.popitem(last=False)
 
     def blend(self, name: str, sample: float) -> None:
-        """Take a sample into one of the three."""
+        """Take a sample into one of the estimates."""
         if sample > 0:
             self.samples[name] += 1
             known = getattr(self, name)
-            is_near = 1 / self.FAR_OFF < sample / known < self.FAR_OFF
-            setattr(self, name, blend(known, sample, self.GAIN if is_near else self.FAST_GAIN))
+            gain = self.GAIN if 1 / self.FAR_OFF < sample / known < self.FAR_OFF else self.FAST_GAIN
+            setattr(self, name, blend(known, sample, max(gain, 1 / (self.samples[name] + 1))))
 
 
 class Demand(NamedTuple):
@@ -5613,6 +5681,16 @@ class Demand(NamedTuple):
     output_tokens: float
     samples: int                    # answers that the model's lengths were learned from
     inputs: int = 0                 # texts to embed
+    known: PromptSize = NO_BEGINNING    # of its prompt
+
+    def tokens_of(self, chars: int) -> float:
+        """Return how many tokens the first characters of the prompt are: a share of its known beginning or, if they are
+        more than that, all of it and a share of the rest."""
+        known, tokens = self.known, min(self.known.tokens + self.known.beside_tokens, self.prompt_tokens)
+        if chars <= known.chars:
+            return tokens * chars / max(1, known.chars)
+        share = (chars - known.chars) / max(1, self.spec.prompt_chars - known.chars)
+        return tokens + share * (self.prompt_tokens - tokens)
 
 
 UNKNOWN_LENGTHS = OutputLengths()   # of a model that has not answered yet
@@ -5628,11 +5706,12 @@ class Estimates:
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
         lengths = self.lengths.get(spec.model, UNKNOWN_LENGTHS)
-        prompt_tokens = lengths.prompts.tokens(spec)
+        known = lengths.prompts.beginning(spec)
+        prompt_tokens = lengths.prompts.tokens(spec, known)
         output_tokens = 0.0 if spec.embeds else lengths.expect(prompt_tokens, spec.kind)
         if spec.max_output is not None:
             output_tokens = min(output_tokens, spec.max_output)
-        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0)
+        return Demand(spec, prompt_tokens, output_tokens, lengths.samples, spec.inputs if spec.embeds else 0, known)
 
     def learn_prompt(self, spec: RequestSpec, prompt_tokens: float) -> None:
         """Take in how many tokens a prompt was, if its answer told."""
@@ -5716,7 +5795,7 @@ class ClusterRates:
 
         Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
         """
-        spec, prompt_tokens, output_tokens, _, inputs = demand
+        spec, prompt_tokens, output_tokens, _, inputs, _ = demand
         per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
                      for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(spec.model, now)])
         return 1 / per_s if per_s else 0.0
@@ -9671,7 +9750,7 @@ KEPT_OF_LENGTHS: dict[str, Range] = {
     "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12)}
 KEPT_OF_PROMPTS: dict[str, Range] = {
     "chars_per_token": (float, 0.01, 1000.0), "chars_per_token_with_tools": (float, 0.01, 1000.0),
-    "image_tokens": (float, 1.0, 1e6)}
+    "chars_per_token_added": (float, 0.01, 1000.0), "image_tokens": (float, 1.0, 1e6)}
 KEPT_RATIOS: dict[str, Range] = {"true": (float, 1e-3, 1e3), "false": (float, 1e-3, 1e3)}
 KEPT_BUCKETS: dict[str, Range] = {str(bits): (float, 0.0, 1e7) for bits in range(41)}
 MOST_KEPT = 500                     # nodes, and models of each: pods that never return would pile up
@@ -10205,7 +10284,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
                             "temperature 0 or a seed makes it say the same (it does)"),
         "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another "
-                                   "in each request, so that no prompt cache helps (it is made constant)"),
+                                   "in each conversation, so that no prompt cache helps (it is made constant)"),
         "--num-ctx": dict(LIST, metavar="MODEL=N", type=parse_window, help="context in tokens for requests to Ollama's "
                           "own API that ask for none; * stands for anything; may be repeated (the node's default)"),
         "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),

@@ -1687,6 +1687,100 @@ def test_ten_answers_tell_how_many_tokens_chats_agents_and_pictures_are():
         assert sizes.tokens(spec) == pytest.approx(tokens[kind], rel=0.15)
 
 
+def turn_of_agent(name, turns, schema_chars, text="x = 1\n"):
+    """Return (RequestSpec, tokens) of a turn: a schema of five characters a token, then three a token in each turn."""
+    said = [{"role": "user", "content": "do it"}]
+    for turn in range(turns):
+        said += [{"role": "assistant", "content": f"turn {turn}"}, {"role": "user", "content": text * 700}]
+    spec = asked("/v1/messages", {"tools": [{"name": name, "description": "d" * schema_chars}], "messages": said})
+    lead_chars = spec.prefix[0][1]
+    return spec, lead_chars / 5 + (spec.prompt_chars - lead_chars) / 3 + spec.prompt_tokens
+
+
+def test_turns_of_agents_are_as_many_tokens_as_was_told_and_what_they_add():
+    """Of two agents of one model, with large schemas and small ones, and of chats between their turns."""
+    sizes, chat = sollol.PromptSizes(), want(prompt_chars=3000, prompt_tokens=40)
+    for turns in range(10):
+        for spec, tokens in (turn_of_agent("a", turns, 70_000), turn_of_agent("b", turns, 15_000), (chat, 722)):
+            if turns > 4:
+                assert sizes.tokens(spec) == pytest.approx(tokens, rel=0.1)
+            sizes.learn(spec, tokens)
+    for name, schema_chars in (("a", 70_000), ("b", 15_000)):      # another conversation begins with the same lead
+        spec, tokens = turn_of_agent(name, 1, schema_chars, "y = 2\n")
+        assert sizes.tokens(spec) == pytest.approx(tokens, rel=0.06)
+    spec, tokens = turn_of_agent("c", 0, 40_000)                    # so does another agent: with a schema
+    assert sizes.tokens(spec) == pytest.approx(tokens, rel=0.2)
+
+
+def test_programs_without_tools_do_not_spoil_each_other_nor_chats():
+    """Two send tables of numbers, which have few characters a token."""
+    sizes, true = sollol.PromptSizes(), {1: 2.4, 2: 3.2, 0: 4.2}
+    for number in range(1, 11):
+        for kind, chars_per_token in true.items():
+            spec = want(prompt_chars=3000 + 700 * number, kind=kind)
+            if number > 5:
+                assert sizes.tokens(spec) == pytest.approx(spec.prompt_chars / chars_per_token, rel=0.15)
+            sizes.learn(spec, spec.prompt_chars / chars_per_token)
+    for kind in range(100, 1100):
+        sizes.learn(want(kind=kind), 100)
+    assert len(sizes.kinds) == sollol.MOST_KINDS and sizes.chars_per_token == pytest.approx(4.0, rel=0.01)
+
+
+@pytest.mark.parametrize("chars, tokens", [(0, 0), (600, 300), (1200, 600), (1500, 700), (1800, 800), (2100, 900)])
+def test_beginning_of_a_prompt_is_a_share_of_what_is_known_of_it(chars, tokens):
+    """600 tokens were told of the first 1,200 characters; 300 are expected of the 900 behind them."""
+    known = sollol.PromptSize(1200, 0, 590, 10)
+    assert sollol.Demand(want(prompt_chars=2100), 900, 1, 1, known=known).tokens_of(chars) == pytest.approx(tokens)
+    assert sollol.Demand(want(prompt_chars=2100), 900, 1, 1).tokens_of(chars) == pytest.approx(chars * 3 / 7)
+
+
+def test_what_a_cache_lacks_of_an_agents_turn_is_what_the_turn_adds():
+    """A large schema has five characters a token, and what a turn adds has three."""
+    dispatcher, now = cluster(n1=["m"]), 0.0
+    for turns in range(6):
+        spec, tokens = turn_of_agent("a", turns, 70_000)
+        spec = replace(spec, model="m:latest")
+        demand = dispatcher.cluster.estimates.demand(spec)
+        it, = enter(dispatcher, spec, now=now)
+        placed(dispatcher, now)
+        new_tokens = it.lease.new_tokens
+        finish(dispatcher, it, now + 3.0, Timings(3.0, 0, 2.0, tokens, 1.0, 20))
+        now += 10
+    assert new_tokens == pytest.approx(700 * 6 / 3 + 7 / 3 + 8, rel=0.1)
+    assert demand.prompt_tokens == pytest.approx(tokens, rel=0.02)
+
+
+def test_pictures_of_earlier_turns_are_counted_once():
+    sizes = sollol.PromptSizes()
+    said = [{"role": "user", "content": "a" * 400, "images": ["A"]}]
+    sizes.learn(asked(body={"messages": said}), 100 + 280 + 4)
+    said += [{"role": "assistant", "content": "b" * 400}, {"role": "user", "content": "c" * 400}]
+    assert sizes.tokens(asked(body={"messages": said})) == 300 + 280 + 3 * 4
+
+
+def test_prompt_that_a_node_has_cut_does_not_tell_characters_per_token():
+    """It is as large as the context of that node, whatever was added to it."""
+    sizes = sollol.PromptSizes()
+    for turns in range(10):
+        spec, tokens = turn_of_agent("a", turns, 8_000)
+        sizes.learn(spec, min(tokens, 4096 + 20 * turns))
+    assert sizes.chars_per_token_added < 4.5
+
+
+def test_parts_of_a_batch_are_not_taken_for_the_whole():
+    sizes, whole = sollol.PromptSizes(), want(embeds=True, prompt_chars=8000, prefix=((1, 8000),))
+    sizes.learn(replace(whole, prompt_chars=2000), 1000)
+    assert sizes.tokens(whole) == 8000 / sizes.chars_per_token
+
+
+def test_sizes_of_the_last_prompts_are_known_and_of_the_leads_in_use():
+    sizes = sollol.PromptSizes()
+    for number in range(3000):
+        sizes.learn(want(has_tools=True, prefix=((-1, 400), (number, 440)), prompt_chars=440), 110)
+    assert len(sizes.known) == sizes.MOST_KNOWN and {-1, 2999} <= sizes.known.keys() and 9 not in sizes.known
+    assert sizes.samples == {"chars_per_token_with_tools": 1}       # all the others began with a known lead
+
+
 def test_output_lengths_are_learned_by_size_of_the_prompt():
     lengths = sollol.OutputLengths()
     assert lengths.expect(100) == sollol.PRIOR_OUTPUT_TOKENS
