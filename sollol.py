@@ -258,7 +258,8 @@ class RequestSpec:
     family: Family
     model: str | None               # canonical; None = the body could not be read
     priority: int = DEFAULT_PRIORITY
-    client: str = ""                # who shares fairly with whom: the name of the key, or the address
+    client: str = ""                # the person who shares fairly with others; see Verdict.person
+    share: float = 1.0              # of the cluster, relative to other persons
     stream: bool = False
     prompt_chars: int = 0           # of all that the model reads as text
     prompt_images: int = 0
@@ -357,7 +358,8 @@ class Listener:
         address = client.address = peer[0] if isinstance(peer, tuple) else "local"
         if len(self.clients) >= self.max_clients:
             self.close_idle_client()
-        is_too_much = self.strangers[address] >= self.max_strangers and not is_loopback(address)
+        is_too_much = self.strangers[address] >= self.max_strangers and not (
+            is_loopback(address) or self.gateway.access.is_trusted_proxy(address))
         if is_too_much or len(self.clients) >= self.max_clients:
             if not self.tls:        # else it would take a handshake to tell
                 text = f"too many connections{f' from {address}' if is_too_much else ''}"
@@ -1192,6 +1194,7 @@ async def serve(exchange: Exchange) -> None:
     if key is not None:
         gateway.listener.acquaint(client)
         record.key = key.settings.name
+    record.user = verdict.user or verdict.behind
     if verdict.refusal is not None:
         raise verdict.refusal.error()
     if verdict.page_status:
@@ -1258,8 +1261,12 @@ async def read_request(exchange: Exchange) -> None:
     if gateway.options.num_ctx and route.where is Where.QUEUED and route.family is Family.OLLAMA:
         widening = widened(body, reading.fields, gateway.options.num_ctx)
         exchange.body = at_once(widening) if is_short else await gateway.turns.run(widening)
-    spec = exchange.spec = read_spec(head, route, reading, verdict.client, verdict.priority)
+    if verdict.tells_users:
+        exchange.record.user = verdict.user or user_in(reading.fields) or verdict.behind
+    spec = exchange.spec = read_spec(head, route, reading, verdict.person(exchange.record.user), verdict.priority)
     spec.priority = min(spec.priority, verdict.max_priority)
+    if verdict.key is not None:
+        spec.share = verdict.key.settings.share
     if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
         raise refusal.error()       # only the body tells of this change
     exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
@@ -1278,6 +1285,7 @@ class Record:
     path: str
     started_s: float
     key: str = ""                   # the name of the client's key
+    user: str = ""                  # who asks through that key or that address, if it may tell
     model: str = ""
     priority: int | str = ""
     node: str = ""
@@ -1332,6 +1340,9 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 #   3. With --keys: does the request give a key? Without: is an order to a node given on this machine?
 #   4. The request changes models, an account or nodes: may this key, and may this page?
 #
+# And who asks? The key's name and the user behind it, the user, or the address. Users and addresses that a request
+# tells are believed of those that may tell them: keys with proxy=yes, and --trusted-proxies.
+#
 # 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`).
 # A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
 # digest, so the time that a look-up takes says nothing about any key.
@@ -1352,6 +1363,8 @@ class KeySettings(NamedTuple):
     rate: tuple[int, float] = (0, 1.0)  # requests, in so many seconds; 0 = any number
     concurrency: int = 0            # requests at once; 0 = any number
     admin: bool = False             # may change models, accounts and nodes
+    proxy: bool = False             # its requests tell who asks
+    share: float = 1.0              # of the cluster, for each person behind it, relative to others
 
 
 def digest_of_key(key: bytes) -> bytes:
@@ -1464,6 +1477,9 @@ def host_name(host: bytes) -> str:
     return name.removeprefix("[").removesuffix("]")
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 def literal(host: str) -> str | None:
     """Return an IP address in its usual spelling; None for a name."""
     try:
@@ -1480,6 +1496,16 @@ def is_loopback(address: str) -> bool:
     except ValueError:
         return address == "localhost"
     return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def is_in_networks(address: str, networks: list[Network]) -> bool:
+    """Tell whether an address is in one of some networks."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return any(parsed in network for network in networks)
 
 
 def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
@@ -1506,16 +1532,69 @@ def is_local(address: str, fields: HeadFields) -> bool:
     return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
 
 
+# Fields in which a web front end tells who asks; the first one that is there counts. Open WebUI: env.py.
+USER_FIELDS = (b"x-openwebui-user-id", b"x-openwebui-user-email", b"x-openwebui-user-name", b"x-user-id")
+SHOWN_NAME_CHARS = 64
+
+
+@remembered
+def user_name(raw: bytes) -> str:
+    """Return the name of a person in a header field, which may be percent-encoded, fit to be shown."""
+    return clean_name(urllib.parse.unquote(raw.decode(errors="replace")))
+
+
+def clean_name(text: str) -> str:
+    """Return a text without what is not printable, cut to SHOWN_NAME_CHARS."""
+    return "".join(filter(str.isprintable, text[:4 * SHOWN_NAME_CHARS])).strip()[:SHOWN_NAME_CHARS]
+
+
+def user_in(fields: Json) -> str:
+    """Return who asks by the body: OpenAI's `user`, or Anthropic's metadata.user_id; "" if it does not tell.
+
+    Claude Code puts JSON into that, with an account, a device and a session; older ones join them by underscores.
+    """
+    metadata = fields.get("metadata")
+    user = fields.get("user") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
+    if not isinstance(user, str):
+        return ""
+    parts = (object_in(user.encode()) or {}) if user.startswith("{") else {}
+    return clean_name(str(parts.get("account_uuid") or parts.get("device_id") or user.partition("_session_")[0]))
+
+
+FORWARDED_FOR = re.compile(r'for="?\[?([^;,\s"\]]*)', re.I)
+MOST_HOPS_TOLD = 32
+PORT_OF_IPV4 = re.compile(r"(\d+\.\d+\.\d+\.\d+):\d+")
+
+
+def told_addresses(fields: HeadFields) -> list[str]:
+    """Return the addresses that proxies have told, the nearest one last (RFC 7239, X-Forwarded-For)."""
+    forwarded = fields.get(b"forwarded")
+    if forwarded is not None:
+        told = FORWARDED_FOR.findall(forwarded.decode("latin-1"))
+    else:
+        told = fields.get(b"x-forwarded-for", b"").decode("latin-1").split(",")
+    return [PORT_OF_IPV4.sub(r"\1", address.strip().strip("[]")) for address in told[-MOST_HOPS_TOLD:]]
+
+
 class Verdict(NamedTuple):
     """The answer to "may this request be made?". It may if `refusal` and `page_status` are empty."""
 
-    client: str                     # who shares fairly with whom: the name of the key, or the address
+    address: str                    # of the client
     cors: RawLines = ()             # raw lines of any answer that let a web page read it
     key: Key | None = None          # that the request gives; None also if none is needed
     refusal: Answer | None = None
     page_status: int = 0            # of an answer without a body to a page: 403 it may not ask, 204 it may (preflight)
     priority: int = DEFAULT_PRIORITY    # if the request asks for none
     max_priority: int = 10
+    tells_users: bool = False       # what the request tells of who asks is believed
+    user: str = ""                  # whom its head names then
+    behind: str = ""                # else the address behind the proxies
+
+    def person(self, user: str) -> str:
+        """Return who asks, for fair share: the key and the user behind it, the user, or the address."""
+        if self.key is None:
+            return user or self.address
+        return f"{self.key.settings.name}/{user}" if user else self.key.settings.name
 
 
 class Access:
@@ -1527,6 +1606,7 @@ class Access:
         self.checks_host = is_loopback(options.bind)        # as in Ollama: we cannot know the names of other addresses
         self.is_trusted_host = remembered(functools.partial(
             is_trusted_host, machine=socket.gethostname(), allowed=options.origins))
+        self.is_trusted_proxy = remembered(functools.partial(is_in_networks, networks=options.trusted_proxies))
         self.needs_key = bool(options.keys)
         self.keys: dict[bytes, Key] = {}        # by digest
         self.configure(keys)
@@ -1572,7 +1652,7 @@ class Access:
         if self.needs_key:          # 3
             key = self.consume_key(head)
             if key is not None:
-                verdict = verdict._replace(client=key.settings.name, key=key, priority=key.settings.priority,
+                verdict = verdict._replace(key=key, priority=key.settings.priority,
                                            max_priority=key.settings.max_priority)
             elif head.method not in ("GET", "HEAD") or head.path not in OPEN_PATHS:
                 return verdict._replace(refusal=Answer(401, "a key is needed: Authorization: Bearer KEY", has_body))
@@ -1583,7 +1663,19 @@ class Access:
             verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
         if route.guarded:           # 4
             verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
+        if verdict.key.settings.proxy if verdict.key else self.is_trusted_proxy(address):
+            user = next((user_name(fields[name]) for name in USER_FIELDS if name in fields), "")
+            verdict = verdict._replace(tells_users=True, user=user, behind=self.address_behind(fields))
         return verdict
+
+    def address_behind(self, fields: HeadFields) -> str:
+        """Return the last address on a request's way that is no trusted proxy's; "" if none is told."""
+        for address in reversed(told_addresses(fields)):
+            if literal(address) is None:
+                return ""           # nothing before it can be believed
+            if not self.is_trusted_proxy(address):
+                return address
+        return ""
 
     def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
                        close: bool = False) -> Answer | None:
@@ -1772,7 +1864,7 @@ BLOB_FIELDS = ("files", "adapters", "draft_files")      # of create: what is mad
 LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
 SKIMMED_FIELDS = frozenset((*NAME_FIELDS, *LONG_FIELDS, "stream", "options", "tools", "keep_alive", "priority",
                             "service_tier", *BLOB_FIELDS, "shift", "temperature", "seed", "logprobs",
-                            "top_logprobs", *OUTPUT_BOUNDS.values()))
+                            "top_logprobs", "user", "metadata", "prompt_cache_key", *OUTPUT_BOUNDS.values()))
 
 
 class Span(NamedTuple):
@@ -2106,14 +2198,14 @@ def kind_of(client: str, lead: int, fields: Json) -> int:
     return hash((client, lead, repr(shape), repr(fields.get("think", fields.get("thinking")))))
 
 
-def session_of(opening: int, fields: Json) -> int:
-    """Return what is equal for the requests of a conversation: what the client calls it, or else how it begins.
+# What clients call a conversation: Open WebUI, Claude Code, opencode; Codex has prompt_cache_key in the body.
+SESSION_FIELDS = (b"x-openwebui-chat-id", b"x-claude-code-session-id", b"x-session-id")
 
-    Codex sends prompt_cache_key, Claude Code metadata.user_id, with the session in it.
-    """
-    metadata = fields.get("metadata")
-    name = fields.get("prompt_cache_key") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
-    return hash(name) if isinstance(name, str) else opening
+
+def session_of(head: RequestHead, fields: Json, opening: int) -> int:
+    """Return what is equal for the requests of a conversation: what the client calls it, or else how it begins."""
+    name = next((head.fields[name] for name in SESSION_FIELDS if name in head.fields), fields.get("prompt_cache_key"))
+    return hash(name) if isinstance(name, (str, bytes)) else opening
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
@@ -2235,7 +2327,7 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
         prompt_tokens=prompt.tokens,
         has_tools=bool(fields.get("tools")),
         kind=kind_of(client, prompt.lead, fields) if is_inference and not embeds else 0,
-        session=session_of(prompt.opening, fields),
+        session=session_of(head, fields, prompt.opening),
         max_output=output_bound(head.path, fields, options),
         options=runner_options(fields, options),
         keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
@@ -4576,8 +4668,8 @@ class Offer:
     def is_kept(self, demand: Demand, now: float) -> bool:
         """Tell whether a slot is kept from a conversation that is not cached here, for one whose place it would take.
 
-        That other one is expected back sooner than its prompt could be evaluated again, and has not been here for long. What
-        goes round and round over more conversations than slots would never be cached.
+        That other one is expected back sooner than its prompt could be evaluated again, and has not been here for long.
+        What goes round and round over more conversations than slots would never be cached.
         """
         victim, new_tokens = self.victim, self.new_tokens(demand)
         if (victim.pace is None or len(demand.spec.prefix) < CONVERSATION_PARTS
@@ -5035,9 +5127,12 @@ class FairShare:
         return max([now, *(next_s for priority, next_s in levels.items() if priority >= spec.priority)])
 
     def charge(self, spec: RequestSpec, now: float, cost_s: float) -> float:
-        """Count a new request that costs the cluster `cost_s` seconds; return its virtual start."""
+        """Count a new request that costs the cluster `cost_s` seconds; return its virtual start.
+
+        Whoever has a share of two pays half.
+        """
         start_s = self.start_s(spec, now)
-        self.next_s.setdefault(spec.client, {})[spec.priority] = start_s + cost_s
+        self.next_s.setdefault(spec.client, {})[spec.priority] = start_s + cost_s / spec.share
         self.begun_s[spec.client, spec.priority] = start_s
         self.active[spec.client, spec.priority] += 1
         return start_s
@@ -5049,7 +5144,7 @@ class FairShare:
         """
         account, levels = (spec.client, spec.priority), self.next_s.get(spec.client, {})
         if account in self.active:
-            levels[spec.priority] = max(self.begun_s[account], levels[spec.priority] + more_s)
+            levels[spec.priority] = max(self.begun_s[account], levels[spec.priority] + more_s / spec.share)
 
     def settle(self, spec: RequestSpec) -> None:
         """Count a request as gone; forget a client with none left."""
@@ -8564,7 +8659,7 @@ def log_level(record: Record) -> int:
 def request_fields(record: Record, total_s: float) -> Json:
     """Return what the log says of a finished request, in its fixed order. No prompt, no key."""
     first_s = None if record.first_s is None else record.first_s - record.started_s
-    return {"event": "request", "id": record.id, "client": record.client, "key": record.key,
+    return {"event": "request", "id": record.id, "client": record.client, "key": record.key, "user": record.user,
             "method": shown(record.method), "path": shown(record.path), "model": shown(record.model),
             "priority": record.priority, "node": record.node,
             "attempts": record.attempts, "status": record.status, "queue_ms": milliseconds(record.queue_s),
@@ -9284,7 +9379,7 @@ def parse_prefix(text: str) -> str:
     return parse_word(text).rstrip("/")
 
 
-SettingParsers = Mapping[str, Callable[[str], str | int | tuple[int, float]]]
+SettingParsers = Mapping[str, Callable[[str], str | float | tuple[int, float]]]
 NODE_SETTINGS: SettingParsers = {
     "name": parse_word, "slots": functools.partial(parse_whole, most=64), "token": parse_word, "host": parse_word,
     "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
@@ -9441,9 +9536,16 @@ def parse_rate(text: str) -> tuple[int, float]:
     return int(match[1]), PERIODS_S[match[2]]
 
 
+def parse_share(text: str) -> float:
+    """Return a share such as 2 or 0.5. Raises ValueError."""
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,3})?", text, re.ASCII) or not 0.1 <= float(text) <= 100:
+        raise ValueError(f"must be a number from 0.1 to 100, not {text!r}")
+    return float(text)
+
+
 KEY_SETTINGS: SettingParsers = {
     "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
-    "concurrency": parse_whole, "admin": parse_switch}
+    "concurrency": parse_whole, "admin": parse_switch, "proxy": parse_switch, "share": parse_share}
 
 
 def parse_key(line: str) -> KeySettings:
@@ -9606,7 +9708,7 @@ async def look_up(name: str) -> list[str]:
     return [str(row[4][0]) for row in rows]
 
 
-def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+def parse_network(text: str) -> Network:
     """Return the network of a CIDR such as 192.168.1.0/24, or of one address. Raises ArgumentTypeError."""
     try:
         network = ipaddress.ip_network(text, strict=False)
@@ -10216,6 +10318,14 @@ def parse_secret_file(text: str) -> str:
     return text
 
 
+def parse_proxies(text: str) -> list[Network]:
+    """Return the networks in a list with commas."""
+    try:
+        return [ipaddress.ip_network(word.strip(), strict=False) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}: it takes networks such as 10.0.0.5,172.16.0.0/12") from None
+
+
 def parse_origins(text: str) -> list[str]:
     """Return the origins in a list with commas; each may have one `*`."""
     origins = [word.strip() for word in text.split(",") if word.strip()]
@@ -10299,6 +10409,9 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
     "security": {
         "--keys": dict(NEEDED_FILE, help="one key per line, `KEY name=alice`; requests need one; read again like "
                        "--hosts (none: everybody may ask)"),
+        "--trusted-proxies": dict(metavar="CIDR,...", type=parse_proxies, default="", help="addresses that may tell "
+                                  "for whom they ask: X-OpenWebUI-User-Id, X-User-Id, user, metadata.user_id, "
+                                  "X-Forwarded-For (none; a key with proxy=yes may, too)"),
         "--tls-cert": dict(NEEDED_FILE, help="certificate of this port in PEM form, the chain behind it: it speaks TLS "
                            "then; read again on SIGHUP (none: plain HTTP)"),
         "--tls-key": dict(NEEDED_FILE, help="private key of --tls-cert, in PEM form (none)"),

@@ -4700,6 +4700,8 @@ def test_keys_file_is_read():
     ("abc-secret", "name= is missing"), ("abc-secret name=x rate=60", "rate must be a number of requests"),
     ("abc-secret name=x rate=0/min", "rate must be"), ("abc-secret name=x priority=11", "priority must be 1 to 10"),
     ("abc-secret name=x priority=9 max-priority=8", "must not be over"), ("abc-secret name=x admin=1", "admin must be"),
+    ("abc-secret name=x share=0", "share must be"), ("abc-secret name=x share=101", "share must be"),
+    ("abc-secret name=x proxy=maybe", "proxy must be"),
     ("abc-secret name=x concurrency=0", "concurrency must be"), ("abc-secret name=x colour=red", "none of name"),
     ("name=x abc-secret", "none of name"), ("abc-secret name=alice", "two keys named 'alice'"),
     ("alice-secret name=x", "the key of 'alice', too"), ("\u00e4-secret name=x", "printable ASCII")])
@@ -4726,6 +4728,77 @@ def test_lines_of_a_hosts_file_in_the_readme_are_valid():
 def test_empty_keys_file_lets_nobody_in_by_mistake():
     with pytest.raises(sollol.ConfigError, match="there is no key in it"):
         sollol.parse_keys("# nothing\n", "keys")
+
+
+WEBUI = {"X_OpenWebUI_User_Name": "J%C3%B6rg M%C3%BCller", "X_OpenWebUI_User_Id": "4f1c-9e",
+         "X_OpenWebUI_User_Email": "joerg@example.org", "X_OpenWebUI_User_Role": "user", "X_OpenWebUI_Chat_Id": "77"}
+CLAUDE_USER = json.dumps({"device_id": "d-1", "account_uuid": "", "session_id": "s-9"})
+
+
+@table("keys, trusted, fields, body, person, user", [
+    ("an address", "", "", {}, {}, "127.0.0.1", ""),
+    ("nobody may tell", "", "", {**WEBUI, "X_Forwarded_For": "1.2.3.4"}, {"user": "bob"}, "127.0.0.1", ""),
+    ("a front end's user", "", "127.0.0.1", WEBUI, {"user": "bob"}, "4f1c-9e", "4f1c-9e"),
+    ("by e-mail", "", "127.0.0.0/8", {"X_OpenWebUI_User_Email": "a@b.c"}, {}, "a@b.c", "a@b.c"),
+    ("by name, encoded", "", "127.0.0.1", {"X_OpenWebUI_User_Name": WEBUI["X_OpenWebUI_User_Name"]}, {}, "J\xf6rg M\xfcller",
+     "J\xf6rg M\xfcller"),
+    ("another front end's", "", "::1,127.0.0.1", {"X_User_Id": "carl"}, {}, "carl", "carl"),
+    ("OpenAI's field", "", "127.0.0.1", {}, {"user": "bob"}, "bob", "bob"),
+    ("Anthropic's field", "", "127.0.0.1", {}, {"metadata": {"user_id": "user_1_account_2_session_3"}},
+     "user_1_account_2", "user_1_account_2"),
+    ("Claude Code's", "", "127.0.0.1", {}, {"metadata": {"user_id": CLAUDE_USER}}, "d-1", "d-1"),
+    ("no text", "", "127.0.0.1", {}, {"user": 5, "metadata": [1]}, "127.0.0.1", ""),
+    ("the address behind", "", "127.0.0.1", {"X_Forwarded_For": "6.6.6.6, 9.8.7.6:4711"}, {}, "9.8.7.6", "9.8.7.6"),
+    ("behind two proxies", "", "127.0.0.1,10.0.0.0/8", {"X_Forwarded_For": "6.6.6.6, 9.8.7.6, 10.1.1.1"}, {}, "9.8.7.6",
+     "9.8.7.6"),
+    ("RFC 7239", "", "127.0.0.1", {"Forwarded": 'for=6.6.6.6;proto=http, For="[2001:db8::1]:80";by=x'}, {},
+     "2001:db8::1", "2001:db8::1"),
+    ("hidden", "", "127.0.0.1", {"Forwarded": "for=6.6.6.6, for=_hidden"}, {}, "127.0.0.1", ""),
+    ("a key that may not tell", "alice", "", {**WEBUI, "X_Forwarded_For": "1.2.3.4"}, {"user": "bob"}, "alice", ""),
+    ("a key, whatever its address", "alice", "127.0.0.1", WEBUI, {}, "alice", ""),
+    ("a front end's key", "webui", "", WEBUI, {}, "webui/4f1c-9e", "4f1c-9e"),
+    ("a front end's key and a field", "webui", "", {}, {"user": "bob"}, "webui/bob", "bob"),
+    ("a front end's key alone", "webui", "", {}, {}, "webui", ""),
+    ("cleaned and cut", "", "127.0.0.1", {"X_User_Id": "%0a<b>%1b[31m" + "x" * 300}, {}, "<b>[31m" + "x" * 57,
+     "<b>[31m" + "x" * 57)])
+def test_who_asks_is_the_key_the_user_behind_it_or_the_address(keys, trusted, fields, body, person, user, tmp_path):
+    (tmp_path / "keys").write_text("alice-secret name=alice\nwebui-secret name=webui proxy=yes")
+    flags = ["--trusted-proxies", trusted, *(["--keys", str(tmp_path / "keys")] if keys else [])]
+    options = sollol.parse_options([*flags, "--node", "http://127.0.0.1:1"], {})
+    access = sollol.Access(options, sollol.read_keys(options))
+    given = {name.replace("_", "-"): value for name, value in {**fields, **(bearer(keys) if keys else {})}.items()}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+    head = sollol.parse_request(f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
+    verdict = access.check(head, sollol.find_route(head.method, head.path), "127.0.0.1")
+    found = verdict.user or verdict.tells_users and sollol.user_in(body) or verdict.behind
+    assert (verdict.person(found), found) == (person, user)
+
+
+@over_sockets
+async def test_two_people_behind_one_front_end_share_as_two_and_a_forged_name_changes_nothing(caplog):
+    """Sixty requests of one, then one of the other: with names it waits for what runs, without for all sixty."""
+    waited_s = {}
+    for flags in ([], ["--trusted-proxies", "127.0.0.1"]):
+        async with gateway_for(bench.SimNode(slots=1, speed=20), flags=flags) as gateway:
+            value = generate(tokens=10, model="llama3.2")
+            flood = [asyncio.create_task(call(gateway, "POST", "/api/generate", value, X_OpenWebUI_User_Id="greedy"))
+                     for _ in range(60)]
+            await until(lambda: health(gateway)["queued"] > 50)
+            answer = await call(gateway, "POST", "/api/generate", value, X_OpenWebUI_User_Id="modest")
+            waited_s[bool(flags)] = int(answer.fields["x-sollol-queue-ms"]) / 1000
+            left = sum(not task.done() for task in flood)
+            assert left > 50 if flags else left == 0
+            await asyncio.gather(*flood)
+    assert waited_s[True] < waited_s[False] / 3        # with names: for the load, and the request that runs
+
+
+def test_person_with_twice_the_share_is_served_twice_as_often():
+    queue = sollol.WaitingRoom()
+    for seq in range(12):
+        for client, share in (("a", 2.0), ("b", 1.0)):
+            queue.enter(f"{client}{seq}", sollol.Demand(want(client=client, share=share), 1.0, 1.0, 0), 1.0, 0.0)
+    first = "".join(it.id[0] for it in queue.in_order())[:12]
+    assert first.count("a") == 8 and first.count("b") == 4
 
 
 def test_rate_is_a_bucket_that_fills_steadily():
@@ -10706,8 +10779,9 @@ def test_snippets_for_containers_are_what_they_should_be():
 # Server life: log, reload, drain, and the program as a process
 # -----------------------------------------------------------------------------
 
-LOG_KEYS = ["ts", "level", "event", "id", "client", "key", "method", "path", "model", "priority", "node", "attempts",
-            "status", "queue_ms", "ttft_ms", "total_ms", "prompt_tokens", "output_tokens", "bytes", "reason", "outcome"]
+LOG_KEYS = ["ts", "level", "event", "id", "client", "key", "user", "method", "path", "model", "priority", "node",
+            "attempts", "status", "queue_ms", "ttft_ms", "total_ms", "prompt_tokens", "output_tokens", "bytes",
+            "reason", "outcome"]
 
 
 @over_sockets
