@@ -2829,17 +2829,17 @@ class HttpClient:
 class Caller:
     """Make requests to one address over connections that are kept."""
 
-    def __init__(self, host, port, source=None, tells_length=False):
+    def __init__(self, host, port, source=None, id_of=None):
         self.host, self.port = host, port
         self.source = source and (source, 0)        # the address to call from
-        self.tells_length = tells_length            # of each answer, to the policy that has to know it
+        self.id_of = id_of                          # body -> id that tells a policy what it has to know; None: nothing
         self.idle = []                              # HttpClients
         self.others = {}                            # Callers from other addresses, made when needed
 
     def at(self, source):
         """Return the Caller for another address of this machine."""
         if source not in self.others:
-            self.others[source] = Caller(self.host, self.port, source, self.tells_length)
+            self.others[source] = Caller(self.host, self.port, source, self.id_of)
         return self.others[source]
 
     async def call(self, body, priority=None, path="/api/chat"):
@@ -2847,8 +2847,8 @@ class Caller:
         client, response = await self.connection(), Response()
         try:
             field = b"" if priority is None else b"X-Priority: %d\r\n" % priority
-            if self.tells_length:
-                field += b"X-Request-Id: %d\r\n" % int(OUTPUT_MARK.findall(body.decode())[-1])
+            if self.id_of:
+                field += b"X-Request-Id: %b\r\n" % self.id_of(body).encode()
             client.writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
                 path.encode(), self.host.encode(), self.port, field, len(body), body))
             await client.read(response)
@@ -3184,6 +3184,10 @@ class CentralQueue(WeightedLeast):
         """Return what the queue is ordered by, the least first."""
         return ticket.seq
 
+    def suits(self, node, ticket, only_loaded):
+        """Tell whether a node with a free slot is one for a ticket."""
+        return not only_loaded or sollol.is_loaded_for(node.runners[ticket.spec.model], ticket.spec)
+
     def assign(self, waiting, cluster, now):
         work, entries = sollol.DispatchPass(waiting, cluster, now), []
         if any(self.has_slot(node) for node in cluster.nodes.values()):
@@ -3206,8 +3210,7 @@ class CentralQueue(WeightedLeast):
             self.assign_model(work, model)      # refuses it, or lets it wait, as under every plain policy
             return True
         allowed = [node for node in nodes if node.breaker.allows(work.now)] or nodes
-        free = [node for node in allowed if self.has_slot(node) and (
-            not only_loaded or sollol.is_loaded_for(node.runners[model], ticket.spec))]
+        free = [node for node in allowed if self.has_slot(node) and self.suits(node, ticket, only_loaded)]
         if free:
             node = self.choose(free)
             work.waiting.take(ticket)
@@ -3237,13 +3240,42 @@ class ShortestFirst(ResidentFirst):
         return solo_s(fastest.hardware, ticket.spec.model, prompt_tokens, output_tokens), ticket.seq
 
 
+class Sticky(CentralQueue):
+    """A central queue in which a conversation waits for the node that it began on, as with HAProxy's stick-table."""
+
+    reason = "sticky"
+    told = "each node's weight and slots, and which agent each request is from"
+
+    def __init__(self, rng, truths):
+        super().__init__(rng, truths)
+        self.homes = {}             # {id of a conversation: Node}
+
+    def suits(self, node, ticket, only_loaded):
+        home = self.homes.get(ticket.id, node)
+        return node is home or not home.up or not ticket.may_use(home)
+
+    def place(self, work, entry, only_loaded):
+        placed, ticket = super().place(work, entry, only_loaded), entry[2]
+        if ticket.lease:
+            self.homes[ticket.id] = ticket.lease.node
+        return placed
+
+
 TOLD = {"weighted-least": WeightedLeast, "central-queue": CentralQueue, "resident-first": ResidentFirst,
-        "shortest-first": ShortestFirst}
+        "shortest-first": ShortestFirst, "sticky": Sticky}
 
 
-def told_rivals(models):
-    """Return the names of those worth running: one model is loaded everywhere, so that no node is preferred for it."""
-    return [name for name in TOLD if name != "resident-first" or len(models) > 1]
+def told_rivals(models, agents=False):
+    """Return the names of those worth running. One model is loaded everywhere: no node is preferred for it."""
+    needless = {"resident-first": len(models) == 1, "sticky": not agents}
+    return [name for name in TOLD if not needless.get(name)]
+
+
+def id_for(policy, conversation=None):
+    """Return what a Caller's ids tell a policy that has to know more than a proxy: body -> id; None for the others."""
+    if policy == "shortest-first":
+        return lambda body: OUTPUT_MARK.findall(body.decode())[-1]
+    return (lambda body: conversation) if policy == "sticky" and conversation else None
 
 
 def told_texts(names):
@@ -3330,7 +3362,7 @@ def moved(sample, by_s):
 
 async def run_works(scenario, policy, seed, address, nodes):
     """Make a scenario's requests through a gateway, its fault included; return the Run."""
-    caller, works = Caller(*address, tells_length=policy == "shortest-first"), make_work(scenario, seed)
+    caller, works = Caller(*address, id_of=id_for(policy)), make_work(scenario, seed)
     loop = asyncio.get_running_loop()
     start_s, span_s = loop.time(), scenario.duration_s if scenario.clients else works[-1].at_s
     fault = asyncio.create_task(play_fault(scenario, nodes[1], span_s)) if scenario.fault else None
@@ -4234,7 +4266,7 @@ def rival_texts(row):
     """Return the texts of one scenario's row beside all rivals but round-robin: SOLLOL's figures, and its changes."""
     mine = row.figures[SOLLOL]
     texts = [row.scenario.name, " / ".join(f"{getattr(mine, field):.2f}" for _, field in TOLD_FIGURES) + " s"]
-    for policy in (RIVALS[1], *TOLD):
+    for policy in (RIVALS[1], *told_rivals(FIVE_MODELS)):
         other = row.figures.get(policy)
         texts.append(" / ".join(f"{(getattr(mine, field) / getattr(other, field) - 1) * 100:+.0f}"
                                 for _, field in TOLD_FIGURES) + " %" if other else "-")
@@ -4280,7 +4312,8 @@ def matrix_tables(seed, pattern):
     rows = [results[scenario.name] for scenario in chosen if scenario.name in results]
     figures_head = " / ".join(name for name, _ in TOLD_FIGURES)
     return [[MATRIX_HEAD, *map(matrix_texts, rows)],
-            [[figures_head, "SOLLOL", *(f"to {policy}" for policy in (RIVALS[1], *TOLD))], *map(rival_texts, rows)],
+            [[figures_head, "SOLLOL", *(f"to {policy}" for policy in (RIVALS[1], *told_rivals(FIVE_MODELS)))],
+             *map(rival_texts, rows)],
             loss_rows(rows)]
 
 
@@ -4553,8 +4586,8 @@ async def run_coding(agents, cluster, policy, seed):
         at_s += rng.expovariate(0.2)
         chats.append(Work(len(chats), at_s, AGENTS_MODEL, *pick_lengths(rng, "conversation")))
     async with running_nodes(scenario, seed) as nodes, gateway_before(scenario, nodes, policy, seed) as gateway:
-        callers = [Caller(*gateway.listener.address, tells_length=policy == "shortest-first")
-                   for _ in range(agents + 1)]
+        names = (None, *(f"agent-{number}" for number in range(agents)))       # the first one is for chats
+        callers = [Caller(*gateway.listener.address, id_of=id_for(policy, name)) for name in names]
         try:
             seen, *turns = await asyncio.gather(
                 open_loop(callers[0], chats, 600.0),
@@ -4577,8 +4610,8 @@ def run_coding_without(count, cluster, policy, seed, without=None):
 
 def coding_table(counts, clusters, seed):
     """Return rows of text: what agents and the chats beside them see, by policy, and without prefix affinity."""
-    policies = {**{policy: (policy,) for policy in (*RIVALS, *told_rivals([AGENTS_MODEL]))}, "SOLLOL": (SOLLOL,),
-                "SOLLOL, no prefix affinity": (SOLLOL, "prefix affinity")}
+    policies = {**{policy: (policy,) for policy in (*RIVALS, *told_rivals([AGENTS_MODEL], agents=True))},
+                "SOLLOL": (SOLLOL,), "SOLLOL, no prefix affinity": (SOLLOL, "prefix affinity")}
     jobs = [((f"{count}/{cluster}", name), (count, cluster, policy, seed, *without))
             for count in counts for cluster in clusters for name, (policy, *without) in policies.items()]
     rows = [["agents/cluster", "policy", "s per turn", "P95", "first byte", "prefilled", "400s", "chats: first byte",
@@ -6764,7 +6797,7 @@ def show(*tables: list[list[str]], notes: Iterable[str] = ()) -> int:
 
 
 def run_matrix(options: argparse.Namespace) -> int:
-    return show(*matrix_tables(options.seed, options.pattern), notes=told_texts(TOLD))
+    return show(*matrix_tables(options.seed, options.pattern), notes=told_texts(told_rivals(FIVE_MODELS)))
 
 
 def run_agents(options: argparse.Namespace) -> int:
@@ -6776,7 +6809,7 @@ def run_agents(options: argparse.Namespace) -> int:
 
 def run_coding_agents(options: argparse.Namespace) -> int:
     return show(coding_table(options.counts, options.clusters, options.seed),
-                notes=told_texts(told_rivals([AGENTS_MODEL])))
+                notes=told_texts(told_rivals([AGENTS_MODEL], agents=True)))
 
 
 def run_check(options: argparse.Namespace) -> int:

@@ -12229,6 +12229,23 @@ def test_told_rival_loads_a_model_on_the_free_node_only_if_no_other_request_suit
     assert placed(dispatcher, 1.0) == ["n2"] and other.lease
 
 
+def test_told_rival_keeps_a_conversation_on_its_node_as_long_as_that_lives():
+    dispatcher = told("sticky", slots=1, n1=["m"], n2=["m"])
+    first, other = (dispatcher.enter(id, want(), 0.0) for id in ("agent-0", "chat"))
+    assert placed(dispatcher) == ["n1", "n2"]
+    finish(dispatcher, other, 1.0)
+    again, chat = (dispatcher.enter(id, want(), 1.0) for id in ("agent-0", "another chat"))
+    assert placed(dispatcher, 1.0) == ["n2"] and chat.lease and not again.lease
+    finish(dispatcher, chat, 2.0)
+    assert placed(dispatcher, 2.0) == []
+    finish(dispatcher, first, 3.0)
+    assert placed(dispatcher, 3.0) == ["n1"] and again.lease
+    finish(dispatcher, again, 4.0)
+    dispatcher.cluster.nodes["n1"].lost(4.0)
+    dispatcher.enter("agent-0", want(), 5.0)
+    assert placed(dispatcher, 5.0) == ["n2"]
+
+
 @listed("policy", bench.TOLD)
 def test_told_rival_skips_dead_nodes_and_tries_another_as_a_plain_proxy_does(policy):
     dispatcher = told(policy, n1=["m"], n2=["m"])
@@ -12239,6 +12256,13 @@ def test_told_rival_skips_dead_nodes_and_tries_another_as_a_plain_proxy_does(pol
     waiting = [dispatcher.enter("9", want(model), 100.0) for model in ("m", "unknown", "m")]
     assert dispatcher.dispatch(249.9) == ([], [])
     assert set(dispatcher.dispatch(250.0)[1]) == set(waiting) and not any(dispatcher.waiting.tickets)
+
+
+def test_agents_tell_a_sticky_rival_who_they_are_and_prefill_a_conversation_once(monkeypatch):
+    monkeypatch.setattr(bench, "TURNS", 6)
+    queue, sticky = (bench.run_virtual(bench.run_coding(2, "hom5", policy, 1))
+                     for policy in ("central-queue", "sticky"))
+    assert sticky.prefilled_tokens < 0.8 * queue.prefilled_tokens and sticky.turns.success == 1.0
 
 
 def test_rival_that_knows_lengths_is_told_each_of_them():
@@ -12255,7 +12279,7 @@ def test_matrix_says_what_rivals_were_told_and_where_sollol_loses(monkeypatch, c
     monkeypatch.setattr(bench, "in_parallel", lambda run, jobs: {bench.DEFAULT.name: row})
     assert bench.main(["matrix", "seed/mild3"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{policy} was told {rival.told}." in out for policy, rival in bench.TOLD.items())
+    assert all(f"{policy} was told {bench.TOLD[policy].told}." in out for policy in bench.told_rivals("mx"))
     cells, = re.findall(r"(?m)^seed/mild3 +1\.04 / .*", out)
     assert re.split(r"  +", cells)[2:] == ["+0 / +0 / +0 / +0 %", "+0 / +0 / +0 / +0 %", "+4 / +0 / +0 / +0 %", "-",
                                            "+0 / +0 / +0 / +0 %"]
