@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The proof: SOLLOL against round-robin and least-inflight, on simulated Ollama nodes or on real ones.
+"""The proof: SOLLOL against plain proxies, told the truth by hand or not, on simulated Ollama nodes or on real ones.
 
     python bench.py                             # compare: the table, on three simulated nodes, in seconds
     python bench.py matrix                      # all scenarios: clusters, loads, models, bursts, faults; minutes
@@ -61,7 +61,7 @@ import tempfile
 import time
 import urllib.parse
 import zlib
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import sollol
 
@@ -2829,16 +2829,17 @@ class HttpClient:
 class Caller:
     """Make requests to one address over connections that are kept."""
 
-    def __init__(self, host, port, source=None):
+    def __init__(self, host, port, source=None, id_of=None):
         self.host, self.port = host, port
         self.source = source and (source, 0)        # the address to call from
+        self.id_of = id_of                          # body -> id that tells a policy what it has to know; None: nothing
         self.idle = []                              # HttpClients
         self.others = {}                            # Callers from other addresses, made when needed
 
     def at(self, source):
         """Return the Caller for another address of this machine."""
         if source not in self.others:
-            self.others[source] = Caller(self.host, self.port, source)
+            self.others[source] = Caller(self.host, self.port, source, self.id_of)
         return self.others[source]
 
     async def call(self, body, priority=None, path="/api/chat"):
@@ -2846,6 +2847,8 @@ class Caller:
         client, response = await self.connection(), Response()
         try:
             field = b"" if priority is None else b"X-Priority: %d\r\n" % priority
+            if self.id_of:
+                field += b"X-Request-Id: %b\r\n" % self.id_of(body).encode()
             client.writer.write(b"POST %b HTTP/1.1\r\nHost: %b:%d\r\n%bContent-Length: %d\r\n\r\n%b" % (
                 path.encode(), self.host.encode(), self.port, field, len(body), body))
             await client.read(response)
@@ -3125,11 +3128,166 @@ class GatewayProcess(Contender):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Rivals that are told: what can a plain proxy do whose administrator knows all nodes by heart?
+#
+# They take the place of the gateway's policy, behind the same parser and relay. They skip nodes that are down and retry
+# what was refused, as its own plain policies do. What they know is the truth of the simulation, from the first request
+# on. A real administrator would have to measure it, and again after each change of models, workload or nodes.
+# ------------------------------------------------------------------------------------------------------------
+
+class Truth(NamedTuple):
+    """What a plain proxy can be told of a node by hand."""
+
+    hardware: str
+    slots: int
+    full_per_s: float               # requests/s of the scenario with all slots busy
+
+
+def truth_of(node, scenario):
+    """Return the Truth of a simulated node."""
+    times_s, engine = mean_s(scenario, node.engine.hardware.name), node.engine
+    return Truth(engine.hardware.name, engine.slots, rate_of(engine.slots, *times_s, engine.machine))
+
+
+class WeightedLeast(sollol.EarlyBinding):
+    """Weighted least-connections, as HAProxy's leastconn: the fewest requests for the weight, the new one included."""
+
+    reason = "weighted_least"
+    told = "each node's weight: how many of these requests it ends per second with all its slots busy"
+
+    def __init__(self, rng, truths):
+        super().__init__(rng)
+        self.truths = truths        # {name of a node: Truth}
+
+    def running(self, node):
+        return sum(len(runner.leases) for runner in node.busy)
+
+    def choose(self, nodes):
+        return min(nodes, key=lambda node: (self.running(node) + 1) / self.truths[node.name].full_per_s)
+
+
+class CentralQueue(WeightedLeast):
+    """One queue, first come first served, before nodes that get as many requests as they have slots.
+
+    The first one gets the node with a free slot that is the fastest for one request more. So does HAProxy's leastconn
+    with weights and maxconn.
+    """
+
+    reason = "central_queue"
+    told = "each node's weight and slots"
+    rounds = (False,)               # of placing tickets: only where their model is loaded?
+
+    def has_slot(self, node):
+        return self.running(node) < self.truths[node.name].slots
+
+    def order(self, ticket, cluster):
+        """Return what the queue is ordered by, the least first."""
+        return ticket.seq
+
+    def suits(self, node, ticket, only_loaded):
+        """Tell whether a node with a free slot is one for a ticket."""
+        return not only_loaded or sollol.is_loaded_for(node.runners[ticket.spec.model], ticket.spec)
+
+    def assign(self, waiting, cluster, now):
+        work, entries = sollol.DispatchPass(waiting, cluster, now), []
+        if any(self.has_slot(node) for node in cluster.nodes.values()):
+            for model in list(waiting.heaps):
+                while waiting.first(model):
+                    entries.append(waiting.pop(model))
+        entries.sort(key=lambda entry: self.order(entry[2], cluster))
+        for only_loaded in self.rounds:
+            entries = [entry for entry in entries if not self.place(work, entry, only_loaded)]
+        for entry in entries:
+            waiting.restore(entry)
+        return work.leases, work.refused
+
+    def place(self, work, entry, only_loaded):
+        """Give the ticket of a popped entry a free node; tell whether the entry need not be restored."""
+        ticket, model = entry[2], entry[2].spec.model
+        nodes = sollol.untried(work.cluster.nodes_for(model), ticket)
+        if not nodes or not work.cluster.holders.get(model):
+            work.waiting.restore(entry)
+            self.assign_model(work, model)      # refuses it, or lets it wait, as under every plain policy
+            return True
+        allowed = [node for node in nodes if node.breaker.allows(work.now)] or nodes
+        free = [node for node in allowed if self.has_slot(node) and self.suits(node, ticket, only_loaded)]
+        if free:
+            node = self.choose(free)
+            work.waiting.take(ticket)
+            work.cluster.estimates.demand_of(ticket)
+            work.leases.append(sollol.give_lease(ticket, node, node.runners[model], work.now, self.reason))
+        return bool(free)
+
+
+class ResidentFirst(CentralQueue):
+    """A central queue that gives a free slot to the first whose model is loaded there; without one, to the first."""
+
+    reason = "resident_first"
+    told = "each node's weight and slots, and by /api/ps which models are loaded there"
+    rounds = (True, False)
+
+
+class ShortestFirst(ResidentFirst):
+    """The same, but whoever would take least on the fastest node, without a cache, is first."""
+
+    reason = "shortest_first"
+    told = ("each node's weight and slots, which models are loaded there, and the length of every answer before it "
+            "begins, which nobody can know: a bound, no rival")
+
+    def order(self, ticket, cluster):
+        fastest = max(self.truths.values(), key=lambda truth: truth.full_per_s)
+        prompt_tokens, output_tokens = cluster.estimates.demand_of(ticket).prompt_tokens, int(ticket.id)
+        return solo_s(fastest.hardware, ticket.spec.model, prompt_tokens, output_tokens), ticket.seq
+
+
+class Sticky(CentralQueue):
+    """A central queue in which a conversation waits for the node that it began on, as with HAProxy's stick-table."""
+
+    reason = "sticky"
+    told = "each node's weight and slots, and which agent each request is from"
+
+    def __init__(self, rng, truths):
+        super().__init__(rng, truths)
+        self.homes = {}             # {id of a conversation: Node}
+
+    def suits(self, node, ticket, only_loaded):
+        home = self.homes.get(ticket.id, node)
+        return node is home or not home.up or not ticket.may_use(home)
+
+    def place(self, work, entry, only_loaded):
+        placed, ticket = super().place(work, entry, only_loaded), entry[2]
+        if ticket.lease:
+            self.homes[ticket.id] = ticket.lease.node
+        return placed
+
+
+TOLD = {"weighted-least": WeightedLeast, "central-queue": CentralQueue, "resident-first": ResidentFirst,
+        "shortest-first": ShortestFirst, "sticky": Sticky}
+
+
+def told_rivals(models, agents=False):
+    """Return the names of those worth running. One model is loaded everywhere: no node is preferred for it."""
+    needless = {"resident-first": len(models) == 1, "sticky": not agents}
+    return [name for name in TOLD if not needless.get(name)]
+
+
+def id_for(policy, conversation=None):
+    """Return what a Caller's ids tell a policy that has to know more than a proxy: body -> id; None for the others."""
+    if policy == "shortest-first":
+        return lambda body: OUTPUT_MARK.findall(body.decode())[-1]
+    return (lambda body: conversation) if policy == "sticky" and conversation else None
+
+
+def told_texts(names):
+    """Return a sentence for each rival that was told: what."""
+    return [f"{name} was told {TOLD[name].told}." for name in names if name in TOLD]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Comparison: the same requests through each policy
 #
-# All policies are entries of the gateway's own table, behind the same parser and relay: round-robin and
-# least-inflight skip nodes that are down and retry what was refused, as a good plain proxy does, and send
-# every request on at once.
+# Round-robin, least-inflight and SOLLOL are entries of the gateway's own table. The first two skip nodes that are down
+# and retry what was refused, as a good plain proxy does, and send every request on at once.
 # ------------------------------------------------------------------------------------------------------------
 
 RIVALS, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
@@ -3174,12 +3332,17 @@ async def play(caller, scenario, works):
 
 
 @contextlib.asynccontextmanager
-async def gateway_before(nodes, policy, seed):
+async def gateway_before(scenario, nodes, policy, seed):
     """Run a gateway in this process in front of nodes; it has finished what it measures at its start."""
-    options = sollol.parse_options(["--node", "unused", "--port", "0", "--policy", policy, "--seed", str(seed),
+    options = sollol.parse_options(["--node", "unused", "--port", "0", "--seed", str(seed), "--policy",
+                                    RIVALS[1] if policy in TOLD else policy,
                                     "--max-queue", "100000", "--queue-timeout", "100000"], {})
     lines = "\n".join(f"{node.url} name={node.name}" for node in nodes)
-    gateway = await sollol.Gateway(options, sollol.parse_hosts(lines, "bench")).start()
+    gateway = sollol.Gateway(options, sollol.parse_hosts(lines, "bench"))
+    if policy in TOLD:
+        truths = {node.name: truth_of(node, scenario) for node in nodes}
+        gateway.dispatcher.policy = TOLD[policy](gateway.rng, truths)
+    await gateway.start()
     level = sollol.LOG.level
     sollol.LOG.setLevel("CRITICAL")
     try:
@@ -3199,7 +3362,8 @@ def moved(sample, by_s):
 
 async def run_works(scenario, policy, seed, address, nodes):
     """Make a scenario's requests through a gateway, its fault included; return the Run."""
-    caller, works, loop = Caller(*address), make_work(scenario, seed), asyncio.get_running_loop()
+    caller, works = Caller(*address, id_of=id_for(policy)), make_work(scenario, seed)
+    loop = asyncio.get_running_loop()
     start_s, span_s = loop.time(), scenario.duration_s if scenario.clients else works[-1].at_s
     fault = asyncio.create_task(play_fault(scenario, nodes[1], span_s)) if scenario.fault else None
     try:
@@ -3227,7 +3391,7 @@ async def running_nodes(scenario, seed):
 
 async def run_policy(scenario, policy, seed):
     """Run one scenario under one policy, on nodes and a gateway of its own in this process."""
-    async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, policy, seed) as gateway:
+    async with running_nodes(scenario, seed) as nodes, gateway_before(scenario, nodes, policy, seed) as gateway:
         run = await run_works(scenario, policy, seed, gateway.listener.address, nodes)
         return run._replace(ratios=gateway.dispatcher.ratios)
 
@@ -3378,7 +3542,8 @@ def figure_text(name, value):
 
 
 def comparison_table(runs):
-    """Return rows of text: each figure under each policy, and SOLLOL's improvement over the others."""
+    """Return rows of text: each figure under each policy that was told nothing, and SOLLOL's change to the others."""
+    runs = [run for run in runs if run.policy not in TOLD]
     by_policy = {run.policy: figures(run) for run in runs}
     mine = by_policy[runs[-1].policy]
     rows = [["", *(run.policy if run.policy != SOLLOL else "SOLLOL" for run in runs),
@@ -3390,6 +3555,19 @@ def comparison_table(runs):
             row.append(f"{(new - old) * 100:+.1f} points" if name == "success" else change_text(new, old))
         rows.append(row)
     return rows
+
+
+TOLD_FIGURES = (("mean", "mean_s"), ("P50", "p50_s"), ("P95", "p95_s"), ("TTFT", "ttft_s"))
+
+
+def told_table(runs):
+    """Return rows of text: the figures of rivals that were told, and SOLLOL's change to each; [] if there are none."""
+    told, mine = [run for run in runs if run.policy in TOLD], figures(runs[-1])
+    rows = [["told by hand", *(name for name, _ in TOLD_FIGURES), *(f"SOLLOL's {name}" for name, _ in TOLD_FIGURES)]]
+    for run in told:
+        pairs = [(getattr(mine, field), getattr(figures(run), field)) for _, field in TOLD_FIGURES]
+        rows.append([run.policy, *(f"{old:.2f} s" for _, old in pairs), *(change_text(*pair) for pair in pairs)])
+    return rows if told else []
 
 
 def node_table(runs):
@@ -3424,7 +3602,8 @@ def aligned(rows):
 # ------------------------------------------------------------------------------------------------------------
 
 POLICY_LABELS = {"latency-weighted": "SOLLOL", "sollol": "SOLLOL"}
-POLICY_CLASSES = {"round-robin": "rr", "least-inflight": "li", "latency-weighted": "lw", "sollol": "lw"}
+POLICY_CLASSES = {"round-robin": "rr", "least-inflight": "li", "latency-weighted": "lw", "sollol": "lw",
+                  "weighted-least": "wl", "central-queue": "cq", "resident-first": "rf", "shortest-first": "sf"}
 MOST_BARS = 400                     # requests of one run; more are unreadable as bars and are drawn as area
 MOST_ROWS = 40                      # concurrent requests of one node, for the same reason
 GRID = 1000  # charts stretch: paths count in thousandths of the width, texts and marks in percent
@@ -3435,9 +3614,11 @@ ROW_PX = 18                         # one policy within a priority class
 
 PAGE_CSS = """
 :root{color-scheme:light dark;--page:#fbfbf9;--ink:#1d2126;--soft:#5c636d;--rule:#dcdfe3;--band:#f1f2f2;
- --rr:#7b818a;--li:#d47500;--lw:#1c5fd1;--other:#7a4fa3;--bad:#b0106b}
+ --rr:#7b818a;--li:#d47500;--lw:#1c5fd1;--other:#7a4fa3;--bad:#b0106b;
+ --wl:#a8871a;--cq:#1a8a5a;--rf:#0f8fa3;--sf:#8a5a3c}
 @media(prefers-color-scheme:dark){:root{--page:#14171b;--ink:#e8eaed;--soft:#a3abb6;--rule:#333a43;
- --band:#1c2026;--rr:#a0a7b1;--li:#f2a33a;--lw:#6da7ff;--other:#c39bea;--bad:#ff77bb}}
+ --band:#1c2026;--rr:#a0a7b1;--li:#f2a33a;--lw:#6da7ff;--other:#c39bea;--bad:#ff77bb;
+ --wl:#d9bd55;--cq:#5fcf9b;--rf:#5cc8da;--sf:#c89a7c}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
  font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
@@ -3467,6 +3648,7 @@ thead th{color:var(--soft);font-size:14px;font-weight:600;vertical-align:bottom}
 .legend th,.legend td{white-space:nowrap;padding-top:4px;padding-bottom:4px}
 .key{display:inline-block;width:11px;height:11px;border-radius:3px;background:var(--c);margin-right:7px}
 .rr{--c:var(--rr)}.li{--c:var(--li)}.lw{--c:var(--lw)}.other{--c:var(--other)}
+.wl{--c:var(--wl)}.cq{--c:var(--cq)}.rf{--c:var(--rf)}.sf{--c:var(--sf)}
 .chart{container-type:inline-size;padding:24px 34px 42px 40px}
 .flat{padding:4px 0 28px}.about{min-height:3em;margin-bottom:8px}
 svg{display:block;width:100%;overflow:visible;font-size:12px;fill:var(--soft)}
@@ -3936,7 +4118,8 @@ def html_page(report):
             f"<style>{PAGE_CSS}</style></head>\n<body>{MARKS}<main><h1>SOLLOL benchmark</h1>"
             f'<p class="lead">{escaped(report["scenario"])}</p><pre>{escaped(report["command"])}</pre>'
             f'<p class="soft">{escaped(run_by)}</p>\n'
-            f"<section><h2>Result</h2>{result_table(report['table'])}</section>"
+            f"<section><h2>Result</h2>{''.join(map(result_table, filter(None, (report['table'], report['told']))))}"
+            "</section>"
             f"{charts}{notes_section(report.get('notes', []))}</main></body></html>\n")
 
 
@@ -3956,7 +4139,7 @@ def remarks(scenario, runs, bound):
                      f"x{middle:g} of what was predicted, nine of ten at most x{most:g}.")
     if len(set(CLUSTERS.get(scenario.cluster, ()))) == 1:
         notes.append("These nodes are equal: there is little to gain by choosing among them.")
-    return notes
+    return notes + told_texts(run.policy for run in runs)
 
 
 def report_of(options, scenario, runs, bound):
@@ -3968,7 +4151,7 @@ def report_of(options, scenario, runs, bound):
         "python": sys.version.split()[0], "loop": loop, "scenario": str(scenario), "bound_s": bound,
         "runs": [{"policy": run.policy, "elapsed_s": run.elapsed_s,
                   "samples": [sample._asdict() for sample in run.samples]} for run in runs],
-        "table": comparison_table(runs), "notes": remarks(scenario, runs, bound)}
+        "table": comparison_table(runs), "told": told_table(runs), "notes": remarks(scenario, runs, bound)}
 
 
 def print_report(report, runs):
@@ -3976,7 +4159,7 @@ def print_report(report, runs):
     print(f"$ {report['command']}")
     print(f"seed {report['seed']}, Python {report['python']}, {report['loop']}")
     print(report["scenario"] + "\n")
-    for rows in (report["table"], node_table(runs), class_table(runs)):
+    for rows in (report["table"], report["told"], node_table(runs), class_table(runs)):
         if rows:
             print(aligned(rows) + "\n")
     for note in report["notes"]:
@@ -4051,38 +4234,87 @@ MATRIX = (
 )
 
 
+class MatrixRow(NamedTuple):
+    """What the policies made of one scenario."""
+
+    scenario: Scenario
+    bound: float | None             # of the mean, in seconds
+    figures: dict[str, Figures]     # by policy
+
+
 def matrix_row(scenario, seed):
-    """Return the texts of one scenario's row in the matrix."""
-    runs = simulate(scenario, seed)
-    base, other, mine = (figures(run) for run in runs)
-    bound = bound_s(scenario, seed)
-    return [scenario.name, f"{base.success * 100:.1f} > {mine.success * 100:.1f}", f"{base.mean_s:.2f}",
-            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change_text(mine.mean_s, base.mean_s),
-            change_text(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change_text(mine.p95_s, base.p95_s),
-            change_text(mine.p95_s, other.p95_s), change_text(mine.per_s, base.per_s), change_text(mine.mean_s, bound)
-            if bound else "-"]
+    """Run one scenario under all policies; return the MatrixRow."""
+    runs = simulate(scenario, seed, (*RIVALS, *told_rivals(scenario.models), SOLLOL))
+    return MatrixRow(scenario, bound_s(scenario, seed), {run.policy: figures(run) for run in runs})
 
 
 MATRIX_HEAD = ["scenario", "success %", "RR mean s", "LI mean s", "SOLLOL mean s", "to RR", "to LI", "P95 s", "to RR",
                "to LI", "requests/s", "over bound"]
 
 
-def run_matrix(seed, pattern):
-    """Run every scenario whose name has the pattern, on all processors; return the rows of its table."""
+def matrix_texts(row):
+    """Return the texts of one scenario's row in the matrix."""
+    base, other, mine = (row.figures[policy] for policy in (*RIVALS, SOLLOL))
+    return [row.scenario.name, f"{base.success * 100:.1f} > {mine.success * 100:.1f}", f"{base.mean_s:.2f}",
+            f"{other.mean_s:.2f}", f"{mine.mean_s:.2f}", change_text(mine.mean_s, base.mean_s),
+            change_text(mine.mean_s, other.mean_s), f"{mine.p95_s:.2f}", change_text(mine.p95_s, base.p95_s),
+            change_text(mine.p95_s, other.p95_s), change_text(mine.per_s, base.per_s),
+            change_text(mine.mean_s, row.bound) if row.bound else "-"]
+
+
+def rival_texts(row):
+    """Return the texts of one scenario's row beside all rivals but round-robin: SOLLOL's figures, and its changes."""
+    mine = row.figures[SOLLOL]
+    texts = [row.scenario.name, " / ".join(f"{getattr(mine, field):.2f}" for _, field in TOLD_FIGURES) + " s"]
+    for policy in (RIVALS[1], *told_rivals(FIVE_MODELS)):
+        other = row.figures.get(policy)
+        texts.append(" / ".join(f"{(getattr(mine, field) / getattr(other, field) - 1) * 100:+.0f}"
+                                for _, field in TOLD_FIGURES) + " %" if other else "-")
+    return texts
+
+
+LOSS = 0.03                         # a rival that is better by less is not listed
+
+
+def loss_rows(rows):
+    """Return rows of text: where a rival is better than SOLLOL by more than LOSS in the mean or the P95."""
+    texts = [["SOLLOL loses", "to", "its mean s", "P95 s", "SOLLOL's mean", "P95"]]
+    for row in rows:
+        mine = row.figures[SOLLOL]
+        texts += [[row.scenario.name, policy, f"{other.mean_s:.2f}", f"{other.p95_s:.2f}",
+                   change_text(mine.mean_s, other.mean_s), change_text(mine.p95_s, other.p95_s)]
+                  for policy, other in row.figures.items()
+                  if max(mine.mean_s / other.mean_s, mine.p95_s / other.p95_s) > 1 + LOSS]
+    return texts
+
+
+def in_parallel(run, jobs):
+    """Run each of [(name, arguments)] on all processors; return {name: result}, of those done at Ctrl-C."""
+    results = {}
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        tasks = {pool.submit(run, *arguments): name for name, arguments in jobs}
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                results[tasks[task]] = task.result()
+                say(f"{len(results)} of {len(jobs)}, {tasks[task]} done")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            say(f"stopped after {len(results)} of {len(jobs)}")
+    return results
+
+
+def matrix_tables(seed, pattern):
+    """Run every scenario whose name has the pattern, on all processors; return the tables."""
     chosen = [scenario for scenario in MATRIX if re.search(pattern, scenario.name)]
     if not chosen:
         raise BadArgument(f"no scenario matches {pattern!r}; there are {' '.join(one.name for one in MATRIX)}")
-    rows = {}
-    with concurrent.futures.ProcessPoolExecutor() as pool:
-        tasks = {pool.submit(matrix_row, scenario, seed): scenario for scenario in chosen}
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                rows[tasks[task].name] = task.result()
-                say(f"{len(rows)} of {len(chosen)} scenarios, {tasks[task].name} done")
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            say(f"stopped after {len(rows)} of {len(chosen)} scenarios")
-    return [MATRIX_HEAD, *(rows[scenario.name] for scenario in chosen if scenario.name in rows)]
+    results = in_parallel(matrix_row, [(scenario.name, (scenario, seed)) for scenario in chosen])
+    rows = [results[scenario.name] for scenario in chosen if scenario.name in results]
+    figures_head = " / ".join(name for name, _ in TOLD_FIGURES)
+    return [[MATRIX_HEAD, *map(matrix_texts, rows)],
+            [[figures_head, "SOLLOL", *(f"to {policy}" for policy in (RIVALS[1], *told_rivals(FIVE_MODELS)))],
+             *map(rival_texts, rows)],
+            loss_rows(rows)]
 
 
 # Ablation: what is each term of routing worth? One is switched off at a time, on scenarios that can show it.
@@ -4221,7 +4453,7 @@ async def watch_idle(dispatcher, longest_s):
 async def run_misled(scenario, seed):
     """Run a scenario through a gateway with wrong beliefs; return (Run, longest time that a card was idle in vain)."""
     longest_s = collections.Counter()
-    async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, SOLLOL, seed) as gateway:
+    async with running_nodes(scenario, seed) as nodes, gateway_before(scenario, nodes, SOLLOL, seed) as gateway:
         mislead(gateway.dispatcher, random.Random(seed))
         watching = asyncio.create_task(watch_idle(gateway.dispatcher, longest_s))
         try:
@@ -4353,8 +4585,9 @@ async def run_coding(agents, cluster, policy, seed):
     while at_s < 300.0:
         at_s += rng.expovariate(0.2)
         chats.append(Work(len(chats), at_s, AGENTS_MODEL, *pick_lengths(rng, "conversation")))
-    async with running_nodes(scenario, seed) as nodes, gateway_before(nodes, policy, seed) as gateway:
-        callers = [Caller(*gateway.listener.address) for _ in range(agents + 1)]
+    async with running_nodes(scenario, seed) as nodes, gateway_before(scenario, nodes, policy, seed) as gateway:
+        names = (None, *(f"agent-{number}" for number in range(agents)))       # the first one is for chats
+        callers = [Caller(*gateway.listener.address, id_of=id_for(policy, name)) for name in names]
         try:
             seen, *turns = await asyncio.gather(
                 open_loop(callers[0], chats, 600.0),
@@ -4369,20 +4602,26 @@ async def run_coding(agents, cluster, policy, seed):
                          sum(sample.status == 400 for sample in (*samples, *seen)))
 
 
+def run_coding_without(count, cluster, policy, seed, without=None):
+    """Run agents and chats under one policy, perhaps without a term of routing; return the CodingRun."""
+    with switched_off(without):
+        return run_virtual(run_coding(count, cluster, policy, seed))
+
+
 def coding_table(counts, clusters, seed):
     """Return rows of text: what agents and the chats beside them see, by policy, and without prefix affinity."""
+    policies = {**{policy: (policy,) for policy in (*RIVALS, *told_rivals([AGENTS_MODEL], agents=True))},
+                "SOLLOL": (SOLLOL,), "SOLLOL, no prefix affinity": (SOLLOL, "prefix affinity")}
+    jobs = [((f"{count}/{cluster}", name), (count, cluster, policy, seed, *without))
+            for count in counts for cluster in clusters for name, (policy, *without) in policies.items()]
     rows = [["agents/cluster", "policy", "s per turn", "P95", "first byte", "prefilled", "400s", "chats: first byte",
              "P95"]]
-    for count in counts:
-        for cluster in clusters:
-            for policy, without in (*((policy, None) for policy in (*RIVALS, SOLLOL)), (SOLLOL, "prefix affinity")):
-                with switched_off(without):
-                    run = run_virtual(run_coding(count, cluster, policy, seed))
-                rows.append([f"{count}/{cluster}", policy + (f", no {without}" if without else ""),
-                             f"{run.turns.mean_s:.2f} s", f"{run.turns.p95_s:.2f} s", f"{run.turns.ttft_s:.2f} s",
-                             f"{run.prefilled_tokens / 1e6:.2f} M", str(run.refused),
-                             f"{run.chats.ttft_s:.2f} s", f"{run.chats.p95_s:.2f} s"])
-                say(f"{count} agents on {cluster}: {rows[-1][1]} done")
+    results = in_parallel(run_coding_without, jobs)
+    for name, _ in jobs:
+        if run := results.get(name):
+            rows.append([*name, f"{run.turns.mean_s:.2f} s", f"{run.turns.p95_s:.2f} s", f"{run.turns.ttft_s:.2f} s",
+                         f"{run.prefilled_tokens / 1e6:.2f} M", str(run.refused),
+                         f"{run.chats.ttft_s:.2f} s", f"{run.chats.p95_s:.2f} s"])
     return rows
 
 
@@ -4419,7 +4658,7 @@ def compare(options):
         LENGTHS["trace"] = read_trace(options.trace)
     runs = []
     try:
-        for policy in (*RIVALS, SOLLOL):
+        for policy in (*RIVALS, *(() if options.realtime else told_rivals(scenario.models)), SOLLOL):
             if options.realtime:
                 runs.append(asyncio.run(run_in_real_time(scenario, policy, options.seed)))
             else:
@@ -6551,10 +6790,14 @@ def named_hosts(options: argparse.Namespace) -> list[str]:
     return options.hosts
 
 
-def show(*tables: list[list[str]]) -> int:
-    """Print tables; return the exit status of a command that cannot fail."""
-    print("\n\n".join(map(aligned, tables)))
+def show(*tables: list[list[str]], notes: Iterable[str] = ()) -> int:
+    """Print tables, and sentences under them; return the exit status of a command that cannot fail."""
+    print("\n\n".join([*map(aligned, tables), *filter(None, ["\n".join(notes)])]))
     return 0
+
+
+def run_matrix(options: argparse.Namespace) -> int:
+    return show(*matrix_tables(options.seed, options.pattern), notes=told_texts(told_rivals(FIVE_MODELS)))
 
 
 def run_agents(options: argparse.Namespace) -> int:
@@ -6565,7 +6808,8 @@ def run_agents(options: argparse.Namespace) -> int:
 
 
 def run_coding_agents(options: argparse.Namespace) -> int:
-    return show(coding_table(options.counts, options.clusters, options.seed))
+    return show(coding_table(options.counts, options.clusters, options.seed),
+                notes=told_texts(told_rivals([AGENTS_MODEL], agents=True)))
 
 
 def run_check(options: argparse.Namespace) -> int:
@@ -6627,8 +6871,7 @@ def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -
                   "--output", "--html")
     add("--scenario", default=DEFAULT.name, metavar="NAME", help="a wrong name lists all (%(default)s)")
     add("--trace", metavar="FILE", help="take token lengths from a whole trace (CSV)")
-    add = command("matrix", lambda options: show(run_matrix(options.seed, options.pattern)),
-                  "all scenarios, or those that match; minutes", "--seed")
+    add = command("matrix", run_matrix, "all scenarios, or those that match; minutes", "--seed")
     add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of scenarios (all)")
     add = command("agents", run_agents, "parallel agents, against one call after the other", "--seed")
     add("counts", metavar="N,N", help="so many agents")

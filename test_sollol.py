@@ -12258,6 +12258,109 @@ def test_same_seed_gives_the_same_figures():
     assert bench.simulate(SHORT, seed=4, policies=("round-robin",))[0].samples != one[0].samples
 
 
+def told(policy, slots=2, **models):
+    """Return a Dispatcher with a rival of the benchmark: the first node has thrice the weight of the others."""
+    dispatcher = cluster("least-inflight", resident=False, **models)
+    truths = {name: bench.Truth("rtx3060", slots, 1.0 if number else 3.0) for number, name in enumerate(models)}
+    dispatcher.policy = bench.TOLD[policy](random.Random(0), truths)
+    return dispatcher
+
+
+@table("policy, count, nodes", [
+    ("a weight is a share, and the nodes queue", "weighted-least", 8, ["fast"] * 6 + ["slow"] * 2),
+    ("one queue fills slots only", "central-queue", 8, ["fast", "fast", "slow", "slow"]),
+    ("so with loaded models first", "resident-first", 8, ["fast", "fast", "slow", "slow"]),
+    ("and with the shortest first", "shortest-first", 8, ["fast", "fast", "slow", "slow"]),
+    ("a slow node stays idle beside a fast one", "central-queue", 1, ["fast"])])
+def test_told_rival_sends_by_weight_and_fills_no_more_than_true_slots(policy, count, nodes):
+    dispatcher = told(policy, fast=["m"], slow=["m"])
+    tickets = [dispatcher.enter("9", want(), 0.0) for _ in range(count)]
+    assert sorted(placed(dispatcher)) == sorted(nodes) and placed(dispatcher) == []
+    assert [bool(ticket.lease) for ticket in tickets] == [True] * len(nodes) + [False] * (count - len(nodes))
+
+
+@table("policy, first", [("first come", "central-queue", "300"), ("its model is loaded there", "resident-first", "90"),
+                         ("the shortest of those", "shortest-first", "20")])
+def test_told_rival_gives_a_free_slot_to_whom_it_promises(policy, first):
+    dispatcher = told(policy, slots=1, n1=["m", "x"])
+    dispatcher.cluster.nodes["n1"].take_ps(rows("x"), 0.0, 0.0)
+    running = dispatcher.enter("5", want("x"), 0.0)
+    assert placed(dispatcher) == ["n1"]
+    waiting = [dispatcher.enter(id, want(model, priority=priority), 0.0)
+               for id, model, priority in (("300", "m", 5), ("90", "x", 5), ("20", "x", 5), ("4", "m", 8))]
+    assert placed(dispatcher) == []
+    finish(dispatcher, running, 1.0)
+    assert placed(dispatcher, 1.0) == ["n1"] and [ticket.id for ticket in waiting if ticket.lease] == [first]
+
+
+def test_told_rival_loads_a_model_on_the_free_node_only_if_no_other_request_suits_it():
+    dispatcher = told("resident-first", slots=1, n1=["m", "x"], n2=["m", "x"])
+    for node, model in zip(dispatcher.cluster.nodes.values(), "mx", strict=True):
+        node.take_ps(rows(model), 0.0, 0.0)
+    loads, other, suits = enter(dispatcher, want("m"), want("m"), want("x"))
+    assert sorted(placed(dispatcher)) == ["n1", "n2"] and loads.lease.node.name == "n1" and suits.lease
+    finish(dispatcher, suits, 1.0)
+    assert placed(dispatcher, 1.0) == ["n2"] and other.lease
+
+
+def test_told_rival_keeps_a_conversation_on_its_node_as_long_as_that_lives():
+    dispatcher = told("sticky", slots=1, n1=["m"], n2=["m"])
+    first, other = (dispatcher.enter(id, want(), 0.0) for id in ("agent-0", "chat"))
+    assert placed(dispatcher) == ["n1", "n2"]
+    finish(dispatcher, other, 1.0)
+    again, chat = (dispatcher.enter(id, want(), 1.0) for id in ("agent-0", "another chat"))
+    assert placed(dispatcher, 1.0) == ["n2"] and chat.lease and not again.lease
+    finish(dispatcher, chat, 2.0)
+    assert placed(dispatcher, 2.0) == []
+    finish(dispatcher, first, 3.0)
+    assert placed(dispatcher, 3.0) == ["n1"] and again.lease
+    finish(dispatcher, again, 4.0)
+    dispatcher.cluster.nodes["n1"].lost(4.0)
+    dispatcher.enter("agent-0", want(), 5.0)
+    assert placed(dispatcher, 5.0) == ["n2"]
+
+
+@listed("policy", bench.TOLD)
+def test_told_rival_skips_dead_nodes_and_tries_another_as_a_plain_proxy_does(policy):
+    dispatcher = told(policy, n1=["m"], n2=["m"])
+    first = dispatcher.enter("9", want(), 0.0)
+    assert placed(dispatcher) == ["n1"] and fail(dispatcher, first) and placed(dispatcher) == ["n2"]
+    for node in dispatcher.cluster.nodes.values():
+        node.missed(True, 10.0)
+    waiting = [dispatcher.enter("9", want(model), 100.0) for model in ("m", "unknown", "m")]
+    assert dispatcher.dispatch(249.9) == ([], [])
+    assert set(dispatcher.dispatch(250.0)[1]) == set(waiting) and not any(dispatcher.waiting.tickets)
+
+
+def test_agents_tell_a_sticky_rival_who_they_are_and_prefill_a_conversation_once(monkeypatch):
+    monkeypatch.setattr(bench, "TURNS", 6)
+    queue, sticky = (bench.run_virtual(bench.run_coding(2, "hom5", policy, 1))
+                     for policy in ("central-queue", "sticky"))
+    assert sticky.prefilled_tokens < 0.8 * queue.prefilled_tokens and sticky.turns.success == 1.0
+
+
+def test_rival_that_knows_lengths_is_told_each_of_them():
+    scenario = bench.load_scenario("burst", "hom3", arrivals="burst", requests=120)
+    queue, shortest = bench.simulate(scenario, 1, ("central-queue", "shortest-first"))
+    assert bench.figures(shortest).mean_s < 0.95 * bench.figures(queue).mean_s
+    assert bench.figures(queue).success == bench.figures(shortest).success == 1.0
+
+
+def test_matrix_says_what_rivals_were_told_and_where_sollol_loses(monkeypatch, capsys):
+    good, bad = (bench.Figures(1.0, mean_s, 1.0, 2.0, 3.0, 0.5, 1.0) for mean_s in (1.0, 1.04))
+    policies = (*bench.RIVALS, *bench.told_rivals(bench.SMALL), bench.SOLLOL)
+    row = bench.MatrixRow(bench.DEFAULT, None, {**dict.fromkeys(policies, bad), "central-queue": good})
+    monkeypatch.setattr(bench, "in_parallel", lambda run, jobs: {bench.DEFAULT.name: row})
+    assert bench.main(["matrix", "seed/mild3"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{policy} was told {bench.TOLD[policy].told}." in out for policy in bench.told_rivals("mx"))
+    cells, = re.findall(r"(?m)^seed/mild3 +1\.04 / .*", out)
+    assert re.split(r"  +", cells)[2:] == ["+0 / +0 / +0 / +0 %", "+0 / +0 / +0 / +0 %", "+4 / +0 / +0 / +0 %", "-",
+                                           "+0 / +0 / +0 / +0 %"]
+    assert re.findall(r"(?m)^seed/mild3 +\S+ +1\.00 +2\.00 .*", out) == [
+        "seed/mild3    central-queue        1.00   2.00         +4.0 %  +0.0 %"]
+
+
 def test_wall_clock_agrees_with_the_virtual_one():
     """The gateway as a process of its own, in real time; one run is short, so that noise is large."""
     scenario = bench.DEFAULT._replace(duration_s=2.0)
@@ -12417,7 +12520,11 @@ def test_report_is_written_as_json_and_as_one_page(tmp_path, capsys):
                  "of what was predicted"):
         assert word in out
     report = json.loads(files[0].read_text())
-    assert [run["policy"] for run in report["runs"]] == ["round-robin", "least-inflight", "latency-weighted"]
+    assert [run["policy"] for run in report["runs"]] == [
+        "round-robin", "least-inflight", "weighted-least", "central-queue", "shortest-first", "latency-weighted"]
+    for policy in ("weighted-least", "central-queue", "shortest-first"):
+        sentence = f"{policy} was told {bench.TOLD[policy].told}."
+        assert sentence in out and sentence in report["notes"]
     assert {"scheduled_s", "sent_s", "first_s", "end_s", "node", "status", "priority"} <= set(
         report["runs"][0]["samples"][0])
     page = files[1].read_text()
