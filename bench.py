@@ -4344,6 +4344,8 @@ ABLATIONS = (
     Switch("swap", {"SWAP": 0.0}, "models5"),
     Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),
     Switch("prefix affinity", {"AFFINITY": 0.0, "EVICTION": 0.0}, "chat"),
+    Switch("kept caches", {"STAY": 0.0, "NEAR": 0.0}, "chat"),
+    Switch("lengths by kind", {"kind_of": lambda client, lead, fields: 0}, "chat"),
     Switch("head start", {"HEAD_START_S": 0.0}, "prio"),
     Switch("fairness", {"FairShare.charge": charge_nothing}, "fair"),
     Switch("watchdog", {"Dispatcher.watch": lambda dispatcher, now: ([], [])}, "models5|hang"),
@@ -4544,6 +4546,7 @@ def agents_table(counts, clusters, seed):
 # ------------------------------------------------------------------------------------------------------------
 
 AGENTS_MODEL = "llama3.1:8b"
+CODING_TERMS = "prefix affinity", "kept caches", "lengths by kind"      # of ABLATIONS
 LEAD_TOKENS, LAST_TOKENS, TURNS = 8_000, 60_000, 40
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {
     "path": {"type": "string"}}}}} for name in ("read", "edit", "search", "run")]
@@ -4611,7 +4614,7 @@ def run_coding_without(count, cluster, policy, seed, without=None):
 def coding_table(counts, clusters, seed):
     """Return rows of text: what agents and the chats beside them see, by policy, and without prefix affinity."""
     policies = {**{policy: (policy,) for policy in (*RIVALS, *told_rivals([AGENTS_MODEL], agents=True))},
-                "SOLLOL": (SOLLOL,), "SOLLOL, no prefix affinity": (SOLLOL, "prefix affinity")}
+                "SOLLOL": (SOLLOL,), **{f"SOLLOL, no {term}": (SOLLOL, term) for term in CODING_TERMS}}
     jobs = [((f"{count}/{cluster}", name), (count, cluster, policy, seed, *without))
             for count in counts for cluster in clusters for name, (policy, *without) in policies.items()]
     rows = [["agents/cluster", "policy", "s per turn", "P95", "first byte", "prefilled", "400s", "chats: first byte",

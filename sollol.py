@@ -4186,6 +4186,11 @@ class Prefixes:
         goes_on = len(victim.prefix) >= CONVERSATION_PARTS and now - victim.used_s < CONTINUED_S
         return victim.prefix[-1][1] * max(0.0, 2 * self.hit_share - 1) if goes_on else 0.0
 
+    def expected_back(self, now: float) -> int:
+        """Return how many of the conversations that it has are expected to go on within SOON_S, and do not run."""
+        return sum(1 for prompt in self.prompts.values()
+                   if prompt.pace is not None and prompt.pace.is_back_within(SOON_S, now))
+
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
         return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
@@ -4410,6 +4415,7 @@ def victim(runner: Runner) -> Runner:
 #            + prefill of what the prefix cache lacks + decode of the expected output
 #            + harm to other models that run there + the load that an eviction will cost somebody later
 #            + the prefill that a conversation will need again which this prompt pushes out of the prefix cache
+#            + work that is slower beside conversations which are expected back there soon
 #
 # Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
 # speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
@@ -4423,6 +4429,7 @@ HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later relo
 EVICTION = 1.0                      # weight of a prefill that another conversation will need again
 CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
 HIT_GAIN = 0.1
+NEAR, SOON_S = 0.5, 30.0            # weight of each conversation that is expected back so soon; plateau 0.25..1
 STAY = 16.0                         # times its prefill a conversation that goes on stays in a cache: see Offer.is_kept
 MOST_KEPT_S = 120.0                 # a conversation waits no longer for others' to make room
 CONTINUES_SHARE = 0.5               # a prompt of which so much is cached goes on with that
@@ -4592,6 +4599,7 @@ class Offer:
             self.fixed_s += snapshot.harm_s(now)
         self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
+        self.expected = runner.prefixes.expected_back(now)
         running = {lease.ticket.spec.prefix[-1][0] for lease in runner.leases if lease.ticket.spec.prefix}
         self.victim = runner.prefixes.next_victim(runner.slots.count, running)
         self.evicted_tokens = runner.prefixes.evicted_chars(self.victim, now) / CHARS_PER_TOKEN
@@ -4651,19 +4659,25 @@ class Offer:
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
 
-        Its prefill stops the streams that run beside it: an engine works on one prompt at a time.
+        Its prefill stops the streams that run beside it: an engine works on one prompt at a time. Conversations that
+        are expected back here will slow it down, and be slowed down.
         """
         start_s, _, swap_s = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
         prompt_s = new_tokens * self.prefill_s
         work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
+        if self.expected:
+            work_s *= 1 + NEAR * (self.expected - self.is_own(demand, new_tokens))
         return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s + self.evicts_s(demand, new_tokens)
 
     def evicts_s(self, demand: Demand, new_tokens: float) -> float:
         """Return what it costs another conversation that this prompt takes the place of its cache."""
-        is_its_own = new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens
-        return 0.0 if is_its_own else EVICTION * self.evicted_tokens * self.prefill_s
+        return 0.0 if self.is_own(demand, new_tokens) else EVICTION * self.evicted_tokens * self.prefill_s
+
+    def is_own(self, demand: Demand, new_tokens: float) -> bool:
+        """Tell whether a prompt goes on with what is cached here."""
+        return new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens
 
     def is_kept(self, demand: Demand, now: float) -> bool:
         """Tell whether a slot is kept from a conversation that is not cached here, for one whose place it would take.
@@ -4672,8 +4686,7 @@ class Offer:
         What goes round and round over more conversations than slots would never be cached.
         """
         victim, new_tokens = self.victim, self.new_tokens(demand)
-        if (victim.pace is None or len(demand.spec.prefix) < CONVERSATION_PARTS
-                or new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens):
+        if victim.pace is None or len(demand.spec.prefix) < CONVERSATION_PARTS or self.is_own(demand, new_tokens):
             return False
         again_s = victim.prefix[-1][1] / CHARS_PER_TOKEN * self.prefill_s
         return victim.pace.is_back_within(again_s, now) and now - victim.since_s < STAY * again_s

@@ -1656,6 +1656,27 @@ def test_slot_is_kept_for_a_conversation_that_goes_on_but_not_for_ever():
     finish(dispatcher, other, 31.0)
 
 
+def test_new_conversation_goes_where_no_other_one_is_expected_back():
+    dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
+    for node in ("n1", "n2"):
+        runner(dispatcher, node).speeds.prefill_s = 0.0001
+    now = 0.0
+    for parts in (4, 5, 6):
+        first = turn_of(1, parts, now, dispatcher)
+        assert placed(dispatcher, now) == ["n1"]
+        finish(dispatcher, first, now + 1.0)
+        now += 2.0
+    known = runner(dispatcher, "n1").prefixes
+    assert known.expected_back(5.5) == 1 and known.expected_back(100.0) == 0
+    second = turn_of(2, 4, 5.5, dispatcher)
+    assert placed(dispatcher, 5.5) == ["n2"] and second.lease
+    first = turn_of(1, 7, 6.0, dispatcher)
+    assert placed(dispatcher, 6.0) == ["n1"]
+    finish(dispatcher, first, 7.0)
+    third = turn_of(3, 4, 100.0, dispatcher)        # by then nobody comes back to n1
+    assert placed(dispatcher, 100.0) == ["n1"] and third.lease
+
+
 def test_conversation_waits_for_others_no_longer_than_their_stay():
     dispatcher = cluster(slots=1, n1=["m"])
     runner(dispatcher, "n1").speeds.prefill_s = 0.001
@@ -4740,8 +4761,8 @@ CLAUDE_USER = json.dumps({"device_id": "d-1", "account_uuid": "", "session_id": 
     ("nobody may tell", "", "", {**WEBUI, "X_Forwarded_For": "1.2.3.4"}, {"user": "bob"}, "127.0.0.1", ""),
     ("a front end's user", "", "127.0.0.1", WEBUI, {"user": "bob"}, "4f1c-9e", "4f1c-9e"),
     ("by e-mail", "", "127.0.0.0/8", {"X_OpenWebUI_User_Email": "a@b.c"}, {}, "a@b.c", "a@b.c"),
-    ("by name, encoded", "", "127.0.0.1", {"X_OpenWebUI_User_Name": WEBUI["X_OpenWebUI_User_Name"]}, {}, "J\xf6rg M\xfcller",
-     "J\xf6rg M\xfcller"),
+    ("by name, encoded", "", "127.0.0.1", {"X_OpenWebUI_User_Name": WEBUI["X_OpenWebUI_User_Name"]}, {},
+     "J\xf6rg M\xfcller", "J\xf6rg M\xfcller"),
     ("another front end's", "", "::1,127.0.0.1", {"X_User_Id": "carl"}, {}, "carl", "carl"),
     ("OpenAI's field", "", "127.0.0.1", {}, {"user": "bob"}, "bob", "bob"),
     ("Anthropic's field", "", "127.0.0.1", {}, {"metadata": {"user_id": "user_1_account_2_session_3"}},
