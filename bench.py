@@ -4343,7 +4343,7 @@ ABLATIONS = (
     Switch("harm", {"HARM": 0.0}, "models5"),
     Switch("swap", {"SWAP": 0.0}, "models5"),
     Switch("load and residency", {"Offer.load": lambda offer, now: (0.0, 0.0)}, "models5"),
-    Switch("prefix affinity", {"AFFINITY": 0.0, "EVICTION": 0.0}, "chat"),
+    Switch("prefix affinity", {"AFFINITY": 0.0, "EVICTION": 0.0, "STAY": 0.0, "NEAR": 0.0}, "chat"),
     Switch("kept caches", {"STAY": 0.0, "NEAR": 0.0}, "chat"),
     Switch("lengths by kind", {"kind_of": lambda client, lead, fields: 0}, "chat"),
     Switch("head start", {"HEAD_START_S": 0.0}, "prio"),

@@ -11680,6 +11680,32 @@ def test_official_ollama_client_asks_models(cluster_url):
         assert caught.value.status_code == 404
 
 
+# Ollama, server/routes.go.
+OLLAMA_PATHS = """/ /api/version /api/status /api/pull /api/push /api/tags /api/show /api/delete /api/me /api/signout
+    /api/user/keys/{} /api/create /api/blobs/{} /api/copy /api/experimental/web_search /api/experimental/web_fetch
+    /api/experimental/model-recommendations /api/ps /api/generate /api/chat /api/embed /api/embeddings
+    /v1/chat/completions /v1/completions /v1/embeddings /v1/models /v1/models/{} /v1/responses /v1/audio/transcriptions
+    /v1/messages /v1/images/generations /v1/images/edits""".split()
+
+
+@pytest.mark.parametrize("package, pattern, before", [
+    ("ollama", r"""['"](/api/[a-z_/{}-]*)""", ""), ("openai", r'"(/[a-z0-9_/{}-]+)', "/v1"),
+    ("anthropic", r'"(/v1/[a-z0-9_/{}-]+)', "")])
+def test_every_path_of_an_official_client_that_ollama_serves_has_a_row(package, pattern, before):
+    module = pytest.importorskip(package, reason=f"PyPI {package} is not installed")
+    folder = pathlib.Path(module.__file__).parent
+    paths = {before + re.sub(r"{[^}]*}", "{}", path) for file in folder.rglob("*.py")
+             for path in re.findall(pattern, file.read_text())}
+    served = paths & {*OLLAMA_PATHS, "/v1/messages/count_tokens"}
+    assert len(served) >= {"ollama": 12, "openai": 8, "anthropic": 3}[package]
+    assert package != "ollama" or served == paths
+    assert not [path for path in served if path.removesuffix("{}") not in sollol.KNOWN_PATHS]
+
+
+def test_every_path_of_ollamas_own_has_a_row():
+    assert not [path for path in OLLAMA_PATHS if path.removesuffix("{}") not in sollol.KNOWN_PATHS]
+
+
 def test_official_ollama_client_changes_models(cluster_url, tmp_path):
     ollama = pytest.importorskip("ollama", reason="PyPI ollama is not installed")
     client = ollama.Client(cluster_url)
