@@ -113,6 +113,7 @@ GROSS = 3.0                         # times off: such a sample and its estimate 
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
 MANY_SAMPLES, LATELY_S = 8, 60.0    # this many samples, confirmed this recently, outweigh two gross outliers
 FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # below the first: weak evidence of speed; below the second: none
+TELLING_TOKENS = 500                # a prompt of so many shows by its time how much of it a cache held
 LEEWAY = 1.3                        # factor beyond a bound that still counts as noise, not as a sample
 KEPT_SAMPLES = 3                    # a kept estimate counts as so many at most: new samples then weigh 0.25, 0.2, 0.17
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
@@ -2905,7 +2906,8 @@ class Lease:
     output_tokens: float = 0.0      # expected
     prompt_tokens: float = 0.0
     new_tokens: float = 0.0         # what the prefix cache does not hold
-    fresh: bool = True              # no earlier prompt began like it: the cache cannot have held it
+    cached_share: float = 0.0       # of its prompt, that a slot is believed to have had
+    seen_share: float = 0.0         # of its prompt, that some earlier prompt began with
     stall_tokens: float = 0.0       # prompts of others, prefilled on its runner since it was sent
     crowd_tokens: float = 0.0       # those of them that may have run beside its own prefill
     predicted_end_s: float = 0.0
@@ -2935,6 +2937,11 @@ class Lease:
     def is_held_up(self) -> bool:
         """Tell whether the answer waits for its client to read."""
         return self.held_up is not None and self.held_up()
+
+    @property
+    def fresh(self) -> bool:
+        """Tell whether no earlier prompt began like its own: the cache can hardly have held any of it."""
+        return self.seen_share <= FRESH_SHARE
 
     @property
     def slot(self) -> Runner:
@@ -3806,6 +3813,8 @@ def learn_prefill(lease: Lease, seconds: float, tokens: float) -> None:
     if tokens < LEAST_PROMPT_TOKENS or seconds <= 0:
         return
     known, sample = runner.prefill_s(), seconds / tokens
+    if tokens >= TELLING_TOKENS and lease.crowd_tokens <= STALL_SHARE * tokens:
+        runner.learn_held(lease, max(0.0, 1 - sample / known))
     if not lease.fresh and sample < LEEWAY * known:
         return
     models = len(runner.node.busy) or 1
@@ -4224,6 +4233,8 @@ class Runner:
     shared_s: float = 0.0           # the same, had the node run at its usual speed
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
+    held_in_slots: float = 1.0      # EWMA: of what a slot is believed to have, how much the answers show
+    held_elsewhere: float = 0.0     # of what others have pushed out: newer servers keep prompts in RAM
     breaker: Breaker = field(default_factory=Breaker)   # answers 500 for this model
 
     @property
@@ -4274,8 +4285,9 @@ class Runner:
         if spec.keep_alive_s is not None:
             self.keep_alive_s = spec.keep_alive_s
         if spec.prefix and not spec.embeds:
-            shared_chars = self.beginnings.common_chars(spec.prefix)
-            lease.fresh = shared_chars <= FRESH_SHARE * spec.prompt_chars
+            chars = max(1, spec.prompt_chars)
+            lease.seen_share = self.beginnings.common_chars(spec.prefix) / chars
+            lease.cached_share = self.prefixes.common_chars(spec.prefix) / chars
             since_s = self.prefixes.forget_continued(spec.prefix, now)
             self.prefixes.remember(Cached(spec.prefix, now, lease.ticket.pace, since_s), self.slots.count)
             ends = (*spec.prefix[:PREFIX_FIRST], spec.prefix[-1])
@@ -4294,6 +4306,13 @@ class Runner:
         self.used_s = now
         if lease.loads:
             self.node.loading.append(lease)
+
+    def learn_held(self, lease: Lease, share: float) -> None:
+        """Take in how much of a prompt its time shows to have been cached, of a prompt that was seen here before."""
+        if lease.cached_share > CONTINUES_SHARE:
+            self.held_in_slots += HIT_GAIN * (min(1.0, share / lease.cached_share) - self.held_in_slots)
+        elif lease.seen_share > CONTINUES_SHARE:
+            self.held_elsewhere += HIT_GAIN * (min(1.0, share / lease.seen_share) - self.held_elsewhere)
 
     def end(self, lease: Lease, now: float) -> None:
         """Note that a request has ended; those sent after it may have waited for that."""
@@ -4429,6 +4448,7 @@ HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later relo
 EVICTION = 1.0                      # weight of a prefill that another conversation will need again
 CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
 HIT_GAIN = 0.1
+HELD_BELOW, HELD_ABOVE = 0.7, 0.3   # shares that are no noise: slots have less than believed, what is pushed out is kept
 NEAR, SOON_S = 0.25, 30.0           # weight of each conversation that is expected back so soon; plateau 0.25..1
 STAY = 16.0                         # times its prefill a conversation that goes on stays in a cache: see Offer.is_kept
 MOST_KEPT_S = 120.0                 # a conversation waits no longer for others' to make room
@@ -4602,7 +4622,8 @@ class Offer:
         self.expected = runner.prefixes.expected_back(now)
         running = {lease.ticket.spec.prefix[-1][0] for lease in runner.leases if lease.ticket.spec.prefix}
         self.victim = runner.prefixes.next_victim(runner.slots.count, running)
-        self.evicted_tokens = runner.prefixes.evicted_chars(self.victim, now) / CHARS_PER_TOKEN
+        self.lost_share = 1.0 - (runner.held_elsewhere if runner.held_elsewhere > HELD_ABOVE else 0.0)
+        self.evicted_tokens = self.lost_share * runner.prefixes.evicted_chars(self.victim, now) / CHARS_PER_TOKEN
 
     def first_s(self, now: float) -> float:
         """Return when the first slot is free, in seconds from now."""
@@ -4650,11 +4671,20 @@ class Offer:
         return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
 
     def new_tokens(self, demand: Demand) -> float:
-        """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there."""
+        """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there.
+
+        By what answers have shown, some of that is not there, or some of what was pushed out is.
+        """
         runner, tokens = self.runner, demand.prompt_tokens
         if not runner.prefixes.parts or runner.ready_s is None:
             return tokens
-        return tokens - AFFINITY * demand.tokens_of(runner.prefixes.common_chars(demand.spec.prefix))
+        held = cached = demand.tokens_of(runner.prefixes.common_chars(demand.spec.prefix))
+        if runner.held_in_slots < HELD_BELOW:
+            held *= runner.held_in_slots
+        if runner.held_elsewhere > HELD_ABOVE:
+            seen = demand.tokens_of(runner.beginnings.common_chars(demand.spec.prefix))
+            held += runner.held_elsewhere * max(0.0, seen - cached)
+        return tokens - AFFINITY * held
 
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
@@ -4688,7 +4718,7 @@ class Offer:
         victim, new_tokens = self.victim, self.new_tokens(demand)
         if victim.pace is None or len(demand.spec.prefix) < CONVERSATION_PARTS or self.is_own(demand, new_tokens):
             return False
-        again_s = victim.prefix[-1][1] / CHARS_PER_TOKEN * self.prefill_s
+        again_s = self.lost_share * victim.prefix[-1][1] / CHARS_PER_TOKEN * self.prefill_s
         return victim.pace.is_back_within(again_s, now) and now - victim.since_s < STAY * again_s
 
     def predict(self, demand: Demand, now: float) -> Prediction:

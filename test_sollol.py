@@ -1656,6 +1656,37 @@ def test_slot_is_kept_for_a_conversation_that_goes_on_but_not_for_ever():
     finish(dispatcher, other, 31.0)
 
 
+@pytest.mark.parametrize("in_slots, elsewhere", [(True, False), (False, False), (True, True)])
+def test_answers_show_how_much_a_cache_really_holds(in_slots, elsewhere):
+    """Two conversations in turn on one slot, then one alone; a part of a prompt takes a second."""
+    dispatcher, now = cluster(slots=1, n1=["m"]), 0.0
+    known = runner(dispatcher, "n1")
+    known.speeds.prefill_s = 0.001
+    known.speeds.prefills.extend([0.001] * 20)
+
+    def turn(session, parts, cached):
+        nonlocal now
+        it = turn_of(session, parts, now, dispatcher)
+        assert placed(dispatcher, now) == ["n1"]
+        work_s = 0.001 * parts * 1000 * (0.05 if cached else 1.0)
+        it.lease.heard(1, now + work_s)
+        finish(dispatcher, it, now + work_s + 0.8, prompted(1000 * parts, work_s / parts / 1000, 0.8, 40))
+        now += work_s + 150.0       # so that no conversation is waited for
+
+    for parts in range(4, 24):
+        for session in (1, 2):
+            turn(session, parts, elsewhere and parts > 4)
+    for parts in range(24, 44):
+        turn(1, parts, in_slots)
+    assert (known.held_elsewhere > sollol.HELD_ABOVE) is elsewhere
+    assert (known.held_in_slots > sollol.HELD_BELOW) is in_slots
+    offer = sollol.NodeSnapshot(known.node, now).offer(known, now)
+    demands = [dispatcher.cluster.estimates.demand(turn_of(session, parts, now, dispatcher).spec)
+               for session, parts in ((1, 44), (2, 24))]
+    lacks = [offer.new_tokens(demand) / demand.prompt_tokens < 0.5 for demand in demands]
+    assert lacks == [in_slots, elsewhere]
+
+
 def test_new_conversation_goes_where_no_other_one_is_expected_back():
     dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
     for node in ("n1", "n2"):
