@@ -11712,11 +11712,13 @@ def test_official_ollama_client_asks_models(cluster_url):
 
 
 # Ollama, server/routes.go.
-OLLAMA_PATHS = """/ /api/version /api/status /api/pull /api/push /api/tags /api/show /api/delete /api/me /api/signout
-    /api/user/keys/{} /api/create /api/blobs/{} /api/copy /api/experimental/web_search /api/experimental/web_fetch
-    /api/experimental/model-recommendations /api/ps /api/generate /api/chat /api/embed /api/embeddings
-    /v1/chat/completions /v1/completions /v1/embeddings /v1/models /v1/models/{} /v1/responses /v1/audio/transcriptions
-    /v1/messages /v1/images/generations /v1/images/edits""".split()
+OLLAMA_PATHS = [
+    "/", "/api/version", "/api/status", "/api/pull", "/api/push", "/api/tags", "/api/show", "/api/delete", "/api/me",
+    "/api/signout", "/api/user/keys/{}", "/api/create", "/api/blobs/{}", "/api/copy", "/api/experimental/web_search",
+    "/api/experimental/web_fetch", "/api/experimental/model-recommendations", "/api/ps", "/api/generate", "/api/chat",
+    "/api/embed", "/api/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models",
+    "/v1/models/{}", "/v1/responses", "/v1/audio/transcriptions", "/v1/messages", "/v1/images/generations",
+    "/v1/images/edits"]
 
 
 @pytest.mark.parametrize("package, pattern, before", [
