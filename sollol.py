@@ -4195,10 +4195,11 @@ class Prefixes:
         goes_on = len(victim.prefix) >= CONVERSATION_PARTS and now - victim.used_s < CONTINUED_S
         return victim.prefix[-1][1] * max(0.0, 2 * self.hit_share - 1) if goes_on else 0.0
 
-    def expected_back(self, now: float) -> int:
-        """Return how many of the conversations that it has are expected to go on within SOON_S, and do not run."""
-        return sum(1 for prompt in self.prompts.values()
-                   if prompt.pace is not None and prompt.pace.is_back_within(SOON_S, now))
+    def expected_back(self, prefill_s: float, now: float) -> int:
+        """Return how many of the conversations that it has are expected to go on sooner than their prompts could be
+        evaluated again, at `prefill_s` a token."""
+        return sum(1 for prompt in self.prompts.values() if prompt.pace is not None
+                   and prompt.pace.is_back_within(prompt.prefix[-1][1] / CHARS_PER_TOKEN * prefill_s, now))
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
@@ -4319,7 +4320,7 @@ class Runner:
         place = self.leases.index(lease)
         del self.leases[place]
         if lease.ticket.pace is not None:
-            lease.ticket.pace.running -= 1
+            lease.ticket.pace.end(now)
         for later in self.leases[place:]:
             later.left_s += (now,)
             if later.first_s is None and later.predecessor_left_progress_s is None:
@@ -4449,7 +4450,7 @@ EVICTION = 1.0                      # weight of a prefill that another conversat
 CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
 HIT_GAIN = 0.1
 HELD_BELOW, HELD_ABOVE = 0.7, 0.3   # shares that are no noise: slots have less than believed, RAM what was pushed out
-NEAR, SOON_S = 0.25, 30.0           # weight of each conversation that is expected back so soon; plateau 0.25..1
+NEAR = 0.25                         # weight of each conversation that is expected back soon; plateau 0.25..1
 STAY = 16.0                         # times its prefill a conversation that goes on stays in a cache: see Offer.is_kept
 MOST_KEPT_S = 120.0                 # a conversation waits no longer for others' to make room
 CONTINUES_SHARE = 0.5               # a prompt of which so much is cached goes on with that
@@ -4619,7 +4620,7 @@ class Offer:
             self.fixed_s += snapshot.harm_s(now)
         self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
-        self.expected = runner.prefixes.expected_back(now)
+        self.expected = runner.prefixes.expected_back(self.prefill_s, now)
         running = {lease.ticket.spec.prefix[-1][0] for lease in runner.leases if lease.ticket.spec.prefix}
         self.victim = runner.prefixes.next_victim(runner.slots.count, running)
         self.lost_share = 1.0 - (runner.held_elsewhere if runner.held_elsewhere > HELD_ABOVE else 0.0)
@@ -5244,11 +5245,11 @@ class WaitingRoom:
                 now = min(now, heap[0][0] + HEAD_START_S * priority - TIE_S)
         return now
 
-    def enter(self, id: str, demand: Demand, cost_s: float, now: float) -> Ticket:
+    def enter(self, id: str, demand: Demand, cost_s: float, now: float, pace: Pace | None = None) -> Ticket:
         """Return a waiting ticket for a request that will keep the whole cluster busy for `cost_s`."""
         spec = demand.spec
         start_s = self.fair.charge(spec, self.virtual_s(spec, now), cost_s)
-        ticket = Ticket(id, spec, now, start_s - HEAD_START_S * spec.priority, next(self.seq), now, cost_s, demand)
+        ticket = Ticket(id, spec, now, start_s - HEAD_START_S * spec.priority, next(self.seq), now, cost_s, demand, pace)
         self.sessions[spec.client, spec.session] += 1
         for other in self.take_turns(ticket):
             self.marked[spec.model] += 1
@@ -5286,6 +5287,8 @@ class WaitingRoom:
 
     def push(self, ticket: Ticket) -> None:
         """Put a ticket at the place that its key gives it."""
+        if ticket.pace is not None and ticket.state is not TicketState.WAITING:
+            ticket.pace.waiting += 1
         ticket.state = TicketState.WAITING
         self.tickets[ticket] = None
         entry, spec = (ticket.key_s, ticket.seq, ticket), ticket.spec
@@ -5331,6 +5334,8 @@ class WaitingRoom:
         """Let a ticket whose entry was popped wait no longer."""
         ticket.state = TicketState.IDLE
         del self.tickets[ticket]
+        if ticket.pace is not None:
+            ticket.pace.waiting -= 1
 
     def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
         """Take a waiting ticket out with the answer that its client gets. Its entry may have been popped or not."""
@@ -5413,8 +5418,9 @@ class Dispatcher:
         if len(self.waiting) >= self.waiting.max_tickets:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
-        ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now)
-        ticket.version, ticket.pace = version, self.cluster.estimates.paces.begin(spec, now)
+        pace = self.cluster.estimates.paces.begin(spec, now)
+        ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now, pace)
+        ticket.version = version
         self.policy.arrived(ticket)
         return ticket
 
@@ -5471,10 +5477,7 @@ class Dispatcher:
         had_place = ticket.state in (TicketState.WAITING, TicketState.LEASED)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
-        has_left = self.waiting.leave(ticket)
-        if has_left and ticket.pace is not None:
-            ticket.pace.end(now)
-        return has_left and had_place
+        return self.waiting.leave(ticket) and had_place
 
     def drain_s(self, now: float) -> float:
         """Return when the queue would be empty if nothing more came, in seconds from now; at least 1."""
@@ -5874,28 +5877,27 @@ class Pace:
 
     GAIN: ClassVar[float] = 0.3
 
-    asked: int = 0                  # its requests that wait or run
-    running: int = 0                # those that run
+    waiting: int = 0                # its requests in the waiting room
+    running: int = 0                # and on nodes
     ended_s: float = -math.inf      # when the last one ended
     gap_s: float = math.inf         # EWMA of the time from the end of one to the next; infinite = never seen
 
     def begin(self, now: float) -> None:
         """Note that a request of it came."""
-        if not self.asked and self.ended_s > -math.inf:
+        if not (self.waiting or self.running) and self.ended_s > -math.inf:
             gap_s = now - self.ended_s
             self.gap_s = gap_s if self.gap_s == math.inf else self.gap_s + self.GAIN * (gap_s - self.gap_s)
-        self.asked += 1
 
     def end(self, now: float) -> None:
-        """Note that one has ended."""
-        self.asked -= 1
+        """Note that one that ran has ended."""
+        self.running -= 1
         self.ended_s = now
 
     def is_back_within(self, seconds: float, now: float) -> bool:
         """Tell whether its next request waits, or is expected within so many seconds from the end of the last one."""
         if self.running:
             return False
-        return self.asked > 0 or self.gap_s < seconds and now - self.ended_s < LATE * self.gap_s
+        return self.waiting > 0 or self.gap_s < seconds and now - self.ended_s < LATE * self.gap_s
 
 
 class Paces:

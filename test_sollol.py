@@ -1607,15 +1607,18 @@ def test_hits_of_conversations_are_learned_and_single_prompts_are_none():
 @table("told, seconds, now, is_back", [
     ("never seen to go on", "b0 e1", 60, 2, False), ("back after two seconds", "b0 e1 b3 e4", 5, 5, True),
     ("not within one", "b0 e1 b3 e4", 1, 5, False), ("late", "b0 e1 b3 e4", 5, 17, False),
-    ("it waits", "b0 e1 b3 e4 b100", 1, 200, True), ("it runs", "b0 e1 b3 e4 b6 r", 60, 7, False),
-    ("two at once", "b0 b0 e1 b3 e4 e9 b10 e11", 2, 12, True)])
+    ("it waits", "b0 e1 b3 e4 b100 w", 1, 200, True), ("it runs", "b0 e1 b3 e4 b6 r", 60, 7, False),
+    ("one beside another is no pause", "b0 e1 b3 r b3.1 e9 b11 e12", 2.5, 13, True)])
 def test_conversation_is_expected_back_by_its_usual_pause(told, seconds, now, is_back):
     pace = sollol.Pace()
     for word in told.split():
-        if word == "r":
-            pace.running += 1
+        if word in "rw":
+            pace.running, pace.waiting = word.count("r"), word.count("w")
+        elif word[0] == "b":
+            pace.begin(float(word[1:]))
         else:
-            (pace.begin if word[0] == "b" else pace.end)(float(word[1:]))
+            pace.running, pace.waiting = 1, 0
+            pace.end(float(word[1:]))
     assert pace.is_back_within(seconds, now) is is_back
 
 
@@ -1690,7 +1693,7 @@ def test_answers_show_how_much_a_cache_really_holds(in_slots, elsewhere):
 def test_new_conversation_goes_where_no_other_one_is_expected_back():
     dispatcher = cluster(slots=2, n1=["m"], n2=["m"])
     for node in ("n1", "n2"):
-        runner(dispatcher, node).speeds.prefill_s = 0.0001
+        runner(dispatcher, node).speeds.prefill_s = 0.001
     now = 0.0
     for parts in (4, 5, 6):
         first = turn_of(1, parts, now, dispatcher)
@@ -1698,7 +1701,7 @@ def test_new_conversation_goes_where_no_other_one_is_expected_back():
         finish(dispatcher, first, now + 1.0)
         now += 2.0
     known = runner(dispatcher, "n1").prefixes
-    assert known.expected_back(5.5) == 1 and known.expected_back(100.0) == 0
+    assert [known.expected_back(0.001, now) for now in (5.5, 100.0)] == [1, 0] and not known.expected_back(0.0001, 5.5)
     second = turn_of(2, 4, 5.5, dispatcher)
     assert placed(dispatcher, 5.5) == ["n2"] and second.lease
     first = turn_of(1, 7, 6.0, dispatcher)
@@ -3498,6 +3501,9 @@ class Walk:
         fair = self.dispatcher.waiting.fair
         assert sum(fair.active.values()) == len(self.tickets) and fair.begun_s.keys() == fair.active.keys()
         assert sum(queue.sessions.values()) == len(self.tickets)
+        paces = {id(it.pace): it.pace for it in self.tickets if it.pace}.values()
+        assert sum(pace.waiting for pace in paces) == sum(bool(it.pace) for it in queue.tickets)
+        assert sum(pace.running for pace in paces) == sum(bool(it.ticket.pace) for it in leases if it.runner)
         valid = [entry[2] for heap in queue.heaps.values() for entry in heap if sollol.is_valid(entry)]
         assert len(valid) == len(queue.tickets) and set(valid) == set(queue.tickets)
         assert all(fair.next_s[client][priority] >= begun_s for (client, priority), begun_s in fair.begun_s.items())
