@@ -1256,21 +1256,48 @@ async def read_request(exchange: Exchange) -> None:
     if route.family is Family.ANTHROPIC and gateway.options.stable_prefix and len(body) <= PARSED_BYTES:
         body = exchange.body = CHANGING_BLOCK.sub(STABLE_BLOCK, body, 1)
     exchange.client.serving = True
-    steps = reading_steps(head, route, body)
-    is_short = len(body) <= SHORT_BODY_BYTES
-    reading = at_once(steps) if is_short else await gateway.turns.run(steps)
+    reading = await gateway.work_on(body, reading_steps(head, route, body))
+    if gateway.options.alias:
+        await follow_alias(exchange, reading.fields)
     if gateway.options.num_ctx and route.where is Where.QUEUED and route.family is Family.OLLAMA:
-        widening = widened(body, reading.fields, gateway.options.num_ctx)
-        exchange.body = at_once(widening) if is_short else await gateway.turns.run(widening)
+        widening = widened(exchange.body, reading.fields, gateway.options.num_ctx)
+        exchange.body = await gateway.work_on(body, widening)
     if verdict.tells_users:
         exchange.record.user = verdict.user or user_in(reading.fields) or verdict.behind
     spec = exchange.spec = read_spec(head, route, reading, verdict.person(exchange.record.user), verdict.priority)
     spec.priority = min(spec.priority, verdict.max_priority)
     if verdict.key is not None:
         spec.share = verdict.key.settings.share
+    if spec.stream and head.path in USAGE_STREAMS and gateway.options.count_streams:
+        exchange.usage = await gateway.work_on(body, asking_for_usage(exchange.body, reading.fields))
     if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
         raise refusal.error()       # only the body tells of this change
     exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
+
+
+async def follow_alias(exchange: Exchange, fields: Json) -> None:
+    """Let a request whose model's name is an alias ask for the model that serves it: its body or path, and `fields`."""
+    gateway, head, route, body = exchange.gateway, exchange.head, exchange.route, exchange.body
+    is_path = route.kind == "raw" and head.path.startswith(MODEL_PATH)
+    key = "name" if fields.get("name") and not fields.get("model") else "model"     # as old clients call it
+    name = head.path.removeprefix(MODEL_PATH) if is_path else fields.get(key)
+    if not name or not isinstance(name, str) or not (is_path or route.kind in ALIASED_KINDS):
+        return
+    is_there = gateway.dispatcher.cluster.is_there(canonical(name))
+    model = alias_target(name, gateway.options.alias, is_there)
+    if model is None:
+        return
+    if is_path:
+        exchange.alias = Alias(json.dumps(name).encode(), model, "id")
+        head.path = MODEL_PATH + model
+        query = head.target.partition(b"?")[1:]
+        head.target = urllib.parse.quote(head.path, safe="/:").encode() + b"".join(query)
+    elif route.kind == "transcribe":
+        exchange.body = await gateway.work_on(body, with_model_in_form(head, body, model))
+        fields["model"] = model
+    else:
+        exchange.body, exchange.alias = await gateway.work_on(body, with_model(body, key, model))
+        fields[key] = model if exchange.alias else name
 
 
 RawLines = list[bytes] | tuple[()]      # of a head; in a Record, bytes is a field
@@ -1315,7 +1342,15 @@ class Exchange:
     body: Body = b""                # unless its route leaves it unread
     verdict: Verdict = field(init=False)
     version: str = ""               # digest of the model that must answer; "" = any
+    alias: Alias | None = None      # what the client calls the model, if that is another name
+    usage: Splice | None = None     # what asks a node for the counts of a stream, if the client does not
     transcript: Transcript | None = None    # of a stream that another node may go on with
+
+    def as_sent_to(self, node: Node) -> tuple[bytes, Body | memoryview]:
+        """Return the body for a node in two parts, the first b"" unless it asks for the counts of a stream."""
+        if self.usage is None or not counts_streams(node.version):
+            return b"", self.body
+        return self.usage.cut(self.body)
 
     async def read_body(self) -> Body:
         """Return the whole body of the request. Raises as ClientConnection.read_body."""
@@ -1755,8 +1790,8 @@ def find_in_steps(body: Body, mark: bytes, at: int) -> Steps[int]:
     return -1
 
 
-def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None]:
-    """Return the text of a field of a multipart form (RFC 7578), or None."""
+def form_span(content_type: bytes, body: Body, name: bytes) -> Steps[Span | None]:
+    """Return where the value of a field of a multipart form (RFC 7578) is in a body, or None."""
     match = BOUNDARY.search(content_type)
     if not match or len(match[0]) > MAX_BOUNDARY_BYTES:
         return None
@@ -1769,11 +1804,17 @@ def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None
             return None
         field_name = FIELD_NAME.search(body[start:min(value, start + KIB)])
         if field_name and field_name[1] == name:
-            return body[value + 4:min(end, value + 4 + 4 * MAX_NAME_CHARS)].decode(errors="replace")
+            return Span(value + 4, max(value + 4, end))
         at = end + 2
         if count % 100 == 99:
             yield
     return None
+
+
+def form_field(content_type: bytes, body: Body, name: bytes) -> Steps[str | None]:
+    """Return the text of a field of a multipart form, cut short, or None."""
+    span = yield from form_span(content_type, body, name)
+    return body[span.start:min(span.end, span.start + 4 * MAX_NAME_CHARS)].decode(errors="replace") if span else None
 
 
 def lower_keys(pairs: list[tuple[str, Any]]) -> Json:
@@ -1864,7 +1905,7 @@ NAME_FIELDS = ("model", "name", "source", "from")       # what a request calls i
 BLOB_FIELDS = ("files", "adapters", "draft_files")      # of create: what is made from blobs
 LONG_FIELDS = ("system", "instructions", "prompt", "messages", "input")     # the prompt, as the model reads it
 SKIMMED_FIELDS = frozenset((*NAME_FIELDS, *LONG_FIELDS, "stream", "options", "tools", "keep_alive", "priority",
-                            "service_tier", *BLOB_FIELDS, "shift", "temperature", "seed", "logprobs",
+                            "service_tier", "stream_options", *BLOB_FIELDS, "shift", "temperature", "seed", "logprobs",
                             "top_logprobs", "user", "metadata", "prompt_cache_key", *OUTPUT_BOUNDS.values()))
 
 
@@ -1925,20 +1966,20 @@ def end_within(block: Body, depth: int, in_string: int) -> int:
     return len(block)
 
 
-def spans_in(body: Body) -> Steps[dict[str, Span]]:
-    """Return where the values of the object are that `body` begins with: of the fields that are looked at, by name.
+def spans_in(body: Body, at: int = 0, names: frozenset[str] = SKIMMED_FIELDS) -> Steps[dict[str, Span]]:
+    """Return where the values of the object are that begins at `at` of a body: of the fields `names`, by name.
 
     Names in any case are the same, and the last one wins. Raises ValueError if there is no object.
     """
     spans: dict[str, Span] = {}
-    place = OBJECT_START.match(body)
+    place = OBJECT_START.match(body, at)
     for count in range(MAX_SKIMMED_FIELDS):
         member = MEMBER.match(body, place.end()) if place else None
         if not member:
             raise ValueError("not an object")
         span = Span(member.end(), (yield from value_end(body, member.end())))
         name = str(json.loads(f'"{member[1].decode(errors="replace")}"')).lower()
-        if name in SKIMMED_FIELDS:
+        if name in names:
             spans[name] = span
         place = MEMBER_END.match(body, span.end)
         if place and place[1] == b"}":
@@ -2028,9 +2069,12 @@ def canonical(name: str) -> str:
     return name
 
 
+MODEL_PATH = "/v1/models/"          # and then the name of one
+
+
 def model_in(path: str) -> str | None:
     """Return the canonical model that a path names, as /v1/models/llama3.2 does, or None."""
-    before, _, name = path.partition("/v1/models/")
+    before, _, name = path.partition(MODEL_PATH)
     return canonical(name) if name and not before else None
 
 
@@ -2047,6 +2091,33 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 def is_meant(model: str, pattern: str) -> bool:
     """Tell whether a pattern means the model of a canonical name."""
     return pattern_regex(pattern).fullmatch(model) is not None
+
+
+class Alias(NamedTuple):
+    """What a client calls a model that is asked for by another name."""
+
+    asked: bytes                    # a JSON string, as the client wrote it
+    model: str                      # that serves it
+    key: str = "model"              # of the member of an answer that names the model
+
+
+# Of routes: what runs or shows a model. Whoever changes one means the model of that very name.
+ALIASED_KINDS = PROMPT_KINDS | {"image", "transcribe", "show"}
+
+
+def alias_target(name: str, aliases: list[tuple[str, str]], is_there: bool) -> str | None:
+    """Return the model that serves what a client calls `name`, None: the one of that name.
+
+    `aliases`: [(pattern, model), ...]; an alias without `*` comes first, then the model that `is_there`, then the first
+    pattern that fits. An alias is followed once: what it leads to is no alias.
+    """
+    asked = canonical(name)
+    forms = asked, asked.removesuffix(":latest")
+    exact = (model for pattern, model in aliases if pattern == asked)
+    by_pattern = (model for pattern, model in aliases
+                  if not is_there and any(is_meant(form, pattern) for form in forms))
+    model = next(itertools.chain(exact, by_pattern), None)
+    return None if model is None or canonical(model) == asked else model
 
 
 def is_cloud(model: str) -> bool:
@@ -2243,6 +2314,68 @@ def widened(body: Body, fields: Json, windows: list[tuple[str, int]]) -> Steps[B
     if options is None:
         return body[:start] + b'{"num_ctx":%d}' % num_ctx + body[end:]
     return body[:start + 1] + b'"num_ctx":%d%b' % (num_ctx, b"," if own else b"") + body[start + 1:]
+
+
+def with_model(body: Body, key: str, model: str) -> Steps[tuple[Body, Alias | None]]:
+    """Return a body whose field `key` says `model`, and the Alias that undoes it; not another byte is changed.
+
+    What the skimmer reads in another way than json, and names of any length, are left for a node to refuse.
+    """
+    try:
+        spans = yield from spans_in(body)
+    except ValueError:
+        spans = {}
+    start, end = spans.get(key, (0, 0))
+    if not 0 < end - start <= 4 * MAX_NAME_CHARS:
+        return body, None
+    return body[:start] + json.dumps(model).encode() + body[end:], Alias(bytes(body[start:end]), model)
+
+
+def with_model_in_form(head: RequestHead, body: Body, model: str) -> Steps[Body]:
+    """Return a multipart form whose field `model` says `model`."""
+    span = yield from form_span(head.fields.get(b"content-type", b""), body, b"model")
+    return body[:span.start] + model.encode() + body[span.end:] if span else body
+
+
+# What makes a stream of OpenAI's end with the counts of its tokens.
+USAGE_STREAMS = frozenset(("/v1/completions", "/v1/chat/completions"))
+ASK_USAGE = b'"stream_options":{"include_usage":true},'
+
+
+class Splice(NamedTuple):
+    """Bytes that stand in a body in place of those from `start` to `end`, when it goes to some nodes."""
+
+    start: int
+    end: int
+    data: bytes
+
+    def cut(self, body: Body) -> tuple[bytes, memoryview]:
+        """Return a body with these bytes in it, in two parts; a long one is not copied."""
+        return bytes(body[:self.start]) + self.data, memoryview(body)[self.end:]
+
+
+def asking_for_usage(body: Body, fields: Json) -> Steps[Splice | None]:
+    """Return what makes a body ask for the counts of its stream, None: it does, or says what a node is to refuse."""
+    options = fields.get("stream_options")
+    if "stream_options" not in fields:
+        at = body.index(b"{") + 1
+        return Splice(at, at, ASK_USAGE)
+    if options is not None and not isinstance(options, dict) or len(body) > PARSED_BYTES:
+        return None
+    own = lower_keys(list((options or {}).items()))
+    if own.get("include_usage") is not None and own["include_usage"] is not False:
+        return None
+    try:
+        spans = yield from spans_in(body)
+    except ValueError:
+        return None
+    return Splice(*spans["stream_options"], json.dumps({**own, "include_usage": True}).encode())
+
+
+@remembered
+def counts_streams(version: str) -> bool:
+    """Tell whether a node of this version of Ollama counts the tokens of a stream when it is asked to: since 0.5.2."""
+    return [int(part) for part in re.findall(r"\d{1,9}", version)] >= [0, 5, 2]
 
 
 # A duration as Go writes it: "1h30m", "-1m"; "0" alone needs no unit.
@@ -2644,6 +2777,10 @@ class Cluster:
     def is_in_cloud(self, model: str | None) -> bool:
         """Tell whether a model is run by ollama.com or another server, and not by a card of a node's own."""
         return model is not None and (is_cloud(model) or model in self.remote)
+
+    def is_there(self, model: str) -> bool:
+        """Tell whether a model can be asked for by its own canonical name; cloud models need not be listed."""
+        return model in self.holders or self.is_in_cloud(model)
 
     def in_flight(self) -> int:
         """Return how many requests run, on dropped nodes, too."""
@@ -3552,6 +3689,7 @@ class Timings(NamedTuple):
     prompt_tokens: int = 0
     output_s: float = 0.0
     output_tokens: int = 0
+    estimated: bool = False         # the counts, or one of them, are the gateway's own: see `accounted`
 
     @property
     def hidden_wait_s(self) -> float:
@@ -3664,6 +3802,7 @@ def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
 
 EVENT_LINES = 2                     # an event of OpenAI's is a line and an empty one
 EVENTS_AFTER = 2                    # the last token: finish and [DONE]
+LINES_OF_EVENTS = {"/v1/completions": 2, "/v1/chat/completions": 2, "/v1/messages": 3, "/v1/responses": 3}
 
 
 def counted(lease: Lease, timings: Timings) -> Timings:
@@ -3671,6 +3810,24 @@ def counted(lease: Lease, timings: Timings) -> Timings:
     if timings.output_tokens or not lease.ticket.spec.stream:
         return timings
     return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
+
+
+def accounted(lease: Lease, timings: Timings, path: str, is_whole: bool) -> Timings:
+    """Return the Timings of an answer for whoever adds up tokens: what its node did not tell is estimated, and marked.
+
+    A prompt is as long as predicted. Of a stream the events are counted, at about one token each; an answer that does
+    not stream is as long as expected. Only a node's own numbers teach: these are for nothing else.
+    """
+    spec = lease.ticket.spec
+    if lease.runner is None or not (timings.prompt_tokens or spec.prompt_chars or spec.prompt_images):
+        return timings              # a mere load, for example
+    prompt_tokens, output_tokens = timings.prompt_tokens or round(lease.prompt_tokens), timings.output_tokens
+    if not (output_tokens or spec.embeds or timings.prompt_tokens and is_whole):
+        events = lease.lines // LINES_OF_EVENTS.get(path, 1)
+        after = EVENTS_AFTER if is_whole and spec.family is Family.OPENAI else 0
+        output_tokens = max(0, events - after) if spec.stream else round(lease.output_tokens)
+    is_own = (prompt_tokens, output_tokens) == (timings.prompt_tokens, timings.output_tokens)
+    return timings._replace(prompt_tokens=prompt_tokens, output_tokens=output_tokens, estimated=not is_own)
 
 
 def learn_from(lease: Lease, timings: Timings, now: float) -> Timings:
@@ -6133,9 +6290,10 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
         if lease.lost_to is not None:
             connection.fail(lease.lost_to)
 
-    request = render_request(head, lease.node.settings, len(exchange.body))
+    lead, body = exchange.as_sent_to(lease.node)
+    request = render_request(head, lease.node.settings, len(lead) + len(body)) + lead
     repeatable = spec.repeatable and not spec.change
-    connection, answer = await pool.request(request, head.method, on_connection, repeatable, exchange.body)
+    connection, answer = await pool.request(request, head.method, on_connection, repeatable, body)
     has_begun = False
     try:
         if spec.inference and await shows_failure(connection, answer):
@@ -6143,7 +6301,7 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
             kind = failover_kind(answer.status, text, lease.runner is not None)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         has_begun = True
-        return Begun(lease, connection, answer)
+        return Begun(lease, connection, answer, usage=bool(lead))
     finally:
         lease.abandon = None
         if not has_begun:
@@ -6545,7 +6703,7 @@ class NodeConnection(asyncio.Protocol):
         if self.unsent:
             self.send_more()
 
-    def send(self, head: bytes, body: Body) -> None:
+    def send(self, head: bytes, body: Body | memoryview) -> None:
         """Send a request; a long body goes out in pieces, as the node takes them."""
         self.clean = False
         if len(body) <= SENT_BYTES:
@@ -6748,7 +6906,7 @@ class Pool:
 
     async def request(self, data: bytes, method: str,
                       on_connection: Callable[[NodeConnection], None] = lambda connection: None, reuse: bool = True,
-                      body: Body = b"") -> tuple[NodeConnection, ResponseHead]:
+                      body: Body | memoryview = b"") -> tuple[NodeConnection, ResponseHead]:
         """Send a whole request, a head and a body; return (connection, head of the answer). Raises NodeFailure.
 
         A connection that was idle may have died unseen, which shows only now: then a fresh one is tried, once. What
@@ -7169,6 +7327,7 @@ class Begun(NamedTuple):
     connection: NodeConnection
     answer: ResponseHead
     upload: Upload | None = None    # of a body that is still going up
+    usage: bool = False             # the gateway has asked for the counts of its tokens, the client has not
 
 
 class Relay(Sink):
@@ -7235,6 +7394,10 @@ class Relay(Sink):
             self.keep(payload)
         elif not self.body.done:
             return                  # part of the framing only
+        self.send(payload, verbatim)
+
+    def send(self, payload: bytes, verbatim: bytes | None) -> None:
+        """Write a piece of the body in the client's framing; `verbatim`: the same piece as whole chunks, or None."""
         if self.framing is not Framing.CHUNKED:
             self.write(payload)
         elif verbatim is not None:
@@ -7321,6 +7484,19 @@ def pass_on_whole(exchange: Exchange, begun: Begun) -> None:
     connection.clean = begun.answer.keep_alive
 
 
+async def pass_on_edited(exchange: Exchange, begun: Begun, edits: Edits) -> None:
+    """Pass on an answer that does not stream, edited, once it is whole. Raises NodeFailure: the client has nothing."""
+    gateway, lease, connection = exchange.gateway, begun.lease, begun.connection
+    lease.ticket.race = None        # it is there, but for its bytes
+    lease.heard(0, connection.loop.time())
+    body = await Collector(connection, begun.answer, SHARE_ANSWER_BYTES).collect()
+    ending = body[-TAIL_BYTES:]
+    body = await gateway.work_on(body, edits.whole(body, begun.answer))
+    exchange.record.first_s = lease.first_s
+    judge_end(exchange, begun, ending)
+    await answer_whole(exchange, begun.answer, [body])
+
+
 def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
     """Learn from an answer that ended as its framing said.
 
@@ -7331,16 +7507,18 @@ def judge_end(exchange: Exchange, begun: Begun, ending: bytes) -> None:
         return
     gateway, record, lease, streams = exchange.gateway, exchange.record, begun.lease, is_stream(begun.answer)
     dispatcher, now = gateway.dispatcher, gateway.loop.time()
-    record.timings = read_timings(ending[-TAIL_BYTES:])
+    timings = read_timings(ending[-TAIL_BYTES:])
     error = error_in_stream(ending) if streams else ""
+    is_whole = not error and (not streams or LAST_LINE.search(ending[-TAIL_BYTES:]) is not None)
     if error:
         record.outcome, record.reason = "error", error
         if lease.runner is not None:    # of a push, say, it is its client's own
             gateway.node_io.record_failure(lease, Failure("model", f"broke off: {error}"))
-    elif streams and not LAST_LINE.search(ending[-TAIL_BYTES:]):
-        lease.worked(now)
+    elif is_whole:
+        dispatcher.observe(lease, timings, now)
     else:
-        dispatcher.observe(lease, record.timings, now)
+        lease.worked(now)
+    record.timings = accounted(lease, timings, exchange.head.path, is_whole)
 
 
 def begun_stream(exchange: Exchange) -> LineRelay | None:
@@ -7354,9 +7532,12 @@ def make_relay(exchange: Exchange, begun: Begun) -> Relay:
     kind = answer.fields.get(b"content-type", b"")
     if before and (answer.status != 200 or kind != before.head.fields.get(b"content-type")):
         raise NodeFailure("garbage", f"answered {answer.status} {kind.decode(errors='replace')}")
-    is_kept = answer.status == 200 and answer.length in (None, UNTIL_CLOSE) and is_stream(answer)
-    if transcript and (before or is_kept):
-        return LineRelay(exchange, begun, transcript)
+    is_open_stream = answer.status == 200 and answer.length in (None, UNTIL_CLOSE) and is_stream(answer)
+    edits = edits_of(exchange, begun)
+    if transcript and (before or is_open_stream):
+        return LineRelay(exchange, begun, edits, transcript)
+    if edits and is_open_stream:
+        return EditedRelay(exchange, begun, edits)
     is_whole = exchange.spec.inference and not exchange.spec.stream
     return Relay(exchange, begun, WHOLE_ANSWER_BYTES if is_whole else 0)
 
@@ -7379,7 +7560,10 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     it got. Any other failure ends the answer here.
     """
     gateway, client, record, lease = exchange.gateway, exchange.client, exchange.record, begun.lease
-    before = begun_stream(exchange)
+    before, edits = begun_stream(exchange), edits_of(exchange, begun)
+    if edits and not before and edits.need_all_of(begun.answer):
+        await pass_on_edited(exchange, begun, edits)
+        return
     if begun.answer.length == len(begun.connection.buffer) <= READ_AHEAD_BYTES and not before:
         pass_on_whole(exchange, begun)
         return
@@ -7394,11 +7578,13 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
     except NodeFailure as failure:
         if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
             raise
-        record.timings = read_timings(relay.tail())
+        record.timings = accounted(lease, read_timings(relay.tail()), exchange.head.path, False)
         gateway.node_io.record_failure(lease, failure.value)
         break_off(exchange, relay, f"{lease.node.name} {failure}")
     finally:
         client.source = None
+        if not relay.over:          # the client has left
+            record.timings = accounted(lease, Timings(), exchange.head.path, False)
         record.status = begun.answer.status
         record.bytes = relay.bytes + (record.bytes if before else 0)
         record.first_s = record.first_s if before else lease.first_s
@@ -7498,6 +7684,161 @@ def refuse_unread(gateway: Gateway, client: ClientConnection, refusal: Refusal) 
     """Write a Refusal to a client whose head has not come, or cannot be read: it gets no id, and no line of the log."""
     head = RequestHead("GET", b"", "", 1, {}, [], 0, False, False)
     answer_refusal(Exchange(gateway, client, head, Record("", client.address, "", "", 0.0), False), refusal)
+
+
+# -----------------------------------------------------------------------------
+# Edited answers: what must a client not see of a node's answer?
+#
+# The name of the model, where the client calls it by an alias. It stands at known places: in an answer or event itself,
+# in Anthropic's `message` and in `response` of /v1/responses; a text that holds the same bytes, or the arguments of a
+# tool call, stay as they are. And the counts of a stream's tokens, where only the gateway has asked for them. A stream
+# is edited in whole lines or events, however its bytes are cut.
+# -----------------------------------------------------------------------------
+
+NAMING = frozenset(("model", "message", "response", "id"))      # members of an answer that name its model, or may
+# The name behind members that are no objects and no long texts, as nearly all lines have it. Quotes within a text would
+# be escaped.
+EARLY_NAME = re.compile(rb'(?:event:[^\n]*\n)?(?:data: ?)?\{'
+                        rb'(?:(?!"model")"[a-z_]{1,40}": ?(?:"[^"\\]{0,200}"|[a-z0-9.]{1,30}), ?){0,8}+'
+                        rb'"model": ?("[^"\\]{0,2048}")')
+
+
+def named_span(data: bytes, key: str) -> Steps[Span | None]:
+    """Return where an answer, a line or an event names its model, by its member `key`. Raises ValueError."""
+    lead = EVENT_LEAD.match(data)
+    spans = yield from spans_in(data, lead.end() if lead else 0, NAMING)
+    for outer in ("message", "response"):
+        if key not in spans and outer in spans and data[spans[outer].start:spans[outer].start + 1] == b"{":
+            spans = yield from spans_in(data, spans[outer].start, NAMING)
+    return spans.get(key)
+
+
+def renamed(data: bytes, alias: Alias) -> Steps[bytes]:
+    """Return an answer, a line or an event of one, that calls the model as the client does; else byte for byte."""
+    if b'"%b"' % alias.key.encode() not in data:
+        return data
+    if early := EARLY_NAME.match(data) if alias.key == "model" else None:
+        span: Span | None = Span(*early.span(1))
+    else:
+        try:
+            span = yield from named_span(data, alias.key)
+        except ValueError:          # no JSON: [DONE], or an error in words
+            span = None
+    if span is None:
+        return data
+    try:
+        name = json.loads(data[span.start:span.end])
+    except ValueError:
+        return data
+    if not isinstance(name, str) or canonical(name) != canonical(alias.model):
+        return data                 # an error of OpenAI's has an empty one
+    return data[:span.start] + alias.asked + data[span.end:]
+
+
+def split_lines(data: bytes, separator: re.Pattern[bytes]) -> list[bytes]:
+    """Return the lines or events in whole ones, each with its end; what stands behind the last end is the last."""
+    *parts, rest = separator.split(data)
+    return [line + end for line, end in zip(parts[::2], parts[1::2], strict=True)] + ([rest] if rest else [])
+
+
+USAGE = b'"usage"'                  # quotes and line ends within a text would be escaped
+ZERO_USAGE = b',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}\n\n'
+EMPTY_CHOICES = re.compile(rb'"choices": ?\[\]')
+USAGE_AT_END = re.compile(rb', ?"usage": ?(?:null|\{[^{}]*\})(?=\}\s*\Z)')
+
+
+def without_usage(event: bytes) -> bytes:
+    """Return an event of OpenAI's as a client gets it that has not asked for usage: b"" for that with nothing else.
+
+    Ollama sends one more event, with empty `choices`, and on /v1/completions a `usage` of zeros at the end of each of
+    the others (middleware/openai.go).
+    """
+    lead = EVENT_LEAD.match(event)
+    value = object_in(event[lead.end():]) if lead and EMPTY_CHOICES.search(event) else None
+    if value and value.get("choices") == [] and value.get("usage"):
+        return b""
+    return USAGE_AT_END.sub(b"", event, 1)
+
+
+class Edits(NamedTuple):
+    """What is to be changed in a node's answer."""
+
+    alias: Alias | None
+    usage: bool = False             # the gateway has asked for the counts of a stream, the client has not
+
+    def need_all_of(self, answer: ResponseHead) -> bool:
+        """Tell whether an answer is edited as a whole: its length changes, or it is no lines."""
+        return answer.length not in (None, UNTIL_CLOSE) if is_stream(answer) else self.alias is not None
+
+    def line(self, line: bytes) -> bytes:
+        """Return a line or event for the client."""
+        if self.usage and USAGE in line:
+            line = without_usage(line)
+        return at_once(renamed(line, self.alias)) if self.alias else line
+
+    def lines(self, data: bytes, separator: re.Pattern[bytes]) -> bytes:
+        """Return whole lines or events for the client."""
+        if not self.alias:          # then all of it is about usage, and nearly all events are short work
+            data = data.replace(ZERO_USAGE, b"}\n\n")
+            if USAGE not in data:
+                return data
+        return b"".join(map(self.line, split_lines(data, separator)))
+
+    def whole(self, body: bytes, answer: ResponseHead) -> Steps[bytes]:
+        """Return a whole answer for the client."""
+        if is_stream(answer):
+            return self.lines(body, EVENT_END if b"event" in answer.fields[b"content-type"].lower() else LINE_END)
+        return (yield from renamed(body, self.alias)) if self.alias else body
+
+
+def edits_of(exchange: Exchange, begun: Begun) -> Edits | None:
+    """Return what is to be changed in an answer, None: nothing."""
+    return Edits(exchange.alias, begun.usage) if exchange.alias or begun.usage else None
+
+
+class EditedRelay(Relay):
+    """Relay a stream in whole lines or events, edited. Pieces that need no edit pass as in any Relay."""
+
+    __slots__ = ("edits", "separator", "partial", "direct")
+    reads_lines = True
+
+    def __init__(self, exchange: Exchange, begun: Begun, edits: Edits | None) -> None:
+        super().__init__(exchange, begun)
+        self.edits, self.partial = edits, b""
+        self.separator = EVENT_END if len(self.ends) > 1 else LINE_END
+        is_chunked = self.framing is Framing.CHUNKED and edits is not None and not edits.alias
+        self.direct = self.body if is_chunked and isinstance(self.body, ChunkedBody) else None
+
+    def take(self, payload: bytes, verbatim: bytes | None) -> None:
+        if payload:
+            self.heard(payload.count(b"\n"), self.time())
+        self.pass_whole(*self.whole_lines(payload, self.body.done), payload, verbatim)
+
+    def pass_whole(self, whole: bytes, rest: bytes, payload: bytes = b"", verbatim: bytes | None = None) -> None:
+        """Send whole lines to the client, and hold the rest; `verbatim`: the chunks of `payload`, which came last."""
+        assert self.edits is not None   # else a plain Relay does it
+        edited, self.partial = self.edits.lines(whole, self.separator), rest
+        if whole:
+            self.keep(whole)
+        if edited or self.body.done:
+            self.send(edited, verbatim if edited == whole == payload else None)
+        if not self.prelude:
+            self.passing = None if rest else self.direct
+
+    def whole_lines(self, payload: bytes, is_last: bool) -> tuple[bytes, bytes]:
+        """Return (what has come in whole lines or events, the rest). A very long line, or the last one, counts so."""
+        data = self.partial + payload if self.partial else payload
+        if data.endswith(self.ends):
+            return data, b""
+        end = max((at + len(mark) for mark in self.ends if (at := data.rfind(mark)) >= 0), default=0)
+        if is_last or not end and len(data) > MAX_LINE_BYTES:
+            end = len(data)
+        return data[:end], data[end:]
+
+    def end(self, clean: bool) -> None:
+        if self.partial:            # of a body that ends with its connection
+            self.pass_whole(self.partial, b"")
+        super().end(clean)
 
 
 # -----------------------------------------------------------------------------
@@ -7682,15 +8023,14 @@ class Transcript:
         return lead + json.dumps(value).encode() + (b"\n\n" if lead else b"\n")
 
 
-class LineRelay(Relay):
+class LineRelay(EditedRelay):
     """Relay a deterministic stream in whole lines, and keep a transcript, so that another node can continue it."""
 
-    __slots__ = ("transcript", "partial")
-    reads_lines = True
+    __slots__ = ("transcript",)
 
-    def __init__(self, exchange: Exchange, begun: Begun, transcript: Transcript) -> None:
-        super().__init__(exchange, begun)
-        self.transcript, self.partial = transcript, b""
+    def __init__(self, exchange: Exchange, begun: Begun, edits: Edits | None, transcript: Transcript) -> None:
+        super().__init__(exchange, begun, edits)
+        self.transcript = transcript
         if transcript.relay is not None:    # the client has the head, and a part of the body
             self.framing, self.prelude = transcript.relay.framing, b""
 
@@ -7701,18 +8041,15 @@ class LineRelay(Relay):
         if not payload:
             return
         self.heard(payload.count(b"\n"), self.time())
-        data = self.partial + payload
-        end = max((at + len(mark) for mark in self.ends if (at := data.rfind(mark)) >= 0), default=0)
-        if not end and len(data) > MAX_LINE_BYTES:      # a picture, say: it passes, and that ends the transcript
-            end, self.transcript.at = len(data), sys.maxsize
-        whole, self.partial = data[:end], data[end:]
-        self.pass_on(whole, verbatim if len(whole) == len(payload) == len(data) and not self.body.done else None)
+        before, (whole, self.partial) = self.partial, self.whole_lines(payload, False)
+        if whole and not whole.endswith(self.ends):     # a picture, say: it passes, and that ends the transcript
+            self.transcript.at = sys.maxsize
+        is_all = not before and not self.partial and not self.body.done
+        self.pass_on(whole, verbatim if is_all else None)
 
     def pass_on(self, whole: bytes, verbatim: bytes | None = None) -> None:
         """Send the client what it lacks of whole lines; `verbatim`: the same lines as chunks, or None."""
-        *lines, rest = (EVENT_END if len(self.ends) > 1 else LINE_END).split(whole)
-        lines = [line + end for line, end in zip(lines[::2], lines[1::2], strict=True)] + ([rest] if rest else [])
-        parts: list[bytes] = []
+        lines, parts = split_lines(whole, self.separator), list[bytes]()
         failure: Failure | Answer | None = None
         try:
             for line in lines:
@@ -7726,6 +8063,7 @@ class LineRelay(Relay):
         elif data:
             self.keep(data)
             self.transcript.relay = self
+            data = b"".join(map(self.edits.line, parts)) if self.edits else data
             framed = chunk(data) if verbatim is None or data != whole else verbatim
             self.write(framed if self.framing is Framing.CHUNKED else data)
         if failure:
@@ -8093,6 +8431,8 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
         last = await sink.collect()
         if answer.status < 400:
             dispatcher.observe(lease, Timings(), loop.time())
+        if edits := edits_of(exchange, begun):      # of an unload: no other change follows an alias
+            last = at_once(edits.whole(last, answer))
         error = error_in(spec.change, answer.status, last)
         if not error and spec.change == "unload" and spec.model is not None:
             node.unloaded(spec.model)
@@ -8258,6 +8598,8 @@ async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
     body = await Collector(begun.connection, begun.answer, SHARE_ANSWER_BYTES).collect()
     if begun.answer.status != 200:
         raise NodeRefused(NodeAnswer(lease.node.name, None, begun.answer, body))
+    if edits := edits_of(exchange, begun):
+        body = await exchange.gateway.work_on(body, edits.whole(body, begun.answer))
     share.answer, share.cut = begun.answer, cut_answer(body, len(share.texts))
     dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
 
@@ -8266,7 +8608,7 @@ async def serve_share(batch: Exchange, share: Share, version: str) -> None:
     """Let a node that has one version of the model embed a share of a batch."""
     lines = [line for line in batch.head.lines if line[0] != b"content-encoding"]
     exchange = Exchange(batch.gateway, batch.client, replace(batch.head, lines=lines), share.record, keep=True)
-    exchange.spec, exchange.version = share.spec, version
+    exchange.spec, exchange.version, exchange.alias = share.spec, version, batch.alias
     exchange.body = json.dumps({**(batch.spec.batch or {}), "input": share.texts}).encode()
     await serve_inference(exchange, functools.partial(keep_share, share))
 
@@ -10203,6 +10545,10 @@ class Gateway:
         self.files = Files(self)
         self.configure(lines)
 
+    async def work_on(self, body: Body, steps: Steps[Parsed]) -> Parsed:
+        """Do work on a body: at once if that is short, else in turn with others; return its result."""
+        return at_once(steps) if len(body) <= SHORT_BODY_BYTES else await self.turns.run(steps)
+
     async def start(self) -> Gateway:
         """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
         with contextlib.suppress(TimeoutError):
@@ -10341,6 +10687,14 @@ def parse_window(text: str) -> tuple[str, int]:
     return parse_pattern(model), int(tokens)
 
 
+def parse_alias(text: str) -> tuple[str, str]:
+    """Return (pattern, model) of a PATTERN=MODEL."""
+    pattern, _, model = map(str.strip, text.rpartition("="))
+    if not pattern or not model or "*" in model or not model.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=MODEL such as gpt-4o=qwen3 or 'claude-*=qwen3:14b'")
+    return parse_pattern(pattern), model
+
+
 def parse_port(text: str) -> int:
     """Return a port number; 0 lets the system choose."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
@@ -10438,10 +10792,15 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
                                  "nodes (it is)"),
         "--no-rescue": dict(OFF, dest="rescue", help="do not let another node go on with a stream whose node died, if "
                             "temperature 0 or a seed makes it say the same (it does)"),
+        "--no-count-streams": dict(OFF, dest="count_streams", help="do not ask nodes for the tokens of a stream of /v1 "
+                                   "whose client does not ask (they are, and what they tell is taken out again)"),
         "--no-stable-prefix": dict(OFF, dest="stable_prefix", help="leave Claude Code's first block as it is: another "
                                    "in each conversation, so that no prompt cache helps (it is made constant)"),
         "--num-ctx": dict(LIST, metavar="MODEL=N", type=parse_window, help="context in tokens for requests to Ollama's "
                           "own API that ask for none; * stands for anything; may be repeated (the node's default)"),
+        "--alias": dict(LIST, metavar="PATTERN=MODEL", type=parse_alias, help="model that serves requests for others; "
+                        "* stands for anything; a model that exists wins over a pattern with one; may be repeated "
+                        "(none)"),
         "--replicas": dict(COUNT, default="1", help="nodes that pull a model which none has yet"),
         "--seed": dict(metavar="N", type=int, help="of the random numbers (random)"),
     },

@@ -893,6 +893,85 @@ def test_image_is_no_part_of_a_large_prompt():
     assert asked(CHAT, {"model": "m", "messages": [image]}).prompt_chars < 2 * sollol.PROMPT_BLOCK_BYTES
 
 
+
+ALIASES = [sollol.parse_alias(text) for text in (
+    "*-mini=small", "claude-*=qwen3:14b", "gpt-4o=llama3.2", "gpt-*=big", "llama3.2=mistral", "claude-x=claude-y",
+    "qwen3*=qwen3:14b")]
+
+
+@table("name, is_there, model", [
+    ("by its name", "gpt-4o", False, "llama3.2"), ("in full", " GPT-4o:Latest ", False, "llama3.2"),
+    ("by a pattern", "claude-sonnet-4", False, "qwen3:14b"), ("in upper case", "Claude-Opus", False, "qwen3:14b"),
+    ("the end of a name", "gpt-4o-mini", False, "small"), ("a tag", "claude-3:8b", False, "qwen3:14b"),
+    ("the first pattern counts", "claude-mini", False, "small"), ("another one", "gpt-5", False, "big"),
+    ("a model that exists wins over a pattern", "gpt-5", True, None),
+    ("and an alias without * over a model that exists", "llama3.2", True, "mistral"),
+    ("and over an earlier pattern", "claude-x", False, "claude-y"), ("no chain", "claude-y", False, "qwen3:14b"),
+    ("itself", "qwen3:14b", False, None), ("no alias", "mistral", False, None),
+    ("another tag", "gpt-4o:1", False, "big"),
+    ("part of a name", "my-claude-3", False, None), ("nothing", "", False, None)])
+def test_alias_leads_to_a_model(name, is_there, model):
+    assert sollol.alias_target(name, ALIASES, is_there) == model
+
+
+@listed("text", ["", "=", "x", "x=", "=x", "  = x", "a=b*", "a=b\nc", "a=\x00"])
+def test_alias_that_means_nothing_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        sollol.parse_options(["--alias", text], {})
+    assert "PATTERN=MODEL" in capsys.readouterr().err
+
+
+LONG_TEXT = b'\\"{' * 20_000
+PICTURE = b'"' + b"iVBORw0KGgo" * 300_000 + b'"'        # more than json reads
+
+
+@table("body, key, sent", [
+    ("first", b'{"model":"x","prompt":"x"}', "model", b'{"model":"q","prompt":"x"}'),
+    ("spaces, another case, a tail", b' {"a":[{"model":"x"}], "MoDel" :\n "x" } tail', "model",
+     b' {"a":[{"model":"x"}], "MoDel" :\n "q" } tail'),
+    ("the last of three", b'{"model":"a","Model":"b","model":"x"}', "model", b'{"model":"a","Model":"b","model":"q"}'),
+    ("old clients", b'{"name":"x","model":""}', "name", b'{"name":"q","model":""}'),
+    ("escapes", rb'{"mod\u0065l":"\u0078","prompt":"\ud83d\ude00 \"model\":\"x\""}', "model",
+     rb'{"mod\u0065l":"q","prompt":"\ud83d\ude00 \"model\":\"x\""}'),
+    ("bytes that are no text", b'{"prompt":"\xff","model":"x"}', "model", b'{"prompt":"\xff","model":"q"}'),
+    ("a long text", b'{"prompt":"%b","model":"x"}' % LONG_TEXT, "model", b'{"prompt":"%b","model":"q"}' % LONG_TEXT),
+    ("a body that is skimmed", b'{"images":[%b],"model":"x"}' % PICTURE, "model",
+     b'{"images":[%b],"model":"q"}' % PICTURE),
+    ("a name of any length", b'{"model":"%b"}' % (b"x" * 5000), "model", None),
+    ("a key that the skimmer does not read", b'{"%b":1,"model":"x"}' % (b"k" * 5000), "model", None)])
+def test_only_the_name_of_the_model_is_changed_in_a_body(body, key, sent):
+    changed, alias = sollol.at_once(sollol.with_model(bytearray(body), key, "q"))
+    assert bytes(changed) == (sent or body) and (alias is None) == (sent is None)
+    if sent:
+        assert bytes(changed).replace(b'"q"', alias.asked, 1) == body and asked("/api/show", sent).model == "q:latest"
+
+
+@table("body, data", [
+    ("none", b' {"stream":true,"model":"m"}', b' {"stream_options":{"include_usage":true},"stream":true,"model":"m"}'),
+    ("false", b'{"model":"m","Stream_Options" : {"include_usage":false, "x":1}}',
+     b'{"model":"m","Stream_Options" : {"include_usage": true, "x": 1}}'),
+    ("null", b'{"stream_options":null,"model":"m"}', b'{"stream_options":{"include_usage": true},"model":"m"}'),
+    ("empty", b'{"stream_options":{}}', b'{"stream_options":{"include_usage": true}}'),
+    ("asked for", b'{"stream_options":{"include_usage":true}}', None),
+    ("in another case", b'{"stream_options":{"Include_Usage":true}}', None),
+    ("what a node refuses", b'{"stream_options":{"include_usage":0}}', None),
+    ("no object", b'{"stream_options":[1]}', None), ("nor this", b'{"stream_options":true}', None),
+    ("nor this ", b'{"stream_options":0}', None),
+    ("long", b'{"images":[%b],"model":"m"}' % PICTURE,
+     b'{"stream_options":{"include_usage":true},"images":[%b],"model":"m"}' % PICTURE),
+    ("long, and no", b'{"images":[%b],"stream_options":null}' % PICTURE, None)])
+def test_counts_of_a_stream_are_asked_for_where_a_client_does_not(body, data):
+    fields = sollol.at_once(sollol.skimmed(body)).fields
+    splice = sollol.at_once(sollol.asking_for_usage(body, fields))
+    assert (splice and b"".join(splice.cut(body))) == data
+
+
+@pytest.mark.parametrize("version, counts", [("0.5.2", True), ("0.5.1", False), ("0.33.0-rc2", True), ("1.0", True),
+                                             ("0.0.0", False), ("", False), ("?", False), ("0.12.4", True)])
+def test_counts_are_asked_for_of_versions_that_know_them(version, counts):
+    assert sollol.counts_streams(version) == counts
+
+
 # -----------------------------------------------------------------------------
 # Cluster and nodes
 # -----------------------------------------------------------------------------
@@ -2014,6 +2093,29 @@ def test_stream_without_usage_is_counted_by_its_events():
     assert dispatcher.cluster.estimates.lengths["m:latest"].mean == pytest.approx(40)
     assert runner(dispatcher, "n1").speeds.decode_s == pytest.approx(0.1, rel=0.05)
     assert runner(dispatcher, "n1").speeds.lines_per_token > 1.5
+
+
+@table("given, told, path, is_whole, expected", [
+    ("told", dict(lines=5), (7, 4), "/api/chat", True, (7, 4, False)),
+    ("an empty answer", dict(lines=2), (7, 0), "/api/chat", True, (7, 0, False)),
+    ("the prompt is not told", dict(lines=5), (0, 4), "/api/chat", True, (100, 4, True)),
+    ("a whole stream without usage", dict(lines=2 * 42, family=Family.OPENAI), (0, 0), OPENAI, True, (100, 40, True)),
+    ("cut", dict(lines=2 * 42 + 1, family=Family.OPENAI), (0, 0), OPENAI, False, (100, 42, True)),
+    ("cut, Ollama's own", dict(lines=42), (0, 0), "/api/chat", False, (100, 42, True)),
+    ("cut, Anthropic's", dict(lines=3 * 42, family=Family.ANTHROPIC), (9, 0), "/v1/messages", False, (9, 42, True)),
+    ("nothing of it was seen", dict(lines=0), (0, 0), "/api/chat", False, (100, 0, True)),
+    ("a whole answer", dict(lines=1, stream=False), (0, 0), "/api/chat", True, (100, 30, True)),
+    ("texts to embed", dict(lines=1, stream=False, embeds=True), (0, 0), "/api/embeddings", True, (100, 0, True)),
+    ("texts to embed, told", dict(lines=1, stream=False, embeds=True), (7, 0), "/api/embed", True, (7, 0, False)),
+    ("a mere load", dict(lines=1, prompt_chars=0), (0, 0), "/api/generate", True, (0, 0, False))])
+def test_tokens_that_a_node_does_not_tell_are_estimated_and_marked(given, told, path, is_whole, expected):
+    lines = given.pop("lines")
+    dispatcher = cluster(n1=["m"])
+    it, = enter(dispatcher, want(**given))
+    placed(dispatcher)
+    it.lease.lines, it.lease.prompt_tokens, it.lease.output_tokens = lines, 100.2, 30.1
+    found = sollol.accounted(it.lease, Timings(prompt_tokens=told[0], output_tokens=told[1]), path, is_whole)
+    assert (found.prompt_tokens, found.output_tokens, found.estimated) == expected
 
 
 def test_node_that_was_lost_is_learned_anew():
@@ -4259,7 +4361,8 @@ async def test_stream_reaches_the_client_byte_for_byte_and_piece_by_piece(path, 
         head = bench.Response(await caller.head())
         assert head.fields["content-type"].encode() == kind
         assert [piece async for piece in caller.chunks()] == list(pieces)
-        assert node.requests[0].endswith(b"\r\n\r\n" + body)
+        asked = body.replace(b"{", b"{" + sollol.ASK_USAGE, 1) if path == OPENAI else body
+        assert node.requests[0].endswith(b"\r\n\r\n" + asked)
         caller.close()
 
 
@@ -4286,7 +4389,7 @@ async def test_first_run_of_a_stream_passes_as_it_comes_whoever_could_rescue_it(
     head = chunked(kind=kind, end=b"")
     node = ScriptedNode(lambda request: [head, *(it for piece in pieces for it in (
         b"%x\r\n%b\r\n" % (len(piece), piece), 0.03)), b"0\r\n\r\n", KEEP])
-    value = {"model": "llama3.2", "prompt": "x", "messages": [], "stream": True, "options": seed, **seed}
+    value = {"model": "llama3.2", "prompt": "x", "messages": [], "stream": True, "options": seed, **seed, **USAGE}
     async with gateway_for(node) as gateway:
         caller = await Caller.to(gateway)
         caller.writer.write(posted(value, path.encode()))
@@ -6103,7 +6206,7 @@ async def test_no_error_stands_behind_the_last_event_of_a_stream(path, pieces):
         assert answer.body == b"".join(pieces)
     async with gateway_for(ScriptedNode(lambda request: script[:-2])) as gateway:
         answer = await call(gateway, "POST", path, {"model": "llama3.2", "messages": [], "stream": True})
-        begun = b"".join(pieces[:-1])
+        begun = b"".join(piece for piece in pieces[:-1] if piece.endswith((b"\n\n", b"\n\r\n")))   # no half one
         assert answer.body.startswith(begun) and b'"error": {' in answer.body[len(begun):]
 
 
@@ -6740,6 +6843,278 @@ def test_wrong_beliefs_cost_little_and_no_request():
 
 
 # -----------------------------------------------------------------------------
+# Edited answers: aliases, counts of tokens
+# -----------------------------------------------------------------------------
+
+TEXT_PATHS = "/api/generate", "/api/chat", "/v1/completions", OPENAI, "/v1/responses", "/v1/messages"
+NAMED = sollol.Alias(b'"cl\\u0061ude"', "Qwen3:latest")
+TRAP = '\\"model\\":\\"qwen3\\" "model" \\'      # in a text
+CALL_TRAP = {"model": "qwen3", "response": {"model": "qwen3"}, "message": {"model": "qwen3"}}
+
+
+def both(make):
+    """Return what a node says, and what the client gets: `make(name)` is JSON of one answer, compact."""
+    text = json.dumps(make("qwen3"), separators=(",", ":")).encode()
+    return text, json.dumps(make("\0name"), separators=(",", ":")).encode().replace(b'"\\u0000name"', NAMED.asked)
+
+
+ANSWERED = {
+    "generate": both(lambda name: {"model": name, "created_at": "x", "response": TRAP, "done": False}),
+    "chat": both(lambda name: {"model": name, "message": {"role": "assistant", "content": TRAP, "tool_calls": [
+        {"function": {"name": "f", "arguments": CALL_TRAP}}]}, "done": False}),
+    "behind the rest": both(lambda name: {"message": {"tool_calls": [CALL_TRAP]}, "response": TRAP, "model": name}),
+    "OpenAI's": both(lambda name: {"id": "x", "created": 1, "model": name, "choices": [{"delta": {"content": TRAP}}]}),
+    "completion": both(lambda name: {"id": "x", "choices": [{"text": TRAP, "index": 0}], "model": name}),
+    "llama.cpp's": both(lambda name: {"choices": [{"delta": {"content": TRAP}}], "id": TRAP * 30, "model": name}),
+    "message": both(lambda name: {"type": "message_start", "message": {"role": "assistant", "model": name, "content": [
+        {"type": "tool_use", "input": CALL_TRAP}]}}),
+    "response": both(lambda name: {"response": {"metadata": CALL_TRAP, "model": name, "output": [], "tools": [
+        {"parameters": CALL_TRAP}]}, "type": "response.created"}),
+    "embeddings": both(lambda name: {"object": "list", "data": [{"embedding": [0.5] * 3000}] * 9, "model": name}),
+    "a tool call alone": both(lambda name: {"message": {"role": "x"}, "item": CALL_TRAP, "delta": TRAP}),
+    "an empty name": both(lambda name: {"id": "x", "model": "", "choices": []}),
+    "another name": both(lambda name: {"model": "qwen3:14b", "message": {"content": TRAP}}),
+    "no name": both(lambda name: {"model": ["qwen3"], "content": "model"}),
+    "no object": both(lambda name: ["model", "qwen3", CALL_TRAP]),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_name_of_the_model_is_put_back_where_it_stands_and_nowhere_else(name):
+    said, expected = ANSWERED[name]
+    for lead in (b"", b"data: ", b"data:", b"event: x\ndata: "):
+        for end in (b"", b"\n", b"\n\n", b"\r\n\r\n"):
+            assert sollol.at_once(sollol.renamed(lead + said + end, NAMED)) == lead + expected + end
+    spaced = json.dumps(json.loads(said)).encode()
+    assert json.loads(sollol.at_once(sollol.renamed(spaced, NAMED))) == json.loads(expected)
+    for cut in range(0, len(said) - 1, 7):         # whatever it is, nothing is raised
+        sollol.at_once(sollol.renamed(said[:cut], NAMED))
+
+
+def test_name_in_a_stream_is_put_back_in_some_microseconds_a_line():
+    for name, most_us in (("chat", 25), ("OpenAI's", 25), ("completion", 250)):
+        line, edits = b"data: " + ANSWERED[name][0] + b"\n\n", sollol.Edits(NAMED)
+        assert min(timed(list, map(edits.line, [line] * 100)) for _ in range(20)) / 100 < most_us * 1e-6
+
+
+def sent_somehow(rng, kind, lines):
+    """Return what a ScriptedNode sends for a stream: in any framing, cut anywhere, or in one read for each chunk."""
+    body, form = b"".join(lines), rng.randrange(5)
+    cuts = [0, *sorted(rng.sample(range(1, len(body)), 5)), len(body)]
+    pieces = lines if form < 3 else [body[start:end] for start, end in itertools.pairwise(cuts)]
+    frames = [chunked(kind=kind, end=b""), *(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces), END]
+    if form == 0:
+        frames = [framed(body, kind=kind)]
+    elif form == 1:
+        frames = [b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n\r\n" % kind, body]
+    raw = b"".join(frames)
+    cuts = [0, *sorted(rng.sample(range(1, len(raw)), rng.choice((1, 3, 12)))), len(raw)]
+    parts = frames if rng.random() < 0.5 else [raw[start:end] for start, end in itertools.pairwise(cuts)]
+    return [item for part in parts for item in (part, 0.01)] + [KEEP] * (form != 1)
+
+
+SIMULATED = dict(zip(TEXT_PATHS, (bench.GenerateLines, bench.ChatLines, bench.CompletionEvents, bench.ChatEvents,
+                                  bench.ResponseEvents, bench.MessageEvents), strict=True))
+
+
+def pieces_of(path, usage=False):
+    """Return the pieces of a stream as Ollama writes it on a path, with or without the counts that are asked for."""
+    ask = bench.Ask("qwen3", bench.model_named("qwen3"), "hi", True, 9, (), None, usage)
+    form = SIMULATED[path](ask, types.SimpleNamespace(number=1, time_s=0.0))
+    texts = "He", TRAP, '"choices":[],"usage":1}\n\n', ',"usage":{"prompt_tokens":0}', "input_tokens", "!"
+    return [*(form.part(text, 0.0) for text in texts), *form.last(bench.Stats("stop", 1.0, 0.0, 30, 0.1, 3, 0.2), 0.0)]
+
+
+@pytest.mark.parametrize("seed", [{}, {"seed": 7, "temperature": 0, "options": {"seed": 7}}],
+                         ids=["drawn", "deterministic"])
+@pytest.mark.parametrize("path", TEXT_PATHS)
+def test_stream_under_an_alias_is_the_nodes_but_for_the_name_however_its_bytes_are_cut(path, seed):
+    async def main():
+        rng = random.Random(path)
+        kind, own = SIMULATED[path].media_type.encode(), pieces_of(path)
+        node = ScriptedNode(models=("qwen3:latest",))
+        async with gateway_for(node, flags=["--alias", "claude*=qwen3"]) as gateway:
+            for number in range(40):
+                lines = [*own[:-1], own[-1][:-1]] if number % 4 == 0 else own       # the last line without its end
+                expected = b"".join(lines).replace(b'"model":"qwen3"', b'"model":' + NAMED.asked)
+                parts = sent_somehow(rng, kind, lines)
+                node.script = lambda request, parts=parts: parts
+                value = {"model": "Claude", "prompt": "x", "messages": [], "stream": True, **seed}
+                body = json.dumps(value).replace("Claude", "cl\\u0061ude").encode()
+                answer = await call(gateway, "POST", path, body)
+                assert answer.status == 200 and answer.body == expected
+                assert node.requests[-1].endswith(body.replace(b'"cl\\u0061ude"', b'"qwen3"')[-30:])
+            assert gateway.dispatcher.cluster.nodes[node.url.removeprefix("http://")].errors == 0
+    bench.run_virtual(main())
+
+
+@over_sockets
+async def test_model_that_exists_wins_over_a_pattern_and_aliases_are_in_no_list():
+    node = bench.SimNode(models=("llama3.2", "gpt-4o", "mistral"), **FAST)
+    flags = ["--alias", "gpt-*=llama3.2", "--alias", "mistral=llama3.2", "--alias", "a=b", "--alias", "b=llama3.2"]
+    async with gateway_for(node, flags=flags) as gateway:
+        for name, served in (("gpt-4o", "gpt-4o"), ("gpt-5", "llama3.2"), ("GPT-5", "llama3.2"),
+                             ("mistral", "llama3.2")):
+            answer = await call(gateway, "POST", "/api/generate", generate(name))
+            assert answer.json()["model"] == name and json.loads(node.requests[-1].body)["model"] == served
+        answer = await call(gateway, "POST", "/api/generate", generate("a"))
+        assert answer.status == 404 and answer.json() == {"error": "model 'b' not found"}    # no chain
+        for path in ("/api/tags", "/v1/models", "/api/ps"):
+            assert b"gpt-5" not in (await call(gateway, "GET", path)).body
+        for path in ("/api/pull", "/api/copy", "/api/push", "/api/create"):     # these mean the very name
+            await call(gateway, "POST", path, {"model": "gpt-6", "source": "gpt-6", "stream": False})
+        assert (await call(gateway, "DELETE", "/api/delete", {"model": "gpt-6"})).status == 404
+        asked = [json.loads(it.body) for it in node.requests if it.body and b"gpt-6" in it.body]
+        assert len(asked) == 5
+        count = await call(gateway, "POST", "/v1/messages/count_tokens", {"model": "gpt-5", "messages": MESSAGES})
+        assert count.json()["input_tokens"] > 0
+
+
+@over_sockets
+async def test_statistics_log_and_window_speak_of_the_model_behind_an_alias(caplog):
+    caplog.set_level("INFO", logger="sollol")
+    node = bench.SimNode(**FAST)
+    async with gateway_for(node, flags=["--alias", "gpt-*=llama3.2", "--num-ctx", "llama3.2=8192"]) as gateway:
+        for stream in (True, False):
+            assert (await call(gateway, "POST", "/api/generate", generate("gpt-5", stream=stream))).status == 200
+        assert json.loads(node.requests[-1].body)["options"]["num_ctx"] == 8192
+        gateway.telemetry.tally()
+        rows = [row for record in caplog.records for row in (record.msg if isinstance(record.msg, list) else ())]
+        assert {row["model"] for row in rows if row["path"] == "/api/generate"} == {"llama3.2:latest"}
+        text = (await call(gateway, "GET", "/metrics")).body.decode()
+        assert 'model="llama3.2:latest"' in text and "gpt-5" not in text
+        assert gateway.dispatcher.cluster.estimates.lengths.keys() == {"llama3.2:latest"}
+
+
+@over_sockets
+async def test_long_body_under_an_alias_goes_on_with_its_name_changed_and_nothing_else():
+    node = ScriptedNode(lambda request: [framed(b'{"model":"qwen3","done":true}'), KEEP], models=("qwen3:latest",))
+    async with gateway_for(node, flags=["--alias", "claude-*=qwen3"]) as gateway:
+        body = b'{"images":[%b],"stream":false, "Model" : "claude-3" ,"prompt":"claude-3"} tail' % PICTURE
+        answer = await call(gateway, "POST", "/api/generate", body)
+        assert answer.body == b'{"model":"claude-3","done":true}' and answer.fields["content-length"] == "32"
+        assert node.requests[0].endswith(b"\r\n\r\n" + body.replace(b'"Model" : "claude-3"', b'"Model" : "qwen3"'))
+
+
+@over_sockets
+async def test_list_of_texts_under_an_alias_is_embedded_by_many_nodes():
+    nodes = embedders(3, **FAST)
+    async with surface(nodes, flags=["--alias", "ada=nomic-embed-text"]) as gateway:
+        for path, key in (("/api/embed", "embeddings"), ("/v1/embeddings", "data")):
+            answer = await call(gateway, "POST", path, {"model": "ada", "input": TEXTS[:400]})
+            assert answer.status == 200 and answer.json()["model"] == "ada" and len(answer.json()[key]) == 400
+            assert answer.body.count(b'"model":"ada"') == 1 and len(asked_of(gateway, path)) > 1
+
+
+@pytest.mark.parametrize("path", TEXT_PATHS)
+def test_stream_under_an_alias_is_rescued_and_raced_under_it(path):
+    """A node dies, and another one falls silent, in the middle of a stream."""
+    async def main():
+        for end in ("kill", "hang"):
+            nodes = [bench.SimNode(loaded=("llama3.2",)) for _ in range(2)]
+            text = joined if path in EVENTS_OF else text_of
+            async with gateway_for(*nodes, flags=["--alias", "gpt-*=llama3.2"]) as gateway:
+                value = {**asked_for(200), "model": "gpt-4o"}
+                expected = text((await call(gateway, "POST", path, value)).body)
+                stream = asyncio.create_task(call(gateway, "POST", path, value))
+                leases = [node.leases for node in gateway.dispatcher.cluster.nodes.values()]
+                await until(lambda leases=leases: any(lease.lines > 20 for held in leases for lease in held))
+                getattr(next(node for node in nodes if node.in_flight), end)()
+                answer = await stream
+                assert text(answer.body) == expected and gateway.dispatcher.rescues == {"whole": 1}
+                names = re.findall(rb'"model": ?("[^"]*")', answer.body)
+                assert set(names) == {b'"gpt-4o"'} and b"llama3.2" not in answer.body
+    bench.run_virtual(main())
+
+
+USAGE_PATHS = sorted(sollol.USAGE_STREAMS)
+
+
+@contextlib.asynccontextmanager
+async def recorded(*nodes, flags=()):
+    """Start nodes and a gateway; yield it and the Records of the requests that have finished."""
+    async with gateway_for(*nodes, flags=flags) as gateway:
+        finished, finish = [], gateway.telemetry.finish
+        gateway.telemetry.finish = lambda record: (finished.append(record), finish(record))
+        yield gateway, finished
+
+
+@pytest.mark.parametrize("alias", [None, NAMED], ids=["own name", "alias"])
+@pytest.mark.parametrize("seed", [{}, {"seed": 7}], ids=["drawn", "deterministic"])
+@pytest.mark.parametrize("path", USAGE_PATHS)
+def test_counts_that_only_the_gateway_asked_for_are_taken_out_however_the_bytes_are_cut(path, seed, alias):
+    async def main():
+        rng = random.Random(path)
+        plain, counted = pieces_of(path), pieces_of(path, usage=True)
+        node = ScriptedNode(models=("qwen3:latest",))
+        async with recorded(node, flags=["--alias", "claude=qwen3"]) as (gateway, finished):
+            for _ in range(40):
+                parts = sent_somehow(rng, b"text/event-stream", counted)
+                node.script = lambda request, parts=parts: parts
+                value = {"model": "claude" if alias else "qwen3", "prompt": "x", "messages": [], "stream": True, **seed}
+                answer = await call(gateway, "POST", path, value)
+                expected = b"".join(plain)
+                expected = expected.replace(b'"model":"qwen3"', b'"model":"claude"') if alias else expected
+                assert answer.body == expected and b'"include_usage":true' in node.requests[-1]
+                timings = finished[-1].timings
+                assert (timings.prompt_tokens, timings.output_tokens, timings.estimated) == (30, 3, False)
+    bench.run_virtual(main())
+
+
+@over_sockets
+async def test_tokens_of_every_stream_are_known_and_marked_where_they_are_estimated():
+    """By nodes that know how to count, by an old one, and with the switch off."""
+    for version, flags, is_asked in (("0.33.0", [], True), ("0.5.1", [], False),
+                                     ("0.33.0", ["--no-count-streams"], False)):
+        node = bench.SimNode(version=version, loaded=("llama3.2",), **FAST)
+        async with recorded(node, flags=flags) as (gateway, finished):
+            said = [{"role": "user", "content": "hi <out=4>"}]
+            value = {**CHATTY, "prompt": "hi <out=4>", "messages": said, "input": "hi <out=4>", "stream": True}
+            for path in TEXT_PATHS:
+                answer = await call(gateway, "POST", path, value)
+                is_counted = path not in USAGE_PATHS
+                assert is_counted or b'"usage"' not in answer.body
+                timings = finished[-1].timings
+                assert timings.prompt_tokens > 0 and timings.output_tokens == 4
+                assert timings.estimated == (not is_counted and not is_asked)
+                assert (b"include_usage" in node.requests[-1].body) == (not is_counted and is_asked)
+            answer = await call(gateway, "POST", OPENAI, {**value, **USAGE})
+            assert answer.body.count(b'"completion_tokens":4') == 1 and not finished[-1].timings.estimated
+
+
+@pytest.mark.parametrize("path", TEXT_PATHS)
+def test_tokens_of_a_stream_that_breaks_off_or_that_its_client_leaves_are_estimated(path):
+    async def main():
+        for end in ("leave", "kill"):
+            node = bench.SimNode(loaded=("llama3.2",))
+            async with recorded(node) as (gateway, finished):
+                caller = await Caller.to(gateway)
+                value = {**asked_for(500), "options": {}, "temperature": 1, "stream": True}
+                caller.writer.write(posted(value, path.encode()))
+                leases = next(iter(gateway.dispatcher.cluster.nodes.values())).leases
+                await until(lambda leases=leases: any(lease.lines > 60 for lease in leases))
+                caller.writer.transport.abort() if end == "leave" else node.kill()
+                await until(lambda finished=finished: finished)
+                timings = finished[0].timings
+                assert timings.estimated and 15 <= timings.output_tokens < 100 and timings.prompt_tokens > 0
+                caller.close()
+    bench.run_virtual(main())
+
+
+@over_sockets
+async def test_second_name_of_a_model_is_made_on_every_node_by_one_copy_and_shares_its_runner():
+    nodes = [bench.SimNode(loaded=("llama3.2",), seed=seed) for seed in (1, 2)]
+    async with gateway_for(*nodes) as gateway:
+        copied = await call(gateway, "POST", "/api/copy", {"source": "llama3.2", "destination": "gpt-4o"})
+        assert copied.status == 200
+        answers = await asyncio.gather(*(call(gateway, "POST", OPENAI, {"model": "gpt-4o", "messages": MESSAGES})
+                                         for _ in range(4)))
+        assert {answer.json()["model"] for answer in answers} == {"gpt-4o"}
+        assert len({answer.fields["x-sollol-node"] for answer in answers}) == 2
+        assert [node.loads for node in nodes] == [0, 0]
+
+
+# -----------------------------------------------------------------------------
 # Rescue of broken streams
 # -----------------------------------------------------------------------------
 
@@ -6755,7 +7130,6 @@ def delta(text, **more):
     return sse(id="x", choices=[{"index": 0, "delta": {"content": text, **more}, "finish_reason": None}])
 
 
-TEXT_PATHS = "/api/generate", "/api/chat", "/v1/completions", OPENAI, "/v1/responses", "/v1/messages"
 # Path: (content type, one piece of text as this path streams it, the stream's last lines).
 DIALECTS = {
     "/api/generate": (b"application/x-ndjson", lambda text: line(model="m", response=text, done=False),
@@ -6888,7 +7262,7 @@ async def test_rescued_stream_is_one_completion_with_one_count_of_tokens():
     for cut in range(1, 6):
         nodes = (ScriptedNode(lambda request, cut=cut: [chunked(*first[:cut], kind=kind, end=b""), 0.02]),
                  ScriptedNode(lambda request: [chunked(*second, kind=kind), KEEP]))
-        answer, gateway = await rescued("/v1/chat/completions", *nodes)
+        answer, gateway = await rescued(OPENAI, *nodes, value=repeatable(OPENAI, **USAGE))
         *values, last = answer.body.split(b"\n\n")[:-1]
         values = [json.loads(value.removeprefix(b"data: ")) for value in values]
         assert last == b"data: [DONE]" and text_of(answer.body) == "abc"
@@ -10133,6 +10507,53 @@ def test_answer_of_one_node_is_what_the_node_says_byte_for_byte(asked, version):
         await direct.stop()
         assert found[1] == found[0]
 
+    bench.run_virtual(main())
+
+
+def aliased_forms():
+    """Return what the next test asks for: (method, path, body with the model's own name)."""
+    text = {"prompt": "hi <out=4>", "messages": MESSAGES, "input": "hi <out=3>", "max_tokens": 9}
+    tools = {"tools": [{"type": "function", "name": "look", "function": {"name": "look"}, "input_schema": {}}]}
+    return [
+        *(("POST", path, {"model": "llama3.2", "stream": stream, **text, **more}) for path in TEXT_PATHS
+          for stream in (True, False) for more in ({}, USAGE, {"temperature": 0, "options": {"seed": 7}}, tools)),
+        ("POST", "/api/embed", {"model": "nomic-embed-text", "input": ["a", "b"]}),
+        ("POST", "/api/embeddings", {"model": "nomic-embed-text", "prompt": "a"}),
+        ("POST", "/v1/embeddings", {"model": "nomic-embed-text", "input": ["a"] * 40}),
+        ("POST", "/api/generate", {"model": "llama3.2"}), ("POST", "/api/chat", {"model": "llama3.2", "keep_alive": 0}),
+        ("POST", "/api/show", {"model": "llama3.2"}), ("POST", "/api/show", {"name": "llama3.2"}),
+        ("POST", "/v1/audio/transcriptions", form(model="llama3.2", file="RIFF")[0]),
+        ("GET", "/v1/models/llama3.2", None), ("GET", "/v1/models/llama3.2?x=llama3.2", None)]
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("asked", aliased_forms(), ids=lambda asked: f"{asked[0]} {asked[1]} {str(asked[2])[:60]}")
+def test_answer_under_an_alias_is_the_nodes_own_byte_for_byte_but_for_the_name(asked, version):
+    async def main():
+        def node():
+            return bench.SimNode(models=("llama3.2", "nomic-embed-text"), loaded=("llama3.2",), **FAST)
+
+        method, path, value = asked
+        body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
+        kind = form()[1] if path.endswith("transcriptions") else "application/x-www-form-urlencoded"
+        found, direct = [], await node().start()
+        flags = ["--alias", "gpt-*=llama3.2", "--alias", "embed-*=nomic-embed-text"]
+        async with gateway_for(node(), flags=flags) as gateway:
+            for own, other, address in ((b"", b"", (direct.host, direct.port)),
+                                        (b"llama3.2", b"gpt-4o", gateway.listener.address)):
+                sent = body.replace(own, other).replace(b"nomic-", b"") if own else body
+                target = path.replace("llama3.2", "gpt-4o", 1) if own else path
+                caller = await bench.HttpClient.to(*address)
+                caller.writer.write(f"{method} {target} HTTP/{version}\r\nHost: localhost\r\n"
+                                    f"Content-Type: {kind}\r\nContent-Length: {len(sent)}\r\n\r\n".encode() + sent)
+                first, _, said = alike(await caller.answer(method))
+                found.append((first, said))
+                caller.close()
+        await direct.stop()
+        key, expected = b'"id":' if path.startswith("/v1/models") else b'"model":', found[0][1]
+        for name, other in ((b"llama3.2", b"gpt-4o"), (b"nomic-embed-text", b"embed-text")):
+            expected = expected.replace(b'%b"%b"' % (key, name), b'%b"%b"' % (key, other))
+        assert found[1] == (b"HTTP/1.1 200 OK", expected) and found[0][0] == found[1][0]
     bench.run_virtual(main())
 
 
