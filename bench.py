@@ -1369,14 +1369,17 @@ class ChatEvents:
     first = b'{"index":0,"delta":{"role":"assistant","content":%b},"finish_reason":null}'
     later = b'{"index":0,"delta":{"content":%b},"finish_reason":null}'
     finish = {"delta": {}}
+    behind = ()             # what stands behind the choices of an event
 
     def __init__(self, ask, trace):
         self.ask = ask
         created = epoch_at(trace.time_s)
         self._about = {"id": f"{self.id_prefix}-{trace.number % 999}", "object": self.chunk_kind,
                        "created": created, "model": ask.name, "system_fingerprint": "fp_ollama"}
-        self._start = b"data: " + compact(self._about)[:-1] + b',"choices":['
-        self._end = b"]" + self.extra() + b"}\n\n"
+        self._start = b"data: " + compact({name: value for name, value in self._about.items()
+                                           if name not in self.behind})[:-1] + b',"choices":['
+        self._behind = b"".join(b',"%b":%b' % (name.encode(), compact(self._about[name])) for name in self.behind)
+        self._end = b"]" + self._behind + self.extra() + b"}\n\n"
         self._choice = self.first
 
     def extra(self):
@@ -1395,7 +1398,7 @@ class ChatEvents:
         choice = {"index": 0} | self.finish | {"finish_reason": self.reason(stats)}
         events = [self._start + compact(choice) + self._end]
         if self.ask.include_usage:
-            events.append(b"data: %b\n\n" % compact(self._about | {"choices": [], "usage": stats.usage()}))
+            events.append(b'%b]%b,"usage":%b}\n\n' % (self._start, self._behind, compact(stats.usage())))
         return events + [b"data: [DONE]\n\n"]
 
     def whole(self, text, stats, _now_s):
@@ -1419,6 +1422,7 @@ class CompletionEvents(ChatEvents):
     kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl"
     first = later = b'{"text":%b,"index":0,"finish_reason":null}'
     finish = {"text": ""}
+    behind = "model", "system_fingerprint"
 
     def extra(self):        # a zeroed usage on every chunk, oddly
         zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
