@@ -5716,6 +5716,7 @@ WINDOWS = [("llama3.2:latest", 8192), ("qwen3:*", 32768)]
     ("no number", b'{"model":"llama3.2","options":{"num_ctx":"many"}}', None),
     ("no object", b'{"model":"llama3.2","options":[1]}', None), ("another model", b'{"model":"mistral"}', None),
     ("another tag", b'{"model":"llama3.2:1b"}', None), ("no model", b'{"model":5}', None), ("no JSON", b"x", None),
+    ("a key that the skimmer does not read", b'{"%b":1,"model":"llama3.2"}' % (b"k" * 5000), None),
     ("a long text", b'{"prompt":"%b","model":"llama3.2"}' % (b'\\"{' * 20_000),
      b'{"options":{"num_ctx":8192},"prompt":"%b","model":"llama3.2"}' % (b'\\"{' * 20_000)),
 ])
