@@ -5249,7 +5249,7 @@ def test_may_this_request_be_made(flags, line, fields, address, status, text, cl
     fields = fields if any(field.startswith(b"Host:") for field in fields) else [b"Host: localhost", *fields]
     parsed = sollol.parse_request(head(line.encode() + b" HTTP/1.1", *fields))
     verdict = access.check(parsed, sollol.find_route(parsed.method, parsed.path), address)
-    assert (verdict.client, verdict.max_priority, verdict.page_status) == (client, most, status if text is None else 0)
+    assert (verdict.person(""), verdict.max_priority, verdict.page_status) == (client, most, status if text is None else 0)
     assert (verdict.refusal is not None) == bool(text) and bool(verdict.cors) == (LISTED in fields)
     if verdict.refusal:
         assert verdict.refusal.status == status and text in verdict.refusal.text
