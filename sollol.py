@@ -1323,6 +1323,8 @@ class Record:
     first_s: float | None = None
     bytes: int = 0
     timings: Timings = field(default_factory=lambda: Timings())
+    held: Held = ()                 # the slots that it had
+    shares: Sequence[Record] = ()   # of a batch, which nodes have answered apart
     reason: str = ""
     outcome: str = ""               # ok, cut, error, client_left, refused; until the end "" where the status tells it
     cors: RawLines = ()             # raw lines of the answer that let a web page read it
@@ -1712,6 +1714,12 @@ class Access:
             if not self.is_trusted_proxy(address):
                 return address
         return ""
+
+    def sees_all(self, head: RequestHead, verdict: Verdict) -> bool:
+        """Tell whether somebody may see what all have used: an admin, or without --keys whoever is on this machine."""
+        if self.needs_key:
+            return verdict.key is not None and verdict.key.settings.admin
+        return is_local(verdict.address, head.fields)
 
     def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
                        close: bool = False) -> Answer | None:
@@ -2946,6 +2954,9 @@ class TicketState(enum.Enum):
     LEFT = enum.auto()              # its client has got its answer, or has gone
 
 
+Held = tuple[tuple[str, float], ...]        # (node, seconds) for each slot that a request has had
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A request's place in the queue, kept over failed attempts. It has one lease at a time, or two that race."""
@@ -2966,6 +2977,7 @@ class Ticket:
     rival: Lease | None = None      # a second one that races the first
     race: Callable[[Lease], None] | None = None     # tells the I/O side to begin a race
     attempts: int = 0               # leases whose node has got the request
+    held: Held = ()                 # the slots that it had
     tried: set[str] = field(default_factory=set)    # nodes that failed it
     gone: set[str] = field(default_factory=set)     # of `tried`: those whose connection failed, and which may come back
     blamed: list[Breaker] = field(default_factory=list)     # which counted its failures
@@ -2986,8 +2998,10 @@ class Ticket:
         else:
             self.rival = lease
 
-    def give_back(self, lease: Lease) -> None:
+    def give_back(self, lease: Lease, now: float) -> None:
         """Note that a lease has ended; a rival goes on alone."""
+        if lease.runner is not None:
+            self.held += ((lease.node.name, now - lease.sent_s),)
         if self.lease is lease:
             self.lease = self.rival
         self.rival = None
@@ -3148,7 +3162,7 @@ class Lease:
         if self.released:
             raise AssertionError(f"lease of {self.ticket.id} on {self.node.name} ended twice")
         self.released = True
-        self.ticket.give_back(self)
+        self.ticket.give_back(self, now)
         self.node.end(self, now)
 
 
@@ -6552,7 +6566,9 @@ async def serve_inference(exchange: Exchange, take: Take | None = None) -> None:
         dispatcher.rescued(whole=False)
         break_off(exchange, stream, str(ended))
     finally:
-        if dispatcher.leave(ticket, loop.time()):
+        had_place = dispatcher.leave(ticket, loop.time())
+        exchange.record.held = ticket.held
+        if had_place:
             pump(gateway)
 
 
@@ -8604,7 +8620,8 @@ async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
     if edits := edits_of(exchange, begun):
         body = await exchange.gateway.work_on(body, edits.whole(body, begun.answer))
     share.answer, share.cut = begun.answer, cut_answer(body, len(share.texts))
-    dispatcher.observe(lease, read_timings(body[-TAIL_BYTES:]), loop.time())
+    share.record.timings = read_timings(body[-TAIL_BYTES:])
+    dispatcher.observe(lease, share.record.timings, loop.time())
 
 
 async def serve_share(batch: Exchange, share: Share, version: str) -> None:
@@ -8636,7 +8653,8 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        records = [share.record for share in shares]
+        records = record.shares = [share.record for share in shares]
+        record.held = tuple(itertools.chain.from_iterable(part.held for part in records))
         used = {part.node for part in records}
         record.node = ",".join(name for name in dispatcher.cluster.nodes if name in used)
         record.attempts = sum(part.attempts for part in records)
@@ -8754,13 +8772,410 @@ async def serve_events(exchange: Exchange) -> None:
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
     gateway, client, record = exchange.gateway, exchange.client, exchange.record
     client.serving, exchange.keep, record.status = True, False, 200
+    sees_all = gateway.access.sees_all(exchange.head, exchange.verdict)
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
              b"Connection: close", *record.cors]
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
     while not gateway.draining:
         if not client.write_paused:     # one that does not read misses some
-            client.write(b"data: " + gateway.telemetry.snapshot() + b"\n\n")
+            state = gateway.telemetry.snapshot()
+            client.write(b"data: " + (gateway.telemetry.with_people(state) if sees_all else state) + b"\n\n")
         await asyncio.sleep(EVENT_S)
+
+
+# -----------------------------------------------------------------------------
+# Usage: who used how much, of which model, on which node and which day?
+#
+# A day begins at local midnight, and a request counts on the day on which it ended. While it lasts, a day is a table:
+# person, model and node -> what was used. A day that is over is closed: what stays is the text of its rows in the file,
+# a sixth of that. Whatever goes through whole tables is written in steps.
+# -----------------------------------------------------------------------------
+
+MOST_PEOPLE, MOST_ROWS = 10_000, 12_000     # of one day: who and what comes on top is counted as OTHER
+DAYS_KEPT, CLOSED_DAYS_BYTES = 90, 3 * MIB  # the oldest ones are folded: their users become OTHER
+ROWS_IN_STEP = 500                  # 1 to 2 ms
+OTHER = "other"
+USAGE_FORMAT: Json = {"format": "sollol-usage", "version": 1}
+ROW_GAP = ",\n"                     # between two rows in the file; within a row there is no line end
+MOST_USED = 10**15                  # of whatever is counted: what says more is no usage file
+MOST_GROUPS = 20_000                # rows of a report; more people are reported as OTHER
+
+Person = tuple[str, str]            # the key, "" without one; the user behind it, without a key that or the address
+RowName = tuple[Person, str, str]   # who, of which model, on which node
+Group = tuple[str, ...]             # some of: day, key, user, model, node
+
+
+@dataclass(slots=True)
+class Use:
+    """What was used."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    slot_s: float = 0.0             # for how long slots were held
+    failures: int = 0               # of the requests: those with outcome `error` or `cut`
+    estimated: int = 0              # of the requests: those of which no node told tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
+
+    def add(self, more: Use) -> None:
+        self.requests += more.requests
+        self.prompt_tokens += more.prompt_tokens
+        self.output_tokens += more.output_tokens
+        self.slot_s += more.slot_s
+        self.failures += more.failures
+        self.estimated += more.estimated
+
+    def values(self) -> list[int | float]:
+        """Return the numbers in the order of USE_NAMES."""
+        return [self.requests, self.prompt_tokens, self.output_tokens, round(self.slot_s, 3), self.failures,
+                self.estimated]
+
+
+USE_NAMES = ("requests", "prompt_tokens", "output_tokens", "slot_s", "failures", "estimated")
+
+
+def local_day() -> str:
+    """Return the day that it is here, as YYYY-MM-DD."""
+    return time.strftime("%Y-%m-%d")
+
+
+def days_before(day: str, days: int) -> str:
+    """Return the day so many days earlier; the first one of all if there is none."""
+    number = datetime.date.fromisoformat(day).toordinal() - days
+    return datetime.date.fromordinal(max(1, number)).isoformat()
+
+
+def uses_of(record: Record) -> dict[str, Use]:
+    """Return what a finished request has used on each node. Itself it counts once, where it was answered.
+
+    The tokens of a batch count where each share was embedded; slots count where they were held.
+    """
+    timings, failed = record.timings, record.outcome in ("error", "cut")
+    is_untold = timings.estimated or bool(record.held) and record.outcome == "ok" and not (
+        timings.prompt_tokens or timings.output_tokens)
+    use = Use(1, timings.prompt_tokens, timings.output_tokens, 0.0, int(failed), int(is_untold))
+    node = record.node.partition(",")[0]
+    uses = {node: use}
+    if record.shares:
+        use.prompt_tokens = use.output_tokens = 0
+    for share in record.shares:
+        part = uses.setdefault(share.node, Use())
+        part.prompt_tokens += share.timings.prompt_tokens
+        part.output_tokens += share.timings.output_tokens
+    for node, held_s in record.held:
+        if node not in uses:
+            uses[node] = Use()
+        uses[node].slot_s += held_s
+    return uses
+
+
+class Day:
+    """What was used on a day that is not closed yet."""
+
+    def __init__(self) -> None:
+        self.people: dict[Person, Use] = {}
+        self.rows: dict[RowName, Use] = {}
+
+    def add(self, person: Person, model: str, node: str, use: Use) -> None:
+        """Count a use. The key is always known: there are few."""
+        sums = self.people.get(person)
+        if sums is None:
+            if len(self.people) >= MOST_PEOPLE:
+                person = person[0], OTHER
+            sums = self.people.setdefault(person, Use())
+        row = self.rows.get((person, model, node))
+        if row is None:
+            is_full = len(self.rows) >= MOST_ROWS
+            name = ((person[0], OTHER), OTHER, OTHER) if is_full else (person, model, node)
+            row = self.rows.setdefault(name, Use())
+        sums.add(use)
+        row.add(use)
+
+
+def row_text(name: RowName, use: Use) -> str:
+    """Return a row as it is in the file."""
+    (key, user), model, node = name
+    return json.dumps([key, user, model, node, *use.values()], separators=(",", ":"))
+
+
+def read_row(row: Any) -> tuple[RowName, Use]:
+    """Return what a row of the file says. Raises ValueError."""
+    names, numbers = (row[:4], row[4:]) if isinstance(row, list) else ([], [])
+    if (len(names) != 4 or not all(isinstance(name, str) and len(name) <= MAX_LINE_CHARS for name in names)
+            or len(numbers) != len(USE_NAMES)
+            or not all(type(number) in (int, float) and 0 <= number <= MOST_USED for number in numbers)):
+        raise ValueError("a row is not [key, user, model, node, numbers]")
+    key, user, model, node = names
+    requests, prompt_tokens, output_tokens, slot_s, failures, estimated = numbers
+    return ((key, user), model, node), Use(int(requests), int(prompt_tokens), int(output_tokens), float(slot_s),
+                                           int(failures), int(estimated))
+
+
+def row_groups(table: Day | str) -> Iterator[list[tuple[RowName, Use]]]:
+    """Yield the rows of a day, closed or not, ROWS_IN_STEP at a time."""
+    if isinstance(table, Day):
+        rows = list(table.rows.items())
+        for at in range(0, len(rows), ROWS_IN_STEP):
+            yield rows[at:at + ROWS_IN_STEP]
+        return
+    lines = table.split(ROW_GAP) if table else []
+    for at in range(0, len(lines), ROWS_IN_STEP):
+        yield [read_row(row) for row in json.loads(f"[{','.join(lines[at:at + ROWS_IN_STEP])}]")]
+
+
+def day_text(table: Day | str) -> Steps[str]:
+    """Return the rows of a day as they are in the file."""
+    if isinstance(table, str):
+        return table
+    texts = []
+    for rows in row_groups(table):
+        texts += [row_text(*row) for row in rows]
+        yield
+    return ROW_GAP.join(texts)
+
+
+def folded(text: str) -> Steps[str]:
+    """Return a closed day without its users."""
+    sums: dict[RowName, Use] = {}
+    for rows in row_groups(text):
+        for ((key, user), model, node), use in rows:
+            sums.setdefault(((key, user and OTHER), model, node), Use()).add(use)
+        yield
+    day = Day()
+    day.rows = sums
+    return (yield from day_text(day))
+
+
+class Usage:
+    """What everybody has used, by day. Pure: it is told which day it is."""
+
+    def __init__(self) -> None:
+        self.today = ""             # the day that was counted on last
+        self.days: dict[str, Day] = {}
+        self.closed: dict[str, str] = {}
+        self.noted = 0              # changes with each note
+
+    def note(self, day: str, person: Person, model: str, node: str, use: Use) -> None:
+        """Count what a request used on one node."""
+        if day != self.today:
+            self.begin(day)
+        self.days[day].add(person, model, node, use)
+        self.noted += 1
+
+    def begin(self, day: str) -> None:
+        """Let a day be today; it is opened again if it was closed: by a restart, or because the clock was set."""
+        self.today = day
+        if day not in self.days:
+            opened = self.days[day] = Day()
+            for rows in row_groups(self.closed.pop(day, "")):
+                for (person, model, node), use in rows:
+                    opened.add(person, model, node, use)
+
+    def close_days(self) -> Steps[None]:
+        """Close all days but today, and forget what is too old or too much."""
+        for day in [day for day in self.days if day != self.today]:
+            text = yield from day_text(self.days[day])
+            if day != self.today:   # the clock may have been set meanwhile
+                self.closed[day] = text
+                del self.days[day]
+        for day in [day for day in self.closed if day < self.oldest_day()]:
+            del self.closed[day]
+        for day in sorted(self.closed):
+            if self.closed_bytes() > CLOSED_DAYS_BYTES:
+                text = yield from folded(self.closed[day])
+                if day in self.closed:
+                    self.closed[day] = text
+        while self.closed_bytes() > CLOSED_DAYS_BYTES:
+            del self.closed[min(self.closed)]
+
+    def tables(self) -> dict[str, Day | str]:
+        """Return all days."""
+        return {**self.closed, **self.days}
+
+    def oldest_day(self) -> str:
+        """Return the first day that is kept. It follows from the last day but one: the clock may go wrong for once."""
+        *_, reference, _ = "", *sorted(self.tables())
+        return reference and days_before(reference, DAYS_KEPT - 2)
+
+    def closed_bytes(self) -> int:
+        """Return how much the closed days take."""
+        return sum(map(len, self.closed.values()))
+
+    def report(self, query: UsageQuery, key: str | None) -> Steps[list[tuple[Group, Use]]]:
+        """Return the rows of a report, those with most tokens first, and if it is by day, the days in order.
+
+        `key`: only what was used with it; None = all.
+        """
+        sums: dict[Group, Use] = {}
+        select = group_of(query.by)
+        tables = self.tables()
+        for day in [day for day in tables if query.since <= day <= query.until]:
+            for rows in row_groups(tables[day]):
+                for ((of_key, user), model, node), use in rows:
+                    if key is not None and of_key != key:
+                        continue
+                    group = select((day, of_key, user, model, node))
+                    if group not in sums and len(sums) >= MOST_GROUPS:
+                        group = select((day, of_key, OTHER, OTHER, OTHER))
+                    sums.setdefault(group, Use()).add(use)
+                yield
+        items, ranked = list(sums.items()), []
+        for at in range(0, len(items), ROWS_IN_STEP):
+            ranked += [(group[0] if "day" in query.by else "", -use.tokens, group, use)
+                       for group, use in items[at:at + ROWS_IN_STEP]]
+            yield
+        ranked.sort()               # each group is there once: no Use is compared
+        return [(group, use) for _, _, group, use in ranked]
+
+    def pieces(self) -> Steps[list[str]]:
+        """Return the pieces of the usage file: one row a line."""
+        pieces = [json.dumps(USAGE_FORMAT)[:-1] + ', "days": {']
+        for number, (day, table) in enumerate(sorted(self.tables().items())):
+            text = yield from day_text(table)
+            pieces += [",\n" if number else "\n", f'"{day}": [\n', text, "]"]
+        return [*pieces, "}}\n"]
+
+    def load(self, text: bytes, today: str) -> None:
+        """Take over what a usage file says. Raises ValueError, and has taken over nothing then."""
+        state = object_in(text)
+        if state is None:
+            raise ValueError("it is not a JSON object")
+        if any(state.get(name) != value for name, value in USAGE_FORMAT.items()):
+            raise ValueError(f"it does not have {USAGE_FORMAT}")
+        days = state.get("days")
+        if not isinstance(days, dict) or not all(isinstance(rows, list) for rows in days.values()):
+            raise ValueError("it has no days")
+        self.closed = {parse_day(day): ROW_GAP.join([row_text(*read_row(row)) for row in rows])
+                       for day, rows in days.items()}
+        self.begin(today)
+        at_once(self.close_days())
+
+
+class UsageQuery(NamedTuple):
+    """What a report is asked for: of which days, and what its rows stand for."""
+
+    since: str                      # a day
+    until: str                      # the last one
+    by: Sequence[str] = ("user",)
+    as_csv: bool = False
+
+
+GROUP_NAMES = ("day", "key", "user", "model", "node")
+USAGE_DAYS = 7                      # of a report, if it is not asked for others
+
+
+def columns_of(by: Sequence[str]) -> list[str]:
+    """Return the names in a row of a report. A user is one of a key."""
+    return [name for name in GROUP_NAMES if name in by or name == "key" and "user" in by]
+
+
+def group_of(by: Sequence[str]) -> Callable[[Group], Group]:
+    """Return what picks the columns of a report out of (day, key, user, model, node)."""
+    places = [GROUP_NAMES.index(name) for name in columns_of(by)]
+    return lambda names: tuple([names[place] for place in places])
+
+
+def parse_day(text: str) -> str:
+    """Return a day that is written as YYYY-MM-DD. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.A):
+            return datetime.date.fromisoformat(text).isoformat()
+    raise ValueError(f"must be a day such as 2026-01-31, not {text[:SHOWN_CHARS]!r}")
+
+
+def parse_since(text: str, today: str) -> str:
+    """Return the first day of a report: YYYY-MM-DD, or 7d for the last seven, today among them. Raises ValueError."""
+    if days := re.fullmatch(r"([1-9]\d{0,3})d", text, re.A):
+        return days_before(today, int(days[1]) - 1)
+    try:
+        return parse_day(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; 7d are the last seven days") from None
+
+
+def parse_by(text: str) -> str:
+    """Return the names of a report's columns, separated by commas. Raises ValueError."""
+    if not set(text.split(",")) <= set(GROUP_NAMES):
+        raise ValueError(f"must be some of {', '.join(GROUP_NAMES)}, separated by commas")
+    return text
+
+
+def parse_format(text: str) -> str:
+    """Return json or csv. Raises ValueError."""
+    if text not in ("json", "csv"):
+        raise ValueError("must be json or csv")
+    return text
+
+
+def parse_usage_query(query: bytes, today: str) -> UsageQuery:
+    """Return what the query of /api/usage asks for. Raises Refusal."""
+    parsers: dict[str, Callable[[str], str]] = {
+        "by": parse_by, "since": functools.partial(parse_since, today=today), "until": parse_day,
+        "format": parse_format}
+    asked: dict[str, str] = {}
+    for name, text in urllib.parse.parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        try:
+            if name not in parsers:
+                raise ValueError(f"is unknown; there are {', '.join(parsers)}")
+            if name in asked:
+                raise ValueError("is given twice")
+            asked[name] = parsers[name](text)
+        except ValueError as error:
+            raise Refusal(400, f"{name[:SHOWN_CHARS]!r} {error}") from None
+    since = asked.get("since", days_before(today, USAGE_DAYS - 1))
+    until = asked.get("until", max(since, today))
+    if until < since:
+        raise Refusal(400, f"'until' must not be before {since}, the first day")
+    return UsageQuery(since, until, asked.get("by", "user").split(","), asked.get("format") == "csv")
+
+
+def csv_cell(text: str) -> str:
+    """Return a text for a table; spreadsheets would compute one that begins as a formula."""
+    text = "'" + text if text[:1] in ("=", "+", "-", "@") else text
+    return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
+
+
+def usage_csv(query: UsageQuery, rows: list[tuple[Group, Use]]) -> Steps[bytes]:
+    """Return a report as CSV (RFC 4180), with a line of names."""
+    pieces = [",".join([*columns_of(query.by), *USE_NAMES])]
+    for at in range(0, len(rows), ROWS_IN_STEP):
+        pieces += [",".join([*map(csv_cell, group), *map(str, use.values())])
+                   for group, use in rows[at:at + ROWS_IN_STEP]]
+        yield
+    return "\r\n".join([*pieces, ""]).encode(errors="replace")
+
+
+def usage_json(query: UsageQuery, rows: list[tuple[Group, Use]]) -> Steps[bytes]:
+    """Return a report as JSON."""
+    names, total, texts = (*columns_of(query.by), *USE_NAMES), Use(), []
+    for at in range(0, len(rows), ROWS_IN_STEP):
+        for group, use in rows[at:at + ROWS_IN_STEP]:
+            total.add(use)
+            texts.append(json.dumps(dict(zip(names, (*group, *use.values()), strict=True)), separators=(",", ":")))
+        yield
+    lead = json.dumps({"since": query.since, "until": query.until, "by": query.by,
+                       "total": dict(zip(USE_NAMES, total.values(), strict=True))}, separators=(",", ":"))
+    return f'{lead[:-1]},"rows":[{",".join(texts)}]}}'.encode()
+
+
+async def serve_usage(exchange: Exchange) -> None:
+    """Answer who used what: all to an admin, and to a key what was used with it. Raises Refusal."""
+    gateway, telemetry, key = exchange.gateway, exchange.gateway.telemetry, exchange.verdict.key
+    sees_all = gateway.access.sees_all(exchange.head, exchange.verdict)
+    if key is None and not sees_all:
+        raise Refusal(403, "only this machine, or with --keys a key, may see that")
+    query = parse_usage_query(exchange.head.target.partition(b"?")[2], local_day())
+    exchange.client.serving = True
+    telemetry.tally()
+    async with telemetry.reporting:     # a report may take some MiB while it is made
+        steps = telemetry.usage.report(query, None if sees_all or key is None else key.settings.name)
+        rows = await gateway.turns.run(steps)
+        body = await gateway.turns.run((usage_csv if query.as_csv else usage_json)(query, rows))
+    kind = b"text/csv; charset=utf-8" if query.as_csv else b"application/json; charset=utf-8"
+    answer_locally(exchange, OwnAnswer(200, body, kind, [b"Cache-Control: no-store"]))
 
 
 # -----------------------------------------------------------------------------
@@ -8929,7 +9344,8 @@ class Metrics:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
         self.requests: Series = collections.Counter()       # (node, model, route, status, outcome)
-        self.tokens: Series = collections.Counter()         # (node, model, prompt or output)
+        self.tokens: Series = collections.Counter()         # (node, model, prompt or output, key)
+        self.slot_s: dict[str, float] = collections.defaultdict(float)      # by key: for how long slots were held
         self.failovers: Series = collections.Counter()      # (node, reason)
         self.races: Series = collections.Counter()          # (node, yes or no: it won)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
@@ -8977,7 +9393,9 @@ class Metrics:
         self.queue_s[record.priority].add(record.queue_s)
         for kind, tokens in (("prompt", record.timings.prompt_tokens), ("output", record.timings.output_tokens)):
             if tokens:
-                self.count(self.tokens, tokens, node, model, kind)
+                self.count(self.tokens, tokens, node, model, kind, record.key)
+        for _, held_s in record.held:
+            self.slot_s[record.key] += held_s
 
 
 Samples = Iterable[tuple[str, str, float]]
@@ -9011,7 +9429,9 @@ def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]
            of_nodes(lambda node: node_slots(node)[0]))
     yield ("sollol_node_up", "gauge", "1 if a node answers and is not draining.",
            of_nodes(lambda node: int(node.is_alive(now))))
-    yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind")
+    yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind", "key")
+    yield ("sollol_slot_seconds_total", "counter", "Time for which requests had slots.",
+           [("", labelled(key=key), round(held_s, 3)) for key, held_s in metrics.slot_s.items()])
     yield ("sollol_failovers_total", "counter", "Requests that a node failed.",
            counted(metrics.failovers, "node", "reason"))
     yield ("sollol_races_total", "counter", "Second attempts beside one that was far overdue, by whether they won.",
@@ -9068,8 +9488,10 @@ class Telemetry:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.loop = gateway, gateway.loop
         self.metrics = Metrics(gateway.dispatcher)
+        self.usage, self.reporting = Usage(), asyncio.Lock()    # which lets the askers in one by one
         self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
         self.shown, self.shown_s = b"", -math.inf   # what dashboards were sent last, and when
+        self.people, self.people_s = b"", -math.inf
 
     def finish(self, record: Record) -> None:
         """Let a finished request be counted and logged within TALLY_DELAY_S."""
@@ -9081,11 +9503,21 @@ class Telemetry:
     def tally(self) -> None:
         """Count and log the requests that have finished since the last time."""
         finished, self.finished = self.finished, []
+        day = local_day()
         for record, total_s in finished:
             self.metrics.count_request(record, total_s)
+            if record.attempts and record.path in INFERENCE_PATHS:
+                self.count_use(record, day)
         for level, rows in itertools.groupby(finished, lambda row: log_level(row[0])):
             if LOG.isEnabledFor(level):
                 LOG.log(level, [request_fields(record, total_s) for record, total_s in rows])
+
+    def count_use(self, record: Record, day: str) -> None:
+        """Count what a finished request has used."""
+        person = record.key, record.user or ("" if record.key else record.client)
+        model = record.model if record.model in self.gateway.dispatcher.cluster.holders else record.model and OTHER
+        for node, use in uses_of(record).items():
+            self.usage.note(day, person, model, node, use)
 
     def snapshot(self) -> bytes:
         """Return what dashboards show, as JSON; made once for all that look, however many."""
@@ -9094,6 +9526,14 @@ class Telemetry:
             self.tally()
             self.shown, self.shown_s = json.dumps(dashboard_state(self.gateway), separators=(",", ":")).encode(), now
         return self.shown
+
+    def with_people(self, state: bytes) -> bytes:
+        """Return what a dashboard shows to those that may see who used what; the people are made once for all, too."""
+        now = self.loop.time()
+        if now - self.people_s >= EVENT_S / 2:
+            people = people_state(self.usage, local_day())
+            self.people, self.people_s = json.dumps(people, separators=(",", ":")).encode(), now
+        return state[:-1] + b',"people":' + self.people + b"}"
 
 
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
@@ -9225,7 +9665,7 @@ def tell_systemd(message: str) -> None:
 # state is small, and a page that missed an event, or the gateway's restart, is right one second later.
 # -----------------------------------------------------------------------------
 
-ROWS_SHOWN, DECISIONS_SHOWN = 50, 12    # of the queue and of the decisions, on the dashboard
+ROWS_SHOWN, DECISIONS_SHOWN, PEOPLE_SHOWN = 50, 12, 10  # of queue, decisions and people, on the dashboard
 
 
 def page_policy() -> bytes:
@@ -9257,6 +9697,15 @@ def node_state(node: Node, now: float, tokens: int) -> Json:
             "models": {name: model for name, model in models.items() if model["resident"] or model["inflight"]},
             "on_disk": sum(model["on_disk"] for model in models.values()), "tok_s": round(tokens / 60, 2),
             "decode_tok_s": models[used.model]["decode_tok_s"] if used else None}
+
+
+def people_state(usage: Usage, day: str) -> Json:
+    """Return what the dashboard shows of the people of a day: those with most tokens."""
+    people = usage.days[day].people if day in usage.days else {}
+    most = heapq.nlargest(PEOPLE_SHOWN, people.items(), key=lambda item: item[1].tokens)
+    return {"count": len(people), "most": [
+        {"name": "/".join(filter(None, person)), "requests": use.requests, "tokens": use.tokens,
+         "slot_s": round(use.slot_s, 1)} for person, use in most]}
 
 
 def dashboard_state(gateway: Gateway) -> Json:
@@ -9671,6 +10120,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("GET HEAD", "/api/health", Route(serve_own, Where.GATEWAY, own=answer_health)),
     ("GET HEAD", "/api/stats", Route(serve_own, Where.GATEWAY, own=answer_stats)),
     ("GET HEAD", "/api/queue", Route(serve_own, Where.GATEWAY, own=answer_queue)),
+    ("GET HEAD", "/api/usage", Route(serve_usage, Where.GATEWAY)),
     ("GET HEAD", "/metrics", Route(serve_own, Where.GATEWAY, own=answer_metrics)),
     ("POST", "/api/nodes/", Route(serve_order, Where.GATEWAY, "order", guarded=True)),
     ("GET HEAD", "/dashboard", Route(serve_own, Where.GATEWAY, own=answer_dashboard)),
@@ -10364,12 +10814,13 @@ def parse_state(text: bytes) -> Json:
     return state
 
 
-class StateFile:
-    """Keep what was learned in a file, over restarts. A file that cannot be used is renamed, not overwritten."""
+class KeptFile:
+    """A file of our own that outlives a restart. One that cannot be used is renamed, not overwritten."""
+
+    event = "state"                 # what the log calls it
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)      # what a link points to is replaced, not the link
-        self.text = ""              # as written last
         self.foreign = False        # there is a file that we must not overwrite
         self.failed = False         # the last write failed
         try:
@@ -10377,42 +10828,40 @@ class StateFile:
         except OSError as error:
             raise ConfigError(f"--state: {path}: {error.strerror}") from None
 
-    def read(self, dispatcher: Dispatcher) -> None:
-        """Let a dispatcher remember what is in the file; log one line if it cannot be used."""
+    def read_with(self, take: Callable[[bytes], Json]) -> None:
+        """Let `take` read the text, and log what it returns; log one line if the file cannot be used."""
         try:
             with open(self.path, "rb") as file:
                 text = file.read(MOST_STATE_BYTES + 1)
             if len(text) > MOST_STATE_BYTES:
                 raise ValueError(f"larger than {MOST_STATE_BYTES // MIB} MiB")
-            dispatcher.cluster.remember(parse_state(text))
+            told = take(text)
         except FileNotFoundError:
             return
         except OSError as error:
             raise ConfigError(f"--state: {self.path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             self.foreign = True
-            LOG.warning({"event": "state", "file": self.path, "ignored": str(error)[:200],
+            LOG.warning({"event": self.event, "file": self.path, "ignored": str(error)[:200],
                          "why": f"it will be kept as {self.path}.ignored"})
             return
-        LOG.info({"event": "state", "file": self.path, "nodes": len(dispatcher.cluster.kept)})
+        LOG.info({"event": self.event, "file": self.path, **told})
 
-    def write(self, learned: Json) -> None:
-        """Write what was learned, whole or not at all, if it has changed. Logs only the first of several failures."""
-        text = json.dumps({**STATE_FORMAT, **learned}, indent=1) + "\n"
-        if text == self.text:
-            return
+    def write_pieces(self, pieces: Iterable[str]) -> bool:
+        """Write the file, whole or not at all; tell whether it was. Logs only the first of several failures."""
         try:
             if self.foreign:
                 os.replace(self.path, f"{self.path}.ignored")
                 self.foreign = False
-            self.replace_with(text)
-            self.text, self.failed = text, False
+            self.replace_with(pieces)
+            self.failed = False
         except OSError as error:
             if not self.failed:
-                LOG.error({"event": "state", "file": self.path, "why": error.strerror})
+                LOG.error({"event": self.event, "file": self.path, "why": error.strerror})
             self.failed = True
+        return not self.failed
 
-    def replace_with(self, text: str | None) -> None:
+    def replace_with(self, pieces: Iterable[str] | None) -> None:
         """Replace the file by a text in one step; None only tries whether that is possible. Raises OSError."""
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -10421,34 +10870,82 @@ class StateFile:
         number, temporary = tempfile.mkstemp(dir=os.path.dirname(self.path) or ".", prefix=".sollol-")
         try:
             with open(number, "w", encoding="utf-8") as file:
-                file.write(text or "")
+                file.writelines(pieces or ())
                 file.flush()
                 os.fsync(number)    # else a power cut could leave the new name with no content
-            if text is not None:
+            if pieces is not None:
                 os.replace(temporary, self.path)
         finally:
             with contextlib.suppress(FileNotFoundError):    # it has become the file
                 os.unlink(temporary)
 
 
+class StateFile(KeptFile):
+    """Keep what was learned."""
+
+    text = ""                       # as written last
+
+    def read(self, dispatcher: Dispatcher) -> None:
+        """Let a dispatcher remember what is in the file."""
+        def take(text: bytes) -> Json:
+            dispatcher.cluster.remember(parse_state(text))
+            return {"nodes": len(dispatcher.cluster.kept)}
+
+        self.read_with(take)
+
+    def write(self, learned: Json) -> None:
+        """Write what was learned, if it has changed."""
+        text = json.dumps({**STATE_FORMAT, **learned}, indent=1) + "\n"
+        if text != self.text and self.write_pieces([text]):
+            self.text = text
+
+
+class UsageFile(KeptFile):
+    """Keep who used what."""
+
+    event = "usage"
+    noted = 0                       # `Usage.noted` of what was written last
+
+    def read(self, usage: Usage) -> None:
+        """Let `usage` take over what is in the file."""
+        def take(text: bytes) -> Json:
+            usage.load(text, local_day())
+            return {"days": len(usage.days) + len(usage.closed)}
+
+        self.read_with(take)
+
+    def write(self, pieces: Iterable[str], noted: int) -> None:
+        """Write the pieces of a Usage, `noted` of which are in them at least."""
+        if self.write_pieces(pieces):
+            self.noted = noted
+
+
+def usage_path(state: str) -> str:
+    """Return the path of the usage file, beside the state file: /x/state.json -> /x/state.usage.json."""
+    root, suffix = os.path.splitext(os.path.realpath(state))
+    return f"{root}.usage{suffix}"
+
+
 # -----------------------------------------------------------------------------
 # Files: what has been saved, by somebody else or by us?
 # -----------------------------------------------------------------------------
 
-STATE_S = 60.0                      # between two writes of the state file
+STATE_S = 55.0                      # between two writes of what is kept: less than a minute of it can be lost
 
 
 class Files:
-    """Take over hosts.txt, keys and certificate when they have changed, and keep the state file."""
+    """Take over hosts.txt, keys and certificate when they have changed, and keep the state and the usage file."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.options, self.loop = gateway, gateway.options, gateway.loop
         self.seen = self.before = self.stamps()     # as taken over; as in the last sweep
         self.state = StateFile(self.options.state) if self.options.state else None
+        self.usage = UsageFile(usage_path(self.options.state)) if self.options.state else None
         self.saved_s = self.loop.time()
-        self.saving: asyncio.Future[None] | None = None
-        if self.state:
+        self.saving: asyncio.Task[None] | None = None
+        if self.state and self.usage:
             self.state.read(gateway.dispatcher)
+            self.usage.read(gateway.telemetry.usage)
 
     def stamps(self) -> list[tuple[int, int, int] | None]:
         """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
@@ -10499,16 +10996,29 @@ class Files:
             self.reload()
         if now - self.saved_s >= STATE_S:
             self.saved_s = now
-            if self.state and (self.saving is None or self.saving.done()):  # in a thread: a disk may be slow
-                learned = self.gateway.dispatcher.cluster.learned()
-                self.saving = self.loop.run_in_executor(None, self.state.write, learned)
+            if self.saving is None or self.saving.done():
+                self.saving = self.loop.create_task(self.save())
+
+    async def save(self) -> None:
+        """Save what was learned and used, in a thread: a disk may be slow. Close the days that are over."""
+        usage = self.gateway.telemetry.usage
+        await self.gateway.turns.run(usage.close_days())
+        if self.state and self.usage:
+            learned = self.gateway.dispatcher.cluster.learned()
+            await self.loop.run_in_executor(None, self.state.write, learned)
+            if usage.noted != self.usage.noted:
+                noted, pieces = usage.noted, await self.gateway.turns.run(usage.pieces())
+                await self.loop.run_in_executor(None, self.usage.write, pieces, noted)
 
     async def close(self) -> None:
-        """Save what was learned for the last time."""
+        """Save what was learned and used for the last time."""
         if self.saving:
             await asyncio.wait([self.saving])
-        if self.state:
+        if self.state and self.usage:
             self.state.write(self.gateway.dispatcher.cluster.learned())
+            usage = self.gateway.telemetry.usage
+            if usage.noted != self.usage.noted:
+                self.usage.write(at_once(usage.pieces()), usage.noted)
 
 
 # -----------------------------------------------------------------------------
@@ -10772,7 +11282,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--discover": dict(LIST, metavar="CIDR", type=parse_network, help="network to scan for Ollama servers, such as "
                            "192.168.1.0/24; may be repeated (none)"),
         "--probe-interval": dict(TIME, default="5s", help="time between two looks at a node"),
-        "--state": dict(FILE, help="what is learned of nodes is kept there over restarts (nowhere)"),
+        "--state": dict(FILE, help="what is learned of nodes is kept there over restarts, and beside it who used "
+                        "what (nowhere)"),
         "--no-calibrate": dict(OFF, dest="calibrate", help="do not measure idle nodes at the start (they are, with one "
                                "short request to a model that is loaded)"),
         "--demo": dict(ON, help="run in front of three simulated nodes (needs bench.py beside it) (no)"),
@@ -11184,7 +11695,9 @@ svg circle { fill: var(--hue); stroke: none }
 <main>
 <ul class="tiles" id="tiles" aria-label="Now"></ul>
 <div class="columns">
-<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section></div>
+<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section>
+<section aria-labelledby="h-people" id="used" hidden><h2 id="h-people">Today, who used most</h2>
+<div id="people"></div></section></div>
 <div>
 <div class="charts">
 <section aria-labelledby="h-total"><span class="legend" id="l-total"></span><h2 id="h-total">Latency</h2>
@@ -11286,6 +11799,12 @@ function decisionRow(it) {
     cell(chips.join(""), "wide")]);
 }
 
+function personRow(it) {
+  return row([`<th role="rowheader" scope="row" class="grow id">${esc(it.name)}</th>`,
+    cell(it.requests, "n", "requests"), cell(it.tokens.toLocaleString("en"), "n", "tokens"),
+    cell(took(it.slot_s), "n", "slot time")]);
+}
+
 function chart(id, name, lines, step_s) {
   const wide = Math.max(240, at(id).clientWidth), high = 150, left = 46, foot = 20, top = 8;
   const most = Math.max(...lines.flatMap(([, , values]) => values.map((value) => value || 0)));
@@ -11335,6 +11854,13 @@ function show(state) {
   const decisions = table("Decisions", [["When", "n"], ["Model"], ["Predicted finish"]],
     state.decisions.map(decisionRow));
   put("decisions", state.decisions.length ? decisions : none("None yet."));
+  at("used").hidden = !state.people;    // only who may see it is told
+  if (state.people) {
+    const people = table("People", [["Who"], ["Requests", "n"], ["Tokens", "n"], ["Slot time", "n"]],
+      state.people.most.map(personRow));
+    const others = state.people.count - state.people.most.length;
+    put("people", (state.people.count ? people : none("Nobody yet.")) + (others ? none(`and ${others} more`) : ""));
+  }
   const past = state.past, lines = (p50, p95) => [["P50", "--a", p50], ["P95", "--b", p95]];
   chart("total", "Latency", lines(past.total_p50_s, past.total_p95_s), past.step_s);
   chart("first", "Time to first token", lines(past.first_p50_s, past.first_p95_s), past.step_s);

@@ -10098,6 +10098,445 @@ def test_drained_node_that_was_away_for_a_moment_is_still_drained(running):
 
 
 # -----------------------------------------------------------------------------
+# Usage: who used what
+# -----------------------------------------------------------------------------
+
+ADA, BOB, EVE, OPS = ("web", "ada"), ("web", "bob"), ("", "10.0.0.9"), ("ops", "")
+USED = [                            # day, person, model, node, requests, prompt and output tokens, slot time, failures
+    ("2026-11-26", ADA, "m:latest", "a", 1, 10, 100, 1.5, 0), ("2026-11-27", ADA, "m:latest", "a", 1, 20, 200, 2.0, 0),
+    ("2026-11-27", ADA, "n:latest", "b", 1, 30, 300, 3.0, 1), ("2026-11-27", BOB, "m:latest", "b", 1, 1, 1, 0.25, 0),
+    ("2026-11-28", EVE, "m:latest", "a", 1, 5, 5, 4.0, 0), ("2026-11-28", OPS, "m:latest", "a", 1, 2, 2, 1.0, 0)]
+
+
+def used(rows=USED):
+    usage = sollol.Usage()
+    for day, person, model, node, *numbers in rows:
+        usage.note(day, person, model, node, sollol.Use(*numbers))
+    return usage
+
+
+def report(usage, query="", today="2026-11-28", key=None):
+    """Return {names: numbers} of a report."""
+    query = sollol.parse_usage_query(query.encode(), today)
+    return {group: use.values() for group, use in sollol.at_once(usage.report(query, key))}
+
+
+@table("query, expected", [
+    ("nothing asked", "", {("web", "ada"): [3, 60, 600, 6.5, 1, 0], ("", "10.0.0.9"): [1, 5, 5, 4.0, 0, 0],
+                           ("ops", ""): [1, 2, 2, 1.0, 0, 0], ("web", "bob"): [1, 1, 1, 0.25, 0, 0]}),
+    ("key", "by=key", {("web",): [4, 61, 601, 6.75, 1, 0], ("",): [1, 5, 5, 4.0, 0, 0],
+                       ("ops",): [1, 2, 2, 1.0, 0, 0]}),
+    ("model", "by=model", {("m:latest",): [5, 38, 308, 8.75, 0, 0], ("n:latest",): [1, 30, 300, 3.0, 1, 0]}),
+    ("node", "by=node", {("a",): [4, 37, 307, 8.5, 0, 0], ("b",): [2, 31, 301, 3.25, 1, 0]}),
+    ("days in order", "by=key,day&since=2026-11-27", {
+        ("2026-11-27", "web"): [3, 51, 501, 5.25, 1, 0], ("2026-11-28", ""): [1, 5, 5, 4.0, 0, 0],
+        ("2026-11-28", "ops"): [1, 2, 2, 1.0, 0, 0]}),
+    ("today", "by=day&since=1d", {("2026-11-28",): [2, 7, 7, 5.0, 0, 0]}),
+    ("until", "by=node&since=2d&until=2026-11-27", {("b",): [2, 31, 301, 3.25, 1, 0],
+                                                    ("a",): [1, 20, 200, 2.0, 0, 0]}),
+    ("one day", "by=key&since=2026-11-26&until=2026-11-26", {("web",): [1, 10, 100, 1.5, 0, 0]}),
+    ("before all", "since=2026-01-01&until=2026-01-02", {})])
+@pytest.mark.parametrize("keep", ["open", "closed", "over a restart"])
+def test_report_is_the_sum_of_what_was_used(query, expected, keep):
+    usage = used()
+    if keep == "closed":
+        sollol.at_once(usage.close_days())
+        assert list(usage.days) == ["2026-11-28"] and list(usage.closed) == ["2026-11-26", "2026-11-27"]
+    elif keep == "over a restart":
+        text = "".join(sollol.at_once(usage.pieces())).encode()
+        usage = sollol.Usage()
+        usage.load(text, "2026-11-28")
+        assert "".join(sollol.at_once(usage.pieces())).encode() == text
+    found = report(usage, query)
+    assert found == expected and list(found) == list(expected)
+
+
+def test_key_gets_only_what_was_used_with_it():
+    assert report(used(), "by=model", key="web") == {("m:latest",): [3, 31, 301, 3.75, 0, 0],
+                                                     ("n:latest",): [1, 30, 300, 3.0, 1, 0]}
+    assert report(used(), "by=user", key="w") == {}
+
+
+@listed("query", ["by=", "by=users", "by=user,", "by=user;model", "since=yesterday", "since=0d", "since=20261127",
+                  "since=2026-02-30", "since=99999d", "since=", "since=-1d", "since=2026-11-27T00:00", "until=7d",
+                  "until=2026-11-99", "since=2026-11-27&until=2026-11-26", "format=xml", "format=", "user=ada",
+                  "by=key&by=user", "By=key", "since=٢d", "%00=1"])
+def test_report_that_cannot_be_understood_is_refused_by_its_parameter(query):
+    with pytest.raises(Refusal) as refused:
+        sollol.parse_usage_query(query.encode(), "2026-11-28")
+    assert refused.value.status == 400 and re.match("'.+' (must|is) ", str(refused.value))
+    assert query.partition("=")[0].strip("%0") in str(refused.value) or "until" in str(refused.value)
+
+
+def test_report_on_the_future_has_a_last_day():
+    assert sollol.parse_usage_query(b"since=2027-01-01", "2026-11-28")[:2] == ("2027-01-01", "2027-01-01")
+    assert sollol.parse_usage_query(b"", "2026-11-28") == ("2026-11-22", "2026-11-28", ["user"], False)
+
+
+@table("name, cell", [("plain", "ada", "ada"), ("comma", "a,b", '"a,b"'), ("quote", 'a"b', '"a""b"'),
+                      ("formula", "=1+1", "'=1+1"), ("formula and comma", "@a,b", '"\'@a,b"'), ("minus", "-1", "'-1"),
+                      ("empty", "", ""), ("line end", "a\nb", '"a\nb"')])
+def test_name_in_csv_is_one_cell_and_no_formula(name, cell):
+    assert sollol.csv_cell(name) == cell
+
+
+def ended(**given):
+    """Return the Record of a finished request."""
+    return sollol.Record("id", "10.0.0.9", "POST", "/api/chat", 0.0, attempts=1,
+                         **{"node": "a", "status": 200, "outcome": "ok", **given})
+
+
+COUNTED = Timings(prompt_tokens=30, output_tokens=7)
+
+
+@table("record, expected", [
+    ("answered", ended(timings=COUNTED, held=(("a", 2.0),)), {"a": [1, 30, 7, 2.0, 0, 0]}),
+    ("on the second node", ended(node="b", timings=COUNTED, held=(("a", 2.0), ("b", 3.0))),
+     {"b": [1, 30, 7, 3.0, 0, 0], "a": [0, 0, 0, 2.0, 0, 0]}),
+    ("twice on one node", ended(timings=COUNTED, held=(("a", 2.0), ("a", 3.0))), {"a": [1, 30, 7, 5.0, 0, 0]}),
+    ("cut", ended(outcome="cut", held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 1, 0]}),
+    ("error", ended(outcome="error", status=502, held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 1, 0]}),
+    ("left", ended(outcome="client_left", status=499, held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 0, 0]}),
+    ("without counts", ended(held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 0, 1]}),
+    ("estimated", ended(timings=COUNTED._replace(estimated=True), held=(("a", 2.0),)), {"a": [1, 30, 7, 2.0, 0, 1]}),
+    ("without a slot", ended(), {"a": [1, 0, 0, 0.0, 0, 0]}),
+    ("batch", ended(node="a,b", timings=Timings(prompt_tokens=100), held=(("b", 1.0), ("a", 2.0), ("a", 3.0)), shares=[
+        ended(timings=Timings(prompt_tokens=25)), ended(node="b", timings=Timings(prompt_tokens=75))]),
+     {"a": [1, 25, 0, 5.0, 0, 0], "b": [0, 75, 0, 1.0, 0, 0]}),
+    ("failed batch", ended(node="a,b", outcome="error", status=502, held=(("b", 1.0),), shares=[
+        ended(), ended(node="b", timings=Timings(prompt_tokens=75))]),
+     {"a": [1, 0, 0, 0.0, 1, 0], "b": [0, 75, 0, 1.0, 0, 0]})])
+def test_request_counts_once_and_what_it_used_where_it_used_it(record, expected):
+    assert {node: use.values() for node, use in sollol.uses_of(record).items()} == expected
+
+
+def test_more_people_than_are_kept_are_others_of_their_key_and_no_sum_changes(monkeypatch):
+    monkeypatch.setattr(sollol, "MOST_PEOPLE", 5)
+    monkeypatch.setattr(sollol, "MOST_ROWS", 8)
+    rng, usage, sums = random.Random(1), sollol.Usage(), collections.Counter()
+    for _ in range(2000):
+        key = rng.choice("kl")
+        usage.note("2026-11-28", (key, f"user-{rng.randrange(1000)}"), f"m{rng.randrange(50)}", rng.choice("ab"),
+                   sollol.Use(1, 2, 3, 1.0))
+        sums[key,] += 1
+    found = report(usage, "by=key")
+    assert {key: numbers[0] for key, numbers in found.items()} == sums
+    assert len(report(usage, "by=user")) <= 7 and report(usage, "by=user")["k", "other"][0] > 900
+    day = usage.days["2026-11-28"]
+    assert len(day.people) <= 7 and len(day.rows) <= 10
+    monkeypatch.setattr(sollol, "MOST_GROUPS", 3)
+    assert sum(numbers[0] for numbers in report(usage, "by=user,model").values()) == 2000
+
+
+def test_90_days_are_kept_and_of_too_much_the_oldest_lose_their_users_first(monkeypatch):
+    usage, start = sollol.Usage(), sollol.datetime.date(2026, 1, 1)
+    for number in range(100):
+        day = (start + sollol.datetime.timedelta(number)).isoformat()
+        for user in range(20):
+            usage.note(day, ("k", f"user-{user}"), "m:latest", "a", sollol.Use(1, 1, 1, 1.0))
+        sollol.at_once(usage.close_days())
+    assert len(usage.closed) + len(usage.days) == 90 and min(usage.closed) == "2026-01-11"
+    assert report(usage, "by=key&since=90d", today=day) == {("k",): [1800, 1800, 1800, 1800.0, 0, 0]}
+    monkeypatch.setattr(sollol, "CLOSED_DAYS_BYTES", usage.closed_bytes() // 2)
+    sollol.at_once(usage.close_days())
+    assert report(usage, "by=key&since=90d", today=day) == {("k",): [1800, 1800, 1800, 1800.0, 0, 0]}
+    assert set(report(usage, "by=user&since=2026-01-11&until=2026-01-20", today=day)) == {("k", "other")}
+    assert len(report(usage, "by=user&since=10d", today=day)) == 20
+    monkeypatch.setattr(sollol, "CLOSED_DAYS_BYTES", 1000)
+    sollol.at_once(usage.close_days())
+    assert usage.closed_bytes() <= 1000 and day in usage.days and max(usage.closed) > "2026-04-05"
+
+
+def test_clock_that_is_set_back_opens_a_closed_day_again():
+    usage = used()
+    sollol.at_once(usage.close_days())
+    usage.note("2026-11-27", ADA, "m:latest", "a", sollol.Use(1, 1, 1, 1.0))
+    assert report(usage, "by=day")["2026-11-27",] == [4, 52, 502, 6.25, 1, 0]
+    sollol.at_once(usage.close_days())
+    assert list(usage.days) == ["2026-11-27"] and sum(n[0] for n in report(usage, "by=day").values()) == 7
+
+
+@pytest.mark.parametrize("hours", [14, 0, -12])
+def test_day_begins_at_local_midnight(hours, monkeypatch):
+    def day_there():
+        zone = sollol.datetime.timezone(sollol.datetime.timedelta(hours=hours))
+        return sollol.datetime.datetime.now(zone).date().isoformat()
+
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", f"<xyz>{-hours}")
+        time.tzset()
+        try:
+            before = day_there()
+            assert sollol.local_day() in (before, day_there())
+        finally:
+            patched.undo()
+            time.tzset()
+
+
+def test_10_000_people_take_10_mib_and_no_step_of_their_report_is_long():
+    """Without the garbage collector, which here goes through what thousands of tests have left, too."""
+    usage, slowest_s = sollol.Usage(), 0.0
+
+    def run(steps):
+        nonlocal slowest_s
+        while True:
+            started_s = time.thread_time()
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            finally:
+                slowest_s = max(slowest_s, time.thread_time() - started_s)
+
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for day in ("2026-11-26", "2026-11-27", "2026-11-28"):
+            for number in range(15_000):
+                usage.note(day, ("webui", f"{number % 10_000}-user@example.com"), f"model-{number // 10_000}:latest",
+                           "gpu", sollol.Use(1, 1000 + number, 500 + number, number / 7))
+                if not number:
+                    sollol.at_once(usage.close_days())
+        assert tracemalloc.get_traced_memory()[0] < 10 * sollol.MIB
+    finally:
+        tracemalloc.stop()
+    query = sollol.parse_usage_query(b"by=user&since=3d", "2026-11-28")
+    gc.disable()
+    try:
+        rows = run(usage.report(query, None))
+        assert len(rows) == 10_001 and sum(use.requests for _, use in rows) == 45_000
+        assert len(json.loads(run(sollol.usage_json(query, rows)))["rows"]) == 10_001
+        assert run(sollol.usage_csv(query, rows)).count(b"\r\n") == 10_002
+        run(usage.pieces())
+        usage.note("2026-11-29", ADA, "m:latest", "a", sollol.Use(1))
+        run(usage.close_days())
+    finally:
+        gc.enable()
+    assert slowest_s < 0.02         # 4 ms
+
+
+GOOD_USAGE = {"format": "sollol-usage", "version": 1,
+              "days": {"2026-11-28": [["k", "u", "m", "a", 1, 2, 3, 4.5, 0, 0]]}}
+
+
+def usage_with(*row, day="2026-11-28"):
+    return {**GOOD_USAGE, "days": {day: [[*row]]}}
+
+
+@table("content", [
+    ("empty", b""), ("torn", b'{"format": "sollol-usage", "ver'), ("deep", b"[" * 100_000), ("bytes", b"\xff\x00"),
+    *((name, json.dumps(value).encode()) for name, value in {
+        "list": [], "state file": {"format": "sollol-state", "version": 1, "nodes": [], "lengths": {}},
+        "newer": {**GOOD_USAGE, "version": 2}, "days": {**GOOD_USAGE, "days": []},
+        "no rows": {**GOOD_USAGE, "days": {"2026-11-28": 1}}, "no day": usage_with(day="today"),
+        "row": {**GOOD_USAGE, "days": {"2026-11-28": [1]}}, "short row": usage_with("k", "u", "m", "a", 1, 2, 3, 4, 0),
+        "name": usage_with("k", 1, "m", "a", 1, 2, 3, 4, 0, 0), "minus": usage_with(*"kuma", -1, 2, 3, 4, 0, 0),
+        "truth": usage_with(*"kuma", True, 2, 3, 4, 0, 0), "nan": usage_with(*"kuma", *[math.nan] * 6),
+        "huge": usage_with(*"kuma", 10**30, 2, 3, 4, 0, 0)}.items())])
+def test_usage_file_that_cannot_be_used_is_told_once_and_put_aside(content, tmp_path, caplog):
+    caplog.set_level("WARNING", "sollol")
+    sollol.LOG.propagate = True
+    path = tmp_path / "state.usage.json"
+    path.write_bytes(content)
+
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(tmp_path / "state.json")]) as gateway:
+            assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+            assert path.read_bytes() == content
+
+    bench.run_virtual(main())
+    assert len(caplog.messages) == 1 and str(path) in caplog.messages[0]
+    assert (tmp_path / "state.usage.json.ignored").read_bytes() == content
+    assert [len(rows) for rows in json.loads(path.read_bytes())["days"].values()] == [1]
+
+
+@over_sockets
+async def test_usage_is_kept_over_a_restart_and_written_only_if_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sollol, "STATE_S", 0.1)
+    flags, path = ["--state", str(tmp_path / "state.json")], tmp_path / "state.usage.json"
+    for number in range(2):
+        async with gateway_for(fixed(1), flags=flags) as gateway:
+            await call(gateway, "POST", "/api/generate", generate(tokens=5))
+            await until(lambda: path.exists() and gateway.files.usage.noted == 1, 600)  # a disk knows no virtual time
+            before = path.stat()
+            await asyncio.sleep(1.2)
+            assert path.stat().st_ino == before.st_ino
+            row, = (await call(gateway, "GET", "/api/usage")).json()["rows"]
+            assert (row["requests"], row["output_tokens"]) == (number + 1, 5 * (number + 1))
+    assert before.st_mode & 0o777 == 0o600
+
+
+@over_sockets
+async def test_day_that_ends_is_closed_while_it_is_told(monkeypatch):
+    monkeypatch.setattr(sollol, "STATE_S", 0.1)
+    day = "2026-11-27"
+    monkeypatch.setattr(sollol, "local_day", lambda: day)
+    async with gateway_for(fixed(1)) as gateway:
+        await call(gateway, "POST", "/api/generate", generate(tokens=5))
+        assert (await call(gateway, "GET", "/api/usage?by=day")).json()["total"]["requests"] == 1
+        day = "2026-11-28"
+        assert (await events(gateway, 1))[0]["people"] == {"count": 0, "most": []}
+        await call(gateway, "POST", "/api/generate", generate(tokens=7))
+        await until(lambda: list(gateway.telemetry.usage.closed) == ["2026-11-27"])
+        rows = (await call(gateway, "GET", "/api/usage?by=day")).json()["rows"]
+        assert [(row["day"], row["output_tokens"]) for row in rows] == [("2026-11-27", 5), ("2026-11-28", 7)]
+
+
+PEOPLE_KEYS = KEYS + "webui-secret name=webui proxy=yes\n"
+
+
+@over_sockets
+async def test_admin_sees_what_all_used_and_a_key_itself(tmp_path):
+    async with guarded(tmp_path, fixed(1), keys=PEOPLE_KEYS) as gateway:
+        await call(gateway, "POST", "/api/generate", generate(tokens=5), **bearer("alice"))
+        for user, tokens in (("ada", 7), ("bob%20b", 8), ("ada", 9)):
+            await call(gateway, "POST", "/api/generate", generate(tokens=tokens), X_OpenWebUI_User_Id=user,
+                       **bearer("webui"))
+
+        async def told(name, query=""):
+            answer = await call(gateway, "GET", f"/api/usage{query}", **bearer(name))
+            assert answer.status == 200 and answer.fields["cache-control"] == "no-store"
+            return {(row["key"], row["user"], row["output_tokens"]) for row in answer.json()["rows"]}
+
+        assert await told("root") == {("alice", "", 5), ("webui", "ada", 16), ("webui", "bob b", 8)}
+        assert await told("webui") == {("webui", "ada", 16), ("webui", "bob b", 8)}
+        assert await told("alice") == {("alice", "", 5)}
+        assert (await call(gateway, "GET", "/api/usage")).status == 401
+        answer = await call(gateway, "GET", "/api/usage?since=soon", **bearer("alice"))
+        assert answer.status == 400 and "'since' must be a day" in answer.json()["error"]
+        answer = await call(gateway, "GET", "/api/usage?by=key,user&format=csv", **bearer("root"))
+        assert answer.fields["content-type"] == "text/csv; charset=utf-8"
+        names, first, *_ = answer.body.decode().splitlines()
+        assert names == "key,user,requests,prompt_tokens,output_tokens,slot_s,failures,estimated"
+        assert re.fullmatch(r"webui,ada,2,\d+,16,\d+\.\d+,0,0", first)
+        head = await call(gateway, "HEAD", "/api/usage", **bearer("root"))
+        assert head.status == 200 and not head.body and int(head.fields["content-length"]) > 100
+        people = (await events(gateway, 1, "root-secret"))[0]["people"]
+        assert people["count"] == 3 and people["most"][0]["name"] == "webui/ada" and people["most"][0]["requests"] == 2
+        assert "people" not in (await events(gateway, 1, "alice-secret"))[0]
+
+
+@over_sockets
+async def test_without_keys_only_this_machine_sees_what_was_used():
+    async with gateway_for(fixed(1)) as gateway:
+        await call(gateway, "POST", "/api/generate", generate(tokens=5))
+        row, = (await call(gateway, "GET", "/api/usage")).json()["rows"]
+        assert (row["key"], row["user"], row["requests"], row["output_tokens"]) == ("", "127.0.0.1", 1, 5)
+        answer = await call(gateway, "GET", "/api/usage", X_Forwarded_For="10.0.0.1")
+        assert answer.status == 403 and "only this machine" in answer.json()["error"]
+        assert (await events(gateway, 1))[0]["people"]["most"][0]["name"] == "127.0.0.1"
+
+
+@over_sockets
+async def test_batch_of_texts_is_used_by_share_and_counts_once():
+    nodes = [bench.SimNode(models=("nomic-embed-text",), loaded=("nomic-embed-text",), **FAST) for _ in range(2)]
+    async with gateway_for(*nodes) as gateway:
+        value = {"model": "nomic-embed-text", "input": [f"text {number} of many" for number in range(200)]}
+        answer = (await call(gateway, "POST", "/api/embed", value)).json()
+        told = (await call(gateway, "GET", "/api/usage?by=node")).json()
+        assert len(told["rows"]) == 2 and all(row["prompt_tokens"] and row["slot_s"] for row in told["rows"])
+        assert told["total"]["prompt_tokens"] == answer["prompt_eval_count"] and told["total"]["requests"] == 1
+
+
+class Bill:
+    """What the clients themselves have counted: {(key, user): [requests, prompt tokens, output tokens, failures]}."""
+
+    def __init__(self):
+        self.sums, self.ends_s = collections.defaultdict(lambda: [0, 0, 0, 0]), []
+
+    def add(self, who, answer):
+        """Add an answer."""
+        last = json.loads(answer.body.splitlines()[-1])
+        count = last.get("usage", {})
+        self.sums[who] = [one + more for one, more in zip(self.sums[who], [
+            1, last.get("prompt_eval_count", 0) or count.get("prompt_tokens", 0),
+            last.get("eval_count", 0) or count.get("completion_tokens", 0),
+            int(answer.status != 200 or "error" in last)], strict=True)]
+        self.ends_s.append(asyncio.get_running_loop().time())
+
+
+    def agrees(self, told):
+        """Tell whether /api/usage says the same. What was estimated, of a stream that was cut, no client can count."""
+        rows = {(row["key"], row["user"]): row for row in told["rows"]}
+        assert rows.keys() == self.sums.keys() and sum(not row["estimated"] for row in rows.values()) > len(rows) / 2
+        return all(
+            (row["requests"], row["failures"]) == (self.sums[who][0], self.sums[who][3])
+            and (row["estimated"] or [row["prompt_tokens"], row["output_tokens"]] == self.sums[who][1:3])
+            for who, row in rows.items())
+
+
+def test_usage_is_what_clients_have_counted_over_kills_and_a_restart_and_a_sigkill_costs_under_a_minute(tmp_path):
+    keys = "".join(f"k{number}-secret name=k{number} proxy=yes\n" for number in range(4))
+    file = tmp_path / "s.usage.json"
+    (tmp_path / "keys").write_text(keys + "root-secret name=root admin=yes\n")
+    (tmp_path / "keys").chmod(0o600)
+    flags = ["--keys", str(tmp_path / "keys"), "--state", str(tmp_path / "s.json")]
+    rng, bill, copies = random.Random(7), Bill(), []
+    people = [(f"k{number % 4}", f"user-{number}") for number in range(19)] + [("root", "")]
+
+    async def ask(gateway, who, number):
+        await asyncio.sleep(rng.uniform(0, 150))
+        key, user = who
+        fields = {**bearer(key), **({"X_OpenWebUI_User_Id": user} if user else {})}
+        path, value = rng.choices([
+            ("/api/generate", generate(tokens=rng.randint(5, 400), stream=rng.random() < 0.5)),
+            ("/v1/chat/completions", {"model": "llama3.2", "messages": [
+                {"role": "user", "content": f"{number} <out=60>"}]}),
+            ("/api/embed", {"model": "llama3.2", "input": [f"text {n}" for n in range(rng.choice((1, 40)))]}),
+            ("/api/generate", generate("no-such"))], (4, 2, 2, 1))[0]
+        bill.add(who, await call(gateway, "POST", path, value, **fields))
+
+    async def kill(nodes):
+        while True:
+            await asyncio.sleep(rng.uniform(0.5, 2))
+            node = rng.choice(nodes)
+            node.kill()
+            await node.restart(1)
+
+    async def watch():
+        """Copy the file as a SIGKILL would leave it, now and then."""
+        while True:
+            await asyncio.sleep(rng.uniform(20, 40))
+            copies.append((asyncio.get_running_loop().time(), file.read_bytes() if file.exists() else b""))
+
+    def in_no_time(_, work, *given):
+        """Do what a thread would do: virtual time does not wait for threads."""
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(work(*given))
+        return done
+
+    async def main():
+        asyncio.get_running_loop().run_in_executor = in_no_time
+        for _ in range(2):
+            nodes = [bench.SimNode(hardware, loaded=("llama3.2",)) for hardware in ("rtx4090", "rtx3060", "m2")]
+            async with gateway_for(*nodes, flags=flags) as gateway:
+                tasks = [asyncio.create_task(work) for work in (kill(nodes), watch())]
+                await asyncio.gather(*(ask(gateway, people[number % 20], number) for number in range(500)))
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                told = (await call(gateway, "GET", "/api/usage", **bearer("root"))).json()
+                assert bill.agrees(told)
+                assert sum(gateway.telemetry.metrics.failovers.values()) > 10
+                assert sum(count["cut"] for count in gateway.telemetry.metrics.outcomes().values()) > 2
+                by_node = (await call(gateway, "GET", "/api/usage?by=node", **bearer("root"))).json()
+                assert by_node["total"] == told["total"] and len(by_node["rows"]) >= 3
+                page = (await call(gateway, "GET", "/metrics", **bearer("root"))).body.decode()
+                held_s = sum(map(float, re.findall(r"^sollol_slot_seconds_total{key=\"\w+\"} (.+)$", page, re.M)))
+                assert 0 < held_s <= told["total"]["slot_s"] + 0.1
+        assert told["total"]["failures"] > 20 and told["total"]["requests"] == 1000 and told["total"]["slot_s"] > 100
+
+    bench.run_virtual(main())
+    for at_s, text in copies:
+        usage = sollol.Usage()
+        if text:
+            usage.load(text, sollol.local_day())
+        kept = sum(numbers[0] for numbers in report(usage, "by=day", sollol.local_day()).values())
+        assert kept >= sum(end_s < at_s - 60 for end_s in bill.ends_s if end_s < at_s)
+    assert len(copies) > 5
+
+
+# -----------------------------------------------------------------------------
 # Metrics
 # -----------------------------------------------------------------------------
 
@@ -10171,7 +10610,8 @@ async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
         assert value("sollol_queue_depth", found, priority="5") >= 1
         assert value("sollol_inflight", found, node=name) == 1 and value("sollol_slots", node=name) == 1
         assert value("sollol_node_up", node=name) == 1
-        assert value("sollol_tokens_total", node=name, model="llama3.2:latest", kind="output") == 210
+        assert value("sollol_tokens_total", node=name, model="llama3.2:latest", kind="output", key="") == 210
+        assert value("sollol_slot_seconds_total", key="") > value("sollol_slot_seconds_total", found, key="") > 0
         assert value("sollol_failovers_total", node=f"127.0.0.1:{broken.port}", reason="model") == 1
         assert value("sollol_predicted_error_ratio_count") >= 6
         assert value("sollol_build_info", version=sollol.__version__) == 1
@@ -10181,11 +10621,11 @@ async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
 # Dashboard
 # -----------------------------------------------------------------------------
 
-async def events(gateway, count):
-    """Return the first events that a dashboard gets."""
+async def events(gateway, count, key=""):
+    """Return the first events that a dashboard gets, maybe with a key."""
     caller, found = await Caller.to(gateway), []
     try:
-        caller.writer.write(b"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        caller.writer.write(f"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {key}\r\n\r\n".encode())
         head = await caller.head()
         assert b" 200 " in head and b"text/event-stream" in head
         while len(found) < count and (line := await caller.reader.readline()):
@@ -10396,6 +10836,8 @@ SURFACE = {
     ("HEAD", "/api/stats"): ("/api/stats", None, 200, "", None),
     ("GET", "/api/queue"): ("/api/queue", None, 200, '{"queue":[]}', None),
     ("HEAD", "/api/queue"): ("/api/queue", None, 200, "", None),
+    ("GET", "/api/usage"): ("/api/usage?by=model", None, 200, '"by":["model"] "total":{"requests":', None),
+    ("HEAD", "/api/usage"): ("/api/usage?format=csv", None, 200, "", None),
     ("POST", "/api/nodes/"): ("/api/nodes/b/drain", None, 200, '"name":"b" "state":"draining"', None),
     ("GET", "/dashboard"): ("/dashboard", None, 200, "<title>SOLLOL</title> first-state", None),
     ("HEAD", "/dashboard"): ("/dashboard", None, 200, "", None),
@@ -10795,7 +11237,7 @@ async def test_state_is_written_while_it_runs_and_only_if_something_changed(tmp_
         assert path.stat().st_ino == before.st_ino
         names = [entry["name"] for entry in json.loads(path.read_text())["nodes"]]
         assert names == list(gateway.dispatcher.cluster.nodes)
-    assert os.listdir(tmp_path) == ["state.json"] and before.st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["state.json", "state.usage.json"] and before.st_mode & 0o777 == 0o600
 
 
 GOOD_STATE = {"format": "sollol-state", "version": 1, "nodes": [], "lengths": {}}
