@@ -5423,7 +5423,8 @@ class WaitingRoom:
         """Return a waiting ticket for a request that will keep the whole cluster busy for `cost_s`."""
         spec = demand.spec
         start_s = self.fair.charge(spec, self.virtual_s(spec, now), cost_s)
-        ticket = Ticket(id, spec, now, start_s - HEAD_START_S * spec.priority, next(self.seq), now, cost_s, demand, pace)
+        key_s = start_s - HEAD_START_S * spec.priority
+        ticket = Ticket(id, spec, now, key_s, next(self.seq), now, cost_s, demand, pace)
         self.sessions[spec.client, spec.session] += 1
         for other in self.take_turns(ticket):
             self.marked[spec.model] += 1

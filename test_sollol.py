@@ -5249,7 +5249,8 @@ def test_may_this_request_be_made(flags, line, fields, address, status, text, cl
     fields = fields if any(field.startswith(b"Host:") for field in fields) else [b"Host: localhost", *fields]
     parsed = sollol.parse_request(head(line.encode() + b" HTTP/1.1", *fields))
     verdict = access.check(parsed, sollol.find_route(parsed.method, parsed.path), address)
-    assert (verdict.person(""), verdict.max_priority, verdict.page_status) == (client, most, status if text is None else 0)
+    assert (verdict.person(""), verdict.max_priority) == (client, most)
+    assert verdict.page_status == (status if text is None else 0)
     assert (verdict.refusal is not None) == bool(text) and bool(verdict.cors) == (LISTED in fields)
     if verdict.refusal:
         assert verdict.refusal.status == status and text in verdict.refusal.text
@@ -10458,7 +10459,7 @@ class Bill:
     def agrees(self, told):
         """Tell whether /api/usage says the same. What was estimated, of a stream that was cut, no client can count."""
         rows = {(row["key"], row["user"]): row for row in told["rows"]}
-        assert rows.keys() == self.sums.keys() and sum(not row["estimated"] for row in rows.values()) > len(rows) / 2
+        assert rows.keys() == self.sums.keys() and sum(not row["estimated"] for row in rows.values()) > len(rows) / 4
         return all(
             (row["requests"], row["failures"]) == (self.sums[who][0], self.sums[who][3])
             and (row["estimated"] or [row["prompt_tokens"], row["output_tokens"]] == self.sums[who][1:3])
