@@ -1887,8 +1887,16 @@ async def resident(node, exchange):
     exchange.send_json({"models": sorted(rows, key=lambda row: row["expires_at"], reverse=True)})
 
 
+def shortest(name):
+    """Return a name as /api/show tells it: without the default registry, with its tag, in its own case."""
+    name = re.sub("^(registry.ollama.ai/)?(library/)?", "", name.strip(), flags=re.I)
+    return name if not name or ":" in name.rpartition("/")[2] else name + ":latest"
+
+
 async def show(node, exchange):
-    _, model = find_model(node, read_json(exchange.body), NOT_FOUND, NO_NAME)
+    body = read_json(exchange.body)
+    name = field(body, "model", str, "") or field(body, "name", str, "")
+    _, model = find_model(node, {"model": shortest(name)}, NOT_FOUND, NO_NAME)
     info = {"general.architecture": details(model)["family"],
             "general.parameter_count": int(model.params_b * 1e9), "general.basename": model.name}
     modelfile = f"FROM /root/.ollama/models/blobs/sha256-{model.blob}\nTEMPLATE {{{{ .Prompt }}}}\n"
@@ -1909,7 +1917,7 @@ async def openai_models(node, exchange):
 
 async def openai_one_model(node, exchange):
     name = exchange.head.path.removeprefix("/v1/models/")
-    _, model = find_model(node, {"model": name}, NOT_FOUND, NO_NAME)
+    _, model = find_model(node, {"model": shortest(name)}, NOT_FOUND, NO_NAME)
     exchange.send_json(openai_model(model) | {"id": name})
 
 

@@ -1116,8 +1116,9 @@ Handler = Callable[["Exchange"], Coroutine[Any, Any, None]]       # raises Refus
 class Route(NamedTuple):
     """Who answers a path, which nodes that concerns, and what the path carries.
 
-    `kind`: generate, chat, embed, transcribe; show, pull, push, create, copy, delete: their body names the model;
-    account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an administrator.
+    `kind`: generate, chat, embed, image, transcribe; show, pull, push, create, copy, delete: their body names models,
+    see `named_models`; account: a body that is passed on; raw: a body of any size, or none; order: to a node, by an
+    administrator.
     """
 
     handler: Handler
@@ -1127,7 +1128,9 @@ class Route(NamedTuple):
     streams: bool = False           # when the body does not say
     guarded: bool = False           # changes models, an account or what a node does: see `guard`
     own: Callable[[Gateway], OwnAnswer] | None = None   # what `serve_own` answers
+    shows: Callable[[Gateway, ModelSet], OwnAnswer] | None = None   # the same where models are named: those of a set
     look: Look | None = None        # and how it lets the nodes be looked at before that
+    blind: bool = False             # it may name models where nobody here looks: nothing for a key with models=
 
 
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
@@ -1214,7 +1217,8 @@ async def serve(exchange: Exchange) -> None:
         await (serve_change if exchange.spec.change == "unload" else route.handler)(exchange)
     finally:
         if key is not None:
-            key.give_back()
+            tokens = record.timings.prompt_tokens + record.timings.output_tokens
+            key.give_back(tokens, gateway.loop.time(), wall_clock_s())
 
 
 def find_route(method: str, path: str) -> Route:
@@ -1238,9 +1242,12 @@ def answer_page(exchange: Exchange, status: int) -> None:
 
 
 async def count_request(exchange: Exchange, key: Key) -> None:
-    """Count a request as one of its key's. Raises Refusal if that has none left."""
+    """Count a request as one of its key's. Raises Refusal if that has none left, or no tokens for an answer."""
+    now = exchange.gateway.loop.time()
     try:
-        key.take(exchange.gateway.loop.time())
+        if exchange.route.where is Where.QUEUED:
+            key.check_budget(now, wall_clock_s())
+        key.take(now)
     except Refusal:
         if exchange.head.length is None or exchange.head.length > SHORT_BODY_BYTES:
             exchange.keep = False   # rather than read all that is refused
@@ -1273,6 +1280,22 @@ async def read_request(exchange: Exchange) -> None:
     if spec.change == "unload" and (refusal := gateway.access.forbids_change(head, verdict.key)) is not None:
         raise refusal.error()       # only the body tells of this change
     exchange.record.model, exchange.record.priority = spec.model or "", spec.priority
+    if verdict.models is not EVERY_MODEL:
+        await check_models(exchange)
+
+
+async def check_models(exchange: Exchange) -> None:
+    """Raise Refusal if the body of a request names a model that its key may not use, or cannot be read.
+
+    It is the body as a node will get it.
+    """
+    models, route, body = exchange.verdict.models, exchange.route, exchange.body
+    names = await exchange.gateway.work_on(body, named_models(exchange.head, route, body))
+    if names is None:
+        raise Refusal(403, f"the key {exchange.record.key} may not use every model, and this body cannot be read")
+    for name in names:
+        if canonical(name) not in models:
+            raise Refusal(404, missing_text(route.kind, name))
 
 
 async def follow_alias(exchange: Exchange, fields: Json) -> None:
@@ -1377,11 +1400,14 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 #   2. Is the Host a name of this machine, or one that DNS rebinding made lead here?
 #   3. With --keys: does the request give a key? Without: is an order to a node given on this machine?
 #   4. The request changes models, an account or nodes: may this key, and may this page?
+#   5. Is the route one of those that the key's routes= allows, and the model in the path one of its models=?
 #
 # And who asks? The key's name and the user behind it, the user, or the address. Users and addresses that a request
 # tells are believed of those that may tell them: keys with proxy=yes, and --trusted-proxies.
 #
-# 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`).
+# 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`), and
+# the models that a body names are looked at when it has been read (`check_models`). For a key with models= the others
+# are not there: it gets Ollama's own 404, and answers that list models leave them out.
 # A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
 # digest, so the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
@@ -1389,6 +1415,26 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 MOST_FROM_AFAR = 8                  # for who asks from another machine without a key: else all would be critical
 OPEN_PATHS = frozenset(("/", "/api/version", "/api/health"))    # no key is needed to GET them: monitors ask for them
 DIGEST_SECRET = secrets.token_bytes(32)
+CALENDAR_DAY = 0.0                  # a period that is no fixed number of seconds
+MOST_DAY_S = 26 * 3600.0            # one is longer than 24 hours where the clocks are turned back
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSet:
+    """The models that somebody may use: canonical names, and patterns; see `parse_pattern`."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[str, ...] = ("*",)
+
+    def __contains__(self, model: str) -> bool:
+        return self is EVERY_MODEL or model in self.names or any(is_meant(model, pattern) for pattern in self.patterns)
+
+    def rows(self, rows: Iterable[Json]) -> list[Json]:
+        """Return those rows of /api/tags or /api/ps whose models are in it."""
+        return [row for row in rows if row_name(row) in self]
+
+
+EVERY_MODEL = ModelSet()
 
 
 class KeySettings(NamedTuple):
@@ -1403,11 +1449,60 @@ class KeySettings(NamedTuple):
     admin: bool = False             # may change models, accounts and nodes
     proxy: bool = False             # its requests tell who asks
     share: float = 1.0              # of the cluster, for each person behind it, relative to others
+    models: ModelSet = EVERY_MODEL  # the others are not there for it
+    routes: str = "all"             # that `admin` allows; inference: of these what changes nothing; read: what shows
+    budget: tuple[int, float] = (0, 1.0)    # tokens of prompts and answers, in so many seconds; 0 = any number
+
+    @property
+    def may_change(self) -> bool:
+        return self.admin and self.routes == "all"
 
 
 def digest_of_key(key: bytes) -> bytes:
     """Return what is kept of a key."""
     return hashlib.blake2b(key, key=DIGEST_SECRET).digest()
+
+
+def wall_clock_s() -> float:
+    """Return the seconds since 1970, for what is about days. It may jump: what is timed goes by the loop's clock."""
+    return time.time()
+
+
+def day_end_s(wall_s: float, zone: datetime.tzinfo | None = None) -> float:
+    """Return when the day of a time ends, both in seconds since 1970: at midnight in `zone`, or in this machine's."""
+    day = datetime.datetime.fromtimestamp(wall_s, zone).date() + datetime.timedelta(1)
+    return datetime.datetime.combine(day, datetime.time(), zone).timestamp()
+
+
+class Budget:
+    """The tokens that a key has used of its budget. `wall_s`: seconds since 1970.
+
+    In a s, min or h what was used comes back steadily, all of a budget in one period. In a d all of it comes back at
+    local midnight. A request is charged when its answer has ended, so what runs may use more than is left; in a bucket
+    that is paid back, too, before anything is left again.
+    """
+
+    def __init__(self) -> None:
+        self.used, self.settled_s, self.day_end_s = 0.0, 0.0, 0.0
+
+    def settle(self, budget: tuple[int, float], now: float, wall_s: float) -> None:
+        """Take what has come back since the last time off what was used."""
+        count, period_s = budget
+        if period_s != CALENDAR_DAY:
+            self.used = max(0.0, self.used - (now - self.settled_s) * count / period_s)
+        elif not 0 < self.day_end_s - wall_s <= MOST_DAY_S:     # the day is over, or the clock was set
+            self.used = 0.0 if self.day_end_s else self.used    # else its period was another one until now
+            self.day_end_s = day_end_s(wall_s)
+        self.settled_s = now
+
+    def wait_s(self, budget: tuple[int, float], now: float, wall_s: float) -> float:
+        """Return in how many seconds a token is left; 0 if one is."""
+        self.settle(budget, now, wall_s)
+        count, period_s = budget
+        lack = self.used + 1 - count
+        if lack <= 0:
+            return 0.0
+        return self.day_end_s - wall_s if period_s == CALENDAR_DAY else lack * period_s / count
 
 
 class Key:
@@ -1420,7 +1515,7 @@ class Key:
     def __init__(self, settings: KeySettings) -> None:
         self.settings = settings
         self.tokens, self.filled_s = float(settings.rate[0]), 0.0
-        self.running = 0
+        self.running, self.budget = 0, Budget()
 
     def configure(self, settings: KeySettings) -> None:
         """Take over a changed line; what is used up stays used up."""
@@ -1441,9 +1536,39 @@ class Key:
             self.tokens -= 1
         self.running += 1
 
-    def give_back(self) -> None:
-        """Count a request as ended."""
+    def check_budget(self, now: float, wall_s: float) -> None:
+        """Raise Refusal if the budget of tokens is used up."""
+        count, period_s = self.settings.budget
+        wait_s = self.budget.wait_s(self.settings.budget, now, wall_s) if count else 0.0
+        if wait_s:
+            period = "a day" if period_s == CALENDAR_DAY else f"{period_s:g} s"
+            raise Refusal(429, f"the key {self.settings.name} has used up its {count} tokens in {period}",
+                          retry_after_s=wait_s)
+
+    def give_back(self, tokens: int, now: float, wall_s: float) -> None:
+        """Count a request as ended; its prompt and its answer had so many tokens."""
         self.running -= 1
+        if self.settings.budget[0]:
+            self.budget.settle(self.settings.budget, now, wall_s)
+            self.budget.used += tokens
+
+    def forbids(self, head: RequestHead, route: Route) -> Answer | None:
+        """Return the refusal of what routes= and models= do not allow, as far as the head tells; None if they do.
+
+        To show a model is to read, although Ollama has a POST for it.
+        """
+        settings, has_body = self.settings, head.length != 0
+        if settings.routes == "read" and head.method not in SAFE_METHODS and route.kind != "show":
+            return Answer(403, f"the key {settings.name} may only read: it has routes=read", has_body)
+        if settings.models is EVERY_MODEL:
+            return None
+        if route.blind:
+            text = f"the key {settings.name} may not use every model, and which ones this path is about is not known"
+            return Answer(403, text, has_body)
+        model = model_in(head.path)
+        if model is None or model in settings.models:
+            return None
+        return Answer(404, missing_text("show", head.path.removeprefix("/v1/models/")), has_body)
 
 
 def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
@@ -1628,6 +1753,11 @@ class Verdict(NamedTuple):
     user: str = ""                  # whom its head names then
     behind: str = ""                # else the address behind the proxies
 
+    @property
+    def models(self) -> ModelSet:
+        """Return the models that are there for whoever asks."""
+        return self.key.settings.models if self.key else EVERY_MODEL
+
     def person(self, user: str) -> str:
         """Return who asks, for fair share: the key and the user behind it, the user, or the address."""
         if self.key is None:
@@ -1701,6 +1831,9 @@ class Access:
             verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
         if route.guarded:           # 4
             verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
+        if verdict.key is not None and verdict.refusal is None:     # 5
+            refusal = verdict.key.forbids(head, route)
+            verdict = verdict._replace(refusal=refusal) if refusal else verdict
         if verdict.key.settings.proxy if verdict.key else self.is_trusted_proxy(address):
             user = next((user_name(fields[name]) for name in USER_FIELDS if name in fields), "")
             verdict = verdict._replace(tells_users=True, user=user, behind=self.address_behind(fields))
@@ -1728,8 +1861,9 @@ class Access:
         Pages of listed origins may change models, as in Ollama; `*` only lets read. Only the gateway's own pages may
         give an order to a node.
         """
-        if key is not None and not key.settings.admin:
-            return Answer(403, f"the key {key.settings.name} may not do that: it has no admin=yes", close)
+        if key is not None and not key.settings.may_change:
+            why = f"it has routes={key.settings.routes}" if key.settings.admin else "it has no admin=yes"
+            return Answer(403, f"the key {key.settings.name} may not do that: {why}", close)
         if not page_may_change(head.fields, () if is_order else self.changers):
             return Answer(403, "a web page of this origin may not do that", close)
         return None
@@ -1900,7 +2034,7 @@ def at_once(steps: Steps[Parsed]) -> Parsed:
 
 SKIM_BYTES = 64 * KIB               # looked at in one step: 3 ms at the most
 SHORT_VALUE_BYTES = 32 * KIB        # of a field that is read
-MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty. What stands behind them is not read
+MAX_SKIMMED_FIELDS = 20_000         # of one object; Ollama knows thirty
 PROMPT_BLOCK_BYTES = 16 * KIB       # the prompt is compared in blocks of this size
 BRACKETS_ONLY = bytes(range(256)).translate(None, b"[]{}")
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
@@ -1974,27 +2108,41 @@ def end_within(block: Body, depth: int, in_string: int) -> int:
     return len(block)
 
 
-def spans_in(body: Body, at: int = 0, names: frozenset[str] = SKIMMED_FIELDS) -> Steps[dict[str, Span]]:
-    """Return where the values of the object are that begins at `at` of a body: of the fields `names`, by name.
+def fold_key(key: str) -> str:
+    """Return a key in the one spelling of all that are the same key for Go, which takes `\u017f` for an s, too."""
+    return key.lower().replace("\u017f", "s")
 
-    Names in any case are the same, and the last one wins. Raises ValueError if there is no object.
+
+def members_in(body: Body, names: Container[str], at: int = 0) -> Steps[list[tuple[str, Span]]]:
+    """Return [(name in lower case, where its value is), ...] of the object that begins at `at` of a body, in order.
+
+    Only members with one of `names` are in it. Raises ValueError if there is no object, or one with more than
+    MAX_SKIMMED_FIELDS members.
     """
-    spans: dict[str, Span] = {}
+    members: list[tuple[str, Span]] = []
     place = OBJECT_START.match(body, at)
     for count in range(MAX_SKIMMED_FIELDS):
         member = MEMBER.match(body, place.end()) if place else None
         if not member:
             raise ValueError("not an object")
         span = Span(member.end(), (yield from value_end(body, member.end())))
-        name = str(json.loads(f'"{member[1].decode(errors="replace")}"')).lower()
+        name = fold_key(json.loads(f'"{member[1].decode(errors="replace")}"'))
         if name in names:
-            spans[name] = span
+            members.append((name, span))
         place = MEMBER_END.match(body, span.end)
         if place and place[1] == b"}":
-            break
+            return members
         if count % 100 == 99:
             yield
-    return spans
+    raise ValueError("too many members")
+
+
+def spans_in(body: Body, at: int = 0, names: frozenset[str] = SKIMMED_FIELDS) -> Steps[dict[str, Span]]:
+    """Return where the values of the object are that begins at `at` of a body: of the fields `names`, by name.
+
+    Names in any case are the same, and the last one wins. Raises ValueError as `members_in`.
+    """
+    return dict((yield from members_in(body, names, at)))
 
 
 def read_value(body: Body, span: Span, name: str) -> Any:
@@ -2071,7 +2219,12 @@ def canonical(name: str) -> str:
     """Return the full lower-case name that a model name stands for: `llama3.2` -> `llama3.2:latest`."""
     name = name[:MAX_NAME_CHARS].strip().lower()
     name = name.partition("://")[2] or name
-    name = name.removesuffix(":local").removeprefix("registry.ollama.ai/").removeprefix("library/")
+    base, _, source = name.rpartition(":")
+    if source.strip() == "local":   # Ollama: internal/modelref
+        name = base
+    elif source.strip() == "cloud" and ":" in base.rpartition("/")[2]:
+        name = base + "-cloud"
+    name = name.removeprefix("registry.ollama.ai/").removeprefix("library/")
     if name and ":" not in name.rpartition("/")[2]:
         name += ":latest"
     return name
@@ -2087,18 +2240,131 @@ def model_in(path: str) -> str | None:
 
 
 def parse_pattern(text: str) -> str:
-    """Return a pattern for the names of models: a name, or a text in which `*` stands for anything."""
-    return text.strip().lower() if "*" in text else canonical(text)
+    """Return a pattern for canonical names: one of them, or a text in which `*` stands for anything, also for nothing.
 
-
-@remembered
-def pattern_regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.S)
+    At its end that is any tag, too.
+    """
+    pattern = canonical(text)
+    return pattern.removesuffix(":latest") if text.rstrip().endswith("*") else pattern
 
 
 def is_meant(model: str, pattern: str) -> bool:
-    """Tell whether a pattern means the model of a canonical name."""
-    return pattern_regex(pattern).fullmatch(model) is not None
+    """Tell whether a pattern means the model of a canonical name. In linear time: a client may make up the name."""
+    first, *others = pattern.split("*")
+    if not others:
+        return model == first
+    last, at, end = others.pop(), len(first), len(model)
+    if not (model.startswith(first) and model.endswith(last) and at + len(last) <= end):
+        return False
+    for part in others:
+        at = model.find(part, at, end - len(last))
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+# What the model of a request is called in its body, by the kind of its route; in `modelfile` and `path` of create older
+# servers looked, for more than a name.
+NAMED_IN: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("generate", "chat", "embed", "image"), frozenset(("model",))),
+    **dict.fromkeys(("show", "pull", "push", "delete"), frozenset(("model", "name"))),
+    "create": frozenset(("model", "name", "from", "modelfile", "path")), "copy": frozenset(("source", "destination"))}
+# A form whose parts all servers find in the same places, as HTTP libraries and browsers write it.
+FORM_TYPE = re.compile(rb'multipart/form-data(?:; ?charset=[\w-]+)?; ?boundary=(?:"([^"\\]{1,70})"|([^\s;,"\\]{1,70}))'
+                       rb'(?:; ?charset=[\w-]+)?', re.I)
+PART_LINE = re.compile(rb'content-disposition: ?form-data; ?name=(?:"([^"\\]*)"|([^\s;"\\]+))'
+                       rb'(?:; ?filename\*?=(?:"(?:[^"\\]|\\.)*"|[^\s;"\\]+)){0,2}', re.I)
+
+
+def named_models(head: RequestHead, route: Route, body: Body) -> Steps[list[str] | None]:
+    """Return every name by which some server could know the model of a request; None if the body cannot be read.
+
+    Where a request goes may rest on how its body is read here, but not whether it may be made: a field that a later one
+    overwrites counts, too. A body without a model, where Ollama wants one, names "".
+    """
+    is_form = route.kind == "transcribe" and b"multipart" in head.fields.get(b"content-type", b"").lower()
+    if is_form:
+        return (yield from names_in_form(head, body))
+    fields = NAMED_IN.get("image" if route.kind == "transcribe" else route.kind)
+    if fields is None:
+        return []
+    try:
+        values = values_of(body, fields) if len(body) <= SHORT_BODY_BYTES else (yield from skimmed_values(body, fields))
+    except (ValueError, RecursionError):
+        return None
+    names = [value for value in values if value is not None]    # Go leaves what a null stands for as it was
+    is_read = all(isinstance(name, str) and len(name) <= MAX_NAME_CHARS for name in names)
+    return (names or [""]) if is_read else None
+
+
+MEMBERS = json.JSONDecoder(object_pairs_hook=list)      # an object is a list of (key, value)
+
+
+def values_of(body: Body, names: frozenset[str]) -> list[Any]:
+    """Return all values of fields of the object that a short body begins with. Raises ValueError, RecursionError."""
+    text = body.decode(errors="replace").lstrip(" \t\r\n")
+    members, _ = MEMBERS.raw_decode(text)
+    if not text.startswith("{"):
+        raise ValueError("not an object")
+    return [value for key, value in members if fold_key(key) in names]
+
+
+def skimmed_values(body: Body, names: frozenset[str]) -> Steps[list[Any]]:
+    """Return the same of a long body; of a value that is too long for a name, its Span. Raises ValueError."""
+    spans = [span for _, span in (yield from members_in(body, names))]
+    return [span if span.end - span.start > 8 * MAX_NAME_CHARS else
+            json.loads(body[span.start:span.end].decode(errors="replace")) for span in spans]
+
+
+def names_in_form(head: RequestHead, body: Body) -> Steps[list[str] | None]:
+    """Return the texts of all parts `model` of a form, and of the query, which Go reads first; None if it is unusual.
+
+    That is what one server could divide in another way than the next one: a second boundary, bare LF, folded lines.
+    """
+    kind = FORM_TYPE.fullmatch(head.fields.get(b"content-type", b""))
+    mark = b"--" + (kind[1] or kind[2]) if kind else b""
+    if not kind or not body.startswith(mark):
+        return None
+    query = urllib.parse.parse_qsl(head.target.partition(b"?")[2].decode("latin-1"), keep_blank_values=True)
+    names, start = [value for name, value in query if name == "model"], len(mark)
+    for count in range(MAX_FORM_FIELDS):
+        end = yield from find_in_steps(body, mark, start)
+        if end < 0:                 # this is the last boundary
+            return (names or [""]) if body[start:start + 2] == b"--" else None
+        value = body.find(b"\r\n\r\n", start, min(end, start + 2 * KIB))
+        name = part_name(body[start + 2:value]) if value >= 0 else None
+        if name is None or body[start:start + 2] != b"\r\n" or body[end - 2:end] != b"\r\n":
+            return None
+        if name == b"model":
+            names.append(body[value + 4:end - 2][:8 * MAX_NAME_CHARS].decode(errors="replace"))
+        start = end + len(mark)
+        if count % 100 == 99:
+            yield
+    return None
+
+
+def part_name(lines: Body) -> bytes | None:
+    """Return the name in the head of a part of a form, None if it is unusual."""
+    fields = bytes(lines).split(b"\r\n")
+    named = [line for line in fields if line.lower().startswith(b"content-disposition")]
+    match = PART_LINE.fullmatch(named[0]) if len(named) == 1 else None
+    is_plain = all(line[:1] not in (b" ", b"\t") and b"\r" not in line and b"\n" not in line for line in fields)
+    return (match[1] or match[2] or b"") if match and is_plain and b"quoted-printable" not in lines.lower() else None
+
+
+def missing_text(kind: str, name: str) -> str:
+    """Return what Ollama says on a route of a kind where there is no model of this name (server/routes.go)."""
+    name = name[:MAX_NAME_CHARS]
+    if kind == "pull":
+        return "pull model manifest: file does not exist"
+    if kind in ("embed", "copy"):
+        quoted = json.dumps(name, ensure_ascii=False)
+        return f"model {quoted} not found" + (", try pulling it first" if kind == "embed" else "")
+    if kind == "show":              # in its shortest form, with the tag
+        name = re.sub("^(registry.ollama.ai/)?(library/)?", "", name.strip(), flags=re.I)
+        name += "" if ":" in name.rpartition("/")[2] else ":latest"
+    return f"model '{name}' not found"
 
 
 class Alias(NamedTuple):
@@ -8704,22 +8970,22 @@ def merge_rows(rows: Iterable[Json], newest: str) -> list[Json]:
     return sorted(best.values(), key=lambda row: instant_s(row.get(newest)), reverse=True)
 
 
-def all_tags(gateway: Gateway) -> list[Json]:
-    """Return the rows of /api/tags, merged."""
-    return merge_rows((row for node in live_nodes(gateway) for row in node.rows.values()), "modified_at")
+def all_tags(gateway: Gateway, models: ModelSet) -> list[Json]:
+    """Return the rows of /api/tags for the models of a set, merged."""
+    return models.rows(merge_rows((row for node in live_nodes(gateway) for row in node.rows.values()), "modified_at"))
 
 
 def answer_root(gateway: Gateway) -> OwnAnswer:
     return OwnAnswer(200, b"Ollama is running", b"text/plain; charset=utf-8")
 
 
-def answer_tags(gateway: Gateway) -> OwnAnswer:
-    return json_answer({"models": all_tags(gateway)})
+def answer_tags(gateway: Gateway, models: ModelSet) -> OwnAnswer:
+    return json_answer({"models": all_tags(gateway, models)})
 
 
-def answer_ps(gateway: Gateway) -> OwnAnswer:
-    return json_answer({"models": merge_rows((row for node in live_nodes(gateway) for row in node.running),
-                                             "expires_at")})
+def answer_ps(gateway: Gateway, models: ModelSet) -> OwnAnswer:
+    rows = merge_rows((row for node in live_nodes(gateway) for row in node.running), "expires_at")
+    return json_answer({"models": models.rows(rows)})
 
 
 def answer_version(gateway: Gateway) -> OwnAnswer:
@@ -8735,11 +9001,12 @@ def answer_status(gateway: Gateway) -> OwnAnswer:
     return json_answer((enabled or states or [{"cloud": {"disabled": False, "source": "none"}}])[0])
 
 
-def answer_openai_models(gateway: Gateway) -> OwnAnswer:
+def answer_openai_models(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer /v1/models; `data` is null when there is no model, as Ollama has it, and so are type and newline."""
-    models = [{"id": row["name"], "object": "model", "created": int(instant_s(row.get("modified_at"))),
-               "owned_by": row["name"].rpartition("/")[0].rpartition("/")[2] or "library"} for row in all_tags(gateway)]
-    own = json_answer({"object": "list", "data": models or None})
+    data = [{"id": row["name"], "object": "model", "created": int(instant_s(row.get("modified_at"))),
+             "owned_by": row["name"].rpartition("/")[0].rpartition("/")[2] or "library"}
+            for row in all_tags(gateway, models)]
+    own = json_answer({"object": "list", "data": data or None})
     return OwnAnswer(200, own.body + b"\n", b"application/json")
 
 
@@ -8747,7 +9014,7 @@ async def serve_own(exchange: Exchange) -> None:
     """Answer from what is known. Only a route with a `look` waits for nodes: see NodeIO.look_again."""
     if exchange.route.look is not None:
         await exchange.gateway.node_io.look_again(exchange.route.look)
-    answer_locally(exchange, exchange.gateway.own_answer(exchange.head.path))
+    answer_locally(exchange, exchange.gateway.own_answer(exchange.head.path, exchange.verdict.models))
 
 
 async def serve_token_count(exchange: Exchange) -> None:
@@ -8766,7 +9033,7 @@ async def serve_order(exchange: Exchange) -> None:
     gateway.answers.clear()         # it is to be seen at once
     gateway.node_io.log_state(nodes[name], f"asked to {verb}")
     pump(gateway)
-    answer_locally(exchange, json_answer(node_stats(nodes[name], gateway.loop.time())))
+    answer_locally(exchange, json_answer(node_stats(nodes[name], gateway.loop.time(), exchange.verdict.models)))
 
 
 async def serve_events(exchange: Exchange) -> None:
@@ -8779,7 +9046,7 @@ async def serve_events(exchange: Exchange) -> None:
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
     while not gateway.draining:
         if not client.write_paused:     # one that does not read misses some
-            state = gateway.telemetry.snapshot()
+            state = gateway.telemetry.snapshot(exchange.verdict.models)
             client.write(b"data: " + (gateway.telemetry.with_people(state) if sees_all else state) + b"\n\n")
         await asyncio.sleep(EVENT_S)
 
@@ -9251,55 +9518,59 @@ def node_slots(node: Node) -> tuple[int, str]:
     return (runner.slots.count, runner.slots.origin) if runner else (node.settings.slots or 1, "guessed")
 
 
-def node_stats(node: Node, now: float) -> Json:
-    """Return what /api/stats says of one node."""
+def node_stats(node: Node, now: float, seen: ModelSet = EVERY_MODEL) -> Json:
+    """Return what /api/stats says of one node, and of the models `seen`."""
     latencies_s, error = sorted(node.latencies_s), node.last_error
+    text = error and (error.text if seen is EVERY_MODEL else f"status {error.status}")    # it may name a model
     slots, slots_known = node_slots(node)
     return {
         "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
         "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
-        "running": [running_stats(lease, now) for lease in node.leases],
+        "running": [running_stats(lease, now) for lease in node.leases if (lease.ticket.spec.model or "") in seen],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
         "error_share": node.error_share.share(now),
-        "last_error": error and {"text": error.text, "status": error.status, "ago_s": round(now - error.at_s, 3)},
+        "last_error": error and {"text": text, "status": error.status, "ago_s": round(now - error.at_s, 3)},
         "breaker": node.breaker.state(now), "speed": round(node.speed, 3), "rtt_ms": round(node.rtt_s * 1000, 2),
         "latency_s": {f"p{share}": rounded(percentile(latencies_s, share / 100)) for share in (50, 95, 99)},
-        "models": {model: runner_stats(node, model, now) for model in sorted(node.runners)}}
+        "models": {model: runner_stats(node, model, now) for model in sorted(node.runners) if model in seen}}
 
 
-def queue_stats(dispatcher: Dispatcher, now: float) -> list[Json]:
-    """Return what /api/queue says of the waiting tickets, the next one first. Their cost is estimated anew."""
+def queue_stats(dispatcher: Dispatcher, now: float, seen: ModelSet = EVERY_MODEL) -> list[Json]:
+    """Return what /api/queue says of the waiting tickets for the models `seen`, the next one first.
+
+    Their cost is estimated anew; the places of the others are counted.
+    """
     forecast = Forecast(dispatcher.cluster, now)
     return [{"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
              "client": ticket.spec.client, "position": position, "waited_s": round(now - ticket.arrived_s, 3),
              "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))}
-            for position, ticket in enumerate(dispatcher.waiting.in_order(), 1)]
+            for position, ticket in enumerate(dispatcher.waiting.in_order(), 1) if (ticket.spec.model or "") in seen]
 
 
-def answer_queue(gateway: Gateway) -> OwnAnswer:
+def answer_queue(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer /api/queue: the waiting tickets alone."""
-    return json_answer({"queue": queue_stats(gateway.dispatcher, gateway.loop.time())})
+    return json_answer({"queue": queue_stats(gateway.dispatcher, gateway.loop.time(), models)})
 
 
-def decision_stats(decisions: Sequence[Decision], now: float) -> list[Json]:
-    """Return what is said of decisions, the last one first."""
+def decision_stats(decisions: Sequence[Decision], now: float, seen: ModelSet) -> list[Json]:
+    """Return what is said of decisions about the models `seen`, the last one first."""
     return [{"ago_s": round(now - made.at_s, 3), "id": made.id, "model": shown(made.model), "node": made.node,
              "predicted_finish_s": {other.runner.node.name: round(other.finish_s, 3) for other in made.candidates}}
-            for made in reversed(decisions)]
+            for made in reversed(decisions) if (made.model or "") in seen]
 
 
-def answer_stats(gateway: Gateway) -> OwnAnswer:
+def answer_stats(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer /api/stats: nodes, queue and the last decisions."""
     gateway.telemetry.tally()
     dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.metrics.outcomes()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
-        "nodes": [node_stats(node, now) | {"outcomes": outcomes[node.name]}
+        "nodes": [node_stats(node, now, models) | {"outcomes": outcomes[node.name]}
                   for node in dispatcher.cluster.nodes.values()],
-        "queue": queue_stats(dispatcher, now),
+        "queue": queue_stats(dispatcher, now, models),
         "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
-        "decisions": decision_stats(dispatcher.policy.decisions, now)})
+        "decisions": decision_stats(dispatcher.policy.decisions, now, models)})
 
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
@@ -9402,14 +9673,16 @@ class Metrics:
 Samples = Iterable[tuple[str, str, float]]
 
 
-def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]:
-    """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows."""
+def metric_families(gateway: Gateway, seen: ModelSet) -> Iterable[tuple[str, str, str, Samples]]:
+    """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows of the models `seen`."""
     metrics, dispatcher, now = gateway.telemetry.metrics, gateway.dispatcher, gateway.loop.time()
     nodes = dispatcher.cluster.nodes.values()
     waiting = collections.Counter(ticket.spec.priority for ticket in dispatcher.waiting.tickets)
 
     def counted(counter: Series, *names: str) -> Samples:
-        return [("", labelled(**dict(zip(names, key, strict=True))), value) for key, value in counter.items()]
+        rows = [(dict(zip(names, key, strict=True)), value) for key, value in counter.items()]
+        return [("", labelled(**labels), value) for labels, value in rows if "model" not in labels
+                or str(labels["model"]) in seen]
 
     def of_nodes(value: Callable[[Node], float]) -> Samples:
         return [("", labelled(node=node.name), value(node)) for node in nodes]
@@ -9444,11 +9717,11 @@ def metric_families(gateway: Gateway) -> Iterable[tuple[str, str, str, Samples]]
     yield "sollol_build_info", "gauge", "The version that runs.", [("", labelled(version=__version__), 1)]
 
 
-def answer_metrics(gateway: Gateway) -> OwnAnswer:
+def answer_metrics(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer /metrics in Prometheus' text format 0.0.4."""
     gateway.telemetry.tally()
     lines: list[str] = []
-    for name, kind, help, samples in metric_families(gateway):
+    for name, kind, help, samples in metric_families(gateway, models):
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{suffix}{{{labels}}} {value}" if labels else f"{name}{suffix} {value}"
                   for suffix, labels, value in samples]
@@ -9491,7 +9764,7 @@ class Telemetry:
         self.metrics = Metrics(gateway.dispatcher)
         self.usage, self.reporting = Usage(), asyncio.Lock()    # which lets the askers in one by one
         self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
-        self.shown, self.shown_s = b"", -math.inf   # what dashboards were sent last, and when
+        self.shown: dict[ModelSet, tuple[float, bytes]] = {}    # what dashboards were sent last, and when
         self.people, self.people_s = b"", -math.inf
 
     def finish(self, record: Record) -> None:
@@ -9520,13 +9793,16 @@ class Telemetry:
         for node, use in uses_of(record).items():
             self.usage.note(day, person, model, node, use)
 
-    def snapshot(self) -> bytes:
-        """Return what dashboards show, as JSON; made once for all that look, however many."""
+    def snapshot(self, models: ModelSet = EVERY_MODEL) -> bytes:
+        """Return what dashboards show, as JSON; made once for all that look and see the same models, however many."""
         now = self.loop.time()
-        if now - self.shown_s >= EVENT_S / 2:
+        shown_s, shown = self.shown.get(models, (-math.inf, b""))
+        if now - shown_s >= EVENT_S / 2:
             self.tally()
-            self.shown, self.shown_s = json.dumps(dashboard_state(self.gateway), separators=(",", ":")).encode(), now
-        return self.shown
+            shown = json.dumps(dashboard_state(self.gateway, models), separators=(",", ":")).encode()
+            self.shown = {seen: (at_s, text) for seen, (at_s, text) in self.shown.items() if now - at_s < EVENT_S}
+            self.shown[models] = now, shown
+        return shown
 
     def with_people(self, state: bytes) -> bytes:
         """Return what a dashboard shows to those that may see who used what; the people are made once for all, too."""
@@ -9687,10 +9963,10 @@ def past(steps: list[Step], now: float) -> Json:
                for name, column in columns.items() for share in (50, 95)}}
 
 
-def node_state(node: Node, now: float, tokens: int) -> Json:
-    """Return what the dashboard shows of a node; `tokens`: output tokens of the last minute."""
-    stats = node_stats(node, now)
-    measured = [runner for runner in node.runners.values() if runner.speeds.decode_s]
+def node_state(node: Node, now: float, tokens: int, seen: ModelSet) -> Json:
+    """Return what the dashboard shows of a node and of the models `seen`; `tokens`: output of the last minute."""
+    stats = node_stats(node, now, seen)
+    measured = [runner for runner in node.runners.values() if runner.speeds.decode_s and runner.model in seen]
     used = max(measured, key=lambda runner: runner.used_s, default=None)
     fields = ("name", "state", "speed", "latency_s", "running", "error_share", "last_error")
     models = stats["models"]
@@ -9709,8 +9985,8 @@ def people_state(usage: Usage, day: str) -> Json:
          "slot_s": round(use.slot_s, 1)} for person, use in most]}
 
 
-def dashboard_state(gateway: Gateway) -> Json:
-    """Return what the dashboard shows now."""
+def dashboard_state(gateway: Gateway, seen: ModelSet) -> Json:
+    """Return what the dashboard shows now, of the models `seen`."""
     dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
     steps = list(gateway.telemetry.metrics.steps)
     recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
@@ -9720,15 +9996,15 @@ def dashboard_state(gateway: Gateway) -> Json:
         "version": f"version {__version__}", "policy": options.policy, "draining": gateway.draining,
         "uptime_s": round(now - gateway.started_s), "per_min": sum(step.requests for step in recent),
         "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
-        "nodes": [node_state(node, now, tokens[node.name]) for node in dispatcher.cluster.nodes.values()],
-        "queued": len(dispatcher.waiting), "queue": queue_stats(dispatcher, now)[:ROWS_SHOWN],
-        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now),
+        "nodes": [node_state(node, now, tokens[node.name], seen) for node in dispatcher.cluster.nodes.values()],
+        "queued": len(dispatcher.waiting), "queue": queue_stats(dispatcher, now, seen)[:ROWS_SHOWN],
+        "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now, seen),
         "past": past(steps, now)}
 
 
-def answer_dashboard(gateway: Gateway) -> OwnAnswer:
+def answer_dashboard(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer with the page and its first state, in which no `<` may end the page's script."""
-    state = gateway.telemetry.snapshot().replace(b"<", b"\\u003c")
+    state = gateway.telemetry.snapshot(models).replace(b"<", b"\\u003c")
     return OwnAnswer(200, PAGE.encode().replace(b"@STATE@", state, 1), b"text/html; charset=utf-8", PAGE_LINES)
 
 
@@ -10119,18 +10395,18 @@ def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> 
 ROUTE_ROWS = (                      # methods, path; one that ends in a slash stands for all below it
     ("GET HEAD", "/", Route(serve_own, Where.GATEWAY, own=answer_root)),
     ("GET HEAD", "/api/health", Route(serve_own, Where.GATEWAY, own=answer_health)),
-    ("GET HEAD", "/api/stats", Route(serve_own, Where.GATEWAY, own=answer_stats)),
-    ("GET HEAD", "/api/queue", Route(serve_own, Where.GATEWAY, own=answer_queue)),
+    ("GET HEAD", "/api/stats", Route(serve_own, Where.GATEWAY, shows=answer_stats)),
+    ("GET HEAD", "/api/queue", Route(serve_own, Where.GATEWAY, shows=answer_queue)),
     ("GET HEAD", "/api/usage", Route(serve_usage, Where.GATEWAY)),
-    ("GET HEAD", "/metrics", Route(serve_own, Where.GATEWAY, own=answer_metrics)),
+    ("GET HEAD", "/metrics", Route(serve_own, Where.GATEWAY, shows=answer_metrics)),
     ("POST", "/api/nodes/", Route(serve_order, Where.GATEWAY, "order", guarded=True)),
-    ("GET HEAD", "/dashboard", Route(serve_own, Where.GATEWAY, own=answer_dashboard)),
+    ("GET HEAD", "/dashboard", Route(serve_own, Where.GATEWAY, shows=answer_dashboard)),
     ("GET", "/dashboard/events", Route(serve_events, Where.GATEWAY)),
     ("GET HEAD", "/api/version", Route(serve_own, Where.MERGED, own=answer_version)),
-    ("GET HEAD", "/api/tags", Route(serve_own, Where.MERGED, own=answer_tags)),
-    ("GET", "/api/ps", Route(serve_own, Where.MERGED, own=answer_ps, look=NodeIO.look_at_residency)),
+    ("GET HEAD", "/api/tags", Route(serve_own, Where.MERGED, shows=answer_tags)),
+    ("GET", "/api/ps", Route(serve_own, Where.MERGED, shows=answer_ps, look=NodeIO.look_at_residency)),
     ("GET", "/api/status", Route(serve_own, Where.MERGED, own=answer_status, look=NodeIO.look_at_cloud)),
-    ("GET", "/v1/models", Route(serve_own, Where.MERGED, family=Family.OPENAI, own=answer_openai_models)),
+    ("GET", "/v1/models", Route(serve_own, Where.MERGED, family=Family.OPENAI, shows=answer_openai_models)),
     ("POST", "/api/generate", queued("generate", streams=True)),
     ("POST", "/api/chat", queued("chat", streams=True)),
     ("POST", "/api/embed", queued("embed")),
@@ -10160,7 +10436,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     # These use the primary node's account and change nothing: agents such as OpenClaw search the web with them.
     ("POST", "/api/experimental/web_search", Route(serve_control, Where.PRIMARY, "account")),
     ("POST", "/api/experimental/web_fetch", Route(serve_control, Where.PRIMARY, "account")),
-    ("GET", "/api/experimental/model-recommendations", Route(serve_control, Where.PRIMARY, "account")),
+    ("GET", "/api/experimental/model-recommendations", Route(serve_control, Where.PRIMARY, "account", blind=True)),
 )
 ROUTES = {(method, path): route for methods, path, route in ROUTE_ROWS for method in methods.split()}
 ROUTES_BELOW = [(method, path, route) for (method, path), route in ROUTES.items() if path[-1] == "/" != path]
@@ -10169,7 +10445,7 @@ KNOWN_PATHS = frozenset(path for _, path in ROUTES)
 INFERENCE_PATHS = frozenset(path for (_, path), route in ROUTES.items() if route.where is Where.QUEUED)
 
 # An unknown path may change something, as POST /api/experimental/aliases does. On /v1/ new paths are inference.
-ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded)
+ELSEWHERE = {(family, guarded): Route(serve_control, Where.ANY, family=family, guarded=guarded, blind=True)
              for family in Family for guarded in (False, True)}
 
 
@@ -10220,7 +10496,7 @@ def parse_prefix(text: str) -> str:
     return parse_word(text).rstrip("/")
 
 
-SettingParsers = Mapping[str, Callable[[str], str | float | tuple[int, float]]]
+SettingParsers = Mapping[str, Callable[[str], str | float | tuple[int, float] | ModelSet]]
 NODE_SETTINGS: SettingParsers = {
     "name": parse_word, "slots": functools.partial(parse_whole, most=64), "token": parse_word, "host": parse_word,
     "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
@@ -10384,15 +10660,45 @@ def parse_share(text: str) -> float:
     return float(text)
 
 
+def parse_budget(text: str) -> tuple[int, float]:
+    """Return (tokens, seconds) of a budget such as 2M/d; CALENDAR_DAY for a d. Raises ValueError."""
+    match = re.fullmatch(r"([1-9]\d{0,8})([KMG]?)/(s|min|h|d)", text, re.ASCII | re.I)
+    if not match:
+        raise ValueError(f"must be a number of tokens in a s, min, h or d, such as 500K/h or 2M/d, not {text!r}")
+    period_s = CALENDAR_DAY if match[3].lower() == "d" else PERIODS_S[match[3].lower()]
+    return int(match[1]) * 1000 ** " KMG".index(match[2].upper() or " "), period_s
+
+
+def parse_models(text: str) -> ModelSet:
+    """Return the models in a list with commas, each a name or a pattern such as qwen3:*. Raises ValueError."""
+    if not re.fullmatch(r"[\w.:/*-]+(,[\w.:/*-]+)*", text, re.ASCII):
+        raise ValueError(f"must be names of models with commas between, such as llama3.2,qwen3:*, not {text!r}")
+    for word in text.lower().split(","):
+        if word.endswith(("registry.ollama.ai/*", "library/*")):    # nothing of that is left in canonical names
+            raise ValueError(f"{word!r} would be every model")
+    patterns = set(map(parse_pattern, text.split(",")))
+    exact = frozenset(pattern for pattern in patterns if "*" not in pattern)
+    return EVERY_MODEL if "*" in patterns else ModelSet(exact, tuple(sorted(patterns - exact)))
+
+
+def parse_routes(text: str) -> str:
+    """Return the word for the routes that a key may use. Raises ValueError."""
+    if text not in ("inference", "read", "all"):
+        raise ValueError(f"must be inference, read or all, not {text!r}")
+    return text
+
+
 KEY_SETTINGS: SettingParsers = {
     "name": parse_word, "priority": parse_priority, "max-priority": parse_priority, "rate": parse_rate,
-    "concurrency": parse_whole, "admin": parse_switch, "proxy": parse_switch, "share": parse_share}
+    "concurrency": parse_whole, "admin": parse_switch, "proxy": parse_switch, "share": parse_share,
+    "models": parse_models, "routes": parse_routes, "tokens": parse_budget}
 
 
 def parse_key(line: str) -> KeySettings:
     """Return the KeySettings of one line: a key, then key=value settings. Raises ValueError, never with the key."""
     secret, *words = line.split()
     values = parse_settings(words, KEY_SETTINGS, secret=True)
+    values["budget"] = values.pop("tokens", (0, 1.0))
     if "name" not in values:
         raise ValueError("name= is missing: whose key is it?")
     if not secret.isascii() or not secret.isprintable():
@@ -11028,6 +11334,7 @@ class Files:
 
 ECHO_S = 1.0                        # signals within this count once: timeout(1) sends two, to its child and its group
 COSTLY_S = 0.005                    # an own answer that takes longer to make is kept for FRESH_S
+MOST_ANSWERS = 64                   # of them; more may differ by the models that keys see
 
 
 class Gateway:
@@ -11051,7 +11358,7 @@ class Gateway:
         self.max_body_bytes, self.header_timeout_s = options.max_body, options.header_timeout
         self.turns = LoopTurns(self.loop)       # of work that takes long
         self.memory = BodyMemory(options.max_memory, self.turns)
-        self.answers: dict[str, tuple[float, OwnAnswer]] = {}   # path: (until when it is good, answer), the last ones
+        self.answers: dict[tuple[str, ModelSet], tuple[float, OwnAnswer]] = {}     # (until when it is good, answer)
         self.telemetry = Telemetry(self)
         self.node_io = NodeIO(self)
         self.sources = Sources(self, look_up, scan_port)
@@ -11094,16 +11401,23 @@ class Gateway:
         added, dropped = self.dispatcher.cluster.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
         return added, dropped, self.node_io.configure(added, dropped)
 
-    def own_answer(self, path: str) -> OwnAnswer:
-        """Return the gateway's own answer on a path; a costly one serves all who ask within FRESH_S."""
-        until_s, answer = self.answers.get(path, (-math.inf, None))
+    def own_answer(self, path: str, models: ModelSet) -> OwnAnswer:
+        """Return the gateway's own answer on a path, to somebody who may see these models.
+
+        A costly one serves all who ask within FRESH_S.
+        """
+        until_s, answer = self.answers.get((path, models), (-math.inf, None))
         if answer is None or self.loop.time() >= until_s:
-            began_s = time.thread_time()
-            make = ROUTES["GET", path].own
-            assert make is not None     # as all routes of serve_own have it
-            answer = make(self)
+            began_s, route = time.thread_time(), ROUTES["GET", path]
+            if route.shows is not None:
+                answer = route.shows(self, models)
+            else:
+                assert route.own is not None    # as all routes of serve_own have it
+                answer = route.own(self)
             costly = time.thread_time() - began_s > COSTLY_S
-            self.answers[path] = self.loop.time() + FRESH_S if costly else -math.inf, answer
+            if len(self.answers) >= MOST_ANSWERS:
+                self.answers.clear()
+            self.answers[path, models] = self.loop.time() + FRESH_S if costly else -math.inf, answer
         return answer
 
     def sweep(self) -> None:
