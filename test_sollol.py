@@ -22,6 +22,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import random
@@ -11025,11 +11026,13 @@ class Bill:
     def agrees(self, told):
         """Tell whether /api/usage says the same. What was estimated, of a stream that was cut, no client can count."""
         rows = {(row["key"], row["user"]): row for row in told["rows"]}
-        assert rows.keys() == self.sums.keys() and sum(not row["estimated"] for row in rows.values()) > len(rows) / 4
-        return all(
-            (row["requests"], row["failures"]) == (self.sums[who][0], self.sums[who][3])
-            and (row["estimated"] or [row["prompt_tokens"], row["output_tokens"]] == self.sums[who][1:3])
-            for who, row in rows.items())
+        assert rows.keys() == self.sums.keys() and not all(row["estimated"] for row in rows.values())
+        for who, row in rows.items():
+            requests, *tokens, failures = self.sums[who]
+            assert (row["requests"], row["failures"]) == (requests, failures)
+            counted = [row["prompt_tokens"], row["output_tokens"]]
+            assert counted == tokens or row["estimated"] and all(map(operator.ge, counted, tokens))
+        return True
 
 
 def test_usage_is_what_clients_have_counted_over_kills_and_a_restart_and_a_sigkill_costs_under_a_minute(tmp_path):
