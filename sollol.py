@@ -108,6 +108,7 @@ OVERHEAD_S = 0.03                   # per request in the node, outside prefill a
 MOST_OVERHEAD_S = 0.4               # what is longer is a wait
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
+RETRY_SHARED_S = 10.0               # the same for each slot that is left, two at most, while others use the node
 UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
@@ -3777,6 +3778,17 @@ def ran_at_once(lease: Lease, timings: Timings) -> int:
     return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
 
 
+def ran_in_order(lease: Lease, timings: Timings) -> int:
+    """Return how many of our requests surely ran when one that had waited began, itself included.
+
+    A node serves in order: those sent before it have begun before, and run unless they have left by then.
+    """
+    if lease.order_unknown:
+        return 0
+    began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s + UNORDERED_S + lease.node.rtt_s
+    return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s)
+
+
 def is_disturbed(lease: Lease) -> bool:
     """Tell whether an answer's time says nothing of its runner's speed: a stall, a load or somebody else fell into it.
 
@@ -3902,13 +3914,19 @@ def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> No
             slots.waits = 0
     elif lease.sent_s <= slots.rejected_s:
         return                      # sent while more were believed to fit: what it says is known by now
-    elif not timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
-        return                      # beside others up to twice the lone overhead is no wait beyond doubt
-    elif lease.position > slots.proven:
-        runner.note_slots(slots.reject(now, node.strangers_s))
+    elif timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
+        learn_from_wait(lease, timings, now)    # beside others up to twice the lone overhead is none beyond doubt
+
+
+def learn_from_wait(lease: Lease, timings: Timings, now: float) -> None:
+    """Take an answer that had to wait in its node as proof of how many ran then, and that no more can."""
+    runner, strangers_s = lease.slot, lease.node.strangers_s
+    slots = runner.slots
+    runner.confirm_slots(ran_in_order(lease, timings), now)
+    if lease.position > slots.proven:
+        runner.note_slots(slots.reject(now, strangers_s))
     else:
-        ran = ran_at_once(lease, timings) or lease.position - 1
-        runner.note_slots(slots.suspect(ran, now, node.strangers_s))
+        runner.note_slots(slots.suspect(ran_at_once(lease, timings) or lease.position - 1, now, strangers_s))
 
 
 def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float) -> None:
@@ -4070,7 +4088,8 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 # Estimates: what do answers teach, one number at a time?
 #
 # Slots: requests that ran at once prove so many; one that had to wait inside the node rejects more. What was rejected
-# is tried again after a pause, for somebody else may have had the slot.
+# is tried again after a pause, for somebody else may have had the slot. Of two gateways before one node the one that
+# has more sees more waits, so that it gives a slot back first, and tries for another one later: their shares converge.
 #
 # Speeds are what a lone request would see. They are averages that two samples which agree can replace, if they are
 # far off. Of prefill only the slow samples count, as the node's own cache makes the others faster than true.
@@ -4133,14 +4152,15 @@ class SlotEstimate:
         """Note that a request had to wait inside the node: no more than were proved, until a pause is over.
 
         The pause grows only where the node is ours alone; a stranger, last seen at `strangers_s`, will give its slots
-        back.
+        back. If the stranger is a gateway, too, the one with fewer slots tries more often, until both have as many.
         """
         if self.is_set:
             return False
         self.count, self.origin = self.proven, "learned"
         ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
-        doubled = min(self.rejections, 6) if ours else 0
-        self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** doubled, now
+        self.retry_at_s = now + (RETRY_SLOT_S * 2 ** min(self.rejections, 6) if ours
+                                 else RETRY_SHARED_S * min(self.proven, 2))
+        self.rejected_s = now
         self.rejections += ours
         return True
 
