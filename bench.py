@@ -4720,14 +4720,15 @@ def twin_scenarios(clusters):
             for cluster in clusters for models in (SMALL, FIVE_MODELS[:4]) for clients in (20, 24)]
 
 
-def twins_table(clusters, rounds, seed):
-    """Return rows of text: two gateways beside one."""
+def twins_table(clusters, pattern, rounds, seed):
+    """Return rows of text: two gateways beside one, for every scenario whose name has the pattern."""
+    scenarios = [scenario for scenario in twin_scenarios(clusters) if re.search(pattern, scenario.name)]
     jobs = [((scenario.name, seed + turn, count), (scenario, count, seed + turn))
-            for scenario in twin_scenarios(clusters) for turn in range(rounds) for count in (1, 2)]
+            for scenario in scenarios for turn in range(rounds) for count in (1, 2)]
     results = in_parallel(simulate_twins, jobs)
     rows = [["clients, models/cluster", "seed", "one: req/s", "P95 s", "two: req/s", "", "P95 s", "", "split", "mean s",
              "one dies: req/s", "", "lost"]]
-    for scenario in twin_scenarios(clusters):
+    for scenario in scenarios:
         for turn in range(rounds):
             one, two = (results.get((scenario.name, seed + turn, count)) for count in (1, 2))
             if one and two:
@@ -6927,6 +6928,13 @@ def run_coding_agents(options: argparse.Namespace) -> int:
                 notes=told_texts(told_rivals([AGENTS_MODEL], agents=True)))
 
 
+def run_gateways(options: argparse.Namespace) -> int:
+    unknown = [cluster for cluster in options.clusters if cluster not in CLUSTERS]
+    if unknown:
+        raise BadArgument(f"no cluster {unknown[0]!r}; there are {' '.join(CLUSTERS)}")
+    return show(twins_table(options.clusters, options.pattern, options.rounds, options.seed))
+
+
 def run_check(options: argparse.Namespace) -> int:
     return int(not all([check_claims(options.seed), run_quick(check_weight())]))
 
@@ -6994,10 +7002,11 @@ def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -
                   "beside chats; minutes", "--seed")
     add("counts", nargs="*", type=sollol.parse_count, default=[4, 12], metavar="N", help="agents (4 12)")
     add("--clusters", type=lambda text: text.split(","), default=["mild5"], metavar="C,C", help="of nodes (mild5)")
-    add = command("gateways", lambda options: show(twins_table(options.clusters, options.rounds, options.seed)),
-                  "two gateways before the same nodes, beside one; minutes", "--seed", "--rounds")
-    add("--clusters", type=lambda text: text.split(","), default=["hom5", "mild5"], metavar="C,C", help="of nodes "
-        "(hom5,mild5)")
+    add = command("gateways", run_gateways, "two gateways before the same nodes, beside one; minutes", "--seed",
+                  "--rounds")
+    add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of scenarios (all)")
+    add("--clusters", type=lambda text: text.split(","), default=["mild3", "mild5"], metavar="C,C", help="of nodes "
+        "(mild3,mild5)")
     command("ablate", lambda options: show(ablation_table(ABLATED, options.seed)),
             "switch off one term of routing at a time: what is each worth?", "--seed")
     add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "

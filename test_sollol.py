@@ -4913,7 +4913,8 @@ def test_lines_of_a_hosts_file_in_the_readme_are_valid():
     with pytest.raises(sollol.ConfigError, match="README.md:3: .*far.pem: No such file"):
         sollol.parse_hosts(text, "README.md")
     nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "README.md")
-    assert [node.slots for node in nodes] == [0, 4, 0, 0] and [node.resolve for node in nodes] == [False] * 3 + [True]
+    assert [(node.slots, node.resolve, node.drain) for node in nodes] == [
+        (0, False, False), (4, False, False), (0, False, False), (0, True, False), (0, False, True)]
 
 
 def test_empty_keys_file_lets_nobody_in_by_mistake():
@@ -10249,7 +10250,7 @@ async def test_order_is_in_the_state_file_long_before_the_next_save(tmp_path):
         name, = gateway.dispatcher.cluster.nodes
         for verb, kept in (("drain", [{"url": node.url, "host": name, "draining": True}]), ("resume", [])):
             assert (await call(gateway, "POST", f"/api/nodes/{name}/{verb}")).status == 200
-            await until(lambda kept=kept: path.exists() and json.loads(path.read_text())["orders"] == kept)
+            await until(lambda kept=kept: path.exists() and json.loads(path.read_text())["orders"] == kept, 50.0)
 
 
 # -----------------------------------------------------------------------------
@@ -12579,8 +12580,9 @@ def readme_commands():
 SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py serve 3"}
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
         "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
-        "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,)}
-SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"]}
+        "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,), "python3 bench.py gateways": (0,)}
+SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"],
+           "python3 bench.py gateways": ["20 clients, 1 model", "--clusters", "hom3", "--rounds", "1"]}
 # What runs the others: a test, or a line of .ci/run with these words.
 ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
