@@ -4640,6 +4640,115 @@ def coding_table(counts, clusters, seed):
     return rows
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Gateways: what do two of them make of the same nodes, and what if one dies?
+#
+# Clients in a closed loop, half of them at each gateway; those of the second begin later, when the first has learned
+# all slots. Measured from a minute after that on. Then the second dies, and its clients go to the first. One gateway
+# alone gets the same clients at the same times.
+# ------------------------------------------------------------------------------------------------------------
+
+ALONE_S, FAIR_S, SHARED_S, TAKEN_S, SURVIVED_S = 60.0, 60.0, 120.0, 30.0, 60.0    # phases, one after the other
+RETRY_S = 0.2                       # a client whose gateway has died asks again so much later
+
+
+class TwinRun(NamedTuple):
+    """What gateways before the same nodes made of their clients."""
+
+    shared: Figures                 # of all clients, while both lived
+    survived: Figures               # from TAKEN_S after the death on
+    counts: tuple[int, ...]         # requests answered by each gateway while both lived
+    means_s: tuple[float, ...]
+    lost: int                       # requests that failed although their client asked again
+
+
+async def twin_client(callers, works, number, until_s, samples):
+    """Make requests one after the other at the client's own gateway, and at the next one for good when that fails.
+
+    Adds (number of the gateway, Sample) to `samples`.
+    """
+    loop = asyncio.get_running_loop()
+    while loop.time() < until_s:
+        work, begun_s = next(works), loop.time()
+        for _ in range(10):
+            own = number % len(callers)
+            sample = await make_request(callers[own], work, begun_s, 600.0)
+            if sample.ok:
+                break
+            number += 1
+            await asyncio.sleep(RETRY_S)
+        samples.append((own, sample))
+
+
+async def run_twins(scenario, count, seed):
+    """Run a scenario's clients through `count` gateways, the last of which dies in the end; return the TwinRun."""
+    async with running_nodes(scenario, seed) as nodes, contextlib.AsyncExitStack() as stack:
+        gateways = [await stack.enter_async_context(gateway_before(scenario, nodes, SOLLOL, seed + number))
+                    for number in range(count)]
+        callers = [Caller(*gateway.listener.address) for gateway in gateways]
+        loop, works, samples = asyncio.get_running_loop(), iter(make_work(scenario, seed)), []
+        first_s = loop.time()
+        shared_s = first_s + ALONE_S + FAIR_S
+        dies_s = shared_s + SHARED_S
+        taken_s = dies_s + TAKEN_S
+        until_s = taken_s + SURVIVED_S
+
+        async def client(number):
+            await asyncio.sleep(ALONE_S * (number % 2))
+            await twin_client(callers, works, number, until_s, samples)
+
+        async def death():
+            await asyncio.sleep(dies_s - loop.time())
+            if count > 1:
+                await gateways[-1].stop()
+
+        await asyncio.gather(death(), *(client(number) for number in range(scenario.clients)))
+        for caller in callers:
+            caller.close()
+        within = [[sample for one, sample in samples if one == own and shared_s <= sample.end_s < dies_s]
+                  for own in range(count)]
+        after = [sample for _, sample in samples if taken_s <= sample.end_s < until_s]
+        return TwinRun(
+            figures(Run(SOLLOL, [sample for some in within for sample in some], SHARED_S)),
+            figures(Run(SOLLOL, after, SURVIVED_S)),
+            tuple(len(some) for some in within),
+            tuple(sum(sample.latency_s for sample in some) / max(1, len(some)) for some in within),
+            sum(not sample.ok for _, sample in samples))
+
+
+def simulate_twins(scenario, count, seed):
+    """Return the TwinRun of so many gateways, in virtual time."""
+    return run_virtual(run_twins(scenario, count, seed))
+
+
+def twin_scenarios(clusters):
+    """Return the scenarios for gateways before the same nodes."""
+    return [Scenario(f"{clients} clients, {len(models)} model{'s' * (len(models) > 1)}/{cluster}", cluster, "mixed",
+                     clients, models=models, timeout_s=600.0)
+            for cluster in clusters for models in (SMALL, FIVE_MODELS[:4]) for clients in (20, 24)]
+
+
+def twins_table(clusters, pattern, rounds, seed):
+    """Return rows of text: two gateways beside one, for every scenario whose name has the pattern."""
+    scenarios = [scenario for scenario in twin_scenarios(clusters) if re.search(pattern, scenario.name)]
+    jobs = [((scenario.name, seed + turn, count), (scenario, count, seed + turn))
+            for scenario in scenarios for turn in range(rounds) for count in (1, 2)]
+    results = in_parallel(simulate_twins, jobs)
+    rows = [["clients, models/cluster", "seed", "one: req/s", "P95 s", "two: req/s", "", "P95 s", "", "split", "mean s",
+             "one dies: req/s", "", "lost"]]
+    for scenario in scenarios:
+        for turn in range(rounds):
+            one, two = (results.get((scenario.name, seed + turn, count)) for count in (1, 2))
+            if one and two:
+                rows.append([scenario.name, str(seed + turn), f"{one.shared.per_s:.2f}", f"{one.shared.p95_s:.2f}",
+                             f"{two.shared.per_s:.2f}", change_text(two.shared.per_s, one.shared.per_s),
+                             f"{two.shared.p95_s:.2f}", change_text(two.shared.p95_s, one.shared.p95_s),
+                             ":".join(map(str, two.counts)), " / ".join(f"{mean_s:.2f}" for mean_s in two.means_s),
+                             f"{two.survived.per_s:.2f}", change_text(two.survived.per_s, one.survived.per_s),
+                             str(two.lost)])
+    return rows
+
+
 def read_trace(path):
     """Return the token pairs of a trace: CSV with context_tokens and generated_tokens. Raises BadArgument."""
     try:
@@ -6827,6 +6936,13 @@ def run_coding_agents(options: argparse.Namespace) -> int:
                 notes=told_texts(told_rivals([AGENTS_MODEL], agents=True)))
 
 
+def run_gateways(options: argparse.Namespace) -> int:
+    unknown = [cluster for cluster in options.clusters if cluster not in CLUSTERS]
+    if unknown:
+        raise BadArgument(f"no cluster {unknown[0]!r}; there are {' '.join(CLUSTERS)}")
+    return show(twins_table(options.clusters, options.pattern, options.rounds, options.seed))
+
+
 def run_check(options: argparse.Namespace) -> int:
     return int(not all([check_claims(options.seed), run_quick(check_weight())]))
 
@@ -6894,6 +7010,11 @@ def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -
                   "beside chats; minutes", "--seed")
     add("counts", nargs="*", type=sollol.parse_count, default=[4, 12], metavar="N", help="agents (4 12)")
     add("--clusters", type=lambda text: text.split(","), default=["mild5"], metavar="C,C", help="of nodes (mild5)")
+    add = command("gateways", run_gateways, "two gateways before the same nodes, beside one; minutes", "--seed",
+                  "--rounds")
+    add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of scenarios (all)")
+    add("--clusters", type=lambda text: text.split(","), default=["mild3", "mild5"], metavar="C,C", help="of nodes "
+        "(mild3,mild5)")
     command("ablate", lambda options: show(ablation_table(ABLATED, options.seed)),
             "switch off one term of routing at a time: what is each worth?", "--seed")
     add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "

@@ -108,6 +108,7 @@ OVERHEAD_S = 0.03                   # per request in the node, outside prefill a
 MOST_OVERHEAD_S = 0.4               # what is longer is a wait
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
+RETRY_SHARED_S = 10.0               # the same for each slot that is left, two at most, while others use the node
 UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
@@ -302,6 +303,7 @@ class NodeSettings(NamedTuple):
     token: str = ""                 # sent as Authorization: Bearer
     slots: int = 0                  # 0 = learn them
     primary: bool = False
+    drain: bool = False             # no new work, unless an order says otherwise
     ca: str = ""                    # file with the only certificate or authority that is believed, over https
     insecure: bool = False          # whatever certificate it shows
     resolve: bool = False           # every address behind the host is a node
@@ -2976,7 +2978,7 @@ class Cluster:
         self.patience_s = patience_s            # how long requests may wait for a node that has disappeared
         self.nodes: dict[str, Node] = {}        # by name, in the order of hosts.txt
         self.leaving: list[Node] = []           # dropped nodes that still work
-        self.drained: set[tuple[str, str]] = set()      # servers that are to get no new work, also when they come back
+        self.orders: dict[tuple[str, str], bool] = {}   # by server: drained? Only where its line says otherwise
         self.kept: list[Json] = []              # what was learned of nodes, also of those gone; the last seen last
         self.holders: dict[str | None, list[Runner]] = {}       # of each model, same order; kept by `reindex`
         self.remote: set[str] = set()           # models that another server runs
@@ -2985,11 +2987,11 @@ class Cluster:
 
     # Which nodes?
 
-    def configure(self, settings: list[NodeSettings]) -> tuple[list[Node], list[Node]]:
+    def configure(self, settings: list[NodeSettings], seq: int = 0) -> tuple[list[Node], list[Node]]:
         """Take over the settings of all nodes: a server that stays keeps its node, and all that is known of it.
 
         Other nodes are dropped; requests that run there end there. A server that comes back meanwhile still has them:
-        its slots are taken. Returns (added, dropped) nodes.
+        its slots are taken. `seq`: that of the next ticket. Returns (added, dropped) nodes.
         """
         old = list(self.nodes.values())
         if settings and not any(line.primary for line in settings):
@@ -2998,7 +3000,9 @@ class Cluster:
         self.nodes = {}
         for line in settings:
             node = self.nodes[line.name] = known.get(line.name) or recall(self.kept, Node(line, self.changes))
-            node.draining = server_of(line) in self.drained     # as ordered, not as dropped
+            if self.orders.get(server_of(line)) is line.drain:  # the line says it now, and is to be obeyed from now on
+                del self.orders[server_of(line)]
+            node.drain(self.orders.get(server_of(line), line.drain), seq)
             node.configure(line)
         dropped = [node for node in old if self.nodes.get(node.name) is not node]
         self.keep(dropped)
@@ -3013,12 +3017,12 @@ class Cluster:
     def drain(self, node: Node, draining: bool, seq: int) -> None:
         """Give a node no new work, or again some. What runs there goes on; what waits may go there if nowhere else.
 
-        `seq`: that of the next ticket.
+        The order holds until `drain` in the node's line says the same. `seq`: that of the next ticket.
         """
-        if draining and not node.draining:
-            node.drained_seq = seq
-        node.draining = draining
-        (self.drained.add if draining else self.drained.discard)(server_of(node.settings))
+        node.drain(draining, seq)
+        self.orders.pop(server_of(node.settings), None)
+        if draining is not node.settings.drain:
+            self.orders[server_of(node.settings)] = draining
         self.changes.note_all()
 
     def take_tags(self, node: Node, rows: list[Json], asked_s: float = math.inf) -> None:
@@ -3131,7 +3135,7 @@ class Cluster:
             return primary
         if holders and not is_account:
             return holders[0]
-        raise Refusal(503, f"{primary.name}, the primary node, is {primary.state(now)}", retry_after_s=1.0)
+        raise Refusal(503, f"{primary.name}, the primary node, is {primary.whole_state(now)}", retry_after_s=1.0)
 
     def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> tuple[list[Node], list[Node]]:
         """Return (nodes on which a model is to be changed, in the order of hosts.txt; spares for those that cannot).
@@ -3179,7 +3183,8 @@ class Cluster:
         self.keep(self.nodes.values())
         lengths = [(model, learned_of_lengths(known)) for model, known in self.estimates.lengths.items()
                    if known.samples or known.prompts.samples]
-        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:])}
+        orders = [{"url": url, "host": host, "draining": draining} for (url, host), draining in self.orders.items()]
+        return {"nodes": self.kept, "lengths": dict(lengths[-MOST_KEPT:]), "orders": orders[-MOST_KEPT:]}
 
     def keep(self, nodes: Iterable[Node]) -> None:
         """Keep what was learned of nodes, in place of what was kept of them before."""
@@ -3198,6 +3203,7 @@ class Cluster:
             lengths = read_lengths(entry)
             if lengths.samples or lengths.prompts.samples:
                 self.estimates.lengths[model] = lengths
+        self.orders = read_orders(learned.get("orders"))
 
 
 # -----------------------------------------------------------------------------
@@ -3680,16 +3686,24 @@ class Node:
         self.name = self.settings.name
 
     def state(self, now: float) -> str:
-        """Return up, suspect, down or draining."""
+        """Return up, suspect, down or draining: one that is drained and down is down, and `draining` tells the rest."""
+        if not self.is_reachable(now):
+            return "down"
         if self.draining:
             return "draining"
-        if not self.up or self.breaker.state(now) == "open":
-            return "down"
         return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
 
+    def whole_state(self, now: float) -> str:
+        """Return the state for people to read; of a dead drained node both."""
+        return "down, draining" if self.draining and not self.is_reachable(now) else self.state(now)
+
+    def is_reachable(self, now: float) -> bool:
+        """Tell whether it answers, drained or not."""
+        return self.up and self.breaker.state(now) != "open"
+
     def is_alive(self, now: float) -> bool:
-        """Tell whether it can be expected to answer: up, or no worse than suspect."""
-        return self.up and not self.draining and self.breaker.state(now) != "open"
+        """Tell whether it can be expected to serve: up, or no worse than suspect."""
+        return self.is_reachable(now) and not self.draining
 
     def is_usable(self, now: float) -> bool:
         """Tell whether it may get new work."""
@@ -3701,6 +3715,12 @@ class Node:
         if known is None or known.changes != self.changes.count or now - known.at_s > LOOK_AGAIN_S:
             known = self.kept_snapshot = NodeSnapshot(self, now)
         return known
+
+    def drain(self, draining: bool, seq: int) -> None:
+        """Take no new work, or again some. `seq`: that of the next ticket; earlier ones may still come."""
+        if draining and not self.draining:
+            self.drained_seq = seq
+        self.draining = draining
 
     # Requests.
 
@@ -4024,6 +4044,17 @@ def ran_at_once(lease: Lease, timings: Timings) -> int:
     return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s + leeway_s)
 
 
+def ran_in_order(lease: Lease, timings: Timings) -> int:
+    """Return how many of our requests surely ran when one that had waited began, itself included.
+
+    A node serves in order: those sent before it have begun before, and run unless they have left by then.
+    """
+    if lease.order_unknown:
+        return 0
+    began_s = lease.sent_s + timings.load_s + timings.hidden_wait_s + UNORDERED_S + lease.node.rtt_s
+    return lease.position - sum(1 for left_s in lease.left_s if left_s <= began_s)
+
+
 def is_disturbed(lease: Lease) -> bool:
     """Tell whether an answer's time says nothing of its runner's speed: a stall, a load or somebody else fell into it.
 
@@ -4149,13 +4180,19 @@ def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> No
             slots.waits = 0
     elif lease.sent_s <= slots.rejected_s:
         return                      # sent while more were believed to fit: what it says is known by now
-    elif not timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
-        return                      # beside others up to twice the lone overhead is no wait beyond doubt
-    elif lease.position > slots.proven:
-        runner.note_slots(slots.reject(now, node.strangers_s))
+    elif timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
+        learn_from_wait(lease, timings, now)    # beside others up to twice the lone overhead is none beyond doubt
+
+
+def learn_from_wait(lease: Lease, timings: Timings, now: float) -> None:
+    """Take an answer that had to wait in its node as proof of how many ran then, and that no more can."""
+    runner, strangers_s = lease.slot, lease.node.strangers_s
+    slots = runner.slots
+    runner.confirm_slots(ran_in_order(lease, timings), now)
+    if lease.position > slots.proven:
+        runner.note_slots(slots.reject(now, strangers_s))
     else:
-        ran = ran_at_once(lease, timings) or lease.position - 1
-        runner.note_slots(slots.suspect(ran, now, node.strangers_s))
+        runner.note_slots(slots.suspect(ran_at_once(lease, timings) or lease.position - 1, now, strangers_s))
 
 
 def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float) -> None:
@@ -4317,7 +4354,8 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 # Estimates: what do answers teach, one number at a time?
 #
 # Slots: requests that ran at once prove so many; one that had to wait inside the node rejects more. What was rejected
-# is tried again after a pause, for somebody else may have had the slot.
+# is tried again after a pause, for somebody else may have had the slot. Of two gateways before one node the one that
+# has more sees more waits, so that it gives a slot back first, and tries for another one later: their shares converge.
 #
 # Speeds are what a lone request would see. They are averages that two samples which agree can replace, if they are
 # far off. Of prefill only the slow samples count, as the node's own cache makes the others faster than true.
@@ -4380,14 +4418,15 @@ class SlotEstimate:
         """Note that a request had to wait inside the node: no more than were proved, until a pause is over.
 
         The pause grows only where the node is ours alone; a stranger, last seen at `strangers_s`, will give its slots
-        back.
+        back. If the stranger is a gateway, too, the one with fewer slots tries more often, until both have as many.
         """
         if self.is_set:
             return False
         self.count, self.origin = self.proven, "learned"
         ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
-        doubled = min(self.rejections, 6) if ours else 0
-        self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** doubled, now
+        self.retry_at_s = now + (RETRY_SLOT_S * 2 ** min(self.rejections, 6) if ours
+                                 else RETRY_SHARED_S * min(self.proven, 2))
+        self.rejected_s = now
         self.rejections += ours
         return True
 
@@ -9031,6 +9070,7 @@ async def serve_order(exchange: Exchange) -> None:
         raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {', '.join(nodes)}")
     gateway.dispatcher.drain(nodes[name], verb == "drain")
     gateway.answers.clear()         # it is to be seen at once
+    gateway.files.save_soon()
     gateway.node_io.log_state(nodes[name], f"asked to {verb}")
     pump(gateway)
     answer_locally(exchange, json_answer(node_stats(nodes[name], gateway.loop.time(), exchange.verdict.models)))
@@ -9466,10 +9506,11 @@ def answer_health(gateway: Gateway) -> OwnAnswer:
     now, nodes = gateway.loop.time(), gateway.dispatcher.cluster.nodes.values()
     alive = [node for node in nodes if node.is_alive(now)]
     up = sum(1 for node in alive if not node.error_share.is_all(now))
+    draining, down = sum(node.draining for node in nodes), sum(not node.is_reachable(now) for node in nodes)
     status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
-        "draining": gateway.draining, "nodes": {"up": up, "total": len(nodes)},
+        "draining": gateway.draining, "nodes": {"up": up, "draining": draining, "down": down, "total": len(nodes)},
         "queued": len(gateway.dispatcher.waiting),
         "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if alive else 503)
 
@@ -9524,8 +9565,8 @@ def node_stats(node: Node, now: float, seen: ModelSet = EVERY_MODEL) -> Json:
     text = error and (error.text if seen is EVERY_MODEL else f"status {error.status}")    # it may name a model
     slots, slots_known = node_slots(node)
     return {
-        "name": node.name, "url": node.settings.url, "state": node.state(now), "version": node.version,
-        "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
+        "name": node.name, "url": node.settings.url, "state": node.state(now), "draining": node.draining,
+        "version": node.version, "primary": node.settings.primary, "slots": slots, "slots_known": slots_known,
         "running": [running_stats(lease, now) for lease in node.leases if (lease.ticket.spec.model or "") in seen],
         "inflight": len(node.leases), "requests": node.requests, "errors": node.errors,
         "error_share": node.error_share.share(now),
@@ -9701,8 +9742,10 @@ def metric_families(gateway: Gateway, seen: ModelSet) -> Iterable[tuple[str, str
     yield "sollol_inflight", "gauge", "Requests running on a node.", of_nodes(lambda node: len(node.leases))
     yield ("sollol_slots", "gauge", "Requests of one model that a node runs at once, as far as is known.",
            of_nodes(lambda node: node_slots(node)[0]))
-    yield ("sollol_node_up", "gauge", "1 if a node answers and is not draining.",
-           of_nodes(lambda node: int(node.is_alive(now))))
+    yield ("sollol_node_up", "gauge", "1 if a node answers, drained or not.",
+           of_nodes(lambda node: int(node.is_reachable(now))))
+    yield ("sollol_node_draining", "gauge", "1 if a node gets no new work, by its line or by an order.",
+           of_nodes(lambda node: int(node.draining)))
     yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind", "key")
     yield ("sollol_slot_seconds_total", "counter", "Time for which requests had slots.",
            [("", labelled(key=key), round(held_s, 3)) for key, held_s in metrics.slot_s.items()])
@@ -9968,7 +10011,7 @@ def node_state(node: Node, now: float, tokens: int, seen: ModelSet) -> Json:
     stats = node_stats(node, now, seen)
     measured = [runner for runner in node.runners.values() if runner.speeds.decode_s and runner.model in seen]
     used = max(measured, key=lambda runner: runner.used_s, default=None)
-    fields = ("name", "state", "speed", "latency_s", "running", "error_share", "last_error")
+    fields = ("name", "state", "draining", "speed", "latency_s", "running", "error_share", "last_error")
     models = stats["models"]
     return {**{name: stats[name] for name in fields},
             "models": {name: model for name, model in models.items() if model["resident"] or model["inflight"]},
@@ -10247,11 +10290,11 @@ class NodeIO:
     def log_state(self, node: Node, why: str = "") -> None:
         """Log the state of a node if it is not the one logged last."""
         now = self.loop.time()
-        was, state = self.logged_states.get(node, "new"), node.state(now)
+        was, state = self.logged_states.get(node, "new"), node.whole_state(now)
         if not node.probed or state == was or node.up and not node.indexed:
             return                      # the line shows its models: wait for them
         self.logged_states[node] = state
-        bad, error = state in ("down", "suspect"), node.last_error
+        bad, error = node.state(now) in ("down", "suspect"), node.last_error
         if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
             why = why or error.text
         LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
@@ -10499,8 +10542,8 @@ def parse_prefix(text: str) -> str:
 SettingParsers = Mapping[str, Callable[[str], str | float | tuple[int, float] | ModelSet]]
 NODE_SETTINGS: SettingParsers = {
     "name": parse_word, "slots": functools.partial(parse_whole, most=64), "token": parse_word, "host": parse_word,
-    "prefix": parse_prefix, "primary": parse_switch, "ca": parse_word, "insecure": parse_switch,
-    "resolve": parse_resolve}
+    "prefix": parse_prefix, "primary": parse_switch, "drain": parse_switch, "ca": parse_word,
+    "insecure": parse_switch, "resolve": parse_resolve}
 
 
 def open_regular(path: str) -> int:
@@ -10982,7 +11025,8 @@ class Sources:
 # Memory: what is worth keeping of what was learned?
 #
 # Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. When it is read,
-# numbers out of range are left out, and the rest counts as a few samples only, which new ones soon outweigh.
+# numbers out of range are left out, and the rest counts as a few samples only, which new ones soon outweigh. Beside
+# them, under "orders", which nodes were drained or resumed.
 # -----------------------------------------------------------------------------
 
 Range = tuple[type[float], float, float]        # kind of number, least, most
@@ -11079,6 +11123,14 @@ def read_lengths(entry: Any) -> OutputLengths:
     means = within(entry["buckets"], KEPT_BUCKETS) if isinstance(entry, dict) and "buckets" in entry else {}
     lengths.buckets = {int(bits): [mean, lengths.samples] for bits, mean in means.items()}
     return lengths
+
+
+def read_orders(entries: Any) -> dict[tuple[str, str], bool]:
+    """Return the orders that were kept: {server: drained?}; what is none is left out."""
+    return {(entry["url"], entry["host"]): entry["draining"]
+            for entry in (entries[-MOST_KEPT:] if isinstance(entries, list) else ())
+            if isinstance(entry, dict) and isinstance(entry.get("url"), str) and isinstance(entry.get("host"), str)
+            and isinstance(entry.get("draining"), bool)}
 
 
 def kept_of(entries: list[Json], settings: NodeSettings) -> Json:
@@ -11301,10 +11353,9 @@ class Files:
         if former == self.before and any(       # unchanged for SWEEP_S: nobody is writing
                 stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
             self.reload()
-        if now - self.saved_s >= STATE_S:
+        if now - self.saved_s >= STATE_S and (self.saving is None or self.saving.done()):
             self.saved_s = now
-            if self.saving is None or self.saving.done():
-                self.saving = self.loop.create_task(self.save())
+            self.saving = self.loop.create_task(self.save())
 
     async def save(self) -> None:
         """Save what was learned and used, in a thread: a disk may be slow. Close the days that are over."""
@@ -11316,6 +11367,10 @@ class Files:
             if usage.noted != self.usage.noted:
                 noted, pieces = usage.noted, await self.gateway.turns.run(usage.pieces())
                 await self.loop.run_in_executor(None, self.usage.write, pieces, noted)
+
+    def save_soon(self) -> None:
+        """Save at the next sweep: what was ordered is to survive a crash, too."""
+        self.saved_s = -math.inf
 
     async def close(self) -> None:
         """Save what was learned and used for the last time."""
@@ -11398,7 +11453,8 @@ class Gateway:
     def join(self) -> tuple[list[Node], list[Node], list[Node]]:
         """Take over what the sources know. Returns (added, dropped, changed) nodes."""
         sources = self.sources
-        added, dropped = self.dispatcher.cluster.configure(merge_sources(sources.lines, sources.dns, sources.scanned))
+        settings = merge_sources(sources.lines, sources.dns, sources.scanned)
+        added, dropped = self.dispatcher.cluster.configure(settings, next(self.dispatcher.waiting.seq))
         return added, dropped, self.node_io.configure(added, dropped)
 
     def own_answer(self, path: str, models: ModelSet) -> OwnAnswer:
@@ -11832,7 +11888,7 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
     for node in nodes:
         models = sorted(node.rows)
         loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
-        rows.append((node.name, node.settings.url, node.state(gateway.loop.time()), node.version or "-",
+        rows.append((node.name, node.settings.url, node.whole_state(gateway.loop.time()), node.version or "-",
                      models or ["-"], loaded or ["-"], reasons[node]))
     rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
     print("\n".join(table_lines(rows)))
@@ -12085,7 +12141,8 @@ function nodeRow(node) {
   const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
   return row([
     `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
-    cell(`<span class="state ${node.state}">${node.state}</span>${errors(node)}`),
+    cell(`<span class="state ${node.state}">${node.state}${
+      node.draining && !alive ? ", draining" : ""}</span>${errors(node)}`),
     cell(alive ? models(node) : "–", "wide"),
     cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
     cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);

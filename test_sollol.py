@@ -2148,7 +2148,7 @@ def test_hidden_waits_in_a_row_shrink_what_was_proved():
         finish(dispatcher, tickets[3], 10.0 * number + 5, Timings(4.9, 0, 0.4, 100, 1.5, 50))
         for it in tickets[:3]:
             dispatcher.leave(it, 10.0 * number + 5)
-    assert (runner(dispatcher, "n1").slots.count, runner(dispatcher, "n1").slots.retry_at_s) == (3, 55.0)
+    assert (runner(dispatcher, "n1").slots.count, runner(dispatcher, "n1").slots.retry_at_s) == (3, 45.0)
 
 
 def test_embeddings_do_not_disprove_slots_by_computing():
@@ -2315,13 +2315,16 @@ def test_hidden_wait_disproves_a_slot_for_a_pause_that_doubles():
     for _ in range(8):
         first, = enter(dispatcher, want(), now=now)
         placed(dispatcher, now)
-        second, third = enter(dispatcher, want(), want(), now=now + 0.1)
+        second, third, fourth = enter(dispatcher, want(), want(), want(), now=now + 0.1)
         assert placed(dispatcher, now + 0.1) == ["n1"]
+        finish(dispatcher, first, now + 2.1)
         finish(dispatcher, second, now + 4, Timings(3.9, 0, 0.4, 100, 1.5, 50))
-        assert runner(dispatcher, "n1").slots.count == 1 and placed(dispatcher, now + 4) == []
+        assert runner(dispatcher, "n1").slots.count == 1 and placed(dispatcher, now + 4) == ["n1"]
         pauses.append(runner(dispatcher, "n1").slots.retry_at_s - now - 4)
-        finish(dispatcher, first, now + 5)
-        dispatcher.leave(third, now + 5)
+        for it in (third, fourth):
+            if it.lease:
+                finish(dispatcher, it, now + 5)
+            dispatcher.leave(it, now + 5)
         now = runner(dispatcher, "n1").slots.retry_at_s
     assert pauses == pytest.approx([30 * 2**number for number in (0, 1, 2, 3, 4, 5, 6, 6)])
 
@@ -2338,7 +2341,7 @@ def test_what_was_sent_before_a_slot_was_taken_back_does_not_take_it_back_again(
     assert (known.slots.count, known.slots.rejections, known.slots.retry_at_s) == (4, 1, 39.0)
 
 
-def test_slot_that_was_proved_before_is_tried_again_every_half_minute():
+def test_slot_that_was_proved_before_is_tried_again_every_ten_seconds():
     dispatcher = cluster(slots=0, n1=["m"])
     known = runner(dispatcher, "n1")
     known.confirm_slots(2, 0.0)
@@ -2346,12 +2349,12 @@ def test_slot_that_was_proved_before_is_tried_again_every_half_minute():
     for _ in range(5):
         known.note_slots(known.slots.reject(100.0, known.node.strangers_s))
         pauses.append(known.slots.retry_at_s - 100)
-    assert pauses == [30, 30, 30, 30, 30]
+    assert pauses == [10, 10, 10, 10, 10]
     dispatcher.cluster.nodes["n1"].missed(True, 200.0)
     assert known.slots.max_proven == 1
 
 
-def test_slot_that_others_may_have_taken_is_tried_again_every_half_minute():
+def test_slot_that_others_may_have_taken_is_tried_again_every_ten_seconds():
     """A request that was alone, as far as we know, had to wait: somebody else uses the node. Then no pause grows."""
     dispatcher, now, pauses = cluster(slots=0, n1=["m"]), 0.0, []
     for _ in range(6):
@@ -2359,11 +2362,36 @@ def test_slot_that_others_may_have_taken_is_tried_again_every_half_minute():
         placed(dispatcher, now)
         second, = enter(dispatcher, want(), now=now + 0.1)
         assert placed(dispatcher, now + 0.1) == ["n1"]
-        for it in (first, second):
-            finish(dispatcher, it, now + 4, Timings(3.9, 0, 0.4, 100, 1.5, 50))
-        pauses.append(runner(dispatcher, "n1").slots.retry_at_s - now - 4)
+        finish(dispatcher, first, now + 4, Timings(3.9, 0, 0.4, 100, 1.5, 50))
+        finish(dispatcher, second, now + 6, Timings(5.8, 0, 0.4, 100, 1.5, 50))
+        pauses.append(runner(dispatcher, "n1").slots.retry_at_s - now - 6)
         now = runner(dispatcher, "n1").slots.retry_at_s
-    assert pauses == pytest.approx([30] * 6)
+    assert pauses == pytest.approx([10] * 6)
+
+
+@table("proven, pause_s", [("one", 1, 10.0), ("two", 2, 20.0), ("many", 8, 20.0)])
+def test_gateway_that_has_more_of_a_shared_node_tries_less_often_to_get_another_slot(proven, pause_s):
+    slots = sollol.SlotEstimate()
+    slots.confirm(9, 0.0)
+    slots.proven = proven
+    assert slots.reject(100.0, 99.0) and slots.retry_at_s == 100.0 + pause_s
+
+
+@table("left_s, apart_s, slots", [
+    ("the other one still runs", None, 0.1, 2), ("it has left after the wait", 2.5, 0.1, 2),
+    ("it has left before", 0.5, 0.1, 1), ("it has left just then", 1.05, 0.1, 1),
+    ("sent at the same time", None, 0.0, 1)])
+def test_wait_that_ends_while_another_of_ours_runs_proves_that_both_run_at_once(left_s, apart_s, slots):
+    """Somebody else's request was before it; of /api, in one piece."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    first, = enter(dispatcher, want(stream=False))
+    placed(dispatcher)
+    second, = enter(dispatcher, want(stream=False), now=apart_s)
+    placed(dispatcher, apart_s)
+    if left_s:
+        finish(dispatcher, first, left_s)
+    finish(dispatcher, second, apart_s + 3.0, Timings(2.9, 0, 0.4, 100, 1.5, 50))
+    assert runner(dispatcher, "n1").slots.proven == slots
 
 
 def test_set_slots_are_never_unlearned():
@@ -3963,6 +3991,7 @@ def test_rubbish_in_a_state_file_is_left_out_and_never_raises():
     ("comment", "gpu slots=64  # fixed", dict(slots=64)),
     ("any certificate", "https://gpu insecure=yes", dict(tls=True, insecure=True, ca="")),
     ("every address", "gpu resolve=all", dict(resolve=True)),
+    ("drained", "gpu drain=yes", dict(drain=True)), ("not drained", "gpu drain=no", dict(drain=False)),
     ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
 ])
 def test_line_of_a_hosts_file(line, expected):
@@ -3991,6 +4020,7 @@ def test_first_line_is_primary_unless_another_says_so():
     ("name not ASCII", "gpu name=grün", "name must be printable ASCII"),
     ("prefix", "gpu prefix=p", "prefix must begin with a slash"),
     ("switch", "gpu primary=maybe", "primary must be yes or no, not 'maybe'"),
+    ("drain", "gpu drain=on", "drain must be yes or no, not 'on'"),
     ("resolve", "gpu resolve=one", "resolve must be all, not 'one'"),
     ("scheme", "ftp://gpu", "is not the URL of a node"), ("no host", "http://", "is not the URL of a node"),
     ("query", "http://gpu/?x", "is not the URL of a node"),
@@ -5061,7 +5091,8 @@ def test_lines_of_a_hosts_file_in_the_readme_are_valid():
     with pytest.raises(sollol.ConfigError, match="README.md:3: .*far.pem: No such file"):
         sollol.parse_hosts(text, "README.md")
     nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "README.md")
-    assert [node.slots for node in nodes] == [0, 4, 0, 0] and [node.resolve for node in nodes] == [False] * 3 + [True]
+    assert [(node.slots, node.resolve, node.drain) for node in nodes] == [
+        (0, False, False), (4, False, False), (0, False, False), (0, True, False), (0, False, True)]
 
 
 def test_empty_keys_file_lets_nobody_in_by_mistake():
@@ -6913,7 +6944,7 @@ async def test_node_that_answers_only_errors_is_not_up_and_says_why(caplog):
         assert told["last_error"] == {"text": "answered 500: odd thing", "status": 500}
         answer = await call(gateway, "GET", "/api/health")
         assert answer.status == 200 and answer.json()["status"] == "degraded"
-        assert answer.json()["nodes"] == {"up": 0, "total": 1}
+        assert answer.json()["nodes"] == {"up": 0, "draining": 0, "down": 0, "total": 1}
         shown = json.loads(gateway.telemetry.snapshot())["nodes"][0]
         assert (shown["state"], shown["error_share"]) == ("suspect", 1.0)
         await until(lambda: "'state': 'suspect'" in caplog.text)
@@ -7359,6 +7390,14 @@ def test_two_gateways_before_the_same_nodes_doubt_none_of_them_for_long():
             assert not watching.done()
             watching.cancel()
     bench.run_virtual(run())
+
+
+def test_two_gateways_share_nodes_fairly_and_the_one_that_survives_has_all_slots():
+    """The second one comes when the first has learned all slots, and dies in the end; its clients ask again."""
+    scenario, = (one for one in bench.twin_scenarios(["mild3"]) if (one.clients, len(one.models)) == (20, 1))
+    run = bench.simulate_twins(scenario, 2, 2)
+    assert min(run.counts) >= 0.8 * max(run.counts) and not run.lost
+    assert run.survived.per_s >= 0.9 * run.shared.per_s
 
 
 @contextlib.contextmanager
@@ -10553,7 +10592,8 @@ async def test_drained_node_finishes_its_work_and_gets_no_more_until_it_is_resum
         await until(lambda: health(gateway)["inflight"] == 4)
         drained = (await call(gateway, "POST", "/api/nodes/a/drain")).json()
         assert (drained["name"], drained["state"], drained["inflight"]) == ("a", "draining", 2)
-        assert await used(4) == {"b"} and health(gateway)["nodes"] == {"up": 1, "total": 2}
+        assert await used(4) == {"b"} and health(gateway)["nodes"] == {
+            "up": 1, "draining": 1, "down": 0, "total": 2}
         assert {(await task).fields["x-sollol-node"] for task in tasks} == {"a", "b"}
         assert (await call(gateway, "POST", "/api/nodes/b/drain")).status == 200
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 503
@@ -10663,6 +10703,122 @@ def test_drained_node_that_was_away_for_a_moment_is_still_drained(running):
     for lines in (settings[1:], settings):
         dispatcher.cluster.configure(lines)
     assert [node.draining for node in dispatcher.cluster.nodes.values()] == [False, False]
+
+
+@table("steps, draining", [
+    ("drained by its line", "yes", True), ("resumed by its line", "yes no", False),
+    ("ordered over a line without it", "no drain", True), ("ordered over a line with it", "yes resume", False),
+    ("an order holds while the line stays", "yes resume yes yes", False),
+    ("an order ends when the line says the same", "no drain yes no", False),
+    ("the same, resumed", "yes resume no yes", True),
+    ("an order that says what the line says changes nothing later", "yes drain no", False),
+    ("an order and back", "no drain resume yes", True),
+    ("a restart", "yes restart yes", True), ("an order survives a restart", "no drain restart no", True),
+    ("so does one over a line with it", "yes resume restart yes", False),
+    ("the line is changed meanwhile", "yes resume restart no yes", True),
+    ("an order is taken back before a restart", "no drain resume restart no", False),
+])
+def test_line_or_the_last_order_that_it_does_not_repeat_tells_whether_a_node_is_drained(steps, draining):
+    dispatcher = sollol.Dispatcher()
+    for step in steps.split():
+        if step == "restart":
+            kept = json.loads(json.dumps(dispatcher.cluster.learned()))
+            dispatcher = sollol.Dispatcher()
+            dispatcher.cluster.remember(kept)
+        elif step in ("yes", "no"):
+            dispatcher.cluster.configure(sollol.parse_hosts(f"gpu name=a drain={step}\nb", "h"))
+        else:
+            dispatcher.drain(dispatcher.cluster.nodes["a"], step == "drain")
+    assert [node.draining for node in dispatcher.cluster.nodes.values()] == [draining, False]
+
+
+def test_what_waits_for_the_only_node_with_its_model_is_served_there_when_its_line_drains_it():
+    dispatcher = cluster(a=["m"], b=["other"])
+    running, waiting = enter(dispatcher, want(), want())
+    assert placed(dispatcher) == ["a"]
+    lines = [node.settings for node in dispatcher.cluster.nodes.values()]
+    dispatcher.cluster.configure([lines[0]._replace(drain=True), lines[1]], next(dispatcher.waiting.seq))
+    late, = enter(dispatcher, want())
+    assert dispatcher.dispatch(0.0) == ([], [late])
+    finish(dispatcher, running, 1.0)
+    assert placed(dispatcher, 1.0) == ["a"] and waiting.lease
+
+
+@table("orders", [
+    ("no list", 5), ("an object", {}), ("no objects", [1, None, "x", []]),
+    ("no host", [{"url": "u", "draining": True}]), ("no truth value", [{"url": "u", "host": "h", "draining": 1}]),
+    ("numbers", [{"url": 1, "host": "h", "draining": True}]), ("none", None)])
+def test_orders_in_a_state_file_that_are_none_are_left_out(orders):
+    dispatcher = sollol.Dispatcher()
+    dispatcher.cluster.remember({**GOOD_STATE, "orders": orders})
+    assert dispatcher.cluster.orders == {}
+
+
+@pytest.mark.parametrize("drained, dies, state, whole", [
+    (False, False, "up", "up"), (True, False, "draining", "draining"), (False, True, "down", "down"),
+    (True, True, "down", "down, draining")])
+@over_sockets
+async def test_drained_and_down_are_told_apart_everywhere(drained, dies, state, whole, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "sollol")
+    sollol.LOG.propagate = True
+    node, other = bench.SimNode(**FAST), bench.SimNode(**FAST)
+    await node.start()
+    await other.start()
+    lines = f"{node.url} name=a{' drain=yes' * drained}\n{other.url} name=b"
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(lines)
+    async with gateway_for(node, other, hosts=hosts, flags=["--probe-interval", "0.1"]) as gateway:
+        if dies:
+            node.kill()
+        await until(lambda: f"'node': 'a', 'url': '{node.url}', 'state': '{whole}'" in caplog.text)
+        shown = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]
+        assert (shown["state"], shown["draining"]) == (state, drained)
+        page = json.loads(gateway.telemetry.snapshot())["nodes"][0]
+        assert (page["state"], page["draining"]) == (state, drained)
+        assert health(gateway)["nodes"] == {
+            "up": 1 + (state == "up"), "draining": int(drained), "down": int(dies), "total": 2}
+        metrics = scraped((await call(gateway, "GET", "/metrics")).body.decode())
+        assert metrics["sollol_node_up", frozenset({("node", "a")})] == (not dies)
+        assert metrics["sollol_node_draining", frozenset({("node", "a")})] == drained
+        level = sollol.LOG.level
+        status = await sollol.run_check(gateway.options, sollol.read_nodes(gateway.options))
+        sollol.LOG.setLevel(level)
+        assert status == dies and re.search(rf"(?m)^a .* {whole} ", capsys.readouterr().out)
+
+
+@over_sockets
+async def test_drain_by_a_saved_line_lets_streams_end_and_by_the_next_save_gives_work_again(tmp_path):
+    nodes = [fixed(1), fixed(1)]
+    for node in nodes:
+        await node.start()
+    hosts = tmp_path / "hosts.txt"
+    one, two = (f"{node.url} name={name}" for node, name in zip(nodes, "ab", strict=True))
+    hosts.write_text(f"{one}\n{two}")
+    async with gateway_for(*nodes, hosts=hosts) as gateway:
+        async def used(tokens=3):
+            answer = await call(gateway, "POST", "/api/generate", generate(tokens=tokens, stream=True))
+            assert json.loads(answer.body.splitlines()[-1])["done"]
+            return answer.fields["x-sollol-node"]
+
+        long_ones = [asyncio.create_task(used(300)) for _ in range(2)]
+        await until(lambda: health(gateway)["inflight"] == 2)
+        hosts.write_text(f"{one} drain=yes\n{two}")
+        gateway.files.reload()
+        assert {await task for task in long_ones} == {"a", "b"}
+        assert [await used() for _ in range(4)] == ["b"] * 4
+        hosts.write_text(f"{one}\n{two} drain=yes")
+        gateway.files.reload()
+        assert [await used() for _ in range(4)] == ["a"] * 4
+
+
+@over_sockets
+async def test_order_is_in_the_state_file_long_before_the_next_save(tmp_path):
+    path, node = tmp_path / "state.json", bench.SimNode(**FAST)
+    async with gateway_for(node, flags=["--state", str(path)]) as gateway:
+        name, = gateway.dispatcher.cluster.nodes
+        for verb, kept in (("drain", [{"url": node.url, "host": name, "draining": True}]), ("resume", [])):
+            assert (await call(gateway, "POST", f"/api/nodes/{name}/{verb}")).status == 200
+            await until(lambda kept=kept: path.exists() and json.loads(path.read_text())["orders"] == kept, 50.0)
 
 
 # -----------------------------------------------------------------------------
@@ -12130,6 +12286,38 @@ def test_restart_on_the_same_port_works_at_once_and_a_second_signal_stops_at_onc
                 client.close()
 
 
+def test_gateway_killed_beside_its_twin_costs_no_request_of_clients_that_ask_again():
+    """SIGKILL to one of two processes before the same nodes; each client knows both, and goes to the other."""
+    with program("bench.py", "--nodes", 2, "--port", 0, "--speed", 10) as nodes, contextlib.ExitStack() as stack:
+        argv = [word for _ in range(2) for word in ("--node", read_until(nodes, r"http://\S+")[0])]
+        twins = [stack.enter_context(program("sollol.py", "--port", 0, *argv)) for _ in range(2)]
+        ports = [int(read_until(twin, r"event=start .*url=http://127.0.0.1:(\d+)")[1]) for twin in twins]
+
+        async def client(number, tries):
+            callers = [bench.Caller("127.0.0.1", port) for port in ports]
+            for turn in range(20):
+                body, response = json.dumps(generate(prompt=f"{number} {turn}", tokens=30, stream=True)), None
+                while response is None or b'"done":true' not in response.body:
+                    assert len(tries) < 400
+                    tries.append(ports[number % 2])
+                    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                        response = await callers[number % 2].call(body.encode(), path="/api/generate")
+                    number += response is None or not response.whole
+                if number == 0 and turn == 5:
+                    twins[1].kill()
+            for caller in callers:
+                caller.close()
+
+        async def run():
+            tries = []
+            await asyncio.gather(*(client(number, tries) for number in range(8)))
+            return tries
+
+        tries = asyncio.run(run())
+        assert 160 < len(tries) <= 180 and min(collections.Counter(tries).values()) >= 20
+        assert json.loads(curl(f"http://127.0.0.1:{ports[0]}/api/health"))["nodes"]["up"] == 2
+
+
 @over_sockets
 async def test_wall_clock_that_jumps_changes_nothing():
     with bench.mad_wall_clock(1):
@@ -12138,7 +12326,7 @@ async def test_wall_clock_that_jumps_changes_nothing():
                 answer = await call(gateway, "POST", "/api/generate", generate(stream=stream))
                 assert answer.status == 200 and b'"done":true' in answer.body
             await asyncio.sleep(2)
-            assert health(gateway)["nodes"] == {"up": 2, "total": 2} and health(gateway)["uptime_s"] < 60
+            assert health(gateway)["nodes"]["up"] == 2 and health(gateway)["uptime_s"] < 60
     source = inspect.getsource(sollol)
     days = inspect.getsource(sollol.wall_clock_s)       # what is about days cannot do without
     assert not re.search(r"\btime\.time\(|\bnow\(\)|utcnow|\.today\(", source.replace(days, ""))
@@ -12162,7 +12350,7 @@ async def test_reload_under_load_costs_no_request(tmp_path):
         gateway.files.reload()
         answers = await asyncio.gather(*tasks)
         assert all(answer.status == 200 and b'"done":true' in answer.body for answer in answers)
-        await until(lambda: health(gateway)["nodes"] == {"up": 3, "total": 3})
+        await until(lambda: health(gateway)["nodes"].items() >= {"up": 3, "total": 3}.items())
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-uvloop"]])
@@ -12244,7 +12432,7 @@ def test_commands_for_containers_run(tmp_path):
             words = [word.replace("//ollama", f"//localhost:{port}") for word in words]
             with program(*words, "--port", 0) as gateway:
                 url = read_until(gateway, r"event=start .*url=(\S+)")[1].replace("0.0.0.0", "127.0.0.1")
-                assert json.loads(curl(url + "/api/health"))["nodes"] == {"up": 1, "total": 1}
+                assert json.loads(curl(url + "/api/health"))["nodes"].items() >= {"up": 1, "total": 1}.items()
                 gateway.send_signal(signal.SIGTERM)
                 assert gateway.wait(10) == 0
     assert (tmp_path / "state.json").exists()
@@ -12323,7 +12511,7 @@ async def test_saved_hosts_file_is_taken_over_and_a_bad_one_refused(tmp_path, ca
         hosts.write_text(f"{one.url} name=one\n{two.url} name=two slots=4\n")
         await until(lambda: list(gateway.dispatcher.cluster.nodes) == ["one", "two"])
         assert gateway.dispatcher.cluster.nodes["one"] is first
-        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        await until(lambda: health(gateway)["nodes"].items() >= {"up": 2, "total": 2}.items())
         hosts.write_text(f"{one.url} name=one slots=3 token=t\n{two.url} name=two slots=4\n")
         await until(lambda: first.settings.slots == 3)
         assert gateway.dispatcher.cluster.nodes["one"] is first and gateway.node_io.pools[first].settings.token == "t"
@@ -12382,7 +12570,7 @@ async def test_every_address_behind_a_name_is_a_node_for_as_long_as_dns_tells_it
                            flags=["--probe-interval", "0.1"], look_up=dns) as gateway:
         assert await used_names(gateway) == {"pods@127.0.0.2"}
         dns.told["pods"] = ["127.0.0.3", "127.0.0.2"]
-        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        await until(lambda: health(gateway)["nodes"].items() >= {"up": 2, "total": 2}.items())
         assert await used_names(gateway, tokens=100) == {"pods@127.0.0.2", "pods@127.0.0.3"}
         running = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=1000, stream=True)))
                    for _ in range(4)]
@@ -12409,7 +12597,7 @@ async def test_name_without_an_address_at_the_start_is_asked_for_again():
     async with gateway_for(one, two, lines=lines, flags=["--probe-interval", "0.1"], look_up=dns) as gateway:
         assert await used_names(gateway) == {"two"}
         dns.told["pods"] = ["127.0.0.2"]
-        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        await until(lambda: health(gateway)["nodes"].items() >= {"up": 2, "total": 2}.items())
         assert list(gateway.dispatcher.cluster.nodes) == [f"pods:{one.port}@127.0.0.2", "two"]
 
 
@@ -12475,7 +12663,7 @@ async def test_found_servers_stay_over_a_reload_and_go_when_they_stay_away(monke
     nodes, hosts = await replicas(2, **FAST), tmp_path / "hosts.txt"
     hosts.write_text("# none yet\n")
     async with gateway_for(*nodes, hosts=hosts, **discovering(nodes)) as gateway:
-        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        await until(lambda: health(gateway)["nodes"].items() >= {"up": 2, "total": 2}.items())
         found = dict(gateway.dispatcher.cluster.nodes)
         hosts.write_text(f"{nodes[1].url} name=listed\n")
         await until(lambda: "listed" in gateway.dispatcher.cluster.nodes)
@@ -12485,7 +12673,7 @@ async def test_found_servers_stay_over_a_reload_and_go_when_they_stay_away(monke
         nodes[0].kill()
         await until(lambda: list(gateway.dispatcher.cluster.nodes) == ["listed"])
         await nodes[0].restart()
-        await until(lambda: health(gateway)["nodes"] == {"up": 2, "total": 2})
+        await until(lambda: health(gateway)["nodes"].items() >= {"up": 2, "total": 2}.items())
 
 
 def certificate(folder, name):
@@ -12964,8 +13152,9 @@ def readme_commands():
 SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py serve 3"}
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
         "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
-        "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,)}
-SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"]}
+        "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,), "python3 bench.py gateways": (0,)}
+SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"],
+           "python3 bench.py gateways": ["20 clients, 1 model", "--clusters", "hom3", "--rounds", "1"]}
 # What runs the others: a test, or a line of .ci/run with these words.
 ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
