@@ -5889,9 +5889,12 @@ def most_at_once(records):
     return max(itertools.accumulate(change for _, change in events), default=0)
 
 
+OWN_REQUESTS = (b'"raw": true', b'"prompt": ""', b'"input": []')
+
+
 def inferences(node):
-    """Return the records of a node's inference requests, without those that the gateway makes to measure it."""
-    return [record for record in node.requests if record.model and b'"raw": true' not in record.body]
+    """Return the records of a node's inference requests, without the gateway's own, which measure or load."""
+    return [record for record in node.requests if record.model and not any(own in record.body for own in OWN_REQUESTS)]
 
 
 def is_troubled(troubles, kinds, since_s, until_s):

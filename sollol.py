@@ -308,6 +308,10 @@ class NodeSettings(NamedTuple):
     insecure: bool = False          # whatever certificate it shows
     resolve: bool = False           # every address behind the host is a node
     address: str = ""               # of one of those: where to connect to instead of the host
+    load: tuple[str, ...] = ()      # models that are to be in its memory, canonical, the most important first
+    mac: str = ""                   # of its network card, which wakes it up: 12 hexadecimal digits
+    wake: str = ""                  # HOST:PORT that gets the magic packet; "" = everybody in its network
+    probe_s: float = 0.0            # between two looks at it; 0 = --probe-interval
 
     @property
     def url(self) -> str:
@@ -2569,6 +2573,11 @@ def runner_options(fields: Json, options: Json) -> RunnerOptions:
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
 
 
+def window_for(model: str, windows: list[tuple[str, int]]) -> int:
+    """Return the context in tokens that --num-ctx gives a model, 0 if none."""
+    return next((num_ctx for pattern, num_ctx in windows if is_meant(model, pattern)), 0)
+
+
 def widened(body: Body, fields: Json, windows: list[tuple[str, int]]) -> Steps[Body]:
     """Return a body that asks for the context that --num-ctx gives its model, if it asks for none itself.
 
@@ -2577,8 +2586,7 @@ def widened(body: Body, fields: Json, windows: list[tuple[str, int]]) -> Steps[B
     """
     name, options = fields.get("model"), fields.get("options")
     own = {} if options is None else options
-    num_ctx = next((num_ctx for pattern, num_ctx in windows
-                    if isinstance(name, str) and is_meant(canonical(name), pattern)), 0)
+    num_ctx = window_for(canonical(name), windows) if isinstance(name, str) else 0
     if not num_ctx or not isinstance(own, dict) or "num_ctx" in own:
         return body
     try:
@@ -2947,6 +2955,11 @@ def matched(lines: list[NodeSettings], nodes: list[Node]) -> dict[str, Node]:
     return matches
 
 
+def can_wake(node: Node, now: float) -> bool:
+    """Tell whether a node may be asleep, and would come up when it is called."""
+    return bool(node.settings.mac) and not (node.up or node.draining or node.sleep.is_in_vain(now))
+
+
 def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
     """Return the nodes that can be reached, busy or failing perhaps, and that a ticket may use."""
     return [node for node in nodes if node.up and not node.draining and ticket.may_use(node)]
@@ -3090,8 +3103,10 @@ class Cluster:
             ticket.may_use(node) and self.is_awaited(node, now) for node in nodes)
 
     def is_awaited(self, node: Node, now: float) -> bool:
-        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago."""
-        return not node.up and not node.draining and (not node.probed or now - node.lost_s < self.patience_s)
+        """Tell whether a node that cannot be reached is waited for: it could be, less than `patience_s` ago, or it is
+        asleep."""
+        return not node.up and not node.draining and (
+            not node.probed or now - node.lost_s < self.patience_s or can_wake(node, now))
 
     def is_asked_for(self, runner: Runner, now: float) -> bool:
         """Tell whether somebody has lately asked for a model, of whichever node."""
@@ -3423,8 +3438,13 @@ class Lease:
         if self.runner is not None:
             self.runner.breaker.succeed()
 
+    def is_in_the_way_of(self, runner: Runner | None) -> bool:
+        """Tell whether the gateway's own request ends for somebody's: a measurement always, a load only for another
+        model that must be loaded."""
+        return not self.loads or runner is not None and runner is not self.runner and runner.ready_s is None
+
     def give_way(self, now: float) -> None:
-        """End a measurement: somebody's request goes to its node."""
+        """End the gateway's own request: somebody's request goes to its node."""
         self.end(now)
         if self.abandon is not None:
             self.abandon(Failure("lost", "gives way"))
@@ -3445,7 +3465,7 @@ def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, re
     `runner`: None takes no slot. `prediction`: None is made here.
     """
     lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
-    if node.measuring is not None:
+    if node.measuring is not None and node.measuring.is_in_the_way_of(runner):
         node.measuring.give_way(now)
     node.advance(now)
     if runner is not None:
@@ -3468,6 +3488,40 @@ def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
     node.leases.append(lease)
     node.pause_measuring(now)
     return lease
+
+
+def lease_for_loading(runner: Runner, ticket: Ticket, now: float) -> Lease:
+    """Give the gateway's own request for a model in memory a lease on an idle node. It takes no slot.
+
+    Whoever asks for the model meanwhile waits for its load, as in Ollama itself.
+    """
+    node, spec = runner.node, ticket.spec
+    lease = Lease(ticket, node, runner, now, "the gateway loads a model", heard_s=now, watched_s=now, measures=True)
+    node.advance(now)
+    if not is_loaded_for(runner, spec):
+        lease.loads, lease.ready_s = True, now + runner.load_s()
+        runner.assume_loaded(options_there(node, spec), lease.ready_s)
+        node.loading.append(lease)
+        node.changes.note_all()
+    if spec.keep_alive_s is not None:
+        runner.keep_alive_s = spec.keep_alive_s
+    node.heard_s, node.measuring = now, lease
+    node.leases.append(lease)
+    return lease
+
+
+def end_loading(lease: Lease, load_s: float | None, now: float) -> None:
+    """End the gateway's own load; `load_s`: seconds that it took, as the node told, or None if it has failed."""
+    runner = lease.slot
+    if load_s is not None and runner.ready_s is not None:
+        runner.ready_s = min(runner.ready_s, now)
+    if load_s is not None and load_s > 1.0:
+        runner.speeds.load_s = load_s
+    if load_s is None and lease.loads and not runner.leases:
+        runner.assume_unloaded()
+    lease.node.changes.note_all()
+    if not lease.released:
+        lease.end(now)
 
 
 # -----------------------------------------------------------------------------
@@ -3562,6 +3616,102 @@ class Breaker:
 
     def succeed(self) -> None:
         self.failures, self.trial = 0, False
+
+
+class Wish:
+    """A model that hosts.txt wants in a node's memory (load=): what became of loading it.
+
+    The pause between two loads grows as long as none of them lasts. What the node cannot load, or only in place of
+    another such model, is given up until the node or its line has changed.
+    """
+
+    FIRST_PAUSE_S, LAST_PAUSE_S = 60.0, 3600.0
+    LASTED_S = 600.0                # a model that stayed for so long was not pushed out for want of room
+
+    def __init__(self) -> None:
+        self.loads = 0              # in a row, none of which lasted
+        self.begun_s = self.retry_at_s = -math.inf      # of the last load; from then on it may be loaded again
+        self.kept_s = -math.inf     # when the node was last asked to keep it
+        self.unfinished = False     # the last load did not come to its end
+        self.given_up = self.warned = False
+
+    def begin(self, now: float) -> None:
+        """Note that its load begins."""
+        self.loads = 1 if now - self.begun_s > self.LASTED_S + self.LAST_PAUSE_S else self.loads + 1
+        self.begun_s, self.kept_s, self.unfinished = now, now, True
+        self.retry_at_s = now + min(self.FIRST_PAUSE_S * 2 ** min(self.loads - 1, 10), self.LAST_PAUSE_S)
+
+    def stays(self, now: float) -> None:
+        """Note that it is in memory: after a while its last load counts as one that lasted."""
+        if now - self.begun_s > self.LASTED_S:
+            self.loads = 0
+
+    def gave_way(self) -> None:
+        """Note that its load has ended for somebody's request: that is no fault of the model's."""
+        self.loads, self.unfinished = self.loads - 1, False
+
+    def restart(self) -> None:
+        """Note that the node has gone: it is loaded at once when that comes back, unless its load was to blame."""
+        if not self.unfinished:
+            self.retry_at_s, self.given_up = -math.inf, False
+
+
+class Wishes(dict[str, Wish]):
+    """The Wish for each model of a node's load=, the most important first."""
+
+    def configure(self, models: tuple[str, ...]) -> None:
+        """Take over which models are wanted. Another list may fit where the last one did not."""
+        if tuple(self) != models:
+            self.clear()
+            self.update((model, Wish()) for model in models)
+
+    def restart(self) -> None:
+        """Note that the node has gone."""
+        for wish in self.values():
+            wish.restart()
+
+
+class Sleep:
+    """How a node with mac= is woken up: its calls, and how long it usually takes to come up."""
+
+    PAUSE_S = 60.0                  # between two magic packets
+    USUAL_S, LEAST_S, MOST_S, GAIN = 60.0, 5.0, 150.0, 0.5  # first belief, bounds and EWMA gain of `usual_s`
+    PATIENCE, REST_S = 3.0, 600.0   # times the usual: then it is not waited for; and not called again before so long
+
+    def __init__(self) -> None:
+        self.usual_s = self.USUAL_S
+        self.called_s = -math.inf           # last packet
+        self.begun_s: float | None = None   # first packet since it was up
+
+    def waited_s(self, now: float) -> float:
+        """Return for how long it has been waited for; infinite if it was not called or has been given up for long."""
+        waited_s = math.inf if self.begun_s is None else now - self.begun_s
+        return waited_s if waited_s < self.REST_S else math.inf
+
+    def is_waking(self, now: float) -> bool:
+        """Tell whether it was called and may still come up."""
+        return self.waited_s(now) < self.PATIENCE * self.usual_s
+
+    def is_in_vain(self, now: float) -> bool:
+        """Tell whether it was lately called and did not come up."""
+        return self.PATIENCE * self.usual_s <= self.waited_s(now) < math.inf
+
+    def left_s(self, now: float) -> float:
+        """Return when it would be up if it was called now, or has been, in seconds from now."""
+        return max(0.0, self.usual_s - self.waited_s(now)) if self.is_waking(now) else self.usual_s
+
+    def call(self, now: float) -> None:
+        """Note that a magic packet is sent."""
+        if self.waited_s(now) == math.inf:
+            self.begun_s = now
+        self.called_s = now
+
+    def came_up(self, now: float) -> None:
+        """Note that it is up; how long that took teaches only if it was called."""
+        if self.is_waking(now):
+            took_s = min(max(self.waited_s(now), self.LEAST_S), self.MOST_S)
+            self.usual_s += self.GAIN * (took_s - self.usual_s)
+        self.begun_s = None
 
 
 class NodeError(NamedTuple):
@@ -3670,6 +3820,9 @@ class Node:
     rtt_s: float = 0.0
     answer_s: float = 0.0           # EWMA of its answer times
     memory: MemoryEstimate = field(default_factory=MemoryEstimate)
+    wishes: Wishes = field(default_factory=Wishes)
+    demand_s: float = -math.inf     # when a queue last had it load a model
+    sleep: Sleep = field(default_factory=Sleep)
 
     kept: dict[str, Json] = field(default_factory=dict)     # what was kept of its models, see "Memory"
 
@@ -3684,11 +3837,13 @@ class Node:
 
     def __post_init__(self) -> None:
         self.name = self.settings.name
+        self.wishes.configure(self.settings.load)
 
     def state(self, now: float) -> str:
-        """Return up, suspect, down or draining: one that is drained and down is down, and `draining` tells the rest."""
+        """Return up, suspect, down, waking or draining: one that is drained and down is down, and `draining` tells the
+        rest."""
         if not self.is_reachable(now):
-            return "down"
+            return "waking" if self.sleep.is_waking(now) else "down"
         if self.draining:
             return "draining"
         return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
@@ -3739,6 +3894,7 @@ class Node:
         self.leases.remove(lease)
         if lease.measures:
             self.measuring = None
+            self.end_load(lease, now)
         elif lease.runner is not None:
             lease.runner.end(lease, now)
         if not self.leases:         # it is worth a look even for what had better wait for another node
@@ -3825,6 +3981,7 @@ class Node:
         """Note that it answered a probe; one that was down starts afresh."""
         if not self.up:
             self.breaker.succeed()
+            self.sleep.came_up(now)
             self.changes.note_all()
         self.probed, self.up, self.misses, self.version, self.answered_s = True, True, 0, version, now
         self.rtt_s += (0.3 if self.rtt_s else 1.0) * (rtt_s - self.rtt_s)
@@ -3844,6 +4001,7 @@ class Node:
         self.speed = 1.0
         self.check_s, self.check_pause_s = -math.inf, CHECK_PAUSE_S
         self.changes.note_all()
+        self.wishes.restart()
         for runner in self.runners.values():
             runner.assume_unloaded()
             runner.slots.forget()
@@ -3855,6 +4013,7 @@ class Node:
     def configure(self, settings: NodeSettings) -> None:
         """Take over the settings of a node whose server is the same."""
         was, self.settings, self.name = self.settings, settings, settings.name
+        self.wishes.configure(settings.load)
         if was.slots != settings.slots:
             for runner in self.runners.values():
                 runner.set_slots()
@@ -4597,6 +4756,7 @@ class SpeedEstimate:
 # -----------------------------------------------------------------------------
 
 KEEP_LOADED_S = 300.0               # OLLAMA_KEEP_ALIVE: so long an idle model stays loaded
+FOREVER_S = 4.1e9                   # the year 2100: what /api/ps shows to expire later stays for ever, until 2318
 BEGINNINGS_KEPT = 300               # prompts of a runner, to know which ones its cache may have held
 FRESH_SHARE = 0.1                   # of a prompt may have been seen before, then the cache hardly held any of it
 PRIOR_INPUT_S = 0.0025              # per text to embed, beside its tokens: one call to the engine
@@ -4706,6 +4866,7 @@ class Runner:
     listed: Json = field(default_factory=dict)  # its row in the last /api/ps
     leases: list[Lease] = field(default_factory=list)
     used_s: float = -math.inf       # last sent to
+    seen_used_s: float = -math.inf  # when /api/ps last showed that somebody, whoever that is, had used it
     slots: SlotEstimate = field(default_factory=SlotEstimate)
     speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
     unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # does it stream: first byte, seen over expected
@@ -4830,8 +4991,8 @@ class Runner:
 
     def assume_loaded(self, options: RunnerOptions, ready_s: float) -> None:
         """Note that a request makes the node load it, and what Ollama will evict for it."""
-        while must_evict(self):
-            victim(self).assume_unloaded()
+        for other in evicted_for(self):
+            other.assume_unloaded()
         self.assume_unloaded()
         self.ready_s, self.options = ready_s, options
 
@@ -4846,8 +5007,9 @@ class Runner:
 
         What was placed since `asked_s` is trusted without it.
         """
-        self.listed = row or {}
+        was, self.listed = self.listed, row or {}
         if row:
+            self.take_expiry(row, was, now)
             changed = self.cpu_share != cpu_share(row)
             self.vram_bytes, self.cpu_share = row_vram_bytes(row), cpu_share(row)
             if self.ready_s is None or self.ready_s <= asked_s:     # else it may be of what ran before
@@ -4862,6 +5024,8 @@ class Runner:
             return changed
         if self.ready_s is None:
             return False
+        if any(lease.runner is self and lease.measures for lease in self.node.loading):
+            return False
         if not self.leases and self.used_s < asked_s - 1.0:
             self.assume_unloaded()
             return True
@@ -4870,6 +5034,15 @@ class Runner:
             self.wait_for_load(now)
             return True
         return False
+
+    def take_expiry(self, row: Json, was: Json, now: float) -> None:
+        """Take over until when a row of /api/ps says that it stays: that moves with each use, also by others."""
+        if not was or row.get("expires_at") != was.get("expires_at"):
+            self.seen_used_s = now
+        if not self.leases and row.get("expires_at") and self.ready_s is not None and self.ready_s <= now:
+            forever = instant_s(row["expires_at"]) > FOREVER_S
+            if forever != (self.keep_alive_s == math.inf):
+                self.keep_alive_s = math.inf if forever else KEEP_LOADED_S
 
     def wait_for_load(self, now: float) -> None:
         """Note that it was taken for loaded and is not: what was sent waits for it, behind what loads already."""
@@ -4894,17 +5067,16 @@ def resident_runners(node: Node, exclude: Runner | None = None) -> list[Runner]:
     return [runner for runner in each_runner(node) if runner.ready_s is not None and runner is not exclude]
 
 
-def must_evict(runner: Runner) -> bool:
-    """Tell whether loading the model would push another one out."""
-    others = resident_runners(runner.node, exclude=runner)
-    held_bytes = sum(other.resident_bytes() for other in others)
-    return runner.node.memory.is_overfilled(held_bytes, runner.resident_bytes(), len(others))
-
-
-def victim(runner: Runner) -> Runner:
+def evicted_for(runner: Runner) -> list[Runner]:
     """Return what Ollama unloads to load a model: an idle one first, then by shortest keep-alive, not by last use."""
-    return min(resident_runners(runner.node, exclude=runner),
-               key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
+    others = resident_runners(runner.node, exclude=runner)
+    others.sort(key=lambda other: (bool(other.leases), other.keep_alive_s, other.model))
+    for count in range(len(others)):
+        left = others[count:]
+        held_bytes = sum(other.resident_bytes() for other in left)
+        if not runner.node.memory.is_overfilled(held_bytes, runner.resident_bytes(), len(left)):
+            return others[:count]
+    return others
 
 
 # -----------------------------------------------------------------------------
@@ -5458,7 +5630,8 @@ def slot_limit(runner: Runner, others: list[Runner], now: float) -> int:
 
 def yields(node: Node, now: float) -> bool:
     """Tell whether a node gets a pause to load: Ollama loads once another model is idle, and a fed one never is."""
-    return SILENT_S < now - node.loading[0].ready_s < SILENT_S + YIELD_S
+    first = node.loading[0]
+    return not first.measures and SILENT_S < now - first.ready_s < SILENT_S + YIELD_S
 
 
 def explain(candidates: list[Candidate], chosen: Candidate, demand: Demand) -> str:
@@ -5898,6 +6071,8 @@ class Dispatcher:
         if len(self.waiting) >= self.waiting.max_tickets:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
+        if spec.model in self.cluster.holders:
+            self.cluster.estimates.arrivals.setdefault(spec.model, Arrivals()).add(now)
         pace = self.cluster.estimates.paces.begin(spec, now)
         ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now, pace)
         ticket.version = version
@@ -5994,6 +6169,10 @@ class Dispatcher:
     def lease_for_measuring(self, runner: Runner, spec: RequestSpec, now: float) -> Lease:
         """Return the lease of the gateway's own request on an idle node."""
         return lease_for_measuring(runner, self.waiting.unqueued(f"measure-{runner.node.name}", spec, now), now)
+
+    def lease_for_loading(self, runner: Runner, spec: RequestSpec, now: float) -> Lease:
+        """Return the lease of the gateway's own request for a model in the memory of an idle node."""
+        return lease_for_loading(runner, self.waiting.unqueued(f"load-{runner.node.name}", spec, now), now)
 
     def observe(self, lease: Lease, timings: Timings, now: float) -> None:
         """Learn from a complete answer. Before its release."""
@@ -6317,12 +6496,43 @@ class Demand(NamedTuple):
 UNKNOWN_LENGTHS = OutputLengths()   # of a model that has not answered yet
 
 
+class Arrivals:
+    """How many requests of a model come per second, over the last minute, and whether some of them always wait."""
+
+    SPAN_S = 60.0
+    STEADY_S = 15.0                 # the least that waited is that of one to two such spans
+    GAP_S = 2.0                     # several looks at the queue; without one for so long nobody has waited
+
+    def __init__(self) -> None:
+        self.at_s, self.per_s = -math.inf, 0.0
+        self.looked_s = self.turned_s = -math.inf   # last look at its queue; when the present span began
+        self.least, self.least_before = 0, 0        # that waited, in the present span and in the one before
+
+    def rate(self, now: float) -> float:
+        """Return the requests per second: an EWMA over time."""
+        return self.per_s * math.exp((self.at_s - now) / self.SPAN_S)
+
+    def add(self, now: float) -> None:
+        """Count a request."""
+        self.at_s, self.per_s = now, self.rate(now) + 1 / self.SPAN_S
+
+    def look(self, queued: int, now: float) -> int:
+        """Note how many wait; return how many have always waited for at least STEADY_S."""
+        if now - self.looked_s > self.GAP_S:
+            self.turned_s, self.least, self.least_before = now, queued, 0
+        elif now - self.turned_s >= self.STEADY_S:
+            self.turned_s, self.least_before, self.least = now, min(self.least, queued), queued
+        self.looked_s, self.least = now, min(self.least, queued)
+        return min(self.least, self.least_before)
+
+
 class Estimates:
     """What the cluster has learned of models, whichever node they ran on."""
 
     def __init__(self) -> None:
         self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
         self.paces = Paces()
+        self.arrivals: dict[str | None, Arrivals] = {}      # of models that nodes have
 
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
@@ -6537,6 +6747,201 @@ def judge_speed(lease: Lease, now: float) -> None:
         seen = 1.0                  # above 1 nothing counts, so noise below it must not either: speeds would drift
     node.slow_down(seen)
     lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
+
+
+# -----------------------------------------------------------------------------
+# Readiness: which models should be in memory, and which nodes awake, before a request needs them?
+#
+# A model is loaded without a request of its own where load= of hosts.txt wants it, or where that shortens a queue by
+# more than it costs. Only a node that does nothing for us is asked, and a load gives way to requests that another one
+# would wait for. What load= wants pushes out nothing that was used lately; what a queue wants nothing at all that is
+# still asked for. A node with mac= that is down is called when work waits that it would finish sooner than the others.
+# -----------------------------------------------------------------------------
+
+IDLE_S = 5.0                        # so long a node does nothing for us before load= loads something there
+KEEP_PAUSE_S = 10.0                 # between two requests to keep a model that others' requests let expire
+HORIZON_S = 120.0                   # a load for a queue must pay within that
+PAYS = 2.0                          # seconds of waiting that such a load saves for each second that it takes
+DEMAND_PAUSE_S = 60.0               # between two such loads on a node
+MOST_JUDGED = 1024                  # waiting tickets, when it is asked whether to wake a node: 3 ms
+
+
+class Wanted(NamedTuple):
+    """A model that a node is to load, or to keep loaded, now."""
+
+    runner: Runner
+    keep: bool                      # for ever, as load= wants it; else as long as the node keeps it by itself
+
+
+def is_free(node: Node, waiting: WaitingRoom, now: float) -> bool:
+    """Tell whether a node does nothing for us and nobody waits for one of its models."""
+    return (node.is_usable(now) and node.indexed and not node.leases and not node.suspect
+            and not any(waiting.first(model) for model in node.rows))
+
+
+def used_lately(runner: Runner, now: float) -> bool:
+    """Tell whether somebody would miss a model: its last use is not longer ago than the node keeps it."""
+    used_s = max(runner.used_s, runner.seen_used_s)
+    return bool(runner.leases) or now - used_s < min(runner.keep_alive_s, KEEP_LOADED_S)
+
+
+def wish_for(runner: Runner) -> Wish | None:
+    """Return the Wish for a model, under whichever of its names; None if load= does not want it there."""
+    return next((runner.node.wishes[model] for model in runner.models if model in runner.node.wishes), None)
+
+
+def may_push_out(runner: Runner, now: float) -> bool:
+    """Tell whether load= may push a model out for another one."""
+    wish = wish_for(runner)
+    return wish.given_up if wish else not used_lately(runner, now)
+
+
+def wanted_by_line(node: Node, now: float) -> Runner | None:
+    """Return the model that load= wants in the memory of a node that is free, and that is not to stay there yet."""
+    for model, wish in node.wishes.items():
+        if model not in node.rows or wish.given_up:
+            continue
+        runner = node.runners[model]
+        if runner.ready_s is not None:
+            wish.stays(now)
+            if runner.keep_alive_s < math.inf and now - wish.kept_s >= KEEP_PAUSE_S:
+                return runner
+        elif (now >= wish.retry_at_s and now - node.heard_s >= IDLE_S
+              and all(may_push_out(other, now) for other in evicted_for(runner))):
+            return runner
+    return None
+
+
+def waited_s(queued: float, growth_per_s: float, from_s: float, to_s: float) -> tuple[float, float]:
+    """Return (seconds that requests wait in all, how many wait at the end) of a queue that grows or shrinks evenly."""
+    span_s = max(0.0, to_s - from_s)
+    end = queued + growth_per_s * span_s
+    if end >= 0:
+        return (queued + end) / 2 * span_s, end
+    return queued * queued / (-2 * growth_per_s), 0.0
+
+
+def requests_per_s(runner: Runner, demand: Demand) -> float:
+    """Return how many requests like one a runner ends per second with all its slots at work."""
+    return runner.slots.count / (alone_s(runner, demand) * slowdown(runner.node, runner, 1, full=True))
+
+
+def saved_s(queued: int, growth_per_s: float, more_per_s: float, ready_s: float) -> float:
+    """Return the seconds of waiting that another node saves within HORIZON_S, if it serves from `ready_s` on.
+
+    Without it the queue grows by `growth_per_s`, with it by `more_per_s` less.
+    """
+    without_s, _ = waited_s(queued, growth_per_s, 0.0, HORIZON_S)
+    before_s, left = waited_s(queued, growth_per_s, 0.0, min(ready_s, HORIZON_S))
+    after_s, _ = waited_s(left, growth_per_s - more_per_s, ready_s, HORIZON_S)
+    return without_s - before_s - after_s
+
+
+def may_load_for_queue(runner: Runner, cluster: Cluster, now: float) -> bool:
+    """Tell whether a queue's model may be loaded on an idle node: that pushes out nothing that is still asked for."""
+    node = runner.node
+    return (node.is_usable(now) and not node.leases and not node.suspect and runner.breaker.allows(now)
+            and runner.ready_s is None and now - node.demand_s >= DEMAND_PAUSE_S
+            and not any(wish_for(other) or used_lately(other, now) or cluster.is_asked_for(other, now)
+                        for other in evicted_for(runner)))
+
+
+def wanted_by_queue(dispatcher: Dispatcher, now: float) -> Runner | None:
+    """Return a model that tickets wait for, on the idle node where its load saves most of their waiting; None if no
+    load pays."""
+    cluster, best_s, best = dispatcher.cluster, 0.0, None
+    if dispatcher.policy.binds_early or not dispatcher.waiting.tickets:
+        return None
+    queues = collections.Counter(ticket.spec.model for ticket in dispatcher.waiting.tickets)
+    for model, queued in queues.items():
+        holders = [runner for runner in cluster.holders.get(model, ()) if runner.node.is_usable(now)]
+        loaded = [runner for runner in holders if runner.ready_s is not None]
+        free = [runner for runner in holders if may_load_for_queue(runner, cluster, now)] if loaded else []
+        entry = dispatcher.waiting.first(model)
+        if not free or entry is None or model not in cluster.estimates.arrivals:
+            continue
+        demand, arrivals = cluster.estimates.demand_of(entry[2]), cluster.estimates.arrivals[model]
+        steady = arrivals.look(queued, now)
+        growth_per_s = arrivals.rate(now) - sum(requests_per_s(other, demand) for other in loaded)
+        for runner in free:
+            ready_s, _ = runner.node.snapshot(now).offer(runner, now).load(now)
+            more_per_s = requests_per_s(runner, demand)
+            saving_s = max(saved_s(queued, growth_per_s, more_per_s, ready_s),
+                           saved_s(steady, 0.0, more_per_s, ready_s)) - PAYS * ready_s
+            if fits(runner, demand) and saving_s > best_s:
+                best_s, best = saving_s, runner
+    return best
+
+
+def wanted_loads(dispatcher: Dispatcher, now: float) -> list[Wanted]:
+    """Return what nodes are to load now, at most one model each."""
+    wanted = [Wanted(runner, True) for node in dispatcher.cluster.nodes.values()
+              if node.wishes and is_free(node, dispatcher.waiting, now) and (runner := wanted_by_line(node, now))]
+    queued = wanted_by_queue(dispatcher, now)
+    return wanted if queued is None else [*wanted, Wanted(queued, False)]
+
+
+def judge_load(runner: Runner, missed: list[Runner]) -> tuple[Wish | None, str]:
+    """Take in what a load for load= did to its node's memory. Return (Wish that is to be warned of, why), (None, "") if
+    all is well.
+
+    `missed`: the models that have gone meanwhile and that load= wants, or that were used lately. Of two of load= that
+    do not fit together the one that is named first stays.
+    """
+    wish, order = wish_for(runner), list(runner.node.wishes.values())
+    assert wish is not None         # as load= wants it
+    wish.unfinished = False
+    if runner.ready_s is None:
+        return wish, "it was loaded and has gone again: it may not fit"
+    for other in missed:
+        rival = wish_for(other)
+        if rival is not None:
+            loser, winner = (wish, other) if order.index(rival) < order.index(wish) else (rival, runner)
+            loser.given_up = True
+            return loser, f"it does not fit beside {winner.model}, which is named first"
+    names = ", ".join(other.model for other in missed)
+    return (wish, f"it does not fit beside {names}, which it has pushed out") if missed else (None, "")
+
+
+def nodes_to_wake(dispatcher: Dispatcher, now: float) -> list[Node]:
+    """Return the sleeping nodes that would finish waiting work sooner than the others; each once a minute at most."""
+    asleep = [node for node in dispatcher.cluster.nodes.values()
+              if can_wake(node, now) and now - node.sleep.called_s >= Sleep.PAUSE_S]
+    if not asleep or not dispatcher.waiting.tickets:
+        return []
+    forecast, wake = Forecast(dispatcher.cluster, now), []
+    for ticket in dispatcher.waiting.in_order()[:MOST_JUDGED]:
+        demand, model = dispatcher.cluster.estimates.demand_of(ticket), ticket.spec.model
+        start_s = forecast.start_s(demand)
+        others = dispatcher.cluster.servers(model, now)
+        sooner = min((alone_s(other, demand) for other in others), default=0.0) + (start_s or 0.0)
+        for node in asleep:
+            unseen = not node.rows and not dispatcher.cluster.holders.get(model)    # it may have what nobody has
+            if node in wake or not (model in node.rows or unseen) or not ticket.may_use(node):
+                continue
+            runner = node.runners.get(model or "")
+            there_s = node.sleep.left_s(now) + (runner.load_s() + alone_s(runner, demand) if runner else 0.0)
+            if start_s is None or there_s < sooner:
+                wake.append(node)
+    return wake
+
+
+MAGIC_PORT = 9                      # discard: nobody need listen for a magic packet
+
+
+def magic_packet(mac: str) -> bytes:
+    """Return what wakes up the machine whose network card has this address, of 12 hexadecimal digits."""
+    return b"\xff" * 6 + bytes.fromhex(mac) * 16
+
+
+def packet_addresses(settings: NodeSettings, addresses: list[str]) -> list[Server]:
+    """Return where a node's magic packet goes: to `wake=`, else to all machines of this network, and to those of the
+    node's own, which is taken for a /24. `addresses`: those of the host of `wake=`, else the node's."""
+    known = [address for address in addresses if ":" not in address]    # IPv6 has no broadcast
+    if settings.wake:
+        return [(address, int(settings.wake.rpartition(":")[2])) for address in known]
+    near = [f"{address.rpartition('.')[0]}.255" for address in known]
+    return [(address, MAGIC_PORT) for address in dict.fromkeys(("255.255.255.255", *near))]
 
 
 # -----------------------------------------------------------------------------
@@ -9010,8 +9415,10 @@ def merge_rows(rows: Iterable[Json], newest: str) -> list[Json]:
 
 
 def all_tags(gateway: Gateway, models: ModelSet) -> list[Json]:
-    """Return the rows of /api/tags for the models of a set, merged."""
-    return models.rows(merge_rows((row for node in live_nodes(gateway) for row in node.rows.values()), "modified_at"))
+    """Return the rows of /api/tags for the models of a set, merged; what a sleeping node has can be asked for, too."""
+    now, nodes = gateway.loop.time(), gateway.dispatcher.cluster.nodes.values()
+    listed = [node for node in nodes if node.up or can_wake(node, now) and node.rows] or live_nodes(gateway)
+    return models.rows(merge_rows((row for node in listed for row in node.rows.values()), "modified_at"))
 
 
 def answer_root(gateway: Gateway) -> OwnAnswer:
@@ -9502,17 +9909,19 @@ STEP_VALUES = 500                   # of one step, the latest: enough for a P95
 
 
 def answer_health(gateway: Gateway) -> OwnAnswer:
-    """Answer /api/health: 200 while at least one node is alive; one that answers only errors is not counted as up."""
+    """Answer /api/health: 200 while at least one node is alive, or asleep; one that answers only errors is not counted
+    as up."""
     now, nodes = gateway.loop.time(), gateway.dispatcher.cluster.nodes.values()
     alive = [node for node in nodes if node.is_alive(now)]
     up = sum(1 for node in alive if not node.error_share.is_all(now))
     draining, down = sum(node.draining for node in nodes), sum(not node.is_reachable(now) for node in nodes)
-    status = "down" if not alive else "ok" if up == len(nodes) else "degraded"
+    ready = bool(alive) or any(can_wake(node, now) for node in nodes)
+    status = "down" if not ready else "ok" if up == len(nodes) else "degraded"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
         "draining": gateway.draining, "nodes": {"up": up, "draining": draining, "down": down, "total": len(nodes)},
         "queued": len(gateway.dispatcher.waiting),
-        "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if alive else 503)
+        "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if ready else 503)
 
 
 def percentile(ordered: list[float], share: float) -> float | None:
@@ -9746,6 +10155,8 @@ def metric_families(gateway: Gateway, seen: ModelSet) -> Iterable[tuple[str, str
            of_nodes(lambda node: int(node.is_reachable(now))))
     yield ("sollol_node_draining", "gauge", "1 if a node gets no new work, by its line or by an order.",
            of_nodes(lambda node: int(node.draining)))
+    yield ("sollol_node_waking", "gauge", "1 if a sleeping node was called by a magic packet and is waited for.",
+           of_nodes(lambda node: int(node.state(now) == "waking")))
     yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind", "key")
     yield ("sollol_slot_seconds_total", "counter", "Time for which requests had slots.",
            [("", labelled(key=key), round(held_s, 3)) for key, held_s in metrics.slot_s.items()])
@@ -10059,8 +10470,10 @@ def answer_dashboard(gateway: Gateway, models: ModelSet) -> OwnAnswer:
 # -----------------------------------------------------------------------------
 
 PROBE_TIMEOUT_S = 3.0
+LOAD_TIMEOUT_S = 3600.0             # of the gateway's own loads; users raise OLLAMA_LOAD_TIMEOUT to half an hour
 RETURN_S, RETURN_PROBE_S = 60.0, 1.0    # how long, and at which pause, a node that has gone is probed
 IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connection
+GENTLE_IDLE_S = 2.0                 # with probe=: an open connection is watched by the kernel, which keeps nodes awake
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
 CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
 SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
@@ -10138,6 +10551,21 @@ class OllamaApi:
         status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
         if status != 200 or answer is None:
             raise NodeFailure("garbage", f"the measurement was answered with {status}")
+        return read_timings(text[-TAIL_BYTES:])
+
+    async def load(self, model: str, embeds: bool, options: Json, keep: bool) -> Timings:
+        """Have a model in memory, for ever if `keep`: a request without a prompt. Return what the answer tells."""
+        value: Json = {"model": model, "stream": False, "options": dict(options), "input": [], "prompt": ""}
+        del value["prompt" if embeds else "input"]
+        if "shift" in options:
+            value["shift"] = bool(value["options"].pop("shift"))
+        if keep:
+            value["keep_alive"] = -1
+        path = "/api/embed" if embeds else "/api/generate"
+        status, answer, text = await self.fetch("POST", path, value, LOAD_TIMEOUT_S)
+        if status != 200:
+            why = str((answer or {}).get("error") or "no reason given")
+            raise NodeFailure("busy" if status == 503 else "model", f"{status}: {why[:200]}")
         return read_timings(text[-TAIL_BYTES:])
 
     async def is_there(self) -> bool:
@@ -10252,7 +10680,8 @@ class NodeIO:
         A client that asks /api/ps has often just caused a load. One look serves all clients that ask meanwhile.
         """
         if look not in self.looking:
-            looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values() if node.up]
+            looks = [look(self, node, FRESH_S) for node in self.dispatcher.cluster.nodes.values()
+                     if node.up and not node.settings.probe_s]
             self.looking[look] = asyncio.gather(*looks, return_exceptions=True)
             self.looking[look].add_done_callback(lambda looks: self.looking.pop(look, None))
         await asyncio.shield(self.looking[look])
@@ -10282,8 +10711,8 @@ class NodeIO:
         """Probe a node until it is dropped."""
         while True:
             self.reasons[node] = await self.probe(node)
-            pause_s = self.gateway.options.probe_interval
-            if not node.up and self.loop.time() - node.lost_s < RETURN_S:
+            pause_s = node.settings.probe_s or self.gateway.options.probe_interval
+            if not (node.up or node.settings.probe_s) and self.loop.time() - node.lost_s < RETURN_S:
                 pause_s = min(pause_s, RETURN_PROBE_S)
             await asyncio.sleep(pause_s * self.gateway.rng.uniform(0.85, 1.15))
 
@@ -10297,7 +10726,7 @@ class NodeIO:
         bad, error = node.state(now) in ("down", "suspect"), node.last_error
         if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
             why = why or error.text
-        LOG.log(logging.WARNING if bad or not node.up else logging.INFO,
+        LOG.log(logging.WARNING if bad or not node.up and state != "waking" else logging.INFO,
                 {"event": "node", "node": node.name, "url": node.settings.url, "state": state, "was": was,
                  "version": node.version, "models": " ".join(sorted(node.rows)), "why": why})
 
@@ -10315,9 +10744,16 @@ class NodeIO:
             self.begin_job(lease.node, NodeIO.look_after_load)
 
     def sweep(self, now: float) -> None:
-        """Log what has become of nodes, measure those that need it, and close connections that have been idle long."""
+        """Log what has become of nodes, measure, load and wake those that need it, and close connections that have been
+        idle long."""
+        for wanted in () if self.gateway.draining else wanted_loads(self.dispatcher, now):
+            self.begin_job(wanted.runner.node, load_wanted)
+        for node in nodes_to_wake(self.dispatcher, now):
+            self.begin_job(node, wake_up)
         for node in self.dispatcher.cluster.nodes.values():
             self.log_state(node)
+            if node.wishes:
+                warn_of_missing(node)
             if not node.may_measure(now):
                 continue
             if node.suspect or node.speed < 0.7:
@@ -10326,7 +10762,7 @@ class NodeIO:
                     not node.calibrated and loaded_runners(node) or self.dispatcher.cluster.is_unsure(node, now)):
                 self.begin_job(node, calibrate)
         for node, pool in list(self.pools.items()):
-            pool.prune(now - IDLE_UPSTREAM_S)
+            pool.prune(now - (GENTLE_IDLE_S if node.settings.probe_s else IDLE_UPSTREAM_S))
             if self.dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.logged_states.pop(node, None)
@@ -10421,6 +10857,129 @@ async def check(nodes: NodeIO, node: Node) -> None:
     if loop.time() < due_s:
         node.reset_speed()
     pump(nodes.gateway)
+
+
+def warn(node: Node, wish: Wish, model: str, why: str) -> None:
+    """Log a warning about a model of load=, once."""
+    if not wish.warned:
+        LOG.warning({"event": "load", "node": node.name, "model": model, "why": why})
+    wish.warned = True
+
+
+def warn_of_missing(node: Node) -> None:
+    """Log which models of load= a node does not have: nothing is pulled for it."""
+    for model, wish in node.wishes.items() if node.up and node.indexed else ():
+        if model not in node.rows:
+            warn(node, wish, model, "the node does not have it; it can be pulled there")
+
+
+async def ask_to_load(nodes: NodeIO, wanted: Wanted) -> NodeFailure | Refusal | None:
+    """Have a node load a model, or keep it; return what went wrong. Requests that it would hold up end it."""
+    loop, runner, node = nodes.loop, wanted.runner, wanted.runner.node
+    name = next(model for model in runner.models if model in node.rows)
+    num_ctx = window_for(name, nodes.gateway.options.num_ctx)
+    options = loaded_options(runner) if runner.ready_s is not None else None
+    if options is None:
+        options = {"num_ctx": num_ctx} if num_ctx else {}
+    spec = RequestSpec(Family.OLLAMA, name, options=tuple(options.items()),
+                       keep_alive_s=math.inf if wanted.keep else None)
+    lease, load_s = nodes.dispatcher.lease_for_loading(runner, spec, loop.time()), None
+    asking = loop.create_task(nodes.api(node).load(node.rows[name]["name"], embeds_only(node.rows[name]), options,
+                                                   wanted.keep))
+    lease.abandon = lambda failure: asking.cancel()
+    try:
+        await asyncio.wait([asking])
+        if lease.released:
+            return NodeFailure("busy", "it gave way")
+        if asking.cancelled():
+            return NodeFailure("lost", "the node is gone")
+        error = asking.exception()
+        if error is None:
+            load_s = asking.result().load_s
+        elif not isinstance(error, (NodeFailure, Refusal)):
+            raise error
+        return error
+    finally:
+        asking.cancel()
+        end_loading(lease, load_s, loop.time())
+
+
+async def load_wanted(nodes: NodeIO, node: Node) -> None:
+    """Load a model on an idle node because its line or a queue wants it there, and see what that did to the others."""
+    loop = nodes.loop
+    with contextlib.suppress(NodeFailure, Refusal):
+        await nodes.look_at_residency(node)
+    wanted = next((one for one in wanted_loads(nodes.dispatcher, loop.time()) if one.runner.node is node), None)
+    if wanted is None:
+        return
+    began_s, runner, wish = loop.time(), wanted.runner, wish_for(wanted.runner) if wanted.keep else None
+    loads, missed = runner.ready_s is None, [
+        other for other in resident_runners(node, exclude=runner)
+        if (not its.given_up if (its := wish_for(other)) else used_lately(other, began_s))]
+    if wish is None:
+        node.demand_s = began_s
+    elif loads:
+        wish.begin(began_s)
+    else:
+        wish.kept_s = began_s
+    error = await ask_to_load(nodes, wanted)
+    if loads and error is None:
+        LOG.info({"event": "load", "node": node.name, "model": runner.model, "why": "load=" if wish else "queue",
+                  "took_s": round(loop.time() - began_s, 1)})
+    await nodes.look_after_load(node)
+    if loads and wish is not None:
+        note_load(wanted, wish, error, [other for other in missed if other.ready_s is None])
+    pump(nodes.gateway)
+
+
+def note_load(wanted: Wanted, wish: Wish, error: NodeFailure | Refusal | None, missed: list[Runner]) -> None:
+    """Take in, and log once, what became of a load for load=; `missed`: see judge_load."""
+    runner, node = wanted.runner, wanted.runner.node
+    if error is None:
+        warned, why = judge_load(runner, missed)
+        if warned is not None:
+            warn(node, warned, next(model for model, known in node.wishes.items() if known is warned), why)
+    elif isinstance(error, NodeFailure) and error.kind == "model":
+        wish.given_up, wish.unfinished = True, False
+        warn(node, wish, runner.model, f"the node cannot load it: {error}")
+    elif isinstance(error, Refusal) or error.kind == "busy":
+        wish.gave_way()
+
+
+async def wake_up(nodes: NodeIO, node: Node) -> None:
+    """Send a magic packet to a sleeping node, and look until it is up or the next packet may be due."""
+    loop, settings = nodes.loop, node.settings
+    node.sleep.call(loop.time())
+    until_s = loop.time() + Sleep.PAUSE_S
+    nodes.log_state(node)
+    host, addresses, why = settings.wake.rpartition(":")[0] or settings.host, [], ""
+    try:
+        address = literal(host)
+        addresses = [address] if address else await nodes.gateway.sources.look_up(host)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+    sent, refused = send_packet(magic_packet(settings.mac), packet_addresses(settings, addresses))
+    LOG.log(logging.INFO if sent else logging.WARNING, {
+        "event": "wake", "node": node.name, "to": " ".join(sent), "usual_s": round(node.sleep.usual_s),
+        "why": refused or why})
+    while not node.up and loop.time() < until_s:
+        await asyncio.sleep(RETURN_PROBE_S)
+        await nodes.probe(node)
+
+
+def send_packet(packet: bytes, addresses: list[Server]) -> tuple[list[str], str]:
+    """Broadcast a packet over UDP; return (where it has gone, the last error, "" if there was none)."""
+    sent, why = [], ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        for host, port in addresses:
+            try:
+                sender.sendto(packet, (host, port))
+                sent.append(f"{host}:{port}")
+            except OSError as error:        # of one network; the others may be there
+                why = error.strerror or str(error)
+    return sent, why
 
 
 # -----------------------------------------------------------------------------
@@ -10539,11 +11098,46 @@ def parse_prefix(text: str) -> str:
     return parse_word(text).rstrip("/")
 
 
-SettingParsers = Mapping[str, Callable[[str], str | float | tuple[int, float] | ModelSet]]
+def parse_wanted(text: str) -> tuple[str, ...]:
+    """Return the canonical names in a list of models with commas. Raises ValueError."""
+    models = tuple(dict.fromkeys(canonical(name) for name in text.split(",")))
+    if not all(models):
+        raise ValueError(f"must be models with commas, such as llama3.2,qwen3:14b, not {text!r}")
+    remote = next(filter(is_cloud, models), None)
+    if remote:
+        raise ValueError(f"{remote} runs in the cloud: no node loads it")
+    return models
+
+
+def parse_mac(text: str) -> str:
+    """Return the 12 hexadecimal digits of a network card's address, such as AA:BB:CC:DD:EE:FF. Raises ValueError."""
+    if not re.fullmatch(r"[0-9A-Fa-f]{2}([:-])[0-9A-Fa-f]{2}(\1[0-9A-Fa-f]{2}){4}", text):
+        raise ValueError(f"must be like AA:BB:CC:DD:EE:FF, not {text!r}")
+    return re.sub("[:-]", "", text).lower()
+
+
+def parse_wake(text: str) -> str:
+    """Return HOST:PORT, the port 9 unless it is told. Raises ValueError."""
+    host, colon, port = text.rpartition(":") if ":" in text else (text, "", str(MAGIC_PORT))
+    if not re.fullmatch(r"[0-9A-Za-z.-]+", host) or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError(f"must be HOST or HOST:PORT, such as 192.168.1.255, not {text!r}")
+    return f"{host}:{port}"
+
+
+def parse_pause(text: str) -> float:
+    """Return the seconds in a time such as 60s. Raises ValueError."""
+    try:
+        return parse_seconds(text)
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"must be a time such as 60s or 5m, not {text!r}") from None
+
+
+SettingParsers = Mapping[str, Callable[[str], str | float | tuple[int, float] | tuple[str, ...] | ModelSet]]
 NODE_SETTINGS: SettingParsers = {
     "name": parse_word, "slots": functools.partial(parse_whole, most=64), "token": parse_word, "host": parse_word,
     "prefix": parse_prefix, "primary": parse_switch, "drain": parse_switch, "ca": parse_word,
-    "insecure": parse_switch, "resolve": parse_resolve}
+    "insecure": parse_switch, "resolve": parse_resolve, "load": parse_wanted, "mac": parse_mac, "wake": parse_wake,
+    "probe": parse_pause}
 
 
 def open_regular(path: str) -> int:
@@ -10642,9 +11236,13 @@ def parse_node(line: str) -> NodeSettings:
             raise ValueError(f"{key}= is for https:// only")
     if values.get("insecure") and "ca" in values:
         raise ValueError("ca= and insecure=yes contradict each other")
+    if "wake" in values and "mac" not in values:
+        raise ValueError("wake= is for a node with mac=")
+    if "mac" in values and "resolve" in values:
+        raise ValueError("mac= is of one machine, resolve=all is for many")
     shown = bracketed(host)
     return NodeSettings(values.pop("name", f"{shown}:{port}"), host, port, tls,
-                        host_header=values.pop("host", f"{shown}:{port}"), **values)
+                        host_header=values.pop("host", f"{shown}:{port}"), probe_s=values.pop("probe", 0.0), **values)
 
 
 def with_authority(node: NodeSettings, folder: str) -> NodeSettings:
@@ -11150,6 +11748,9 @@ def recall(entries: list[Json], node: Node) -> Node:
         for name in names.keys() & entry.keys():
             setattr(owner, name, entry[name])
     node.calibrated = any("decode_s" in learned for learned in node.kept.values())
+    if node.settings.mac and node.kept:     # it may be asleep: what it had is what it is woken for
+        node.take_tags([{"name": model, "digest": kept.get("digest", "")} for model, kept in node.kept.items()],
+                       -math.inf)
     return node
 
 
@@ -12016,6 +12617,7 @@ th:last-child, td:last-child { padding-right: 0 }
 .state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
   background: currentColor }
 .up { color: var(--good) } .suspect { color: var(--warn) } .down { color: var(--bad) } .draining { color: var(--calm) }
+.waking { color: var(--calm) }
 .down::before { border-radius: 2px } .suspect::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0 }
 .model { display: flex; flex-wrap: wrap; align-items: center; gap: 3px 10px; min-height: 21px }
 .model + .model { margin-top: 4px }
@@ -12136,7 +12738,7 @@ function errors(node) {
 }
 
 function nodeRow(node) {
-  const speed = Math.round(100 * node.speed), alive = node.state !== "down";
+  const speed = Math.round(100 * node.speed), alive = node.state !== "down" && node.state !== "waking";
   const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
   const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
   return row([

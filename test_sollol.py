@@ -1249,7 +1249,7 @@ def test_memory_is_learned_from_what_left_while_another_came():
     node.take_ps(ps_rows("a", "b"), 10.0, 10.0)
     node.take_ps(ps_rows("b", "c"), 15.0, 15.0)
     assert node.memory.limit_bytes == 15e9
-    assert sollol.must_evict(runner(dispatcher, "n1", "a:latest"))
+    assert sollol.evicted_for(runner(dispatcher, "n1", "a:latest"))
 
 
 def test_model_that_still_loads_has_its_room_when_memory_is_learned():
@@ -1270,9 +1270,9 @@ def test_eviction_by_count_is_no_sign_of_a_memory_limit():
     node.take_ps(ps_rows("a", "b", "c"), 0.0, 0.0)
     node.take_ps(ps_rows("b", "c", "d"), 5.0, 5.0)
     assert (node.memory.most_loaded, node.memory.limit_bytes) == (3, math.inf)
-    assert sollol.must_evict(runner(dispatcher, "n1", "e:latest"))
+    assert sollol.evicted_for(runner(dispatcher, "n1", "e:latest"))
     node.take_ps(ps_rows("b"), 10.0, 10.0)        # the others have expired
-    assert not sollol.must_evict(runner(dispatcher, "n1", "e:latest"))
+    assert not sollol.evicted_for(runner(dispatcher, "n1", "e:latest"))
     node.take_ps(ps_rows("a", "b", "c", "d"), 15.0, 15.0)
     assert node.memory.most_loaded == math.inf                         # somebody has raised it
     node.take_ps(ps_rows("a", "b", "e"), 20.0, 20.0)
@@ -3667,6 +3667,324 @@ def test_everything_that_one_crash_takes_along_counts_as_one_failure():
 
 
 # -----------------------------------------------------------------------------
+# Readiness: models in memory and nodes awake, before a request needs them
+# -----------------------------------------------------------------------------
+
+def wishing(load, now=0.0, resident=(), **settings):
+    """Return (Dispatcher, node) of a node at `now` that has the models m, n, o on disk and wants those of `load`."""
+    dispatcher = sollol.Dispatcher()
+    models = tuple(map(sollol.canonical, load))
+    dispatcher.cluster.configure([NodeSettings("a", "127.0.0.1", 1, load=models, **settings)])
+    node = dispatcher.cluster.nodes["a"]
+    node.answered("0.33.0", 0.001, now)
+    dispatcher.cluster.take_tags(node, rows("m", "n", "o"))
+    node.take_ps(rows(*resident), now, now)
+    return dispatcher, node
+
+
+def wanted(dispatcher, now):
+    """Return the models that nodes are to load, and whether they are to be kept."""
+    return [(known.runner.node.name, known.runner.model, known.keep) for known in sollol.wanted_loads(dispatcher, now)]
+
+
+def loaded(dispatcher, node, model, now, rows_after, missed=()):
+    """Let a node load a model for load=; return which model is warned of, and why."""
+    known = node.runners[sollol.canonical(model)]
+    sollol.wish_for(known).begin(now)
+    spec = want(model, prompt_chars=0, keep_alive_s=math.inf)
+    lease = dispatcher.lease_for_loading(known, spec, now)
+    sollol.end_loading(lease, 5.0, now + 5)
+    node.take_ps(rows_after, now + 5, now + 5)
+    warned, why = sollol.judge_load(known, [node.runners[sollol.canonical(name)] for name in missed])
+    return next((name for name, wish in node.wishes.items() if wish is warned), None), why
+
+
+def forever(*models):
+    return [{**row, "expires_at": "2318-01-01T00:00:00Z"} for row in rows(*models)]
+
+
+def test_wanted_models_are_loaded_in_their_order_and_kept():
+    dispatcher, node = wishing(["m", "n"], now=100.0)
+    assert wanted(dispatcher, 100.0) == [("a", "m:latest", True)]
+    assert loaded(dispatcher, node, "m", 100.0, forever("m")) == (None, "")
+    assert wanted(dispatcher, 106.0) == [] and wanted(dispatcher, 111.0) == [("a", "n:latest", True)]
+    assert loaded(dispatcher, node, "n", 111.0, forever("m", "n")) == (None, "")
+    assert wanted(dispatcher, 10_000.0) == []
+    assert all(known.keep_alive_s == math.inf for known in node.runners.values() if known.ready_s is not None)
+
+
+@table("change", [
+    ("a request runs", lambda dispatcher, node: dispatcher.lease_on("x", want(), node, "", 99.0)),
+    ("a request waits", lambda dispatcher, node: enter(dispatcher, want())),
+    ("down", lambda dispatcher, node: node.lost(99.0)), ("in doubt", lambda dispatcher, node: node.doubt(99.0)),
+    ("draining", lambda dispatcher, node: dispatcher.drain(node, True)),
+    ("its models are not known", lambda dispatcher, node: node.missed(True, 99.0)),
+    ("it has just worked", lambda dispatcher, node: setattr(node, "heard_s", 99.0))])
+def test_wanted_model_takes_no_slot_from_anybody(change):
+    dispatcher, node = wishing(["m"], now=50.0)
+    assert wanted(dispatcher, 100.0)
+    change(dispatcher, node)
+    assert wanted(dispatcher, 100.0) == []
+
+
+def test_load_goes_on_beside_a_request_for_its_model_and_gives_way_to_one_that_it_would_hold_up():
+    dispatcher, node = wishing(["m"], resident=["o"])
+    told = []
+
+    def begun(now):
+        lease = dispatcher.lease_for_loading(node.runners["m:latest"], want(prompt_chars=0), now)
+        lease.abandon = told.append
+        return lease
+
+    lease = begun(10.0)
+    assert node.leases == node.loading == [lease] and not node.runners["m:latest"].leases
+    node.take_ps(rows("o"), 11.0, 11.0)
+    assert node.runners["m:latest"].ready_s == lease.ready_s > 11.0     # /api/ps lists only what is loaded
+    for model in ("m", "o"):
+        one, = enter(dispatcher, want(model), now=12.0)
+        assert placed(dispatcher, 12.0) == ["a"] and not lease.released
+        finish(dispatcher, one, 13.0)
+    enter(dispatcher, want("n"), now=14.0)
+    assert placed(dispatcher, 14.0) == ["a"] and lease.released and len(told) == 1
+    assert node.measuring is None and lease not in node.loading
+    sollol.end_loading(lease, None, 14.0)
+    assert node.runners["m:latest"].ready_s is None
+
+
+def test_model_that_others_requests_let_expire_is_kept_again():
+    dispatcher, node = wishing(["m"])
+    loaded(dispatcher, node, "m", 10.0, forever("m"))
+    node.take_ps(rows("m"), 30.0, 30.0)         # an old version, which does not tell
+    assert wanted(dispatcher, 30.0) == []
+    node.take_ps([rows("m")[0] | {"expires_at": "2026-01-01T00:05:00Z"}], 30.0, 30.0)
+    assert wanted(dispatcher, 30.0) == [("a", "m:latest", True)]
+    node.take_ps(forever("m"), 31.0, 31.0)
+    assert wanted(dispatcher, 60.0) == []
+    one, = enter(dispatcher, want("m", keep_alive_s=60.0), now=61.0)
+    placed(dispatcher, 61.0)
+    finish(dispatcher, one, 62.0)
+    assert wanted(dispatcher, 62.0) == [("a", "m:latest", True)]
+
+
+def test_wanted_model_is_no_victim_as_far_as_the_node_itself_evicts_it_last():
+    dispatcher, node = wishing(["m"])
+    loaded(dispatcher, node, "m", 10.0, forever("m"))
+    node.take_ps(forever("m") + rows("o"), 20.0, 20.0)
+    node.memory.limit_bytes = 5e9
+    assert [other.model for other in sollol.evicted_for(node.runners["n:latest"])] == ["o:latest"]
+    node.memory.limit_bytes = 3e9
+    assert [other.model for other in sollol.evicted_for(node.runners["n:latest"])] == ["o:latest", "m:latest"]
+
+
+def test_wanted_model_pushes_out_nothing_that_was_used_lately():
+    dispatcher, node = wishing(["m"], now=1000.0, resident=["o"])
+    node.memory.limit_bytes = 3e9           # one at a time
+    assert wanted(dispatcher, 1010.0) == []
+    node.take_ps([rows("o")[0] | {"expires_at": "2026-01-01T00:05:00Z"}], 1200.0, 1200.0)      # used by somebody else
+    assert wanted(dispatcher, 1400.0) == [] and wanted(dispatcher, 1501.0) == [("a", "m:latest", True)]
+
+
+def test_model_that_does_not_stay_is_loaded_ever_more_rarely():
+    dispatcher, node = wishing(["m"])
+    times, now = [], 10.0
+    while now < 4 * 3600.0:
+        if wanted(dispatcher, now):
+            times.append(now)
+            loaded(dispatcher, node, "m", now, [])      # it has gone again
+        now += 5.0
+    assert len(times) <= 10 and times[1] - times[0] == pytest.approx(60, abs=5)
+    assert times[-1] - times[-2] >= 3600
+
+
+@table("first, missed, warned, stays", [
+    ("the second came last", "n", "m", "n:latest", "m:latest"),
+    ("the first came last", "m", "n", "n:latest", "m:latest")])
+def test_of_two_wanted_models_that_do_not_fit_together_the_first_stays(first, missed, warned, stays):
+    dispatcher, node = wishing(["m", "n"])
+    loaded(dispatcher, node, missed, 10.0, forever(missed))
+    node.memory.limit_bytes = math.inf
+    name, why = loaded(dispatcher, node, first, 20.0, forever(first), [missed])
+    assert name == warned and why == "it does not fit beside m:latest, which is named first"
+    assert node.wishes[warned].given_up and not node.wishes[stays].given_up
+    due = {name for now in range(30, 4000, 10) for _, name, _ in wanted(dispatcher, float(now))}
+    assert due == ({"m:latest"} if first == "n" else set())     # the one that stays comes back
+
+
+@table("change, again", [
+    ("the node restarts", lambda node: node.lost(50.0), True),
+    ("another list", lambda node: node.configure(node.settings._replace(load=("n:latest", "m:latest"))), True),
+    ("another token", lambda node: node.configure(node.settings._replace(token="t")), False),
+    ("the load was to blame", lambda node: (
+        setattr(node.wishes["m:latest"], "unfinished", True), node.lost(50.0)), False)])
+def test_model_that_was_given_up_is_tried_again_once_something_has_changed(change, again):
+    _, node = wishing(["m"])
+    wish = node.wishes["m:latest"]
+    wish.begin(10.0)
+    wish.unfinished, wish.given_up = False, True
+    change(node)
+    assert (not node.wishes["m:latest"].given_up) == again
+
+
+@pytest.mark.parametrize("queued, growth, from_s, to_s, expected", [
+    (4, 0.0, 0, 10, (40.0, 4.0)), (0, 0.5, 0, 10, (25.0, 5.0)), (2, -0.5, 0, 10, (4.0, 0.0)),
+    (2, -0.1, 0, 10, (15.0, 1.0)), (0, -1.0, 0, 10, (0.0, 0.0)), (3, 1.0, 10, 5, (0.0, 3.0)),
+    (0, 0.0, 0, 9, (0.0, 0.0))])
+def test_waiting_of_a_queue_that_grows_or_shrinks_evenly(queued, growth, from_s, to_s, expected):
+    assert sollol.waited_s(queued, growth, from_s, to_s) == pytest.approx(expected)
+
+
+def test_another_node_saves_more_of_a_queue_the_sooner_it_is_ready_and_nothing_of_one_that_ends_before():
+    savings = [sollol.saved_s(4, 0.0, 0.2, ready_s) for ready_s in (0.0, 5.0, 20.0, 60.0, 500.0)]
+    assert savings == sorted(savings, reverse=True) and savings[0] > 400 and savings[-1] == 0
+    assert sollol.saved_s(2, -0.5, 0.2, 5.0) == 0
+
+
+def queue_of(count, rate, **more):
+    """Return (Dispatcher, time) of a queue on node a, while node b has its model on disk and does nothing.
+
+    `rate`: requests per second of the last minute.
+    """
+    dispatcher = cluster(a=["m", "n"], b=["m", "n"], resident=False, **more)
+    dispatcher.cluster.nodes["a"].take_ps(rows("m"), 0.0, 0.0)
+    runner(dispatcher, "b").speeds.load_s = 20.0        # else one of them goes there, and loads it
+    enter(dispatcher, *[want(prompt_chars=4000)] * (count + 1), now=200.0)
+    dispatcher.dispatch(200.0)
+    dispatcher.cluster.estimates.arrivals["m:latest"].per_s = rate
+    return dispatcher, 201.0
+
+
+@table("queue, loads", [
+    ("nobody waits", queue_of(0, 1.0), False), ("a short burst is over before", queue_of(1, 0.0), False),
+    ("a steady queue", queue_of(2, 0.8), True), ("a long queue", queue_of(30, 0.0), True),
+    ("early binding", queue_of(2, 0.8, policy="round-robin"), False)])
+def test_steady_queue_has_its_model_loaded_on_an_idle_node(queue, loads):
+    dispatcher, now = queue
+    assert wanted(dispatcher, now) == ([("b", "m:latest", False)] if loads else [])
+
+
+@table("change, loads", [
+    ("as it is", lambda dispatcher, node: None, True),
+    ("it works", lambda dispatcher, node: dispatcher.lease_on("x", want(), node, "", 200.0), False),
+    ("it is drained", lambda dispatcher, node: dispatcher.drain(node, True), False),
+    ("it has just loaded something for a queue", lambda dispatcher, node: setattr(node, "demand_s", 180.0), False),
+    ("another model is there, and there is room", lambda dispatcher, node: node.take_ps(rows("n"), 200.0, 200.0), True),
+    ("another model would be pushed out that was used lately", lambda dispatcher, node: (
+        node.take_ps(rows("n"), 150.0, 150.0), setattr(node.memory, "limit_bytes", 3e9)), False),
+    ("another model would be pushed out that nobody uses", lambda dispatcher, node: (
+        node.take_ps(rows("n"), -500.0, -500.0), setattr(node.memory, "limit_bytes", 3e9)), True),
+    ("a model of load= would be pushed out", lambda dispatcher, node: (
+        node.take_ps(forever("n"), -500.0, -500.0), setattr(node.memory, "limit_bytes", 3e9),
+        node.configure(node.settings._replace(load=("n:latest",)))), False)])
+def test_load_for_a_queue_takes_nothing_from_others(change, loads):
+    dispatcher, now = queue_of(8, 0.8)
+    change(dispatcher, dispatcher.cluster.nodes["b"])
+    assert wanted(dispatcher, now) == ([("b", "m:latest", False)] if loads else [])
+
+
+def test_arrivals_are_counted_over_the_last_minute():
+    arrivals = sollol.Arrivals()
+    assert arrivals.rate(5.0) == 0.0
+    for second in range(600):
+        arrivals.add(second / 2)
+    assert arrivals.rate(300.0) == pytest.approx(2.0, rel=0.02)
+    assert arrivals.rate(360.0) == pytest.approx(0.73, rel=0.05)
+
+
+def test_queue_is_steady_once_somebody_has_waited_all_the_time():
+    arrivals = sollol.Arrivals()
+    seen = [arrivals.look(5 - (second % 3), second) for second in range(40)]
+    assert seen[:15] == [0] * 15 and set(seen[16:]) == {3}
+    assert arrivals.look(1, 40.0) == 1 and arrivals.look(4, 41.0) == 1
+    assert arrivals.look(4, 50.0) == 0          # nobody waited meanwhile
+
+
+def test_sleeping_node_is_waking_for_its_usual_time_which_is_learned():
+    sleep = sollol.Sleep()
+    assert not sleep.is_waking(0.0) and not sleep.is_in_vain(0.0) and sleep.left_s(0.0) == 60.0
+    sleep.call(100.0)
+    assert sleep.is_waking(101.0) and sleep.left_s(110.0) == 50.0
+    sleep.call(160.0)                   # once more: it is the same waking
+    assert sleep.left_s(170.0) == 0.0 and sleep.is_waking(270.0) and not sleep.is_waking(281.0)
+    assert sleep.is_in_vain(281.0) and not sleep.is_in_vain(701.0)      # then it may be called again
+    sleep.call(800.0)
+    sleep.came_up(820.0)
+    assert sleep.usual_s == 40.0 and not sleep.is_waking(821.0)
+    sleep.came_up(900.0)                # by itself: that teaches nothing
+    assert sleep.usual_s == 40.0
+
+
+def asleep(waiting=1, model="m", busy=("n",), **settings):
+    """Return (Dispatcher, sleeping node) where requests for a model wait; node a serves the models of `busy`."""
+    dispatcher = sollol.Dispatcher()
+    settings = {"mac": "aabbccddeeff", **settings}
+    dispatcher.cluster.configure([NodeSettings("a", "127.0.0.1", 1, slots=1),
+                                  NodeSettings("b", "127.0.0.1", 2, **settings)])
+    for node, models in zip(dispatcher.cluster.nodes.values(), (busy, ("m",)), strict=True):
+        node.answered("0.33.0", 0.001, 0.0)
+        dispatcher.cluster.take_tags(node, rows(*models))
+        node.take_ps(rows(*models), 0.0, 0.0)
+    dispatcher.cluster.nodes["b"].lost(1.0)
+    enter(dispatcher, *[want(model)] * waiting, now=1000.0)
+    dispatcher.dispatch(1000.0)
+    return dispatcher, dispatcher.cluster.nodes["b"]
+
+
+@table("given, wakes", [
+    ("nobody else has it", dict(), True), ("nobody waits", dict(waiting=0), False),
+    ("without mac=", dict(mac="", waiting=0), False), ("another model waits", dict(model="n", waiting=9), False),
+    ("a short queue", dict(busy=("m",), waiting=3), False), ("a long queue", dict(busy=("m",), waiting=99), True)])
+def test_sleeping_node_is_woken_for_work_that_it_would_finish_sooner(given, wakes):
+    dispatcher, node = asleep(**given)
+    assert sollol.nodes_to_wake(dispatcher, 1000.5) == ([node] if wakes else [])
+    if wakes:
+        node.sleep.call(1000.5)
+        assert sollol.nodes_to_wake(dispatcher, 1060.0) == []       # once a minute at most
+        assert sollol.nodes_to_wake(dispatcher, 1061.0) == [node]
+
+
+def test_sleeping_node_that_was_never_seen_is_woken_for_what_nobody_is_known_to_have():
+    dispatcher = sollol.Dispatcher()
+    dispatcher.cluster.configure([NodeSettings("b", "127.0.0.1", 2, mac="aabbccddeeff")])
+    node = dispatcher.cluster.nodes["b"]
+    node.missed(True, 0.0)
+    enter(dispatcher, want(), now=1000.0)
+    assert dispatcher.dispatch(1000.0) == ([], []) and sollol.nodes_to_wake(dispatcher, 1000.0) == [node]
+
+
+def test_request_waits_for_a_sleeping_node_and_is_refused_once_that_was_called_in_vain():
+    dispatcher, node = asleep()
+    waiting, = dispatcher.waiting.tickets
+    assert node.state(1000.0) == "down"
+    node.sleep.call(1001.0)
+    assert node.state(1001.0) == "waking" and dispatcher.dispatch(1100.0) == ([], [])
+    assert dispatcher.dispatch(1182.0) == ([], [waiting]) and waiting.refusal.status == 503
+    assert node.state(1182.0) == "down" and sollol.nodes_to_wake(dispatcher, 1200.0) == []
+    late, = enter(dispatcher, want(), now=1700.0)
+    assert dispatcher.dispatch(1700.0) == ([], []) and sollol.nodes_to_wake(dispatcher, 1700.0) == [node]
+    node.answered("0.33.0", 0.001, 1720.0)
+    assert placed(dispatcher, 1720.0) == ["b"] and late.lease is not None and node.state(1720.0) == "up"
+
+
+def test_models_of_a_sleeping_node_are_known_after_a_restart():
+    learned = taught().cluster.learned()
+    later = sollol.Dispatcher()
+    later.cluster.remember(learned)
+    settings = settings_of(taught())
+    later.cluster.configure([line._replace(mac="aabbccddeeff") for line in settings])
+    assert later.cluster.holders and all(not node.up for node in later.cluster.nodes.values())
+
+
+def test_magic_packet_and_where_it_goes():
+    packet = sollol.magic_packet("aabbccddeeff")
+    assert packet == b"\xff" * 6 + bytes.fromhex("aabbccddeeff") * 16 and len(packet) == 102
+    node = NodeSettings("a", "gpu", 1, mac="aabbccddeeff")
+    assert sollol.packet_addresses(node, ["192.168.7.20", "fd00::1", "192.168.7.21"]) == [
+        ("255.255.255.255", 9), ("192.168.7.255", 9)]
+    assert sollol.packet_addresses(node, []) == [("255.255.255.255", 9)]
+    assert sollol.packet_addresses(node._replace(wake="relay:40000"), ["10.0.0.9", "fd00::1"]) == [("10.0.0.9", 40000)]
+
+
+# -----------------------------------------------------------------------------
 # Dispatcher: a random walk
 # -----------------------------------------------------------------------------
 
@@ -3992,6 +4310,10 @@ def test_rubbish_in_a_state_file_is_left_out_and_never_raises():
     ("any certificate", "https://gpu insecure=yes", dict(tls=True, insecure=True, ca="")),
     ("every address", "gpu resolve=all", dict(resolve=True)),
     ("drained", "gpu drain=yes", dict(drain=True)), ("not drained", "gpu drain=no", dict(drain=False)),
+    ("models to load", "gpu load=Llama3.2,qwen3:14b,llama3.2:latest", dict(load=("llama3.2:latest", "qwen3:14b"))),
+    ("asleep", "gpu mac=AA:bb:CC:dd:EE:0f probe=60s", dict(mac="aabbccddee0f", wake="", probe_s=60.0)),
+    ("mac with dashes", "gpu mac=AA-BB-CC-DD-EE-FF wake=10.0.0.255", dict(mac="aabbccddeeff", wake="10.0.0.255:9")),
+    ("packet to a port", "gpu mac=AA:BB:CC:DD:EE:FF wake=relay:40000", dict(wake="relay:40000")),
     ("tabs and spaces", "\t gpu \t name=g ", dict(name="g")),
 ])
 def test_line_of_a_hosts_file(line, expected):
@@ -4032,6 +4354,18 @@ def test_first_line_is_primary_unless_another_says_so():
     ("ca not there", "https://gpu ca=none.pem", "ca none.pem: No such file or directory"),
     ("ca without certificate", "https://gpu ca=/dev/null", "ca /dev/null: there is no certificate in PEM form in it"),
     ("insecure in words", "https://gpu insecure=1", "insecure must be yes or no, not '1'"),
+    ("no model", "gpu load=", "load must be models with commas, such as llama3.2,qwen3:14b, not ''"),
+    ("model missing", "gpu load=a,,b", "load must be models with commas"),
+    ("cloud model", "gpu load=a,gpt-oss:120b-cloud", "load gpt-oss:120b-cloud runs in the cloud: no node loads it"),
+    ("half a mac", "gpu mac=AA:BB:CC", "mac must be like AA:BB:CC:DD:EE:FF, not 'AA:BB:CC'"),
+    ("mac of mixed kind", "gpu mac=AA:BB-CC:DD:EE:FF", "mac must be like"),
+    ("mac without marks", "gpu mac=AABBCCDDEEFF", "mac must be like"),
+    ("mac of many", "gpu mac=AA:BB:CC:DD:EE:FF resolve=all", "mac= is of one machine, resolve=all is for many"),
+    ("wake without mac", "gpu wake=10.0.0.255", "wake= is for a node with mac="),
+    ("wake nowhere", "gpu mac=AA:BB:CC:DD:EE:FF wake=a:0", "wake must be HOST or HOST:PORT"),
+    ("wake no host", "gpu mac=AA:BB:CC:DD:EE:FF wake=:9", "wake must be HOST or HOST:PORT"),
+    ("probe in words", "gpu probe=rarely", "probe must be a time such as 60s or 5m, not 'rarely'"),
+    ("probe never", "gpu probe=0", "probe must be a time such as 60s or 5m, not '0'"),
     ("twice", "http://one", "there are two nodes named 'one:11434'"),
     ("port 0", "http://gpu:0", "has no valid port"),
     ("password only", "http://:p@gpu", "is not the URL of a node"),
@@ -5092,7 +5426,9 @@ def test_lines_of_a_hosts_file_in_the_readme_are_valid():
         sollol.parse_hosts(text, "README.md")
     nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "README.md")
     assert [(node.slots, node.resolve, node.drain) for node in nodes] == [
-        (0, False, False), (4, False, False), (0, False, False), (0, True, False), (0, False, True)]
+        (0, False, False), (4, False, False), (0, False, False), (0, True, False), (0, False, True), (0, False, False),
+        (0, False, False)]
+    assert nodes[5].load == ("llama3.2:latest", "qwen3:14b") and nodes[6].mac and nodes[6].probe_s == 60.0
 
 
 def test_empty_keys_file_lets_nobody_in_by_mistake():
@@ -6609,6 +6945,257 @@ def test_changing_first_block_of_claude_code_is_constant_for_nodes(flags, seen):
             sent = {record.body for record in node.requests if record.path == "/v1/messages"}
             assert len(sent) == seen and all(json.loads(body)["system"][0]["text"] for body in sent)
     asyncio.run(run())
+
+
+# -----------------------------------------------------------------------------
+# Readiness: what nodes are asked before a request comes
+# -----------------------------------------------------------------------------
+
+def wishing_node(load, **more):
+    """Return a simulated node that its line wants to hold models."""
+    node = bench.SimNode("rtx3060", ["llama3.2", "llama3.1:8b", "qwen2.5:7b", "nomic-embed-text"], **more)
+    node.line = f"name=box load={load}"
+    return node
+
+
+def load_requests(node):
+    """Return (path, body) of the requests without a prompt that a node got."""
+    bodies = [(record.path, json.loads(record.body)) for record in node.requests if record.path in (
+        "/api/generate", "/api/embed")]
+    return [(path, body) for path, body in bodies if not (body.get("prompt") or body.get("input"))]
+
+
+def load_warnings(caplog):
+    return [(record.msg["model"], record.msg["why"]) for record in caplog.records if isinstance(record.msg, dict)
+            and record.msg.get("event") == "load" and record.levelname == "WARNING"]
+
+
+def in_virtual_time(test):
+    """Run an async test once, on the virtual clock: it waits for minutes."""
+    signature = inspect.signature(test)
+
+    @functools.wraps(test)
+    def run(**given):
+        bench.run_virtual(test(**given))
+
+    run.__signature__ = signature
+    return run
+
+
+@in_virtual_time
+async def test_wanted_models_are_there_when_the_node_comes_up_and_after_a_crash(caplog):
+    node = wishing_node("llama3.2,nomic-embed-text", context=8192)
+    async with gateway_for(node, flags=("--num-ctx", "llama3.2=16384")) as gateway:
+        await asyncio.sleep(30.0)
+        assert sorted(node.engine.resident) == ["llama3.2:latest", "nomic-embed-text:latest"]
+        assert all(known.keep_alive_s == math.inf for known in node.engine.resident.values())
+        assert node.engine.resident["llama3.2:latest"].context_length == 16384
+        asked = load_requests(node)
+        assert [(path, body["model"], body["keep_alive"], body["options"]) for path, body in asked] == [
+            ("/api/generate", "llama3.2:latest", -1, {"num_ctx": 16384}),
+            ("/api/embed", "nomic-embed-text:latest", -1, {})]
+        answer = await call(gateway, "POST", "/api/generate", generate())
+        assert answer.status == 200 and answer.json().get("load_duration", 0) < 1e9
+        node.kill()
+        await asyncio.sleep(10.0)
+        await node.restart()
+        await asyncio.sleep(60.0)
+        assert sorted(node.engine.resident) == ["llama3.2:latest", "nomic-embed-text:latest"] and node.loads == 4
+        await asyncio.sleep(3600.0)
+        assert node.loads == 4 and len(load_requests(node)) == 4 and load_warnings(caplog) == []
+
+
+@in_virtual_time
+async def test_wanted_model_comes_back_after_a_direct_user_pushed_it_out_and_has_left():
+    node = wishing_node("llama3.1:8b", vram_gb=9.0, context=4096)
+    async with gateway_for(node) as gateway:
+        await asyncio.sleep(30.0)
+        assert list(node.engine.resident) == ["llama3.1:8b"]
+        for _ in range(8):              # somebody works there with another model, past the gateway, for four minutes
+            await node.direct_user(model="qwen2.5:7b")
+            assert list(node.engine.resident) == ["qwen2.5:7b"]
+            await asyncio.sleep(30.0)
+        assert node.loads == 2
+        await asyncio.sleep(420.0)
+        assert list(node.engine.resident) == ["llama3.1:8b"] and node.loads == 3
+        assert (await call(gateway, "POST", "/api/generate", generate("llama3.1:8b"))).status == 200
+        await asyncio.sleep(3600.0)
+        assert node.loads == 3
+
+
+@in_virtual_time
+async def test_wanted_model_is_kept_although_a_client_lets_it_expire():
+    node = wishing_node("llama3.2")
+    async with gateway_for(node) as gateway:
+        await asyncio.sleep(30.0)
+        await call(gateway, "POST", "/api/generate", generate(keep_alive="1m"))
+        await asyncio.sleep(600.0)
+        assert list(node.engine.resident) == ["llama3.2:latest"] and node.loads == 1 and len(load_requests(node)) == 2
+
+
+@in_virtual_time
+async def test_wanted_model_that_a_node_lacks_is_one_warning_and_no_download(caplog):
+    node = wishing_node("llama3.2,gemma3:4b")
+    async with gateway_for(node):
+        await asyncio.sleep(600.0)
+        node.kill()
+        await node.restart(5.0)
+        await asyncio.sleep(600.0)
+        assert load_warnings(caplog) == [("gemma3:4b", "the node does not have it; it can be pulled there")]
+        assert not [record for record in node.requests if record.path == "/api/pull"]
+        assert list(node.engine.resident) == ["llama3.2:latest"]
+
+
+@in_virtual_time
+async def test_two_wanted_models_that_do_not_fit_together_are_one_warning_and_no_loop(caplog):
+    node = wishing_node("llama3.1:8b,qwen2.5:7b", vram_gb=9.0, context=4096)
+    async with gateway_for(node):
+        await asyncio.sleep(6 * 3600.0)
+        assert load_warnings(caplog) == [("qwen2.5:7b", "it does not fit beside llama3.1:8b, which is named first")]
+        assert list(node.engine.resident) == ["llama3.1:8b"] and node.loads == 3
+
+
+@in_virtual_time
+async def test_wanted_model_that_a_node_refuses_is_one_warning_and_no_loop(caplog):
+    node = wishing_node("llama3.1:8b,llama3.2")
+    node.fail(500, text="model requires more system memory (9.1 GiB) than is available", models=["llama3.1:8b"])
+    async with gateway_for(node):
+        await asyncio.sleep(3 * 3600.0)
+        assert load_warnings(caplog) == [("llama3.1:8b", "the node cannot load it: 500: model requires more system "
+                                          "memory (9.1 GiB) than is available")]
+        assert [body["model"] for _, body in load_requests(node)] == ["llama3.1:8b", "llama3.2:latest"]
+
+
+@in_virtual_time
+async def test_wanted_model_is_not_loaded_while_somebody_is_served(caplog):
+    node = wishing_node("llama3.1:8b", loaded=("llama3.2",), slots=1)
+    async with gateway_for(node) as gateway:
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=1500))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await asyncio.gather(*tasks)
+        assert load_requests(node) == []
+        await asyncio.sleep(30.0)
+        assert "llama3.1:8b" in node.engine.resident
+
+
+@in_virtual_time
+async def test_steady_queue_has_its_model_loaded_on_a_second_node():
+    nodes = [bench.SimNode("rtx3060", ["llama3.1:8b"], slots=1, name=name) for name in ("a", "b")]
+    nodes[0]._loaded = ("llama3.1:8b",)
+    for node in nodes:
+        node.line = f"name={node.name} slots=1"
+    async with gateway_for(*nodes) as gateway:
+        for _ in range(20):             # it is known how long they take
+            await call(gateway, "POST", "/api/generate", generate("llama3.1:8b", tokens=40))
+        end_s = asyncio.get_running_loop().time() + 120.0
+
+        async def user():
+            while asyncio.get_running_loop().time() < end_s:
+                answer = await call(gateway, "POST", "/api/generate", generate("llama3.1:8b", tokens=40))
+                assert answer.status == 200
+
+        await asyncio.gather(user(), user(), user())
+        assert nodes[1].loads == 1
+        served = [sum(record.path == "/api/generate" for record in node.requests) for node in nodes]
+        assert served[1] > 0.6 * served[0]
+        body, = [body for _, body in load_requests(nodes[1])]
+        assert "keep_alive" not in body
+
+
+class Woken(asyncio.DatagramProtocol):
+    """Listen for magic packets in place of a network card; the first one starts a node, after some seconds."""
+
+    def __init__(self, node, after_s):
+        self.node, self.after_s, self.packets, self.task = node, after_s, [], None
+
+    def datagram_received(self, data, address):
+        self.packets.append((asyncio.get_running_loop().time(), data))
+        if self.task is None and self.node is not None:
+            self.task = asyncio.ensure_future(self.node.restart(self.after_s))
+
+
+@contextlib.asynccontextmanager
+async def network_card(node, after_s=0.0):
+    transport, card = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: Woken(node, after_s), local_addr=("127.0.0.1", 0))
+    card.address = "127.0.0.1:%d" % transport.get_extra_info("sockname")[1]
+    try:
+        yield card
+    finally:
+        transport.close()
+        if card.task:
+            await card.task
+
+
+@over_sockets
+async def test_waiting_request_wakes_the_only_node_that_has_its_model_and_is_served(caplog):
+    caplog.set_level("INFO", "sollol")
+    other, node = fixed(1, **FAST), await bench.SimNode(models=["mistral"], **FAST).start()
+    other.line = "name=other"
+    async with network_card(node, 1.5) as card:
+        node.line = f"name=box mac=AA:BB:CC:DD:EE:FF wake={card.address} probe=300s"
+        async with gateway_for(other, node, flags=("--probe-interval", "0.2")) as gateway:
+            box = gateway.dispatcher.cluster.nodes["box"]
+            node.kill()
+            await gateway.node_io.probe(box)
+            box.lost_s -= 3600.0
+            assert not box.up and card.packets == [] and health(gateway)["status"] == "degraded"
+            assert "mistral:latest" in (await call(gateway, "GET", "/api/tags")).body.decode()
+            asking = asyncio.create_task(call(gateway, "POST", "/api/generate", generate("mistral")))
+            await until(lambda: card.packets)
+            await until(lambda: box.state(gateway.loop.time()) == "waking")
+            stats = (await call(gateway, "GET", "/api/stats")).json()["nodes"]
+            assert [row["state"] for row in stats] == ["up", "waking"]
+            assert b'sollol_node_waking{node="box"} 1' in (await call(gateway, "GET", "/metrics")).body
+            page = sollol.dashboard_state(gateway, sollol.EVERY_MODEL)
+            assert [row["state"] for row in page["nodes"]] == ["up", "waking"]
+            answer = await asking
+            assert answer.status == 200 and answer.fields["x-sollol-node"] == "box"
+            assert [data for _, data in card.packets] == [sollol.magic_packet("aabbccddeeff")]
+            assert 30.0 < box.sleep.usual_s < 40.0 and box.state(gateway.loop.time()) == "up"
+    states = [(record.msg["was"], record.msg["state"]) for record in caplog.records if isinstance(record.msg, dict)
+              and record.msg.get("event") == "node" and record.msg["node"] == "box"]
+    assert ("waking", "up") in states and any(state == "waking" for _, state in states)
+
+
+@in_virtual_time
+async def test_node_that_does_not_wake_up_is_called_once_a_minute_and_then_given_up():
+    node = await bench.SimNode(models=["mistral"]).start()
+    async with network_card(None) as card:
+        node.line = f"name=box mac=AA:BB:CC:DD:EE:FF wake={card.address}"
+        async with gateway_for(node, flags=("--queue-timeout", "1000s")) as gateway:
+            box = gateway.dispatcher.cluster.nodes["box"]
+            node.kill()
+            await gateway.node_io.probe(box)
+            box.lost_s -= 3600.0
+            asked_s = gateway.loop.time()
+            answer = await call(gateway, "POST", "/api/generate", generate("mistral"))
+            assert answer.status == 503 and 180 <= gateway.loop.time() - asked_s < 190
+            assert (await call(gateway, "POST", "/api/generate", generate("mistral"))).status == 503
+            times = [at_s for at_s, _ in card.packets]
+            assert len(times) == 3 and all(later - at_s >= 60.0 for at_s, later in itertools.pairwise(times))
+
+
+@in_virtual_time
+async def test_node_with_probe_is_left_alone_so_that_it_can_fall_asleep():
+    node = bench.SimNode()
+    node.line = "probe=60s"
+    async with gateway_for(node) as gateway:
+        await asyncio.sleep(10.0)
+        pool, = gateway.node_io.pools.values()
+        assert pool.idle == []          # nothing that the kernel would watch
+        seen = len(node.requests)
+        for _ in range(20):
+            await call(gateway, "GET", "/api/ps")
+            await asyncio.sleep(30.0)
+        asked = [record for record in list(node.requests)[seen:] if record.path == "/api/version"]
+        assert 8 <= len(asked) <= 12 and len(node.requests) - seen <= 3 * 12
+        node.kill()
+        node_ = next(iter(gateway.dispatcher.cluster.nodes.values()))
+        await until(lambda: not node_.up, 80.0)
+        await node.restart()
+        await asyncio.sleep(30.0)
+        assert not node_.up             # it is not asked every second after it has gone either
 
 
 # -----------------------------------------------------------------------------
