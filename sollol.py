@@ -11459,12 +11459,13 @@ class Files:
 # -----------------------------------------------------------------------------
 
 UPGRADE_S = 30.0                    # time that a new process has to get ready
-TURN_S = 0.5                        # who does not pass the turn on for so long hangs: slots are given without it
+TURN_S = 2.0                        # who does not pass the turn on for so long hangs: slots are given without it
 MOST_UNSENT_BYTES = 16 * MIB        # to a process that does not read: then it hangs
 MOST_SOCKETS = 16                   # that a supervisor may pass
 FIRST_PASSED = 3                    # SD_LISTEN_FDS_START
 PREDECESSOR = "SOLLOL_PREDECESSOR"  # the variable that tells a new process its end of the socket pair
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+LATER = (signal.SIGHUP, signal.SIGUSR2)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, *LATER)
 SET_SUBREAPER = 36                  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 
@@ -11540,11 +11541,12 @@ def unnamed_file() -> int:
         return os.dup(file.fileno())
 
 
-def last_line(descriptor: int) -> str:
-    """Return the last line of a file that is not empty, for the log."""
+def last_words(descriptor: int) -> str:
+    """Return the last line of a file that is not empty, for the log; of a traceback, with the place before it."""
     size = os.fstat(descriptor).st_size
-    lines = os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace").split("\n")
-    return next((line.strip()[:500] for line in reversed(lines) if line.strip()), "")
+    text = os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace").strip()
+    places = re.findall(r'(?m)^ *File "(?:.*/)?(.+)", line (\d+)', text)
+    return text.rpartition("\n")[2][:500] + "".join(f" ({file}:{line})" for file, line in places[-1:])
 
 
 def take_stderr(descriptor: int) -> None:
@@ -11777,10 +11779,16 @@ class Upgrade:
     # The old process.
 
     def begin(self) -> None:
-        """Start the program that is on disk, to take over. A handler of SIGUSR2."""
+        """Start the program that is on disk, to take over; one that was taken over from does nothing.
+
+        A handler of SIGUSR2, which comes to all processes of the gateway.
+        """
+        if self.gateway.retired:
+            return
+        is_new = self.predecessor is not None and not self.predecessor.agreed.done()
         refusal = ("the simulated nodes of --demo are in this process" if self.gateway.options.demo
-                   else "another upgrade is under way" if self.task is not None
-                   else "this process ends" if self.gateway.is_ending else "")
+                   else "another upgrade is under way" if is_new or self.task is not None
+                   else "this process ends" if self.gateway.leaving else "")
         if refusal:
             LOG.warning({"event": "upgrade", "refused": refusal})
         else:
@@ -11824,7 +11832,7 @@ class Upgrade:
                     return ""
             process.kill()          # it has ended, or closed its end of the socket pair
             status = await self.loop.run_in_executor(None, process.wait)
-            return last_line(output) or f"it ended with status {status}"
+            return last_words(output) or f"it ended with status {status}"
         finally:
             os.close(output)
             if not self.heir:
@@ -11837,13 +11845,18 @@ class Upgrade:
         """Start the program as this one was started, with its standard error in a file for now. Raises OSError.
 
         Without systemd, which is told, nobody can know that another process is the gateway: then this one stays as its
-        parent. So that signals can be passed on to all that come after it, they have a process group.
+        parent. So that signals can be passed on to all that come after it, they have a process group. Those that do
+        not end it are blocked there until it can take them.
         """
         is_first = not os.environ.get("NOTIFY_SOCKET") and not self.inherited.is_waited_for
         self.outlives = is_first
-        return subprocess.Popen([sys.executable, *sys.orig_argv[1:]], cwd=self.folder, stderr=output,
-                                env={**os.environ, PREDECESSOR: str(channel.fileno())}, pass_fds=(channel.fileno(),),
-                                process_group=0 if is_first else None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
+        try:
+            return subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]], cwd=self.folder, stderr=output, pass_fds=(channel.fileno(),),
+                env={**os.environ, PREDECESSOR: str(channel.fileno())}, process_group=0 if is_first else None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
 
     def greet(self, peer: Peer, channel: socket.socket) -> None:
         """Hand a new process what it needs to get ready. Raises OSError."""
@@ -11963,7 +11976,7 @@ class Upgrade:
         elif who is None or who is not self.turn.at:    # else it is on its way there
             asked = self.turn.want(who, now)
             if asked is not None:
-                asked.tell({"want": True})
+                asked.tell({**asked.slots.news(self.first_key_s(asked)), "want": True})
 
     def give_turn(self, peer: Peer, now: float) -> None:
         """Give the turn to a peer, with all that it must know."""
@@ -12302,8 +12315,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
     "listening": {
         "--bind": dict(metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on"),
         "--port": dict(metavar="N", type=parse_port, default="8000", help="port to listen on"),
-        "--drain-delay": dict(metavar="TIME", type=parse_delay, default="0s", help="time after SIGTERM for which it still accepts, while "
-                              "/api/health says 503"),
+        "--drain-delay": dict(metavar="TIME", type=parse_delay, default="0s", help="time after SIGTERM for which it "
+                              "still accepts, while /api/health says 503"),
         "--drain-timeout": dict(TIME, default="300s", help="time that running requests have to finish on SIGTERM"),
         "--no-uvloop": dict(OFF, dest="uvloop", help="use plain asyncio even if uvloop is there (uvloop)"),
     },
@@ -12359,7 +12372,8 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser of the flags alone."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
                            epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
-                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
+                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT. "
+                           "SIGHUP reads all files again, SIGUSR2 lets the program that is on disk take over.")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, settings in flags.items():
@@ -12456,6 +12470,7 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         gateway.loop.add_signal_handler(number, gateway.drain)
     gateway.loop.add_signal_handler(signal.SIGHUP, gateway.files.reload)
     gateway.loop.add_signal_handler(signal.SIGUSR2, gateway.upgrade.begin)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)       # see Upgrade.start_program
     try:
         await gateway.start()
         if gateway.leaving:
