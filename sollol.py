@@ -79,6 +79,7 @@ import tempfile
 import termios
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import (Awaitable, Callable, Container, Coroutine, Generator, Iterable, Iterator, Mapping,
                              MutableMapping, Sequence)
@@ -9963,6 +9964,10 @@ class LogWriter(logging.Handler):
         if self.taken_bytes - self.written_bytes + len(data) > MAX_LOG_BYTES:
             self.lost_lines += data.count(b"\n")
             return
+        self.queue_lines(data)
+
+    def queue_lines(self, data: bytes) -> None:
+        """Let lines be written."""
         self.taken_bytes += len(data)
         self.queue.put(data)
 
@@ -10981,7 +10986,7 @@ class Sources:
         self.lines: list[NodeSettings] = []         # as written
         self.dns: Addresses = {}
         self.unresolved: set[str] = set()           # names for which DNS failed last
-        self.scanned: Scanned = {}
+        self.scanned: Scanned = dict(self.options.inherited.scanned)
         self.tasks: dict[str, asyncio.Task[None]] = {}          # by name, or SCAN
 
     def configure(self, lines: list[NodeSettings]) -> None:
@@ -11476,6 +11481,7 @@ class Inherited(NamedTuple):
     channel: socket.socket | None = None    # to the process before; None: there is none
     stderr: int = 2                 # the descriptor of the log, from the moment at which it takes over
     learned: Json | None = None     # see Cluster.learned
+    scanned: Mapping[Server, int] = types.MappingProxyType({})      # see Sources.scanned
     is_waited_for: bool = False     # the first process of all waits for the end of its successors
 
 
@@ -11518,10 +11524,12 @@ def inherit(number: str) -> Inherited:
             text += piece
         hello = json.loads(text)["hello"]
         learned = parse_state(json.dumps(hello["state"]).encode())
+        scanned = {(address, port): missed for address, port, missed in hello["scanned"]}
+        is_waited_for = bool(hello["is_waited_for"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{PREDECESSOR}: the process before says nothing of use: {error!r}") from None
-    return Inherited([listening(descriptor) for descriptor in descriptors], channel, stderr, learned,
-                     hello["is_waited_for"])
+    return Inherited([listening(descriptor) for descriptor in descriptors], channel, stderr, learned, scanned,
+                     is_waited_for)
 
 
 def start_folder() -> str:
@@ -11549,15 +11557,17 @@ def last_words(descriptor: int) -> str:
     return text.rpartition("\n")[2][:500] + "".join(f" ({file}:{line})" for file, line in places[-1:])
 
 
-def take_stderr(descriptor: int) -> None:
-    """Make a descriptor standard error, and write there what went to another file so far."""
+def take_stderr(descriptor: int, style: str, level: str) -> None:
+    """Make a descriptor standard error, and log there what went to another file so far."""
     for handler in LOG.handlers:
         handler.close()             # which writes what it has
-    size = os.fstat(2).st_size
-    text = os.pread(2, size, 0)
+    text = os.pread(2, os.fstat(2).st_size, 0)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    os.write(2, text)
+    start_log(style, level)
+    for handler in LOG.handlers:
+        if isinstance(handler, LogWriter):
+            handler.queue_lines(text)
 
 
 def become_reaper() -> bool:
@@ -11773,6 +11783,11 @@ class Upgrade:
         self.outlives = False       # this process waits for the end of that
 
     @property
+    def patience_s(self) -> float:
+        """For how long the start waits for nodes: longer while another process serves the clients."""
+        return 0.5 if self.inherited.channel is None else UPGRADE_S / 6
+
+    @property
     def peers(self) -> list[Peer]:
         return [peer for peer in (self.predecessor, self.successor) if peer is not None]
 
@@ -11845,10 +11860,10 @@ class Upgrade:
         """Start the program as this one was started, with its standard error in a file for now. Raises OSError.
 
         Without systemd, which is told, nobody can know that another process is the gateway: then this one stays as its
-        parent. So that signals can be passed on to all that come after it, they have a process group. Those that do
-        not end it are blocked there until it can take them.
+        parent; so does process 1, as its end is that of its container. So that signals can be passed on to all that
+        come after it, they have a process group. Those that end nothing are blocked there until they can be taken.
         """
-        is_first = not os.environ.get("NOTIFY_SOCKET") and not self.inherited.is_waited_for
+        is_first = not self.inherited.is_waited_for and (os.getpid() == 1 or not os.environ.get("NOTIFY_SOCKET"))
         self.outlives = is_first
         signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
         try:
@@ -11863,6 +11878,8 @@ class Upgrade:
         socket.send_fds(channel, [b" "], [2, *self.gateway.listener.descriptors()])
         is_waited_for = self.inherited.is_waited_for or self.outlives and become_reaper()
         peer.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned()},
+                             "scanned": [(*server, missed) for server, missed in
+                                         self.gateway.sources.scanned.items()],
                              "is_waited_for": is_waited_for}})
 
     def hand_over(self, peer: Peer, pid: int) -> None:
@@ -11870,7 +11887,7 @@ class Upgrade:
         cluster, waiting = self.dispatcher.cluster, self.dispatcher.waiting
         LOG.info({"event": "upgrade", "pid": pid, "running": cluster.in_flight(), "queued": len(waiting)})
         self.heir, self.successor = pid, peer
-        tell_systemd(f"MAINPID={pid}\nREADY=1")
+        tell_systemd("READY=1" if self.outlives else f"MAINPID={pid}\nREADY=1")
         os.environ.pop("NOTIFY_SOCKET", None)       # from here on the other process speaks for the service
         peer.tell({"go": {"drained": sorted(cluster.drained)}, **peer.slots.news(self.first_key_s(peer))})
         self.gateway.retire()
@@ -11899,8 +11916,7 @@ class Upgrade:
         self.predecessor = self.turn.at = peer
         peer.tell({"ready": __version__})
         await peer.agreed
-        take_stderr(self.inherited.stderr)
-        start_log(self.gateway.options.log_format, self.gateway.options.log_level)
+        take_stderr(self.inherited.stderr, self.gateway.options.log_format, self.gateway.options.log_level)
 
     # Both.
 
@@ -11929,7 +11945,7 @@ class Upgrade:
             self.successor = None if self.successor is peer else self.successor
             peer.slots.end(self.loop.time())
             self.turn.forget(peer)
-            pump(self.gateway)
+            self.use_turn()
 
     def close(self) -> None:
         """End the talk with other processes: nothing runs here any more."""
@@ -11984,15 +12000,18 @@ class Upgrade:
         peer.tell({**peer.slots.news(self.first_key_s(peer)), "turn": True, "want": is_wanted})
 
     def take_turn(self, peer: Peer, is_wanted: bool) -> None:
-        """Give slots: the turn has come. Then it goes to the next one that wants it."""
+        """Note that a peer gave the turn, and whether that wants it back."""
         self.turn.come()
         if is_wanted:
             self.turn.wanted.append(peer)
+        self.use_turn()
+
+    def use_turn(self) -> None:
+        """Give slots, if the turn is here. Then it goes to the next one that wants it."""
         self.yields = False
         pump(self.gateway)
         self.yields = True
-        next_one = self.turn.next()
-        if next_one is not None:
+        if self.turn.at is None and (next_one := self.turn.next()) is not None:
             self.give_turn(next_one, self.loop.time())
 
 
@@ -12042,9 +12061,9 @@ class Gateway:
         return at_once(steps) if len(body) <= SHORT_BODY_BYTES else await self.turns.run(steps)
 
     async def start(self) -> Gateway:
-        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
+        """Look at every node, then listen. Nodes that do not answer at once delay that a little: see `patience_s`."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(self.upgrade.patience_s):
                 await self.first_looks()
         await self.upgrade.take_over()
         if not self.leaving:        # else a signal came first

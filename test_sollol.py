@@ -12020,9 +12020,18 @@ def program(*argv, env=None, cwd=HERE):
         try:
             yield process
         finally:
+            kill_successors(process.pid)
             process.kill()
             process.wait()
             process.output.close()
+
+
+def kill_successors(pid):
+    """Kill the children of a process that runs on after upgrades: they have a process group of their own."""
+    with contextlib.suppress(OSError):
+        for child in map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            if os.getpgid(child) != os.getpgid(pid):
+                os.killpg(os.getpgid(child), signal.SIGKILL)
 
 
 def all_output(process):
@@ -12606,6 +12615,9 @@ def test_more_urgent_request_of_the_other_process_goes_first():
     ways = join(old, new)
     new.ask(priority=10)
     deliver_all(ways)
+    old.ask()                       # the turn is with the old one now
+    deliver_all(ways)
+    assert old.upgrade.turn.at is None
     old.answer(old.tickets[0])
     deliver_all(ways)
     assert len(new.running()) == 1 and len(old.running()) == 1
@@ -12674,6 +12686,45 @@ def test_sockets_of_a_supervisor_are_taken(environ, kind, expected, third_descri
         for taken in sockets:
             assert taken.getsockname() == given.getsockname() and not taken.get_inheritable()
             taken.detach()
+
+
+def handed(*messages, descriptors=1):
+    """Return the end of a socket pair to which a process before this one has sent a hello and gone."""
+    ours, theirs = socket.socketpair()
+    with ours, socket.create_server(("127.0.0.1", 0)) as listens:
+        socket.send_fds(ours, [b" "], [2, *[listens.fileno()] * descriptors])
+        for message in messages:
+            ours.sendall(message)
+    return str(theirs.detach())
+
+
+def test_new_process_gets_sockets_what_was_learned_and_what_scans_have_found():
+    state = {**sollol.STATE_FORMAT, "nodes": [{"name": "a"}], "lengths": {}}
+    hello = {"hello": {"state": state, "scanned": [["10.0.0.1", 11434, 2]], "is_waited_for": True}}
+    raw = json.dumps(hello).encode() + b"\n"
+    got = sollol.inherit(handed(raw[:50], raw[50:]))
+    with got.channel, got.sockets[0] as listens:
+        assert listens.getsockname()[0] == "127.0.0.1" and got.learned == state and got.is_waited_for
+        assert got.scanned == {("10.0.0.1", 11434): 2} and os.fstat(got.stderr).st_ino == os.fstat(2).st_ino
+        os.close(got.stderr)
+
+
+@listed("message", [b"", b'{"hello": ', b"[]\n", b"{}\n", b'{"hello": {"state": {}}}\n', b"\xff\n"])
+def test_new_process_that_is_told_nothing_of_use_says_so(message):
+    with pytest.raises(sollol.ConfigError, match="SOLLOL_PREDECESSOR: the process before says nothing of use: "):
+        sollol.inherit(handed(message, descriptors=0))
+    with pytest.raises(sollol.ConfigError, match="SOLLOL_PREDECESSOR: "):
+        sollol.inherit("no number")
+
+
+@over_sockets
+async def test_nodes_that_scans_have_found_are_known_to_the_new_process_before_it_has_scanned(monkeypatch):
+    node = await bench.SimNode(**FAST).start()
+    inherited = sollol.Inherited(scanned={("127.0.0.1", node.port): 0})
+    monkeypatch.setattr(sollol, "Inherited", lambda: inherited)
+    async with gateway_for(lines="") as gateway:
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+    await node.stop()
 
 
 class Upgradable:
@@ -12782,6 +12833,24 @@ def test_upgrade_refuses_nobody_and_breaks_nothing_off(flags, upgradable):
         said = all_output(gateway)
         assert said.count("event=stop") == 3 and "level=error" not in said and "Traceback" not in said
     assert sollol.parse_state((it.folder / "state.json").read_bytes())["nodes"]
+
+
+def test_process_between_two_others_stays_until_the_one_before_it_has_ended(upgradable):
+    """Else nobody would tell the last one what the first one still runs."""
+    it = upgradable
+    with program(*it.argv, cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        stream = it.stream(2000)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        for _ in range(2):
+            upgraded(gateway)
+        time.sleep(0.5)
+        assert it.get("/api/stats")["nodes"][0]["inflight"] == 1 and "event=stop" not in all_output(gateway)
+        assert b'"done":true' in stream_on(stream)
+        for _ in range(2):
+            read_until(gateway, "event=stop")
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(10) == 0
 
 
 def test_first_process_ends_as_the_last_one_does(upgradable):
