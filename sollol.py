@@ -25,7 +25,7 @@ Runs on the Python 3.11+ standard library; uvloop is used when it can be importe
     Dispatcher.release                      the slot is free, for the next ticket                Dispatcher
 
 What follows is around that: going on with a broken stream, requests without a slot, changes on many nodes, probes,
-statistics, files, the life of the server, the command line and, last, the page of the dashboard.
+statistics, files, upgrades, the life of the server, the command line and, last, the page of the dashboard.
 
 Decisions are pure: they are told `now` (seconds of the running loop's clock), and touch no socket and no clock. They
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
@@ -11482,7 +11482,7 @@ class Inherited(NamedTuple):
     stderr: int = 2                 # the descriptor of the log, from the moment at which it takes over
     learned: Json | None = None     # see Cluster.learned
     scanned: Mapping[Server, int] = types.MappingProxyType({})      # see Sources.scanned
-    is_waited_for: bool = False     # the first process of all waits for the end of its successors
+    lifeline: int | None = None     # a pipe that ends with the first process of all, if that waits for the others
 
 
 def listening(descriptor: int) -> socket.socket:
@@ -11518,18 +11518,18 @@ def inherit(number: str) -> Inherited:
         channel = socket.socket(fileno=int(number))
         channel.set_inheritable(False)
         channel.settimeout(UPGRADE_S)
-        _, (stderr, *descriptors), _, _ = socket.recv_fds(channel, 1, 1 + MOST_SOCKETS)
+        _, (stderr, *descriptors), _, _ = socket.recv_fds(channel, 1, 2 + MOST_SOCKETS)
         text = bytearray()
         while not text.endswith(b"\n") and (piece := channel.recv(READ_AHEAD_BYTES)):
             text += piece
         hello = json.loads(text)["hello"]
         learned = parse_state(json.dumps(hello["state"]).encode())
         scanned = {(address, port): missed for address, port, missed in hello["scanned"]}
-        is_waited_for = bool(hello["is_waited_for"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lifeline = descriptors.pop() if hello["is_waited_for"] else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{PREDECESSOR}: the process before says nothing of use: {error!r}") from None
     return Inherited([listening(descriptor) for descriptor in descriptors], channel, stderr, learned, scanned,
-                     is_waited_for)
+                     lifeline)
 
 
 def start_folder() -> str:
@@ -11779,6 +11779,7 @@ class Upgrade:
         self.successor: Peer | None = None      # the same
         self.turn, self.yields = Turn(), True
         self.task: asyncio.Task[None] | None = None     # an upgrade that is under way
+        self.lifeline, self.life = self.inherited.lifeline, -1      # the pipe's other end is open in the first process
         self.heir = 0               # the process that has taken over
         self.outlives = False       # this process waits for the end of that
 
@@ -11863,7 +11864,7 @@ class Upgrade:
         parent; so does process 1, as its end is that of its container. So that signals can be passed on to all that
         come after it, they have a process group. Those that end nothing are blocked there until they can be taken.
         """
-        is_first = not self.inherited.is_waited_for and (os.getpid() == 1 or not os.environ.get("NOTIFY_SOCKET"))
+        is_first = self.inherited.lifeline is None and (os.getpid() == 1 or not os.environ.get("NOTIFY_SOCKET"))
         self.outlives = is_first
         signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
         try:
@@ -11875,12 +11876,14 @@ class Upgrade:
 
     def greet(self, peer: Peer, channel: socket.socket) -> None:
         """Hand a new process what it needs to get ready. Raises OSError."""
-        socket.send_fds(channel, [b" "], [2, *self.gateway.listener.descriptors()])
-        is_waited_for = self.inherited.is_waited_for or self.outlives and become_reaper()
+        if self.outlives and self.lifeline is None and become_reaper():
+            self.lifeline, self.life = os.pipe()
+        lifeline = [] if self.lifeline is None else [self.lifeline]
+        socket.send_fds(channel, [b" "], [2, *self.gateway.listener.descriptors(), *lifeline])
         peer.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned()},
                              "scanned": [(*server, missed) for server, missed in
                                          self.gateway.sources.scanned.items()],
-                             "is_waited_for": is_waited_for}})
+                             "is_waited_for": bool(lifeline)}})
 
     def hand_over(self, peer: Peer, pid: int) -> None:
         """Let a process that is ready take over, and finish what is here."""
@@ -11917,6 +11920,15 @@ class Upgrade:
         peer.tell({"ready": __version__})
         await peer.agreed
         take_stderr(self.inherited.stderr, self.gateway.options.log_format, self.gateway.options.log_level)
+        if self.lifeline is not None:
+            self.loop.add_reader(self.lifeline, self.first_has_gone)
+
+    def first_has_gone(self) -> None:
+        """End as after SIGTERM: who was killed in place of all wanted that, and may start another one on this port."""
+        assert self.lifeline is not None
+        self.loop.remove_reader(self.lifeline)
+        LOG.warning({"event": "drain", "why": "the first process was killed"})
+        self.gateway.drain()
 
     # Both.
 

@@ -12692,7 +12692,7 @@ def handed(*messages, descriptors=1):
     """Return the end of a socket pair to which a process before this one has sent a hello and gone."""
     ours, theirs = socket.socketpair()
     with ours, socket.create_server(("127.0.0.1", 0)) as listens:
-        socket.send_fds(ours, [b" "], [2, *[listens.fileno()] * descriptors])
+        socket.send_fds(ours, [b" "], [2, *[listens.fileno()] * descriptors, 1])
         for message in messages:
             ours.sendall(message)
     return str(theirs.detach())
@@ -12704,9 +12704,10 @@ def test_new_process_gets_sockets_what_was_learned_and_what_scans_have_found():
     raw = json.dumps(hello).encode() + b"\n"
     got = sollol.inherit(handed(raw[:50], raw[50:]))
     with got.channel, got.sockets[0] as listens:
-        assert listens.getsockname()[0] == "127.0.0.1" and got.learned == state and got.is_waited_for
+        assert listens.getsockname()[0] == "127.0.0.1" and got.learned == state and got.lifeline
         assert got.scanned == {("10.0.0.1", 11434): 2} and os.fstat(got.stderr).st_ino == os.fstat(2).st_ino
         os.close(got.stderr)
+        os.close(got.lifeline)
 
 
 @listed("message", [b"", b'{"hello": ', b"[]\n", b"{}\n", b'{"hello": {"state": {}}}\n', b"\xff\n"])
@@ -12862,6 +12863,27 @@ def test_first_process_ends_as_the_last_one_does(upgradable):
         assert gateway.poll() is None
         os.kill(pid, signal.SIGKILL)
         assert gateway.wait(10) == 128 + signal.SIGKILL
+
+
+def test_successor_of_a_process_that_was_killed_leaves_the_port_and_finishes_its_requests(upgradable):
+    it = upgradable
+    with program(*it.argv, cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        pid, _ = upgraded(gateway)
+        read_until(gateway, "event=stop")
+        stream = it.stream(1000)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        gateway.kill()
+        deadline_s = time.monotonic() + 10
+        while "the first process was killed" not in all_output(gateway):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        with program(*it.argv, cwd=it.folder) as another:
+            read_until(another, "event=start .*url=")
+            assert b'"done":true' in stream_on(stream)
+    while pathlib.Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
 
 
 # Ends as if the program had been given less time to get ready.
