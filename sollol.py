@@ -9886,7 +9886,12 @@ class Telemetry:
         person = record.key, record.user or ("" if record.key else record.client)
         model = record.model if record.model in self.gateway.dispatcher.cluster.holders else record.model and OTHER
         for node, use in uses_of(record).items():
-            self.usage.note(day, person, model, node, use)
+            self.note_use(day, (person, model, node), use)
+
+    def note_use(self, day: str, name: RowName, use: Use) -> None:
+        """Count what a request used on one node, here and in the process that keeps the file, if that is another."""
+        self.usage.note(day, *name, use)
+        self.gateway.upgrade.note_use(day, name, use)
 
     def snapshot(self, models: ModelSet = EVERY_MODEL) -> bytes:
         """Return what dashboards show, as JSON; made once for all that look and see the same models, however many."""
@@ -11411,7 +11416,8 @@ class Files:
         if former == self.before and any(       # unchanged for SWEEP_S: nobody is writing
                 stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
             self.reload()
-        if now - self.saved_s >= STATE_S and (self.saving is None or self.saving.done()):
+        is_saving = self.saving is not None and not self.saving.done()
+        if now - self.saved_s >= STATE_S and not is_saving and self.gateway.upgrade.task is None:
             self.saved_s = now
             self.saving = self.loop.create_task(self.save())
 
@@ -11430,9 +11436,19 @@ class Files:
         """Save at the next sweep: what was ordered is to survive a crash, too."""
         self.saved_s = -math.inf
 
+    async def save_usage(self) -> None:
+        """Save what was used up to this moment, for a new process to read; see Upgrade.note_use."""
+        if self.saving:
+            await asyncio.wait([self.saving])
+        if self.usage:
+            usage = self.gateway.telemetry.usage
+            pieces = at_once(usage.pieces())
+            self.gateway.upgrade.uses.clear()
+            await self.loop.run_in_executor(None, self.usage.write, pieces, usage.noted)
+
     def hand_over(self) -> None:
-        """Write the state file no more: another process does."""
-        self.state = None
+        """Write no file any more: another process does."""
+        self.state = self.usage = None
 
     async def close(self) -> None:
         """Save what was learned and used for the last time."""
@@ -11457,6 +11473,7 @@ class Files:
 #   running     both ways: requests that have begun on nodes, or how far they are; `ended`: which have ended
 #   first_key_s both ways: the key of the ticket that is next, if one waits
 #   want, turn  both ways: may I give slots? You may
+#   used        to the new one, which keeps the usage file: what requests have used since it was saved for it
 #
 # What runs elsewhere is a lease here: its slot is taken, and predictions count it. Only who has the turn gives slots,
 # and passes it on with all that it knows, so no slot is given twice. When several upgrades follow each other, the
@@ -11465,6 +11482,7 @@ class Files:
 
 UPGRADE_S = 30.0                    # time that a new process has to get ready
 TURN_S = 2.0                        # who does not pass the turn on for so long hangs: slots are given without it
+CLOSE_S = 1.0                       # for the last words to a process that does not read
 MOST_UNSENT_BYTES = 16 * MIB        # to a process that does not read: then it hangs
 MOST_SOCKETS = 16                   # that a supervisor may pass
 FIRST_PASSED = 3                    # SD_LISTEN_FDS_START
@@ -11780,6 +11798,7 @@ class Upgrade:
         self.turn, self.yields = Turn(), True
         self.task: asyncio.Task[None] | None = None     # an upgrade that is under way
         self.lifeline, self.life = self.inherited.lifeline, -1      # the pipe's other end is open in the first process
+        self.uses: list[Json] = []  # since the usage file was saved for a new process
         self.heir = 0               # the process that has taken over
         self.outlives = False       # this process waits for the end of that
 
@@ -11837,6 +11856,7 @@ class Upgrade:
         output = unnamed_file()
         process: subprocess.Popen[bytes] | None = None
         try:
+            await self.gateway.files.save_usage()
             ours, theirs = socket.socketpair()
             await peer.connect(ours)
             with theirs:
@@ -11851,11 +11871,10 @@ class Upgrade:
             return last_words(output) or f"it ended with status {status}"
         finally:
             os.close(output)
-            if not self.heir:
+            if process is not None and not self.heir:
                 peer.transport.abort()
-                if process is not None:
-                    process.kill()
-                    self.loop.run_in_executor(None, process.wait)
+                process.kill()
+                self.loop.run_in_executor(None, process.wait)
 
     def start_program(self, channel: socket.socket, output: int) -> subprocess.Popen[bytes]:
         """Start the program as this one was started, with its standard error in a file for now. Raises OSError.
@@ -11892,7 +11911,8 @@ class Upgrade:
         self.heir, self.successor = pid, peer
         tell_systemd("READY=1" if self.outlives else f"MAINPID={pid}\nREADY=1")
         os.environ.pop("NOTIFY_SOCKET", None)       # from here on the other process speaks for the service
-        peer.tell({"go": {"drained": sorted(cluster.drained)}, **peer.slots.news(self.first_key_s(peer))})
+        self.gateway.telemetry.tally()
+        peer.tell({"go": {"drained": sorted(cluster.drained)}, "used": self.uses, **peer.slots.news(self.first_key_s(peer))})
         self.gateway.retire()
         if self.outlives:
             for number in PASSED_ON:
@@ -11940,6 +11960,8 @@ class Upgrade:
             for node in self.dispatcher.cluster.nodes.values():
                 if server_of(node.settings) in servers:
                     self.dispatcher.drain(node, True)
+        for row in message.get("used", ()):
+            self.gateway.telemetry.note_use(row["day"], *read_row(row["row"]))
         if "go" in message or "ready" in message:
             peer.agree(message)
         changed = peer.slots.take(message, now)
@@ -11959,12 +11981,24 @@ class Upgrade:
             self.turn.forget(peer)
             self.use_turn()
 
-    def close(self) -> None:
-        """End the talk with other processes: nothing runs here any more."""
+    async def close(self) -> None:
+        """End the talk with other processes: nothing runs here any more. They get what was told last."""
         if self.task is not None:
             self.task.cancel()
         for peer in self.peers:
-            peer.transport.abort()
+            peer.transport.close()
+        deadline_s = self.loop.time() + CLOSE_S
+        while self.peers and self.loop.time() < deadline_s:
+            await asyncio.sleep(0.005)
+
+    def note_use(self, day: str, name: RowName, use: Use) -> None:
+        """Tell the process that keeps the usage file what a request has used, or remember it for one that starts."""
+        (key, user), model, node = name
+        row = {"day": day, "row": [key, user, model, node, *use.values()]}
+        if self.successor is not None:
+            self.successor.tell({"used": [row]})
+        elif self.task is not None:
+            self.uses.append(row)
 
     def first_key_s(self, peer: Peer) -> float | None:
         """Return the key of the ticket that is next, in this process or behind it as seen from a peer."""
@@ -12203,8 +12237,8 @@ class Gateway:
         await asyncio.gather(*tasks, return_exceptions=True)
         for pool in self.node_io.pools.values():
             pool.prune(math.inf)
-        self.upgrade.close()
         self.telemetry.tally()
+        await self.upgrade.close()
         await self.files.close()
 
 
@@ -12528,10 +12562,9 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         await gateway.stop()
         if gateway.listener.address:        # else it did not start
             LOG.info({"event": "stop"})
-    if gateway.upgrade.outlives:
-        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)     # until `outlive` can take them
-        return gateway.upgrade.heir
-    return None
+    if gateway.retired:             # what is meant for others must not kill it at its exit; `outlive` can take it
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    return gateway.upgrade.heir if gateway.retired and gateway.upgrade.outlives else None
 
 
 Demo = Callable[[argparse.Namespace, list[KeySettings], ssl.SSLContext | None], Coroutine[None, None, None]]

@@ -12826,6 +12826,8 @@ def test_upgrade_refuses_nobody_and_breaks_nothing_off(flags, upgradable):
         read_until(gateway, "event=stop")
         read_until(gateway, "event=stop")
         assert it.get("/api/health")["inflight"] == 0 and gateway.poll() is None
+        rows = it.get("/api/usage?by=model")
+        assert [row["requests"] for row in rows["rows"]] == [6]
         os.kill(gateway.pid, signal.SIGHUP)         # which goes on to the last one
         os.kill(gateway.pid, signal.SIGTERM)
         assert gateway.wait(10) == 0
