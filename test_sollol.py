@@ -12543,13 +12543,14 @@ def deliver_all(ways):
 
 
 def test_what_runs_in_the_process_before_takes_its_slots_until_it_ends():
-    old, new = Sibling(), Sibling()
-    for _ in range(6):
-        old.ask()
+    old, new, Sibling.now_s = Sibling(), Sibling(), 0.0
+    for number in range(6):
+        old.ask(client=f"c{number}")
     assert len(old.running()) == 4
     ways = join(old, new)
     nodes = new.dispatcher.cluster.nodes
     assert [len(node.leases) for node in nodes.values()] == [2, 2]
+    Sibling.now_s = 1.0
     new.ask()
     deliver_all(ways)
     assert new.running() == []
@@ -12609,7 +12610,7 @@ def test_processes_of_a_chain_never_give_one_slot_twice_and_nobody_waits_for_eve
 
 
 def test_more_urgent_request_of_the_other_process_goes_first():
-    old, new = Sibling(slots=1), Sibling(slots=1)
+    old, new, Sibling.now_s = Sibling(slots=1), Sibling(slots=1), 0.0
     for _ in range(4):
         old.ask()
     ways = join(old, new)
