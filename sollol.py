@@ -11469,7 +11469,7 @@ class Files:
 #
 #   hello       to the new one, with the listening sockets and standard error: what was learned
 #   ready       to the old one: files are read, nodes looked at
-#   go          to the new one, which accepts from then on, while the old one finishes what it has: drained nodes
+#   go          to the new one, which accepts from then on, while the old one finishes what it has: orders to nodes
 #   running     both ways: requests that have begun on nodes, or how far they are; `ended`: which have ended
 #   first_key_s both ways: the key of the ticket that is next, if one waits
 #   want, turn  both ways: may I give slots? You may
@@ -11912,7 +11912,8 @@ class Upgrade:
         tell_systemd("READY=1" if self.outlives else f"MAINPID={pid}\nREADY=1")
         os.environ.pop("NOTIFY_SOCKET", None)       # from here on the other process speaks for the service
         self.gateway.telemetry.tally()
-        peer.tell({"go": {"drained": sorted(cluster.drained)}, "used": self.uses, **peer.slots.news(self.first_key_s(peer))})
+        orders = [(*server, draining) for server, draining in cluster.orders.items()]
+        peer.tell({"go": {"orders": orders}, "used": self.uses, **peer.slots.news(self.first_key_s(peer))})
         self.gateway.retire()
         if self.outlives:
             for number in PASSED_ON:
@@ -11956,10 +11957,11 @@ class Upgrade:
         """Take in a message."""
         now = self.loop.time()
         if "go" in message:
-            servers = {tuple(server) for server in message["go"]["drained"]}
+            orders = {(url, host): draining for url, host, draining in message["go"]["orders"]}
             for node in self.dispatcher.cluster.nodes.values():
-                if server_of(node.settings) in servers:
-                    self.dispatcher.drain(node, True)
+                draining = orders.get(server_of(node.settings), node.draining)
+                if draining is not node.draining:
+                    self.dispatcher.drain(node, draining)
         for row in message.get("used", ()):
             self.gateway.telemetry.note_use(row["day"], *read_row(row["row"]))
         if "go" in message or "ready" in message:

@@ -12530,7 +12530,7 @@ def join(old, new):
         peer.transport, way.other = way, other
     old.upgrade.successor, new.upgrade.predecessor = peers
     new.upgrade.turn.at = peers[1]
-    peers[0].tell({"go": {"drained": []}, **peers[0].slots.news(old.upgrade.first_key_s(peers[0]))})
+    peers[0].tell({"go": {"orders": []}, **peers[0].slots.news(old.upgrade.first_key_s(peers[0]))})
     ways[0].deliver()               # the new one accepts only from then on
     return ways
 
