@@ -7,6 +7,7 @@
     python bench.py check                       # are the claims true? exit status 1 if one is not
     python bench.py soak 20                     # 20 seeds of random faults; exit status 1 if something did not hold
     python bench.py kills 60                    # node processes killed under load, likewise, on the wall clock
+    python bench.py upgrades                    # new versions of the gateway under load, likewise
     python bench.py siege                       # what others notice of 300 half heads, 200 slow readers and worse
     python bench.py overhead                    # small calls and blobs beside nginx and HAProxy, on the wall clock
     python bench.py streams 300                 # so many token streams, likewise: CPU, gaps, memory
@@ -6358,6 +6359,169 @@ def kills_held(span_s, seed):
     return not complaints
 
 
+UPGRADE_NODES, UPGRADE_SLOTS = 5, 10        # slow nodes, each with so many slots: as many streams run
+UPGRADE_WAITING, UPGRADE_RATE = 42, 20      # requests that wait for a slot; new requests a second
+UPGRADE_GAP_S = 2.0                 # from one upgrade to the next
+BAD_VERSION = "this is no Python\n"
+
+
+class Arrivals:
+    """New requests at an even rate, each on a connection of its own: every other one for a token, the others for a
+    list that the proxy may answer itself."""
+
+    def __init__(self, port, rate=UPGRADE_RATE):
+        self.port, self.rate = port, rate
+        self.tasks, self.refused, self.failed = [], 0, []
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self):
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        for number in itertools.count():
+            await asyncio.sleep(max(0.0, start_s + number / self.rate - loop.time()))
+            path = "/api/tags" if number % 2 else "/api/chat"
+            errand = Errand(10_000 + number, 0.0, "new", path, "mistral:latest", bool(number % 4), 20, 10)
+            self.tasks.append(asyncio.create_task(self._ask(errand)))
+
+    async def _ask(self, errand):
+        visitor = Visitor("127.0.0.1", self.port)
+        try:
+            answer, _ = await visitor.visit(errand)
+            if answer.status != 200 or not answer.whole:
+                self.failed.append(f"{errand.id}: {answer.status}, whole: {answer.whole}")
+        except OSError as error:
+            self.refused += 1
+            self.failed.append(f"{errand.id}: {error}")
+        finally:
+            for client in visitor.idle:
+                client.writer.transport.abort()
+
+    async def end(self):
+        """Send no more; return (requests, refused, failed) once all have ended."""
+        self.task.cancel()
+        await asyncio.gather(*self.tasks)
+        return len(self.tasks), self.refused, len(self.failed) - self.refused
+
+
+class UpgradedGateway(GatewayProcess):
+    """A gateway that runs a copy of sollol.py, which can be replaced."""
+
+    @classmethod
+    def of(cls, stack, hosts, *flags):
+        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
+        (folder / "hosts.txt").write_text("\n".join(hosts), encoding="utf-8")
+        shutil.copy(sollol.__file__, folder / "sollol.py")
+        log = stack.enter_context((folder / "log").open("ab"))
+        argv = [sys.executable, str(folder / "sollol.py"), "--hosts", str(folder / "hosts.txt"), "--port", str(port)]
+        gateway = cls("SOLLOL", port, begin_process(stack, [*argv, *flags], log))
+        gateway.folder = folder
+        return gateway
+
+    def lines(self, event):
+        """Return the lines of the log about an event."""
+        return [line for line in self.log().splitlines() if f"event={event}" in line]
+
+    async def upgrade(self, patience_s=40.0):
+        """Send SIGUSR2; return the log's line of what came of it."""
+        before, deadline_s = len(self.lines("upgrade")), time.monotonic() + patience_s
+        self.process.send_signal(signal.SIGUSR2)
+        while len(self.lines("upgrade")) == before and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        return self.lines("upgrade")[-1] if len(self.lines("upgrade")) > before else "nothing"
+
+
+async def visit_whole(port, errand, complaints):
+    """Run an errand on a connection of its own; add a complaint unless its answer is whole."""
+    visitor = Visitor("127.0.0.1", port)
+    try:
+        answer, _ = await visitor.visit(errand)
+        how, text = verdict(errand, answer)
+        if how != "whole":
+            complaints.append(f"{errand.id}: {how} {text}")
+    except (Violation, OSError) as violation:
+        complaints.append(f"{errand.id}: {violation}")
+
+
+async def until_true(holds, patience_s=30.0):
+    """Wait until something holds. Raises BadArgument."""
+    deadline_s = time.monotonic() + patience_s
+    while not holds():
+        if time.monotonic() > deadline_s:
+            raise BadArgument("the gateway did not get so far")
+        await asyncio.sleep(0.02)
+
+
+async def run_upgrades(count, speed):
+    """Upgrade a busy gateway again and again, and reload nginx as often; return (rows of text, promises broken)."""
+    complaints, rows = [], [["", "upgrades", "new requests", "refused", "failed", "streams", "not whole",
+                             "most on a node"]]
+    slow = [await SimNode("rtx3060", loaded=("llama3.2",), slots=UPGRADE_SLOTS, speed=speed, seed=number).start()
+            for number in range(UPGRADE_NODES)]
+    fast = await SimNode("rtx4090", models=("mistral",), loaded=("mistral",), slots=4, speed=20).start()
+    with contextlib.ExitStack() as stack:
+        front = UpgradedGateway.of(stack, [f"{node.url} slots={node.engine.slots}" for node in (*slow, fast)])
+        await front.ready(len(slow) + 1)
+        streams = []
+        for number in range(UPGRADE_NODES * UPGRADE_SLOTS + UPGRADE_WAITING):
+            errand = Errand(number, 0.0, "old", "/api/chat", "llama3.2:latest", True, 50, 200 + 3 * number,
+                            priority=1 + number % 10)
+            streams.append(asyncio.create_task(visit_whole(front.port, errand, complaints)))
+        await until_true(lambda: sum(node.in_flight for node in slow) == UPGRADE_NODES * UPGRADE_SLOTS)
+        arrivals = Arrivals(front.port)
+        for _ in range(count):
+            await asyncio.sleep(UPGRADE_GAP_S)
+            line = await front.upgrade()
+            if "pid=" not in line:
+                complaints.append(line)
+        good = (front.folder / "sollol.py").read_text(encoding="utf-8")
+        (front.folder / "sollol.py").write_text(good + BAD_VERSION, encoding="utf-8")
+        before = len(front.log().splitlines())
+        refusal = await front.upgrade()
+        if "SyntaxError" not in refusal or len(front.lines("upgrade")) != count + 1:
+            complaints.append(f"a bad version: {refusal}, {front.log().splitlines()[before:]}")
+        ended = sum(task.done() for task in streams)
+        await asyncio.gather(*streams)
+        asked, refused, failed = await arrivals.end()
+        most = max(node.max_in_flight for node in slow)
+        rows.append(["SOLLOL", *map(str, (count, asked, refused, failed, len(streams), len(complaints),
+                                          f"{most} of {UPGRADE_SLOTS}"))])
+        say(f"{ended} of {len(streams)} streams had ended after the last upgrade")
+        complaints += arrivals.failed[:5] + await front.end()
+        if most > UPGRADE_SLOTS:
+            complaints.append(f"a node got {most} requests for {UPGRADE_SLOTS} slots")
+        if complaints:
+            keep = pathlib.Path(tempfile.gettempdir(), "sollol-upgrades.log")
+            keep.write_text(front.log(), encoding="utf-8")
+            complaints.append(f"the gateway's log: {keep}")
+        rows += await reload_nginx(stack, count, fast)
+    for node in (*slow, fast):
+        await node.stop()
+    return rows, complaints
+
+
+async def reload_nginx(stack, count, node):
+    """Reload nginx in front of a node so many times; return a row of text, none if it is not installed."""
+    config = NGINX_CONF.replace("master_process off; ", "")
+    nginx = proxy_process(stack, "nginx", ["nginx", "-c"], config, node)
+    if nginx is None:
+        return []
+    stack.callback(nginx.process.terminate)     # its workers end with it
+    await first_answer_s(nginx)
+    arrivals = Arrivals(nginx.port)
+    for _ in range(count):
+        await asyncio.sleep(UPGRADE_GAP_S)
+        nginx.process.send_signal(signal.SIGHUP)
+    await asyncio.sleep(UPGRADE_GAP_S)
+    return [["nginx -s reload", str(count), *map(str, await arrivals.end()), "", "", ""]]
+
+
+def upgrades_held(count, speed):
+    """Print what upgrades cost; return whether every promise was kept."""
+    rows, complaints = run_quick(run_upgrades(count, speed))
+    print(aligned(rows), *complaints, sep="\n", flush=True)
+    return not complaints
+
+
 HALF_HEADS, SLOW_READERS = 300, 200
 HALF_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nX-Filler: "
 BYTE_GAP_S, SIP_GAP_S, SIP_BYTES = 0.5, 1.0, 1024
@@ -7044,6 +7208,10 @@ def other_commands(command: Callable[..., Callable[..., argparse.Action]]) -> No
     add = command("kills", lambda options: int(not kills_held(options.span_s, options.seed)), "SIGKILL to one node "
                   "process after the other: exit status 1 if a request is lost that must not be", "--seed")
     add("span_s", nargs="?", type=positive, default=60.0, metavar="S", help="seconds (%(default)g)")
+    add = command("upgrades", lambda options: int(not upgrades_held(options.count, options.speed)), "SIGUSR2 to a busy "
+                  "gateway, again and again: exit status 1 if a request is lost; beside nginx's reload")
+    add("count", default=5, help="upgrades (%(default)s)", **COUNT)
+    add("--speed", type=positive, default=0.3, metavar="X", help="of the slow nodes (%(default)g)")
     add = command("siege", lambda options: int(not siege_held(options.span_s, options.rounds, options.seed)), "clients "
                   "that never finish their head, slow readers, and worse: what do others notice?", "--seed", "--rounds")
     add("span_s", nargs="?", type=positive, default=12.0, metavar="S", help="seconds of a slice (%(default)g)")

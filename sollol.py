@@ -25,7 +25,7 @@ Runs on the Python 3.11+ standard library; uvloop is used when it can be importe
     Dispatcher.release                      the slot is free, for the next ticket                Dispatcher
 
 What follows is around that: going on with a broken stream, requests without a slot, changes on many nodes, probes,
-statistics, files, the life of the server, the command line and, last, the page of the dashboard.
+statistics, files, upgrades, the life of the server, the command line and, last, the page of the dashboard.
 
 Decisions are pure: they are told `now` (seconds of the running loop's clock), and touch no socket and no clock. They
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
@@ -74,12 +74,15 @@ import socket
 import ssl
 import stat
 import struct
+import subprocess
 import tempfile
 import termios
 import threading
 import time
+import types
 import urllib.parse
-from collections.abc import Awaitable, Callable, Container, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (Awaitable, Callable, Container, Coroutine, Generator, Iterable, Iterator, Mapping,
+                             MutableMapping, Sequence)
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -339,7 +342,7 @@ class Listener:
 
     def __init__(self, gateway: Gateway, tls: ssl.SSLContext | None) -> None:
         self.gateway, self.options, self.loop, self.tls = gateway, gateway.options, gateway.loop, tls
-        self.server: asyncio.Server | None = None
+        self.servers: list[asyncio.Server] = []
         self.address: Server | None = None          # that it listens on
         self.clients: set[ClientConnection] = set()
         self.strangers: collections.Counter[str] = collections.Counter()    # address: connections that gave no key
@@ -349,10 +352,17 @@ class Listener:
         self.exhausted_s = -math.inf        # when a lack of descriptors was logged last
 
     async def start(self) -> None:
-        """Listen. Raises OSError if the port cannot be had."""
-        self.server = await asyncio.start_server(self.accept, self.options.bind, self.options.port, backlog=1024,
-                                                 start_serving=True)
-        self.address = self.server.sockets[0].getsockname()[:2]
+        """Listen, on the sockets that were inherited if there are any. Raises OSError if the port cannot be had."""
+        start = functools.partial(asyncio.start_server, self.accept, backlog=1024)
+        if self.options.inherited.sockets:
+            self.servers = [await start(sock=inherited) for inherited in self.options.inherited.sockets]
+        else:
+            self.servers = [await start(self.options.bind, self.options.port)]
+        self.address = self.servers[0].sockets[0].getsockname()[:2]
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of the listening sockets."""
+        return [listening.fileno() for server in self.servers for listening in server.sockets]
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a new connection over from asyncio's streams: the ClientConnection gets every byte from here on."""
@@ -423,18 +433,21 @@ class Listener:
         for client in list(self.clients):
             client.expire(now)
 
+    def close(self) -> None:
+        """Stop listening."""
+        for server in self.servers:
+            server.close()
+
     def drain(self) -> None:
         """Stop listening, and close the connections on which no request is under way."""
-        if self.server:
-            self.server.close()
+        self.close()
         for client in list(self.clients):
             if not client.asking and not client.buffer:
-                client.transport.close()
+                client.end_idle()
 
     def abort(self) -> list[asyncio.Task[None]]:
         """Stop listening and cut every connection; return the tasks that served them."""
-        if self.server:
-            self.server.close()
+        self.close()
         tasks = [client.task for client in self.clients if client.task]
         for client in list(self.clients):
             client.transport.abort()
@@ -770,6 +783,13 @@ class ClientConnection(asyncio.Protocol):
             if self.sink is not None:
                 self.sink.expire()
             self.wake()
+
+    def end_idle(self) -> None:
+        """Close a connection on which no request is under way, as `close` does: its client may be sending one."""
+        if self.waiter is None:     # its task has not begun to read
+            self.transport.close()
+        self.overdue = True
+        self.wake()
 
     def write(self, data: bytes) -> None:
         if not self.gone:
@@ -1156,7 +1176,7 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
             await client.drained()
             if client.buffer:       # it asks ahead: others come in between
                 await gateway.turns.take()
-            if not exchange.keep or gateway.draining or client.gone:
+            if not exchange.keep or gateway.is_ending or client.gone:
                 return
     except Refusal as refusal:      # no head, or none that can be read
         refuse_unread(gateway, client, refusal)
@@ -3370,6 +3390,7 @@ class Lease:
     charged: bool = False           # its client was charged for what it has really cost
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
+    elsewhere: bool = False         # another process of the gateway runs it: see "Upgrade"
     abandon: Callable[[Failure], object] | None = None      # tells the I/O side that another node does this
     lost_to: Failure | None = None  # set if a rival won before this lease had a connection to abort
     held_up: Callable[[], bool] | None = None   # tells whether the answer waits for its client to read
@@ -3522,6 +3543,22 @@ def end_loading(lease: Lease, load_s: float | None, now: float) -> None:
     lease.node.changes.note_all()
     if not lease.released:
         lease.end(now)
+
+
+def lease_elsewhere(runner: Runner, ticket: Ticket, now: float) -> Lease:
+    """Return the lease of a request that another process of the gateway runs: here it only takes its slot."""
+    node = runner.node
+    lease = Lease(ticket, node, runner, now, "runs in another process of this gateway", heard_s=now, watched_s=now,
+                  elsewhere=True)
+    if node.measuring is not None:
+        node.measuring.give_way(now)
+    node.advance(now)
+    lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
+    runner.begin(lease, now)
+    if not node.leases:
+        node.heard_s = now
+    node.leases.append(lease)
+    return lease
 
 
 # -----------------------------------------------------------------------------
@@ -5996,6 +6033,10 @@ class WaitingRoom:
         ticket.state, ticket.refusal = TicketState.REFUSED, refusal
         return ticket
 
+    def first_key_s(self) -> float | None:
+        """Return the key of the ticket that is next, of whichever model; None if none waits."""
+        return min((entry[0] for model in list(self.heaps) if (entry := self.first(model))), default=None)
+
     def leave(self, ticket: Ticket) -> bool:
         """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
         if ticket.state is TicketState.LEFT:
@@ -6259,7 +6300,7 @@ class Dispatcher:
         cluster.leaving = [node for node in cluster.leaving if node.leases]
         nodes = (*cluster.nodes.values(), *cluster.leaving)
         leases = [lease for node in nodes for lease in node.leases
-                  if lease.runner and not (lease.measures or self.policy.binds_early)]
+                  if lease.runner and not (lease.measures or lease.elsewhere or self.policy.binds_early)]
         for lease in leases:
             if is_overdue(lease, now):
                 lease.node.doubt(now)
@@ -7047,10 +7088,16 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
 
 
 def pump(gateway: Gateway) -> None:
-    """Let the dispatcher assign tickets to nodes, and wake the requests that it decided on."""
-    leases, refused = gateway.dispatcher.dispatch(gateway.loop.time())
-    if leases or refused:
-        wake([*(lease.ticket for lease in leases), *refused])
+    """Let the dispatcher assign tickets to nodes, and wake the requests that it decided on.
+
+    If another process of this gateway works on the same nodes, only once this one may, and with word to that one.
+    """
+    now = gateway.loop.time()
+    if gateway.upgrade.may_give_slots(now):
+        leases, refused = gateway.dispatcher.dispatch(now)
+        if leases or refused:
+            wake([*(lease.ticket for lease in leases), *refused])
+    gateway.upgrade.spread()
 
 
 def wake(tickets: Iterable[Ticket]) -> None:
@@ -8371,7 +8418,7 @@ def error_body(family: Family, status: int, text: str) -> bytes:
 
 def connection_lines(exchange: Exchange) -> list[bytes]:
     """Return the raw line, if one is needed, that tells the client whether its connection stays open."""
-    if not exchange.keep:
+    if not exchange.keep or exchange.gateway.is_ending:
         return [b"Connection: close"]
     return [b"Connection: keep-alive"] if exchange.head.version == 0 else []
 
@@ -9491,7 +9538,7 @@ async def serve_events(exchange: Exchange) -> None:
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
              b"Connection: close", *record.cors]
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
-    while not gateway.draining:
+    while not (gateway.draining or gateway.retired):
         if not client.write_paused:     # one that does not read misses some
             state = gateway.telemetry.snapshot(exchange.verdict.models)
             client.write(b"data: " + (gateway.telemetry.with_people(state) if sees_all else state) + b"\n\n")
@@ -9909,19 +9956,23 @@ STEP_VALUES = 500                   # of one step, the latest: enough for a P95
 
 
 def answer_health(gateway: Gateway) -> OwnAnswer:
-    """Answer /api/health: 200 while at least one node is alive, or asleep; one that answers only errors is not counted
-    as up."""
+    """Answer /api/health: 200 while at least one node is alive, or asleep, and the gateway is to go on.
+
+    A node that answers only errors is not counted as up.
+    """
     now, nodes = gateway.loop.time(), gateway.dispatcher.cluster.nodes.values()
     alive = [node for node in nodes if node.is_alive(now)]
     up = sum(1 for node in alive if not node.error_share.is_all(now))
     draining, down = sum(node.draining for node in nodes), sum(not node.is_reachable(now) for node in nodes)
     ready = bool(alive) or any(can_wake(node, now) for node in nodes)
     status = "down" if not ready else "ok" if up == len(nodes) else "degraded"
+    if gateway.leaving:
+        status = "draining"
     return json_answer({
         "status": status, "service": "SOLLOL", "version": __version__, "uptime_s": round(now - gateway.started_s, 3),
-        "draining": gateway.draining, "nodes": {"up": up, "draining": draining, "down": down, "total": len(nodes)},
+        "draining": gateway.leaving, "nodes": {"up": up, "draining": draining, "down": down, "total": len(nodes)},
         "queued": len(gateway.dispatcher.waiting),
-        "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if ready else 503)
+        "inflight": gateway.dispatcher.cluster.in_flight()}, 200 if ready and not gateway.leaving else 503)
 
 
 def percentile(ordered: list[float], share: float) -> float | None:
@@ -10015,7 +10066,7 @@ def answer_stats(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.metrics.outcomes()
     return json_answer({
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
-        "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.draining,
+        "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.leaving,
         "nodes": [node_stats(node, now, models) | {"outcomes": outcomes[node.name]}
                   for node in dispatcher.cluster.nodes.values()],
         "queue": queue_stats(dispatcher, now, models),
@@ -10245,7 +10296,12 @@ class Telemetry:
         person = record.key, record.user or ("" if record.key else record.client)
         model = record.model if record.model in self.gateway.dispatcher.cluster.holders else record.model and OTHER
         for node, use in uses_of(record).items():
-            self.usage.note(day, person, model, node, use)
+            self.note_use(day, (person, model, node), use)
+
+    def note_use(self, day: str, name: RowName, use: Use) -> None:
+        """Count what a request used on one node, here and in the process that keeps the file, if that is another."""
+        self.usage.note(day, *name, use)
+        self.gateway.upgrade.note_use(day, name, use)
 
     def snapshot(self, models: ModelSet = EVERY_MODEL) -> bytes:
         """Return what dashboards show, as JSON; made once for all that look and see the same models, however many."""
@@ -10323,6 +10379,10 @@ class LogWriter(logging.Handler):
         if self.taken_bytes - self.written_bytes + len(data) > MAX_LOG_BYTES:
             self.lost_lines += data.count(b"\n")
             return
+        self.queue_lines(data)
+
+    def queue_lines(self, data: bytes) -> None:
+        """Let lines be written."""
         self.taken_bytes += len(data)
         self.queue.put(data)
 
@@ -10447,7 +10507,7 @@ def dashboard_state(gateway: Gateway, seen: ModelSet) -> Json:
     tokens: collections.Counter[str] = sum((step.tokens for step in recent), collections.Counter())
     first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
     return {
-        "version": f"version {__version__}", "policy": options.policy, "draining": gateway.draining,
+        "version": f"version {__version__}", "policy": options.policy, "draining": gateway.leaving,
         "uptime_s": round(now - gateway.started_s), "per_min": sum(step.requests for step in recent),
         "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
         "nodes": [node_state(node, now, tokens[node.name], seen) for node in dispatcher.cluster.nodes.values()],
@@ -10746,15 +10806,16 @@ class NodeIO:
     def sweep(self, now: float) -> None:
         """Log what has become of nodes, measure, load and wake those that need it, and close connections that have been
         idle long."""
-        for wanted in () if self.gateway.draining else wanted_loads(self.dispatcher, now):
-            self.begin_job(wanted.runner.node, load_wanted)
+        if not (self.gateway.leaving or self.gateway.retired):      # else another process does it
+            for wanted in wanted_loads(self.dispatcher, now):
+                self.begin_job(wanted.runner.node, load_wanted)
         for node in nodes_to_wake(self.dispatcher, now):
             self.begin_job(node, wake_up)
         for node in self.dispatcher.cluster.nodes.values():
             self.log_state(node)
             if node.wishes:
                 warn_of_missing(node)
-            if not node.may_measure(now):
+            if self.gateway.retired or not node.may_measure(now):
                 continue
             if node.suspect or node.speed < 0.7:
                 self.begin_job(node, check)
@@ -11528,7 +11589,7 @@ class Sources:
         self.lines: list[NodeSettings] = []         # as written
         self.dns: Addresses = {}
         self.unresolved: set[str] = set()           # names for which DNS failed last
-        self.scanned: Scanned = {}
+        self.scanned: Scanned = dict(self.options.inherited.scanned)
         self.tasks: dict[str, asyncio.Task[None]] = {}          # by name, or SCAN
 
     def configure(self, lines: list[NodeSettings]) -> None:
@@ -11906,6 +11967,8 @@ class Files:
         if self.state and self.usage:
             self.state.read(gateway.dispatcher)
             self.usage.read(gateway.telemetry.usage)
+        if self.options.inherited.learned:
+            gateway.dispatcher.cluster.remember(self.options.inherited.learned)
 
     def stamps(self) -> list[tuple[int, int, int] | None]:
         """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
@@ -11954,7 +12017,8 @@ class Files:
         if former == self.before and any(       # unchanged for SWEEP_S: nobody is writing
                 stamp not in (None, seen) for stamp, seen in zip(former, self.seen, strict=True)):
             self.reload()
-        if now - self.saved_s >= STATE_S and (self.saving is None or self.saving.done()):
+        is_saving = self.saving is not None and not self.saving.done()
+        if now - self.saved_s >= STATE_S and not is_saving and self.gateway.upgrade.task is None:
             self.saved_s = now
             self.saving = self.loop.create_task(self.save())
 
@@ -11973,6 +12037,20 @@ class Files:
         """Save at the next sweep: what was ordered is to survive a crash, too."""
         self.saved_s = -math.inf
 
+    async def save_usage(self) -> None:
+        """Save what was used up to this moment, for a new process to read; see Upgrade.note_use."""
+        if self.saving:
+            await asyncio.wait([self.saving])
+        if self.usage:
+            usage = self.gateway.telemetry.usage
+            pieces = at_once(usage.pieces())
+            self.gateway.upgrade.uses.clear()
+            await self.loop.run_in_executor(None, self.usage.write, pieces, usage.noted)
+
+    def hand_over(self) -> None:
+        """Write no file any more: another process does."""
+        self.state = self.usage = None
+
     async def close(self) -> None:
         """Save what was learned and used for the last time."""
         if self.saving:
@@ -11982,6 +12060,608 @@ class Files:
             usage = self.gateway.telemetry.usage
             if usage.noted != self.usage.noted:
                 self.usage.write(at_once(usage.pieces()), usage.noted)
+
+
+# -----------------------------------------------------------------------------
+# Upgrade: how does a new process take over?
+#
+# SIGUSR2 starts the program that is on disk, with the same arguments. A socket pair joins the two processes; each
+# message is a line of JSON, an object with some of these fields:
+#
+#   hello       to the new one, with the listening sockets and standard error: what was learned
+#   ready       to the old one: files are read, nodes looked at
+#   go          to the new one, which accepts from then on, while the old one finishes what it has: orders to nodes
+#   running     both ways: requests that have begun on nodes, or how far they are; `ended`: which have ended
+#   first_key_s both ways: the key of the ticket that is next, if one waits
+#   want, turn  both ways: may I give slots? You may
+#   used        to the new one, which keeps the usage file: what requests have used since it was saved for it
+#
+# What runs elsewhere is a lease here: its slot is taken, and predictions count it. Only who has the turn gives slots,
+# and passes it on with all that it knows, so no slot is given twice. When several upgrades follow each other, the
+# processes form a chain; each tells its neighbours of the others, and knows which way the turn is (Raymond 1989).
+# -----------------------------------------------------------------------------
+
+UPGRADE_S = 30.0                    # time that a new process has to get ready
+TURN_S = 2.0                        # who does not pass the turn on for so long hangs: slots are given without it
+CLOSE_S = 1.0                       # for the last words to a process that does not read
+MOST_UNSENT_BYTES = 16 * MIB        # to a process that does not read: then it hangs
+MOST_SOCKETS = 16                   # that a supervisor may pass
+FIRST_PASSED = 3                    # SD_LISTEN_FDS_START
+PREDECESSOR = "SOLLOL_PREDECESSOR"  # the variable that tells a new process its end of the socket pair
+LATER = (signal.SIGHUP, signal.SIGUSR2)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, *LATER)
+SET_SUBREAPER = 36                  # PR_SET_CHILD_SUBREAPER of prctl(2)
+
+
+class Inherited(NamedTuple):
+    """What a process got at its start, from the one before it or from a supervisor."""
+
+    sockets: Sequence[socket.socket] = ()   # that listen
+    channel: socket.socket | None = None    # to the process before; None: there is none
+    stderr: int = 2                 # the descriptor of the log, from the moment at which it takes over
+    learned: Json | None = None     # see Cluster.learned
+    scanned: Mapping[Server, int] = types.MappingProxyType({})      # see Sources.scanned
+    lifeline: int | None = None     # a pipe that ends with the first process of all, if that waits for the others
+
+
+def listening(descriptor: int) -> socket.socket:
+    """Return the socket behind a descriptor. Raises ConfigError if it is none that listens for TCP."""
+    try:
+        passed = socket.socket(fileno=descriptor)
+        if passed.family in (socket.AF_INET, socket.AF_INET6) and passed.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            passed.set_inheritable(False)
+            return passed
+        passed.detach()
+    except OSError:
+        pass
+    raise ConfigError(f"LISTEN_FDS: descriptor {descriptor} is no socket that listens for TCP")
+
+
+def passed_sockets(environ: MutableMapping[str, str], pid: int) -> list[socket.socket]:
+    """Return the sockets that a supervisor has opened for this process; see sd_listen_fds(3). Raises ConfigError.
+
+    What told of them is taken out of the environment: it is not meant for a successor.
+    """
+    told_pid, count, _ = (environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if told_pid != str(pid):
+        return []
+    if not count.isdecimal() or int(count) > MOST_SOCKETS:
+        raise ConfigError(f"LISTEN_FDS: {count[:99]!r} is no number up to {MOST_SOCKETS}")
+    return [listening(FIRST_PASSED + number) for number in range(int(count))]
+
+
+def inherit(number: str) -> Inherited:
+    """Return what the process before hands over through its descriptor. Raises ConfigError if it has gone."""
+    try:
+        channel = socket.socket(fileno=int(number))
+        channel.set_inheritable(False)
+        channel.settimeout(UPGRADE_S)
+        _, (stderr, *descriptors), _, _ = socket.recv_fds(channel, 1, 2 + MOST_SOCKETS)
+        text = bytearray()
+        while not text.endswith(b"\n") and (piece := channel.recv(READ_AHEAD_BYTES)):
+            text += piece
+        hello = json.loads(text)["hello"]
+        learned = parse_state(json.dumps(hello["state"]).encode())
+        scanned = {(address, port): missed for address, port, missed in hello["scanned"]}
+        lifeline = descriptors.pop() if hello["is_waited_for"] else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{PREDECESSOR}: the process before says nothing of use: {error!r}") from None
+    return Inherited([listening(descriptor) for descriptor in descriptors], channel, stderr, learned, scanned,
+                     lifeline)
+
+
+def start_folder() -> str:
+    """Return the folder that the program was started in, by the name that was used: a link may lead elsewhere later."""
+    named, real = os.environ.get("PWD", ""), os.getcwd()
+    with contextlib.suppress(OSError):
+        if os.path.isabs(named) and os.path.samefile(named, real):
+            return named
+    return real
+
+
+def unnamed_file() -> int:
+    """Return the descriptor of a file that has no name. Raises OSError."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.memfd_create("sollol-start")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def last_words(descriptor: int) -> str:
+    """Return the last line of a file that is not empty, for the log; of a traceback, with the place before it."""
+    size = os.fstat(descriptor).st_size
+    text = os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace").strip()
+    places = re.findall(r'(?m)^ *File "(?:.*/)?(.+)", line (\d+)', text)
+    return text.rpartition("\n")[2][:500] + "".join(f" ({file}:{line})" for file, line in places[-1:])
+
+
+def take_stderr(descriptor: int, style: str, level: str) -> None:
+    """Make a descriptor standard error, and log there what went to another file so far."""
+    for handler in LOG.handlers:
+        handler.close()             # which writes what it has
+    text = os.pread(2, os.fstat(2).st_size, 0)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    start_log(style, level)
+    for handler in LOG.handlers:
+        if isinstance(handler, LogWriter):
+            handler.queue_lines(text)
+
+
+def become_reaper() -> bool:
+    """Let this process be the parent of those whose parent ends, of all that come from it; tell whether that worked."""
+    if os.getpid() == 1:
+        return True
+    with contextlib.suppress(ImportError, OSError, AttributeError):     # only Linux has this call
+        import ctypes
+        return bool(ctypes.CDLL(None).prctl(SET_SUBREAPER, 1, 0, 0, 0) == 0)
+    return False
+
+
+def outlive(heir: int) -> int:
+    """Wait until no process that came from this one is left, and pass signals on to them. Return an exit status.
+
+    That is the first one that is not 0, as all but the last process end with 0. A supervisor or a shell that knows
+    this process only, a container of which it is process 1, see one program that goes on.
+    """
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(heir, number)
+
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    status = 0
+    while True:
+        try:
+            _, ended = os.wait()
+        except ChildProcessError:
+            return status
+        code = os.waitstatus_to_exitcode(ended)
+        status = status or (code if code >= 0 else 128 - code)
+
+
+def row_of(lease: Lease) -> Json:
+    """Return what another process must know of a lease that takes a slot."""
+    spec = lease.ticket.spec
+    return {"id": lease.ticket.id, "server": server_of(lease.node.settings), "model": spec.model or lease.slot.model,
+            "stream": spec.stream, "embeds": spec.embeds, "sent_s": lease.sent_s,
+            "predicted_end_s": lease.predicted_end_s, "prompt_tokens": lease.prompt_tokens,
+            "new_tokens": lease.new_tokens, "output_tokens": lease.output_tokens,
+            "begun": lease.first_s is not None, "lines": lease.lines}
+
+
+class SharedSlots:
+    """What two processes tell each other of the requests that they run on the same nodes."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher, self.cluster = dispatcher, dispatcher.cluster
+        self.numbers = itertools.count()
+        self.told: dict[Lease, tuple[int, int]] = {}    # (its number, lines) of those that the other one knows
+        self.leases: dict[int, Lease] = {}      # what the other one runs, by its numbers
+        self.first_key_s: float | None = None   # of what waits there
+        self.told_key_s: float | None = None    # of what waits here
+
+    def running(self) -> list[Lease]:
+        """Return the leases that the other process has to be told of."""
+        theirs = set(self.leases.values())
+        return [lease for node in (*self.cluster.nodes.values(), *self.cluster.leaving) for runner in node.busy
+                for lease in runner.leases if lease not in theirs]
+
+    def news(self, first_key_s: float | None, progress: bool = False) -> Json:
+        """Return what the other one does not know; {} if it knows everything. `progress`: that of streams, too."""
+        running = self.running()
+        new = [lease for lease in running
+               if lease not in self.told or progress and self.told[lease][1] != lease.lines]
+        ended = [self.told.pop(lease)[0] for lease in self.told.keys() - set(running)]
+        for lease in new:
+            number = self.told[lease][0] if lease in self.told else next(self.numbers)
+            self.told[lease] = number, lease.lines
+        news: Json = {"running": [(self.told[lease][0], row_of(lease)) for lease in new], "ended": ended}
+        news = {name: changes for name, changes in news.items() if changes}
+        if first_key_s != self.told_key_s:
+            news["first_key_s"] = self.told_key_s = first_key_s
+        return news
+
+    def take(self, news: Json, now: float) -> bool:
+        """Take over the other one's news; tell whether a slot has become free or was taken."""
+        self.first_key_s = news.get("first_key_s", self.first_key_s)
+        for number, row in news.get("running", ()):
+            lease = self.leases.get(number) or self.begin(number, row, now)
+            if lease is not None:
+                lease.lines = row["lines"]
+                if row["begun"] and lease.first_s is None:
+                    lease.first_s = lease.heard_s = now
+        for number in news.get("ended", ()):
+            if number in self.leases:
+                self.leases.pop(number).end(now)
+        return "running" in news or "ended" in news
+
+    def begin(self, number: int, row: Json, now: float) -> Lease | None:
+        """Note a request that the other one runs; None if its node is unknown here."""
+        node = next((node for node in self.cluster.nodes.values()
+                     if list(server_of(node.settings)) == row["server"]), None)
+        if node is None:
+            return None
+        spec = RequestSpec(Family.OLLAMA, row["model"], stream=row["stream"], embeds=row["embeds"])
+        ticket = self.dispatcher.waiting.unqueued(row["id"], spec, now)
+        lease = self.leases[number] = lease_elsewhere(node.runner_for(row["model"]), ticket, now)
+        for name in ("sent_s", "predicted_end_s", "prompt_tokens", "new_tokens", "output_tokens"):
+            setattr(lease, name, row[name])
+        return lease
+
+    def end(self, now: float) -> None:
+        """Note that the other process has ended, and all that it ran."""
+        self.first_key_s = None
+        for lease in self.leases.values():
+            lease.end(now)
+        self.leases.clear()
+
+
+class Peer(asyncio.Protocol):
+    """The other end of a socket pair: the process before this one, or the one after it."""
+
+    def __init__(self, upgrade: Upgrade, slots: SharedSlots) -> None:
+        self.upgrade, self.slots = upgrade, slots
+        self.buffer = bytearray()
+        self.transport: asyncio.Transport
+        self.agreed: asyncio.Future[Json] = upgrade.loop.create_future()    # its `ready` or `go`; {} if it has gone
+
+    async def connect(self, channel: socket.socket) -> None:
+        """Talk over one end of a socket pair from now on."""
+        channel.setblocking(False)
+        await self.upgrade.loop.create_unix_connection(lambda: self, sock=channel)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:    # type: ignore[override]  # of a socket
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if b"\n" not in data:
+            return
+        *lines, rest = self.buffer.split(b"\n")
+        self.buffer = rest
+        try:
+            for line in lines:
+                self.upgrade.hear(self, json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            LOG.exception({"event": "upgrade"})
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.agree({})
+        self.upgrade.lost(self)
+
+    def agree(self, answer: Json) -> None:
+        if not self.agreed.done():
+            self.agreed.set_result(answer)
+
+    def tell(self, message: Json) -> None:
+        self.transport.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        if self.transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
+            self.transport.abort()
+
+
+class Turn:
+    """Which way is the right to give slots, and who wants it? `None` is this process."""
+
+    def __init__(self) -> None:
+        self.at: Peer | None = None
+        self.asked_s: float | None = None       # when that peer was asked for it
+        self.wanted: list[Peer | None] = []     # by whom, the first one first
+
+    def is_here(self, now: float) -> bool:
+        """Tell whether this process has it; it is taken from one that hangs."""
+        if self.asked_s is not None and now - self.asked_s > TURN_S:
+            self.come()
+        return self.at is None
+
+    def want(self, who: Peer | None, now: float) -> Peer | None:
+        """Note who wants it, while it is elsewhere; return whom to ask for it, None if that was done before."""
+        if who not in self.wanted:
+            self.wanted.append(who)
+        if self.asked_s is not None:
+            return None
+        self.asked_s = now
+        return self.at
+
+    def come(self) -> None:
+        """Note that it has come here."""
+        self.at = self.asked_s = None
+
+    def next(self) -> Peer | None:
+        """Return the peer that wants it next, once this process has used it; None if none does."""
+        self.wanted = [who for who in self.wanted if who is not None]
+        return self.wanted.pop(0) if self.wanted else None
+
+    def leave(self, peer: Peer, now: float) -> bool:
+        """Note that it goes to a peer; tell whether that is asked to give it back."""
+        self.at, self.asked_s = peer, now if self.wanted else None
+        return bool(self.wanted)
+
+    def forget(self, peer: Peer) -> None:
+        """Note that a process has ended, perhaps with the turn."""
+        self.wanted = [who for who in self.wanted if who is not peer]
+        if self.at is peer:
+            self.come()
+
+
+class Upgrade:
+    """The processes before and after this one: start, ready, go, and the slots that each uses meanwhile."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.loop, self.dispatcher = gateway, gateway.loop, gateway.dispatcher
+        self.inherited: Inherited = gateway.options.inherited
+        self.folder = start_folder()
+        self.predecessor: Peer | None = None    # that still works
+        self.successor: Peer | None = None      # the same
+        self.turn, self.yields = Turn(), True
+        self.task: asyncio.Task[None] | None = None     # an upgrade that is under way
+        self.lifeline, self.life = self.inherited.lifeline, -1      # the pipe's other end is open in the first process
+        self.uses: list[Json] = []  # since the usage file was saved for a new process
+        self.heir = 0               # the process that has taken over
+        self.outlives = False       # this process waits for the end of that
+
+    @property
+    def patience_s(self) -> float:
+        """For how long the start waits for nodes: longer while another process serves the clients."""
+        return 0.5 if self.inherited.channel is None else UPGRADE_S / 6
+
+    @property
+    def peers(self) -> list[Peer]:
+        return [peer for peer in (self.predecessor, self.successor) if peer is not None]
+
+    # The old process.
+
+    def begin(self) -> None:
+        """Start the program that is on disk, to take over; one that was taken over from does nothing.
+
+        A handler of SIGUSR2, which comes to all processes of the gateway.
+        """
+        if self.gateway.retired:
+            return
+        is_new = self.predecessor is not None and not self.predecessor.agreed.done()
+        refusal = ("the simulated nodes of --demo are in this process" if self.gateway.options.demo
+                   else "another upgrade is under way" if is_new or self.task is not None
+                   else "this process ends" if self.gateway.leaving else "")
+        if refusal:
+            LOG.warning({"event": "upgrade", "refused": refusal})
+        else:
+            self.task = self.loop.create_task(self.run())
+
+    def withdraw(self) -> None:
+        """End an upgrade that is under way: this process is to end, and not to go on as another one."""
+        if self.task is not None and not self.heir:
+            self.task.cancel()
+
+    async def run(self) -> None:
+        """Hand over to a new process once it is ready; log why not, if it does not come up."""
+        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={int(self.loop.time() * 1e6)}")
+        why = "this process ends"       # if it is cancelled
+        try:
+            why = await self.try_program()
+        except TimeoutError:
+            why = f"it was not ready within {UPGRADE_S:g} s"
+        except OSError as error:
+            why = str(error)
+        finally:
+            self.task = None
+            if not self.heir:
+                tell_systemd("READY=1")
+                LOG.error({"event": "upgrade", "refused": why})
+
+    async def try_program(self) -> str:
+        """Start the program and hand over to it; return why not, or "". Raises TimeoutError, OSError."""
+        peer = Peer(self, SharedSlots(self.dispatcher))
+        output = unnamed_file()
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            await self.gateway.files.save_usage()
+            ours, theirs = socket.socketpair()
+            await peer.connect(ours)
+            with theirs:
+                process = self.start_program(theirs, output)
+            async with asyncio.timeout(UPGRADE_S):
+                self.greet(peer, ours)
+                if await peer.agreed:
+                    self.hand_over(peer, process.pid)
+                    return ""
+            process.kill()          # it has ended, or closed its end of the socket pair
+            status = await self.loop.run_in_executor(None, process.wait)
+            return last_words(output) or f"it ended with status {status}"
+        finally:
+            os.close(output)
+            if process is not None and not self.heir:
+                peer.transport.abort()
+                process.kill()
+                self.loop.run_in_executor(None, process.wait)
+
+    def start_program(self, channel: socket.socket, output: int) -> subprocess.Popen[bytes]:
+        """Start the program as this one was started, with its standard error in a file for now. Raises OSError.
+
+        Without systemd, which is told, nobody can know that another process is the gateway: then this one stays as its
+        parent; so does process 1, as its end is that of its container. So that signals can be passed on to all that
+        come after it, they have a process group. Those that end nothing are blocked there until they can be taken.
+        """
+        is_first = self.inherited.lifeline is None and (os.getpid() == 1 or not os.environ.get("NOTIFY_SOCKET"))
+        self.outlives = is_first
+        signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
+        try:
+            return subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]], cwd=self.folder, stderr=output, pass_fds=(channel.fileno(),),
+                env={**os.environ, PREDECESSOR: str(channel.fileno())}, process_group=0 if is_first else None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
+
+    def greet(self, peer: Peer, channel: socket.socket) -> None:
+        """Hand a new process what it needs to get ready. Raises OSError."""
+        if self.outlives and self.lifeline is None and become_reaper():
+            self.lifeline, self.life = os.pipe()
+        lifeline = [] if self.lifeline is None else [self.lifeline]
+        socket.send_fds(channel, [b" "], [2, *self.gateway.listener.descriptors(), *lifeline])
+        peer.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned()},
+                             "scanned": [(*server, missed) for server, missed in
+                                         self.gateway.sources.scanned.items()],
+                             "is_waited_for": bool(lifeline)}})
+
+    def hand_over(self, peer: Peer, pid: int) -> None:
+        """Let a process that is ready take over, and finish what is here."""
+        cluster, waiting = self.dispatcher.cluster, self.dispatcher.waiting
+        LOG.info({"event": "upgrade", "pid": pid, "running": cluster.in_flight(), "queued": len(waiting)})
+        self.heir, self.successor = pid, peer
+        tell_systemd("READY=1" if self.outlives else f"MAINPID={pid}\nREADY=1")
+        os.environ.pop("NOTIFY_SOCKET", None)       # from here on the other process speaks for the service
+        self.gateway.telemetry.tally()
+        orders = [(*server, draining) for server, draining in cluster.orders.items()]
+        peer.tell({"go": {"orders": orders}, "used": self.uses, **peer.slots.news(self.first_key_s(peer))})
+        self.gateway.retire()
+        if self.outlives:
+            for number in PASSED_ON:
+                self.loop.add_signal_handler(number, self.pass_on, number)
+
+    def pass_on(self, number: int) -> None:
+        """Pass a signal on to the processes after this one. One that ends them ends this one, too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.heir, number)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.gateway.drain()
+
+    # The new process.
+
+    async def take_over(self) -> None:
+        """Tell the process before that this one is ready, and wait until that hands over; without one, do nothing.
+
+        If that has gone meanwhile, its port is here.
+        """
+        if self.inherited.channel is None or self.gateway.leaving:
+            return
+        peer = Peer(self, SharedSlots(self.dispatcher))
+        await peer.connect(self.inherited.channel)
+        self.predecessor = self.turn.at = peer
+        peer.tell({"ready": __version__})
+        await peer.agreed
+        take_stderr(self.inherited.stderr, self.gateway.options.log_format, self.gateway.options.log_level)
+        if self.lifeline is not None:
+            self.loop.add_reader(self.lifeline, self.first_has_gone)
+
+    def first_has_gone(self) -> None:
+        """End as after SIGTERM: who was killed in place of all wanted that, and may start another one on this port."""
+        assert self.lifeline is not None
+        self.loop.remove_reader(self.lifeline)
+        LOG.warning({"event": "drain", "why": "the first process was killed"})
+        self.gateway.drain()
+
+    # Both.
+
+    def hear(self, peer: Peer, message: Json) -> None:
+        """Take in a message."""
+        now = self.loop.time()
+        if "go" in message:
+            orders = {(url, host): draining for url, host, draining in message["go"]["orders"]}
+            for node in self.dispatcher.cluster.nodes.values():
+                draining = orders.get(server_of(node.settings), node.draining)
+                if draining is not node.draining:
+                    self.dispatcher.drain(node, draining)
+        for row in message.get("used", ()):
+            self.gateway.telemetry.note_use(row["day"], *read_row(row["row"]))
+        if "go" in message or "ready" in message:
+            peer.agree(message)
+        changed = peer.slots.take(message, now)
+        if "turn" in message:
+            self.take_turn(peer, message["want"])
+        elif changed:
+            pump(self.gateway)
+        if "want" in message and "turn" not in message:
+            self.give_or_want(peer, now)
+
+    def lost(self, peer: Peer) -> None:
+        """Note that a process has ended."""
+        if peer in self.peers:
+            self.predecessor = None if self.predecessor is peer else self.predecessor
+            self.successor = None if self.successor is peer else self.successor
+            peer.slots.end(self.loop.time())
+            self.turn.forget(peer)
+            self.use_turn()
+
+    async def close(self) -> None:
+        """End the talk with other processes: nothing runs here any more. They get what was told last."""
+        if self.task is not None:
+            self.task.cancel()
+        for peer in self.peers:
+            peer.transport.close()
+        deadline_s = self.loop.time() + CLOSE_S
+        while self.peers and self.loop.time() < deadline_s:
+            await asyncio.sleep(0.005)
+
+    def note_use(self, day: str, name: RowName, use: Use) -> None:
+        """Tell the process that keeps the usage file what a request has used, or remember it for one that starts."""
+        (key, user), model, node = name
+        row = {"day": day, "row": [key, user, model, node, *use.values()]}
+        if self.successor is not None:
+            self.successor.tell({"used": [row]})
+        elif self.task is not None:
+            self.uses.append(row)
+
+    def first_key_s(self, peer: Peer) -> float | None:
+        """Return the key of the ticket that is next, in this process or behind it as seen from a peer."""
+        keys_s = [self.dispatcher.waiting.first_key_s(), *(other.slots.first_key_s for other in self.peers
+                                                           if other is not peer)]
+        return min((key_s for key_s in keys_s if key_s is not None), default=None)
+
+    def spread(self, progress: bool = False) -> None:
+        """Tell the other processes what has begun and ended here."""
+        for peer in self.peers:
+            news = peer.slots.news(self.first_key_s(peer), progress)
+            if news:
+                peer.tell(news)
+
+    def may_give_slots(self, now: float) -> bool:
+        """Tell whether this process may give slots to its tickets; if not, it asks for the turn.
+
+        Whoever has the turn lets one with an earlier ticket go first.
+        """
+        if not self.peers or not self.dispatcher.waiting.tickets:
+            return True
+        if not self.turn.is_here(now):
+            self.give_or_want(None, now)
+            return False
+        first_s = self.dispatcher.waiting.first_key_s()
+        earlier = [peer for peer in self.peers if self.yields and first_s is not None
+                   and peer.slots.first_key_s is not None and peer.slots.first_key_s < first_s]
+        if earlier:
+            self.turn.wanted = [None]
+            self.give_turn(earlier[0], now)
+        return not earlier
+
+    def give_or_want(self, who: Peer | None, now: float) -> None:
+        """Give the turn to a peer that wants it, or ask for it: for a peer, or for this process (None)."""
+        if who is not None and self.turn.is_here(now):
+            self.give_turn(who, now)
+        elif who is None or who is not self.turn.at:    # else it is on its way there
+            asked = self.turn.want(who, now)
+            if asked is not None:
+                asked.tell({**asked.slots.news(self.first_key_s(asked)), "want": True})
+
+    def give_turn(self, peer: Peer, now: float) -> None:
+        """Give the turn to a peer, with all that it must know."""
+        is_wanted = self.turn.leave(peer, now)
+        peer.tell({**peer.slots.news(self.first_key_s(peer)), "turn": True, "want": is_wanted})
+
+    def take_turn(self, peer: Peer, is_wanted: bool) -> None:
+        """Note that a peer gave the turn, and whether that wants it back."""
+        self.turn.come()
+        if is_wanted:
+            self.turn.wanted.append(peer)
+        self.use_turn()
+
+    def use_turn(self) -> None:
+        """Give slots, if the turn is here. Then it goes to the next one that wants it."""
+        self.yields = False
+        pump(self.gateway)
+        self.yields = True
+        if self.turn.at is None and (next_one := self.turn.next()) is not None:
+            self.give_turn(next_one, self.loop.time())
 
 
 # -----------------------------------------------------------------------------
@@ -12004,7 +12684,9 @@ class Gateway:
         self.rng = random.Random(options.seed)
         self.via = via_of(secrets.token_hex(4))
         self.started_s = self.loop.time()
-        self.draining, self.drained_s = False, -math.inf
+        self.leaving, self.left_s = False, -math.inf    # it was told to end, and when
+        self.draining = False       # and takes no new requests
+        self.retired = False        # another process has taken its place; it takes those of clients that it has
         self.stopped = asyncio.Event()
         self.timer: asyncio.TimerHandle | None = None
         self.dispatcher = Dispatcher(options.policy, max_queue=options.max_queue,
@@ -12019,6 +12701,7 @@ class Gateway:
         self.node_io = NodeIO(self)
         self.sources = Sources(self, look_up, scan_port)
         self.listener = Listener(self, tls)
+        self.upgrade = Upgrade(self)
         self.files = Files(self)
         self.configure(lines)
 
@@ -12027,16 +12710,22 @@ class Gateway:
         return at_once(steps) if len(body) <= SHORT_BODY_BYTES else await self.turns.run(steps)
 
     async def start(self) -> Gateway:
-        """Look at every node, then listen. Nodes that do not answer at once delay the start by 0.5 s at most."""
+        """Look at every node, then listen. Nodes that do not answer at once delay that a little: see `patience_s`."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(self.upgrade.patience_s):
                 await self.first_looks()
-        if not self.draining:       # else a signal came first
+        await self.upgrade.take_over()
+        if not self.leaving:        # else a signal came first
             await self.listener.start()
             self.timer = self.loop.call_later(SWEEP_S, self.sweep)
             if self.options.discover:
                 supervise(self.sources.tasks, SCAN, self.sources.scan_forever, self.options.probe_interval)
         return self
+
+    @property
+    def is_ending(self) -> bool:
+        """Tell whether a connection ends with the answer to its request."""
+        return self.leaving or self.retired
 
     async def first_looks(self) -> None:
         """Wait until every name has been looked up, and every node probed, at least once."""
@@ -12092,32 +12781,56 @@ class Gateway:
                 lease.ticket.race(lease)
         self.node_io.sweep(now)
         self.files.sweep(now)
+        self.upgrade.spread(progress=True)
         tell_systemd("WATCHDOG=1")
         pump(self)
 
     def drain(self) -> None:
-        """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo."""
-        if self.draining:
-            if self.loop.time() - self.drained_s > ECHO_S:
+        """Stop listening and finish what is running and queued; a second call stops at once, unless it is an echo.
+
+        With --drain-delay, whoever asks for its health is told first, and everybody is still served.
+        """
+        now = self.loop.time()
+        if self.leaving:
+            if now - self.left_s > ECHO_S:
                 self.stopped.set()
             return
-        self.draining, self.drained_s = True, self.loop.time()
+        self.leaving, self.left_s = True, now
         tell_systemd("STOPPING=1")
         LOG.info({"event": "drain", "running": self.dispatcher.cluster.in_flight(),
                   "queued": len(self.dispatcher.waiting)})
+        self.upgrade.withdraw()
+        if self.options.drain_delay and self.listener.servers and not self.retired:
+            self.loop.call_later(self.options.drain_delay, self.drain_now)
+        else:
+            self.drain_now()
+
+    def drain_now(self) -> None:
+        """Take no new requests, and stop once those under way have ended."""
+        self.draining = True
         self.listener.drain()
         self.loop.create_task(self.wait_until_idle())
 
+    def retire(self) -> None:
+        """Leave the port and the files to another process, and stop once the clients that are here have gone."""
+        self.retired = True
+        self.files.hand_over()
+        self.listener.close()
+        self.loop.create_task(self.wait_until_idle())
+
     async def wait_until_idle(self) -> None:
-        """Set `stopped` when no client is being served any more, or the drain time is over."""
+        """Set `stopped` when no client is being served any more, or the drain time is over.
+
+        Nor by the process before this one: the next one would not know of its requests.
+        """
         deadline_s = self.loop.time() + self.options.drain_timeout
-        while self.listener.clients and self.loop.time() < deadline_s:
+        while (self.listener.clients or self.upgrade.predecessor) and self.loop.time() < deadline_s:
             await asyncio.sleep(0.05)
         self.stopped.set()
 
     async def stop(self) -> None:
         """Close everything at once."""
-        self.draining = True
+        self.leaving = self.draining = True
         if self.timer:
             self.timer.cancel()
         tasks = [*self.sources.tasks.values(), *self.node_io.probes.values(), *self.node_io.jobs.values(),
@@ -12128,6 +12841,7 @@ class Gateway:
         for pool in self.node_io.pools.values():
             pool.prune(math.inf)
         self.telemetry.tally()
+        await self.upgrade.close()
         await self.files.close()
 
 
@@ -12155,6 +12869,11 @@ def parse_seconds(text: str) -> float:
     if not 0 < seconds < 1e7:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 90s, 500ms, 5m or 2h")
     return seconds
+
+
+def parse_delay(text: str) -> float:
+    """Return the seconds in a time, or 0."""
+    return 0.0 if text.strip() in ("0", "0s") else parse_seconds(text)
 
 
 def parse_count(text: str) -> int:
@@ -12264,6 +12983,8 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
     "listening": {
         "--bind": dict(metavar="ADDRESS", type=parse_bind, default="127.0.0.1", help="address to listen on"),
         "--port": dict(metavar="N", type=parse_port, default="8000", help="port to listen on"),
+        "--drain-delay": dict(metavar="TIME", type=parse_delay, default="0s", help="time after SIGTERM for which it "
+                              "still accepts, while /api/health says 503"),
         "--drain-timeout": dict(TIME, default="300s", help="time that running requests have to finish on SIGTERM"),
         "--no-uvloop": dict(OFF, dest="uvloop", help="use plain asyncio even if uvloop is there (uvloop)"),
     },
@@ -12319,7 +13040,8 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser of the flags alone."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
                            epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
-                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT.")
+                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT. "
+                           "SIGHUP reads all files again, SIGUSR2 lets the program that is on disk take over.")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, settings in flags.items():
@@ -12388,6 +13110,7 @@ def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = No
     take_variables(parser, environ)
     options = parser.parse_args(argv)
     options.ignored = links
+    options.inherited = Inherited()
     refuse_unknown(parser, environ)
     if not (options.hosts or options.node or options.discover or options.demo):
         parser.error("where are the nodes? Give --hosts FILE, --node URL or --discover CIDR, or try --demo")
@@ -12404,17 +13127,22 @@ def raise_descriptor_limit() -> None:
 
 
 async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], keys: list[KeySettings],
-                      tls: ssl.SSLContext | None, greeting: str = "") -> None:
-    """Serve until a signal ends it. `greeting` is printed once the port is open, with the gateway's {url}."""
+                      tls: ssl.SSLContext | None, greeting: str = "") -> int | None:
+    """Serve until a signal ends it. `greeting` is printed once the port is open, with the gateway's {url}.
+
+    Returns the process that has taken over, if this one is to wait for its end.
+    """
     gateway = Gateway(options, nodes, keys, tls)
     gateway.loop.set_exception_handler(gateway.listener.report)
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway.loop.add_signal_handler(number, gateway.drain)
     gateway.loop.add_signal_handler(signal.SIGHUP, gateway.files.reload)
+    gateway.loop.add_signal_handler(signal.SIGUSR2, gateway.upgrade.begin)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)       # see Upgrade.start_program
     try:
         await gateway.start()
-        if gateway.draining:
-            return
+        if gateway.leaving:
+            return None
         assert gateway.listener.address is not None
         host, port = gateway.listener.address
         url = f"{'https' if tls else 'http'}://{bracketed(host)}:{port}"
@@ -12437,6 +13165,9 @@ async def run_gateway(options: argparse.Namespace, nodes: list[NodeSettings], ke
         await gateway.stop()
         if gateway.listener.address:        # else it did not start
             LOG.info({"event": "stop"})
+    if gateway.retired:             # what is meant for others must not kill it at its exit; `outlive` can take it
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    return gateway.upgrade.heir if gateway.retired and gateway.upgrade.outlives else None
 
 
 Demo = Callable[[argparse.Namespace, list[KeySettings], ssl.SSLContext | None], Coroutine[None, None, None]]
@@ -12519,6 +13250,7 @@ def trim_memory() -> None:
 
 def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
     """Run the command line; return the exit status. `demo` serves with --demo: see exec_demo."""
+    channel = os.environ.pop(PREDECESSOR, "")       # before `parse_options`, which knows no such flag
     options = parse_options(argv)
     if options.demo and not demo:
         return exec_demo(sys.argv[1:] if argv is None else argv)
@@ -12529,13 +13261,16 @@ def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
     if sys.implementation.name == "cpython":    # PyPy has no thresholds
         gc.set_threshold(20_000, 20, 20)    # the default of 700 costs 6 % of the relay's time, and finds little
     try:
+        options.inherited = inherit(channel) if channel else Inherited(passed_sockets(os.environ, os.getpid()))
+        if options.inherited.sockets:
+            options.bind, options.port = options.inherited.sockets[0].getsockname()[:2]
         nodes = [] if options.demo else read_nodes(options)
         keys, tls = read_keys(options), read_certificate(options)
         trim_memory()
         with asyncio.Runner(loop_factory=lambda: new_loop(options.uvloop)) as runner:
             if options.check:
                 return runner.run(run_check(options, nodes))
-            runner.run(demo(options, keys, tls) if demo else run_gateway(options, nodes, keys, tls))
+            heir = runner.run(demo(options, keys, tls) if demo else run_gateway(options, nodes, keys, tls))
     except ConfigError as error:
         print(f"sollol.py: {error}" if str(error).startswith("--") else error, file=sys.stderr)
         return 2
@@ -12544,7 +13279,7 @@ def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
         text = os.strerror(number) if number is not None and number in errno.errorcode else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if heir is None else outlive(heir)
 
 
 def abandon_unwritten() -> None:

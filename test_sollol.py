@@ -12597,19 +12597,28 @@ def test_state_that_cannot_be_written_is_told_once_and_leaves_nothing_behind(tmp
 
 
 @contextlib.contextmanager
-def program(*argv, env=None):
+def program(*argv, env=None, cwd=HERE):
     """Run a program of this folder, and leave nothing of it behind. Its output goes to a file: a pipe could fill up."""
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, stdout=output, stderr=output,
+        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=cwd, stdout=output, stderr=output,
                                    env={**os.environ, **(env or {})})
         process.output = os.fdopen(os.dup(output.fileno()))
         process.seen = 0
         try:
             yield process
         finally:
+            kill_successors(process.pid)
             process.kill()
             process.wait()
             process.output.close()
+
+
+def kill_successors(pid):
+    """Kill the children of a process that runs on after upgrades: they have a process group of their own."""
+    with contextlib.suppress(OSError):
+        for child in map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            if os.getpgid(child) != os.getpgid(pid):
+                os.killpg(os.getpgid(child), signal.SIGKILL)
 
 
 def all_output(process):
@@ -13045,6 +13054,596 @@ def test_snippets_for_containers_are_what_they_should_be():
 
 
 # -----------------------------------------------------------------------------
+# Upgrade: how does a new process take over?
+# -----------------------------------------------------------------------------
+
+class Sibling:
+    """A process of the gateway, as far as an Upgrade needs it: a dispatcher over the nodes n1 and n2, and a clock."""
+
+    now_s = 0.0                     # of all
+
+    def __init__(self, slots=2):
+        self.loop = self
+        self.dispatcher = cluster(slots=slots, n1=["m"], n2=["m"])
+        self.options = types.SimpleNamespace(inherited=sollol.Inherited(), demo=False)
+        self.leaving = self.retired = self.is_ending = False
+        self.upgrade = sollol.Upgrade(self)
+        self.tickets = []           # that wait or run
+
+    def time(self):
+        return Sibling.now_s
+
+    def create_future(self):
+        return types.SimpleNamespace(done=lambda: True)
+
+    def ask(self, **more):
+        """Let a request arrive."""
+        self.tickets += enter(self.dispatcher, want(**more), now=self.time())
+        sollol.pump(self)
+
+    def answer(self, ticket):
+        """Let a request end, whether it runs or waits."""
+        self.tickets.remove(ticket)
+        if self.dispatcher.leave(ticket, self.time()):
+            sollol.pump(self)
+
+    def running(self):
+        """Return the nodes that its own requests run on."""
+        return [ticket.lease.node.name for ticket in self.tickets if ticket.lease]
+
+
+class Post:
+    """The transport of a Peer in memory: messages wait until the test delivers them."""
+
+    def __init__(self):
+        self.messages, self.other, self.aborted = collections.deque(), None, False
+        self.get_write_buffer_size = lambda: 0
+
+    def write(self, data):
+        self.messages.append(data)
+
+    def deliver(self):
+        self.other.data_received(self.messages.popleft())
+
+    def abort(self):
+        self.aborted = True
+
+
+def join(old, new):
+    """Let `new` take over from `old`, as `hand_over` and `take_over` do; return the two ways between them."""
+    peers = [sollol.Peer(it.upgrade, sollol.SharedSlots(it.dispatcher)) for it in (old, new)]
+    ways = [Post(), Post()]
+    for peer, way, other in zip(peers, ways, reversed(peers), strict=True):
+        peer.transport, way.other = way, other
+    old.upgrade.successor, new.upgrade.predecessor = peers
+    new.upgrade.turn.at = peers[1]
+    peers[0].tell({"go": {"orders": []}, **peers[0].slots.news(old.upgrade.first_key_s(peers[0]))})
+    ways[0].deliver()               # the new one accepts only from then on
+    return ways
+
+
+def deliver_all(ways):
+    while any(way.messages for way in ways):
+        for way in ways:
+            if way.messages:
+                way.deliver()
+
+
+def test_what_runs_in_the_process_before_takes_its_slots_until_it_ends():
+    old, new, Sibling.now_s = Sibling(), Sibling(), 0.0
+    for number in range(6):
+        old.ask(client=f"c{number}")
+    assert len(old.running()) == 4
+    ways = join(old, new)
+    nodes = new.dispatcher.cluster.nodes
+    assert [len(node.leases) for node in nodes.values()] == [2, 2]
+    Sibling.now_s = 1.0
+    new.ask()
+    deliver_all(ways)
+    assert new.running() == []
+    for _ in range(2):              # what waited before goes first
+        old.answer(next(ticket for ticket in old.tickets if ticket.lease))
+        deliver_all(ways)
+        assert new.running() == [] and len(old.running()) == 4
+    ended = next(ticket for ticket in old.tickets if ticket.lease.node.name == "n2")
+    old.answer(ended)
+    deliver_all(ways)
+    assert new.running() == ["n2"] and len(old.running()) == 3
+    old.upgrade.lost(old.upgrade.successor)         # so does what runs in the process after it
+    assert not any(lease.elsewhere for node in old.dispatcher.cluster.nodes.values() for lease in node.leases)
+    new.upgrade.lost(new.upgrade.predecessor)
+    assert [len(node.leases) for node in nodes.values()] == [0, 1]
+    new.answer(new.tickets[0])
+
+
+def test_what_runs_elsewhere_is_in_no_doubt_and_is_not_raced_and_its_node_is_not_measured():
+    old, new = Sibling(), Sibling()
+    old.ask(silent=True)
+    join(old, new)
+    (node,) = [node for node in new.dispatcher.cluster.nodes.values() if node.leases]
+    assert new.dispatcher.watch(10_000.0) == ([], []) and not node.suspect and not node.may_measure(10_000.0)
+    assert sollol.running_stats(node.leases[0], 0.0)["reason"] == "runs in another process of this gateway"
+
+
+@pytest.mark.parametrize("seed", range(12 * FUZZ))
+def test_processes_of_a_chain_never_give_one_slot_twice_and_nobody_waits_for_ever(seed, monkeypatch):
+    """Whatever the order in which requests come, end and wait, and in which messages arrive."""
+    monkeypatch.setattr(sollol, "TURN_S", math.inf)     # a message may take as long as it likes
+    rng = random.Random(seed)
+    Sibling.now_s = 0.0
+    chain, ways = [Sibling()], []
+    for step in range(600):
+        Sibling.now_s += rng.choice((0.0, 0.001, 0.01))
+        one = rng.choice(chain)
+        if step in (100, 150, 200, 400):
+            chain.append(Sibling())
+            ways += join(chain[-2], chain[-1])
+        elif rng.random() < 0.4 and sum(len(it.tickets) for it in chain) < 30:
+            one.ask(priority=rng.randint(1, 10), client=rng.choice("abc"))
+        elif rng.random() < 0.3 and one.tickets:
+            one.answer(rng.choice(one.tickets))
+        elif full := [way for way in ways if way.messages]:
+            rng.choice(full).deliver()
+        running = [node for it in chain for node in it.running()]
+        assert max(collections.Counter(running).values(), default=0) <= 2, step
+    while any(it.tickets for it in chain):
+        deliver_all(ways)
+        running = [(it, ticket) for it in chain for ticket in it.tickets if ticket.lease]
+        assert running and len(running) == min(4, sum(len(it.tickets) for it in chain))
+        it, ticket = rng.choice(running)
+        it.answer(ticket)
+    deliver_all(ways)
+    assert not any(node.leases for it in chain for node in it.dispatcher.cluster.nodes.values())
+
+
+def test_more_urgent_request_of_the_other_process_goes_first():
+    old, new, Sibling.now_s = Sibling(slots=1), Sibling(slots=1), 0.0
+    for _ in range(4):
+        old.ask()
+    ways = join(old, new)
+    new.ask(priority=10)
+    deliver_all(ways)
+    old.ask()                       # the turn is with the old one now
+    deliver_all(ways)
+    assert old.upgrade.turn.at is None
+    old.answer(old.tickets[0])
+    deliver_all(ways)
+    assert len(new.running()) == 1 and len(old.running()) == 1
+
+
+def test_process_that_hangs_with_the_turn_holds_up_nobody_for_long():
+    old, new = Sibling(), Sibling()
+    Sibling.now_s = 5.0
+    join(old, new)
+    new.ask()
+    assert new.running() == []
+    Sibling.now_s += sollol.TURN_S / 2
+    sollol.pump(new)
+    assert new.running() == []
+    Sibling.now_s += sollol.TURN_S
+    sollol.pump(new)
+    assert len(new.running()) == 1
+
+
+def test_process_that_talks_nonsense_is_heard_no_more():
+    old, new = Sibling(), Sibling()
+    join(old, new)
+    peer = new.upgrade.predecessor
+    peer.data_received(b'{"running": [[1, {}]]}\n')
+    assert peer.transport.aborted
+
+
+@pytest.fixture
+def third_descriptor():
+    """Leave descriptor 3 to a test: what is there now comes back."""
+    try:
+        kept = os.dup(3)
+    except OSError:
+        kept = None
+    yield
+    if kept is None:
+        with contextlib.suppress(OSError):
+            os.close(3)
+    else:
+        os.dup2(kept, 3)
+        os.close(kept)
+
+
+@table("environ, kind, expected", [
+    ("none", {}, "listens", 0), ("of another process", {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, "listens", 0),
+    ("one", {"LISTEN_PID": "7", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}, "listens", 1),
+    ("none told", {"LISTEN_PID": "7", "LISTEN_FDS": "0"}, "listens", 0),
+    ("no number", {"LISTEN_PID": "7", "LISTEN_FDS": "x"}, "listens", "LISTEN_FDS: 'x' is no number up to 16"),
+    ("too many", {"LISTEN_PID": "7", "LISTEN_FDS": "99"}, "listens", "LISTEN_FDS: '99' is no number up to 16"),
+    ("not listening", {"LISTEN_PID": "7", "LISTEN_FDS": "1"}, "bound", "descriptor 3 is no socket that listens"),
+    ("no TCP", {"LISTEN_PID": "7", "LISTEN_FDS": "1"}, "unix", "descriptor 3 is no socket that listens for TCP"),
+    ("no socket", {"LISTEN_PID": "7", "LISTEN_FDS": "1"}, "file", "descriptor 3 is no socket that listens"),
+])
+def test_sockets_of_a_supervisor_are_taken(environ, kind, expected, third_descriptor, tmp_path):
+    with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as given, tempfile.TemporaryFile() as file:
+        given.bind(str(tmp_path / "unix") if kind == "unix" else ("127.0.0.1", 0))
+        if kind != "bound":
+            given.listen()
+        os.dup2(file.fileno() if kind == "file" else given.fileno(), 3)
+        if isinstance(expected, str):
+            with pytest.raises(sollol.ConfigError, match=re.escape(expected)):
+                sollol.passed_sockets(environ, 7)
+            return
+        sockets = sollol.passed_sockets(environ, 7)
+        assert len(sockets) == expected and not environ.keys() & {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
+        for taken in sockets:
+            assert taken.getsockname() == given.getsockname() and not taken.get_inheritable()
+            taken.detach()
+
+
+def handed(*messages, descriptors=1):
+    """Return the end of a socket pair to which a process before this one has sent a hello and gone."""
+    ours, theirs = socket.socketpair()
+    with ours, socket.create_server(("127.0.0.1", 0)) as listens:
+        socket.send_fds(ours, [b" "], [2, *[listens.fileno()] * descriptors, 1])
+        for message in messages:
+            ours.sendall(message)
+    return str(theirs.detach())
+
+
+def test_new_process_gets_sockets_what_was_learned_and_what_scans_have_found():
+    state = {**sollol.STATE_FORMAT, "nodes": [{"name": "a"}], "lengths": {}}
+    hello = {"hello": {"state": state, "scanned": [["10.0.0.1", 11434, 2]], "is_waited_for": True}}
+    raw = json.dumps(hello).encode() + b"\n"
+    got = sollol.inherit(handed(raw[:50], raw[50:]))
+    with got.channel, got.sockets[0] as listens:
+        assert listens.getsockname()[0] == "127.0.0.1" and got.learned == state and got.lifeline
+        assert got.scanned == {("10.0.0.1", 11434): 2} and os.fstat(got.stderr).st_ino == os.fstat(2).st_ino
+        os.close(got.stderr)
+        os.close(got.lifeline)
+
+
+@listed("message", [b"", b'{"hello": ', b"[]\n", b"{}\n", b'{"hello": {"state": {}}}\n', b"\xff\n"])
+def test_new_process_that_is_told_nothing_of_use_says_so(message):
+    with pytest.raises(sollol.ConfigError, match="SOLLOL_PREDECESSOR: the process before says nothing of use: "):
+        sollol.inherit(handed(message, descriptors=0))
+    with pytest.raises(sollol.ConfigError, match="SOLLOL_PREDECESSOR: "):
+        sollol.inherit("no number")
+
+
+@over_sockets
+async def test_nodes_that_scans_have_found_are_known_to_the_new_process_before_it_has_scanned(monkeypatch):
+    node = await bench.SimNode(**FAST).start()
+    inherited = sollol.Inherited(scanned={("127.0.0.1", node.port): 0})
+    monkeypatch.setattr(sollol, "Inherited", lambda: inherited)
+    async with gateway_for(lines="") as gateway:
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+    await node.stop()
+
+
+class Upgradable:
+    """A folder with a copy of the program, one slow node with two slots, and what starts the gateway there."""
+
+    def __init__(self, folder, node_url):
+        self.folder, self.path = folder, folder / "sollol.py"
+        shutil.copy(HERE / "sollol.py", self.path)
+        self.hosts = folder / "hosts.txt"
+        self.hosts.write_text(f"{node_url} name=a slots=2\n")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        # By a relative path, as the new one must find the same.
+        self.argv = ["sollol.py", "--hosts", "hosts.txt", "--state", "state.json", "--port", str(self.port)]
+
+    def get(self, path):
+        return json.loads(curl(f"http://127.0.0.1:{self.port}{path}"))
+
+    def connect(self, data=b""):
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        client.sendall(data)
+        return client
+
+    def stream(self, tokens):
+        """Begin a stream on a connection of its own."""
+        return self.connect(posted(generate(tokens=tokens, stream=True, options={"temperature": 0})))
+
+
+@pytest.fixture
+def upgradable(tmp_path):
+    """Run a simulated node, and yield an Upgradable in front of it."""
+    with program("bench.py", "--nodes", 1, "--port", 0, "--speed", 2) as node:
+        yield Upgradable(tmp_path, read_until(node, r"http://\S+")[0])
+
+
+def stream_on(client):
+    """Return the rest of a stream on a connection that may be kept, to its last chunk."""
+    whole = b""
+    while not whole.endswith(b"0\r\n\r\n") and (piece := client.recv(65536)):
+        whole += piece
+    return whole
+
+
+def answer_on(client):
+    """Return (status, fields) of the next answer with a length on a connection; its body is read, too."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += client.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    fields = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    while len(body) < int(fields["content-length"]):
+        body += client.recv(65536)
+    return int(head[9:12]), fields
+
+
+def upgraded(gateway):
+    """Upgrade a program that logs into a file; return (the new process, the line of the log), once that serves."""
+    begun, done = "event=start version", r".*level=info event=upgrade pid=(\d+) .*"
+    starts, lines = all_output(gateway).count(begun), len(re.findall(done, all_output(gateway)))
+    gateway.send_signal(signal.SIGUSR2)
+    deadline_s = time.monotonic() + 30
+    while not (all_output(gateway).count(begun) > starts and len(re.findall(done, all_output(gateway))) > lines):
+        assert gateway.poll() is None and time.monotonic() < deadline_s, all_output(gateway)
+        time.sleep(0.02)
+    line = list(re.finditer(done, all_output(gateway)))[-1]
+    return int(line[1]), line[0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-uvloop"]], ids=["uvloop", "asyncio"])
+def test_upgrade_refuses_nobody_and_breaks_nothing_off(flags, upgradable):
+    """Two in a row, with streams that run and wait, an idle connection, a drained node's order and what was learned."""
+    it, answers = upgradable, []
+    with program(*it.argv, *flags, cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        assert curl(f"http://127.0.0.1:{it.port}/api/generate", generate(tokens=40))
+        decode_tok_s = it.get("/api/stats")["nodes"][0]["models"]["llama3.2:latest"]["decode_tok_s"]
+        idle = it.connect(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert answer_on(idle)[1].get("connection") != "close"
+        streams = [it.stream(900), it.stream(1000), it.stream(30)]
+        for stream in streams[:2]:
+            assert stream.recv(12) == b"HTTP/1.1 200"
+        for number in range(2):
+            it.path.write_text(it.path.read_text().replace('__version__ = "', f'__version__ = "{number}.'))
+            pid, line = upgraded(gateway)
+            assert re.search("running=2 queued=[01]$", line)
+            now = it.get("/api/stats")
+            assert now["version"].startswith(f"{number}.") and now["uptime_s"] < 5
+            assert now["nodes"][0]["inflight"] == 2
+            assert now["nodes"][0]["models"]["llama3.2:latest"]["decode_tok_s"] == decode_tok_s
+            answers.append(it.stream(20))           # it waits for a slot of the first process
+        idle.sendall(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        status, fields = answer_on(idle)
+        assert status == 200 and fields["connection"] == "close" and idle.recv(1) == b""
+        for client in (*streams, *answers):
+            whole = stream_on(client)
+            assert b'"done":true' in whole and whole.endswith(b"0\r\n\r\n")
+        read_until(gateway, "event=stop")
+        read_until(gateway, "event=stop")
+        assert it.get("/api/health")["inflight"] == 0 and gateway.poll() is None
+        rows = it.get("/api/usage?by=model")
+        assert [row["requests"] for row in rows["rows"]] == [6]
+        os.kill(gateway.pid, signal.SIGHUP)         # which goes on to the last one
+        os.kill(gateway.pid, signal.SIGTERM)
+        assert gateway.wait(10) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        said = all_output(gateway)
+        assert said.count("event=stop") == 3 and "level=error" not in said and "Traceback" not in said
+    assert sollol.parse_state((it.folder / "state.json").read_bytes())["nodes"]
+
+
+def test_process_between_two_others_stays_until_the_one_before_it_has_ended(upgradable):
+    """Else nobody would tell the last one what the first one still runs."""
+    it = upgradable
+    with program(*it.argv, cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        stream = it.stream(2000)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        for _ in range(2):
+            upgraded(gateway)
+        time.sleep(0.5)
+        assert it.get("/api/stats")["nodes"][0]["inflight"] == 1 and "event=stop" not in all_output(gateway)
+        assert b'"done":true' in stream_on(stream)
+        for _ in range(2):
+            read_until(gateway, "event=stop")
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(10) == 0
+
+
+def test_first_process_ends_as_the_last_one_does(upgradable):
+    it = upgradable
+    with program(*it.argv, cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        pid, _ = upgraded(gateway)
+        read_until(gateway, "event=stop")
+        assert gateway.poll() is None
+        os.kill(pid, signal.SIGKILL)
+        assert gateway.wait(10) == 128 + signal.SIGKILL
+
+
+def test_successor_of_a_process_that_was_killed_leaves_the_port_and_finishes_its_requests(upgradable):
+    it = upgradable
+    with program(*it.argv, cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        pid, _ = upgraded(gateway)
+        read_until(gateway, "event=stop")
+        stream = it.stream(1000)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        gateway.kill()
+        deadline_s = time.monotonic() + 10
+        while "the first process was killed" not in all_output(gateway):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        with program(*it.argv, cwd=it.folder) as another:
+            read_until(another, "event=start .*url=")
+            assert b'"done":true' in stream_on(stream)
+    while pathlib.Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+# Ends as if the program had been given less time to get ready.
+HURRIED = "import sollol, sys; sollol.UPGRADE_S = 5.0; sys.argv[0] = 'sollol.py'; sys.exit(sollol.main())"
+
+
+@table("change, why", [
+    ("no Python", lambda it: it.path.write_text(it.path.read_text() + "this is no Python\n"), r"SyntaxError: .* \(sollol.py:\d+\)"),
+    ("bad file", lambda it: it.hosts.write_text("http://a:x\n"), "hosts.txt:1: .*"),
+    ("another program", lambda it: it.path.write_text("def main():\n    return 3\n"), "it ended with status 3"),
+    ("too old", lambda it: it.path.write_text(it.path.read_text().replace(
+        'channel = os.environ.pop(PREDECESSOR, "")', 'channel = ""')), "sollol.py: unknown variable .*"),
+    ("not ready", lambda it: it.path.write_text("import time\n\n\ndef main():\n    time.sleep(99)\n"),
+     "it was not ready within 5 s"),
+])
+def test_upgrade_that_fails_costs_one_line_of_the_log(change, why, upgradable):
+    it = upgradable
+    with program("-c", HURRIED, *it.argv[1:], cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        stream = it.stream(300)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        before, before_text = len(all_output(gateway).splitlines()), it.path.read_text()
+        hosts = it.hosts.read_text()
+        change(it)
+        gateway.send_signal(signal.SIGUSR2)
+        read_until(gateway, f'level=error event=upgrade refused="{why}"$')
+        it.hosts.write_text(hosts)
+        usual = "event=(reload|request|calibrated)"     # the bad file is seen by the old one, too
+        new = [line for line in all_output(gateway).splitlines()[before:] if not re.search(usual, line)]
+        assert len(new) == 1, new
+        assert b'"done":true' in stream_on(stream)
+        it.path.write_text(before_text)
+        upgraded(gateway)
+        assert it.get("/api/health")["status"] == "ok"
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(10) == 0
+
+
+def test_demo_is_not_upgraded():
+    with program("sollol.py", "--demo", "--port", 0) as gateway:
+        read_until(gateway, "event=start .*url=")
+        gateway.send_signal(signal.SIGUSR2)
+        read_until(gateway, 'event=upgrade refused="the simulated nodes of --demo are in this process"')
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(10) == 0
+
+
+def test_stop_during_an_upgrade_ends_both(upgradable):
+    it = upgradable
+    with program("-c", HURRIED.replace("5.0", "30.0"), *it.argv[1:], cwd=it.folder) as gateway:
+        read_until(gateway, "event=start .*url=")
+        it.path.write_text(f"import os, time\n\n\ndef main():\n    open({str(it.folder / 'pid')!r}, 'w').write("
+                           "str(os.getpid()))\n    time.sleep(99)\n")
+        gateway.send_signal(signal.SIGUSR2)
+        deadline_s = time.monotonic() + 10
+        while not ((it.folder / "pid").exists() and (it.folder / "pid").read_text()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        gateway.send_signal(signal.SIGTERM)
+        read_until(gateway, 'event=upgrade refused="this process ends"')
+        assert gateway.wait(10) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((it.folder / "pid").read_text()), 0)
+
+
+class Manager:
+    """As much of a service manager as the program sees: it passes a listening socket, and hears who says what."""
+
+    def __init__(self, folder):
+        self.path = str(folder / "notify")
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.channel.bind(self.path)
+        self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.channel.settimeout(20)
+
+    def hear(self):
+        """Return (pid, message) of the next message that is no ping of the watchdog."""
+        while True:
+            data, ((_, _, credentials), *_), _, _ = self.channel.recvmsg(4096, 1024)
+            if data != b"WATCHDOG=1":
+                return struct.unpack("3i", credentials)[0], data.decode()
+
+    def pings(self, count):
+        """Return who sends the next pings of the watchdog."""
+        pids = set()
+        while count:
+            data, ((_, _, credentials), *_), _, _ = self.channel.recvmsg(4096, 1024)
+            if data == b"WATCHDOG=1":
+                pids.add(struct.unpack("3i", credentials)[0])
+                count -= 1
+        return pids
+
+
+# Becomes another program, with a listening socket as sd_listen_fds(3) tells.
+WITH_SOCKET = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), "
+               "LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])")
+
+
+def test_upgrade_under_a_service_manager(upgradable):
+    """A test double of systemd: its protocol over a real socket. It knows each time which process is the main one."""
+    it, manager = upgradable, Manager(upgradable.folder)
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.closing(manager.channel):
+        it.port = listening.getsockname()[1]
+        words = [sys.executable, *it.argv[:-2]]         # no port: that of the socket
+        with open(it.folder / "log", "wb") as log:
+            old = subprocess.Popen([sys.executable, "-c", WITH_SOCKET, str(listening.fileno()), *words], cwd=it.folder, pass_fds=(listening.fileno(),),
+                                   env={**os.environ, "NOTIFY_SOCKET": manager.path}, stderr=log)
+        try:
+            listening.close()
+            assert manager.hear() == (old.pid, "READY=1")
+            stream = it.stream(600)
+            assert stream.recv(12) == b"HTTP/1.1 200"
+            old.send_signal(signal.SIGUSR2)
+            assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", manager.hear()[1])
+            pid, said = manager.hear()
+            new = int(re.fullmatch(r"MAINPID=(\d+)\nREADY=1", said)[1])
+            assert pid == old.pid and manager.hear() == (new, "READY=1")
+            assert manager.pings(3) == {new}
+            assert it.get("/api/health")["uptime_s"] < 5
+            assert b'"done":true' in stream_on(stream) and old.wait(10) == 0
+            good = it.path.read_text()
+            it.path.write_text("no Python\n")
+            os.kill(new, signal.SIGUSR2)
+            assert manager.hear()[1].startswith("RELOADING=1\n") and manager.hear() == (new, "READY=1")
+            it.path.write_text(good)
+            assert it.get("/api/health")["status"] == "ok"
+            os.kill(new, signal.SIGTERM)
+            assert manager.hear() == (new, "STOPPING=1")
+            deadline_s = time.monotonic() + 10
+            while "event=stop" not in (it.folder / "log").read_text().splitlines()[-1]:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.02)
+        finally:
+            old.kill()
+            old.wait()
+            with contextlib.suppress(ProcessLookupError, UnboundLocalError):
+                os.kill(new, signal.SIGKILL)
+
+
+def test_process_1_of_a_container_stays_and_passes_signals_on(upgradable):
+    alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no namespace of processes can be made here")
+    it = upgradable
+    with open(it.folder / "log", "wb") as log, \
+         subprocess.Popen([*alone, sys.executable, *it.argv], cwd=it.folder, stderr=log) as container:
+        try:
+            def wait_for(event, count):
+                deadline_s = time.monotonic() + 20
+                while (it.folder / "log").read_text().count(f"event={event} ") < count:
+                    assert time.monotonic() < deadline_s and container.poll() is None
+                    time.sleep(0.02)
+
+            wait_for("start", 1)
+            children = pathlib.Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+            stream = it.stream(300)
+            assert stream.recv(12) == b"HTTP/1.1 200"
+            for number in range(2, 4):
+                os.kill(int(children[0]), signal.SIGUSR2)
+                wait_for("upgrade", number - 1)
+                wait_for("start", number)
+                assert it.get("/api/health")["uptime_s"] < 5
+            assert b'"done":true' in stream_on(stream)
+            os.kill(int(children[0]), signal.SIGTERM)
+            assert container.wait(10) == 0
+        finally:
+            container.kill()
+
+
+# -----------------------------------------------------------------------------
 # Server life: log, reload, drain, and the program as a process
 # -----------------------------------------------------------------------------
 
@@ -13305,6 +13904,53 @@ async def test_drain_finishes_running_and_queued_and_refuses_new():
         await asyncio.wait_for(gateway.stopped.wait(), 5)
         with pytest.raises(OSError):
             await Caller.to(gateway)
+
+
+@over_sockets
+async def test_request_that_comes_while_the_gateway_drains_is_told_to_come_back():
+    """On a connection that was about to ask, while another request runs. Idle ones are closed in good order."""
+    async with gateway_for(fixed(1, speed=5)) as gateway:
+        task = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50)))
+        late, looking, idle = [await Caller.to(gateway) for _ in range(3)]
+        raw = posted(generate())
+        late.writer.write(raw[:20])
+        looking.writer.write(b"GET /api/hea")
+        await until(lambda: health(gateway)["inflight"] == 1)
+        await asyncio.sleep(0.1)
+        gateway.drain()
+        idle.writer.write(raw)      # just too late: told so if that can still be said, and never reset
+        assert (await idle.reader.read())[:13] in (b"", b"HTTP/1.1 503 ")
+        late.writer.write(raw[20:])
+        answer = await late.answer()
+        assert answer.status == 503 and answer.json()["error"] == "the gateway is shutting down"
+        assert answer.fields["retry-after"] == "5" and answer.fields["connection"] == "close"
+        looking.writer.write(b"lth HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = await looking.answer()
+        assert answer.status == 503 and answer.fields["connection"] == "close"
+        assert answer.json()["status"] == "draining" and answer.json()["draining"] is True
+        assert (await task).status == 200
+        for caller in (late, looking, idle):
+            caller.close()
+        await asyncio.wait_for(gateway.stopped.wait(), 5)
+
+
+@over_sockets
+async def test_drain_delay_serves_everybody_but_says_that_it_will_end():
+    async with gateway_for(bench.SimNode(**FAST), flags=["--drain-delay", "1s"]) as gateway:
+        idle = await Caller.to(gateway)
+        gateway.drain()
+        answer = await call(gateway, "GET", "/api/health")
+        assert answer.status == 503 and answer.json()["status"] == "draining"
+        idle.writer.write(posted(generate()))
+        answer = await idle.answer()
+        assert answer.status == 200 and answer.fields["connection"] == "close" and await idle.reader.read() == b""
+        idle.close()
+        stream = await call(gateway, "POST", "/api/generate", generate(stream=True))
+        assert stream.status == 200 and stream.fields["connection"] == "close"
+        await asyncio.sleep(1.1)
+        with pytest.raises(OSError):
+            await Caller.to(gateway)
+        await asyncio.wait_for(gateway.stopped.wait(), 5)
 
 
 @over_sockets
@@ -13748,7 +14394,7 @@ ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker r
              "python3 bench.py live": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
              "python3 -m venv": "'^    python3 -m venv '",
              **{f"python3 bench.py {name}": f"bench.py {name}" for name in (
-                 "check", "overhead", "streams", "kills", "siege", "soak")}}
+                 "check", "overhead", "streams", "kills", "siege", "soak", "upgrades")}}
 NEEDS_SYSTEMD = ("sudo systemctl daemon-reload", "sudo systemctl enable --now sollol", "journalctl -u sollol -f")
 
 
