@@ -13481,7 +13481,8 @@ HURRIED = "import sollol, sys; sollol.UPGRADE_S = 5.0; sys.argv[0] = 'sollol.py'
 
 
 @table("change, why", [
-    ("no Python", lambda it: it.path.write_text(it.path.read_text() + "this is no Python\n"), r"SyntaxError: .* \(sollol.py:\d+\)"),
+    ("no Python", lambda it: it.path.write_text(it.path.read_text() + "this is no Python\n"),
+     r"SyntaxError: .* \(sollol.py:\d+\)"),
     ("bad file", lambda it: it.hosts.write_text("http://a:x\n"), "hosts.txt:1: .*"),
     ("another program", lambda it: it.path.write_text("def main():\n    return 3\n"), "it ended with status 3"),
     ("too old", lambda it: it.path.write_text(it.path.read_text().replace(
@@ -13579,8 +13580,9 @@ def test_upgrade_under_a_service_manager(upgradable):
         it.port = listening.getsockname()[1]
         words = [sys.executable, *it.argv[:-2]]         # no port: that of the socket
         with open(it.folder / "log", "wb") as log:
-            old = subprocess.Popen([sys.executable, "-c", WITH_SOCKET, str(listening.fileno()), *words], cwd=it.folder, pass_fds=(listening.fileno(),),
-                                   env={**os.environ, "NOTIFY_SOCKET": manager.path}, stderr=log)
+            old = subprocess.Popen([sys.executable, "-c", WITH_SOCKET, str(listening.fileno()), *words], cwd=it.folder,
+                                   pass_fds=(listening.fileno(),), stderr=log,
+                                   env={**os.environ, "NOTIFY_SOCKET": manager.path})
         try:
             listening.close()
             assert manager.hear() == (old.pid, "READY=1")
