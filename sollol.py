@@ -4818,6 +4818,7 @@ class Prefixes:
 
     def __init__(self) -> None:
         self.prompts: collections.OrderedDict[int, Cached] = collections.OrderedDict()  # by the whole prompt's hash
+        self.conversations = 0      # of the prompts: those of so many parts that they are likely to go on
         self.hit_share = 0.5                    # EWMA: of the conversations that came, how many found their cache
         self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
 
@@ -4827,7 +4828,9 @@ class Prefixes:
         if whole in self.prompts:
             self.prompts.move_to_end(whole)
         else:
-            self.parts.update(part for part, _ in prompt.prefix)
+            self.conversations += len(prompt.prefix) >= CONVERSATION_PARTS
+            for part, _ in prompt.prefix:
+                self.parts[part] += 1
         self.prompts[whole] = prompt
         while len(self.prompts) > most:
             self.forget(next(iter(self.prompts)))
@@ -4849,7 +4852,9 @@ class Prefixes:
 
     def forget(self, whole: int) -> None:
         """Forget a prompt."""
-        for part, _ in self.prompts.pop(whole).prefix:
+        prefix = self.prompts.pop(whole).prefix
+        self.conversations -= len(prefix) >= CONVERSATION_PARTS
+        for part, _ in prefix:
             self.parts[part] -= 1
             if not self.parts[part]:
                 del self.parts[part]
@@ -5308,10 +5313,19 @@ class Offer:
             self.fixed_s += snapshot.harm_s(now)
         self.loading: tuple[float, float, float] | None = None      # see `load`
         self.neighbours = len(runner.leases)
+        self.victim, self.evicted_tokens, self.expected = NOTHING, 0.0, 0
+        self.lost_share = 1.0       # of what is pushed out of the cache
+        if runner.prefixes.conversations:
+            self.look_at_conversations(now)
+
+    def look_at_conversations(self, now: float) -> None:
+        """Find out which conversations are cached here, and what it would cost them if one more prompt came."""
+        runner = self.runner
         self.expected = runner.prefixes.expected_back(self.prefill_s, now)
+        if runner.held_elsewhere > HELD_ABOVE:
+            self.lost_share -= runner.held_elsewhere
         running = {lease.ticket.spec.prefix[-1][0] for lease in runner.leases if lease.ticket.spec.prefix}
         self.victim = runner.prefixes.next_victim(runner.slots.count, running)
-        self.lost_share = 1.0 - (runner.held_elsewhere if runner.held_elsewhere > HELD_ABOVE else 0.0)
         self.evicted_tokens = self.lost_share * runner.prefixes.evicted_chars(self.victim, now) / CHARS_PER_TOKEN
 
     def first_s(self, now: float) -> float:
@@ -5367,7 +5381,10 @@ class Offer:
         runner, tokens = self.runner, demand.prompt_tokens
         if not runner.prefixes.parts or runner.ready_s is None:
             return tokens
-        held = cached = demand.tokens_of(runner.prefixes.common_chars(demand.spec.prefix))
+        chars = runner.prefixes.common_chars(demand.spec.prefix)
+        if not chars and runner.held_elsewhere <= HELD_ABOVE:
+            return tokens
+        held = cached = demand.tokens_of(chars)
         if runner.held_in_slots < HELD_BELOW:
             held *= runner.held_in_slots
         if runner.held_elsewhere > HELD_ABOVE:
@@ -5404,8 +5421,8 @@ class Offer:
         That other one is expected back sooner than its prompt could be evaluated again, and has not been here for long.
         What goes round and round over more conversations than slots would never be cached.
         """
-        victim, new_tokens = self.victim, self.new_tokens(demand)
-        if victim.pace is None or len(demand.spec.prefix) < CONVERSATION_PARTS or self.is_own(demand, new_tokens):
+        victim = self.victim
+        if victim.pace is None or self.is_own(demand, self.new_tokens(demand)):
             return False
         again_s = self.lost_share * victim.prefix[-1][1] / CHARS_PER_TOKEN * self.prefill_s
         return victim.pace.is_back_within(again_s, now) and now - victim.since_s < STAY * again_s
@@ -5762,11 +5779,11 @@ class CompletionTime(Policy):
         ticket, now = entry[2], work.now
         demand = work.cluster.estimates.demand_of(ticket)
         candidates = self.candidates(work, ticket, demand, model.runners)
-        room = [candidate for candidate in candidates if model.has_room(candidate.runner, now)]
-        if room and now - ticket.since_s < MOST_KEPT_S:
-            room = [candidate for candidate in room if not candidate.offer.is_kept(demand, now)]
-            model.keeps = model.keeps or not room
-        free = room[0] if room else None
+        free = next((candidate for candidate in candidates if model.has_room(candidate.runner, now)), None)
+        if free and len(ticket.spec.prefix) >= CONVERSATION_PARTS and now - ticket.since_s < MOST_KEPT_S:
+            free = next((candidate for candidate in candidates if model.has_room(candidate.runner, now)
+                         and not candidate.offer.is_kept(demand, now)), None)
+            model.keeps = model.keeps or free is None
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
@@ -5953,6 +5970,8 @@ class WaitingRoom:
         Each later ticket of the client gets the place behind its own. Returns those whose keys have grown.
         """
         spec, line = ticket.spec, []
+        if not self.tickets:
+            return []
         ahead = self.sessions[spec.client, spec.session] - 1
         if ahead + 1 < self.fair.active[spec.client, spec.priority]:    # else the client has no other session
             line = sorted((other for other in self.tickets if not other.begun and places_alike(other.spec, spec)),
@@ -6639,10 +6658,12 @@ class Paces:
 
     def begin(self, spec: RequestSpec, now: float) -> Pace | None:
         """Return the Pace of a new request's conversation, if it belongs to one."""
-        if not spec.session:
+        if not spec.session or len(spec.prefix) < CONVERSATION_PARTS:
             return None
         account = spec.client, spec.session
-        pace = self.known.setdefault(account, Pace())
+        pace = self.known.get(account)
+        if pace is None:
+            pace = self.known[account] = Pace()
         self.known.move_to_end(account)
         pace.begin(now)
         if len(self.known) > MOST_PACES:
@@ -12409,6 +12430,11 @@ class Upgrade:
         return 0.5 if self.inherited.channel is None else UPGRADE_S / 6
 
     @property
+    def is_alone(self) -> bool:
+        """Tell whether no other process of the gateway is there."""
+        return self.predecessor is None and self.successor is None
+
+    @property
     def peers(self) -> list[Peer]:
         return [peer for peer in (self.predecessor, self.successor) if peer is not None]
 
@@ -12596,11 +12622,13 @@ class Upgrade:
 
     def note_use(self, day: str, name: RowName, use: Use) -> None:
         """Tell the process that keeps the usage file what a request has used, or remember it for one that starts."""
+        if self.successor is None and self.task is None:
+            return
         (key, user), model, node = name
         row = {"day": day, "row": [key, user, model, node, *use.values()]}
         if self.successor is not None:
             self.successor.tell({"used": [row]})
-        elif self.task is not None:
+        else:
             self.uses.append(row)
 
     def first_key_s(self, peer: Peer) -> float | None:
@@ -12611,6 +12639,8 @@ class Upgrade:
 
     def spread(self, progress: bool = False) -> None:
         """Tell the other processes what has begun and ended here."""
+        if self.is_alone:
+            return
         for peer in self.peers:
             news = peer.slots.news(self.first_key_s(peer), progress)
             if news:
@@ -12621,7 +12651,7 @@ class Upgrade:
 
         Whoever has the turn lets one with an earlier ticket go first.
         """
-        if not self.peers or not self.dispatcher.waiting.tickets:
+        if self.is_alone or not self.dispatcher.waiting.tickets:
             return True
         if not self.turn.is_here(now):
             self.give_or_want(None, now)
