@@ -3170,7 +3170,7 @@ class Cluster:
             return primary
         if holders and not is_account:
             return holders[0]
-        raise Refusal(503, f"{primary.name}, the primary node, is {primary.whole_state(now)}", retry_after_s=1.0)
+        raise Refusal(503, f"{primary.name}, the primary node, is {state_in_words(primary, now)}", retry_after_s=1.0)
 
     def nodes_to_change(self, spec: RequestSpec, replicas: int, now: float) -> tuple[list[Node], list[Node]]:
         """Return (nodes on which a model is to be changed, in the order of hosts.txt; spares for those that cannot).
@@ -3862,7 +3862,6 @@ class Node:
     sleep: Sleep = field(default_factory=Sleep)
 
     kept: dict[str, Json] = field(default_factory=dict)     # what was kept of its models, see "Memory"
-
     version: str = ""
     cloud: Json = field(default_factory=dict)   # its /api/status
     running: list[Json] = field(default_factory=list)       # rows of its /api/ps
@@ -3884,10 +3883,6 @@ class Node:
         if self.draining:
             return "draining"
         return "suspect" if self.suspect or self.error_share.is_all(now) else "up"
-
-    def whole_state(self, now: float) -> str:
-        """Return the state for people to read; of a dead drained node both."""
-        return "down, draining" if self.draining and not self.is_reachable(now) else self.state(now)
 
     def is_reachable(self, now: float) -> bool:
         """Tell whether it answers, drained or not."""
@@ -4093,12 +4088,6 @@ class Node:
     def index_failed(self) -> None:
         """Note that it lives but does not say what it has: what it said last counts."""
         self.indexed = True
-
-    def unloaded(self, model: str) -> None:
-        """Note that it has promised to unload a model."""
-        runner = self.runners.get(model)
-        if runner is not None and not runner.leases:
-            runner.assume_unloaded()
 
     def know_made(self, made: dict[tuple[str, str], Made]) -> None:
         """Take over what its models are made from: {(model, digest): Made}."""
@@ -5043,6 +5032,11 @@ class Runner:
         self.ready_s, self.options, self.listed = None, None, {}
         self.context, self.keep_alive_s = 0, KEEP_LOADED_S
         self.prefixes, self.beginnings = Prefixes(), Prefixes()
+
+    def promised_to_unload(self) -> None:
+        """Note that its node has promised to unload it."""
+        if not self.leases:
+            self.assume_unloaded()
 
     def take_row(self, row: Json | None, asked_s: float, now: float) -> bool:
         """Take over its row of /api/ps, None if it has none; tell whether predictions change.
@@ -9232,8 +9226,8 @@ async def change_on(exchange: Exchange, node: Node, hear: Callable[[Node, Respon
         if edits := edits_of(exchange, begun):      # of an unload: no other change follows an alias
             last = at_once(edits.whole(last, answer))
         error = error_in(spec.change, answer.status, last)
-        if not error and spec.change == "unload" and spec.model is not None:
-            node.unloaded(spec.model)
+        if not error and spec.change == "unload" and (runner := node.runners.get(spec.model or "")) is not None:
+            runner.promised_to_unload()
         return Outcome(node, answer, last, error)
     except NodeFailure as failure:
         gateway.node_io.record_failure(lease, failure.value)
@@ -10040,6 +10034,11 @@ def node_slots(node: Node) -> tuple[int, str]:
     return (runner.slots.count, runner.slots.origin) if runner else (node.settings.slots or 1, "guessed")
 
 
+def state_in_words(node: Node, now: float) -> str:
+    """Return the state of a node for people to read; of a dead drained node both."""
+    return "down, draining" if node.draining and not node.is_reachable(now) else node.state(now)
+
+
 def node_stats(node: Node, now: float, seen: ModelSet = EVERY_MODEL) -> Json:
     """Return what /api/stats says of one node, and of the models `seen`."""
     latencies_s, error = sorted(node.latencies_s), node.last_error
@@ -10800,7 +10799,7 @@ class NodeIO:
     def log_state(self, node: Node, why: str = "") -> None:
         """Log the state of a node if it is not the one logged last."""
         now = self.loop.time()
-        was, state = self.logged_states.get(node, "new"), node.whole_state(now)
+        was, state = self.logged_states.get(node, "new"), state_in_words(node, now)
         if not node.probed or state == was or node.up and not node.indexed:
             return                      # the line shows its models: wait for them
         self.logged_states[node] = state
@@ -13250,7 +13249,7 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
     for node in nodes:
         models = sorted(node.rows)
         loaded = sorted(model for model, runner in node.runners.items() if runner.ready_s is not None)
-        rows.append((node.name, node.settings.url, node.whole_state(gateway.loop.time()), node.version or "-",
+        rows.append((node.name, node.settings.url, state_in_words(node, gateway.loop.time()), node.version or "-",
                      models or ["-"], loaded or ["-"], reasons[node]))
     rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
     print("\n".join(table_lines(rows)))

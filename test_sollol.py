@@ -1686,7 +1686,7 @@ def test_names_of_the_same_weights_share_runner_slots_residency_and_speeds():
     assert placed(dispatcher, 4.0) == ["n1"]
     for it in tickets[2:]:
         finish(dispatcher, it, 5.0)
-    node.unloaded("a:latest")
+    node.runners["a:latest"].promised_to_unload()
     assert b.ready_s is None and empty(dispatcher)
 
 
