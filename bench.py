@@ -3100,11 +3100,16 @@ class GatewayProcess(Contender):
         if isinstance(hosts, list):
             hosts, lines = folder / "hosts.txt", hosts
             hosts.write_text("\n".join(lines), encoding="utf-8")
-        log = stack.enter_context((folder / "log").open("wb"))
-        argv = [sys.executable, "sollol.py", "--hosts", str(hosts), "--port", str(port), *flags]
+        log = stack.enter_context((folder / "log").open("ab"))
+        argv = [sys.executable, cls.program(folder), "--hosts", str(hosts), "--port", str(port), *flags]
         gateway = cls("SOLLOL", port, begin_process(stack, argv, log))
         gateway.folder = folder
         return gateway
+
+    @staticmethod
+    def program(_folder):
+        """Return the path of what is run."""
+        return "sollol.py"
 
     def reload(self):
         """Have it read its hosts.txt again."""
@@ -6406,16 +6411,9 @@ class Arrivals:
 class UpgradedGateway(GatewayProcess):
     """A gateway that runs a copy of sollol.py, which can be replaced."""
 
-    @classmethod
-    def of(cls, stack, hosts, *flags):
-        folder, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
-        (folder / "hosts.txt").write_text("\n".join(hosts), encoding="utf-8")
-        shutil.copy(sollol.__file__, folder / "sollol.py")
-        log = stack.enter_context((folder / "log").open("ab"))
-        argv = [sys.executable, str(folder / "sollol.py"), "--hosts", str(folder / "hosts.txt"), "--port", str(port)]
-        gateway = cls("SOLLOL", port, begin_process(stack, [*argv, *flags], log))
-        gateway.folder = folder
-        return gateway
+    @staticmethod
+    def program(folder):
+        return shutil.copy(sollol.__file__, str(folder / "sollol.py"))
 
     def lines(self, event):
         """Return the lines of the log about an event."""

@@ -111,13 +111,11 @@ OVERHEAD_S = 0.03                   # per request in the node, outside prefill a
 MOST_OVERHEAD_S = 0.4               # what is longer is a wait
 SPEED_GAIN, OUTPUT_GAIN = 0.15, 0.03    # EWMA gains: of speeds, of output lengths
 RETRY_SLOT_S = 30.0                 # pause after a disproved slot, doubled each time, at most 2**6 times
-RETRY_SHARED_S = 10.0               # the same for each slot that is left, two at most, while others use the node
 UNORDERED_S = 0.05                  # requests sent within this and a round trip may have overtaken each other
 GROSS = 3.0                         # times off: such a sample and its estimate cannot both be right
 ALIKE = 2.0                         # times: samples that far apart at most agree, and confirm an estimate
 MANY_SAMPLES, LATELY_S = 8, 60.0    # this many samples, confirmed this recently, outweigh two gross outliers
 FULL_PROMPT_TOKENS, LEAST_PROMPT_TOKENS = 64, 8     # below the first: weak evidence of speed; below the second: none
-TELLING_TOKENS = 500                # a prompt of so many shows by its time how much of it a cache held
 LEEWAY = 1.3                        # factor beyond a bound that still counts as noise, not as a sample
 KEPT_SAMPLES = 3                    # a kept estimate counts as so many at most: new samples then weigh 0.25, 0.2, 0.17
 SILENT_S = 5.0                      # a node is not in doubt before it has been silent for this long
@@ -1594,7 +1592,7 @@ class Key:
         model = model_in(head.path)
         if model is None or model in settings.models:
             return None
-        return Answer(404, missing_text("show", head.path.removeprefix("/v1/models/")), has_body)
+        return Answer(404, missing_text("show", head.path.removeprefix(MODEL_PATH)), has_body)
 
 
 def secrets_in(fields: HeadFields) -> Iterator[tuple[bytes, bytes]]:
@@ -1677,24 +1675,26 @@ def literal(host: str) -> str | None:
         return None
 
 
-@remembered
-def is_loopback(address: str) -> bool:
-    """Tell whether no other machine can reach an address."""
+def unmapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an IP address, of IPv4 also where it is written as one of IPv6; None for a name."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return address == "localhost"
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
+@remembered
+def is_loopback(address: str) -> bool:
+    """Tell whether no other machine can reach an address."""
+    parsed = unmapped(address)
+    return address == "localhost" if parsed is None else parsed.is_loopback
 
 
 def is_in_networks(address: str, networks: list[Network]) -> bool:
     """Tell whether an address is in one of some networks."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return any(parsed in network for network in networks)
+    parsed = unmapped(address)
+    return parsed is not None and any(parsed in network for network in networks)
 
 
 def is_trusted_host(host: bytes, machine: str, allowed: list[str]) -> bool:
@@ -2171,6 +2171,14 @@ def spans_in(body: Body, at: int = 0, names: frozenset[str] = SKIMMED_FIELDS) ->
     return dict((yield from members_in(body, names, at)))
 
 
+def spans_to_edit(body: Body) -> Steps[dict[str, Span]]:
+    """Return the same; {} for a body that only json can read, as the skimmer is stricter: that is left as it is."""
+    try:
+        return (yield from spans_in(body))
+    except ValueError:
+        return {}
+
+
 def read_value(body: Body, span: Span, name: str) -> Any:
     """Return a field's value if it is short, a model's name cut short, else its Span. Raises ValueError."""
     start, end = span
@@ -2609,9 +2617,8 @@ def widened(body: Body, fields: Json, windows: list[tuple[str, int]]) -> Steps[B
     num_ctx = window_for(canonical(name), windows) if isinstance(name, str) else 0
     if not num_ctx or not isinstance(own, dict) or "num_ctx" in own:
         return body
-    try:
-        spans = yield from spans_in(body)
-    except ValueError:              # the skimmer is stricter than json
+    spans = yield from spans_to_edit(body)
+    if not spans:                   # else its model is among them
         return body
     fields["options"] = {**own, "num_ctx": num_ctx}
     if "options" not in spans:
@@ -2628,10 +2635,7 @@ def with_model(body: Body, key: str, model: str) -> Steps[tuple[Body, Alias | No
 
     What the skimmer reads in another way than json, and names of any length, are left for a node to refuse.
     """
-    try:
-        spans = yield from spans_in(body)
-    except ValueError:
-        spans = {}
+    spans = yield from spans_to_edit(body)
     start, end = spans.get(key, (0, 0))
     if not 0 < end - start <= 4 * MAX_NAME_CHARS:
         return body, None
@@ -2672,9 +2676,8 @@ def asking_for_usage(body: Body, fields: Json) -> Steps[Splice | None]:
     own = lower_keys(list((options or {}).items()))
     if own.get("include_usage") is not None and own["include_usage"] is not False:
         return None
-    try:
-        spans = yield from spans_in(body)
-    except ValueError:
+    spans = yield from spans_to_edit(body)
+    if not spans:
         return None
     return Splice(*spans["stream_options"], json.dumps({**own, "include_usage": True}).encode())
 
@@ -3500,25 +3503,28 @@ def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, re
     return lease
 
 
-def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Give the gateway's own request a lease on an idle node: it is seen, and gives way to every other."""
+def own_lease(runner: Runner, ticket: Ticket, now: float, reason: str) -> Lease:
+    """Give the gateway's own request a lease on an idle node: it is seen, takes no slot, and gives way to others."""
     node = runner.node
-    lease = Lease(ticket, node, runner, now, "the gateway measures the node", heard_s=now, watched_s=now, measures=True)
+    lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now, measures=True)
     node.advance(now)
     node.heard_s, node.measuring = now, lease
     node.leases.append(lease)
-    node.pause_measuring(now)
     return lease
 
 
+def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
+    """Return the lease of a measurement."""
+    runner.node.pause_measuring(now)
+    return own_lease(runner, ticket, now, "the gateway measures the node")
+
+
 def lease_for_loading(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Give the gateway's own request for a model in memory a lease on an idle node. It takes no slot.
+    """Return the lease of a request for a model in memory.
 
     Whoever asks for the model meanwhile waits for its load, as in Ollama itself.
     """
-    node, spec = runner.node, ticket.spec
-    lease = Lease(ticket, node, runner, now, "the gateway loads a model", heard_s=now, watched_s=now, measures=True)
-    node.advance(now)
+    node, spec, lease = runner.node, ticket.spec, own_lease(runner, ticket, now, "the gateway loads a model")
     if not is_loaded_for(runner, spec):
         lease.loads, lease.ready_s = True, now + runner.load_s()
         runner.assume_loaded(options_there(node, spec), lease.ready_s)
@@ -3526,8 +3532,6 @@ def lease_for_loading(runner: Runner, ticket: Ticket, now: float) -> Lease:
         node.changes.note_all()
     if spec.keep_alive_s is not None:
         runner.keep_alive_s = spec.keep_alive_s
-    node.heard_s, node.measuring = now, lease
-    node.leases.append(lease)
     return lease
 
 
@@ -4137,6 +4141,7 @@ WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the expected work: above, it sur
 STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
 STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
+TELLING_TOKENS = 500                # a prompt of so many shows by its time how much of it a cache held
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 
 
@@ -4549,6 +4554,7 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # by so many votes a slot is won or lost: one too few costs more than one too many
+RETRY_SHARED_S = 10.0               # pause for each slot that is left, two at most, while others use the node
 LAST_SHORT_PAUSE = 1                # doublings of the pause, at most, where the evidence is weak
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
@@ -6126,7 +6132,7 @@ class Dispatcher:
             self.displace(spec, now)
         demand = self.cluster.estimates.demand(spec)
         if spec.model in self.cluster.holders:
-            self.cluster.estimates.arrivals.setdefault(spec.model, Arrivals()).add(now)
+            self.cluster.estimates.arrivals[spec.model].add(now)
         pace = self.cluster.estimates.paces.begin(spec, now)
         ticket = self.waiting.enter(id, demand, self.rates.cost_s(demand, now), now, pace)
         ticket.version = version
@@ -6586,7 +6592,7 @@ class Estimates:
     def __init__(self) -> None:
         self.lengths: collections.defaultdict[str | None, OutputLengths] = collections.defaultdict(OutputLengths)
         self.paces = Paces()
-        self.arrivals: dict[str | None, Arrivals] = {}      # of models that nodes have
+        self.arrivals: collections.defaultdict[str | None, Arrivals] = collections.defaultdict(Arrivals)    # on nodes
 
     def demand(self, spec: RequestSpec) -> Demand:
         """Return the Demand of a request: its prompt by the model's own characters per token, and its mean output."""
@@ -9817,12 +9823,7 @@ class Usage:
 
     def load(self, text: bytes, today: str) -> None:
         """Take over what a usage file says. Raises ValueError, and has taken over nothing then."""
-        state = object_in(text)
-        if state is None:
-            raise ValueError("it is not a JSON object")
-        if any(state.get(name) != value for name, value in USAGE_FORMAT.items()):
-            raise ValueError(f"it does not have {USAGE_FORMAT}")
-        days = state.get("days")
+        days = object_of(USAGE_FORMAT, text).get("days")
         if not isinstance(days, dict) or not all(isinstance(rows, list) for rows in days.values()):
             raise ValueError("it has no days")
         self.closed = {parse_day(day): ROW_GAP.join([row_text(*read_row(row)) for row in rows])
@@ -10623,11 +10624,15 @@ class OllamaApi:
         status, answer, _ = await self.fetch("POST", "/api/show", {"model": model})
         return made_from(answer.get("modelfile")) if status == 200 and answer else Made()
 
+    @staticmethod
+    def with_options(options: Json) -> Json:
+        """Return the fields of a request with runner options; `shift` is the only one that stands beside the others."""
+        fields: Json = {"options": {name: value for name, value in options.items() if name != "shift"}}
+        return fields if "shift" not in options else {**fields, "shift": bool(options["shift"])}
+
     async def generate(self, model: str, prompt: str, options: Json, timeout_s: float) -> Timings:
         """Let a model continue a raw text; return what its answer tells of the work."""
-        value: Json = {"model": model, "raw": True, "stream": False, "prompt": prompt, "options": dict(options)}
-        if "shift" in options:          # the only one that Ollama reads beside its options
-            value["shift"] = bool(value["options"].pop("shift"))
+        value = {"model": model, "raw": True, "stream": False, "prompt": prompt, **self.with_options(options)}
         status, answer, text = await self.fetch("POST", "/api/generate", value, timeout_s)
         if status != 200 or answer is None:
             raise NodeFailure("garbage", f"the measurement was answered with {status}")
@@ -10635,13 +10640,10 @@ class OllamaApi:
 
     async def load(self, model: str, embeds: bool, options: Json, keep: bool) -> Timings:
         """Have a model in memory, for ever if `keep`: a request without a prompt. Return what the answer tells."""
-        value: Json = {"model": model, "stream": False, "options": dict(options), "input": [], "prompt": ""}
-        del value["prompt" if embeds else "input"]
-        if "shift" in options:
-            value["shift"] = bool(value["options"].pop("shift"))
+        path, nothing = ("/api/embed", "input") if embeds else ("/api/generate", "prompt")
+        value = {"model": model, "stream": False, nothing: [] if embeds else "", **self.with_options(options)}
         if keep:
             value["keep_alive"] = -1
-        path = "/api/embed" if embeds else "/api/generate"
         status, answer, text = await self.fetch("POST", path, value, LOAD_TIMEOUT_S)
         if status != 200:
             why = str((answer or {}).get("error") or "no reason given")
@@ -10866,6 +10868,17 @@ def loaded_runners(node: Node) -> list[Runner]:
             and not embeds_only(runner.row or runner.listed)]
 
 
+async def answered(lease: Lease, question: Coroutine[None, None, Timings]) -> asyncio.Task[Timings]:
+    """Ask a node under the gateway's own lease; return the task that did it, ended. Whoever ends the lease ends it."""
+    asking = asyncio.get_running_loop().create_task(question)
+    lease.abandon = lambda failure: asking.cancel()
+    try:
+        await asyncio.wait([asking])
+        return asking
+    finally:
+        asking.cancel()
+
+
 async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
     """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
 
@@ -10877,16 +10890,13 @@ async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> boo
     assert options is not None      # as `loaded_runners` returns them
     spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompt), max_output=tokens)
     lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
-    asking = loop.create_task(nodes.api(node).generate(
-        runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
-    lease.abandon = lambda failure: asking.cancel()
     try:
-        await asyncio.wait([asking])
+        asking = await answered(lease, nodes.api(node).generate(
+            runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
         if asking.cancelled() or asking.exception() or lease.released:
             return None
         return learn_measured(lease, asking.result(), loop.time())
     finally:
-        asking.cancel()
         if not lease.released:
             dispatcher.release(lease, loop.time())
 
@@ -10965,11 +10975,9 @@ async def ask_to_load(nodes: NodeIO, wanted: Wanted) -> NodeFailure | Refusal | 
     spec = RequestSpec(Family.OLLAMA, name, options=tuple(options.items()),
                        keep_alive_s=math.inf if wanted.keep else None)
     lease, load_s = nodes.dispatcher.lease_for_loading(runner, spec, loop.time()), None
-    asking = loop.create_task(nodes.api(node).load(node.rows[name]["name"], embeds_only(node.rows[name]), options,
-                                                   wanted.keep))
-    lease.abandon = lambda failure: asking.cancel()
     try:
-        await asyncio.wait([asking])
+        asking = await answered(lease, nodes.api(node).load(
+            node.rows[name]["name"], embeds_only(node.rows[name]), options, wanted.keep))
         if lease.released:
             return NodeFailure("busy", "it gave way")
         if asking.cancelled():
@@ -10981,7 +10989,6 @@ async def ask_to_load(nodes: NodeIO, wanted: Wanted) -> NodeFailure | Refusal | 
             raise error
         return error
     finally:
-        asking.cancel()
         end_loading(lease, load_s, loop.time())
 
 
@@ -11843,13 +11850,19 @@ MOST_STATE_BYTES = 64 * MIB         # some 100 KiB for ten nodes with twenty mod
 STATE_FORMAT: Json = {"format": "sollol-state", "version": 1}
 
 
-def parse_state(text: bytes) -> Json:
-    """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
+def object_of(format: Json, text: bytes) -> Json:
+    """Return the object in a file of our own, which must have the members of its format. Raises ValueError."""
     state = object_in(text)
     if state is None:
         raise ValueError("it is not a JSON object")
-    if any(state.get(name) != value for name, value in STATE_FORMAT.items()):
-        raise ValueError(f"it does not have {STATE_FORMAT}")
+    if any(state.get(name) != value for name, value in format.items()):
+        raise ValueError(f"it does not have {format}")
+    return state
+
+
+def parse_state(text: bytes) -> Json:
+    """Return what is in a state file, at least a list `nodes` and an object `lengths`. Raises ValueError."""
+    state = object_of(STATE_FORMAT, text)
     if not isinstance(state.get("nodes"), list) or not isinstance(state.get("lengths"), dict):
         raise ValueError("it has no nodes or no lengths")
     return state
