@@ -3513,12 +3513,6 @@ def own_lease(runner: Runner, ticket: Ticket, now: float, reason: str) -> Lease:
     return lease
 
 
-def lease_for_measuring(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Return the lease of a measurement."""
-    runner.node.pause_measuring(now)
-    return own_lease(runner, ticket, now, "the gateway measures the node")
-
-
 def lease_for_loading(runner: Runner, ticket: Ticket, now: float) -> Lease:
     """Return the lease of a request for a model in memory.
 
@@ -4141,6 +4135,7 @@ WAITED_RATIO, FASTER_RATIO = 1.25, 0.7  # times the expected work: above, it sur
 STALL_SHARE = 0.25                  # of an answer's time that the prefills of others may take from it
 STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of several requests of our own
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
+LEAST_MEASURED_S = 0.15             # of the gateway's own answers that are to show a wait
 TELLING_TOKENS = 500                # a prompt of so many shows by its time how much of it a cache held
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 
@@ -4540,6 +4535,24 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
     return True
 
 
+def learn_slots_measured(lease: Lease, answers: list[Timings], now: float) -> bool:
+    """Learn how many of the answers that an idle node was asked for at once had a slot; tell whether all had.
+
+    Whoever had none waited for a whole answer: so answers that were too short for that to show say nothing, nor does
+    what took a load. Before the lease's end.
+    """
+    node, runner = lease.node, lease.slot
+    work_s = min(answer.prompt_s + answer.output_s for answer in answers)
+    if work_s < LEAST_MEASURED_S or runner.slots.is_set or any(answer.load_s > 1.0 for answer in answers):
+        return False
+    waited = sum(answer.hidden_wait_s > node.overhead_s + work_s / 2 for answer in answers)
+    node.heard_s = now
+    runner.confirm_slots(len(answers) - waited, now)
+    if waited:
+        runner.note_slots(runner.slots.reject(now, node.strangers_s, True))
+    return not waited
+
+
 # -----------------------------------------------------------------------------
 # Estimates: what do answers teach, one number at a time?
 #
@@ -4556,6 +4569,7 @@ WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots ma
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # by so many votes a slot is won or lost: one too few costs more than one too many
 RETRY_SHARED_S = 10.0               # pause for each slot that is left, two at most, while others use the node
 LAST_SHORT_PAUSE = 1                # doublings of the pause, at most, where the evidence is weak
+FIRST_SURE_PAUSE = 3                # doublings of the pause, at least, where it is sure
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 CONFIRMED_S = 600.0                 # how long an answer confirms
@@ -4605,15 +4619,18 @@ class SlotEstimate:
         self.proven, self.waits = running, 0
         return self.reject(now, strangers_s)
 
-    def reject(self, now: float, strangers_s: float) -> bool:
+    def reject(self, now: float, strangers_s: float, sure: bool = False) -> bool:
         """Note that a request had to wait inside the node: no more than were proved, until a pause is over.
 
-        The pause grows only where the node is ours alone; a stranger, last seen at `strangers_s`, will give its slots
-        back. If the stranger is a gateway, too, the one with fewer slots tries more often, until both have as many.
+        It is a long one if that is `sure`. The pause grows only where the node is ours alone; a stranger, last seen at
+        `strangers_s`, will give its slots back. If the stranger is a gateway, too, the one with fewer slots tries more
+        often, until both have as many.
         """
         if self.is_set:
             return False
         self.count, self.origin = self.proven, "learned"
+        if sure:
+            self.rejections = max(self.rejections, FIRST_SURE_PAUSE)
         ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
         self.retry_at_s = now + (RETRY_SLOT_S * 2 ** min(self.rejections, 6) if ours
                                  else RETRY_SHARED_S * min(self.proven, 2))
@@ -5508,7 +5525,7 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 # that came back. Plain policies send a request on when it arrives, as a plain proxy does; it then waits in the node.
 #
 # CompletionTime walks the queue in order, gives each ticket the node that is predicted to finish it first, and holds a
-# ticket back when the only free node would be 1.4 times slower than waiting for a better one. A ticket that is held
+# ticket back when the only free node would be 1.7 times slower than waiting for a better one. A ticket that is held
 # takes its virtual place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
 
@@ -6228,7 +6245,8 @@ class Dispatcher:
 
     def lease_for_measuring(self, runner: Runner, spec: RequestSpec, now: float) -> Lease:
         """Return the lease of the gateway's own request on an idle node."""
-        return lease_for_measuring(runner, self.waiting.unqueued(f"measure-{runner.node.name}", spec, now), now)
+        ticket = self.waiting.unqueued(f"measure-{runner.node.name}", spec, now)
+        return own_lease(runner, ticket, now, "the gateway measures the node")
 
     def lease_for_loading(self, runner: Runner, spec: RequestSpec, now: float) -> Lease:
         """Return the lease of the gateway's own request for a model in the memory of an idle node."""
@@ -10557,6 +10575,8 @@ IDLE_UPSTREAM_S = 90.0              # Ollama itself never closes an idle connect
 GENTLE_IDLE_S = 2.0                 # with probe=: an open connection is watched by the kernel, which keeps nodes awake
 CALIBRATION_S = 30.0                # a node that is slower than this is not worth measuring
 CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
+MEASURED_S, MOST_MEASURED_TOKENS = 0.5, 256     # of an answer that shows by its wait whether it had a slot
+MOST_MEASURED_SLOTS = 8             # asked for at once; more are learned from real requests
 SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
 
 
@@ -10851,6 +10871,7 @@ class NodeIO:
                 self.logged_states.pop(node, None)
 
 
+Value = TypeVar("Value")            # of a question to a node
 Job = Callable[[NodeIO, Node], Coroutine[None, None, str | None]]       # a method of NodeIO, or `check`, `calibrate`
 Look = Callable[[NodeIO, Node, float], Coroutine[None, None, None]]
 
@@ -10868,7 +10889,7 @@ def loaded_runners(node: Node) -> list[Runner]:
             and not embeds_only(runner.row or runner.listed)]
 
 
-async def answered(lease: Lease, question: Coroutine[None, None, Timings]) -> asyncio.Task[Timings]:
+async def answered(lease: Lease, question: Coroutine[None, None, Value]) -> asyncio.Task[Value]:
     """Ask a node under the gateway's own lease; return the task that did it, ended. Whoever ends the lease ends it."""
     asking = asyncio.get_running_loop().create_task(question)
     lease.abandon = lambda failure: asking.cancel()
@@ -10879,26 +10900,43 @@ async def answered(lease: Lease, question: Coroutine[None, None, Timings]) -> as
         asking.cancel()
 
 
-async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int) -> bool | None:
-    """Ask a runner of an idle node for a few tokens. Return whether the answer taught anything, None if none came.
+async def ask_together(questions: list[Coroutine[None, None, Timings]]) -> list[Timings]:
+    """Return the answers to questions that are asked at the same time. Raises ExceptionGroup if one has none."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(question) for question in questions]
+    return [task.result() for task in tasks]
+
+
+async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int, count: int = 1) -> bool | None:
+    """Ask a runner of an idle node for a few tokens, `count` times at once. Return what `learn_measured`, or of several
+    `learn_slots_measured`, says of the answers; None if none came.
 
     Any request ends it at once. It loads no model, and reloads none with other options.
     """
-    dispatcher, loop, node = nodes.dispatcher, nodes.loop, runner.node
-    prompt = " ".join(f"{nodes.gateway.rng.getrandbits(16):04x}" for _ in range(words))
+    dispatcher, loop, node, rng = nodes.dispatcher, nodes.loop, runner.node, nodes.gateway.rng
+    prompts = [" ".join(f"{rng.getrandbits(16):04x}" for _ in range(words)) for _ in range(count)]
     options = loaded_options(runner)
     assert options is not None      # as `loaded_runners` returns them
-    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompt), max_output=tokens)
+    spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompts[0]), max_output=tokens)
     lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
     try:
-        asking = await answered(lease, nodes.api(node).generate(
-            runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S))
+        asking = await answered(lease, ask_together([nodes.api(node).generate(
+            runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S) for prompt in prompts]))
         if asking.cancelled() or asking.exception() or lease.released:
             return None
-        return learn_measured(lease, asking.result(), loop.time())
+        answers, now = asking.result(), loop.time()
+        return learn_slots_measured(lease, answers, now) if count > 1 else learn_measured(lease, answers[0], now)
     finally:
         if not lease.released:
             dispatcher.release(lease, loop.time())
+
+
+async def measure_slots(nodes: NodeIO, runner: Runner) -> None:
+    """Ask a runner of an idle node for two, four and eight answers at once, until some have to wait there."""
+    tokens, count = min(max(round(MEASURED_S / runner.decode_s()), CALIBRATION_TOKENS), MOST_MEASURED_TOKENS), 2
+    while (count <= MOST_MEASURED_SLOTS and not runner.node.leases
+           and await measure(nodes, runner, CALIBRATION_WORDS, tokens, count)):
+        count *= 2
 
 
 async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
@@ -10915,18 +10953,22 @@ async def loaded_runner(nodes: NodeIO, node: Node) -> Runner | None:
 
 
 async def calibrate(nodes: NodeIO, node: Node) -> None:
-    """Measure the speed of an idle node on a loaded model: once after it came up, and when answers have not shown it
-    for long although the model is asked for.
+    """Measure the speed and the slots of an idle node on a loaded model: once after it came up, and when answers have
+    not shown them for long although the model is asked for.
 
     Without it the first wave of requests goes out blindly: 74 s instead of 6 s for ten agents on a simulated cluster
-    with a CPU node. It sends one short request at a time: slots are learned from real requests.
+    with a CPU node.
     """
     node.calibrates()
     runner = await loaded_runner(nodes, node)
+    if runner is not None:
+        node.pause_measuring(nodes.loop.time())
     sure = runner is not None and runner.speeds.is_confirmed(nodes.loop.time())
     if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
         node.calibrates(False)          # it is tried again, after a pause
         return
+    if runner.slots.origin == "guessed":
+        await measure_slots(nodes, runner)
     LOG.info({"event": "calibrated", "node": node.name, "model": runner.model, "slots": runner.slots.count,
               "decode_tok_s": round(1 / runner.decode_s(), 1)})
     pump(nodes.gateway)
@@ -10940,6 +10982,7 @@ async def check(nodes: NodeIO, node: Node) -> None:
         return
     due_s = math.inf
     if runner is not None:          # else there is nothing to ask: its next request will show
+        node.pause_measuring(loop.time())
         work_s = node.overhead_s + 8 * runner.prefill_s() + runner.decode_s() + node.rtt_s
         due_s = loop.time() + 2 * work_s + SLOW_CHECK_S
         if await measure(nodes, runner, 1, 1) is None:

@@ -2655,6 +2655,26 @@ def test_disturbed_measurement_teaches_nothing(timings, taught):
     assert empty(dispatcher) and dispatcher.cluster.in_flight() == 0
 
 
+def waited_s(*waits_s, output_s=0.5, load_s=0.0):
+    """Return answers to the gateway's own questions, asked at once, that waited so long in the node."""
+    return [prompted(50, 0.002, output_s, 8, wait_s, load_s=load_s) for wait_s in waits_s]
+
+
+@table("answers, count, origin, retry_s", [
+    ("all at once", waited_s(0.03, 0.04), 2, "learned", 0.0),
+    ("two of four", waited_s(0.03, 0.04, 0.6, 0.7), 2, "learned", 240.0),
+    ("one after the other", waited_s(0.03, 0.6), 1, "learned", 240.0),
+    ("the other way round", waited_s(0.6, 0.03), 1, "learned", 240.0),
+    ("too short to tell", waited_s(0.03, 0.08, output_s=0.01), 1, "guessed", 0.0),
+    ("they waited for a load", waited_s(0.0, 0.0, load_s=5.0), 1, "guessed", 0.0)])
+def test_measured_slots_are_those_whose_requests_did_not_wait(answers, count, origin, retry_s):
+    """What would be one slot more is tried again later than after a wait among the requests of others."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    slots, (lease, _) = runner(dispatcher, "n1").slots, measuring(dispatcher)
+    assert sollol.learn_slots_measured(lease, answers, 2.0) is (retry_s == 0.0 and origin == "learned")
+    assert (slots.count, slots.origin, max(slots.retry_at_s - 2.0, 0.0)) == (count, origin, retry_s)
+
+
 def test_predictions_are_judged_by_what_became_of_them():
     dispatcher, now = cluster(n1=["m"]), 0.0
     assert dispatcher.ratios.share(0.5) is None
@@ -6784,13 +6804,27 @@ async def test_calibration_learns_an_idle_nodes_speed_from_one_short_request():
         await sollol.calibrate(gateway.node_io, known)
         runner = known.runners["llama3.2:latest"]
         assert 1 / runner.speeds.decode_s == pytest.approx(265, rel=0.3)
-        assert (runner.slots.count, runner.slots.origin, known.calibrated, known.leases) == (1, "guessed", True, [])
-        asked, = measurements(node)
+        assert (known.calibrated, known.leases) == (True, [])
+        asked, *at_once = measurements(node)
         words = asked["prompt"].split()
-        assert len(words) * 5 <= 64 and max(map(len, words)) <= 4 and node.max_in_flight == 1 and not node.loads
+        assert len(words) * 5 <= 64 and max(map(len, words)) <= 4 and not node.loads
         assert asked["options"] == {"num_predict": 8, "num_ctx": runner.context} and runner.context
         await sollol.calibrate(gateway.node_io, known)
-        assert len(measurements(node)) == 1         # its speed is known
+        assert len(measurements(node)) == 1 + len(at_once)      # its speed is known
+
+
+@over_sockets
+@listed("slots, asked", [(1, [1, 2]), (2, [1, 2, 4]), (3, [1, 2, 4]), (4, [1, 2, 4, 8]), (8, [1, 2, 4, 8])])
+async def test_calibration_counts_an_idle_nodes_slots(slots, asked):
+    """It asks for twice as many answers at once until some have to wait: so a node is not overrun."""
+    node = measurable("rtx3060", slots=slots)
+    async with gateway_for(node) as gateway:
+        known = next(iter(gateway.dispatcher.cluster.nodes.values()))
+        await sollol.calibrate(gateway.node_io, known)
+        runner = known.runners["llama3.2:latest"]
+        assert (runner.slots.count, runner.slots.origin, known.leases) == (slots, "learned", [])
+        assert len(measurements(node)) == sum(asked) and not node.loads and node.max_in_flight == asked[-1]
+        assert known.check_s - gateway.loop.time() <= 5.0       # all that is one measurement: one pause
 
 
 @over_sockets
@@ -6834,7 +6868,7 @@ async def test_only_what_ps_lists_is_measured_and_only_as_it_is_loaded():
         runner.options = (("use_mmap", True), ("shift", False))
         known.check_s = 0.0
         await sollol.check(gateway.node_io, known)
-        asked = json.loads(node.requests[1].partition(b"\r\n\r\n")[2])
+        asked = json.loads(node.requests[-1].partition(b"\r\n\r\n")[2])
         assert (asked["options"], asked["shift"]) == ({"num_ctx": 8192, "use_mmap": True, "num_predict": 1}, False)
         assert len(asked["prompt"].split()) == 1
 
