@@ -5529,7 +5529,7 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 # takes its virtual place on that better node, so those behind it see it as taken.
 # -----------------------------------------------------------------------------
 
-HOLD = 1.4                          # wait for a better node if a free one is this many times slower; plateau 1.2..2.0
+HOLD = 1.7                          # wait for a better node if a free one is this many times slower; plateau 1.4..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
