@@ -4381,15 +4381,20 @@ ABLATION_SEEDS = 3                  # pooled: one alone is off by a tenth and mo
 
 
 @contextlib.contextmanager
-def switched_off(term):
-    """Run without a term of routing. A name that is gone from sollol.py raises AttributeError."""
+def instead(values):
+    """Run with other values of names in sollol.py. A name that is gone from there raises AttributeError."""
     with contextlib.ExitStack() as stack:
-        for path, value in next((switch.values for switch in ABLATIONS if switch.term == term), {}).items():
+        for path, value in values.items():
             *owners, name = path.split(".")
             owner = functools.reduce(getattr, owners, sollol)
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
+
+
+def switched_off(term):
+    """Return a context without a term of routing; None switches nothing off."""
+    return instead(next((switch.values for switch in ABLATIONS if switch.term == term), {}))
 
 
 def is_favoured(scenario, sample):
@@ -4430,6 +4435,40 @@ def ablation_table(scenarios, seed):
             ["whole", *("{:.2f} / {:.2f} s".format(*results[scenario, None]) for scenario in scenarios)],
             *([f"no {switch.term}", *(changed(scenario, switch.term) for scenario in scenarios)]
               for switch in ABLATIONS)]
+
+
+# Trade-off: what would a lower median cost? A ticket can be held less, and a short one can go before a long one.
+
+TRADE_ROWS = tuple(row for row in MATRIX if row.name in ("seed/mild3", "seed/het5", "load0.6/het5", "load0.85/mild5"))
+LONG_LAST = 5, 20, 80               # times the seconds for which a request keeps the whole cluster busy
+
+
+def long_last(times):
+    """Return a FairShare.charge with which a request starts later by so many times what it costs."""
+    charge = sollol.FairShare.charge
+    return lambda fair, spec, now, cost_s: charge(fair, spec, now, cost_s) + times * cost_s
+
+
+TRADES = {**{f"hold {hold:g}": {"HOLD": hold} for hold in (1.0, 1.2, 1.4, sollol.HOLD, 2.0, 3.0, math.inf)},
+          **{f"long ones last, {times}": {"FairShare.charge": long_last(times)} for times in LONG_LAST}}
+
+
+def traded(scenario, way, seed):
+    """Return the Figures of one way to choose, or of a rival; some seeds pooled."""
+    policy = SOLLOL if way in TRADES else way
+    with instead(TRADES.get(way, {})):
+        runs = [simulate(scenario, seed + number, (policy,))[0] for number in range(ABLATION_SEEDS)]
+    return figures(Run(policy, [sample for run in runs for sample in run.samples], sum(run.elapsed_s for run in runs)))
+
+
+def tradeoff_table(seed):
+    """Return rows of text: mean, P50, P95 and time to the first token for each way, and those of two rivals."""
+    ways = RIVALS[1], "central-queue", *TRADES
+    results = in_parallel(traded, [((scenario, way), (scenario, way, seed)) for way in ways for scenario in TRADE_ROWS])
+    return [["mean / P50 / P95 / TTFT, s", *(scenario.name for scenario in TRADE_ROWS)],
+            *([way + ", as SOLLOL does" * (TRADES.get(way) == {"HOLD": sollol.HOLD}), *(
+                " / ".join(f"{getattr(results[scenario, way], field):.2f}" for _, field in TOLD_FIGURES)
+                for scenario in TRADE_ROWS)] for way in ways)]
 
 
 # Wrong beliefs: what does it cost if all that the gateway believes at its start is nonsense?
@@ -7182,6 +7221,8 @@ def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -
         "(mild3,mild5)")
     command("ablate", lambda options: show(ablation_table(ABLATED, options.seed)),
             "switch off one term of routing at a time: what is each worth?", "--seed")
+    command("tradeoff", lambda options: show(tradeoff_table(options.seed)), "what a lower median costs the slowest: a "
+            "request is held back for less or for more, or long ones go last; minutes", "--seed")
     add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "
                   "start: exit status 1 if they cost more than 15 % or a request", "--seed")
     add("count", default=20, help="seeds (%(default)s)", **COUNT)

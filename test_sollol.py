@@ -15470,6 +15470,15 @@ def test_every_term_of_routing_can_be_switched_off_and_is_on_again_afterwards():
     assert bench.simulate(scenario, 1, (bench.SOLLOL,))[0].samples == whole[0].samples
 
 
+def test_tradeoff_shows_the_median_and_the_tail_of_each_way(monkeypatch):
+    monkeypatch.setattr(bench, "ABLATION_SEEDS", 1)
+    monkeypatch.setattr(bench, "TRADE_ROWS", (bench.seed_scenario("mild3", duration_s=15.0),))
+    head, *rows = bench.tradeoff_table(1)
+    assert len(rows) == 2 + len(bench.TRADES) and sum("as SOLLOL does" in row[0] for row in rows) == 1
+    assert head[1] == "seed/mild3" and all(len(row[1].split(" / ")) == 4 for row in rows)
+    assert len({row[1] for row in rows}) > 8        # each does something else
+
+
 def test_ablation_shows_what_a_term_is_worth(monkeypatch):
     monkeypatch.setattr(bench, "ABLATION_SEEDS", 1)
     scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=150)
