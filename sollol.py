@@ -856,8 +856,7 @@ class ClientConnection(asyncio.Protocol):
             taken, self.buffer = self.buffer, self.buffer[size:]
             del taken[size:]
         else:
-            with memoryview(self.buffer) as view:
-                taken = bytes(view[:size])
+            taken = bytes(self.buffer[:size])
             del self.buffer[:size]
         if self.read_paused and len(self.buffer) <= READ_AHEAD_BYTES:
             self.resume_reading()
