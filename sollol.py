@@ -4895,7 +4895,10 @@ class Prefixes:
 
     def common_chars(self, prefix: Prefix) -> int:
         """Return how many leading characters a prompt shares with one of those remembered."""
-        return next((chars for part, chars in reversed(prefix) if part in self.parts), 0)
+        for part, chars in reversed(prefix):
+            if part in self.parts:
+                return chars
+        return 0
 
 
 @dataclass(slots=True, eq=False)
@@ -5322,8 +5325,8 @@ class Offer:
         self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
         self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
         self.ends_at_s: list[float] | None = None   # when leases and claims end, ascending; reckoned once needed
-        self.slow = slowdown(node, runner, 1)
-        self.prefill_s, self.decode_s, self.input_s = runner.prefill_s(), runner.decode_s(), runner.input_s()
+        self.slow = slowdown(node, runner, 1, full=self.free <= 0)      # times longer than alone, beside what runs then
+        self.prefill_s, self.decode_s = runner.prefill_s(), runner.decode_s()
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
         if node.busy and not runner.leases:
             self.fixed_s += snapshot.harm_s(now)
@@ -5385,10 +5388,6 @@ class Offer:
             ready_s, swap_s = self.load(now)
         return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
 
-    def slowed(self) -> float:
-        """Return how many times longer than alone a request would take, with those that run beside it."""
-        return self.slow if self.free > 0 else slowdown(self.runner.node, self.runner, 1, full=True)
-
     def new_tokens(self, demand: Demand) -> float:
         """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there.
 
@@ -5417,15 +5416,15 @@ class Offer:
         start_s, _, swap_s = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
         prompt_s = new_tokens * self.prefill_s
-        work_s = self.overhead_s + prompt_s + demand.inputs * self.input_s + demand.output_tokens * self.decode_s
+        texts_s = demand.inputs * self.runner.input_s() if demand.inputs else 0.0
+        work_s = self.overhead_s + prompt_s + texts_s + demand.output_tokens * self.decode_s
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
         if self.expected:
             work_s *= 1 + NEAR * (self.expected - self.is_own(demand, new_tokens))
-        return start_s + self.fixed_s + work_s * self.slowed() + swap_s + stops_s + self.evicts_s(demand, new_tokens)
-
-    def evicts_s(self, demand: Demand, new_tokens: float) -> float:
-        """Return what it costs another conversation that this prompt takes the place of its cache."""
-        return 0.0 if self.is_own(demand, new_tokens) else EVICTION * self.evicted_tokens * self.prefill_s
+        finish_s = start_s + self.fixed_s + work_s * self.slow + swap_s + stops_s
+        if self.evicted_tokens and not self.is_own(demand, new_tokens):     # another conversation will need them again
+            finish_s += EVICTION * self.evicted_tokens * self.prefill_s
+        return finish_s
 
     def is_own(self, demand: Demand, new_tokens: float) -> bool:
         """Tell whether a prompt goes on with what is cached here."""
@@ -5447,9 +5446,10 @@ class Offer:
         """Return the Prediction for a request that is to go here."""
         start_s, ready_s, _ = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
-        prefill_s = self.overhead_s + new_tokens * self.prefill_s + demand.inputs * self.input_s
+        texts_s = demand.inputs * self.runner.input_s() if demand.inputs else 0.0
+        prefill_s = self.overhead_s + new_tokens * self.prefill_s + texts_s
         return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
-                          demand.output_tokens * self.decode_s, self.slowed(), new_tokens,
+                          demand.output_tokens * self.decode_s, self.slow, new_tokens,
                           not is_loaded_for(self.runner, demand.spec))
 
 
@@ -5783,9 +5783,11 @@ class CompletionTime(Policy):
                 following = waiting.first(model.model)
                 if following and model.is_open(work.now):
                     heapq.heappush(heads, (*following[:2], model))
-                else:
+                elif following or work.held:
                     self.parked[model.model] = Parked(
                         work.now, entry[0] if following and not model.keeps else math.inf)
+                else:               # nobody waits
+                    self.parked.pop(model.model, None)
         finally:
             for entry in work.held:
                 waiting.restore(entry)
