@@ -4214,9 +4214,10 @@ def waits_long(timings: Timings, took_s: float) -> bool:
 
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
+    if not waits_long(timings, took_s):
+        return False
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
-    return (waits_long(timings, took_s) and not loading and lease.position <= lease.slot.slots.proven
-            and not ran_at_once(lease, timings))
+    return not loading and lease.position <= lease.slot.slots.proven and not ran_at_once(lease, timings)
 
 
 def ran_at_once(lease: Lease, timings: Timings) -> int:
@@ -4324,8 +4325,9 @@ def accounted(lease: Lease, timings: Timings, path: str, is_whole: bool) -> Timi
         events = lease.lines // LINES_OF_EVENTS.get(path, 1)
         after = EVENTS_AFTER if is_whole and spec.family is Family.OPENAI else 0
         output_tokens = max(0, events - after) if spec.stream else round(lease.output_tokens)
-    is_own = (prompt_tokens, output_tokens) == (timings.prompt_tokens, timings.output_tokens)
-    return timings._replace(prompt_tokens=prompt_tokens, output_tokens=output_tokens, estimated=not is_own)
+    if (prompt_tokens, output_tokens) == (timings.prompt_tokens, timings.output_tokens):
+        return timings
+    return timings._replace(prompt_tokens=prompt_tokens, output_tokens=output_tokens, estimated=True)
 
 
 def learn_from(lease: Lease, timings: Timings, now: float) -> Timings:
@@ -4498,10 +4500,10 @@ def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0
         sample = beyond(known, max(sample - stalled_s, 0.1 * sample), sample)
         if not sample:
             return
-    others = any(other.speeds.decode_s for other in node.runners.values() if other is not runner)
     sample, gain = runner.speeds.learn_decode(known, sample, now)
     factor = size_factor(runner, sample)
-    node.size_factor = factor if gain == 1.0 and not others else blend(node.size_factor, factor, gain)
+    is_first = gain == 1.0 and not any(other.speeds.decode_s for other in node.runners.values() if other is not runner)
+    node.size_factor = factor if is_first else blend(node.size_factor, factor, gain)
 
 
 def size_factor(runner: Runner, decode_s: float) -> float:
@@ -4831,7 +4833,7 @@ class Prefixes:
         self.prompts: collections.OrderedDict[int, Cached] = collections.OrderedDict()  # by the whole prompt's hash
         self.conversations = 0      # of the prompts: those of so many parts that they are likely to go on
         self.hit_share = 0.5                    # EWMA: of the conversations that came, how many found their cache
-        self.parts: collections.Counter[int] = collections.Counter()    # hash of a part: prompts that begin with it
+        self.parts: dict[int, int] = collections.defaultdict(int)   # hash of a part: prompts that begin with it
 
     def remember(self, prompt: Cached, most: int) -> None:
         """Note a prompt by its (hash, chars) parts; forget the least recent ones beyond `most`."""
@@ -5882,7 +5884,7 @@ class FairShare:
     def __init__(self) -> None:
         self.next_s: dict[str, dict[int, float]] = {}           # client: {priority: virtual seconds}
         self.begun_s: dict[tuple[str, int], float] = {}         # (client, priority): virtual start of the last request
-        self.active: collections.Counter[tuple[str, int]] = collections.Counter()   # requests that wait or run
+        self.active: dict[tuple[str, int], int] = collections.defaultdict(int)      # requests that wait or run
 
     def start_s(self, spec: RequestSpec, now: float) -> float:
         """Return the virtual start of a new request: not before what the client has asked for with higher priority.
@@ -5892,7 +5894,7 @@ class FairShare:
         levels = self.next_s.get(spec.client)
         if not levels:
             return now
-        return max([now, *(next_s for priority, next_s in levels.items() if priority >= spec.priority)])
+        return max([now, *[next_s for priority, next_s in levels.items() if priority >= spec.priority]])
 
     def charge(self, spec: RequestSpec, now: float, cost_s: float) -> float:
         """Count a new request that costs the cluster `cost_s` seconds; return its virtual start.
@@ -5945,11 +5947,11 @@ class WaitingRoom:
     def __init__(self, max_tickets: int = 1024, timeout_s: float = 240.0) -> None:
         self.max_tickets, self.timeout_s = max_tickets, timeout_s
         self.heaps: dict[str | None, list[Entry]] = {}      # by model
-        self.marked: collections.Counter[str | None] = collections.Counter()    # entries that no longer wait
+        self.marked: dict[str | None, int] = collections.defaultdict(int)   # entries that no longer wait
         self.tickets: dict[Ticket, None] = {}   # that wait, in the order of their coming
         self.fair = FairShare()
         self.owing: dict[str | None, dict[int, list[Entry]]] = {}   # by model and priority: those whose client owes
-        self.sessions: collections.Counter[tuple[str, int]] = collections.Counter()     # (client, session): requests
+        self.sessions: dict[tuple[str, int], int] = collections.defaultdict(int)    # (client, session): requests
         self.seq = itertools.count()
 
     def __len__(self) -> int:
