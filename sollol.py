@@ -1368,7 +1368,7 @@ class Record:
     queue_s: float = 0.0
     first_s: float | None = None
     bytes: int = 0
-    timings: Timings = field(default_factory=lambda: Timings())
+    timings: Timings = field(default_factory=lambda: NO_TIMINGS)
     held: Held = ()                 # the slots that it had
     shares: Sequence[Record] = ()   # of a batch, which nodes have answered apart
     reason: str = ""
@@ -1409,7 +1409,7 @@ class Exchange:
 def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead) -> Exchange:
     """Return the Exchange of a request whose head has come."""
     own = head.fields.get(b"x-request-id", b"")     # its id, if that is harmless in a header and a log line
-    id = own.decode() if len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
+    id = own.decode() if 0 < len(own) <= 128 and TOKEN.fullmatch(own) else f"{gateway.rng.getrandbits(64):016x}"
     record = Record(id, client.address, head.method, head.path, gateway.loop.time())
     return Exchange(gateway, client, head, record, head.keep_alive)
 
@@ -1998,7 +1998,7 @@ def has_lower_keys(value: object) -> bool:
     if type(value) is list:
         return all(map(has_lower_keys, value))
     return type(value) is not dict or all(map(str.islower, value)) and all(
-        has_lower_keys(value[key]) for key in ("options", "messages", "input", "content") if key in value)
+        [has_lower_keys(value[key]) for key in ("options", "messages", "input", "content") if key in value])
 
 
 def json_value(text: str) -> Any:
@@ -2583,8 +2583,11 @@ SESSION_FIELDS = (b"x-openwebui-chat-id", b"x-claude-code-session-id", b"x-sessi
 
 def session_of(head: RequestHead, fields: Json, opening: int) -> int:
     """Return what is equal for the requests of a conversation: what the client calls it, or else how it begins."""
-    name = next((head.fields[name] for name in SESSION_FIELDS if name in head.fields), fields.get("prompt_cache_key"))
-    return hash(name) if isinstance(name, (str, bytes)) else opening
+    for name in SESSION_FIELDS:
+        if name in head.fields:
+            return hash(head.fields[name])
+    key = fields.get("prompt_cache_key")
+    return hash(key) if isinstance(key, str) else opening
 
 
 def output_bound(path: str, fields: Json, options: Json) -> int | None:
@@ -2595,6 +2598,8 @@ def output_bound(path: str, fields: Json, options: Json) -> int | None:
 
 def runner_options(fields: Json, options: Json) -> RunnerOptions:
     """Return the options that a model is loaded with: for another value Ollama unloads it and loads it again."""
+    if not options and "shift" not in fields:
+        return ()
     values = [*((name, options.get(name)) for name in RUNNER_OPTIONS), ("shift", fields.get("shift"))]
     return tuple((name, value) for name, value in values
                  if isinstance(value, (int, float)) and not (name == "num_gpu" and value < 0))
@@ -4193,6 +4198,7 @@ class Timings(NamedTuple):
         return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
 
 
+NO_TIMINGS = Timings()
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
 
 
