@@ -552,9 +552,10 @@ class BodyMemory:
 
     def give_back(self, client: ClientConnection) -> None:
         """Take back what a client holds."""
-        self.held_bytes -= client.held_bytes
-        client.held_bytes = 0
-        self.grant()
+        if client.held_bytes:
+            self.held_bytes -= client.held_bytes
+            client.held_bytes = 0
+            self.grant()
 
 
 def body_due_s(due_s: float, size: int, now: float) -> float:
@@ -828,7 +829,7 @@ class ClientConnection(asyncio.Protocol):
         scanned, started_s, empty_lines = 0, 0.0, 0
         self.idle_s = self.loop.time()
         while True:
-            while self.buffer[:2] == b"\r\n":       # RFC 9112 2.2: ignore an empty line before the request line
+            while self.buffer.startswith(b"\r\n"):  # RFC 9112 2.2: ignore an empty line before the request line
                 del self.buffer[:2]
                 empty_lines += 1
                 if empty_lines > MAX_EMPTY_LINES:
@@ -884,7 +885,10 @@ class ClientConnection(asyncio.Protocol):
         if head.length is not None:
             if head.length > limit:
                 raise Refusal(413, f"the request body is over {limit} bytes", close=True)
-            await memory.hold(self, head.length)
+            if head.length > SHORT_BODY_BYTES:
+                await memory.hold(self, head.length)
+            if len(self.buffer) >= head.length:     # a short one mostly comes with its head
+                return self.take(head.length)
         self.send_continue(head)
         now = self.loop.time()
         due_s = body_due_s(now + grace_s, len(self.buffer), now)
@@ -1170,7 +1174,8 @@ async def converse(gateway: Gateway, client: ClientConnection) -> None:
             client.asking = True
             exchange = begin_exchange(gateway, client, head)
             await handle(exchange)
-            await client.drained()
+            if client.write_paused:
+                await client.drained()
             if client.buffer:       # it asks ahead: others come in between
                 await gateway.turns.take()
             if not exchange.keep or gateway.is_ending or client.gone:
@@ -4198,7 +4203,7 @@ class Timings(NamedTuple):
         return self.hidden_wait_s >= HIDDEN_WAIT_S + 0.02 * took_s + max(0.0, overhead_s - OVERHEAD_S)
 
 
-NO_TIMINGS = Timings()
+NO_TIMINGS: Timings = Timings()
 TIMING = re.compile(rb'"([a-z]+_[a-z_]+)":\s*(\d{1,18})')       # quotes inside a text would be escaped
 
 
@@ -5688,6 +5693,13 @@ class ModelPass:
             return False
         return self.forced or runner.breaker.allows(now) and node.breaker.allows(now)
 
+    def first_open(self, candidates: list[Candidate], now: float) -> Candidate | None:
+        """Return the first of some candidates that has room, or None."""
+        for candidate in candidates:
+            if self.has_room(candidate.runner, now):
+                return candidate
+        return None
+
     def is_open(self, now: float) -> bool:
         """Tell whether another ticket is worth a look."""
         return self.looks_left > 0 and any(self.has_room(runner, now) for runner in self.runners)
@@ -5805,17 +5817,16 @@ class CompletionTime(Policy):
         ticket, now = entry[2], work.now
         demand = work.cluster.estimates.demand_of(ticket)
         candidates = self.candidates(work, ticket, demand, model.runners)
-        free = next((candidate for candidate in candidates if model.has_room(candidate.runner, now)), None)
+        free = model.first_open(candidates, now)
         if free and len(ticket.spec.prefix) >= CONVERSATION_PARTS and now - ticket.since_s < MOST_KEPT_S:
-            free = next((candidate for candidate in candidates if model.has_room(candidate.runner, now)
-                         and not candidate.offer.is_kept(demand, now)), None)
+            free = model.first_open([other for other in candidates if not other.offer.is_kept(demand, now)], now)
             model.keeps = model.keeps or free is None
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
             work.waiting.take(ticket)
-            node, reason = free.runner.node, explain(candidates, free, demand)
-            work.leases.append(give_lease(ticket, node, free.runner, now, reason, free.offer.predict(demand, now)))
-            self.decisions.append(Decision(now, ticket.id, model.model, node.name, candidates))
+            runner, reason = free.runner, explain(candidates, free, demand)
+            work.leases.append(give_lease(ticket, runner.node, runner, now, reason, free.offer.predict(demand, now)))
+            self.decisions.append(Decision(now, ticket.id, model.model, runner.node.name, candidates))
         elif candidates or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
             model.looks_left -= free is not None    # a ticket that can use none of the free nodes blocks nobody
