@@ -25,7 +25,7 @@ Runs on the Python 3.11+ standard library; uvloop is used when it can be importe
     Dispatcher.release                      the slot is free, for the next ticket                Dispatcher
 
 What follows is around that: going on with a broken stream, requests without a slot, changes on many nodes, probes,
-statistics, files, upgrades, the life of the server, the command line and, last, the page of the dashboard.
+statistics, files, upgrades, peers, the life of the server, the command line and, last, the page of the dashboard.
 
 Decisions are pure: they are told `now` (seconds of the running loop's clock), and touch no socket and no clock. They
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
@@ -3302,6 +3302,8 @@ class Ticket:
     blamed: list[Breaker] = field(default_factory=list)     # which counted its failures
     differed: bool = False          # a node with another window or version was tried in place of one that refused it
     held_until_s: float | None = None           # until when it may be held back for a better node
+    peer: PeerGateway | None = None     # the other gateway where it waits: here it only keeps its place
+    offered: tuple[Runner, float] | None = None     # where a slot was left to it last, and since when
     refusal: Answer | None = None   # why it will never run
     waiter: asyncio.Future[None] | None = None      # future that the I/O side awaits
 
@@ -3402,7 +3404,7 @@ class Lease:
     charged: bool = False           # its client was charged for what it has really cost
     released: bool = False
     measures: bool = False          # the gateway's own request: it takes no slot from others
-    elsewhere: bool = False         # another process of the gateway runs it: see "Upgrade"
+    elsewhere: bool = False         # another process of the gateway runs it, or a peer: see "Upgrade" and "Peers"
     abandon: Callable[[Failure], object] | None = None      # tells the I/O side that another node does this
     lost_to: Failure | None = None  # set if a rival won before this lease had a connection to abort
     held_up: Callable[[], bool] | None = None   # tells whether the answer waits for its client to read
@@ -3457,7 +3459,8 @@ class Lease:
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
             options = options_there(node, spec)
-            if runner.options is None and not (runner.context and dict(options).get("num_ctx")):
+            is_known = not (self.elsewhere or runner.context and dict(options).get("num_ctx"))
+            if runner.options is None and is_known:
                 runner.options = options    # else it may have been loaded so by default
         if spec.stream:
             runner.confirm_slots(sum(1 for other in runner.leases if other.first_s is not None
@@ -3552,16 +3555,27 @@ def end_loading(lease: Lease, load_s: float | None, now: float) -> None:
         lease.end(now)
 
 
-def lease_elsewhere(runner: Runner, ticket: Ticket, now: float) -> Lease:
-    """Return the lease of a request that another process of the gateway runs: here it only takes its slot."""
+def lease_elsewhere(runner: Runner, ticket: Ticket, now: float, loaded_s: float | None = None,
+                    measures: bool = False) -> Lease:
+    """Return the lease of a request that another process of the gateway, or a peer, runs: here it only takes its slot,
+    or none if it `measures`; its node is not measured meanwhile.
+
+    `loaded_s`: when its model will be there, if it has it loaded; else None.
+    """
     node = runner.node
-    lease = Lease(ticket, node, runner, now, "runs in another process of this gateway", heard_s=now, watched_s=now,
+    where = "in another process of this gateway" if ticket.peer is None else f"at {ticket.peer.name}"
+    lease = Lease(ticket, node, runner, now, f"runs {where}", heard_s=now, watched_s=now, measures=measures,
                   elsewhere=True)
-    if node.measuring is not None:
+    if loaded_s is not None and runner.ready_s is None:
+        lease.loads, lease.ready_s = True, loaded_s
+    if node.measuring is not None and not measures:
         node.measuring.give_way(now)
     node.advance(now)
     lease.start_progress_s, lease.start_shared_s = runner.progress_s, runner.shared_s
-    runner.begin(lease, now)
+    if not measures:
+        runner.begin(lease, now)
+    if lease.loads:
+        runner.options = None       # nobody here knows them
     if not node.leases:
         node.heard_s = now
     node.leases.append(lease)
@@ -3932,7 +3946,7 @@ class Node:
         self.advance(now)
         self.leases.remove(lease)
         if lease.measures:
-            self.measuring = None
+            self.measuring = None if self.measuring is lease else self.measuring
             self.end_load(lease, now)
         elif lease.runner is not None:
             lease.runner.end(lease, now)
@@ -4683,6 +4697,17 @@ class SlotEstimate:
             self.count = self.proven = self.max_proven = 1
             self.origin, self.retry_at_s, self.rejections = "guessed", 0.0, 0
             self.seen = self.votes = self.waits = 0
+
+    def take_over(self, kept: Json, now: float) -> None:
+        """Take over what the answers that a peer got have taught it."""
+        if self.is_set or "count" not in kept:
+            return
+        rejections = kept.get("rejections", 0)
+        if rejections > self.rejections:
+            self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** min(rejections, 6), now
+        self.count = self.proven = kept["count"]
+        self.max_proven = max(self.count, kept.get("max_proven", 1))
+        self.origin, self.rejections = "learned", rejections
 
     def limit(self, now: float) -> int:
         """Return how many may run at once: one more than known, or than seen lately, while another is tried."""
@@ -5544,6 +5569,7 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 HOLD = 1.7                          # wait for a better node if a free one is this many times slower; plateau 1.4..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
+LEFT_S = 0.05                       # a slot stays free so long for a ticket of a peer; on a LAN it is taken within 1 ms
 MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
 YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
@@ -5560,6 +5586,7 @@ class DispatchPass:
     refused: list[Ticket] = field(default_factory=list)
     held: list[Entry] = field(default_factory=list)         # heap entries that had better wait
     claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
+    left: collections.Counter[Runner] = field(default_factory=collections.Counter)  # slots left to tickets of peers
 
     def refuse(self, ticket: Ticket, refusal: Answer) -> None:
         self.refused.append(self.waiting.refuse(ticket, refusal))
@@ -5589,6 +5616,7 @@ class Policy:
     """Match waiting tickets to nodes."""
 
     binds_early = False             # True: requests queue inside the nodes, so a silent node proves nothing
+    leaves = False                  # a slot was left to a ticket of a peer, in the last run
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -5632,7 +5660,9 @@ class EarlyBinding(Policy):
         while entry := waiting.first(model):
             ticket = entry[2]
             alive = untried(nodes, ticket)
-            if not alive and not cluster.is_hopeless(ticket, now):
+            if ticket.peer is not None:
+                kept.append(waiting.pop(model))
+            elif not alive and not cluster.is_hopeless(ticket, now):
                 if not any(node.up and not node.draining for node in nodes):
                     break           # so nobody else can be served either
                 kept.append(waiting.pop(model))
@@ -5682,11 +5712,16 @@ class ModelPass:
     runners: list[Runner]           # on usable nodes, their own breakers not open
     forced: bool                    # every node fails the model: used in spite of its breaker
     looks_left: int                 # tickets that may still be held back
+    left: collections.Counter[Runner]           # see DispatchPass
     keeps: bool = False             # a slot is kept for a conversation that may come back
 
     def has_room(self, runner: Runner, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
         running, node = len(runner.leases), runner.node
+        if self.left:
+            running += self.left[runner]
+            if any(other.node is node and other is not runner for other in self.left):
+                return False        # a peer may have another model loaded there, in a moment
         if running >= min(runner.slots.count, 2) and running >= slot_limit(runner, self.runners, now):
             return False
         if node.loading and yields(node, now):
@@ -5773,6 +5808,7 @@ class CompletionTime(Policy):
                 models.append(can_go)
         changes.forget()
         self.place_all(work, models)
+        self.leaves = bool(work.left)
         return work.leases, work.refused
 
     def open(self, work: DispatchPass, model: str | None, holders: list[Runner], looks: int) -> ModelPass | None:
@@ -5780,14 +5816,14 @@ class CompletionTime(Policy):
         usable = [runner for runner in holders if runner.node.is_usable(work.now) and runner.breaker.allows(work.now)]
         alive = usable or [runner for runner in holders if runner.node.up and not runner.node.draining]
         if alive:
-            return ModelPass(model, alive, not usable, looks)
+            return ModelPass(model, alive, not usable, looks, work.left)
         if any(work.cluster.is_awaited(runner.node, work.now) for runner in holders):
             return None
         last = max((runner for runner in holders if runner.node.draining and runner.node.up),
                    key=lambda runner: runner.node.drained_seq, default=None)
         work.refuse_model(model, f"every node that has {model} is down or draining",
                           last.node.drained_seq if last else 0)
-        return ModelPass(model, [last], True, looks) if last and work.waiting.first(model) else None
+        return ModelPass(model, [last], True, looks, work.left) if last and work.waiting.first(model) else None
 
     def place_all(self, work: DispatchPass, models: list[ModelPass]) -> None:
         """Give free slots to waiting tickets, in the order of their keys."""
@@ -5803,10 +5839,10 @@ class CompletionTime(Policy):
                 following = waiting.first(model.model)
                 if following and model.is_open(work.now):
                     heapq.heappush(heads, (*following[:2], model))
-                elif following or work.held:
+                elif (following or work.held) and not work.left:
                     self.parked[model.model] = Parked(
                         work.now, entry[0] if following and not model.keeps else math.inf)
-                else:               # nobody waits
+                else:               # nobody waits; or what a peer does not take is free again in a moment
                     self.parked.pop(model.model, None)
         finally:
             for entry in work.held:
@@ -5823,11 +5859,14 @@ class CompletionTime(Policy):
             model.keeps = model.keeps or free is None
         if free and (free.finish_s <= HOLD * candidates[0].finish_s
                      or self.has_waited_enough(ticket, free, candidates[0], now)):
+            if ticket.peer is not None:
+                self.leave_to_peer(work, entry, free)
+                return
             work.waiting.take(ticket)
             runner, reason = free.runner, explain(candidates, free, demand)
             work.leases.append(give_lease(ticket, runner.node, runner, now, reason, free.offer.predict(demand, now)))
             self.decisions.append(Decision(now, ticket.id, model.model, runner.node.name, candidates))
-        elif candidates or not work.cluster.is_hopeless(ticket, now):
+        elif candidates or ticket.peer is not None or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
             model.looks_left -= free is not None    # a ticket that can use none of the free nodes blocks nobody
             if candidates and (free or not model.keeps):    # a slot that is kept is claimed by nobody
@@ -5836,6 +5875,16 @@ class CompletionTime(Policy):
         else:
             work.waiting.take(ticket)
             work.refuse(ticket, Answer(*ALL_FAILED))
+
+    def leave_to_peer(self, work: DispatchPass, entry: Entry, free: Candidate) -> None:
+        """Leave a slot to a ticket that waits at a peer: it is next. If it is not taken in LEFT_S, others may have it."""
+        ticket, now = entry[2], work.now
+        work.held.append(entry)
+        if ticket.offered is None or ticket.offered[0] is not free.runner:
+            ticket.offered = free.runner, now
+        if now - ticket.offered[1] < LEFT_S:
+            work.left[free.runner] += 1
+            work.claimed[free.runner] = free.offer.claimed(now + free.finish_s, now)
 
     def candidates(self, work: DispatchPass, ticket: Ticket, demand: Demand, runners: list[Runner]) -> list[Candidate]:
         """Return a Candidate for each node that a ticket may use, best first."""
@@ -6042,6 +6091,24 @@ class WaitingRoom:
         if ticket.key_s + HEAD_START_S * spec.priority > ticket.arrived_s:
             heapq.heappush(self.owing.setdefault(spec.model, {}).setdefault(spec.priority, []), entry)
 
+    def note(self, ticket: Ticket) -> None:
+        """Let a ticket that waits at a peer keep its place among those here, until it is discarded."""
+        ticket.state = TicketState.WAITING
+        heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
+
+    def heads(self, most: int) -> Iterator[Ticket]:
+        """Return the first tickets of each model that wait here, `most` at most, in any order."""
+        for heap in self.heaps.values():
+            looks, places, found = 4 * most, [(heap[0], 0)] if heap else [], 0
+            while places and looks and found < most:        # down the tree of the heap, the next one first
+                entry, place = heapq.heappop(places)
+                for below in range(2 * place + 1, min(2 * place + 3, len(heap))):
+                    heapq.heappush(places, (heap[below], below))
+                looks -= 1
+                if is_valid(entry) and entry[2].peer is None:
+                    found += 1
+                    yield entry[2]
+
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
         if ticket.state is not TicketState.WAITING:
@@ -6079,7 +6146,7 @@ class WaitingRoom:
     def take(self, ticket: Ticket) -> None:
         """Let a ticket whose entry was popped wait no longer."""
         ticket.state = TicketState.IDLE
-        del self.tickets[ticket]
+        self.tickets.pop(ticket, None)      # that of a peer is not among them
         if ticket.pace is not None:
             ticket.pace.waiting -= 1
 
@@ -6650,7 +6717,8 @@ class Estimates:
     def demand_of(self, ticket: Ticket) -> Demand:
         """Return the Demand of a ticket, reckoned anew if its model has answered since."""
         demand = ticket.demand
-        if demand is None or demand.samples != self.lengths.get(ticket.spec.model, UNKNOWN_LENGTHS).samples:
+        is_old = demand is None or demand.samples != self.lengths.get(ticket.spec.model, UNKNOWN_LENGTHS).samples
+        if demand is None or is_old and ticket.peer is None:
             demand = ticket.demand = self.demand(ticket.spec)
         return demand
 
@@ -7149,7 +7217,8 @@ async def shows_failure(connection: NodeConnection, answer: ResponseHead) -> boo
 def pump(gateway: Gateway) -> None:
     """Let the dispatcher assign tickets to nodes, and wake the requests that it decided on.
 
-    If another process of this gateway works on the same nodes, only once this one may, and with word to that one.
+    If another process of this gateway works on the same nodes, only once this one may, and with word to that one. Peers
+    are told, too.
     """
     now = gateway.loop.time()
     if gateway.upgrade.may_give_slots(now):
@@ -7157,6 +7226,7 @@ def pump(gateway: Gateway) -> None:
         if leases or refused:
             wake([*(lease.ticket for lease in leases), *refused])
     gateway.upgrade.spread()
+    gateway.peers.spread()
 
 
 def wake(tickets: Iterable[Ticket]) -> None:
@@ -9604,6 +9674,27 @@ async def serve_events(exchange: Exchange) -> None:
         await asyncio.sleep(EVENT_S)
 
 
+async def serve_peers(exchange: Exchange) -> None:
+    """Tell a peer what runs and waits here, until it or the gateway goes; close the connection then. Raises Refusal."""
+    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    if gateway.access.needs_key and not gateway.access.sees_all(exchange.head, exchange.verdict):
+        raise Refusal(403, "a peer needs a key with admin=yes")
+    if len(gateway.peers.followers) >= MOST_PEERS:
+        raise Refusal(503, f"{MOST_PEERS} others ask for that already")
+    client.serving, exchange.keep, record.status = True, False, 200
+    lines = [b"HTTP/1.1 200 OK", b"Content-Type: application/x-ndjson", b"Cache-Control: no-store", UNBUFFERED,
+             b"Connection: close", *record.cors]
+    client.write(b"\r\n".join(lines) + b"\r\n\r\n")
+    follower = Follower(gateway, client)
+    gateway.peers.followers.append(follower)
+    try:
+        follower.tell(progress=True)
+        while not (gateway.retired or gateway.draining and follower.knows_nothing):
+            await asyncio.sleep(SWEEP_S)
+    finally:
+        gateway.peers.followers.remove(follower)
+
+
 # -----------------------------------------------------------------------------
 # Usage: who used how much, of which model, on which node and which day?
 #
@@ -10119,6 +10210,12 @@ def decision_stats(decisions: Sequence[Decision], now: float, seen: ModelSet) ->
             for made in reversed(decisions) if (made.model or "") in seen]
 
 
+def peer_stats(peer: PeerGateway, now: float) -> Json:
+    """Return what /api/stats says of another gateway: what of its requests counts here."""
+    return {"name": peer.name, "url": peer.settings.url, "state": peer.state, "why": peer.why or None,
+            "since_s": round(now - peer.since_s, 3), "running": len(peer.slots.leases), "waiting": len(peer.waiting)}
+
+
 def answer_stats(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer /api/stats: nodes, queue and the last decisions."""
     gateway.telemetry.tally()
@@ -10130,6 +10227,7 @@ def answer_stats(gateway: Gateway, models: ModelSet) -> OwnAnswer:
                   for node in dispatcher.cluster.nodes.values()],
         "queue": queue_stats(dispatcher, now, models),
         "rescues": {"whole": dispatcher.rescues["whole"], "broken": dispatcher.rescues["broken"]},
+        "peers": [peer_stats(peer, now) for peer in gateway.peers.others.values()],
         "decisions": decision_stats(dispatcher.policy.decisions, now, models)})
 
 
@@ -10939,6 +11037,7 @@ async def measure(nodes: NodeIO, runner: Runner, words: int, tokens: int, count:
     assert options is not None      # as `loaded_runners` returns them
     spec = RequestSpec(Family.OLLAMA, row_name(runner.listed), prompt_chars=len(prompts[0]), max_output=tokens)
     lease = dispatcher.lease_for_measuring(runner, spec, loop.time())
+    nodes.gateway.peers.spread()
     try:
         asking = await answered(lease, ask_together([nodes.api(node).generate(
             runner.listed["name"], prompt, {**options, "num_predict": tokens}, CALIBRATION_S) for prompt in prompts]))
@@ -11038,6 +11137,7 @@ async def ask_to_load(nodes: NodeIO, wanted: Wanted) -> NodeFailure | Refusal | 
     spec = RequestSpec(Family.OLLAMA, name, options=tuple(options.items()),
                        keep_alive_s=math.inf if wanted.keep else None)
     lease, load_s = nodes.dispatcher.lease_for_loading(runner, spec, loop.time()), None
+    nodes.gateway.peers.spread()
     try:
         asking = await answered(lease, nodes.api(node).load(
             node.rows[name]["name"], embeds_only(node.rows[name]), options, wanted.keep))
@@ -11155,6 +11255,7 @@ ROUTE_ROWS = (                      # methods, path; one that ends in a slash st
     ("POST", "/api/nodes/", Route(serve_order, Where.GATEWAY, "order", guarded=True)),
     ("GET HEAD", "/dashboard", Route(serve_own, Where.GATEWAY, shows=answer_dashboard)),
     ("GET", "/dashboard/events", Route(serve_events, Where.GATEWAY)),
+    ("GET", "/api/peers", Route(serve_peers, Where.GATEWAY, blind=True)),
     ("GET HEAD", "/api/version", Route(serve_own, Where.MERGED, own=answer_version)),
     ("GET HEAD", "/api/tags", Route(serve_own, Where.MERGED, shows=answer_tags)),
     ("GET", "/api/ps", Route(serve_own, Where.MERGED, shows=answer_ps, look=NodeIO.look_at_residency)),
@@ -11361,12 +11462,12 @@ def parse_settings(words: list[str], parsers: SettingParsers, secret: bool) -> d
     return values
 
 
-def parse_url(url: str) -> tuple[str, int, bool, str]:
-    """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http, without a port 11434."""
+def parse_url(url: str, usual_port: int = 11434) -> tuple[str, int, bool, str]:
+    """Return (host, port, whether TLS, path) of a node's URL; without a scheme it is http."""
     shown = re.sub(r"(?<![^/])[^/]*@", "...@", url)     # no log may show a password
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        port = 11434 if parts.port is None else parts.port
+        port = usual_port if parts.port is None else parts.port
         if not port:
             raise ValueError
     except ValueError:
@@ -11377,11 +11478,11 @@ def parse_url(url: str) -> tuple[str, int, bool, str]:
     return parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/")
 
 
-def parse_node(line: str) -> NodeSettings:
-    """Return the NodeSettings of one line: a URL, then key=value settings. Raises ValueError."""
+def parse_node(line: str, parsers: SettingParsers | None = None, usual_port: int = 11434) -> NodeSettings:
+    """Return the NodeSettings of one line: a URL, then key=value settings, by NODE_SETTINGS. Raises ValueError."""
     url, *words = line.split()
-    host, port, tls, prefix = parse_url(url)
-    values = {"prefix": prefix, **parse_settings(words, NODE_SETTINGS, secret=False)}
+    host, port, tls, prefix = parse_url(url, usual_port)
+    values = {"prefix": prefix, **parse_settings(words, parsers or NODE_SETTINGS, secret=False)}
     for key in ("ca", "insecure"):
         if key in values and not tls:
             raise ValueError(f"{key}= is for https:// only")
@@ -11686,6 +11787,7 @@ class Sources:
         """Take over the lines of hosts.txt and of flags, and follow the names in them."""
         self.lines = lines          # beside a scan, all names are looked up: it finds their servers again
         names = {line.host for line in lines if (line.resolve or self.options.discover) and not literal(line.host)}
+        names |= {line.host for line in self.options.peer if line.resolve and not literal(line.host)}
         for name in self.tasks.keys() - names - {SCAN}:
             self.tasks.pop(name).cancel()
             self.dns.pop(name, None)
@@ -12321,18 +12423,27 @@ def outlive(heir: int) -> int:
 def row_of(lease: Lease) -> Json:
     """Return what another process must know of a lease that takes a slot."""
     spec = lease.ticket.spec
-    return {"id": lease.ticket.id, "server": server_of(lease.node.settings), "model": spec.model or lease.slot.model,
+    return {"id": lease.ticket.id, "server": server_of(lease.node.settings), "node": lease.node.name,
+            "model": spec.model or lease.slot.model, "loaded_s": lease.ready_s if lease.loads else None,
+            "measures": lease.measures and not lease.loads,
             "stream": spec.stream, "embeds": spec.embeds, "sent_s": lease.sent_s,
             "predicted_end_s": lease.predicted_end_s, "prompt_tokens": lease.prompt_tokens,
             "new_tokens": lease.new_tokens, "output_tokens": lease.output_tokens,
             "begun": lease.first_s is not None, "lines": lease.lines}
 
 
-class SharedSlots:
-    """What two processes tell each other of the requests that they run on the same nodes."""
+ROW_TIMES: dict[str, Range] = dict.fromkeys(("sent_s", "predicted_end_s", "loaded_s", "key_s", "since_s"), (
+    float, -1e10, 1e10))
+ROW_NUMBERS: dict[str, Range] = {**ROW_TIMES, **dict.fromkeys(("prompt_tokens", "new_tokens", "output_tokens"), (
+    float, 0.0, 1e8)), "lines": (int, 0, 10**9), "inputs": (int, 0, 10**9)}
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.dispatcher, self.cluster = dispatcher, dispatcher.cluster
+
+class SharedSlots:
+    """What two processes, or a gateway and its peer, tell each other of the requests that they run on the same nodes."""
+
+    def __init__(self, dispatcher: Dispatcher, peer: PeerGateway | None = None) -> None:
+        self.dispatcher, self.cluster, self.peer = dispatcher, dispatcher.cluster, peer
+        self.ahead_s = 0.0          # of the other one's clock, this one's
         self.numbers = itertools.count()
         self.told: dict[Lease, tuple[int, int]] = {}    # (its number, lines) of those that the other one knows
         self.leases: dict[int, Lease] = {}      # what the other one runs, by its numbers
@@ -12340,17 +12451,17 @@ class SharedSlots:
         self.told_key_s: float | None = None    # of what waits here
 
     def running(self) -> list[Lease]:
-        """Return the leases that the other process has to be told of."""
+        """Return the leases that the other one has to be told of. Peers tell of their own themselves."""
         theirs = set(self.leases.values())
-        return [lease for node in (*self.cluster.nodes.values(), *self.cluster.leaving) for runner in node.busy
-                for lease in runner.leases if lease not in theirs]
+        return [lease for node in (*self.cluster.nodes.values(), *self.cluster.leaving) for lease in node.leases
+                if lease.runner and lease.ticket.peer is None and lease not in theirs]
 
     def news(self, first_key_s: float | None, progress: bool = False) -> Json:
         """Return what the other one does not know; {} if it knows everything. `progress`: that of streams, too."""
-        running = self.running()
+        running = dict.fromkeys(self.running())
         new = [lease for lease in running
                if lease not in self.told or progress and self.told[lease][1] != lease.lines]
-        ended = [self.told.pop(lease)[0] for lease in self.told.keys() - set(running)]
+        ended = [self.told.pop(lease)[0] for lease in list(self.told) if lease not in running]
         for lease in new:
             number = self.told[lease][0] if lease in self.told else next(self.numbers)
             self.told[lease] = number, lease.lines
@@ -12366,9 +12477,9 @@ class SharedSlots:
         for number, row in news.get("running", ()):
             lease = self.leases.get(number) or self.begin(number, row, now)
             if lease is not None:
-                lease.lines = row["lines"]
+                lease.lines, lease.heard_s = within(row, ROW_NUMBERS)["lines"], now
                 if row["begun"] and lease.first_s is None:
-                    lease.first_s = lease.heard_s = now
+                    lease.first_byte(now)
         for number in news.get("ended", ()):
             if number in self.leases:
                 self.leases.pop(number).end(now)
@@ -12376,16 +12487,43 @@ class SharedSlots:
 
     def begin(self, number: int, row: Json, now: float) -> Lease | None:
         """Note a request that the other one runs; None if its node is unknown here."""
-        node = next((node for node in self.cluster.nodes.values()
-                     if list(server_of(node.settings)) == row["server"]), None)
+        node, numbers = self.node_at(tuple(row["server"]), row.get("node")), self.numbers_in(row)
         if node is None:
             return None
-        spec = RequestSpec(Family.OLLAMA, row["model"], stream=row["stream"], embeds=row["embeds"])
-        ticket = self.dispatcher.waiting.unqueued(row["id"], spec, now)
-        lease = self.leases[number] = lease_elsewhere(node.runner_for(row["model"]), ticket, now)
+        ticket = self.ticket_of(row, now)
+        runner, loaded_s, measures = node.runner_for(row["model"]), numbers.get("loaded_s"), bool(row.get("measures"))
+        lease = self.leases[number] = lease_elsewhere(runner, ticket, now, loaded_s, measures)
         for name in ("sent_s", "predicted_end_s", "prompt_tokens", "new_tokens", "output_tokens"):
-            setattr(lease, name, row[name])
+            setattr(lease, name, numbers[name])
         return lease
+
+    def node_at(self, server: tuple[str, str], name: str | None) -> Node | None:
+        """Return the node of a server, or of a name; None if there is none.
+
+        What is called localhost on the machine of a peer is another server, unless both lines have the same name=.
+        """
+        def is_near(node: Node) -> bool:
+            return self.peer is None or self.peer.is_near or not is_loopback(node.settings.address or node.settings.host)
+
+        node = next((node for node in self.cluster.nodes.values()
+                     if server_of(node.settings) == server and is_near(node)), None)
+        named = self.cluster.nodes.get(name or "")
+        is_given = named is not None and named.name != f"{bracketed(named.settings.host)}:{named.settings.port}"
+        return node or (named if named is not None and (is_given or is_near(named)) else None)
+
+    def numbers_in(self, row: Json) -> Json:
+        """Return the numbers of a row, its times by the clock of this one."""
+        return {name: number + self.ahead_s if name in ROW_TIMES else number
+                for name, number in within(row, ROW_NUMBERS).items()}
+
+    def ticket_of(self, row: Json, now: float) -> Ticket:
+        """Return the ticket of a request of the other one. Raises ValueError."""
+        if not isinstance(row["model"], str) or len(row["model"]) > MAX_NAME_CHARS:
+            raise ValueError(f"this is the name of no model: {row['model']!r:.99}")
+        spec = RequestSpec(Family.OLLAMA, row["model"], stream=bool(row["stream"]), embeds=bool(row["embeds"]))
+        ticket = self.dispatcher.waiting.unqueued(str(row["id"])[:SHOWN_CHARS], spec, now)
+        ticket.peer = self.peer
+        return ticket
 
     def end(self, now: float) -> None:
         """Note that the other process has ended, and all that it ran."""
@@ -12770,6 +12908,305 @@ class Upgrade:
 
 
 # -----------------------------------------------------------------------------
+# Peers: what do other gateways before the same nodes do?
+#
+# Each follows those that --peer names: GET /api/peers answers with a line of JSON whenever something changes, and every
+# SWEEP_S. A line is an object with some of these fields:
+#
+#   format, version, gateway    in the first line: how it tells, and who
+#   now_s       its clock; every other time is of that
+#   running     requests that have begun on nodes, or how far they are: (number, row)
+#   waiting     the first tickets of each model: (number, row)
+#   ended       numbers of both
+#   known       slots and speeds, as in the state file; `learned`: what has changed since
+#
+# What runs at a peer is a lease here, as in "Upgrade". What waits there keeps its place in the queue here: a slot that
+# it would get is left to it for LEFT_S. There is no lock: of two that take one slot in the same instant one waits in
+# the node. A peer that has not spoken for PEER_SILENT_S, or talks nonsense, counts no longer: its requests are those
+# of somebody who uses the nodes directly, until it speaks again.
+# -----------------------------------------------------------------------------
+
+PEER_SILENT_S = 4 * SWEEP_S
+PEER_PAUSE_S, PEER_RETRY_S, PEER_SELF_S = 0.1, 1.0, 30.0    # before it is asked again: it spoke, it did not, it is us
+PEER_LEASE_S = 300.0                # a request of which a peer has told nothing for so long counts no longer
+MOST_PEERS = 16                     # that are told
+MOST_TOLD = 10_000                  # requests of one peer
+LESSONS_TOLD = 16                   # nodes in a line: that is far below MAX_LINE_BYTES
+PEER_FORMAT: Json = {"format": "sollol-peers", "version": 1}
+PEER_SETTINGS: SettingParsers = {name: NODE_SETTINGS[name]
+                                 for name in ("name", "token", "host", "prefix", "ca", "insecure", "resolve")}
+
+
+class Follower:
+    """A peer that is told what runs and waits here."""
+
+    def __init__(self, gateway: Gateway, client: ClientConnection) -> None:
+        self.loop, self.dispatcher, self.client = gateway.loop, gateway.dispatcher, client
+        self.slots = SharedSlots(gateway.dispatcher)
+        self.heads: dict[tuple[float, int], int] = {}   # {place of a ticket: its number} of those that it knows
+        self.learned: dict[Runner, Json] = {}   # what it knows of their slots
+        self.first: Json = {**PEER_FORMAT, "gateway": gateway.peers.id}
+
+    @property
+    def knows_nothing(self) -> bool:
+        """Tell whether nothing runs or waits here, as far as it was told."""
+        return not self.slots.told and not self.heads
+
+    def tell(self, progress: bool = False) -> None:
+        """Tell what it does not know; with `progress` also how far streams are and what was learned, and that we live.
+
+        One that reads too slowly gets it later.
+        """
+        if self.client.write_paused:
+            return
+        news = {**self.first, **self.slots.news(None, progress)}
+        self.add_heads(news)
+        if news or progress:
+            self.write(news)
+        lessons, kind = self.lessons() if progress else [], "known" if self.first else "learned"
+        for at in range(0, len(lessons), LESSONS_TOLD):
+            self.write({kind: lessons[at:at + LESSONS_TOLD]})
+        self.first = {}
+
+    def write(self, news: Json) -> None:
+        """Write a line."""
+        self.client.write(json.dumps({**news, "now_s": self.loop.time()}, separators=(",", ":")).encode() + b"\n")
+
+    def add_heads(self, news: Json) -> None:
+        """Add to news which tickets are next, and which are not any more."""
+        heads = {place_of(ticket): ticket for ticket in self.dispatcher.waiting.heads(LOOK_AHEAD)}
+        ended = [self.heads.pop(place) for place in list(self.heads) if place not in heads]
+        rows = []
+        for place, ticket in heads.items():
+            if place not in self.heads:
+                number = self.heads[place] = next(self.slots.numbers)
+                rows.append((number, row_of_ticket(ticket, self.dispatcher.cluster.estimates)))
+        if ended:
+            news["ended"] = [*news.get("ended", ()), *ended]
+        if rows:
+            news["waiting"] = rows
+
+    def lessons(self) -> list[Json]:
+        """Return what it does not know of slots and, while little was known, of speeds: entries as in a state file."""
+        entries = []
+        for node in self.dispatcher.cluster.nodes.values():
+            models = {}
+            for model, runner in node.runners.items():
+                lesson = lesson_of(runner)
+                if lesson != self.learned.get(runner, {}):
+                    self.learned[runner] = lesson
+                    models[model] = learned_of_runner(runner, digest_of(node, model))
+            if models:
+                entries.append({"name": node.name, "url": node.settings.url, "host": node.settings.host_header,
+                                "models": models})
+        return entries
+
+
+def lesson_of(runner: Runner) -> Json:
+    """Return what a peer is told again when it changes; {} if nothing was learned."""
+    samples = min(runner.speeds.samples, KEPT_SAMPLES)
+    slots = attributes(runner.slots, KEPT_OF_SLOTS) if runner.slots.origin == "learned" else {}
+    return {**slots, "samples": samples} if slots or samples else {}
+
+
+def row_of_ticket(ticket: Ticket, estimates: Estimates) -> Json:
+    """Return what a peer must know of a ticket that waits."""
+    spec, demand = ticket.spec, estimates.demand_of(ticket)
+    return {"id": ticket.id, "model": spec.model, "stream": spec.stream, "embeds": spec.embeds, "key_s": ticket.key_s,
+            "since_s": ticket.since_s, "prompt_tokens": demand.prompt_tokens, "output_tokens": demand.output_tokens,
+            "inputs": demand.inputs}
+
+
+class PeerGateway:
+    """Another gateway before the same nodes, and what it told last."""
+
+    def __init__(self, gateway: Gateway, settings: NodeSettings) -> None:
+        self.gateway, self.loop, self.settings, self.name = gateway, gateway.loop, settings, settings.name
+        self.is_near = is_loopback(settings.address or settings.host)       # it is on this machine
+        self.slots = SharedSlots(gateway.dispatcher, self)
+        self.waiting: dict[int, Ticket] = {}    # what waits there, by its numbers
+        self.state, self.why, self.since_s = "down", "not asked yet", self.loop.time()
+        self.id = ""                # of the gateway; "" = it has not spoken, this time
+        self.silence = asyncio.timeout(None)
+
+    # Its answer.
+
+    async def follow(self) -> None:
+        """Take in what it tells, for ever; ask again when that ends."""
+        while True:
+            self.id, pause_s = "", PEER_RETRY_S
+            try:
+                await self.listen()
+                if self.id:         # it has ended or, after an upgrade, another process answers: see `introduce`
+                    pause_s = PEER_PAUSE_S
+                else:
+                    self.end("ends its answer without a word")
+            except TimeoutError:
+                self.end(f"silent for {PEER_SILENT_S:g} s")
+            except NodeFailure as failure:
+                is_itself = failure.value.kind == "itself"
+                pause_s = PEER_SELF_S if is_itself else pause_s
+                self.end(failure.value.text, "itself" if is_itself else "down")
+            except Refusal as refusal:
+                self.end(refusal.text)
+            await asyncio.sleep(pause_s)
+
+    async def listen(self) -> None:
+        """Take in one answer. Raises TimeoutError, NodeFailure, Refusal."""
+        pool, connection = Pool(self.settings, self.gateway.turns, b""), None
+        head = RequestHead("GET", b"/api/peers", "/api/peers", 1, {}, [], 0, True, False)
+        try:
+            async with asyncio.timeout(PEER_SILENT_S) as self.silence:
+                connection, answer = await pool.request(render_request(head, self.settings, 0), "GET")
+                if answer.status != 200:
+                    text = await Collector(connection, answer).collect()
+                    raise NodeFailure("garbage", f"{answer.status}: {error_text(object_in(text))[:SHOWN_CHARS]}")
+                await Lines(connection, answer, self.hear).collect()
+        finally:
+            if connection is not None:
+                pool.give_back(connection)
+
+    def hear(self, line: bytes) -> None:
+        """Take in a line. Raises NodeFailure if that is none of a peer, or it is this gateway itself."""
+        now = self.loop.time()
+        try:
+            news = json.loads(line)
+            if not self.id:
+                self.introduce(object_of(PEER_FORMAT, line))
+            changed = self.take(news, now)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise NodeFailure("garbage", f"says what no peer says: {error!r:.200}") from None
+        if not self.silence.expired():
+            self.silence.reschedule(now + PEER_SILENT_S)
+        if changed:
+            pump(self.gateway)
+
+    def introduce(self, news: Json) -> None:
+        """Take in who it is; what was told before counts no longer. Raises NodeFailure."""
+        self.id = str(news["gateway"])
+        same = [peer for peer in self.gateway.peers.others.values() if peer.id == self.id and peer is not self]
+        if self.id == self.gateway.peers.id or same:
+            raise NodeFailure("itself", f"the same as {same[0].name}" if same else "this gateway")
+        self.end("", "up")
+
+    def take(self, news: Json, now: float) -> bool:
+        """Take over news; tell whether that may let something run."""
+        ahead = within(news, {"now_s": ROW_TIMES["sent_s"]})
+        self.slots.ahead_s = now - ahead["now_s"]
+        changed = self.slots.take(news, now)
+        for number in news.get("ended", ()):
+            if number in self.waiting:
+                self.forget(self.waiting.pop(number))
+        for number, row in news.get("waiting", ()):
+            self.note(number, row, now)
+        for entry in (*news.get("known", ()), *news.get("learned", ())):
+            self.learn(entry, "learned" in news, now)
+        if len(self.waiting) + len(self.slots.leases) > MOST_TOLD:
+            raise ValueError(f"more than {MOST_TOLD} requests")
+        return changed or "waiting" in news
+
+    def note(self, number: int, row: Json, now: float) -> None:
+        """Note a ticket that waits there, if the model is known here."""
+        dispatcher, numbers = self.gateway.dispatcher, self.slots.numbers_in(row)
+        if row["model"] not in dispatcher.cluster.holders or number in self.waiting:
+            return
+        ticket = self.waiting[number] = self.slots.ticket_of(row, now)
+        ticket.key_s, ticket.since_s = numbers["key_s"], numbers["since_s"]
+        ticket.demand = Demand(ticket.spec, numbers["prompt_tokens"], numbers["output_tokens"], 0, numbers["inputs"])
+        dispatcher.waiting.note(ticket)
+        dispatcher.policy.arrived(ticket)
+
+    def forget(self, ticket: Ticket) -> None:
+        """Let a ticket give up its place here: it waits there no longer."""
+        self.gateway.dispatcher.waiting.discard(ticket)
+        self.gateway.dispatcher.cluster.changes.models.add(ticket.spec.model)
+
+    def learn(self, entry: Json, is_news: bool, now: float) -> None:
+        """Take over what was learned of a node: its slots, and speeds of which little is known here.
+
+        Of what both have learned before they met, more slots count: they were proved.
+        """
+        lessons, node = read_node(entry), self.slots.node_at((entry["url"], entry["host"]), entry["name"])
+        for model, kept in lessons["models"].items() if lessons and node else ():
+            runner = node.runners.get(model) if node else None
+            if runner is None or node is None or kept["digest"] != digest_of(node, model):
+                continue
+            if runner.speeds.samples < KEPT_SAMPLES <= kept.get("samples", 0):
+                runner.speeds.recall(kept)
+            if is_news or kept.get("count", 0) > runner.slots.count:
+                runner.slots.take_over(kept, now)
+                runner.note_slots(True)
+            for follower in self.gateway.peers.followers:
+                follower.learned[runner] = lesson_of(runner)        # each tells of its own answers only
+
+    def end(self, why: str, state: str = "down") -> None:
+        """Let nothing count any longer that it told; note its state, and why."""
+        self.slots.end(self.loop.time())
+        for ticket in self.waiting.values():
+            self.forget(ticket)
+        self.waiting.clear()
+        if (state, why) != (self.state, self.why):
+            level = logging.WARNING if state == "down" else logging.INFO
+            LOG.log(level, {"event": "peer", "peer": self.name, "state": state, "why": why})
+            self.state, self.why, self.since_s = state, why, self.loop.time()
+        pump(self.gateway)
+
+    def sweep(self, now: float) -> None:
+        """Let requests count no longer of which it has told nothing for long."""
+        for number, lease in list(self.slots.leases.items()):
+            if now - lease.heard_s > PEER_LEASE_S:
+                self.slots.leases.pop(number).end(now)
+
+
+class Peers:
+    """The other gateways, those that are followed and those that follow this one."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.loop = gateway, gateway.loop
+        self.id = secrets.token_hex(8)
+        self.others: dict[str, PeerGateway] = {}        # by URL
+        self.followers: list[Follower] = []
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # that follow them, by URL
+        self.started = False
+        self.timer: asyncio.TimerHandle | None = None
+
+    def configure(self, lines: list[NodeSettings]) -> None:
+        """Take over the settings of the other gateways."""
+        known, self.others = self.others, {}
+        for line in lines:
+            peer = known.get(line.url)
+            self.others[line.url] = peer if peer and peer.settings == line else PeerGateway(self.gateway, line)
+        for url, peer in known.items():
+            if self.others.get(url) is not peer:
+                if url in self.tasks:
+                    self.tasks.pop(url).cancel()
+                peer.end("not followed any more")
+        if self.started:
+            self.start()
+
+    def start(self) -> None:
+        """Follow them."""
+        self.started = True
+        for url in [url for url in self.others if url not in self.tasks]:
+            supervise(self.tasks, url, lambda url: self.others[url].follow(), PEER_RETRY_S)
+
+    def spread(self, progress: bool = False) -> None:
+        """Tell those that follow what has changed. Look again at what was left to them and they do not take."""
+        for follower in self.followers:
+            follower.tell(progress)
+        if progress:
+            for peer in self.others.values():
+                peer.sweep(self.loop.time())
+        if self.gateway.dispatcher.policy.leaves and self.timer is None:
+            self.timer = self.loop.call_later(LEFT_S, self.look_again)
+
+    def look_again(self) -> None:
+        """Give slots that were left to others and not taken."""
+        self.timer = None
+        pump(self.gateway)
+
+
+# -----------------------------------------------------------------------------
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
@@ -12807,6 +13244,7 @@ class Gateway:
         self.sources = Sources(self, look_up, scan_port)
         self.listener = Listener(self, tls)
         self.upgrade = Upgrade(self)
+        self.peers = Peers(self)
         self.files = Files(self)
         self.configure(lines)
 
@@ -12822,6 +13260,7 @@ class Gateway:
         await self.upgrade.take_over()
         if not self.leaving:        # else a signal came first
             await self.listener.start()
+            self.peers.start()
             self.timer = self.loop.call_later(SWEEP_S, self.sweep)
             if self.options.discover:
                 supervise(self.sources.tasks, SCAN, self.sources.scan_forever, self.options.probe_interval)
@@ -12850,6 +13289,8 @@ class Gateway:
         sources = self.sources
         settings = merge_sources(sources.lines, sources.dns, sources.scanned)
         added, dropped = self.dispatcher.cluster.configure(settings, next(self.dispatcher.waiting.seq))
+        self.peers.configure([one for line in self.options.peer
+                              for one in (expand(line, sources.dns) if line.resolve else [line])])
         return added, dropped, self.node_io.configure(added, dropped)
 
     def own_answer(self, path: str, models: ModelSet) -> OwnAnswer:
@@ -12887,6 +13328,7 @@ class Gateway:
         self.node_io.sweep(now)
         self.files.sweep(now)
         self.upgrade.spread(progress=True)
+        self.peers.spread(progress=True)
         tell_systemd("WATCHDOG=1")
         pump(self)
 
@@ -12939,7 +13381,7 @@ class Gateway:
         if self.timer:
             self.timer.cancel()
         tasks = [*self.sources.tasks.values(), *self.node_io.probes.values(), *self.node_io.jobs.values(),
-                 *self.listener.abort()]
+                 *self.peers.tasks.values(), *self.listener.abort()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -13026,6 +13468,14 @@ def parse_secret_file(text: str) -> str:
     return text
 
 
+def parse_peer(text: str) -> NodeSettings:
+    """Return the settings of another gateway, as on a line of --hosts. Raises ArgumentTypeError."""
+    try:
+        return with_authority(parse_node(text or "''", PEER_SETTINGS, 8000), "")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_proxies(text: str) -> list[Network]:
     """Return the networks in a list with commas."""
     try:
@@ -13077,6 +13527,9 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--node": dict(LIST, metavar="URL", help="a node, as on a line of --hosts; may be repeated (none)"),
         "--discover": dict(LIST, metavar="CIDR", type=parse_network, help="network to scan for Ollama servers, such as "
                            "192.168.1.0/24; may be repeated (none)"),
+        "--peer": dict(LIST, metavar="URL", type=parse_peer, help="another gateway before the same nodes, for common "
+                       "slots and one queue: with token=, ca=, resolve=all as on a line of --hosts; this one may be "
+                       "among them; may be repeated (none)"),
         "--probe-interval": dict(TIME, default="5s", help="time between two looks at a node"),
         "--state": dict(FILE, help="what is learned of nodes is kept there over restarts, and beside it who used "
                         "what (nowhere)"),

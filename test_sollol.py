@@ -8013,10 +8013,11 @@ def test_two_gateways_before_the_same_nodes_doubt_none_of_them_for_long():
     bench.run_virtual(run())
 
 
-def test_two_gateways_share_nodes_fairly_and_the_one_that_survives_has_all_slots():
+@pytest.mark.parametrize("peers", [False, True], ids=["strangers", "peers"])
+def test_two_gateways_share_nodes_fairly_and_the_one_that_survives_has_all_slots(peers):
     """The second one comes when the first has learned all slots, and dies in the end; its clients ask again."""
     scenario, = (one for one in bench.twin_scenarios(["mild3"]) if (one.clients, len(one.models)) == (20, 1))
-    run = bench.simulate_twins(scenario, 2, 2)
+    run = bench.simulate_twins(scenario, 2, 2, peers)
     assert min(run.counts) >= 0.8 * max(run.counts) and not run.lost
     assert run.survived.per_s >= 0.9 * run.shared.per_s
 
@@ -12354,10 +12355,10 @@ async def test_list_of_models_for_openai_has_ollamas_type_and_newline():
         assert answer.fields["content-type"] == "application/json" and answer.body.endswith(b"}]}\n")
 
 
-ENDLESS = ("GET", "/dashboard/events")
+ENDLESS = ("GET", "/dashboard/events"), ("GET", "/api/peers")
 
 
-@pytest.mark.parametrize("row", [row for row in sollol.ROUTES if row != ENDLESS], ids=" ".join)
+@pytest.mark.parametrize("row", [row for row in sollol.ROUTES if row not in ENDLESS], ids=" ".join)
 @over_sockets
 async def test_route_does_what_its_row_says(row):
     nodes = three(speed=1000.0)
@@ -12916,12 +12917,23 @@ def test_restart_on_the_same_port_works_at_once_and_a_second_signal_stops_at_onc
                 client.close()
 
 
-def test_gateway_killed_beside_its_twin_costs_no_request_of_clients_that_ask_again():
+def free_ports(count):
+    """Return ports on which nobody listens."""
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
+
+
+@pytest.mark.parametrize("peers", [False, True], ids=["strangers", "peers"])
+def test_gateway_killed_beside_its_twin_costs_no_request_of_clients_that_ask_again(peers):
     """SIGKILL to one of two processes before the same nodes; each client knows both, and goes to the other."""
     with program("bench.py", "--nodes", 2, "--port", 0, "--speed", 10) as nodes, contextlib.ExitStack() as stack:
-        argv = [word for _ in range(2) for word in ("--node", read_until(nodes, r"http://\S+")[0])]
-        twins = [stack.enter_context(program("sollol.py", "--port", 0, *argv)) for _ in range(2)]
-        ports = [int(read_until(twin, r"event=start .*url=http://127.0.0.1:(\d+)")[1]) for twin in twins]
+        argv, ports = [word for _ in range(2) for word in ("--node", read_until(nodes, r"http://\S+")[0])], free_ports(2)
+        argv += [word for port in ports for word in ("--peer", f"127.0.0.1:{port}") if peers]
+        twins = [stack.enter_context(program("sollol.py", "--port", port, *argv)) for port in ports]
+        for twin in twins:
+            read_until(twin, "event=start .*url=")
+        if peers:
+            read_until(twins[0], "event=peer peer=.* state=up")
 
         async def client(number, tries):
             callers = [bench.Caller("127.0.0.1", port) for port in ports]
@@ -13101,7 +13113,7 @@ class Sibling:
         self.dispatcher = cluster(slots=slots, n1=["m"], n2=["m"])
         self.options = types.SimpleNamespace(inherited=sollol.Inherited(), demo=False)
         self.leaving = self.retired = self.is_ending = False
-        self.upgrade = sollol.Upgrade(self)
+        self.upgrade, self.peers = sollol.Upgrade(self), sollol.Peers(self)
         self.tickets = []           # that wait or run
 
     def time(self):
@@ -13680,6 +13692,389 @@ def test_process_1_of_a_container_stays_and_passes_signals_on(upgradable):
 
 
 # -----------------------------------------------------------------------------
+# Peers: what do other gateways before the same nodes do?
+# -----------------------------------------------------------------------------
+
+def join_peers(*gateways):
+    """Let gateways know of each other, each also of itself."""
+    for gateway in gateways:
+        gateway.options.peer, certificate = [], gateway.options.tls_cert
+        for number, other in enumerate(gateways):
+            url = f"{'https' if certificate else 'http'}://127.0.0.1:{other.listener.address[1]} name=p{number}"
+            gateway.options.peer.append(sollol.parse_peer(f"{url} ca={certificate}" if certificate else url))
+        gateway.join()
+
+
+def peers_of(gateway):
+    """Return {name: (state, why)} of the peers in /api/stats."""
+    stats = json.loads(sollol.answer_stats(gateway, sollol.EVERY_MODEL)[1])
+    return {peer["name"]: (peer["state"], peer["why"]) for peer in stats["peers"]}
+
+
+def elsewhere(gateway):
+    """Return the leases of what runs at peers."""
+    return [lease for node in gateway.dispatcher.cluster.nodes.values() for lease in node.leases if lease.elsewhere]
+
+
+@contextlib.asynccontextmanager
+async def gateways_for(count, *nodes, **given):
+    """Run gateways before the same nodes, as peers that have heard of each other; yield them."""
+    async with contextlib.AsyncExitStack() as stack:
+        gateways = [await stack.enter_async_context(gateway_for(*nodes, **given)) for _ in range(count)]
+        join_peers(*gateways)
+        await until(lambda: all([state for state, _ in peers_of(gateway).values()].count("up") == count - 1
+                                for gateway in gateways))
+        yield gateways
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@over_sockets
+async def test_peers_never_give_a_slot_twice_and_go_by_priority(count):
+    node = fixed(1, speed=20)
+    async with gateways_for(count, node) as gateways:
+        node.hang()                 # until all wait
+        first = asyncio.create_task(call(gateways[0], "POST", "/api/generate", generate(tokens=20)))
+        await until(lambda: all(len(elsewhere(gateway)) == 1 for gateway in gateways[1:]))
+        done = []
+
+        async def ask(gateway, priority):
+            answer = await call(gateway, "POST", "/api/generate", generate(tokens=20), X_Priority=str(priority))
+            assert answer.status == 200
+            done.append(priority)
+
+        tasks = []
+        for number, priority in enumerate((2, 5, 4, 8, 3, 7)):
+            tasks.append(asyncio.create_task(ask(gateways[number % count], priority)))
+            await until(lambda: sum(health(gateway)["queued"] for gateway in gateways) == len(tasks))
+        node.recover()
+        await asyncio.gather(first, *tasks)
+        assert done == [8, 7, 5, 4, 3, 2] and node.max_in_flight == 1
+        await until(lambda: not any(map(elsewhere, gateways)))
+        assert not any(gateway.dispatcher.waiting.first("llama3.2:latest") for gateway in gateways)
+
+
+@over_sockets
+async def test_slots_and_speeds_that_one_peer_has_learned_are_known_to_the_others():
+    node = bench.SimNode("rtx3060", slots=4, loaded=("llama3.2",), speed=20)
+    async with gateways_for(2, node) as (one, two):
+        for _ in range(4):
+            await asyncio.gather(*(call(one, "POST", "/api/generate", generate(tokens=60, stream=True))
+                                   for _ in range(4)))
+
+        def known(gateway):
+            (it,) = gateway.dispatcher.cluster.nodes.values()
+            return it.runners["llama3.2:latest"]
+
+        assert known(one).slots.count > 1
+        await until(lambda: known(two).slots.count == known(one).slots.count and known(two).speeds.samples)
+        assert 0.5 < known(two).speeds.decode_s / known(one).speeds.decode_s < 2
+
+
+@over_sockets
+async def test_load_that_a_peer_has_begun_is_known_and_its_models_are_in_use():
+    node = bench.SimNode("rtx3060", models=("llama3.2", "mistral"), slots=1, speed=5)
+    node.line = "slots=1"
+    async with gateways_for(2, node) as (one, two):
+        task = asyncio.create_task(call(one, "POST", "/api/generate", generate(tokens=30)))
+        await until(lambda: elsewhere(two))
+        (lease,) = elsewhere(two)
+        assert lease.loads and lease.slot.ready_s is not None and lease in lease.node.loading
+        assert sollol.used_lately(lease.slot, two.loop.time())
+        assert sollol.running_stats(lease, two.loop.time())["reason"] == "runs at p0"
+        assert (await task).status == 200
+        await until(lambda: not elsewhere(two))
+        assert not lease.node.loading and lease.slot.ready_s is not None
+
+
+@over_sockets
+async def test_peer_that_dies_gives_back_its_slots_and_one_that_comes_back_is_heard_again():
+    node = fixed(1, speed=2)
+    async with gateway_for(node) as one:
+        lines = f"{node.url} slots=1"
+        async with gateway_for(lines=lines) as two:
+            join_peers(one, two)
+            port = two.listener.address[1]
+            await until(lambda: peers_of(one)["p1"][0] == "up")
+            lost = asyncio.create_task(call(two, "POST", "/api/generate", generate(tokens=500)))
+            await until(lambda: elsewhere(one))
+            task = asyncio.create_task(call(one, "POST", "/api/generate", generate(tokens=5)))
+            await until(lambda: health(one)["queued"] == 1)
+            two.listener.abort()
+            two.listener.close()
+            for peer in two.peers.tasks.values():
+                peer.cancel()
+            await asyncio.gather(lost, return_exceptions=True)
+            assert (await task).status == 200
+            await until(lambda: peers_of(one)["p1"][0] == "down" and not elsewhere(one))
+        async with gateway_for(lines=lines, flags=["--port", str(port)]) as three:
+            await until(lambda: peers_of(one)["p1"][0] == "up")
+            task = asyncio.create_task(call(three, "POST", "/api/generate", generate(tokens=5)))
+            await until(lambda: elsewhere(one))
+            assert (await task).status == 200
+
+
+def peer_line(**news):
+    """Return a first line that a peer tells."""
+    return json.dumps({**sollol.PEER_FORMAT, "gateway": "other", "now_s": 1000.0, **news}).encode() + b"\n"
+
+
+PEER_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n"
+
+
+def running_row(node, **more):
+    """Return the row of a request that runs at a peer."""
+    return {"id": "r", "server": [node.url, node.url.removeprefix("http://")], "node": "x", "model": "llama3.2:latest",
+            "loaded_s": None, "stream": True, "embeds": False, "sent_s": 999.0, "predicted_end_s": 1001.0,
+            "prompt_tokens": 10, "new_tokens": 10, "output_tokens": 50, "begun": True, "lines": 1, **more}
+
+
+WAITING_ROW = {"id": "w", "model": "llama3.2:latest", "stream": True, "embeds": False, "key_s": 900.0, "since_s": 900.0,
+               "prompt_tokens": 10, "output_tokens": 50, "inputs": 0}
+
+
+@contextlib.asynccontextmanager
+async def scripted_peer(node, *items):
+    """Run a gateway before a node, whose peer tells what a test gives; yield the gateway."""
+    peer = await ScriptedNode(lambda request: [PEER_HEAD, *items, 3600.0]).start()
+    async with gateway_for(node, flags=["--peer", f"{peer.url} name=p"]) as gateway:
+        yield gateway
+    await peer.stop()
+
+
+@over_sockets
+async def test_node_that_a_peer_measures_has_its_slots_and_is_not_measured():
+    node = fixed(1, **FAST)
+    await node.start()
+    lines = [peer_line(running=[(1, running_row(node, measures=True))]), 1.0, b'{"now_s":1,"ended":[1]}\n']
+    async with scripted_peer(node, *lines) as gateway:
+        (it,) = gateway.dispatcher.cluster.nodes.values()
+        await until(lambda: elsewhere(gateway))
+        assert not it.may_measure(math.inf)
+        answer = await call(gateway, "POST", "/api/generate", generate())
+        assert answer.status == 200 and float(answer.fields["x-sollol-queue-ms"]) < 500
+        await until(lambda: not elsewhere(gateway))
+        assert it.may_measure(math.inf)
+
+
+@over_sockets
+async def test_peer_that_hangs_counts_no_longer_and_delays_nobody():
+    node = fixed(1, **FAST)
+    await node.start()
+    async with scripted_peer(node, peer_line(running=[(1, running_row(node))], waiting=[(2, WAITING_ROW)])) as gateway:
+        await until(lambda: elsewhere(gateway))
+        (lease,) = elsewhere(gateway)
+        assert gateway.loop.time() - lease.sent_s < 2       # by its own clock that was at 999 s
+        answer = await call(gateway, "POST", "/api/generate", generate())
+        assert answer.status == 200 and float(answer.fields["x-sollol-queue-ms"]) < 1000 * (sollol.PEER_SILENT_S + 1)
+        assert peers_of(gateway)["p"] == ("down", "silent for 2 s")
+
+
+@over_sockets
+async def test_slot_that_is_left_to_a_peer_and_not_taken_is_given():
+    node = fixed(1, **FAST)
+    await node.start()
+    waiting = [(number, {**WAITING_ROW, "id": f"w{number}"}) for number in range(3)]
+    async with scripted_peer(node, peer_line(waiting=waiting)) as gateway:
+        await until(lambda: peers_of(gateway)["p"][0] == "up")
+        answer = await call(gateway, "POST", "/api/generate", generate())
+        assert 1000 * sollol.LEFT_S <= float(answer.fields["x-sollol-queue-ms"]) < 20_000 * sollol.LEFT_S
+        assert sum(map(len, gateway.dispatcher.waiting.heaps.values())) == 3
+        await until(lambda: peers_of(gateway)["p"][0] == "down")
+        assert gateway.dispatcher.waiting.first("llama3.2:latest") is None
+
+
+@table("kind, theirs, count, retries", [
+    ("more, known before", "known", 4, 4, False), ("fewer, known before", "known", 1, 2, False),
+    ("more, since then", "learned", 4, 4, False), ("fewer, since then", "learned", 1, 1, True)])
+@over_sockets
+async def test_slots_of_a_peer_are_taken_over_if_they_are_more_or_news(kind, theirs, count, retries):
+    node = bench.SimNode(slots=4, loaded=("llama3.2",), **FAST)
+    await node.start()
+    lesson = {"name": "x", "url": node.url, "host": node.url.removeprefix("http://"),
+              "models": {"llama3.2:latest": {"count": theirs, "max_proven": 4, "rejections": int(theirs == 1)}}}
+    learned = asyncio.Event()
+
+    async def tell(_, writer):
+        await learned.wait()
+        writer.write(peer_line() + json.dumps({kind: [lesson], "now_s": 0}).encode() + b"\n")
+
+    async with scripted_peer(node, tell) as gateway:
+        (it,) = gateway.dispatcher.cluster.nodes.values()
+        known = it.runners["llama3.2:latest"]
+        known.confirm_slots(2, gateway.loop.time())
+        lesson["models"]["llama3.2:latest"]["digest"] = sollol.digest_of(it, "llama3.2:latest")
+        learned.set()
+        await until(lambda: peers_of(gateway)["p"][0] == "up")
+        assert known.slots.count == count and (known.slots.retry_at_s > gateway.loop.time()) is retries
+
+
+@listed("line", [
+    b"\n" + b"no JSON\n", b"[]\n", b"{}\n", b"\xff\n", b"[" * 100_000 + b"\n", peer_line(version=2),
+    peer_line(now_s=None), peer_line(now_s="x"), peer_line(now_s=math.nan), peer_line(running=3), peer_line(running=[[1]]),
+    peer_line(running=[[1, {}]]), peer_line(ended=[[]]), peer_line(waiting=[[1, {"model": "llama3.2:latest"}]]),
+    peer_line(waiting=[[1, {**WAITING_ROW, "key_s": math.inf}]]), peer_line(learned=[{}]), peer_line(learned=3),
+    peer_line(waiting=[[number, WAITING_ROW] for number in range(sollol.MOST_TOLD + 1)]),
+    b"x" * (sollol.MAX_LINE_BYTES + 1)])
+@over_sockets
+async def test_peer_that_talks_nonsense_counts_for_nothing(line):
+    node = fixed(1, **FAST)
+    await node.start()
+    async with scripted_peer(node, line) as gateway:
+        await until(lambda: peers_of(gateway)["p"][1] != "not asked yet")
+        state, why = peers_of(gateway)["p"]
+        assert state == "down" and re.search("says what no peer says|a line without end", why)
+        assert not elsewhere(gateway) and gateway.dispatcher.waiting.first("llama3.2:latest") is None
+        answer = await call(gateway, "POST", "/api/generate", generate())
+        assert answer.status == 200 and float(answer.fields["x-sollol-queue-ms"]) < 10
+
+
+@over_sockets
+async def test_peer_that_says_nothing_at_all_counts_no_longer():
+    node = fixed(1, **FAST)
+    await node.start()
+    told = [peer_line(running=[(1, running_row(node))])]
+    peer = await ScriptedNode(lambda request: [PEER_HEAD, *(told and [told.pop()])]).start()
+    async with gateway_for(node, flags=["--peer", f"{peer.url} name=p"]) as gateway:
+        await until(lambda: elsewhere(gateway))
+        await until(lambda: peers_of(gateway)["p"] == ("down", "ends its answer without a word"))
+        assert not elsewhere(gateway) and (await call(gateway, "POST", "/api/generate", generate())).status == 200
+    await peer.stop()
+
+
+@listed("row", [{"model": 5}, {"model": "x" * 1000}, {"lines": "many"}, {"output_tokens": -1}, {"sent_s": None}])
+@over_sockets
+async def test_row_of_a_peer_that_cannot_be_is_nonsense(row):
+    node = fixed(1, **FAST)
+    await node.start()
+    async with scripted_peer(node, peer_line(running=[(1, running_row(node, **row))])) as gateway:
+        await until(lambda: "says what no peer says" in peers_of(gateway)["p"][1])
+        assert not elsewhere(gateway) and (await call(gateway, "POST", "/api/generate", generate())).status == 200
+
+
+@over_sockets
+async def test_request_of_which_a_peer_tells_nothing_for_long_counts_no_longer(monkeypatch):
+    monkeypatch.setattr(sollol, "PEER_LEASE_S", 0.2)
+    node = fixed(1, **FAST)
+    await node.start()
+    lines = [item for _ in range(20) for item in (b'{"now_s":1}\n', 0.2)]
+    async with scripted_peer(node, peer_line(running=[(1, running_row(node))]), *lines) as gateway:
+        await until(lambda: elsewhere(gateway))
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        assert peers_of(gateway)["p"][0] == "up" and not elsewhere(gateway)
+
+
+@over_sockets
+async def test_gateway_among_its_own_peers_and_a_peer_with_two_names_count_once():
+    async with gateways_for(2, fixed(1)) as (one, two):
+        one.options.peer.append(sollol.parse_peer(f"http://localhost:{two.listener.address[1]} name=again"))
+        one.join()
+        await until(lambda: peers_of(one)["again"][0] != "down")
+        assert peers_of(one) == {"p0": ("itself", "this gateway"), "p1": ("up", None),
+                                 "again": ("itself", "the same as p1")}
+        assert peers_of(two) == {"p0": ("up", None), "p1": ("itself", "this gateway")}
+
+
+@table("own, theirs, is_near, expected", [
+    ("one URL, two names", "http://gpu:1 name=a", "http://gpu:1 name=b", False, True),
+    ("one name, two URLs", "http://gpu:1 name=a", "http://10.0.0.1:1 name=a", False, True),
+    ("neither", "http://gpu:1 name=a", "http://10.0.0.1:1 name=b", False, False),
+    ("localhost here and there", "http://localhost:1", "http://localhost:1", False, False),
+    ("localhost, two names", "http://localhost:1 name=a", "http://localhost:1 name=b", False, False),
+    ("localhost by name", "http://localhost:1 name=a", "http://10.0.0.1:1 name=a", False, True),
+    ("localhost of one machine", "http://localhost:1", "http://localhost:1", True, True),
+    ("behind one proxy", "http://gpu:1 host=x name=a", "http://gpu:1 host=y name=b", False, False)])
+def test_nodes_of_peers_are_known_by_url_or_name(own, theirs, is_near, expected):
+    dispatcher = sollol.Dispatcher()
+    dispatcher.cluster.configure([sollol.parse_node(own)])
+    slots, there = sollol.SharedSlots(dispatcher, types.SimpleNamespace(is_near=is_near)), sollol.parse_node(theirs)
+    assert (slots.node_at(sollol.server_of(there), there.name) is not None) is expected
+
+
+@over_sockets
+async def test_peer_needs_an_administrators_key(tmp_path):
+    node = fixed(1)
+    async with guarded(tmp_path, node) as one, gateway_for(node) as two:
+        url = f"http://127.0.0.1:{one.listener.address[1]}"
+        for settings, state, why in (("", "down", "401: a key is needed: Authorization: Bearer KEY"),
+                                     (" token=alice-secret", "down", "403: a peer needs a key with admin=yes"),
+                                     (" token=root-secret", "up", None)):
+            two.options.peer = [sollol.parse_peer(f"{url} name=p{settings}")]
+            two.join()
+            await until(lambda state=state, why=why: peers_of(two)["p"] == (state, why))
+        task = asyncio.create_task(call(one, "POST", "/api/generate", generate(tokens=50), **bearer("root")))
+        await until(lambda: elsewhere(two))
+        assert (await task).status == 200
+
+
+@over_sockets
+async def test_peers_behind_a_name_are_followed_as_they_come_and_go():
+    dns, node = Dns(**{"pods.localhost": ["127.0.0.1"]}), fixed(1)
+    async with gateway_for(node) as one:
+        port = one.listener.address[1]
+        flags = ["--peer", f"http://pods.localhost:{port} resolve=all", "--probe-interval", "0.1"]
+        async with gateway_for(node, flags=flags, look_up=dns) as two:
+            await until(lambda: peers_of(two) == {f"pods.localhost:{port}@127.0.0.1": ("up", None)})
+            dns.told["pods.localhost"] = ["127.0.0.9"]
+            await until(lambda: list(peers_of(two)) == [f"pods.localhost:{port}@127.0.0.9"])
+            await until(lambda: not one.peers.followers)
+            dns.told["pods.localhost"] = ["127.0.0.1"]
+            await until(lambda: peers_of(two) == {f"pods.localhost:{port}@127.0.0.1": ("up", None)})
+
+
+@over_sockets
+async def test_gateway_that_drains_tells_its_peers_until_its_last_request_has_ended():
+    node = fixed(1, speed=2)
+    async with gateways_for(2, node) as (one, two):
+        task = asyncio.create_task(call(one, "POST", "/api/generate", generate(tokens=500)))
+        await until(lambda: elsewhere(two))
+        one.drain()
+        await asyncio.sleep(1)
+        assert elsewhere(two) and peers_of(two)["p0"][0] == "up" and not one.stopped.is_set()
+        assert (await task).status == 200
+        await until(lambda: one.stopped.is_set() and not elsewhere(two), 3)
+
+
+@over_sockets
+async def test_only_so_many_are_told(monkeypatch):
+    monkeypatch.setattr(sollol, "MOST_PEERS", 1)
+    async with gateways_for(2, fixed(1)) as (one, two):
+        assert (await call(one, "GET", "/api/peers")).status == 503
+        assert peers_of(two)["p0"][0] == "up"
+
+
+def test_peer_that_is_upgraded_is_heard_on(upgradable):
+    """What runs in its old process counts, as the new one tells of it."""
+    it, (port,) = upgradable, free_ports(1)
+    (line,) = it.hosts.read_text().splitlines()
+    with program(*it.argv, "--peer", f"127.0.0.1:{port}", cwd=it.folder) as gateway, program(
+            "sollol.py", "--port", port, "--node", line, "--peer", f"127.0.0.1:{it.port}") as other:
+        read_until(other, "event=peer peer=.* state=up")
+        stream = it.stream(1500)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        upgraded(gateway)
+
+        def shared():
+            stats = [it.get("/api/stats"), json.loads(curl(f"http://127.0.0.1:{port}/api/stats"))]
+            return [(one["nodes"][0]["inflight"], one["peers"][0]["running"]) for one in stats]
+
+        deadline_s = time.monotonic() + 10
+        while shared() != [(1, 0), (1, 1)]:     # of its old process the new one knows by the upgrade, not as of a peer
+            assert time.monotonic() < deadline_s, shared()
+        assert b'"done":true' in stream_on(stream)
+        stream.close()
+
+
+@table("text, why", [
+    ("no URL", "ftp://a", "is not the URL of a node"), ("no setting", "a b", "unknown setting"), ("slots", "http://a slots=4", "unknown"),
+    ("ca", "http://a ca=x", "ca= is for https"), ("no file", "https://a ca=/none", "No such file")])
+def test_peer_that_cannot_be_is_one_clear_line(text, why, capsys):
+    with pytest.raises(SystemExit):
+        sollol.parse_options(["--node", "a", "--peer", text], {})
+    assert re.fullmatch(f"sollol.py: argument --peer: .*{why}.*\n", capsys.readouterr().err)
+    assert sollol.parse_peer("box").url == "http://box:8000"
+
+
+# -----------------------------------------------------------------------------
 # Server life: log, reload, drain, and the program as a process
 # -----------------------------------------------------------------------------
 
@@ -14040,6 +14435,7 @@ def pair(folder, certificate="one.pem", key="one.key"):
 @pytest.mark.parametrize("test", [
     functools.partial(test_stream_reaches_the_client_byte_for_byte_and_piece_by_piece.__wrapped__,
                       "/api/chat", b"application/x-ndjson", NDJSON),
+    functools.partial(test_peers_never_give_a_slot_twice_and_go_by_priority.__wrapped__, 2),
     *(test.__wrapped__ for test in (
         test_keep_alive_pipelining_and_http_1_0, test_chunked_request_body_and_expect_100_continue,
         test_slow_head_gets_408_but_a_slow_model_is_waited_for,
