@@ -4690,7 +4690,7 @@ def coding_table(counts, clusters, seed):
 #
 # Clients in a closed loop, half of them at each gateway; those of the second begin later, when the first has learned
 # all slots. Measured from a minute after that on. Then the second dies, and its clients go to the first. One gateway
-# alone gets the same clients at the same times.
+# alone gets the same clients at the same times. Two with --peer know of each other.
 # ------------------------------------------------------------------------------------------------------------
 
 ALONE_S, FAIR_S, SHARED_S, TAKEN_S, SURVIVED_S = 60.0, 60.0, 120.0, 30.0, 60.0    # phases, one after the other
@@ -4725,12 +4725,18 @@ async def twin_client(callers, works, number, until_s, samples):
         samples.append((own, sample))
 
 
-async def run_twins(scenario, count, seed):
-    """Run a scenario's clients through `count` gateways, the last of which dies in the end; return the TwinRun."""
+async def run_twins(scenario, count, seed, peers):
+    """Run a scenario's clients through `count` gateways, the last of which dies in the end; return the TwinRun.
+
+    `peers`: they know of each other.
+    """
     async with running_nodes(scenario, seed) as nodes, contextlib.AsyncExitStack() as stack:
         gateways = [await stack.enter_async_context(gateway_before(scenario, nodes, SOLLOL, seed + number))
                     for number in range(count)]
         callers = [Caller(*gateway.listener.address) for gateway in gateways]
+        for gateway in gateways if peers else ():
+            gateway.options.peer = [sollol.parse_peer(f"http://{caller.host}:{caller.port}") for caller in callers]
+            gateway.join()
         loop, works, samples = asyncio.get_running_loop(), iter(make_work(scenario, seed)), []
         first_s = loop.time()
         shared_s = first_s + ALONE_S + FAIR_S
@@ -4761,9 +4767,9 @@ async def run_twins(scenario, count, seed):
             sum(not sample.ok for _, sample in samples))
 
 
-def simulate_twins(scenario, count, seed):
+def simulate_twins(scenario, count, seed, peers=False):
     """Return the TwinRun of so many gateways, in virtual time."""
-    return run_virtual(run_twins(scenario, count, seed))
+    return run_virtual(run_twins(scenario, count, seed, peers))
 
 
 def twin_scenarios(clusters):
@@ -4773,24 +4779,26 @@ def twin_scenarios(clusters):
             for cluster in clusters for models in (SMALL, FIVE_MODELS[:4]) for clients in (20, 24)]
 
 
+TWINS = {"one": (1, False), "two": (2, False), "two, --peer": (2, True)}       # how many gateways, are they peers?
+
+
 def twins_table(clusters, pattern, rounds, seed):
     """Return rows of text: two gateways beside one, for every scenario whose name has the pattern."""
     scenarios = [scenario for scenario in twin_scenarios(clusters) if re.search(pattern, scenario.name)]
-    jobs = [((scenario.name, seed + turn, count), (scenario, count, seed + turn))
-            for scenario in scenarios for turn in range(rounds) for count in (1, 2)]
+    jobs = [((scenario.name, seed + turn, name), (scenario, count, seed + turn, peers))
+            for scenario in scenarios for turn in range(rounds) for name, (count, peers) in TWINS.items()]
     results = in_parallel(simulate_twins, jobs)
-    rows = [["clients, models/cluster", "seed", "one: req/s", "P95 s", "two: req/s", "", "P95 s", "", "split", "mean s",
+    rows = [["clients, models/cluster", "seed", "gateways", "req/s", "", "P95 s", "", "split", "mean s",
              "one dies: req/s", "", "lost"]]
-    for scenario in scenarios:
-        for turn in range(rounds):
-            one, two = (results.get((scenario.name, seed + turn, count)) for count in (1, 2))
-            if one and two:
-                rows.append([scenario.name, str(seed + turn), f"{one.shared.per_s:.2f}", f"{one.shared.p95_s:.2f}",
-                             f"{two.shared.per_s:.2f}", change_text(two.shared.per_s, one.shared.per_s),
-                             f"{two.shared.p95_s:.2f}", change_text(two.shared.p95_s, one.shared.p95_s),
-                             ":".join(map(str, two.counts)), " / ".join(f"{mean_s:.2f}" for mean_s in two.means_s),
-                             f"{two.survived.per_s:.2f}", change_text(two.survived.per_s, one.survived.per_s),
-                             str(two.lost)])
+    for scenario, turn, name in itertools.product(scenarios, range(rounds), TWINS):
+        one, run = (results.get((scenario.name, seed + turn, which)) for which in ("one", name))
+        if one and run:
+            rows.append([scenario.name, str(seed + turn), name,
+                         f"{run.shared.per_s:.2f}", change_text(run.shared.per_s, one.shared.per_s),
+                         f"{run.shared.p95_s:.2f}", change_text(run.shared.p95_s, one.shared.p95_s),
+                         ":".join(map(str, run.counts)), " / ".join(f"{mean_s:.2f}" for mean_s in run.means_s),
+                         f"{run.survived.per_s:.2f}", change_text(run.survived.per_s, one.survived.per_s),
+                         str(run.lost)])
     return rows
 
 
