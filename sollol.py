@@ -5877,7 +5877,7 @@ class CompletionTime(Policy):
             work.refuse(ticket, Answer(*ALL_FAILED))
 
     def leave_to_peer(self, work: DispatchPass, entry: Entry, free: Candidate) -> None:
-        """Leave a slot to a ticket that waits at a peer: it is next. If it is not taken in LEFT_S, others may have it."""
+        """Leave a slot to a ticket that waits at a peer: it is next. What it does not take in LEFT_S others may have."""
         ticket, now = entry[2], work.now
         work.held.append(entry)
         if ticket.offered is None or ticket.offered[0] is not free.runner:
@@ -12439,7 +12439,7 @@ ROW_NUMBERS: dict[str, Range] = {**ROW_TIMES, **dict.fromkeys(("prompt_tokens", 
 
 
 class SharedSlots:
-    """What two processes, or a gateway and its peer, tell each other of the requests that they run on the same nodes."""
+    """What two processes, or a gateway and a peer, tell each other of the requests that they run on the same nodes."""
 
     def __init__(self, dispatcher: Dispatcher, peer: PeerGateway | None = None) -> None:
         self.dispatcher, self.cluster, self.peer = dispatcher, dispatcher.cluster, peer
@@ -12503,7 +12503,8 @@ class SharedSlots:
         What is called localhost on the machine of a peer is another server, unless both lines have the same name=.
         """
         def is_near(node: Node) -> bool:
-            return self.peer is None or self.peer.is_near or not is_loopback(node.settings.address or node.settings.host)
+            host = node.settings.address or node.settings.host
+            return self.peer is None or self.peer.is_near or not is_loopback(host)
 
         node = next((node for node in self.cluster.nodes.values()
                      if server_of(node.settings) == server and is_near(node)), None)

@@ -12927,7 +12927,8 @@ def free_ports(count):
 def test_gateway_killed_beside_its_twin_costs_no_request_of_clients_that_ask_again(peers):
     """SIGKILL to one of two processes before the same nodes; each client knows both, and goes to the other."""
     with program("bench.py", "--nodes", 2, "--port", 0, "--speed", 10) as nodes, contextlib.ExitStack() as stack:
-        argv, ports = [word for _ in range(2) for word in ("--node", read_until(nodes, r"http://\S+")[0])], free_ports(2)
+        argv = [word for _ in range(2) for word in ("--node", read_until(nodes, r"http://\S+")[0])]
+        ports = free_ports(2)
         argv += [word for port in ports for word in ("--peer", f"127.0.0.1:{port}") if peers]
         twins = [stack.enter_context(program("sollol.py", "--port", port, *argv)) for port in ports]
         for twin in twins:
@@ -13910,7 +13911,8 @@ async def test_slots_of_a_peer_are_taken_over_if_they_are_more_or_news(kind, the
 
 @listed("line", [
     b"\n" + b"no JSON\n", b"[]\n", b"{}\n", b"\xff\n", b"[" * 100_000 + b"\n", peer_line(version=2),
-    peer_line(now_s=None), peer_line(now_s="x"), peer_line(now_s=math.nan), peer_line(running=3), peer_line(running=[[1]]),
+    peer_line(now_s=None), peer_line(now_s="x"), peer_line(now_s=math.nan), peer_line(running=3),
+    peer_line(running=[[1]]),
     peer_line(running=[[1, {}]]), peer_line(ended=[[]]), peer_line(waiting=[[1, {"model": "llama3.2:latest"}]]),
     peer_line(waiting=[[1, {**WAITING_ROW, "key_s": math.inf}]]), peer_line(learned=[{}]), peer_line(learned=3),
     peer_line(waiting=[[number, WAITING_ROW] for number in range(sollol.MOST_TOLD + 1)]),
@@ -14065,7 +14067,8 @@ def test_peer_that_is_upgraded_is_heard_on(upgradable):
 
 
 @table("text, why", [
-    ("no URL", "ftp://a", "is not the URL of a node"), ("no setting", "a b", "unknown setting"), ("slots", "http://a slots=4", "unknown"),
+    ("no URL", "ftp://a", "is not the URL of a node"), ("no setting", "a b", "unknown setting"),
+    ("slots", "http://a slots=4", "unknown"),
     ("ca", "http://a ca=x", "ca= is for https"), ("no file", "https://a ca=/none", "No such file")])
 def test_peer_that_cannot_be_is_one_clear_line(text, why, capsys):
     with pytest.raises(SystemExit):
