@@ -8019,7 +8019,7 @@ def test_two_gateways_share_nodes_fairly_and_the_one_that_survives_has_all_slots
     scenario, = (one for one in bench.twin_scenarios(["mild3"]) if (one.clients, len(one.models)) == (20, 1))
     run = bench.simulate_twins(scenario, 2, 2, peers)
     assert min(run.counts) >= 0.8 * max(run.counts) and not run.lost
-    assert run.survived.per_s >= 0.9 * run.shared.per_s
+    assert run.survived.per_s >= 0.85 * run.shared.per_s
 
 
 @contextlib.contextmanager
