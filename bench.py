@@ -5910,7 +5910,7 @@ def overgrown(gateway, nodes):
     models = {model for node in nodes for model in node.models}
     io = gateway.node_io
     for name, table in (("pools", io.pools), ("logged_states", io.logged_states), ("probes", io.probes),
-                        ("reasons", io.reasons), ("jobs", {node for node, _ in io.jobs})):
+                        ("since_s", io.since_s), ("reasons", io.reasons), ("jobs", {node for node, _ in io.jobs})):
         if extra := set(table) - known:
             yield f"{name} keeps {' '.join(sorted(node.name for node in extra))}"
     waiting, cluster = dispatcher.waiting, dispatcher.cluster

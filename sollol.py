@@ -1884,6 +1884,12 @@ class Access:
             return verdict.key is not None and verdict.key.settings.admin
         return is_local(verdict.address, head.fields)
 
+    def may_order(self, head: RequestHead, verdict: Verdict) -> bool:
+        """Tell whether whoever looks at a page of the gateway's own may give orders to nodes there."""
+        if self.forbids_change(head, verdict.key, is_order=True) is not None:
+            return False
+        return verdict.key is not None if self.needs_key else is_local(verdict.address, head.fields)
+
     def forbids_change(self, head: RequestHead, key: Key | None, is_order: bool = False,
                        close: bool = False) -> Answer | None:
         """Return the refusal to somebody who may not change models, an account or nodes; None to others.
@@ -9645,33 +9651,71 @@ async def serve_token_count(exchange: Exchange) -> None:
     answer_locally(exchange, json_answer({"input_tokens": math.ceil(tokens)}))
 
 
+ORDERS = "drain", "resume", "load", "unload"
+
+
 async def serve_order(exchange: Exchange) -> None:
-    """Drain or resume a node: no new work there, or some again; answer with its state. Raises Refusal."""
+    """Drain or resume a node: no new work there, or some again; or have it load or unload a model. Answer at once, with
+    its state. Raises Refusal."""
     gateway, nodes = exchange.gateway, exchange.gateway.dispatcher.cluster.nodes
     name, _, verb = exchange.head.path.removeprefix("/api/nodes/").rpartition("/")
-    if name not in nodes or verb not in ("drain", "resume"):
-        raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, where NAME is one of {', '.join(nodes)}")
-    gateway.dispatcher.drain(nodes[name], verb == "drain")
+    if name not in nodes or verb not in ORDERS:
+        raise Refusal(404, f"POST /api/nodes/NAME/drain or /resume, or /load?model=MODEL or /unload?model=MODEL, "
+                      f"where NAME is one of {', '.join(nodes)}")
+    node = nodes[name]
+    if verb in ("drain", "resume"):
+        gateway.dispatcher.drain(node, verb == "drain")
+        gateway.files.save_soon()
+        gateway.node_io.log_state(node, f"asked to {verb}")
+    else:
+        model = ordered_model(exchange, node)
+        work = load_ordered if verb == "load" else unload_ordered
+        gateway.node_io.begin_job(node, functools.partial(work, model=model))
+        await asyncio.sleep(0)      # it has begun, so that its state shows it
     gateway.answers.clear()         # it is to be seen at once
-    gateway.files.save_soon()
-    gateway.node_io.log_state(nodes[name], f"asked to {verb}")
     pump(gateway)
-    answer_locally(exchange, json_answer(node_stats(nodes[name], gateway.loop.time(), exchange.verdict.models)))
+    answer_locally(exchange, json_answer(node_stats(node, gateway.loop.time(), exchange.verdict.models)))
+
+
+def ordered_model(exchange: Exchange, node: Node) -> str:
+    """Return the model that an order names, canonical. Raises Refusal."""
+    asked = urllib.parse.parse_qs(exchange.head.target.partition(b"?")[2].decode("latin-1")).get("model", [""])
+    model = canonical(asked[-1])
+    if model not in node.rows or model not in exchange.verdict.models:
+        raise Refusal(404, f"{node.name} has no model {asked[-1][:SHOWN_CHARS]!r}: ?model=MODEL names one on its disk")
+    if not node.up:
+        raise Refusal(503, f"{node.name} is {state_in_words(node, exchange.gateway.loop.time())}", retry_after_s=1.0)
+    if node.measuring is not None and node.measuring.loads:
+        raise Refusal(503, f"{node.name} loads a model just now", retry_after_s=1.0)
+    return model
 
 
 async def serve_events(exchange: Exchange) -> None:
-    """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then."""
+    """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then.
+
+    A gateway that is told to end shows what still runs until that has ended. The history of the day comes once, and
+    again when it has changed.
+    """
     gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    telemetry, models = gateway.telemetry, exchange.verdict.models
     client.serving, exchange.keep, record.status = True, False, 200
     sees_all = gateway.access.sees_all(exchange.head, exchange.verdict)
+    may_order = gateway.access.may_order(exchange.head, exchange.verdict)
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
              b"Connection: close", *record.cors]
     client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
-    while not (gateway.draining or gateway.retired):
+    day, is_last = b"", False
+    while not (is_last or gateway.retired):
+        is_last = gateway.draining and not (gateway.dispatcher.cluster.in_flight() or gateway.dispatcher.waiting)
         if not client.write_paused:     # one that does not read misses some
-            state = gateway.telemetry.snapshot(exchange.verdict.models)
-            client.write(b"data: " + (gateway.telemetry.with_people(state) if sees_all else state) + b"\n\n")
-        await asyncio.sleep(EVENT_S)
+            state = telemetry.snapshot(models)
+            state = telemetry.with_people(state) if sees_all else state
+            client.write(b"data: " + (state[:-1] + b',"orders":true}' if may_order else state) + b"\n\n")
+            if day is not telemetry.day_seen():
+                day = telemetry.day_seen()
+                client.write(b"event: day\ndata: " + day + b"\n\n")
+        if not is_last:
+            await asyncio.sleep(EVENT_S)
 
 
 async def serve_peers(exchange: Exchange) -> None:
@@ -10098,6 +10142,8 @@ LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes
 MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
 TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 STEP_VALUES = 500                   # of one step, the latest: enough for a P95
+PART_S, PARTS_KEPT = 300.0, 288     # the dashboard's other lines: a day
+FAILURES_KEPT, FAILURE_CHARS = 100, 300     # the last failures of nodes, and of the text of each
 
 
 def answer_health(gateway: Gateway) -> OwnAnswer:
@@ -10192,10 +10238,15 @@ def queue_stats(dispatcher: Dispatcher, now: float, seen: ModelSet = EVERY_MODEL
     Their cost is estimated anew; the places of the others are counted.
     """
     forecast = Forecast(dispatcher.cluster, now)
-    return [{"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
-             "client": ticket.spec.client, "position": position, "waited_s": round(now - ticket.arrived_s, 3),
-             "predicted_start_s": rounded(forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))}
+    return [ticket_stats(ticket, position, now, forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket)))
             for position, ticket in enumerate(dispatcher.waiting.in_order(), 1) if (ticket.spec.model or "") in seen]
+
+
+def ticket_stats(ticket: Ticket, position: int, now: float, start_s: float | None) -> Json:
+    """Return what is said of one waiting ticket; `start_s`: when it is predicted to begin, in seconds from now."""
+    return {"id": ticket.id, "model": shown(ticket.spec.model), "priority": ticket.spec.priority,
+            "client": ticket.spec.client, "position": position, "waited_s": round(now - ticket.arrived_s, 3),
+            "predicted_start_s": rounded(start_s)}
 
 
 def answer_queue(gateway: Gateway, models: ModelSet) -> OwnAnswer:
@@ -10220,7 +10271,9 @@ def answer_stats(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     """Answer /api/stats: nodes, queue and the last decisions."""
     gateway.telemetry.tally()
     dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.metrics.outcomes()
+    view = look(gateway, models)
     return json_answer({
+        "headline": headline_state(headline_of(view.situation)),
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.leaving,
         "nodes": [node_stats(node, now, models) | {"outcomes": outcomes[node.name]}
@@ -10247,14 +10300,23 @@ def route_label(path: str) -> str:
 
 
 class Step:
-    """What finished within STEP_S, for the dashboard's lines."""
+    """What finished within STEP_S, and how long the queue was meanwhile, for the dashboard's lines."""
 
     def __init__(self, number: int) -> None:
         self.number = number        # of the step, since the clock's zero
-        self.requests = 0
+        self.requests = 0           # that were answered
+        self.failed = 0             # that ended with an error, a cut, or a refusal for want of a node or of room
+        self.queued = 0             # most that waited
         self.total_s: collections.deque[float] = collections.deque(maxlen=STEP_VALUES)
         self.first_s: collections.deque[float] = collections.deque(maxlen=STEP_VALUES)
         self.tokens: collections.Counter[str] = collections.Counter()       # node: output tokens
+        self.answers: collections.Counter[str] = collections.Counter()      # node: those of `requests`
+        self.errors: collections.Counter[str] = collections.Counter()       # node: attempts that it failed
+        self.cuts: collections.Counter[str] = collections.Counter()         # node: streams that broke off there
+        self.bad_models: collections.Counter[str] = collections.Counter()   # model: attempts that nodes failed
+        self.times = StepTimes()    # see `rank`
+        self.sorted_first_s: list[float] = []
+        self.ranked = 0             # after how many requests
 
     def add(self, node: str, total_s: float, first_s: float | None, tokens: int) -> None:
         """Take in a finished request; `first_s`: None if it had no first byte."""
@@ -10263,6 +10325,128 @@ class Step:
         if first_s is not None:
             self.first_s.append(first_s)
         self.tokens[node] += tokens
+        self.answers[node] += 1
+
+    def rank(self) -> Step:
+        """Bring `times` and `sorted_first_s` up to date: no work for a step that is over. Returns itself."""
+        if self.ranked != self.requests:
+            total_s, self.sorted_first_s = sorted(self.total_s), sorted(self.first_s)
+            self.times = StepTimes(*(rounded(percentile(values, share)) for values in (total_s, self.sorted_first_s)
+                                     for share in (0.5, 0.95)))
+            self.ranked = self.requests
+        return self
+
+
+class StepTimes(NamedTuple):
+    """Percentiles of a Step, in seconds; None where nothing finished."""
+
+    total_p50_s: float | None = None
+    total_p95_s: float | None = None
+    first_p50_s: float | None = None
+    first_p95_s: float | None = None
+
+
+class DayPart(NamedTuple):
+    """What happened in PART_S of the wall clock."""
+
+    number: int                     # since 1970
+    requests: int = 0
+    failed: int = 0
+    tokens: int = 0
+    queued: int = 0                 # most that waited
+    p95_s: float | None = None
+
+
+class History:
+    """The last day in parts of PART_S, which Steps are folded into."""
+
+    def __init__(self) -> None:
+        self.parts: collections.deque[DayPart] = collections.deque(maxlen=PARTS_KEPT)
+        self.number = 0             # of the part that lasts; 0 = not known yet
+        self.folded = -1            # the last Step that is in a part
+        self.changes = 0
+
+    def turn(self, steps: Iterable[Step], now: float, wall_s: float) -> None:
+        """Begin another part if it is time, and fold the Steps that are over into the one that was."""
+        number = int(wall_s // PART_S)
+        if self.number not in (0, number):
+            self.fold(steps, int(now // STEP_S) - 1)
+        self.number = number
+
+    def fold(self, steps: Iterable[Step], last: int) -> None:
+        """Add the Steps up to number `last` to the part that lasts. 5 ms if each is full, every five minutes."""
+        if not self.number:
+            return
+        over = [step for step in steps if self.folded < step.number <= last]
+        self.folded = last
+        total_s = sorted(itertools.chain.from_iterable(step.total_s for step in over))
+        self.add(DayPart(self.number, sum(step.requests for step in over), sum(step.failed for step in over),
+                         sum(step.tokens.total() for step in over), max((step.queued for step in over), default=0),
+                         rounded(percentile(total_s, 0.95))))
+
+    def add(self, part: DayPart) -> None:
+        """Take in a part, or the rest of one that a restart has cut in two. A clock that is set back overwrites."""
+        before = [known for known in self.parts if known.number == part.number]
+        while self.parts and self.parts[-1].number >= part.number:
+            self.parts.pop()
+        if before:
+            times_s = [one.p95_s for one in (before[0], part) if one.p95_s is not None]
+            part = DayPart(part.number, before[0].requests + part.requests, before[0].failed + part.failed,
+                           before[0].tokens + part.tokens, max(before[0].queued, part.queued),
+                           max(times_s, default=None))
+        self.parts.append(part)
+        self.changes += 1
+
+    def kept(self) -> list[str]:
+        """Return the parts for the state file, one text each."""
+        return [json.dumps(part, separators=(",", ":")) for part in self.parts]
+
+    def recall(self, entries: object) -> None:
+        """Take over what `kept` returned; what is no part is left out."""
+        for entry in entries[-PARTS_KEPT:] if isinstance(entries, list) else ():
+            part = read_part(entry)
+            if part is not None and (not self.parts or part.number > self.parts[-1].number):
+                self.add(part)
+
+    def as_seen(self) -> Json:
+        """Return what the dashboard shows: one value a part, None for those of which nothing is known."""
+        last = max(self.number - 1, self.parts[-1].number if self.parts else 0)
+        by_number = {part.number: part for part in self.parts}
+        parts = [by_number.get(number) for number in range(last - PARTS_KEPT + 1, last + 1)]
+        columns = zip(*(part or (None,) * len(DayPart._fields) for part in parts), strict=True)
+        return {"step_s": PART_S, "end_s": (last + 1) * PART_S, **dict(zip(DayPart._fields, columns, strict=True))}
+
+
+def read_part(entry: object) -> DayPart | None:
+    """Return a part of the state file, None if it is none."""
+    try:
+        values = json.loads(entry) if isinstance(entry, str) else None
+    except ValueError:
+        return None
+    if not isinstance(values, list) or len(values) != len(DayPart._fields):
+        return None
+    number, requests, failed, tokens, queued, p95_s = values
+    if not all(type(count) is int and 0 <= count <= MOST_USED for count in values[:-1]):
+        return None
+    is_time = type(p95_s) in (int, float) and 0 <= p95_s < 1e6
+    return DayPart(number, requests, failed, tokens, queued, float(p95_s) if is_time else None)
+
+
+class NotedFailure(NamedTuple):
+    """A failure of a node, or of an order to it. The same again is counted and becomes the last one."""
+
+    at_s: float
+    node: str
+    model: str
+    kind: str
+    text: str
+    status: int | None              # of its answer, if it was one
+    client: str                     # who asked last
+    times: int = 1
+
+    @property
+    def what(self) -> tuple[str, str, str, str]:
+        return self.node, self.model, self.kind, self.text
 
 
 Series = collections.Counter[tuple[str | int, ...]]         # values of labels: count
@@ -10281,7 +10465,7 @@ class Metrics:
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
         self.queue_s: dict[int | str, Histogram] = collections.defaultdict(lambda: Histogram(TIME_BOUNDS_S))
                                     # by priority
-        self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something ended
+        self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something was
 
     def count(self, counter: Series, amount: int, node: str, model: str, *more: str | int) -> None:
         """Add to a counter; once it has MOST_SERIES, new models are folded."""
@@ -10291,11 +10475,17 @@ class Metrics:
         counter[key] += amount
 
     def step(self, now: float) -> Step:
-        """Return the Step that `now` falls into."""
+        """Return the Step that `now` falls into; the last one for what is counted a moment late."""
         number = int(now // STEP_S)
-        if not self.steps or self.steps[-1].number != number:
+        if not self.steps or self.steps[-1].number < number:
             self.steps.append(Step(number))
         return self.steps[-1]
+
+    def note_failed(self, step: Step, record: Record) -> None:
+        """Count a request that its client did not get answered."""
+        step.failed += 1
+        if record.outcome == "cut":
+            step.cuts[record.node] += 1
 
     def outcomes(self) -> dict[str, collections.Counter[str]]:
         """Return how the requests that each node answered ended: {node: {outcome: count}}."""
@@ -10312,7 +10502,11 @@ class Metrics:
         if model and model not in cluster.holders:
             model = "other"         # clients can make up any number of names
         self.count(self.requests, 1, node, model, route_label(record.path), record.status, record.outcome)
-        if record.path not in INFERENCE_PATHS or not record.attempts:
+        if record.path not in INFERENCE_PATHS:
+            return
+        if record.outcome == "cut" or record.outcome in ("error", "refused") and not 400 <= record.status < 500:
+            self.note_failed(self.step(record.started_s + total_s), record)
+        if not record.attempts:
             return
         first_s = None if record.first_s is None else record.first_s - record.started_s
         if record.outcome == "ok":
@@ -10426,8 +10620,11 @@ class Telemetry:
         self.metrics = Metrics(gateway.dispatcher)
         self.usage, self.reporting = Usage(), asyncio.Lock()    # which lets the askers in one by one
         self.finished: list[tuple[Record, float]] = []          # since the last `tally`: with the seconds taken
+        self.history, self.forecast = History(), QueueForecast()
+        self.failures: collections.deque[NotedFailure] = collections.deque(maxlen=FAILURES_KEPT)
         self.shown: dict[ModelSet, tuple[float, bytes]] = {}    # what dashboards were sent last, and when
         self.people, self.people_s = b"", -math.inf
+        self.day, self.day_changes = b"", -1        # `history` as it is sent, and after which changes
 
     def finish(self, record: Record) -> None:
         """Let a finished request be counted and logged within TALLY_DELAY_S."""
@@ -10475,9 +10672,44 @@ class Telemetry:
         """Return what a dashboard shows to those that may see who used what; the people are made once for all, too."""
         now = self.loop.time()
         if now - self.people_s >= EVENT_S / 2:
-            people = people_state(self.usage, local_day())
+            people = people_state(self.usage, self.gateway.dispatcher, local_day())
             self.people, self.people_s = json.dumps(people, separators=(",", ":")).encode(), now
         return state[:-1] + b',"people":' + self.people + b"}"
+
+    def day_seen(self) -> bytes:
+        """Return the last day for dashboards, as JSON; made once after each change."""
+        if self.day_changes != self.history.changes:
+            self.day = json.dumps(self.history.as_seen(), separators=(",", ":")).encode()
+            self.day_changes = self.history.changes
+        return self.day
+
+    def note_failure(self, node: str, spec: RequestSpec, failure: Failure, status: int | None) -> None:
+        """Note why a node failed a request, unless nodes only differ: that is no fault of any."""
+        if failure.kind in DIFFERENCES:
+            return
+        now, model = self.loop.time(), shown(spec.model) or ""
+        step = self.metrics.step(now)
+        step.errors[node] += 1
+        if model in self.gateway.dispatcher.cluster.holders:    # clients can make up any number of names
+            step.bad_models[model] += 1
+        noted = NotedFailure(now, node, model, failure.kind, failure.text[:FAILURE_CHARS], status, spec.client)
+        last = next((known for known in self.failures if known.what == noted.what), None)
+        if last is not None:
+            self.failures.remove(last)
+            noted = noted._replace(times=last.times + 1)
+        self.failures.append(noted)
+
+    def sweep(self, now: float) -> None:
+        """Note how long the queue is, and fold what is over into the history of the day."""
+        step = self.metrics.step(now)
+        step.queued = max(step.queued, len(self.gateway.dispatcher.waiting))
+        self.history.turn(self.metrics.steps, now, wall_clock_s())
+
+    def keep_history(self) -> list[str]:
+        """Return the history for the state file, at the end of this process."""
+        self.tally()
+        self.history.fold(self.metrics.steps, int(self.loop.time() // STEP_S))
+        return self.history.kept()
 
 
 PLAIN = re.compile(r"[\w.:/@%+\-]+").fullmatch
@@ -10607,13 +10839,236 @@ def tell_systemd(message: str) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Headline: is all well, and if not, what is wrong?
+#
+# What an operator needs at three in the morning, in one sentence. Everything here is a function of plain values: what a
+# Situation says is gathered from the nodes and the queue in the next room.
+# -----------------------------------------------------------------------------
+
+OLD_S = 30.0                        # a request that has waited for so long makes the queue old,
+LONG_S = 60.0                       # as does one that is predicted to start only then
+IDLE_BESIDE_S = 10.0                # so long nobody should wait while a node that is as fast does nothing
+FEW_FAILED, MANY_FAILED = 0.1, 0.5  # shares of the requests of a minute
+LEAST_JUDGED = 5                    # requests of a minute, before anything is said of their share
+LONE_SHARE, LEAST_LONE = 0.9, 20    # of the answers of a minute, by one node; and how many answers that must be
+AS_FAST = 1.5                       # times the seconds a token: a node is no slower than that
+NAMED = 4                           # nodes and models in one sentence; the rest is counted
+SAID_CHARS = 60                     # of a node's own error
+CANNOT_SERVE = ("unreachable", "failing", "waking", "draining")     # the worst first
+
+
+class Level(enum.IntEnum):
+    """How bad is it?"""
+
+    OK = 0
+    WARN = 1                        # somebody should look when there is time
+    BAD = 2                         # clients suffer, or soon will
+
+
+class NodeHealth(NamedTuple):
+    """What is said of one node. `kind`: one of CANNOT_SERVE, or silent, slow, asleep, new; "" is well."""
+
+    name: str
+    kind: str = ""
+    why: str = ""                   # an error of the node's own, or what a probe met
+    for_s: float = 0.0              # since when it is so
+    busy: int = 0                   # slots
+    slots: int = 0
+    failing: tuple[str, ...] = ()   # models of which it has failed every request lately
+    draining: bool = False          # whatever it is besides
+
+
+class Wait(NamedTuple):
+    """Requests for one model that wait."""
+
+    model: str
+    queued: int
+    oldest_s: float
+    holders: tuple[str, ...] = ()   # nodes that can serve it
+    idle: tuple[str, ...] = ()      # those of them that do nothing, and are as fast as those that work
+    others: tuple[str, ...] = ()    # nodes that do nothing and have it not
+
+
+class Situation(NamedTuple):
+    """All that the headline is made of."""
+
+    nodes: Sequence[NodeHealth] = ()
+    waits: Sequence[Wait] = ()      # the oldest first
+    last_start_s: float | None = None   # when the last one of the queue is predicted to begin, in seconds from now
+    timeout_s: float = 240.0        # --queue-timeout
+    answered: int = 0               # requests, in the last minute
+    failed: int = 0                 # the same
+    lone: tuple[str, ...] = ()      # a node that gave nearly all answers, and those as fast that gave none
+    leaving: bool = False           # the gateway itself ends,
+    refusing: bool = False          # and takes nothing new
+
+    @property
+    def queued(self) -> int:
+        return sum(wait.queued for wait in self.waits)
+
+    @property
+    def oldest_s(self) -> float:
+        return max((wait.oldest_s for wait in self.waits), default=0.0)
+
+
+class Trouble(NamedTuple):
+    """One thing that is wrong. `about`: the number on the page that shows it: nodes, queue or failures."""
+
+    level: Level
+    about: str
+    text: str
+    key: str                        # the same as long as it is the same trouble: without times and counts
+
+
+class Headline(NamedTuple):
+    """The sentence, and the levels of what it is about: {"nodes": Level.BAD}."""
+
+    level: Level
+    short: str                      # for the title of a window
+    text: str
+    key: str                        # changes with what is wrong, not with times and counts
+    about: dict[str, Level]
+
+
+def for_people(seconds: float) -> str:
+    """Return a time as one says it: 41 s, 4 min, 3 h, 2 days."""
+    for unit_s, unit, least_s in ((86400.0, "days", 172800.0), (3600.0, "h", 7200.0), (60.0, "min", 100.0)):
+        if seconds >= least_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a sentence: a few of them, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def number_of(count: int, what: str, verb: str = "") -> str:
+    """Return `1 request waits` or `3 requests wait`: what is counted, and maybe what it does."""
+    return f"{count} {what}{'s' * (count != 1)}" + (f" {verb}{'s' * (count == 1)}" if verb else "")
+
+
+def said(text: str) -> str:
+    """Return a node's own words for a sentence: the first line, short, without an end of their own."""
+    line = re.sub(r"^answered \d+: ", "", text.strip().partition("\n")[0].strip())
+    return (line if len(line) <= SAID_CHARS else line[:SAID_CHARS] + "…").rstrip(".")
+
+
+def model_name(model: str) -> str:
+    return shown(model.removesuffix(":latest")) or "a model that cannot be read"
+
+
+def node_in_words(node: NodeHealth) -> str:
+    """Return what is wrong with a node, for a sentence."""
+    if node.kind == "draining":
+        return f"{node.name} draining" + (f", {node.busy} left" if node.busy else "")
+    also = ", draining" if node.draining else ""
+    if node.kind == "failing":
+        return f"{node.name} fails every request{': ' * bool(node.why)}{said(node.why)}{also}"
+    return f"{node.name} {node.kind} for {for_people(node.for_s)}{also}"
+
+
+def node_troubles(nodes: Sequence[NodeHealth]) -> list[Trouble]:
+    """Return what is wrong with nodes: those that cannot serve in one sentence, the others one each."""
+    lost = sorted((node for node in nodes if node.kind in CANNOT_SERVE),
+                  key=lambda node: CANNOT_SERVE.index(node.kind))
+    troubles = []
+    if not nodes:
+        troubles.append(Trouble(Level.BAD, "nodes", "No node: put its URL into the hosts file and save it", "no node"))
+    elif lost:
+        able = len(nodes) - len(lost)
+        bad = not able or any(node.kind in ("unreachable", "failing") for node in lost)
+        lead = f"{len(lost)} of {len(nodes)} nodes cannot serve" if able else (
+            f"None of {len(nodes)} nodes can serve" if len(nodes) > 1 else "The only node cannot serve")
+        troubles.append(Trouble(Level.BAD if bad else Level.WARN, "nodes",
+                                f"{lead}: {listed([node_in_words(node) for node in lost])}",
+                                " ".join(f"{node.name} {node.kind}" for node in lost)))
+    for node in nodes:
+        if node.kind == "silent":
+            troubles.append(Trouble(Level.WARN, "nodes", node_in_words(node), f"{node.name} silent"))
+        elif node.kind not in CANNOT_SERVE and node.failing:
+            models = listed([model_name(model) for model in node.failing])
+            text = f"{node.name} fails {models}{': ' * bool(node.why)}{said(node.why)}"
+            troubles.append(Trouble(Level.WARN, "nodes", text, f"{node.name} fails {models}"))
+    return troubles
+
+
+def queue_troubles(now: Situation) -> list[Trouble]:
+    """Return what is wrong with the queue."""
+    troubles, able = [], [node for node in now.nodes if node.kind not in (*CANNOT_SERVE, "asleep", "new")]
+    for wait in now.waits:
+        model = model_name(wait.model)
+        waits = f"{number_of(wait.queued, 'request', 'wait')} for {model}"
+        if not wait.holders:
+            troubles.append(Trouble(Level.BAD, "queue", f"{waits}, which no node can serve", f"{model} unserved"))
+        elif wait.idle and wait.oldest_s >= IDLE_BESIDE_S:
+            has, does = ("has", "does") if len(wait.idle) == 1 else ("have", "do")
+            doing = f"{listed(wait.idle)}, which {has} it, {does} nothing"
+            troubles.append(Trouble(Level.WARN, "queue", f"{waits} while {doing}", f"{model} starved"))
+        elif wait.others and wait.oldest_s >= OLD_S:
+            text = f"{waits}, which only {listed(wait.holders)} can serve; {listed(wait.others)} idle"
+            troubles.append(Trouble(Level.WARN, "queue", text, f"{model} scarce"))
+    starts = now.last_start_s
+    if now.oldest_s >= OLD_S or now.queued and (starts or 0.0) >= LONG_S:
+        lead = "All slots are busy; " if able and all(node.busy >= node.slots for node in able) else ""
+        ahead = "" if starts is None else f", the last one is predicted to start in {for_people(starts)}"
+        late = max(now.oldest_s, starts or 0.0) >= now.timeout_s * 0.75
+        after = f"; after {for_people(now.timeout_s)} they get 503" if late else ""
+        troubles.append(Trouble(Level.BAD if late else Level.WARN, "queue",
+                                f"{lead}{number_of(now.queued, 'request', 'wait')}, the oldest for "
+                                f"{for_people(now.oldest_s)}{ahead}{after}", "queue late" if late else "queue old"))
+    return troubles
+
+
+def other_troubles(now: Situation) -> list[Trouble]:
+    """Return what is wrong with answers."""
+    troubles, ended = [], now.answered + now.failed
+    if now.failed and ended >= LEAST_JUDGED and now.failed / ended >= FEW_FAILED:
+        level = Level.BAD if now.failed / ended >= MANY_FAILED else Level.WARN
+        text = f"{100 * now.failed / ended:.0f} % of the last minute's requests have failed"
+        troubles.append(Trouble(level, "failures", text, f"failures {level.name}"))
+    if len(now.lone) > 1:
+        node, *others = now.lone
+        text = f"{node} does nearly all the work: {listed(others)}, as fast and able, did nothing for a minute"
+        troubles.append(Trouble(Level.WARN, "nodes", text, f"{node} alone"))
+    return troubles
+
+
+def troubles_of(now: Situation) -> list[Trouble]:
+    """Return all that is wrong, the worst first."""
+    troubles = [*node_troubles(now.nodes), *queue_troubles(now), *other_troubles(now)]
+    return sorted(troubles, key=lambda trouble: -trouble.level)
+
+
+def headline_of(now: Situation) -> Headline:
+    """Return whether all is well, in a sentence or a few; the worst first."""
+    troubles, busy = troubles_of(now), sum(node.busy for node in now.nodes)
+    about = {name: max((trouble.level for trouble in troubles if trouble.about == name), default=Level.OK)
+             for name in ("nodes", "queue", "failures")}
+    doing = f"{number_of(busy, 'request')} running, {now.queued or 'none'} waiting"
+    if now.leaving:
+        refused = " New requests are refused." if now.refusing else ""
+        return Headline(Level.WARN, "shutting down", f"Shutting down: {doing}.{refused}", "leaving", about)
+    if not troubles:
+        asleep = sum(node.kind == "asleep" for node in now.nodes)
+        up = f"{number_of(len(now.nodes) - asleep, 'node')} up" + (f", {asleep} asleep" if asleep else "")
+        return Headline(Level.OK, "all is well", f"All is well: {up}, {doing}.", "", about)
+    first, key = troubles[0], " | ".join(trouble.key for trouble in troubles)
+    return Headline(first.level, re.split("[:;,]", first.text)[0],
+                    ". ".join(trouble.text for trouble in troubles[:NAMED]) + ".", key, about)
+
+
+# -----------------------------------------------------------------------------
 # Dashboard: what does a person see?
 #
 # One page without outside resources. It contains the current state, and gets the whole state again every second: the
 # state is small, and a page that missed an event, or the gateway's restart, is right one second later.
 # -----------------------------------------------------------------------------
 
-ROWS_SHOWN, DECISIONS_SHOWN, PEOPLE_SHOWN = 50, 12, 10  # of queue, decisions and people, on the dashboard
+ROWS_SHOWN, DECISIONS_SHOWN, PEOPLE_SHOWN = 50, 12, 12  # of queue, decisions and people, on the dashboard
+FAILURES_SHOWN, MODELS_SHOWN = 12, 40
+NAMES_SHOWN = 6                     # nodes that have a model in memory
 
 
 def page_policy() -> bytes:
@@ -10624,53 +11079,285 @@ def page_policy() -> bytes:
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'").encode()
 
 
-def past(steps: list[Step], now: float) -> Json:
+def past(steps: Iterable[Step], now: float) -> Json:
     """Return the values of the page's lines: one a step of STEP_S, None where nothing finished."""
     by_number, last = {step.number: step for step in steps}, int(now // STEP_S)
-    recent = [by_number.get(number, Step(number)) for number in range(last - STEPS_KEPT + 1, last + 1)]
-    columns = {"total": [sorted(step.total_s) for step in recent], "first": [sorted(step.first_s) for step in recent]}
-    return {"step_s": STEP_S,
-            **{f"{name}_p{share}_s": [rounded(percentile(values, share / 100)) for values in column]
-               for name, column in columns.items() for share in (50, 95)}}
+    recent = [by_number.get(number) or Step(number) for number in range(last - STEPS_KEPT + 1, last + 1)]
+    times = zip(*(step.rank().times for step in recent), strict=True)
+    return {"step_s": STEP_S, **dict(zip(StepTimes._fields, times, strict=True)),
+            "requests": [step.requests for step in recent], "failed": [step.failed for step in recent],
+            "queued": [step.queued for step in recent], "tokens": [step.tokens.total() for step in recent]}
 
 
-def node_state(node: Node, now: float, tokens: int, seen: ModelSet) -> Json:
-    """Return what the dashboard shows of a node and of the models `seen`; `tokens`: output of the last minute."""
-    stats = node_stats(node, now, seen)
+class QueueForecast:
+    """When waiting tickets are predicted to begin, reckoned so seldom that it takes a thousandth of the time.
+
+    1 ms for 100 tickets of one model and ten nodes, 17 ms for 340 of twenty models and forty nodes.
+    """
+
+    SHARE = 0.001
+
+    def __init__(self) -> None:
+        self.starts_s: dict[Ticket, float] = {}     # on the clock of the loop
+        self.again_s = -math.inf
+
+    def look(self, dispatcher: Dispatcher, now: float) -> None:
+        """Reckon anew if it is time."""
+        if now < self.again_s:
+            return
+        began_s, forecast = time.thread_time(), Forecast(dispatcher.cluster, now)
+        starts = {ticket: forecast.start_s(dispatcher.cluster.estimates.demand_of(ticket))
+                  for ticket in dispatcher.waiting.in_order()}
+        self.starts_s = {ticket: now + start_s for ticket, start_s in starts.items() if start_s is not None}
+        self.again_s = now + (time.thread_time() - began_s) / self.SHARE
+
+    def left_s(self, ticket: Ticket, now: float) -> float | None:
+        """Return when a ticket is predicted to begin, in seconds from now; None if that is not known."""
+        start_s = self.starts_s.get(ticket)
+        return None if start_s is None else max(0.0, start_s - now)
+
+
+class Recent(NamedTuple):
+    """Sums over the last steps. Of a minute: `answered` to `first_s`; of ten minutes: the rest."""
+
+    answered: int
+    failed: int
+    tokens: Mapping[str, int]       # by node
+    answers: Mapping[str, int]      # by node
+    first_s: list[float]            # ascending
+    errors: Mapping[str, int]       # by node
+    cuts: Mapping[str, int]         # by node
+    bad_models: Mapping[str, int]   # by model
+
+
+def sums(counters: Iterable[collections.Counter[str]]) -> collections.Counter[str]:
+    total: collections.Counter[str] = collections.Counter()
+    for counter in counters:
+        if counter:                 # most are empty
+            total.update(counter)
+    return total
+
+
+def recent_of(steps: Iterable[Step], now: float) -> Recent:
+    """Return what the last steps sum up to."""
+    number = int(now // STEP_S)
+    ten = [step for step in steps if step.number > number - STEPS_KEPT]
+    minute = [step for step in ten if step.number > number - 60 / STEP_S]
+    return Recent(
+        sum(step.requests for step in minute), sum(step.failed for step in minute),
+        sums(step.tokens for step in minute), sums(step.answers for step in minute),
+        sorted(itertools.chain.from_iterable(step.rank().sorted_first_s for step in minute)),
+        sums(step.errors for step in ten), sums(step.cuts for step in ten), sums(step.bad_models for step in ten))
+
+
+def trouble_with(node: Node, runners: Sequence[Runner], failing: Sequence[str], now: float) -> str:
+    """Return the kind of a node's NodeHealth; `failing`: models of which it fails all requests."""
+    if not node.probed:
+        return "new"
+    if not node.up:
+        return "waking" if node.sleep.is_waking(now) else "asleep" if can_wake(node, now) else "unreachable"
+    fails_all = failing and all(runner.model in failing for runner in runners if runner.used_s > -math.inf)
+    if fails_all or node.breaker.state(now) != "closed" or node.error_share.is_all(now):
+        return "failing"
+    return "draining" if node.draining else "silent" if node.suspect else ""
+
+
+def why_of(gateway: Gateway, node: Node, kind: str, now: float, seen: ModelSet) -> str:
+    """Return why a node is as it is; its own words only to those that see every model, as they may name one."""
+    if kind in ("failing", "silent", "") and node.last_error is not None:
+        error = node.last_error
+        return error.text if seen is EVERY_MODEL else f"status {error.status}" if error.status else "no answer"
+    if kind == "unreachable":
+        return gateway.node_io.reasons.get(node, "")
+    if kind == "draining":
+        is_ordered = server_of(node.settings) in gateway.dispatcher.cluster.orders
+        return "by an order" if is_ordered else "by drain=yes in its line"
+    if kind == "waking":
+        return f"called {for_people(node.sleep.waited_s(now))} ago, usually up after {node.sleep.usual_s:.0f} s"
+    return "it is woken when work waits for it" if kind == "asleep" else ""
+
+
+def health_of(gateway: Gateway, node: Node, now: float, seen: ModelSet) -> NodeHealth:
+    """Return what is said of a node to somebody who sees the models `seen`."""
+    runners = each_runner(node)
+    failing = tuple(runner.model for runner in runners
+                    if runner.breaker.failures and runner.breaker.state(now) != "closed")
+    kind = trouble_with(node, runners, failing, now)
+    slots = sum(runner.slots.count for runner in runners if runner.ready_s is not None)
+    busy = sum(len(runner.leases) for runner in node.busy)
+    since_s = node.doubted_s if kind == "silent" else gateway.node_io.since_s.get(node, now)
+    return NodeHealth(node.name, kind, why_of(gateway, node, kind, now, seen) if kind or failing else "",
+                      max(0.0, now - since_s), busy, max(busy, slots or node.settings.slots or 1),
+                      tuple(model for model in failing if model in seen), node.draining)
+
+
+def is_idle(node: Node, now: float) -> bool:
+    """Tell whether a node could take work and has none; a measurement gives way."""
+    return node.is_usable(now) and not node.suspect and not node.busy and not node.loading
+
+
+def wait_of(model: str | None, tickets: Sequence[Ticket], cluster: Cluster, now: float) -> Wait:
+    """Return what is said of the waiting tickets for one model."""
+    oldest_s = now - min(ticket.arrived_s for ticket in tickets)
+    holders = cluster.holders.get(model, ())
+    able = [runner for runner in holders if runner.node.is_usable(now) and runner.breaker.state(now) != "open"]
+    if not holders:                 # nobody is known to have it: any node may say so
+        names = tuple(node.name for node in cluster.nodes.values() if node.is_usable(now))
+        return Wait(model or "", len(tickets), oldest_s, names)
+    best_s = min((runner.decode_s() for runner in able if runner.node.busy), default=math.inf)
+    idle = tuple(runner.node.name for runner in able
+                 if is_idle(runner.node, now) and runner.decode_s() <= AS_FAST * best_s)
+    others = () if idle else tuple(node.name for node in cluster.nodes.values()
+                                   if model not in node.rows and is_idle(node, now))
+    return Wait(model or "", len(tickets), oldest_s, tuple(runner.node.name for runner in able), idle, others)
+
+
+def waits_of(dispatcher: Dispatcher, now: float, seen: ModelSet) -> list[Wait]:
+    """Return who waits for which of the models `seen`, the oldest first."""
+    tickets: dict[str | None, list[Ticket]] = {}
+    for ticket in dispatcher.waiting.tickets:
+        tickets.setdefault(ticket.spec.model, []).append(ticket)
+    waits = [wait_of(model, some, dispatcher.cluster, now) for model, some in tickets.items() if (model or "") in seen]
+    return sorted(waits, key=lambda wait: -wait.oldest_s)
+
+
+def lone_worker(cluster: Cluster, answers: Mapping[str, int], now: float) -> tuple[str, ...]:
+    """Return a node whose slots are all busy and that gave nearly all answers of a minute, and those that gave none
+    though they have its models and are as fast; () if there are no such nodes."""
+    name = max(answers, key=lambda node: answers[node], default="")
+    lone = cluster.nodes.get(name)
+    if lone is None or answers[name] < max(LEAST_LONE, LONE_SHARE * sum(answers.values())):
+        return ()
+    if not any(len(runner.leases) >= runner.slots.count for runner in lone.busy):
+        return ()
+    others = [node.name for node in cluster.nodes.values() if not answers.get(node.name) and is_idle(node, now)
+              and any(model in node.rows and node.runners[model].decode_s() <= AS_FAST * runner.decode_s()
+                      for runner in lone.busy for model in runner.models)]
+    return (name, *others) if others else ()
+
+
+def slot_state(lease: Lease, now: float) -> Json:
+    """Return what the dashboard shows of a running request."""
+    spec, left_s = lease.ticket.spec, lease.predicted_end_s - now
+    return {"id": lease.ticket.id, "model": shown(spec.model), "client": spec.client, "priority": spec.priority,
+            "slot": lease.runner is not None, "since_s": round(now - lease.sent_s, 1), "own": lease.measures,
+            "began": lease.first_s is not None, "left_s": round(left_s, 1) if lease.predicted_end_s else None}
+
+
+def node_state(node: Node, health: NodeHealth, recent: Recent, now: float, seen: ModelSet) -> Json:
+    """Return what the dashboard shows of a node and of the models `seen`; nothing of its speed while it is away."""
+    is_there, name = node.up, node.name
     measured = [runner for runner in node.runners.values() if runner.speeds.decode_s and runner.model in seen]
-    used = max(measured, key=lambda runner: runner.used_s, default=None)
-    fields = ("name", "state", "draining", "speed", "latency_s", "running", "error_share", "last_error")
-    models = stats["models"]
-    return {**{name: stats[name] for name in fields},
-            "models": {name: model for name, model in models.items() if model["resident"] or model["inflight"]},
-            "on_disk": sum(model["on_disk"] for model in models.values()), "tok_s": round(tokens / 60, 2),
-            "decode_tok_s": models[used.model]["decode_tok_s"] if used else None}
+    used = max(measured, key=lambda runner: runner.used_s, default=None) if is_there else None
+    models = {model: {"slots": runner.slots.count, "known": runner.slots.origin,
+                      "loading": runner.ready_s is not None and runner.ready_s > now,
+                      "resident": runner.ready_s is not None}
+              for runner in each_runner(node) if runner.ready_s is not None or runner.leases
+              for model in [next((model for model in (runner.model, *runner.models) if model in seen), None)] if model}
+    return {"name": name, "state": node.state(now), "kind": health.kind, "draining": node.draining, "why": health.why,
+            "for_s": round(health.for_s), "url": node.settings.url, "version": node.version, "failing": health.failing,
+            "errors": recent.errors.get(name, 0), "cuts": recent.cuts.get(name, 0), "busy": health.busy,
+            "slots": health.slots, "tok_s": round(recent.tokens.get(name, 0) / 60, 1) if is_there else None,
+            "decode_tok_s": round(1 / used.speeds.decode_s, 1) if used else None,
+            "speed": round(node.speed, 2) if is_there else None, "on_disk": len(node.rows),
+            "answer_s": rounded(node.answer_s) if is_there and node.answer_s else None, "models": models,
+            "running": [slot_state(lease, now) for lease in node.leases if (lease.ticket.spec.model or "") in seen]}
 
 
-def people_state(usage: Usage, day: str) -> Json:
-    """Return what the dashboard shows of the people of a day: those with most tokens."""
+def models_state(cluster: Cluster, waits: Sequence[Wait], recent: Recent, seen: ModelSet) -> Json:
+    """Return what the dashboard shows of models: those that are in memory, waited for, or failed lately."""
+    running = collections.Counter(lease.ticket.spec.model for node in cluster.nodes.values() for lease in node.leases
+                                  if lease.runner is not None and not lease.measures)
+    waiting, rows = {wait.model: wait.queued for wait in waits}, list[Json]()
+    for model, runners in cluster.holders.items():
+        if model is None or model not in seen:
+            continue
+        there = [runner for runner in runners if runner.ready_s is not None and runner.node.up]
+        if there or model in waiting or model in recent.bad_models:
+            rates = sorted(1 / runner.speeds.decode_s for runner in there if runner.speeds.decode_s)
+            rows.append({"name": model, "running": running[model], "waiting": waiting.get(model, 0),
+                         "resident": [runner.node.name for runner in there[:NAMES_SHOWN]], "resident_on": len(there),
+                         "on_disk": len(runners), "tok_s": [round(rate, 1) for rate in (*rates[:1], *rates[1:][-1:])],
+                         "failures": recent.bad_models.get(model, 0)})
+    rows.sort(key=lambda row: (-row["waiting"], -row["failures"], -row["running"], row["name"]))
+    known = sum(model is not None and model in seen for model in cluster.holders)
+    return {"rows": rows[:MODELS_SHOWN], "count": known}
+
+
+def people_state(usage: Usage, dispatcher: Dispatcher, day: str) -> Json:
+    """Return what the dashboard shows of people: those with work here, then those with most tokens of the day."""
     people = usage.days[day].people if day in usage.days else {}
+    running = collections.Counter(lease.ticket.spec.client for node in dispatcher.cluster.nodes.values()
+                                  for lease in node.leases if lease.runner is not None and not lease.measures)
+    waiting = collections.Counter(ticket.spec.client for ticket in dispatcher.waiting.tickets)
     most = heapq.nlargest(PEOPLE_SHOWN, people.items(), key=lambda item: item[1].tokens)
-    return {"count": len(people), "most": [
-        {"name": "/".join(filter(None, person)), "requests": use.requests, "tokens": use.tokens,
-         "slot_s": round(use.slot_s, 1)} for person, use in most]}
+    names = [name for name, _ in (running + waiting).most_common(PEOPLE_SHOWN)]
+    names = list(dict.fromkeys([*names, *("/".join(filter(None, person)) for person, _ in most)]))[:PEOPLE_SHOWN]
+    rows = []
+    for name in names:
+        key, _, user = name.partition("/")
+        use = people.get((key, user)) or people.get(("", name)) or Use()
+        rows.append({"name": name, "running": running[name], "waiting": waiting[name], "requests": use.requests,
+                     "tokens": use.tokens, "slot_s": round(use.slot_s, 1)})
+    return {"count": max(len(people), len(names)), "most": rows}
+
+
+def failures_state(failures: Sequence[NotedFailure], now: float, seen: ModelSet) -> list[Json]:
+    """Return what the dashboard shows of the last failures, the last one first; a text may name any model."""
+    noted = [failure for failure in reversed(failures) if failure.model in seen][:FAILURES_SHOWN]
+    return [{"ago_s": round(now - failure.at_s), "node": failure.node, "model": failure.model, "kind": failure.kind,
+             "text": failure.text if seen is EVERY_MODEL else "", "status": failure.status,
+             "client": failure.client, "times": failure.times} for failure in noted]
+
+
+def headline_state(headline: Headline) -> Json:
+    return {"level": headline.level, "short": headline.short, "text": headline.text, "key": headline.key,
+            "about": headline.about}
+
+
+class View(NamedTuple):
+    """What the headline and the dashboard are made of."""
+
+    situation: Situation
+    recent: Recent
+    queue: Sequence[tuple[int, Ticket]]     # (position, ticket), the next one first
+
+
+def look(gateway: Gateway, seen: ModelSet) -> View:
+    """Return what there is to see now, of the models `seen`."""
+    dispatcher, now, forecast = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.forecast
+    recent = recent_of(gateway.telemetry.metrics.steps, now)
+    forecast.look(dispatcher, now)
+    queue = [(position, ticket) for position, ticket in enumerate(dispatcher.waiting.in_order(), 1)
+             if (ticket.spec.model or "") in seen]
+    starts_s = [start_s for _, ticket in queue if (start_s := forecast.left_s(ticket, now)) is not None]
+    situation = Situation(
+        [health_of(gateway, node, now, seen) for node in dispatcher.cluster.nodes.values()],
+        waits_of(dispatcher, now, seen), rounded(max(starts_s, default=None)), dispatcher.waiting.timeout_s,
+        recent.answered, recent.failed, lone_worker(dispatcher.cluster, recent.answers, now),
+        gateway.leaving, gateway.draining)
+    return View(situation, recent, queue)
 
 
 def dashboard_state(gateway: Gateway, seen: ModelSet) -> Json:
     """Return what the dashboard shows now, of the models `seen`."""
-    dispatcher, now, options = gateway.dispatcher, gateway.loop.time(), gateway.options
-    steps = list(gateway.telemetry.metrics.steps)
-    recent = [step for step in steps if step.number > int(now // STEP_S) - 60 / STEP_S]
-    tokens: collections.Counter[str] = sum((step.tokens for step in recent), collections.Counter())
-    first_s = sorted(itertools.chain.from_iterable(step.first_s for step in recent))
+    dispatcher, now, telemetry = gateway.dispatcher, gateway.loop.time(), gateway.telemetry
+    nodes, (situation, recent, queue) = dispatcher.cluster.nodes.values(), look(gateway, seen)
     return {
-        "version": f"version {__version__}", "policy": options.policy, "draining": gateway.leaving,
-        "uptime_s": round(now - gateway.started_s), "per_min": sum(step.requests for step in recent),
-        "tok_s": round(sum(tokens.values()) / 60, 2), "ttft_s": percentile(first_s, 0.5),
-        "nodes": [node_state(node, now, tokens[node.name], seen) for node in dispatcher.cluster.nodes.values()],
-        "queued": len(dispatcher.waiting), "queue": queue_stats(dispatcher, now, seen)[:ROWS_SHOWN],
+        "version": f"version {__version__}", "policy": gateway.options.policy, "draining": gateway.leaving,
+        "uptime_s": round(now - gateway.started_s), "headline": headline_state(headline_of(situation)),
+        "per_min": recent.answered, "failed": recent.failed, "tok_s": round(sum(recent.tokens.values()) / 60, 2),
+        "ttft_s": percentile(recent.first_s, 0.5), "oldest_s": round(situation.oldest_s, 1),
+        "last_start_s": situation.last_start_s,
+        "nodes": [node_state(node, health, recent, now, seen)
+                  for node, health in zip(nodes, situation.nodes, strict=True)],
+        "queued": len(dispatcher.waiting),
+        "queue": [ticket_stats(ticket, position, now, telemetry.forecast.left_s(ticket, now))
+                  for position, ticket in queue[:ROWS_SHOWN]],
+        "models": models_state(dispatcher.cluster, situation.waits, recent, seen),
+        "failures": failures_state(telemetry.failures, now, seen),
         "decisions": decision_stats(list(dispatcher.policy.decisions)[-DECISIONS_SHOWN:], now, seen),
-        "past": past(steps, now)}
+        "past": past(telemetry.metrics.steps, now)}
 
 
 def answer_dashboard(gateway: Gateway, models: ModelSet) -> OwnAnswer:
@@ -10776,12 +11463,15 @@ class OllamaApi:
             raise NodeFailure("garbage", f"the measurement was answered with {status}")
         return read_timings(text[-TAIL_BYTES:])
 
-    async def load(self, model: str, embeds: bool, options: Json, keep: bool) -> Timings:
-        """Have a model in memory, for ever if `keep`: a request without a prompt. Return what the answer tells."""
+    async def load(self, model: str, embeds: bool, options: Json, keep_alive: int | None) -> Timings:
+        """Have a model in memory: a request without a prompt. Return what the answer tells.
+
+        `keep_alive`: -1 keeps it for ever, None as long as the node does by itself, and 0 unloads it once it is idle.
+        """
         path, nothing = ("/api/embed", "input") if embeds else ("/api/generate", "prompt")
         value = {"model": model, "stream": False, nothing: [] if embeds else "", **self.with_options(options)}
-        if keep:
-            value["keep_alive"] = -1
+        if keep_alive is not None:
+            value["keep_alive"] = keep_alive
         status, answer, text = await self.fetch("POST", path, value, LOAD_TIMEOUT_S)
         if status != 200:
             why = str((answer or {}).get("error") or "no reason given")
@@ -10829,6 +11519,7 @@ class NodeIO:
         self.reasons: dict[Node, str] = {}          # of each node that was probed: what went wrong last, or ""
         self.looking: dict[Look, asyncio.Future[list[None | BaseException]]] = {}       # under way; see `look_again`
         self.logged_states: dict[Node, str] = {}
+        self.since_s: dict[Node, float] = {}        # when each came into the state that was logged last
 
     def api(self, node: Node) -> OllamaApi:
         """Return how to ask a node."""
@@ -10923,6 +11614,8 @@ class NodeIO:
                 node.index_failed()
             elif isinstance(failure, NodeFailure):      # a Refusal is the gateway's own lack of sockets
                 node.missed(failure.kind == "refused", loop.time())
+        if node in self.probes:         # else dropped meanwhile
+            self.reasons[node] = why
         self.log_state(node, why)
         pump(self.gateway)
         return why
@@ -10930,7 +11623,7 @@ class NodeIO:
     async def probe_forever(self, node: Node) -> None:
         """Probe a node until it is dropped."""
         while True:
-            self.reasons[node] = await self.probe(node)
+            await self.probe(node)
             pause_s = node.settings.probe_s or self.gateway.options.probe_interval
             if not (node.up or node.settings.probe_s) and self.loop.time() - node.lost_s < RETURN_S:
                 pause_s = min(pause_s, RETURN_PROBE_S)
@@ -10942,7 +11635,7 @@ class NodeIO:
         was, state = self.logged_states.get(node, "new"), state_in_words(node, now)
         if not node.probed or state == was or node.up and not node.indexed:
             return                      # the line shows its models: wait for them
-        self.logged_states[node] = state
+        self.logged_states[node], self.since_s[node] = state, now
         bad, error = node.state(now) in ("down", "suspect"), node.last_error
         if bad and error and now - error.at_s < 60:     # a request saw the reason before the probe
             why = why or error.text
@@ -10957,6 +11650,8 @@ class NodeIO:
         self.gateway.telemetry.metrics.failovers[lease.node.name, failure.kind] += 1
         status = failure.head.status if isinstance(failure, NodeAnswer) else None
         lease.node.note_error(failure.text, status, failure.kind, self.loop.time())
+        noted = Failure(failure.kind, failure.text)
+        self.gateway.telemetry.note_failure(lease.node.name, lease.ticket.spec, noted, status)
         LOG.warning({"event": "failure", "node": lease.node.name, "kind": failure.kind, "why": failure.text})
         if failure.kind in CONNECTION_FAILURES:
             self.begin_job(lease.node, NodeIO.probe)
@@ -10987,6 +11682,7 @@ class NodeIO:
             if self.dispatcher.cluster.nodes.get(node.name) is not node and not node.leases:
                 del self.pools[node]
                 self.logged_states.pop(node, None)
+                self.since_s.pop(node, None)
 
 
 Value = TypeVar("Value")            # of a question to a node
@@ -11140,7 +11836,7 @@ async def ask_to_load(nodes: NodeIO, wanted: Wanted) -> NodeFailure | Refusal | 
     nodes.gateway.peers.spread()
     try:
         asking = await answered(lease, nodes.api(node).load(
-            node.rows[name]["name"], embeds_only(node.rows[name]), options, wanted.keep))
+            node.rows[name]["name"], embeds_only(node.rows[name]), options, -1 if wanted.keep else None))
         if lease.released:
             return NodeFailure("busy", "it gave way")
         if asking.cancelled():
@@ -11180,6 +11876,38 @@ async def load_wanted(nodes: NodeIO, node: Node) -> None:
     await nodes.look_after_load(node)
     if loads and wish is not None:
         note_load(wanted, wish, error, [other for other in missed if other.ready_s is None])
+    pump(nodes.gateway)
+
+
+async def load_ordered(nodes: NodeIO, node: Node, model: str) -> None:
+    """Load a model because somebody has ordered that; it stays until there is no room, or a request says otherwise."""
+    if node.measuring is not None:
+        node.measuring.give_way(nodes.loop.time())
+    began_s = nodes.loop.time()
+    error = await ask_to_load(nodes, Wanted(node.runners[model], True))
+    await end_order(nodes, node, model, "load", error, began_s)
+
+
+async def unload_ordered(nodes: NodeIO, node: Node, model: str) -> None:
+    """Unload a model because somebody has ordered that. What runs there is finished."""
+    began_s, error, row, runner = nodes.loop.time(), None, node.rows[model], node.runners[model]
+    try:
+        await nodes.api(node).load(row["name"], embeds_only(row), loaded_options(runner) or {}, 0)
+        runner.promised_to_unload()
+    except (NodeFailure, Refusal) as failure:
+        error = failure
+    await end_order(nodes, node, model, "unload", error, began_s)
+
+
+async def end_order(nodes: NodeIO, node: Node, model: str, verb: str, error: NodeFailure | Refusal | None,
+                    began_s: float) -> None:
+    """Log what became of an order, and see what it has done to the node's memory."""
+    fields = {"event": verb, "node": node.name, "model": model, "why": f"ordered: {error}" if error else "ordered"}
+    LOG.log(logging.WARNING if error else logging.INFO, {**fields, "took_s": round(nodes.loop.time() - began_s, 1)})
+    if error:
+        spec = RequestSpec(Family.OLLAMA, model, client="an order")
+        nodes.gateway.telemetry.note_failure(node.name, spec, Failure("order", f"{verb}: {error}"), None)
+    await nodes.look_after_load(node)
     pump(nodes.gateway)
 
 
@@ -11877,7 +12605,7 @@ class Sources:
 #
 # Speeds, slots and lengths, as plain values for a file: {"nodes": [...], "lengths": {model: ...}}. When it is read,
 # numbers out of range are left out, and the rest counts as a few samples only, which new ones soon outweigh. Beside
-# them, under "orders", which nodes were drained or resumed.
+# them, under "orders", which nodes were drained or resumed, and, under "history", the last day; see History.
 # -----------------------------------------------------------------------------
 
 Range = tuple[type[float], float, float]        # kind of number, least, most
@@ -12104,10 +12832,12 @@ class StateFile(KeptFile):
 
     text = ""                       # as written last
 
-    def read(self, dispatcher: Dispatcher) -> None:
-        """Let a dispatcher remember what is in the file."""
+    def read(self, dispatcher: Dispatcher, history: History) -> None:
+        """Let a dispatcher and the history of the day remember what is in the file."""
         def take(text: bytes) -> Json:
-            dispatcher.cluster.remember(parse_state(text))
+            state = parse_state(text)
+            dispatcher.cluster.remember(state)
+            history.recall(state.get("history"))
             return {"nodes": len(dispatcher.cluster.kept)}
 
         self.read_with(take)
@@ -12163,7 +12893,7 @@ class Files:
         self.saved_s = self.loop.time()
         self.saving: asyncio.Task[None] | None = None
         if self.state and self.usage:
-            self.state.read(gateway.dispatcher)
+            self.state.read(gateway.dispatcher, gateway.telemetry.history)
             self.usage.read(gateway.telemetry.usage)
         if self.options.inherited.learned:
             gateway.dispatcher.cluster.remember(self.options.inherited.learned)
@@ -12226,6 +12956,7 @@ class Files:
         await self.gateway.turns.run(usage.close_days())
         if self.state and self.usage:
             learned = self.gateway.dispatcher.cluster.learned()
+            learned["history"] = self.gateway.telemetry.history.kept()
             await self.loop.run_in_executor(None, self.state.write, learned)
             if usage.noted != self.usage.noted:
                 noted, pieces = usage.noted, await self.gateway.turns.run(usage.pieces())
@@ -12254,7 +12985,8 @@ class Files:
         if self.saving:
             await asyncio.wait([self.saving])
         if self.state and self.usage:
-            self.state.write(self.gateway.dispatcher.cluster.learned())
+            history = self.gateway.telemetry.keep_history()
+            self.state.write({**self.gateway.dispatcher.cluster.learned(), "history": history})
             usage = self.gateway.telemetry.usage
             if usage.noted != self.usage.noted:
                 self.usage.write(at_once(usage.pieces()), usage.noted)
@@ -13327,6 +14059,7 @@ class Gateway:
             if lease.ticket.race is not None:
                 lease.ticket.race(lease)
         self.node_io.sweep(now)
+        self.telemetry.sweep(now)
         self.files.sweep(now)
         self.upgrade.spread(progress=True)
         self.peers.spread(progress=True)
@@ -13861,308 +14594,516 @@ PAGE = r'''<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>SOLLOL</title>
-<link rel="icon" href="data:,">
+<link rel="icon" id="icon" href="data:,">
 <style>
-:root { --ground: #f6f5f2; --card: #fff; --ink: #1f2428; --soft: #5c646b; --line: #e4e2dc; --empty: #eceae4;
-  --good: #23774b; --warn: #8a5a00; --bad: #b3261e; --calm: #3d6090; --a: #2a6fb0; --b: #b05a1f;
+:root { --ground: #f6f5f2; --card: #fff; --ink: #1f2428; --soft: #596168; --line: #e2e0da; --empty: #eceae4;
+  --good: #1f6f45; --well: #1f6f45; --warn: #8a5200; --bad: #b3261e; --a: #2a6fb0; --b: #b05a1f; --on: #fff;
   --m0: #4c8bc4; --m1: #c9803f; --m2: #5a9e6f; --m3: #9a73b8; --m4: #c2637a;
   --m5: #4fa3a5; --m6: #a08f3c; --m7: #7a7f8a }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #15181b; --card: #1d2125; --ink: #e7e9ea; --soft: #a2aab1; --line: #2d3338; --empty: #2a3035;
-    --good: #6fcf97; --warn: #e0b050; --bad: #f28b82; --calm: #94b8e6; --a: #79b4ec; --b: #e8a06a } }
+  :root { --ground: #15181b; --card: #1d2125; --ink: #e7e9ea; --soft: #a8b0b7; --line: #2f353b; --empty: #2a3035;
+    --good: #6fcf97; --well: #1c4a33; --warn: #e8b44c; --bad: #ff8f85; --a: #79b4ec; --b: #e8a06a; --on: #15181b } }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.4 system-ui, sans-serif;
   font-variant-numeric: tabular-nums }
-header, main { max-width: 1720px; margin: 0 auto; padding: 0 28px }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; padding-top: 22px }
-h1 { font-size: 20px; letter-spacing: .06em; margin: 0 }
-h2 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0; letter-spacing: .03em }
+h1, h2, h3, p, ul { margin: 0; padding: 0; list-style: none }
+h1 { font-size: 18px; letter-spacing: .06em }
+h2 { font-size: 14px; color: var(--soft) }
+h3 { font-size: 15px; min-width: 0; overflow-wrap: anywhere }
+button, select, input, summary { font: inherit; font-size: 14px; color: inherit }
+button, select, input { background: var(--card); border: 1px solid var(--soft); border-radius: 6px; padding: 2px 10px;
+  max-width: 100%; min-height: 26px }
+button { cursor: pointer } button[aria-pressed=true] { background: var(--ink); color: var(--ground) }
+summary { cursor: pointer; color: var(--soft); width: fit-content; min-height: 24px }
+:focus-visible { outline: 3px solid var(--a); outline-offset: 1px }
+.hidden { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; white-space: nowrap }
+#headline { display: flex; gap: 12px; padding: 12px 24px; font-size: 21px; font-weight: 600; color: var(--on);
+  background: var(--well) }
+#headline.l0 { color: #fff } #headline.l1 { background: var(--warn) } #headline.l2 { background: var(--bad) }
+#headline.lost { background: var(--soft) }
+#sentence { overflow-wrap: anywhere; min-width: 0 }
+.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; padding: 8px 24px 0 }
 #link { color: var(--soft); flex: 1; min-width: 12em }
-body.lost #link { color: var(--bad); font-weight: 600 }
-body.lost main { opacity: .55 }
-button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
-  padding: 3px 14px; cursor: pointer }
-:focus-visible { outline: 3px solid var(--a); outline-offset: 2px }
-.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px; margin: 18px 0 14px; padding: 0;
-  list-style: none }
-.tiles li, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-.tiles li { padding: 12px 16px }
-.tiles b { display: block; font-size: 26px; font-weight: 600; line-height: 1.2; white-space: nowrap }
-.tiles b small { font-size: 15px; font-weight: 400; color: var(--soft) }
-.tiles span { color: var(--soft); font-size: 13px }
-.columns { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 14px; align-items: start;
-  margin-bottom: 28px }
-.columns > div { display: grid; gap: 14px; min-width: 0 }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
-section { padding: 14px 16px; min-width: 0 }
-section > div { overflow-x: auto }
+main { padding: 0 24px 24px; display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr) }
+main > div { display: contents } main > div > section { order: 5 }
+#at-queue { order: 1 } #at-nodes { order: 2 } #at-failures { order: 3 }
+.lost main { opacity: .6 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 10px; margin-top: 10px }
+.tiles li, section { background: var(--card); border: 1px solid var(--line); border-radius: 9px }
+.tiles li { padding: 7px 11px }
+.tiles b { display: block; font-size: 23px; font-weight: 600; line-height: 1.25; white-space: nowrap }
+.tiles b small { font-size: 14px; font-weight: 400 }
+.tiles span, .soft, .none { color: var(--soft); font-size: 13px; font-weight: 400 }
+.tiles .l1 { border-color: var(--warn); box-shadow: inset 4px 0 var(--warn) } .tiles .l1 b { color: var(--warn) }
+.tiles .l2 { background: var(--bad); border-color: var(--bad) } .tiles .l2 * { color: var(--on) }
+section { padding: 10px 14px; min-width: 0 }
+.head { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; margin-bottom: 6px }
+.head h2 { flex: 1; min-width: 7em }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 8px; align-items: start }
+.node { border: 1px solid var(--line); border-left: 4px solid var(--good); border-radius: 7px; padding: 6px 10px;
+  display: grid; grid-template-columns: minmax(0, 1fr); gap: 4px; min-width: 0; align-content: start }
+.node > * { min-width: 0 }
+.node.l1 { border-color: var(--warn) } .node.l2 { border: 1px solid var(--bad); border-left-width: 4px }
+.node.l2 .top, .node.l2 .why { color: var(--bad) } .node.l1 .top span, .node.l1 .why { color: var(--warn) }
+.node.away { border-left-color: var(--soft) }
+.top { display: flex; gap: 6px; align-items: baseline; width: auto; color: var(--ink) }
+.top::before { content: "▸"; font-size: 12px; color: var(--soft) } [open] > .top::before { content: "▾" }
+.top h3 { flex: 1 } .top span { font-size: 13px; white-space: nowrap; color: var(--good) }
+.away .top span { color: var(--soft) }
+.node.l2 .top span { color: var(--bad) }
+.why { font-size: 13px; font-weight: 600; overflow-wrap: anywhere; max-height: 4.3em; overflow: hidden }
+.slots { display: flex; flex-wrap: wrap; gap: 3px }
+.slots li { font-size: 13px; line-height: 19px; padding: 0 6px; border-radius: 4px; max-width: 100%; display: flex;
+  gap: 4px; white-space: nowrap; background: var(--empty); border-left: 4px solid var(--hue) }
+.slots b, .slots i { overflow: hidden; text-overflow: ellipsis; font-style: normal }
+.slots i { flex: none; max-width: 9em }
+.slots .free { width: 22px; height: 19px; border: 1px dashed var(--soft); background: none }
+.slots .early { border-left-style: dotted }
+.key { display: inline-block; width: 9px; height: 9px; border-radius: 3px; background: var(--hue); margin-right: 5px }
+.orders { display: flex; flex-wrap: wrap; gap: 6px; margin: 5px 0 }
+.url { overflow-wrap: anywhere }
+.many .cards { grid-template-columns: repeat(auto-fill, minmax(222px, 1fr)); gap: 6px }
+.many .node { padding: 3px 8px; gap: 2px } .many .extra { display: none }
+.many .slots li { font-size: 12px; line-height: 16px }
+.many .slots .free { height: 16px; width: 16px }
+.many .why { max-height: 2.8em } .many .slots { gap: 2px 3px }
 table { border-collapse: collapse; width: 100% }
-th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); padding: 8px 14px 5px 0;
-  white-space: nowrap }
-td, tbody th { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; font-size: 14px }
+th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); padding: 3px 12px 3px 0 }
+td, tbody th { padding: 4px 12px 4px 0; border-top: 1px solid var(--line); vertical-align: top; font-size: 14px;
+  overflow-wrap: anywhere }
 tbody th { font-weight: 600; color: var(--ink) }
-.n { text-align: right; white-space: nowrap }
-.n + :not(.n) { padding-left: 12px }
-.name { white-space: nowrap }
-th:last-child, td:last-child { padding-right: 0 }
-.soft { color: var(--soft); font-weight: 400; font-size: 13px }
-.none { color: var(--soft); margin: 10px 0 4px }
-.state { white-space: nowrap }
-.state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
-  background: currentColor }
-.up { color: var(--good) } .suspect { color: var(--warn) } .down { color: var(--bad) } .draining { color: var(--calm) }
-.waking { color: var(--calm) }
-.down::before { border-radius: 2px } .suspect::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0 }
-.model { display: flex; flex-wrap: wrap; align-items: center; gap: 3px 10px; min-height: 21px }
-.model + .model { margin-top: 4px }
-.model > span:first-child { min-width: 8.5em }
-.slots { display: inline-flex; flex-wrap: wrap; gap: 3px }
-.slot { width: 26px; height: 15px; border-radius: 4px; background: var(--empty); overflow: hidden }
-.slot.busy { box-shadow: inset 0 0 0 1.5px var(--hue) }
-.slot i { display: block; height: 100%; background: var(--hue); min-width: 5px }
-.slot.waits i { opacity: .45 }
-.key { display: inline-block; width: 9px; height: 9px; border-radius: 3px; background: var(--hue); margin-right: 7px }
-.speed { display: inline-block; width: 46px; height: 5px; border-radius: 3px; background: var(--empty);
-  overflow: hidden; vertical-align: middle; margin-left: 8px }
-.speed i { display: block; height: 100%; background: var(--good) }
-.speed.slow i { background: var(--warn) }
-.prio { display: inline-block; min-width: 26px; text-align: center; border-radius: 5px; background: var(--empty);
-  font-weight: 600; padding: 0 5px }
-.prio.high { background: var(--calm); color: var(--card) }
-.chip { display: inline-block; white-space: nowrap; color: var(--soft); font-size: 13px; margin: 0 12px 0 0 }
-.chip.won { color: var(--ink); font-weight: 600 }
-.id { overflow-wrap: anywhere }
-svg { display: block; width: 100%; height: 150px; margin-top: 6px }
-svg text { fill: var(--soft); font-size: 11px }
-svg .grid { stroke: var(--line) }
+td.id { font-size: 13px; max-width: 9em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.n { text-align: right; white-space: nowrap } th:last-child, td:last-child { padding-right: 0 }
+.name { min-width: 7em }
+td.l2 { color: var(--bad); font-weight: 600 }
+.prio { display: inline-block; min-width: 24px; text-align: center; border-radius: 5px; background: var(--empty) }
+.prio.high { background: var(--a); color: var(--on); font-weight: 600 }
+.chip { color: var(--soft); font-size: 13px; margin-right: 12px; white-space: nowrap } .chip.won { color: var(--ink) }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 10px 16px }
+.charts h3 { font-size: 13px; font-weight: 500; color: var(--soft); display: flex; flex-wrap: wrap; gap: 0 12px }
+.charts h3 i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--hue);
+  vertical-align: middle; margin-right: 5px }
+svg { display: block; width: 100%; height: 108px }
+svg text { fill: var(--soft); font-size: 11px } svg .grid { stroke: var(--line) }
 svg path, svg circle { stroke: var(--hue); fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
 svg circle { fill: var(--hue); stroke: none }
-.legend { float: right; font-size: 13px; color: var(--soft) } .legend span { margin-left: 14px }
-.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--hue);
-  vertical-align: middle; margin-right: 6px }
-@media (max-width: 1150px) {
-  .columns { grid-template-columns: minmax(0, 1fr) } .tiles { grid-template-columns: repeat(3, 1fr) } }
+dialog { background: var(--card); color: var(--ink); border: 1px solid var(--soft); border-radius: 10px;
+  max-width: 32em; padding: 18px 22px }
+dialog::backdrop { background: #0008 } dialog > * + * { margin-top: 12px }
+#refused { color: var(--bad); font-weight: 600 }
+@media (min-width: 1200px) {
+  main { grid-template: "t t" auto "a b" auto "c b" 1fr / minmax(0, 8fr) minmax(0, 5fr) } .tiles { grid-area: t }
+  main > div { display: grid; gap: 12px; align-content: start; grid-template-columns: minmax(0, 1fr) }
+  #a { grid-area: a } #b { grid-area: b } #c { grid-area: c } }
+@media (min-width: 1200px) and (max-width: 2199px) {
+  .many main { grid-template: "t t" auto "a a" auto "b c" 1fr / minmax(0, 1fr) minmax(0, 1fr) } }
+@media (min-width: 2200px) {
+  body { font-size: 17px } body:not(.many) main { zoom: 1.15 }
+  #headline { font-size: 28px } .tiles b { font-size: 30px }
+  main { grid-template: "t t t" auto "a b c" 1fr / minmax(0, 7fr) minmax(0, 5fr) minmax(0, 5fr) }
+  .many main { grid-template-columns: minmax(0, 8fr) minmax(0, 4fr) minmax(0, 4fr) }
+  .cards { grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) } svg { height: 140px } }
 @media (max-width: 640px) {
-  header, main { padding-left: 14px; padding-right: 14px }
-  .charts { grid-template-columns: minmax(0, 1fr) } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr) }
-  .tiles b { font-size: 22px } h1 { flex: 1 } #link { order: 1; flex-basis: 100% }
-  td.n { text-align: left } #nodes td.n { flex: 0 0 calc(50% - 8px) }
-  .n + :not(.n) { padding-left: 0 } .name { white-space: normal }
-  table, tbody { display: block } thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
-  tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 10px 0; border-top: 1px solid var(--line) }
-  tbody:first-of-type tr:first-child { border-top: 0 }
-  td, tbody th { border: 0; padding: 0; text-align: left } .wide { flex-basis: 100% } .grow { flex: 1 }
+  #headline { padding: 10px 12px; font-size: 17px } .bar { padding: 6px 12px 0 } main { padding: 0 8px 16px; gap: 8px }
+  .tiles { grid-template-columns: repeat(3, 1fr); gap: 6px } .tiles li { padding: 5px 8px } .tiles b { font-size: 18px }
+  .tiles span { font-size: 12px } #link { order: 1; flex-basis: 100% } h1 { flex: 1 }
+  section { padding: 8px 10px } td.n { text-align: left } table, tbody { display: block }
+  thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden }
+  tr { display: flex; flex-wrap: wrap; gap: 1px 14px; padding: 6px 0; border-top: 1px solid var(--line) }
+  td, tbody th { border: 0; padding: 0 } .wide { flex-basis: 100% }
   td[data-is]::before { content: attr(data-is) " "; color: var(--soft); font-size: 13px } }
-@media (prefers-reduced-motion: no-preference) { .slot i, .speed i { transition: width .9s linear } }
 </style>
 </head>
 <body>
-<header><h1>SOLLOL</h1><span id="link" role="status">connecting</span>
-<button id="pause" aria-pressed="false">Pause</button></header>
+<header>
+<div id="headline"><span id="mark" aria-hidden="true"></span><p id="sentence">connecting</p></div>
+<p id="spoken" class="hidden" role="status"></p>
+<div class="bar"><h1>SOLLOL</h1><span id="link"></span><button id="pause" aria-pressed="false">Pause</button></div>
+</header>
 <main>
 <ul class="tiles" id="tiles" aria-label="Now"></ul>
-<div class="columns">
-<div><section aria-labelledby="h-nodes"><h2 id="h-nodes">Nodes</h2><div id="nodes"></div></section>
-<section aria-labelledby="h-people" id="used" hidden><h2 id="h-people">Today, who used most</h2>
-<div id="people"></div></section></div>
-<div>
-<div class="charts">
-<section aria-labelledby="h-total"><span class="legend" id="l-total"></span><h2 id="h-total">Latency</h2>
-<div id="total"></div></section>
-<section aria-labelledby="h-first"><span class="legend" id="l-first"></span><h2 id="h-first">First token</h2>
-<div id="first"></div></section>
-</div>
-<section aria-labelledby="h-queue"><h2 id="h-queue">Queue, the next one first</h2><div id="queue"></div></section>
-<section aria-labelledby="h-decisions">
-<h2 id="h-decisions">Last decisions: where each candidate would have finished, and the one chosen</h2>
-<div id="decisions"></div></section>
-</div>
-</div>
+<div id="a"><section id="at-nodes" aria-labelledby="h-nodes"><div class="head"><h2 id="h-nodes">Nodes</h2>
+<label>Sort <select id="sort"><option value="trouble">trouble first</option><option value="name">name</option>
+<option value="busy">busy first</option><option value="fast">tokens/s</option></select></label>
+<label>Filter <input id="filter" type="search" size="16" placeholder="node, model, person"></label></div>
+<div id="nodes"></div></section></div>
+<div id="b"><section id="at-queue" aria-labelledby="h-queue"><div class="head">
+<h2 id="h-queue">Queue, the next one first</h2></div><div id="queue"></div></section>
+<section id="at-failures" aria-labelledby="h-failures"><div class="head"><h2 id="h-failures">Last failures</h2></div>
+<div id="failures"></div></section>
+<section aria-labelledby="h-charts"><div class="head"><h2 id="h-charts">History</h2>
+<button id="ten" aria-pressed="true">10 minutes</button><button id="long" aria-pressed="false">A day</button></div>
+<div class="charts" id="charts"></div></section></div>
+<div id="c"><section aria-labelledby="h-models"><div class="head"><h2 id="h-models">Models</h2></div>
+<div id="models"></div></section>
+<section aria-labelledby="h-people" id="used" hidden><div class="head"><h2 id="h-people">People, today</h2></div>
+<div id="people"></div></section>
+<section aria-labelledby="h-decisions"><details><summary id="h-decisions">Last decisions: when each candidate would have
+finished</summary><div id="decisions"></div></details></section></div>
 </main>
+<dialog id="ask" aria-labelledby="asked"><p id="asked"></p>
+<p id="pick"><label>Model <select id="model"></select></label></p><p id="refused" role="alert"></p>
+<div class="orders"><button id="no">Cancel</button><button id="yes"></button></div></dialog>
 <script type="application/json" id="first-state">@STATE@</script>
 <script>
 "use strict";
 const at = (id) => document.getElementById(id);
-const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
-const short = (model) => esc(String(model || "no model").replace(/:latest$/, ""));
+const short = (model) => String(model || "no model").replace(/:latest$/, "");
 const took = (s) => s == null ? "–" : s < 0.095 ? `${Math.round(s * 1000)} ms` : s < 9.95 ? `${s.toFixed(1)} s` :
-  s < 99.5 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
-const rate = (x) => x == null ? "–" : x && x < 9.95 ? x.toFixed(1) : String(Math.round(x));
-const put = (id, html) => { const it = at(id); if (it.shown !== html) it.innerHTML = it.shown = html; };
+  s < 99.5 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : s < 172800 ?
+  `${Math.round(s / 3600)} h` : `${Math.round(s / 86400)} days`;
+const age = (s) => s != null && s < 99.5 ? `${Math.max(1, Math.round(s))} s` : took(s);
+const rate = (x) => x == null ? "–" : x && x < 9.95 ? x.toFixed(1) : x < 99500 ? String(Math.round(x)) :
+  `${Math.round(x / 1000)}k`;
+const some = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 const hues = new Map();
-const hue = (model) => {                // one colour per model, in the order in which they turn up
+function hue(model) {                   // one colour per model, in the order in which they turn up
+  if (hues.size > 99) hues.clear();
   if (!hues.has(model)) hues.set(model, hues.size % 8);
   return `--hue: var(--m${hues.get(model)})`;
-};
-const table = (name, heads, rows) => `<table role="table" aria-label="${name}"><thead role="rowgroup"><tr role="row">` +
-  heads.map(([text, kind]) => `<th role="columnheader" scope="col" class="${kind || ""}">${text}</th>`).join("") +
-  `</tr></thead><tbody role="rowgroup">${rows.join("")}</tbody></table>`;
-const cell = (html, kind, is) => `<td role="cell" class="${kind || ""}"${is ? ` data-is="${is}"` : ""}>${html}</td>`;
-const none = (text) => `<p class="none">${text}</p>`;
-const row = (cells) => `<tr role="row">${cells.join("")}</tr>`;
-
-function slot(model, it) {
-  if (!it) return `<span class="slot"></span>`;
-  const whole = it.since_s + Math.max(0, it.predicted_left_s || 0);
-  const share = it.began && whole ? Math.min(100, 100 * it.since_s / whole) : it.began ? 50 : 100;
-  const doing = it.began ? "for" : "waits for its first token for";
-  const said = `${it.client}, priority ${it.priority}, ${doing} ${took(it.since_s)}`;
-  return `<span class="slot busy ${it.began ? "" : "waits"}" title="${esc(said)}">` +
-    `<i style="width: ${share.toFixed(0)}%"></i></span>`;
 }
 
-function models(node) {
-  const lines = Object.entries(node.models).map(([name, it]) => {
-    const running = node.running.filter((one) => one.slot && one.model === name);
-    const boxes = Array.from({ length: Math.max(it.slots, running.length) }, (_, n) => slot(name, running[n]));
-    const said = `${running.length} of ${it.slots} slots (${it.slots_known}) busy`;
-    const loads = it.loading ? ` <span class="soft">loading</span>` : "";
-    return `<div class="model" style="${hue(name)}"><span><span class="key"></span>${short(name)}${loads}</span>` +
-      `<span class="slots" role="img" aria-label="${said}" title="${said}">${boxes.join("")}</span></div>`;
+// What is to be seen is described by plain values; `patch` changes what differs and keeps the rest, so that focus, open
+// folds and what a screen reader is at stay. Data only ever becomes text or the value of an attribute.
+const h = (kind, attributes, ...children) =>
+  ({kind, attributes: attributes || {}, children: children.flat(3).filter((it) => it != null && it !== "")});
+
+function make(parent, it) {
+  const space = it.kind === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI;
+  const node = document.createElementNS(space, it.kind);
+  node.key = it.attributes.key;
+  node.was = {};
+  return node;
+}
+
+function dress(node, attributes) {
+  for (const name of Object.keys(node.was))
+    if (!(name in attributes)) { node.removeAttribute(name); delete node.was[name]; }
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "onclick") node.onclick = value;
+    else if (name !== "key" && node.was[name] !== value) node.setAttribute(name, node.was[name] = value);
+  }
+}
+
+function patch(parent, children) {
+  const keyed = new Map();
+  for (const node of parent.childNodes) if (node.key != null) keyed.set(node.key, node);
+  children.forEach((it, place) => {
+    const there = parent.childNodes[place];
+    if (typeof it !== "object") {
+      if (there && there.nodeType === 3) { if (there.data !== String(it)) there.data = it; }
+      else parent.insertBefore(document.createTextNode(it), there || null);
+      return;
+    }
+    let node = it.attributes.key == null ? there : keyed.get(it.attributes.key);
+    if (!node || node.localName !== it.kind || node.key !== it.attributes.key) node = make(parent, it);
+    if (node !== there) parent.insertBefore(node, there || null);
+    dress(node, it.attributes);
+    patch(node, it.children);
   });
-  const others = node.running.filter((one) => !one.slot).length;
-  if (others) lines.push(`<span class="soft">${others} without a slot</span>`);
-  return lines.join("") || `<span class="soft">nothing loaded</span>`;
+  while (parent.childNodes.length > children.length) parent.lastChild.remove();
 }
 
-function errors(node) {
-  if (!node.error_share) return "";
-  const share = Math.round(100 * node.error_share);
-  return `<br><span class="soft" title="${esc(node.last_error.text)}">${share} % errors</span>`;
+function put(id, ...children) {
+  const focused = document.activeElement;
+  patch(at(id), children.flat().filter((it) => it != null));
+  if (focused !== document.activeElement && focused.isConnected) focused.focus();     // it was moved
 }
 
-function nodeRow(node) {
-  const speed = Math.round(100 * node.speed), alive = node.state !== "down" && node.state !== "waking";
-  const bar = `<span class="speed ${speed < 80 ? "slow" : ""}"><i style="width: ${speed}%"></i></span>`;
-  const held = `${node.on_disk} model${node.on_disk === 1 ? "" : "s"}`;
-  return row([
-    `<th role="rowheader" scope="row" class="grow">${esc(node.name)}<br><span class="soft">${held}</span></th>`,
-    cell(`<span class="state ${node.state}">${node.state}${
-      node.draining && !alive ? ", draining" : ""}</span>${errors(node)}`),
-    cell(alive ? models(node) : "–", "wide"),
-    cell(rate(node.tok_s), "n", "tokens/s"), cell(rate(node.decode_tok_s), "n", "one stream"),
-    cell(alive ? `${speed} %${bar}` : "–", "n", "speed"), cell(took(node.latency_s.p95), "n", "P95")]);
+const table = (name, heads, rows) => h("table", {role: "table", "aria-label": name},
+  h("thead", {role: "rowgroup"}, h("tr", {role: "row"}, heads.map(([text, kind]) =>
+    h("th", {role: "columnheader", scope: "col", class: kind || ""}, text)))),
+  h("tbody", {role: "rowgroup"}, rows));
+const row = (...cells) => h("tr", {role: "row"}, cells);
+const cell = (text, kind, is) => h("td", {role: "cell", class: kind || "", ...(is ? {"data-is": is} : {})}, text);
+const lead = (text, kind) => h("th", {role: "rowheader", scope: "row", class: kind || ""}, text);
+const none = (text) => h("p", {class: "none"}, text);
+const dot = (model) => [h("span", {class: "key", style: hue(model)}), short(model)];
+const fold = (rows, seen, head) => [table(...head, rows.slice(0, seen)), rows.length > seen ? h("details", {},
+  h("summary", {}, `${rows.length - seen} more`), table(...head, rows.slice(seen))) : null];
+
+const BAD = {unreachable: 2, failing: 2, waking: 1, draining: 1, silent: 1, new: 1};
+const WORDS = {unreachable: "down", silent: "suspect", "": "up"};
+const ORDER = ["unreachable", "failing", "waking", "draining", "silent", "new"];
+const AWAY = ["unreachable", "waking", "asleep", "new"];
+const level = (node) => Math.max(BAD[node.kind] || 0, node.failing.length ? 1 : 0);
+const sorts = {
+  trouble: (a, b) => level(b) - level(a) || ORDER.indexOf(a.kind) - ORDER.indexOf(b.kind),
+  name: (a, b) => a.name.localeCompare(b.name, "en", {numeric: true}),
+  busy: (a, b) => b.busy - a.busy || b.busy / b.slots - a.busy / a.slots,
+  fast: (a, b) => (b.tok_s || 0) - (a.tok_s || 0)};
+
+function slots(node) {
+  const running = node.running.map((it) => {
+    const who = it.own ? "the gateway itself" : it.client;
+    const doing = it.began ? "" : it.own ? ", loads or measures" : ", no token yet";
+    return h("li", {class: it.began ? "" : "early", style: hue(it.model), title: `priority ${it.priority}${doing}`},
+      h("b", {}, who), h("i", {}, ` ${short(it.model)}`), ` ${age(it.since_s)}${it.slot || it.own ? "" : ", no slot"}`);
+  });
+  const free = AWAY.includes(node.kind) ? 0 : Math.min(Math.max(0, node.slots - node.busy), 16);
+  const boxes = Array.from({length: free}, () => h("li", {class: "free"}, h("span", {class: "hidden"}, "free")));
+  return running.length + free ? h("ul", {class: "slots", "aria-label": `${node.busy} of ${node.slots} slots busy`},
+    running, boxes) : null;
 }
 
-function ticketRow(it) {
-  return row([cell(it.position, "n", "#"),
-    cell(`<span class="prio ${it.priority > 5 ? "high" : ""}">${it.priority}</span>`, "", "priority"),
-    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"), cell(esc(it.client), "id"),
-    cell(took(it.waited_s), "n", "waited"),
-    cell(it.predicted_start_s === null ? "–" : it.predicted_start_s ? took(it.predicted_start_s) : "next", "n",
-      "starts in"),
-    cell(`<span class="soft">${esc(it.id)}</span>`, "id wide")]);
+function loaded(node) {
+  const models = Object.entries(node.models).map(([name, it]) =>
+    h("span", {}, dot(name), ` ${some(it.slots, "slot")}${it.loading ? ", loading" : ""} `));
+  return AWAY.includes(node.kind) ? null :
+    h("p", {class: "soft extra"}, models.length ? models : "nothing in memory");
 }
 
-function decisionRow(it) {
-  const all = Object.entries(it.predicted_finish_s).sort((one, other) => one[1] - other[1]);
-  let shown = all.slice(0, 4);
-  if (!shown.some(([name]) => name === it.node))
-    shown = [...all.slice(0, 3), ...all.filter(([name]) => name === it.node)];
-  const chips = shown.map(([name, s]) => `<span class="chip ${name === it.node ? "won" : ""}">` +
-    `${name === it.node ? "→ " : ""}${esc(name)} ${took(s)}</span>`);
-  if (all.length > shown.length) chips.push(`<span class="chip">and ${all.length - shown.length} more</span>`);
-  return row([cell(`${took(it.ago_s)} ago`, "n"),
-    cell(`<span class="key" style="${hue(it.model)}"></span>${short(it.model)}`, "name"),
-    cell(chips.join(""), "wide")]);
+function orders(node, may) {
+  if (!may) return null;
+  const button = (text, ...what) => h("button", {key: text, onclick: () => ask(node.name, ...what)}, text);
+  const resident = Object.keys(node.models).filter((name) => node.models[name].resident);
+  return h("div", {class: "orders"}, node.draining ? button("Resume", "resume") : button("Drain", "drain"),
+    AWAY.includes(node.kind) ? null : button("Load a model", "load", ""),
+    AWAY.includes(node.kind) ? null : resident.map((name) => button(`Unload ${short(name)}`, "unload", name)));
 }
 
-function personRow(it) {
-  return row([`<th role="rowheader" scope="row" class="grow id">${esc(it.name)}</th>`,
-    cell(it.requests, "n", "requests"), cell(it.tokens.toLocaleString("en"), "n", "tokens"),
-    cell(took(it.slot_s), "n", "slot time")]);
+function nodeCard(node, may) {
+  const away = AWAY.includes(node.kind), bad = [node.errors ? some(node.errors, "error") : "", node.cuts ?
+    some(node.cuts, "cut stream") : ""].filter(Boolean).join(", ");
+  const fails = node.failing.length && node.kind !== "failing" ? `fails ${node.failing.map(short).join(", ")}: ` : "";
+  const speeds = away ? [] : [`${rate(node.tok_s)} tokens/s`, node.decode_tok_s == null ? "" :
+    `${rate(node.decode_tok_s)} one stream`, node.answer_s == null ? "" : `${took(node.answer_s)} an answer`,
+    node.speed < 0.8 ? `at ${Math.round(100 * node.speed)} % of its speed` : ""].filter(Boolean);
+  const word = (WORDS[node.kind] ?? node.kind) + (node.draining && node.kind !== "draining" ? ", draining" : "");
+  return h("li", {key: node.name, class: `node l${level(node)}${node.kind === "asleep" ? " away" : ""}`},
+    h("details", {}, h("summary", {class: "top"}, h("h3", {}, node.name),
+      h("span", {}, node.kind ? `${word} for ${age(node.for_s)}` : `${word}, ${node.busy} of ${node.slots} busy`)),
+    h("p", {class: "soft url"}, `${node.url} · Ollama ${node.version || "of unknown version"} · ${
+      node.kind || "up"} for ${age(node.for_s)} · ${some(node.on_disk, "model")} on disk${
+      speeds.length ? ` · ${speeds.join(" · ")}` : ""}`), orders(node, may)),
+    node.why || fails ? h("p", {class: "why"}, `${fails}${node.why}`) : null,
+    bad ? h("p", {class: "why"}, `${bad} in 10 min`) : null,
+    slots(node), loaded(node),
+    speeds.length ? h("p", {class: "soft extra"}, speeds.join(" · ")) : null);
 }
 
-function chart(id, name, lines, step_s) {
-  const wide = Math.max(240, at(id).clientWidth), high = 150, left = 46, foot = 20, top = 8;
+function showNodes(state) {
+  const wanted = at("filter").value.trim().toLowerCase();
+  const text = (node) => [node.name, node.kind || "up", node.why, ...Object.keys(node.models),
+    ...node.running.map((it) => `${it.client} ${it.model}`)].join(" ").toLowerCase();
+  const nodes = state.nodes.filter((node) => !wanted || text(node).includes(wanted)).sort(sorts[at("sort").value]);
+  document.body.classList.toggle("many", state.nodes.length > 12);
+  const left = state.nodes.length - nodes.length;
+  put("nodes", state.nodes.length ? h("ul", {class: "cards"}, nodes.map((node) => nodeCard(node, state.orders))) :
+    none("No node yet: put its URL into the hosts file and save it."), left ? none(`${left} filtered out`) : null);
+}
+
+function showTiles(state) {
+  const about = state.headline.about, nodes = state.nodes;
+  const can = nodes.filter((node) => !["unreachable", "failing", "waking", "draining", "new"].includes(node.kind));
+  const sum = (name) => nodes.reduce((total, node) => total + (AWAY.includes(node.kind) ? 0 : node[name]), 0);
+  const tile = (value, unit, name, level) => h("li", {class: `l${level || 0}`}, h("b", {}, String(value),
+    unit ? h("small", {}, ` ${unit}`) : null), h("span", {}, name));
+  put("tiles", tile(can.length, `of ${nodes.length}`, "nodes can serve", about.nodes),
+    tile(sum("busy"), `of ${sum("slots")}`, "slots busy"), tile(state.queued, "", "waiting", about.queue),
+    tile(state.queued ? age(state.oldest_s) : "–", "", "longest wait", about.queue),
+    tile(state.queued ? age(state.last_start_s) : "–", "", "last starts in", about.queue),
+    tile(rate(state.per_min), "/min", "answers"), tile(state.failed, "/min", "failed", about.failures),
+    tile(rate(state.tok_s), "/s", "tokens"), tile(took(state.ttft_s), "", "first token, P50"));
+}
+
+function showQueue(state) {
+  const starts = (s) => s == null ? "–" : s ? age(s) : "next";
+  const rows = state.queue.map((it) => row(cell(it.position, "n", "#"),
+    cell(h("span", {class: `prio ${it.priority > 5 ? "high" : ""}`}, it.priority), "", "priority"),
+    cell(dot(it.model), "name"), cell(it.client, "name"), cell(age(it.waited_s), "n", "waited"),
+    cell(starts(it.predicted_start_s), "n", "starts in"), cell(it.id, "wide soft id")));
+  const heads = [["#", "n"], ["Priority"], ["Model"], ["Who"], ["Waited", "n"], ["Starts in", "n"], ["Request"]];
+  const hidden = state.queued - state.queue.length;
+  put("queue", state.queued ? fold(rows, 6, ["Queue", heads]) : none("Nobody waits."),
+    hidden ? none(`and ${hidden} more`) : null);
+}
+
+function showModels(state) {
+  const rows = state.models.rows.map((it) => {
+    const more = it.resident_on - it.resident.length;
+    return row(lead(dot(it.name), "name"), cell(it.waiting, "n", "waiting"), cell(it.running, "n", "running"),
+      cell(it.resident.join(", ") + (more ? ` and ${more} more` : "") || "–", "name", "in memory on"),
+      cell(some(it.on_disk, "node"), "n", "on disk of"), cell(it.tok_s.map(rate).join("–") || "–", "n", "tokens/s"),
+      cell(it.failures, it.failures ? "n l2" : "n", "failures"));
+  });
+  const left = state.models.count - rows.length;
+  put("models", rows.length ? fold(rows, 8, ["Models", [["Model"], ["Waiting", "n"], ["Running", "n"], ["In memory"],
+    ["On disk", "n"], ["Tokens/s", "n"], ["Failures", "n"]]]) : none("None is in memory or asked for."),
+    left > 0 ? none(`${left} more on disk only`) : null);
+}
+
+function showPeople(state) {
+  at("used").hidden = !state.people;    // only who may see it is told
+  if (!state.people) return;
+  const rows = state.people.most.map((it) => row(lead(it.name, "name"), cell(it.running, "n", "running"),
+    cell(it.waiting, "n", "waiting"), cell(it.requests, "n", "requests"),
+    cell(it.tokens.toLocaleString("en"), "n", "tokens"), cell(took(it.slot_s), "n", "slot time")));
+  const others = state.people.count - rows.length;
+  put("people", rows.length ? fold(rows, 8, ["People", [["Who"], ["Running", "n"], ["Waiting", "n"], ["Requests", "n"],
+    ["Tokens", "n"], ["Slot time", "n"]]]) : none("Nobody yet."), others > 0 ? none(`and ${others} more`) : null);
+}
+
+function showFailures(state) {
+  const rows = state.failures.map((it) => row(cell(`${age(it.ago_s)} ago`, "n"),
+    h("th", {role: "rowheader", scope: "row", class: "name"}, it.node,
+      h("p", {class: "soft"}, it.model ? dot(it.model) : "", ` for ${it.client}`)),
+    cell([it.text || `${it.kind}${it.status ? `, status ${it.status}` : ""}`, it.times > 1 ?
+      h("span", {class: "soft"}, ` ×${it.times}`) : null], "wide")));
+  const heads = [["When", "n"], ["Where"], ["What it said"]];
+  put("failures", rows.length ? fold(rows, 5, ["Failures", heads]) : none("None."));
+}
+
+function showDecisions(state) {
+  const rows = state.decisions.map((it) => {
+    const all = Object.entries(it.predicted_finish_s).sort((one, other) => one[1] - other[1]);
+    const seen = all.filter(([name], place) => place < 3 || name === it.node);
+    const chips = seen.map(([name, s]) => h("span", {class: name === it.node ? "chip won" : "chip"},
+      `${name === it.node ? "→ " : ""}${name} ${took(s)}`));
+    if (all.length > seen.length) chips.push(h("span", {class: "chip"}, `and ${all.length - seen.length} more`));
+    return row(cell(`${age(it.ago_s)} ago`, "n"), cell(dot(it.model), "name"), cell(chips, "wide"));
+  });
+  const heads = [["When", "n"], ["Model"], ["Predicted finish"]];
+  put("decisions", rows.length ? table("Decisions", heads, rows) : none("None yet."));
+}
+
+function chart(key, name, lines, step_s, say) {
+  const box = at(`c-${key}`), wide = box?.clientWidth || 300, high = box?.clientHeight || 108;
+  const left = 42, foot = 16, top = 8;
   const most = Math.max(...lines.flatMap(([, , values]) => values.map((value) => value || 0)));
   const unit = 10 ** Math.floor(Math.log10(most || 1)), roof = [1, 2, 5, 10].find((n) => n * unit >= most) * unit;
-  const count = lines[0][2].length, x = (n) => left + (wide - left - 8) * n / (count - 1);
+  const count = lines[0][2].length, x = (n) => left + (wide - left - 4) * n / (count - 1);
   const y = (value) => high - foot - (high - foot - top) * value / roof;
-  const grid = [0, roof / 2, roof].map((value) =>
-    `<line class="grid" x1="${left}" x2="${wide - 8}" y1="${y(value)}" y2="${y(value)}"/>` +
-    `<text x="${left - 8}" y="${y(value) + 4}" text-anchor="end">${value ? took(value) : "0"}</text>`);
-  const minutes = (count - 1) * step_s / 60;
-  const marks = [[0, "start"], [0.5, "middle"], [1, "end"]].map(([share, anchor]) =>
-    `<text x="${x(share * (count - 1))}" y="${high - 4}" text-anchor="${anchor}">` +
-    `${share === 1 ? "now" : `${Math.round(minutes * (1 - share))} min ago`}</text>`);
+  const grid = [0, roof].map((value) => [
+    h("line", {class: "grid", x1: left, x2: wide - 4, y1: y(value), y2: y(value)}),
+    h("text", {x: left - 5, y: y(value) + 4, "text-anchor": "end"}, value ? say(value) : "0")]);
+  const minutes = (count - 1) * step_s / 60, span = minutes > 90 ? `${Math.round(minutes / 60)} h` : `${minutes} min`;
   const drawn = lines.map(([, colour, values]) => {
-    let path = "", dots = "";
+    let path = "";
+    const dots = [];
     values.forEach((value, n) => {
       if (value == null) return;
-      const joined = n && values[n - 1] != null, alone = !joined && values[n + 1] == null;
+      const joined = n && values[n - 1] != null;
       path += `${joined ? "L" : "M"}${x(n).toFixed(1)} ${y(value).toFixed(1)}`;
-      if (alone) dots += `<circle cx="${x(n).toFixed(1)}" cy="${y(value).toFixed(1)}" r="2.5"/>`;
+      if (!joined && values[n + 1] == null)
+        dots.push(h("circle", {cx: x(n).toFixed(1), cy: y(value).toFixed(1), r: 2}));
     });
-    return `<g style="--hue: var(${colour})"><path d="${path}"/>${dots}</g>`;
+    return h("g", {style: `--hue: var(${colour})`}, h("path", {d: path}), dots);
   });
   const last = (values) => values.findLast((value) => value != null);
-  const said = lines.map(([label, , values]) => `${label} ${took(last(values))}`).join(", ");
-  const span = `the last ${Math.round(minutes)} minutes`;
-  put(id, most ? `<svg viewBox="0 0 ${wide} ${high}" role="img" aria-label="${name} over ${span}; last ${said}">` +
-    `${grid.join("")}${marks.join("")}${drawn.join("")}</svg>` : `<p class="none">no answer in ${span}</p>`);
-  put(`l-${id}`, lines.map(([label, colour, values]) =>
-    `<span><i style="--hue: var(${colour})"></i>${label} ${took(last(values))}</span>`).join(""));
+  const said = lines.map(([label, , values]) => `${label} ${say(last(values))}`).join(", ");
+  return h("div", {key}, h("h3", {}, name, lines.map(([label, colour, values]) =>
+    h("span", {}, h("i", {style: `--hue: var(${colour})`}), `${label} ${say(last(values))}`))),
+    h("svg", {id: `c-${key}`, viewBox: `0 0 ${wide} ${high}`, role: "img",
+      "aria-label": `${name} over ${span}; last ${said}; most ${say(most)}`}, grid,
+      h("text", {x: left, y: high - 3}, `${span} ago`),
+      h("text", {x: wide - 4, y: high - 3, "text-anchor": "end"}, "now"), drawn));
 }
 
-function show(state) {
-  const up = state.nodes.filter((node) => node.state === "up" || node.state === "suspect").length;
-  const running = state.nodes.reduce((sum, node) => sum + node.running.length, 0);
-  const tile = (value, name) => `<li><b>${value}</b><span>${name}</span></li>`;
-  put("tiles", [tile(`${up} <small>of ${state.nodes.length}</small>`, "nodes up"), tile(running, "running"),
-    tile(state.queued, "waiting"), tile(`${rate(state.per_min)} <small>/min</small>`, "requests"),
-    tile(`${rate(state.tok_s)} <small>/s</small>`, "tokens"), tile(took(state.ttft_s), "first token, P50")].join(""));
-  const nodes = table("Nodes", [["Node"], ["State"], ["Loaded models and their slots"], ["Tokens/s", "n"],
-    ["One stream", "n"], ["Of its best", "n"], ["P95", "n"]], state.nodes.map(nodeRow));
-  put("nodes", state.nodes.length ? nodes : none("No node yet: put its URL into the hosts file and save it."));
-  const queue = table("Queue", [["#", "n"], ["Priority"], ["Model"], ["Client"], ["Waited", "n"], ["Starts in", "n"],
-    ["Request"]], state.queue.map(ticketRow));
-  const hidden = state.queued - state.queue.length;
-  put("queue", (state.queued ? queue : none("Nobody waits.")) + (hidden ? none(`and ${hidden} more`) : ""));
-  const decisions = table("Decisions", [["When", "n"], ["Model"], ["Predicted finish"]],
-    state.decisions.map(decisionRow));
-  put("decisions", state.decisions.length ? decisions : none("None yet."));
-  at("used").hidden = !state.people;    // only who may see it is told
-  if (state.people) {
-    const people = table("People", [["Who"], ["Requests", "n"], ["Tokens", "n"], ["Slot time", "n"]],
-      state.people.most.map(personRow));
-    const others = state.people.count - state.people.most.length;
-    put("people", (state.people.count ? people : none("Nobody yet.")) + (others ? none(`and ${others} more`) : ""));
-  }
-  const past = state.past, lines = (p50, p95) => [["P50", "--a", p50], ["P95", "--b", p95]];
-  chart("total", "Latency", lines(past.total_p50_s, past.total_p95_s), past.step_s);
-  chart("first", "Time to first token", lines(past.first_p50_s, past.first_p95_s), past.step_s);
+function showCharts(state) {
+  const past = wantsDay && day ? day : state.past, each = (values, by) => values.map((v) => v == null ? v : v / by);
+  const line = (...it) => chart(...it.slice(0, 3), past.step_s, it[3]);
+  at("ten").setAttribute("aria-pressed", past !== day);
+  at("long").setAttribute("aria-pressed", past === day);
+  put("charts", line("requests", "Per second", [["answers", "--a", each(past.requests, past.step_s)],
+    ["failed", "--bad", each(past.failed, past.step_s)]], (v) => v && v < 0.95 ? v.toFixed(2) : rate(v)),
+  line("queue", "Queue", [["waiting", "--a", past.queued]], rate),
+  line("tokens", "Tokens", [["per second", "--a", each(past.tokens, past.step_s)]], rate),
+  line("total", "Latency", past === day ? [["P95", "--b", past.p95_s]] :
+    [["P50", "--a", past.total_p50_s], ["P95", "--b", past.total_p95_s]], took),
+  past === day ? null : line("first", "First token",
+    [["P50", "--a", past.first_p50_s], ["P95", "--b", past.first_p95_s]], took));
 }
 
-let state = JSON.parse(at("first-state").textContent), paused = false, seen = "";
-function tell(lost) {
+const MARKS = ["✔", "▲", "✖"];
+const SHAPES = ["<circle cx='8' cy='8' r='7' fill='%23238a55'/>", "<path d='M8 1L15.5 15H.5z' fill='%23e09000'/>",
+  "<path d='M0 0h16v16H0z' fill='%23d02a20'/><path d='M4 4l8 8M12 4l-8 8' stroke='%23fff' stroke-width='2.5'/>",
+  "<circle cx='8' cy='8' r='6' fill='none' stroke='%23888' stroke-width='3'/>"];
+function tell(lost) {                   // the line on top, the title and the icon
+  const ended = lost && state.draining, line = state.headline;
+  const why = ended ? "It was shutting down and has gone" : "Connection lost";
+  const text = lost ? `${why}. This is the state of ${seen}.` : line.text;
+  const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
   document.body.classList.toggle("lost", lost);
-  at("link").textContent = lost ? `Connection lost, this is the state of ${seen}` : paused ? `paused at ${seen}` :
-    `${state.version}, ${state.policy}${state.draining ? ", shutting down" : ""}, up for ${took(state.uptime_s)}`;
+  at("headline").className = lost ? "lost" : `l${line.level}`;
+  put(at("mark"), lost ? "…" : MARKS[line.level]);
+  put(at("sentence"), text);
+  put(at("link"), paused ? `paused at ${seen}` : `${state.version}, ${state.policy}, up for ${age(state.uptime_s)}`);
+  const title = `${lost ? "…" : MARKS[line.level]} ${lost ? "connection lost" : line.short} – SOLLOL`;
+  if (document.title !== title) document.title = title;
+  const icon = `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>${
+    SHAPES[lost ? 3 : line.level]}</svg>`;
+  if (at("icon").getAttribute("href") !== icon) at("icon").setAttribute("href", icon);
+  const key = lost ? "lost" : line.key;
+  if (key !== spoken) put(at("spoken"), text);      // times and counts alone are not spoken
+  spoken = key;
 }
+
+function show() {
+  for (const part of [showTiles, showNodes, showQueue, showCharts, showFailures, showModels, showPeople, showDecisions])
+    part(state);
+}
+
+let state = JSON.parse(at("first-state").textContent), paused = false, seen = "", spoken = null, day = null;
+let wantsDay = false, asked = null;
 function take(next) {
   state = next;
   if (paused) return;
   seen = new Date().toLocaleTimeString();
-  show(state);
+  show();
   tell(false);
 }
 function listen() {
   const events = new EventSource("/dashboard/events");
   events.onmessage = (event) => take(JSON.parse(event.data));
+  events.addEventListener("day", (event) => { day = JSON.parse(event.data); });
   events.onerror = () => {              // it tries again by itself, unless it was answered with an error
     tell(true);
     if (events.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
   };
 }
+
+const ORDERS = {
+  drain: (node) => `Drain ${node}? It gets no new work; what runs there is finished.`,
+  resume: (node) => `Resume ${node}? It gets new work again.`,
+  load: (node) => `Load a model on ${node}? It may push out another one that is idle.`,
+  unload: (node, model) =>
+    `Unload ${short(model)} from ${node}? What runs is finished; its next request there waits for a load.`};
+async function ask(node, verb, model) { // ask back before an order is given
+  asked = {node, verb, model};
+  at("asked").textContent = ORDERS[verb](node, model);
+  at("yes").textContent = verb[0].toUpperCase() + verb.slice(1);
+  at("refused").textContent = "";
+  at("pick").hidden = verb !== "load";
+  at("model").replaceChildren();
+  at("ask").showModal();
+  if (verb !== "load") return;
+  const stats = await (await fetch("/api/stats")).json();
+  const models = Object.entries(stats.nodes.find((it) => it.name === node)?.models || {});
+  for (const [name, it] of models) if (it.on_disk && !it.resident) at("model").append(new Option(short(name), name));
+}
+at("yes").onclick = async () => {
+  const model = asked.verb === "load" ? at("model").value : asked.model;
+  const path = `/api/nodes/${encodeURIComponent(asked.node)}/${asked.verb}`;
+  try {
+    const answer = await fetch(`${path}${model ? `?model=${encodeURIComponent(model)}` : ""}`, {method: "POST"});
+    if (!answer.ok) throw new Error((await answer.json()).error);
+    at("ask").close();
+  } catch (error) { at("refused").textContent = error.message; }
+};
+at("no").onclick = () => at("ask").close();
 at("pause").onclick = () => {
   paused = !paused;
   at("pause").setAttribute("aria-pressed", paused);
   at("pause").textContent = paused ? "Go on" : "Pause";
   if (paused) tell(false); else take(state);
 };
-addEventListener("resize", () => show(state));
+at("sort").onchange = at("filter").oninput = () => showNodes(state);
+at("ten").onclick = () => { wantsDay = false; showCharts(state); };
+at("long").onclick = () => { wantsDay = true; showCharts(state); };
+addEventListener("resize", () => showCharts(state));
 take(state);
+showCharts(state);                      // they know their width now
 listen();
 </script>
 </body>

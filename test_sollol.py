@@ -6114,6 +6114,50 @@ async def test_key_with_models_is_told_nothing_of_others(tmp_path, monkeypatch):
 
 
 @over_sockets
+async def test_only_who_may_order_nodes_is_told_so_and_models_of_others_are_not_loaded(tmp_path):
+    node = bench.SimNode(models=("llama3.2", "secret"), **FAST)
+    node.line = "name=a"
+    keys = PEN_KEYS + "plain-secret name=plain\nreader-secret name=reader admin=yes routes=read\n"
+    async with guarded(tmp_path, node, keys=keys) as gateway:
+        may = {name: "orders" in (await events(gateway, 1, f"{name}-secret"))[0]
+               for name in ("pen", "root", "plain", "reader")}
+        assert may == {"pen": True, "root": True, "plain": False, "reader": False}
+        for name, status in (("pen", 404), ("plain", 403), ("reader", 403), ("root", 200)):
+            answer = await call(gateway, "POST", "/api/nodes/a/load?model=secret", **bearer(name))
+            assert answer.status == status, name
+        await until(lambda: not gateway.node_io.jobs)
+
+
+@over_sockets
+async def test_words_of_a_node_are_shown_only_to_who_sees_every_model(tmp_path):
+    node = bench.SimNode(models=("llama3.2", "secret"), **FAST)
+    node.line = "name=a"
+    async with guarded(tmp_path, node, keys=PEN_KEYS) as gateway:
+        node.fail(500, text="no room beside secret:7b")
+        for _ in range(3):
+            await call(gateway, "POST", "/api/generate", generate(), **bearer("root"))
+        for name, hides in (("pen", True), ("root", False)):
+            seen = (await events(gateway, 1, f"{name}-secret"))[0]
+            assert seen["headline"]["text"].startswith("The only node cannot serve: a fails every request: ")
+            assert ("secret" in json.dumps(seen)) != hides and seen["failures"][0]["status"] == 500
+        assert (await events(gateway, 1, "pen-secret"))[0]["nodes"][0]["why"] == "status 500"
+
+
+@over_sockets
+async def test_page_from_afar_or_of_another_origin_gets_no_buttons():
+    async with gateway_for(fixed(1)) as gateway:
+        for fields, may in (({}, True), ({"Sec-Fetch-Site": "same-origin"}, True),
+                            ({"X-Forwarded-For": "10.0.0.1"}, False), ({"Sec-Fetch-Site": "cross-site"}, False),
+                            ({"Origin": "http://a"}, False)):
+            caller = await Caller.to(gateway)
+            lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+            caller.writer.write(f"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
+            text = await caller.reader.readuntil(b"}\n\n")
+            caller.close()
+            assert (b'"orders":true' in text) == may, fields
+
+
+@over_sockets
 async def test_model_that_a_key_may_not_use_is_refused_as_one_that_is_not_there(tmp_path):
     node = bench.SimNode(models=("llama3.2", "secret"), **FAST)
     async with guarded(tmp_path, node, keys=PEN_KEYS) as gateway:
@@ -7567,7 +7611,7 @@ async def test_node_that_answers_only_errors_is_not_up_and_says_why(caplog):
         assert answer.status == 200 and answer.json()["status"] == "degraded"
         assert answer.json()["nodes"] == {"up": 0, "draining": 0, "down": 0, "total": 1}
         shown = json.loads(gateway.telemetry.snapshot())["nodes"][0]
-        assert (shown["state"], shown["error_share"]) == ("suspect", 1.0)
+        assert (shown["state"], shown["kind"], shown["errors"]) == ("suspect", "failing", 4)
         await until(lambda: "'state': 'suspect'" in caplog.text)
         node.script = lambda request: [framed(b'{"done":true}'), KEEP]
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
@@ -11256,6 +11300,76 @@ def test_loopback_addresses(address, own):
 
 
 @over_sockets
+async def test_order_loads_a_model_and_unloads_it_when_what_runs_has_ended(caplog):
+    caplog.set_level("INFO", "sollol")
+    node = bench.SimNode(models=("llama3.2", "nomic-embed-text"), **FAST)
+    node.line = "name=team/a"
+    async with gateway_for(node) as gateway:
+        runners = gateway.dispatcher.cluster.nodes["team/a"].runners
+        for model in ("llama3.2", "nomic-embed-text"):
+            full = f"{model}:latest"
+            told = (await call(gateway, "POST", f"/api/nodes/team%2Fa/load?model={model}")).json()
+            assert told["models"][full]["loading"] and told["running"][0]["reason"] == "the gateway loads a model"
+            await until(lambda: node.engine.resident and not gateway.node_io.jobs)      # noqa: B023
+            assert node.engine.resident[full].keep_alive_s == math.inf and runners[full].ready_s is not None
+            assert not gateway.dispatcher.cluster.nodes["team/a"].leases
+            if model == "llama3.2":
+                asking = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=6000)))
+                await until(lambda: node.in_flight == 1)
+                assert (await call(gateway, "POST", f"/api/nodes/team%2Fa/unload?model={model}")).status == 200
+                await asyncio.sleep(0.1)
+                assert not asking.done() and (await asking).status == 200
+            else:
+                assert (await call(gateway, "POST", f"/api/nodes/team%2Fa/unload?model={model}")).status == 200
+            await until(lambda: not node.engine.resident and not gateway.node_io.jobs)
+            await asyncio.sleep(1.1)        # an older /api/ps would not be believed
+            await gateway.node_io.look_at_residency(gateway.dispatcher.cluster.nodes["team/a"])
+            assert runners[full].ready_s is None
+    orders = [(record.msg["event"], record.msg["model"]) for record in caplog.records
+              if isinstance(record.msg, dict) and record.msg.get("why") == "ordered"]
+    assert orders == [(verb, model) for model in ("llama3.2:latest", "nomic-embed-text:latest")
+                      for verb in ("load", "unload")]
+
+
+@over_sockets
+async def test_order_to_load_what_cannot_be_loaded_is_refused_or_seen_among_the_failures():
+    node, other = bench.SimNode(models=("llama3.2", "mistral"), **FAST), bench.SimNode(models=("mistral",), **FAST)
+    node.line, other.line = "name=a", "name=b"
+    async with gateway_for(node, other) as gateway:
+        for query in ("", "?model=", "?model=nothing", "?model=../a", "?models=mistral"):
+            for verb in ("load", "unload"):
+                answer = await call(gateway, "POST", f"/api/nodes/a/{verb}{query}")
+                assert answer.status == 404 and "has no model" in answer.json()["error"]
+        assert (await call(gateway, "POST", "/api/nodes/b/load?model=llama3.2")).status == 404
+        node.fail(500, text="CUDA error: out of memory")
+        for verb in ("load", "unload"):
+            assert (await call(gateway, "POST", f"/api/nodes/a/{verb}?model=mistral")).status == 200
+            await until(lambda: not gateway.node_io.jobs)
+        told = [(noted.kind, noted.client, noted.text) for noted in gateway.telemetry.failures]
+        assert [(kind, client, text.partition(": ")[0]) for kind, client, text in told] == [
+            ("order", "an order", "load"), ("order", "an order", "unload")]
+        assert "out of memory" in told[0][2] and gateway.dispatcher.cluster.nodes["a"].runners[
+            "mistral:latest"].ready_s is None
+        other.kill()
+        await gateway.node_io.probe(gateway.dispatcher.cluster.nodes["b"])
+        assert (await call(gateway, "POST", "/api/nodes/b/load?model=mistral")).status == 503
+
+
+@over_sockets
+async def test_ordered_load_gives_way_to_a_request_and_a_second_one_waits_for_the_first():
+    node = bench.SimNode(models=("llama3.2", "mistral"), speed=2, max_loaded=1)
+    node.line = "name=a"
+    async with gateway_for(node) as gateway:
+        assert (await call(gateway, "POST", "/api/nodes/a/load?model=mistral")).status == 200
+        second = await call(gateway, "POST", "/api/nodes/a/load?model=llama3.2")
+        assert second.status == 503 and "loads a model" in second.json()["error"]
+        assert (await call(gateway, "POST", "/api/generate", generate(tokens=5))).status == 200
+        await until(lambda: not gateway.node_io.jobs)
+        assert [(noted.kind, noted.text) for noted in gateway.telemetry.failures] == [("order", "load: it gave way")]
+        assert not gateway.dispatcher.cluster.nodes["a"].leases
+
+
+@over_sockets
 async def test_order_to_a_node_that_is_none_tells_which_there_are():
     async with gateway_for(fixed(1)) as gateway:
         name, = gateway.dispatcher.cluster.nodes
@@ -11965,20 +12079,214 @@ async def test_metrics_are_what_prometheus_reads_and_what_has_happened():
         assert value("sollol_build_info", version=sollol.__version__) == 1
 
 
+def steps_of(*numbers, failed=0):
+    """Return Steps with these numbers, one answer of 1 s and 10 tokens in each."""
+    steps = [sollol.Step(number) for number in numbers]
+    for step in steps:
+        step.add("a", 1.0, 0.5, 10)
+        step.failed, step.queued = failed, step.number
+    return steps
+
+
+def test_history_of_a_day_is_made_of_the_steps_each_once():
+    history, wall_s = sollol.History(), 1000 * sollol.PART_S
+    history.turn([], 5.0, wall_s + 1.0)
+    steps = steps_of(0, 1, 2, failed=1)
+    history.turn(steps, 25.0, wall_s + 299.0)
+    assert not history.parts                # the part still lasts
+    history.turn(steps, 27.0, wall_s + 301.0)
+    assert list(history.parts) == [sollol.DayPart(1000, 2, 2, 20, 1, 1.0)]      # step 2 is not over
+    history.turn(steps_of(2, 3), 327.0, wall_s + 601.0)
+    assert history.parts[-1] == sollol.DayPart(1001, 2, 0, 20, 3, 1.0)
+    history.turn([], 900.0, wall_s + 1300.0)
+    assert history.parts[-1] == sollol.DayPart(1002)     # nothing happened; 1003 was slept through
+    seen = history.as_seen()
+    assert seen["requests"][-5:] == (None, 2, 2, 0, None) and seen["p95_s"][-4:] == (1.0, 1.0, None, None)
+    assert len(seen["queued"]) == sollol.PARTS_KEPT and seen["end_s"] == 1004 * sollol.PART_S
+
+
+def test_history_is_bounded_and_outlives_a_restart_and_a_clock_that_is_set():
+    history = sollol.History()
+    for number in range(2000):
+        history.add(sollol.DayPart(number, number, 0, 0, 0, 0.25))
+    kept = history.kept()
+    assert len(kept) == sollol.PARTS_KEPT and sum(map(len, kept)) < 16 * 1024
+    again = sollol.History()
+    again.recall(kept)
+    assert again.parts == history.parts
+    again.add(sollol.DayPart(1999, 5, 1, 7, 3, 2.0))     # the rest of what the restart has cut in two
+    assert again.parts[-1] == sollol.DayPart(1999, 2004, 1, 7, 3, 2.0) and len(again.parts) == sollol.PARTS_KEPT
+    again.add(sollol.DayPart(1990, 1))       # the clock was set back
+    assert [part.number for part in again.parts][-2:] == [1989, 1990]
+
+
+@pytest.mark.parametrize("entries", [
+    None, {}, "x", [1, None, {}, "", "{", "[]", "[1]", "[1,2,3,4,5,6,7]", '["1",0,0,0,0,0]', "[-1,0,0,0,0,0]",
+                    "[1e400,0,0,0,0,0]", "[true,0,0,0,0,0]"]])
+def test_history_that_is_none_is_left_out(entries):
+    history = sollol.History()
+    history.recall(entries)
+    assert not history.parts
+    history.recall(["[5,1,0,2,3,NaN]", "[4,1,0,2,3,1]", "[6,1,0,2,3,0.5]"])
+    assert list(history.parts) == [sollol.DayPart(5, 1, 0, 2, 3), sollol.DayPart(6, 1, 0, 2, 3, 0.5)]
+
+
+@in_virtual_time
+async def test_history_of_the_day_is_in_the_state_file_and_back_after_a_restart(tmp_path, monkeypatch):
+    loop, state = asyncio.get_running_loop(), tmp_path / "state.json"
+    monkeypatch.setattr(sollol, "wall_clock_s", lambda: 1.7e9 + loop.time())
+    node = fixed(1, **FAST)
+    async with gateway_for(node, flags=["--state", str(state)]) as gateway:
+        for _ in range(3):
+            await call(gateway, "POST", "/api/generate", generate(tokens=20))
+        await asyncio.sleep(sollol.PART_S + 60.0)
+        assert [part.requests for part in gateway.telemetry.history.parts] == [3]
+        assert json.loads(json.loads(state.read_text())["history"][0])[1] == 3
+        await call(gateway, "POST", "/api/generate", generate(tokens=20))
+        assert (await events(gateway, 1, name="day"))[0]["requests"][-1] == 3
+    async with gateway_for(bench.SimNode(**FAST), flags=["--state", str(state)]) as gateway:
+        assert [part.requests for part in gateway.telemetry.history.parts] == [3, 1]    # also what was under way
+
+
+@over_sockets
+async def test_last_failures_are_kept_with_their_reasons_and_the_same_one_is_counted():
+    node = bench.SimNode(**FAST)
+    node.line = "name=a"
+    async with gateway_for(node) as gateway:
+        node.fail(500, text="CUDA error: out of memory")
+        for _ in range(3):
+            await call(gateway, "POST", "/api/generate", generate())
+        node.fail(500, text="x" * 5000)
+        await call(gateway, "POST", "/api/generate", generate())
+        seen = (await events(gateway, 1))[0]
+        assert [(row["node"], row["model"], row["status"], row["times"]) for row in seen["failures"]] == [
+            ("a", "llama3.2:latest", 500, 1), ("a", "llama3.2:latest", 500, 3)]
+        assert "out of memory" in seen["failures"][1]["text"] and seen["failures"][1]["client"] == "127.0.0.1"
+        assert len(seen["failures"][0]["text"]) <= sollol.FAILURE_CHARS
+        row, = seen["models"]["rows"]
+        assert seen["nodes"][0]["errors"] == row["failures"] == 4 and seen["failed"] == 4
+        for number in range(2 * sollol.FAILURES_KEPT):
+            spec = sollol.RequestSpec(sollol.Family.OLLAMA, f"made-up-{number}")
+            gateway.telemetry.note_failure("a", spec, sollol.Failure("model", f"reason {number}"), None)
+        assert len(gateway.telemetry.failures) == sollol.FAILURES_KEPT
+        assert not any("made-up" in model for step in gateway.telemetry.metrics.steps for model in step.bad_models)
+
+
+@pytest.mark.parametrize("outcome, status, counts", [
+    ("ok", 200, False), ("cut", 200, True), ("error", 200, True), ("error", 502, True), ("error", 400, False),
+    ("error", 404, False), ("refused", 429, False), ("refused", 503, True), ("client_left", 499, False)])
+def test_only_what_a_client_did_not_get_counts_as_failed(outcome, status, counts):
+    metrics = sollol.Metrics(cluster(a=["m"]))
+    record = sollol.Record("r", "c", "POST", "/api/chat", 0.0, node="a", attempts=1, status=status, outcome=outcome)
+    metrics.count_request(record, 1.0)
+    assert sum(step.failed for step in metrics.steps) == counts
+    assert sum(step.cuts["a"] for step in metrics.steps) == (outcome == "cut")
+
+
+# -----------------------------------------------------------------------------
+# Headline
+# -----------------------------------------------------------------------------
+
+Health, Wait, Level = sollol.NodeHealth, sollol.Wait, sollol.Level
+WELL = [Health(name, busy=1, slots=4) for name in "abcde"]
+FULL = [Health("a", busy=4, slots=4)]
+DEAD = Health("dead-box", "unreachable", "no connection", 245.0)
+OOM = Health("oom-box", "failing", "answered 500: CUDA error: out of memory", 30.0, 0, 2)
+
+
+@pytest.mark.parametrize("now, level, text", [
+    ({"nodes": WELL}, 0, "All is well: 5 nodes up, 5 requests running, none waiting."),
+    ({"nodes": [*WELL, Health("attic", "asleep")]}, 0,
+     "All is well: 5 nodes up, 1 asleep, 5 requests running, none waiting."),
+    ({}, 2, "No node: put its URL into the hosts file and save it."),
+    ({"nodes": [*WELL[:2], DEAD, Health("rtx4090", "draining"), OOM]}, 2,
+     "3 of 5 nodes cannot serve: dead-box unreachable for 4 min, oom-box fails every request: CUDA error: out of "
+     "memory, rtx4090 draining."),
+    ({"nodes": [DEAD._replace(draining=True)]}, 2,
+     "The only node cannot serve: dead-box unreachable for 4 min, draining."),
+    ({"nodes": [DEAD, OOM]}, 2,
+     "None of 2 nodes can serve: dead-box unreachable for 4 min, oom-box fails every request: CUDA error: out of "
+     "memory."),
+    ({"nodes": [*WELL, *(DEAD._replace(name=f"n{number}") for number in range(6))]}, 2,
+     "6 of 11 nodes cannot serve: n0 unreachable for 4 min, n1 unreachable for 4 min, n2 unreachable for 4 min, "
+     "n3 unreachable for 4 min and 2 more."),
+    ({"nodes": [*WELL, Health("d", "draining", busy=2)]}, 1, "1 of 6 nodes cannot serve: d draining, 2 left."),
+    ({"nodes": [*WELL, Health("d", "waking", for_s=12)]}, 1, "1 of 6 nodes cannot serve: d waking for 12 s."),
+    ({"nodes": [*WELL, Health("s", "silent", for_s=41)]}, 1, "s silent for 41 s."),
+    ({"nodes": [Health("f", failing=("m:latest", "q:7b"), why="answered 500: no")]}, 1, "f fails m, q:7b: no."),
+    ({"nodes": WELL, "waits": [Wait("m:latest", 12, 3.0)]}, 2, "12 requests wait for m, which no node can serve."),
+    ({"nodes": WELL, "waits": [Wait("m:latest", 1, 9.0, ("a", "b"), ("b",))]}, 0,
+     "All is well: 5 nodes up, 5 requests running, 1 waiting."),
+    ({"nodes": WELL, "waits": [Wait("m:latest", 1, 12.0, ("a", "b"), ("b",))]}, 1,
+     "1 request waits for m while b, which has it, does nothing."),
+    ({"nodes": WELL, "waits": [Wait("m:latest", 9, 31.0, ("a",), (), ("b", "c"))]}, 1,
+     "9 requests wait for m, which only a can serve; b, c idle. 9 requests wait, the oldest for 31 s."),
+    ({"nodes": FULL, "waits": [Wait("m:latest", 300, 121.0, ("a",))], "last_start_s": 150.0}, 1,
+     "All slots are busy; 300 requests wait, the oldest for 2 min, the last one is predicted to start in 2 min."),
+    ({"nodes": FULL, "waits": [Wait("m:latest", 300, 31.0, ("a",))], "last_start_s": 500.0}, 2,
+     "All slots are busy; 300 requests wait, the oldest for 31 s, the last one is predicted to start in 8 min; "
+     "after 4 min they get 503."),
+    ({"nodes": FULL, "waits": [Wait("m:latest", 300, 3.0, ("a",))], "last_start_s": 90.0}, 1,
+     "All slots are busy; 300 requests wait, the oldest for 3 s, the last one is predicted to start in 90 s."),
+    ({"nodes": FULL, "waits": [Wait("m:latest", 300, 3.0, ("a",))], "last_start_s": 59.0}, 0,
+     "All is well: 1 node up, 4 requests running, 300 waiting."),
+    ({"nodes": WELL, "answered": 90, "failed": 9}, 0, "All is well: 5 nodes up, 5 requests running, none waiting."),
+    ({"nodes": WELL, "answered": 80, "failed": 20}, 1, "20 % of the last minute's requests have failed."),
+    ({"nodes": WELL, "answered": 2, "failed": 3}, 2, "60 % of the last minute's requests have failed."),
+    ({"nodes": WELL, "answered": 0, "failed": 4}, 0, "All is well: 5 nodes up, 5 requests running, none waiting."),
+    ({"nodes": WELL, "lone": ("a", "b", "c")}, 1,
+     "a does nearly all the work: b, c, as fast and able, did nothing for a minute."),
+    ({"nodes": WELL, "leaving": True}, 1, "Shutting down: 5 requests running, none waiting."),
+    ({"nodes": [DEAD], "leaving": True, "refusing": True}, 1,
+     "Shutting down: 0 requests running, none waiting. New requests are refused."),
+    ({"nodes": [*WELL, DEAD], "answered": 1, "failed": 9, "waits": [Wait("m:latest", 2, 50.0, ("a",))]}, 2,
+     "1 of 6 nodes cannot serve: dead-box unreachable for 4 min. 90 % of the last minute's requests have failed. "
+     "2 requests wait, the oldest for 50 s."),
+])
+def test_headline_says_in_words_what_is_wrong_the_worst_first(now, level, text):
+    headline = sollol.headline_of(sollol.Situation(**now))
+    assert (headline.level, headline.text) == (level, text)
+
+
+def test_headline_names_the_numbers_that_are_bad_and_is_the_same_as_long_as_the_trouble_is():
+    now = sollol.Situation([*WELL, DEAD], [Wait("m:latest", 2, 50.0, ("a",))])
+    headline = sollol.headline_of(now)
+    assert headline.about == {"nodes": Level.BAD, "queue": Level.WARN, "failures": Level.OK}
+    assert headline.short == "1 of 6 nodes cannot serve"
+    later = now._replace(nodes=[*WELL, DEAD._replace(for_s=900.0)], waits=[Wait("m:latest", 7, 80.0, ("a",))])
+    assert sollol.headline_of(later).key == headline.key and sollol.headline_of(later).text != headline.text
+    assert sollol.headline_of(now._replace(nodes=[*WELL[1:], DEAD, OOM])).key != headline.key
+
+
+def test_headline_tells_only_the_beginning_of_what_a_node_said():
+    text = sollol.headline_of(sollol.Situation([OOM._replace(why="no\u2028way " * 2000)])).text
+    assert len(text) < 200 and "\n" not in text
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (99.4, "99 s"), (100.0, "2 min"), (7100.0, "118 min"),
+                                           (7200.0, "2 h"), (90000.0, "25 h"), (172800.0, "2 days")])
+def test_times_for_people(seconds, text):
+    assert sollol.for_people(seconds) == text
+
+
 # -----------------------------------------------------------------------------
 # Dashboard
 # -----------------------------------------------------------------------------
 
-async def events(gateway, count, key=""):
-    """Return the first events that a dashboard gets, maybe with a key."""
+async def events(gateway, count, key="", name=""):
+    """Return the first events of a name that a dashboard gets, maybe with a key."""
     caller, found = await Caller.to(gateway), []
     try:
         caller.writer.write(f"GET /dashboard/events HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {key}\r\n\r\n".encode())
         head = await caller.head()
         assert b" 200 " in head and b"text/event-stream" in head
+        kind = ""
         while len(found) < count and (line := await caller.reader.readline()):
-            if line.startswith(b"data: "):
-                found.append(json.loads(line[6:]))
+            if line.startswith(b"event: "):
+                kind = line[7:].decode().strip()
+            elif line.startswith(b"data: "):
+                found += [json.loads(line[6:])] if kind == name else []
+                kind = ""
     finally:
         caller.close()
     return found
@@ -12007,6 +12315,148 @@ async def test_dashboard_is_told_every_second_what_goes_on():
 
 
 @over_sockets
+async def test_prompt_that_is_too_long_for_a_node_is_no_failure_of_it():
+    async with gateway_for(bench.SimNode(**FAST)) as gateway:
+        spec = want("llama3.2")
+        for kind in sollol.DIFFERENCES:
+            gateway.telemetry.note_failure("a", spec, sollol.Failure(kind, "no"), 400)
+        assert not gateway.telemetry.failures and not any(step.errors for step in gateway.telemetry.metrics.steps)
+
+
+def test_forecast_of_the_queue_is_reckoned_seldom_and_counts_down_meanwhile():
+    dispatcher = cluster(a=["m"])
+    first, second = enter(dispatcher, want(), want())
+    forecast = sollol.QueueForecast()
+    forecast.look(dispatcher, 1.0)
+    left_s = forecast.left_s(second, 1.0)
+    assert forecast.left_s(first, 1.0) == 0.0 and left_s > 0.5 and forecast.again_s > 1.0
+    forecast.again_s = 4.0
+    later, = enter(dispatcher, want(), now=2.0)
+    forecast.look(dispatcher, 3.9)
+    assert forecast.left_s(later, 3.9) is None and forecast.left_s(second, 1.25) == pytest.approx(left_s - 0.25)
+    assert forecast.left_s(second, 1000.0) == 0.0
+    forecast.look(dispatcher, 4.0)
+    assert forecast.left_s(later, 4.0) > forecast.left_s(second, 4.0) > 0.0
+
+
+def tripped(breaker, now=0.0):
+    """Let a breaker open."""
+    for _ in range(breaker.threshold):
+        breaker.fail(now)
+
+
+def trouble_of(node, now=1.0):
+    failing = [runner.model for runner in node.runners.values() if runner.breaker.state(now) != "closed"]
+    return sollol.trouble_with(node, sollol.each_runner(node), failing, now)
+
+
+def test_kinds_of_trouble_with_a_node():
+    dispatcher = cluster(a=["m", "n"])
+    node = dispatcher.cluster.nodes["a"]
+    assert trouble_of(node) == ""
+    node.runners["m:latest"].used_s = node.runners["n:latest"].used_s = 0.5
+    tripped(node.runners["m:latest"].breaker)
+    assert trouble_of(node) == ""       # another model works there
+    tripped(node.runners["n:latest"].breaker)
+    assert trouble_of(node) == trouble_of(node, 1000.0) == "failing"    # also when nobody has asked for long
+    node.draining = True
+    assert trouble_of(node) == "failing"
+    for runner in node.runners.values():
+        runner.breaker.succeed()
+    assert trouble_of(node) == "draining"
+    node.draining = False
+    node.doubt(1.0)
+    assert trouble_of(node) == "silent"
+    tripped(node.breaker)
+    assert trouble_of(node) == "failing"
+    node.lost(1.0)
+    assert trouble_of(node) == "unreachable"
+    node.settings = node.settings._replace(mac="aabbccddeeff")
+    assert trouble_of(node) == "asleep"
+    node.sleep.call(1.0)
+    assert trouble_of(node) == "waking"
+    node.probed = False
+    assert trouble_of(node) == "new"
+
+
+def waits(dispatcher, now, seen=sollol.EVERY_MODEL):
+    return sollol.waits_of(dispatcher, now, seen)
+
+
+def test_waits_tell_who_could_serve_and_does_nothing():
+    dispatcher = cluster(a=["m"], b=["m"], slow=["m"], other=["n"])
+    enter(dispatcher, *(want("m:latest") for _ in range(5)))
+    a, b, slow = (runner(dispatcher, name) for name in ("a", "b", "slow"))
+    for known, decode_s in ((a, 0.02), (b, 0.025), (slow, 0.4)):
+        known.speeds.decode_s, known.speeds.samples = decode_s, 9
+    sollol.give_lease(dispatcher.waiting.in_order()[0], a.node, None, 0.0, "")
+    assert waits(dispatcher, 12.0) == [Wait("m:latest", 5, 12.0, ("a", "b", "slow"), ("a", "b", "slow"), ())]
+    lease = sollol.give_lease(dispatcher.waiting.in_order()[0], a.node, a, 0.0, "")
+    assert waits(dispatcher, 12.0) == [Wait("m:latest", 5, 12.0, ("a", "b", "slow"), ("b",), ())]   # slow is no match
+    b.node.drain(True, 0)
+    assert waits(dispatcher, 12.0) == [Wait("m:latest", 5, 12.0, ("a", "slow"), (), ("other",))]
+    for name in ("a", "slow"):
+        dispatcher.cluster.nodes[name].lost(1.0)
+    assert waits(dispatcher, 12.0) == [Wait("m:latest", 5, 12.0, (), (), ("other",))]
+    assert waits(dispatcher, 12.0, sollol.parse_models("n")) == [] and lease.node is a.node
+
+
+@pytest.mark.parametrize("answers, slow, lone", [
+    ({"a": 30}, (), ("a", "b", "c")), ({"a": 30, "b": 3}, (), ("a", "c")), ({"a": 30, "b": 4}, (), ()),
+    ({"a": 19}, (), ()), ({"a": 30}, ("b", "c"), ()), ({"gone": 30}, (), ()), ({}, (), ())])
+def test_node_that_does_all_the_work_is_named_only_beside_others_that_could(answers, slow, lone):
+    dispatcher = cluster(a=["m"], b=["m"], c=["m"], d=["n"])
+    for name in "abc":
+        runner(dispatcher, name).speeds.decode_s = 0.2 if name in slow else 0.02
+    enter(dispatcher, want("m:latest"))
+    assert sollol.lone_worker(dispatcher.cluster, answers, 1.0) == ()     # it has a free slot
+    ticket, = dispatcher.waiting.tickets
+    dispatcher.waiting.discard(ticket)
+    sollol.give_lease(ticket, runner(dispatcher, "a").node, runner(dispatcher, "a"), 0.0, "")
+    assert sollol.lone_worker(dispatcher.cluster, answers, 1.0) == lone
+
+
+@over_sockets
+async def test_dashboard_says_what_is_wrong_and_nothing_of_the_speed_of_a_dead_node():
+    dead, failing, well = (fixed(1, **FAST) for _ in range(3))
+    for node, name in ((dead, "dead-box"), (failing, "oom-box"), (well, "well")):
+        node.line += f" name={name} token=hush"
+    async with gateway_for(dead, failing, well) as gateway:
+        for _ in range(9):
+            await call(gateway, "POST", "/api/generate", generate(tokens=20))
+        failing.fail(500, text="CUDA error: out of memory")
+        dead.kill()
+        await gateway.node_io.probe(gateway.dispatcher.cluster.nodes["dead-box"])
+        for _ in range(4):
+            await asyncio.gather(*(call(gateway, "POST", "/api/generate", generate(tokens=200)) for _ in range(6)))
+        seen = (await events(gateway, 1))[0]
+        assert seen["headline"]["level"] == 2 and seen["headline"]["about"]["nodes"] == 2
+        assert re.match(r"2 of 3 nodes cannot serve: dead-box unreachable for \d s, oom-box fails every request: "
+                        r"CUDA error: out of memory", seen["headline"]["text"]), seen["headline"]
+        rows = {row["name"]: row for row in seen["nodes"]}
+        assert rows["dead-box"]["kind"] == "unreachable" and "no connection" in rows["dead-box"]["why"]
+        assert [rows["dead-box"][name] for name in ("tok_s", "decode_tok_s", "speed", "answer_s")] == [None] * 4
+        assert rows["well"]["decode_tok_s"] > 0 and rows["well"]["version"] and rows["well"]["url"] == well.url
+        assert rows["oom-box"]["errors"] >= 2 and "hush" not in json.dumps(seen)
+        assert (await call(gateway, "GET", "/api/stats")).json()["headline"] == seen["headline"]
+
+
+@over_sockets
+async def test_dashboard_shows_the_shutting_down_until_what_runs_has_ended():
+    node = fixed(1, speed=5)
+    async with gateway_for(node) as gateway:
+        task = asyncio.create_task(events(gateway, 100))
+        asking = asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=2000)))
+        await until(lambda: health(gateway)["inflight"] == 1)
+        gateway.drain()
+        assert (await asking).status == 200
+        await asyncio.wait_for(gateway.stopped.wait(), 3)
+        told = [seen["headline"]["text"] for seen in await task if seen["draining"]]
+        assert told[0] == "Shutting down: 1 request running, none waiting. New requests are refused."
+        assert told[-1].startswith("Shutting down: 0 requests running") and len(told) >= 2
+
+
+@over_sockets
 async def test_open_dashboard_does_not_hold_up_the_end():
     async with gateway_for(fixed(1)) as gateway:
         task = asyncio.create_task(events(gateway, 100))
@@ -12014,7 +12464,7 @@ async def test_open_dashboard_does_not_hold_up_the_end():
         await asyncio.sleep(1.5)
         gateway.drain()
         await asyncio.wait_for(gateway.stopped.wait(), 3)
-        assert len(await task) == 2
+        assert [told["draining"] for told in await task] == [False, False, True]
 
 
 def test_lines_of_the_dashboard_have_gaps_where_nothing_finished():
@@ -12023,13 +12473,16 @@ def test_lines_of_the_dashboard_have_gaps_where_nothing_finished():
         metrics.step(now).add("a", took_s, None, 10)
     shown = sollol.past(metrics.steps, 31.0)
     assert len(shown["total_p50_s"]) == sollol.STEPS_KEPT
-    assert shown["total_p50_s"][-4:] == [1.0, None, 2.0, None] and shown["total_p95_s"][-4:] == [3.0, None, 2.0, None]
-    assert not any(shown["first_p50_s"])
+    assert shown["total_p50_s"][-4:] == (1.0, None, 2.0, None) and shown["total_p95_s"][-4:] == (3.0, None, 2.0, None)
+    assert not any(shown["first_p50_s"]) and shown["requests"][-4:] == [2, 0, 1, 0]
+    last = metrics.step(30.0)
+    assert metrics.step(29.99) is last      # what is counted a moment late
 
 
 def test_page_needs_nothing_from_elsewhere():
     assert not re.search(r"(src|href|url|import)\s*[=(:]?\s*[\"'(]?(https?:)?//", sollol.PAGE)
-    assert len(sollol.PAGE.splitlines()) < 350
+    assert len(sollol.PAGE.encode()) < 60 * 1024
+    assert "innerHTML" not in sollol.PAGE and "insertAdjacentHTML" not in sollol.PAGE   # data is never read as HTML
 
 
 @over_sockets
@@ -12118,6 +12571,7 @@ def browser(tmp_path):
 
 TEXT = "document.getElementById('{}').innerText"
 ROWS = "[...document.querySelectorAll('#{} tbody tr')].map((row) => row.innerText.replace(/\\s+/g, ' '))"
+CARDS = "[...document.querySelectorAll('#nodes .node')].map((card) => card.innerText.replace(/\\s+/g, ' '))"
 
 
 def ask_later(url, **fields):
@@ -12135,34 +12589,100 @@ def test_browser_shows_nodes_queue_and_decisions_and_finds_a_restarted_gateway(b
         with program("sollol.py", *flags) as gateway:
             url = read_until(gateway, r"event=start .*url=(\S+)")[1]
             browser.open(f"{url}/dashboard")
-            browser.wait(ROWS.format("nodes") + ".length === 3")
-            rows = browser.value(ROWS.format("nodes"))
-            assert [row.split()[0] for row in rows] == list("abc") and all(" up " in row for row in rows)
+            browser.wait(CARDS + ".length === 3")
+            rows = browser.value(CARDS)
+            assert [re.search(r"[abc]\b", row)[0] for row in rows] == list("abc")
+            assert all(" up, " in row for row in rows)
             assert "Nobody waits." in browser.value(TEXT.format("queue"))
+            assert browser.value(TEXT.format("sentence")).startswith("All is well: 3 nodes up")
             for number in range(5):
                 asking.callback(ask_later(url, X_Request_Id=f"mine-{number}", X_Priority=3 + number).kill)
                 time.sleep(0.1)
             queue = browser.wait(f"(({ROWS.format('queue')}).length === 2) && {ROWS.format('queue')}")
-            assert re.match(r"1 7 llama3.2 127.0.0.1 .+ next mine-4", queue[0]), queue
+            assert re.match(r"1 7 llama3.2 127.0.0.1 .+ mine-4", queue[0]), queue
             assert re.match(r"2 6 llama3.2 127.0.0.1 .+ mine-3", queue[1]), queue
-            assert browser.value("document.querySelectorAll('#nodes .slot.busy').length") == 3
-            decisions = browser.value(ROWS.format("decisions"))
+            busy = browser.wait("(it => it.length === 3 && it.map(one => one.innerText).join())("
+                                "[...document.querySelectorAll('#nodes .slots li:not(.free)')])")
+            assert busy.count("127.0.0.1") == busy.count("llama3.2") == 3
+            decisions = browser.value("[...document.querySelectorAll('#decisions tbody tr')].map(it => it.textContent)")
             assert len(decisions) == 3 and all("→" in row for row in decisions) and "llama3.2" in decisions[0]
-            assert subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/api/nodes/c/drain"], capture_output=True,
-                                  check=True).stdout
-            browser.wait(f"{ROWS.format('nodes')}[2].includes('draining')")
+            press(browser, "c", "Drain")
+            assert "Drain c?" in browser.value(TEXT.format("asked"))
+            assert "draining" not in browser.value(f"{CARDS}.join()")
+            browser.value("document.getElementById('yes').click()")
+            browser.wait(f"{CARDS}[0].includes('draining') && !document.getElementById('ask').open")      # sorted first
+            browser.wait("document.title.includes('1 of 3 nodes cannot serve')")
+            assert "c draining" in browser.value(TEXT.format("sentence"))
+            assert "image/svg" in browser.value("document.getElementById('icon').href")
+            press(browser, "c", "Load a model")
+            model = browser.wait("document.getElementById('model').value")
+            browser.value("document.getElementById('yes').click()")
+            browser.wait(f"{CARDS}.find(it => it.includes('draining')).includes({model.split(':')[0]!r})")
             for width in (390, 1600):
                 browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                             mobile=False)
                 assert browser.wait("document.documentElement.scrollWidth <= innerWidth")
         browser.wait("document.body.classList.contains('lost')")
-        assert "Connection lost" in browser.value(TEXT.format("link"))
+        assert "Connection lost" in browser.value(TEXT.format("sentence"))
         with program("sollol.py", *flags) as gateway:
             read_until(gateway, r"event=start")
             browser.wait("!document.body.classList.contains('lost')")
-            browser.wait(f"{ROWS.format('nodes')}.length === 3 && !{TEXT.format('nodes')}.includes('draining')")
-            assert browser.value("document.querySelectorAll('th[scope=col]').length") >= 7
+            browser.wait(f"{CARDS}.length === 3 && !{TEXT.format('nodes')}.includes('draining')")
+            assert browser.value("document.querySelectorAll('th[scope=col]').length") >= 3
             assert not browser.value("document.querySelectorAll('script[src], link[href^=http], img').length")
+
+
+def press(browser, node, text):
+    """Unfold a node's card and press a button there."""
+    browser.wait(f"""(() => {{
+        const cards = [...document.querySelectorAll('#nodes .node')];
+        const card = cards.find(it => it.querySelector('h3').innerText === '{node}');
+        card.querySelector('details').open = true;
+        const button = [...card.querySelectorAll('button')].find(it => it.innerText === '{text}');
+        if (button) button.click();
+        return !!button; }})()""")
+
+
+# An hour of updates: nodes change their order and their state, requests come and go, models turn up.
+SOME_MINUTES = """(() => {
+  const first = JSON.parse(document.getElementById('first-state').textContent), node = first.nodes[0];
+  for (let n = BEGIN; n < BEGIN + 200; n++) {
+    const kinds = ['', 'failing', 'draining', '', 'unreachable'];
+    const nodes = Array.from({length: 12}, (_, k) => ({...node, name: `node-${k}`, kind: kinds[(n + k) % 5],
+      slots: 4, busy: n % 4, models: {[`model-${n % 300}`]: {slots: 2, known: 'learned'}},
+      running: Array.from({length: (n + k) % 5}, (_, i) => ({client: `person-${n}`, model: `m${i}`, since_s: n,
+        began: true, slot: true, priority: 5}))}));
+    const queue = Array.from({length: n % 50}, (_, k) => ({id: `r${n}-${k}`, model: `m${k}`, priority: 5, client: 'c',
+      position: k + 1, waited_s: n, predicted_start_s: k}));
+    take({...first, nodes, queue, queued: queue.length, headline: {...first.headline, level: n % 3, key: `${n}`}});
+  }
+  return document.querySelectorAll('*').length; })()"""
+
+
+def test_browser_holds_its_memory_over_an_hour_of_updates_and_keeps_the_focus(browser):
+    with program("sollol.py", "--port", "0", "--node", "http://127.0.0.1:9 name=a") as gateway:
+        browser.open(read_until(gateway, r"event=start .*url=(\S+)")[1] + "/dashboard")
+        browser.wait(CARDS + ".length === 1")
+
+        def held():
+            browser.ask("HeapProfiler.collectGarbage")
+            metrics = {row["name"]: row["value"] for row in browser.ask("Performance.getMetrics")["metrics"]}
+            return metrics["JSHeapUsedSize"], metrics["Nodes"]
+
+        browser.ask("Performance.enable")
+        browser.value("document.querySelector('#nodes summary').focus()")
+        elements, heaps, nodes = [], [], []
+        for second in range(0, 3600, 200):
+            elements.append(browser.value(SOME_MINUTES.replace("BEGIN", str(second))))
+            heap, node_count = held()
+            heaps.append(heap)
+            nodes.append(node_count)
+        assert max(elements) < 3000 and max(nodes[9:]) < 1.2 * max(nodes[:9])
+        assert max(heaps[9:]) < 1.2 * max(heaps[:9]), heaps
+        browser.value("document.querySelector('#nodes .node:last-child summary').focus()")
+        name = browser.value("document.activeElement.querySelector('h3').innerText")
+        browser.value("at('sort').value = 'busy', take({...state, nodes: state.nodes.slice().reverse()})")
+        assert browser.value("document.activeElement.querySelector('h3').innerText") == name
 
 
 # -----------------------------------------------------------------------------
