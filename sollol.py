@@ -3382,6 +3382,7 @@ class Lease:
     position: int = 0               # how many of its model ran there, itself included
     start_progress_s: float = 0.0   # the runner's progress when it was sent
     start_shared_s: float = 0.0
+    start_crowd_s: float = 0.0
     ready_s: float = 0.0            # when its model is there
     loads: bool = False             # its model was not
     output_tokens: float = 0.0      # expected
@@ -3441,6 +3442,7 @@ class Lease:
         self.predicted_end_s = now + prediction.start_s + work_s * prediction.slow
         self.race_s, self.quiet_s = overdue_s(prediction), quiet_s(runner, prediction)
         self.start_progress_s, self.start_shared_s = runner.progress_s, runner.shared_s
+        self.start_crowd_s = runner.crowd_s
 
     def heard(self, lines: int, now: float) -> None:
         """Note bytes of the answer; `lines` streamed lines were among them."""
@@ -3971,6 +3973,7 @@ class Node:
                 progress_s = elapsed_s / slowdown(self, runner)
                 runner.progress_s += progress_s
                 runner.shared_s += progress_s / self.speed
+                runner.crowd_s += elapsed_s * LOGARITHMS[min(len(runner.leases), runner.slots.count, 256)]
             self.advanced_s = now
 
     def end_load(self, lease: Lease, now: float) -> None:
@@ -4314,7 +4317,8 @@ def served_beside_s(lease: Lease) -> float:
     if lease.position <= slots:
         return first_s
     # Progress was counted as if only slots were used.
-    return first_s * BATCH_SLOWDOWN[slots] / BATCH_SLOWDOWN[min(lease.position, 256)]
+    slowdowns = lease.slot.batching.slowdowns
+    return first_s * slowdowns[slots] / slowdowns[min(lease.position, 256)]
 
 
 def sign_of_wait(lease: Lease, work_s: float) -> bool | None:
@@ -4424,6 +4428,7 @@ def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float) -> No
     if tokens >= 8 and timings.output_s > 1e-4:
         stalled_s = lease.stall_tokens * runner.prefill_s()
         learn_decode(runner, timings.output_s * share / tokens, now, stalled_s * share / tokens)
+        learn_batching(lease, timings.output_s * share / tokens, took_s, stalled_s * share / tokens)
 
 
 def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
@@ -4441,6 +4446,7 @@ def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
         if lease.ticket.spec.stream and tokens >= 8 and later_s > 1e-4:     # once begun it waits for nobody either
             stalled_s = lease.stall_tokens * runner.prefill_s()
             learn_decode(runner, later_s / (tokens - 1), now, stalled_s / (tokens - 1))
+            learn_batching(lease, later_s / (tokens - 1), now - lease.sent_s, stalled_s / (tokens - 1))
     weigh_latency(lease, timings, now)
 
 
@@ -4519,6 +4525,18 @@ def learn_prefill(lease: Lease, seconds: float, tokens: float) -> None:
     runner.speeds.learn_prefill(known, sample, tokens)
 
 
+def learn_batching(lease: Lease, sample: float, took_s: float, stalled_s: float) -> None:
+    """Take in what an answer shows of batching, by the seconds per output token that a lone request would have seen.
+
+    They were reckoned with what those beside it are believed to have slowed it down: that is put back. For up to
+    `stalled_s` of them it stood still for the prefills of others; if that is much, it shows nothing.
+    """
+    batching = lease.slot.batching
+    if took_s > 0 and stalled_s <= STALL_SHARE * sample:
+        crowd = (lease.slot.crowd_s - lease.start_crowd_s) / took_s
+        batching.learn(crowd, (sample - stalled_s / 2) * math.exp((1 - batching.batch_exponent) * crowd))
+
+
 def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0.0) -> None:
     """Take in the seconds per output token that a lone request would have seen.
 
@@ -4532,6 +4550,8 @@ def learn_decode(runner: Runner, sample: float, now: float, stalled_s: float = 0
         if not sample:
             return
     sample, gain = runner.speeds.learn_decode(known, sample, now)
+    if gain == 1.0:
+        runner.batching.restart()
     factor = size_factor(runner, sample)
     is_first = gain == 1.0 and not any(other.speeds.decode_s for other in node.runners.values() if other is not runner)
     node.size_factor = factor if is_first else blend(node.size_factor, factor, gain)
@@ -4559,6 +4579,7 @@ def learn_measured(lease: Lease, timings: Timings, now: float) -> bool:
     if not speeds.samples or not 1 / ALIKE <= decode / runner.decode_s() <= ALIKE:
         speeds.samples = 0          # what was believed is of no use
         learn_decode(runner, decode, now)
+    runner.batching.learn(0.0, decode)
     if prefill > GROSS * runner.prefill_s() or prefill and lease.fresh and runner.prefill_s() > GROSS * prefill:
         speeds.prefill_s = prefill
         speeds.prefills.clear()
@@ -4592,11 +4613,15 @@ def learn_slots_measured(lease: Lease, answers: list[Timings], now: float) -> bo
 # is tried again after a pause, for somebody else may have had the slot. Of two gateways before one node the one that
 # has more sees more waits, so that it gives a slot back first, and tries for another one later: their shares converge.
 #
+# Batching: b requests of a model do more together than one alone. How much more is seen where answers have run beside
+# one another and alone: it differs by the card, the model and its quantisation.
+#
 # Speeds are what a lone request would see. They are averages that two samples which agree can replace, if they are
 # far off. Of prefill only the slow samples count, as the node's own cache makes the others faster than true.
 # -----------------------------------------------------------------------------
 
 CLIP = 3.0                          # one sample moves an estimate as if it were at most this many times off
+LOG_CLIP = math.log(CLIP)
 WAITS_TO_SHRINK = 3                 # one hidden wait within the proved slots may be chance
 SIGNS_FOR, SIGNS_AGAINST = 3, 5     # by so many votes a slot is won or lost: one too few costs more than one too many
 RETRY_SHARED_S = 10.0               # pause for each slot that is left, two at most, while others use the node
@@ -4605,6 +4630,10 @@ FIRST_SURE_PAUSE = 3                # doublings of the pause, at least, where it
 PREFILLS_KEPT = 20                  # samples of prefill speed
 SPREAD = 1.7                        # times: samples of undisturbed prefills are no farther apart
 CONFIRMED_S = 600.0                 # how long an answer confirms
+BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one, until it is learned
+LEAST_GAIN, MOST_GAIN = 0.3, 1.0    # exponents that are believed
+BATCHES_KEPT = 100                  # answers that an exponent is learned from: older ones fade
+PRIOR_SPREAD = 2.0                  # the prior counts like some ten answers beside one, two and three others
 
 
 class SlotEstimate:
@@ -4764,6 +4793,59 @@ def usual_prefill_s(samples: collections.deque[float]) -> float:
 def beyond(estimate: float, least: float, most: float) -> float:
     """Return the bound that the estimate is clearly outside of; 0 if it is within both: nothing to learn."""
     return most if estimate > LEEWAY * most else least if estimate * LEEWAY < least else 0.0
+
+
+LOGARITHMS = [math.log(max(1, count)) for count in range(257)]     # of how many run
+
+
+@functools.lru_cache
+def slowdowns_of(exponent: float) -> list[float]:
+    """Return by how much each of so many requests of one model is slower than alone, by how many there are."""
+    return [max(1, count) ** (1 - exponent) for count in range(257)]
+
+
+class BatchingEstimate:
+    """How much more b requests of a model do together than one alone: b**batch_exponent times as much.
+
+    The logarithm of the seconds per token is a line over the logarithm of b, its slope 1 - batch_exponent. It is fitted
+    to the answers, the older ones fade; until they differ in b, the prior decides.
+    """
+
+    def __init__(self) -> None:
+        self.batch_exponent = self.prior = BATCH_GAIN
+        self.slowdowns = slowdowns_of(BATCH_GAIN)   # times longer than alone, by how many run
+        self.samples = 0.0                          # behind the means, faded
+        self.crowd = self.log_s = 0.0               # means of ln(b), and of ln(seconds per token)
+        self.spread = self.joint = 0.0              # sums of squares of ln(b), and of products of both; of deviations
+
+    def learn(self, crowd: float, token_s: float) -> None:
+        """Take in the seconds per token of an answer, beside others: the mean of ln(b) while it ran is `crowd`."""
+        keep, log_s = 1 - 1 / BATCHES_KEPT, math.log(token_s)
+        self.samples = keep * self.samples + 1
+        crowd_off, log_off = crowd - self.crowd, log_s - self.log_s
+        if self.samples > 1:
+            log_off = min(max(log_off, -LOG_CLIP), LOG_CLIP)
+        self.crowd += crowd_off / self.samples
+        self.log_s += log_off / self.samples
+        weight = 1 - 1 / self.samples
+        self.spread = keep * self.spread + weight * crowd_off * crowd_off
+        self.joint = keep * self.joint + weight * crowd_off * log_off
+        slope = (self.joint + PRIOR_SPREAD * (1 - self.prior)) / (self.spread + PRIOR_SPREAD)
+        self.believe(1 - slope)
+
+    def believe(self, exponent: float) -> None:
+        """Reckon with an exponent, as far as it can be."""
+        self.batch_exponent = min(max(exponent, LEAST_GAIN), MOST_GAIN)
+        self.slowdowns = slowdowns_of(round(self.batch_exponent, 2))
+
+    def restart(self) -> None:
+        """Note that the speed of a lone request has changed: later answers are not compared with those before."""
+        self.samples = 0.0
+
+    def recall(self, kept: Json) -> None:
+        """Take over what an earlier run has kept, as the prior."""
+        self.prior = kept.get("batch_exponent", self.prior)
+        self.believe(self.prior)
 
 
 class SpeedEstimate:
@@ -4969,9 +5051,11 @@ class Runner:
     seen_used_s: float = -math.inf  # when /api/ps last showed that somebody, whoever that is, had used it
     slots: SlotEstimate = field(default_factory=SlotEstimate)
     speeds: SpeedEstimate = field(default_factory=SpeedEstimate)
+    batching: BatchingEstimate = field(default_factory=BatchingEstimate)
     unqueued_ratio: dict[bool, float] = field(default_factory=dict)     # does it stream: first byte, seen over expected
     progress_s: float = 0.0         # solo-seconds that each running request has advanced since the start
     shared_s: float = 0.0           # the same, had the node run at its usual speed
+    crowd_s: float = 0.0            # seconds, each times the logarithm of how many requests ran
     prefixes: Prefixes = field(default_factory=Prefixes)    # beginnings of the last prompts
     beginnings: Prefixes = field(default_factory=Prefixes)  # of many more: its cache may still hold one of them
     held_in_slots: float = 1.0      # EWMA: of what a slot is believed to have, how much the answers show
@@ -5163,6 +5247,7 @@ class Runner:
             return
         self.vram_bytes = kept.get("vram_bytes", self.vram_bytes)
         self.speeds.recall(kept)
+        self.batching.recall(kept)
         self.unqueued_ratio = {name == "true": ratio for name, ratio in kept.get("unqueued_ratio", {}).items()}
         self.slots.recall(kept, self.node.indexed_s)
 
@@ -5193,14 +5278,14 @@ def evicted_for(runner: Runner) -> list[Runner]:
 #            + the prefill that a conversation will need again which this prompt pushes out of the prefix cache
 #            + work that is slower beside conversations which are expected back there soon
 #
-# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**-0.3 of solo
-# speed each, k models with work share the device, and `Node.speed` is what is left of its usual speed.
+# Work is counted in solo-seconds: what a request would take alone. b requests of one model advance at b**(x - 1) of
+# solo speed each, x as learned; prompts only one at a time. k models with work share the device, and `Node.speed` is
+# what is left of its usual speed.
 # All of these only read the nodes; an Offer and its NodeSnapshot keep what was reckoned until something happens there.
 # The terms were chosen in a simulation study over 56 scenarios; see the README, "How it decides".
 # -----------------------------------------------------------------------------
 
 # These, their plateaus and what each is worth were measured on a simulator with real token traces.
-BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one; 0.5..1.0 costs <= 2 %
 HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later reload, cached prefixes; 0.5..2 alike
 EVICTION = 1.0                      # weight of a prefill that another conversation will need again
 CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
@@ -5213,9 +5298,6 @@ CONTINUES_SHARE = 0.5               # a prompt of which so much is cached goes o
 FORESIGHT_S = 3600.0                # no wait is predicted to be longer
 OVERDUE = 3.0                       # times the predicted silence an answer is overdue; more while little is measured
 
-# By how much each of so many requests of one model is slower than alone. A slot beyond any that was seen costs no more.
-BATCH_SLOWDOWN: list[float] = [max(1, count) ** (1 - BATCH_GAIN) for count in range(257)]
-
 
 def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> float:
     """Return how many times longer than alone a request of `runner` takes, with `extra` more of them there."""
@@ -5223,7 +5305,7 @@ def slowdown(node: Node, runner: Runner, extra: int = 0, full: bool = False) -> 
     if extra and not running:
         models += 1
     together = runner.slots.count if full else min(runner.slots.count, running + extra)
-    return BATCH_SLOWDOWN[min(together, 256)] * (models or 1) / node.speed
+    return runner.batching.slowdowns[min(together, 256)] * (models or 1) / node.speed
 
 
 def to_first_byte_s(runner: Runner, new_tokens: float, spec: RequestSpec) -> float:
@@ -5369,7 +5451,10 @@ class Offer:
         self.runner, self.snapshot, self.claims_at_s = runner, snapshot, claims_at_s
         self.free = runner.slots.count - len(runner.leases) - len(claims_at_s)
         self.ends_at_s: list[float] | None = None   # when leases and claims end, ascending; reckoned once needed
-        self.slow = slowdown(node, runner, 1, full=self.free <= 0)      # times longer than alone, beside what runs then
+        full = self.free <= 0
+        self.slow = slowdown(node, runner, 1, full)     # times longer than alone, beside what runs then
+        together = min(runner.slots.count if full else len(runner.leases) + 1, 256)
+        self.prompt_slow = self.slow / runner.batching.slowdowns[together] * together   # prompts are not batched
         self.prefill_s, self.decode_s = runner.prefill_s(), runner.decode_s()
         self.fixed_s, self.overhead_s = node.rtt_s, node.overhead_s
         if node.busy and not runner.leases:
@@ -5454,18 +5539,20 @@ class Offer:
     def finish_s(self, demand: Demand, now: float) -> float:
         """Return when a request would be finished, with what it costs others: what nodes are compared by.
 
-        Its prefill stops the streams that run beside it: an engine works on one prompt at a time. Conversations that
-        are expected back here will slow it down, and be slowed down.
+        Its prefill stops the streams that run beside it: an engine works on one prompt at a time. It will be stopped as
+        often: whoever comes after one of them has a prompt, too, of like length. Conversations that are expected back
+        here will slow it down, and be slowed down.
         """
         start_s, _, swap_s = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
         prompt_s = new_tokens * self.prefill_s
         texts_s = demand.inputs * self.runner.input_s() if demand.inputs else 0.0
-        work_s = self.overhead_s + prompt_s + texts_s + demand.output_tokens * self.decode_s
+        work_s = self.overhead_s + texts_s + demand.output_tokens * self.decode_s
+        slowed_s = work_s * self.slow + prompt_s * self.prompt_slow
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
         if self.expected:
-            work_s *= 1 + NEAR * (self.expected - self.is_own(demand, new_tokens))
-        finish_s = start_s + self.fixed_s + work_s * self.slow + swap_s + stops_s
+            slowed_s *= 1 + NEAR * (self.expected - self.is_own(demand, new_tokens))
+        finish_s = start_s + self.fixed_s + slowed_s + swap_s + stops_s
         if self.evicted_tokens and not self.is_own(demand, new_tokens):     # another conversation will need them again
             finish_s += EVICTION * self.evicted_tokens * self.prefill_s
         return finish_s
@@ -6812,8 +6899,9 @@ class ClusterRates:
             self.rates.pop(model, None)
             return []
         if changes != self.cluster.changes.count or now - at_s > LOOK_AGAIN_S:
-            rates = [(runner.slots.count / BATCH_SLOWDOWN[min(runner.slots.count, 256)], runner.node.overhead_s,
-                      runner.prefill_s(), runner.decode_s(), runner.input_s()) for runner in holders]
+            rates = [(runner.slots.count / runner.batching.slowdowns[min(runner.slots.count, 256)],
+                      runner.node.overhead_s, runner.prefill_s(), runner.decode_s(), runner.input_s())
+                     for runner in holders]
             self.rates[model] = now, self.cluster.changes.count, rates
         return rates
 
@@ -6866,7 +6954,8 @@ class Forecast:
         prompt, inputs = (round(4 * math.log2(1 + size)) for size in (demand.prompt_tokens, demand.inputs))
         alike = runner, prompt, inputs, round(demand.output_tokens)
         if alike not in self.costs_s:
-            self.costs_s[alike] = alone_s(runner, demand) * BATCH_SLOWDOWN[min(len(self.slots_of(runner.node)), 256)]
+            count = min(len(self.slots_of(runner.node)), 256)
+            self.costs_s[alike] = alone_s(runner, demand) * runner.batching.slowdowns[count]
         return self.costs_s[alike]
 
     def start_s(self, demand: Demand) -> float | None:
@@ -10191,7 +10280,8 @@ def runner_stats(node: Node, model: str, now: float) -> Json:
             "inflight": sum(lease.ticket.spec.model == model for lease in runner.leases),
             "decode_tok_s": round(1 / runner.speeds.decode_s, 1) if runner.speeds.decode_s else None,
             "prefill_tok_s": round(1 / runner.speeds.prefill_s, 1) if runner.speeds.prefill_s else None,
-            "load_s": round(runner.speeds.load_s, 2) or None, "samples": runner.speeds.samples}
+            "load_s": round(runner.speeds.load_s, 2) or None, "samples": runner.speeds.samples,
+            "batch_exponent": round(runner.batching.batch_exponent, 2)}
 
 
 def running_stats(lease: Lease, now: float) -> Json:
@@ -12617,6 +12707,7 @@ KEPT_OF_SPEEDS: dict[str, Range] = {
     "decode_s": (float, 1e-6, 1e3), "prefill_s": (float, 1e-8, 1e3), "input_s": (float, 1e-8, 1e3),
     "load_s": (float, 1e-3, 1e4), "lines_per_token": (float, 1e-3, 1e3),
     "samples": (int, 1, 10**12), "streams": (int, 1, 10**12)}
+KEPT_OF_BATCHING: dict[str, Range] = {"batch_exponent": (float, LEAST_GAIN, MOST_GAIN)}
 KEPT_OF_SLOTS: dict[str, Range] = {"count": (int, 1, 256), "max_proven": (int, 1, 256), "rejections": (int, 0, 1000)}
 KEPT_OF_LENGTHS: dict[str, Range] = {
     "mean": (float, 0.0, 1e7), "samples": (int, 1, 10**12)}
@@ -12638,8 +12729,8 @@ def within(values: Any, ranges: dict[str, Range]) -> Json:
     return found
 
 
-def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | SlotEstimate | OutputLengths | PromptSizes,
-               ranges: dict[str, Range]) -> Json:
+def attributes(owner: Node | MemoryEstimate | Runner | SpeedEstimate | BatchingEstimate | SlotEstimate | OutputLengths
+               | PromptSizes, ranges: dict[str, Range]) -> Json:
     """Return the attributes of an estimate that are in their range."""
     return within({name: getattr(owner, name) for name in ranges}, ranges)
 
@@ -12649,6 +12740,8 @@ def learned_of_runner(runner: Runner, digest: str) -> Json:
     kept = {**attributes(runner, KEPT_OF_RUNNER), **attributes(runner.speeds, KEPT_OF_SPEEDS)}
     if not runner.speeds.samples:
         kept.pop("lines_per_token", None)
+    if runner.batching.samples:
+        kept.update(attributes(runner.batching, KEPT_OF_BATCHING))
     if runner.slots.origin == "learned":
         kept.update(attributes(runner.slots, KEPT_OF_SLOTS))
     if runner.unqueued_ratio:
@@ -12682,7 +12775,7 @@ def read_node(entry: Any) -> Json | None:
         return None
     models = {}
     for model, kept in itertools.islice(entry["models"].items(), MOST_KEPT):
-        if read := within(kept, {**KEPT_OF_RUNNER, **KEPT_OF_SPEEDS, **KEPT_OF_SLOTS}):
+        if read := within(kept, {**KEPT_OF_RUNNER, **KEPT_OF_SPEEDS, **KEPT_OF_BATCHING, **KEPT_OF_SLOTS}):
             ratios = within(kept.get("unqueued_ratio"), KEPT_RATIOS)
             models[model] = {**read, **({"unqueued_ratio": ratios} if ratios else {}),
                              "digest": str(kept.get("digest") or "")[:100]}

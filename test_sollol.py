@@ -2402,6 +2402,59 @@ def test_set_slots_are_never_unlearned():
     assert (runner(dispatcher, "n1").slots.count, runner(dispatcher, "n1").slots.origin) == (2, "set")
 
 
+def batched(exponent, beside=(1, 2, 3, 4), count=200, noise=0.1, alone_s=0.02):
+    """Return what is learned from answers beside others, on a runner whose total speed goes with b**exponent."""
+    known, rng = sollol.BatchingEstimate(), random.Random(1)
+    for _ in range(count):
+        there = rng.choice(beside)
+        known.learn(math.log(there), alone_s * there ** (1 - exponent) * math.exp(rng.gauss(0, noise)))
+    return known
+
+
+@table("exponent, given, least, most", [
+    ("nothing seen", 0.4, {"count": 0}, 0.7, 0.7), ("one answer", 0.4, {"count": 1}, 0.7, 0.7),
+    ("always alone", 0.4, {"beside": (1,)}, 0.7, 0.7), ("always full", 0.4, {"beside": (4,)}, 0.7, 0.7),
+    ("poor", 0.4, {}, 0.37, 0.46), ("usual", 0.7, {}, 0.67, 0.73), ("full", 1.0, {}, 0.94, 1.0),
+    ("one or two", 0.4, {"beside": (1, 2)}, 0.4, 0.55), ("many slots", 0.4, {"beside": range(1, 17)}, 0.37, 0.43),
+    ("few answers", 0.4, {"count": 10}, 0.45, 0.65), ("much noise", 0.4, {"noise": 0.5}, 0.3, 0.6),
+    ("much noise, usual", 0.7, {"noise": 0.5}, 0.55, 0.85), ("none at all", 0.0, {"noise": 0.0}, 0.3, 0.3),
+    ("more than can be", 1.5, {"noise": 0.0}, 1.0, 1.0)])
+def test_gain_of_batching_is_learned_within_bounds(exponent, given, least, most):
+    known = batched(exponent, **given)
+    assert least - 1e-9 <= known.batch_exponent <= most + 1e-9
+    assert known.slowdowns[4] == pytest.approx(4 ** (1 - known.batch_exponent), rel=0.02) and known.slowdowns[1] == 1
+
+
+def test_gain_of_batching_outlives_outliers_and_a_change_of_speed_and_follows_a_change_of_its_own():
+    known = batched(0.4)
+    before = known.batch_exponent
+    for token_s in (1e6, 1e-6):
+        known.learn(math.log(4), token_s)
+        assert known.batch_exponent == pytest.approx(before, abs=0.1)
+    known = batched(0.4)
+    known.restart()
+    for there in (1, 2, 3, 4) * 10:
+        known.learn(math.log(there), 0.2 * there ** 0.6)
+        assert known.batch_exponent == pytest.approx(before, abs=0.05)
+    for there in (1, 2, 3, 4) * 100:
+        known.learn(math.log(there), 0.2)
+    assert known.batch_exponent > 0.95
+
+
+@table("share, learns", [("none", 0.0, True), ("a little", 0.2, True), ("much", 0.3, False)])
+def test_prefills_of_others_are_not_taken_for_what_batching_costs(share, learns):
+    dispatcher = cluster(slots=2, n1=["m"])
+    first, second = enter(dispatcher, want(), want())
+    placed(dispatcher)
+    known = runner(dispatcher, "n1")
+    known.speeds.prefill_s, first.lease.stall_tokens = 0.001, 4000 * share
+    finish(dispatcher, first, 5.0, Timings(5.0, 0, 1.0, 1000, 4.0, 100))
+    assert (known.batching.samples > 0) is learns
+    if learns:
+        seen_s = 0.04 * (1 - share / 2)
+        assert (known.batching.crowd, known.batching.log_s) == pytest.approx((math.log(2), math.log(seen_s)), abs=0.01)
+
+
 def test_speeds_and_lengths_are_learned_from_answers():
     dispatcher, now = cluster(n1=["m"]), 0.0
     for _ in range(30):
@@ -4166,6 +4219,7 @@ def taught():
     it = runner(dispatcher, "n1")
     speeds, it.unqueued_ratio = it.speeds, {True: 1.5}
     speeds.decode_s, speeds.prefill_s, speeds.load_s, speeds.samples = 0.005, 0.0002, 4.0, 40
+    it.batching = batched(0.4)
     it.speeds.input_s = 0.007
     it.confirm_slots(4, 0.0)
     runner(dispatcher, "n2").speeds.load_s = 9.0
@@ -4198,6 +4252,8 @@ def test_what_was_learned_is_known_again_as_an_estimate():
     it, other = runner(again, "n1"), runner(again, "n2")
     assert (it.speeds.decode_s, it.speeds.prefill_s, it.speeds.load_s) == (0.005, 0.0002, 4.0)
     assert it.unqueued_ratio == {True: 1.5}
+    assert it.batching.batch_exponent == it.batching.prior == pytest.approx(0.4, abs=0.05)
+    assert it.batching.slowdowns[4] > 2 and other.batching.batch_exponent == sollol.BATCH_GAIN
     assert it.speeds.input_s == 0.007
     assert (it.slots.count, it.slots.proven, it.slots.origin) == (4, 4, "learned")
     assert it.speeds.samples == sollol.KEPT_SAMPLES
@@ -4301,6 +4357,7 @@ def test_rubbish_in_a_state_file_is_left_out_and_never_raises():
             for it in node.runners.values():
                 figures(it, sollol.KEPT_OF_RUNNER)
                 figures(it.speeds, sollol.KEPT_OF_SPEEDS)
+                figures(it.batching, sollol.KEPT_OF_BATCHING)
                 figures(it.slots, sollol.KEPT_OF_SLOTS)
                 assert it.speeds.samples <= sollol.KEPT_SAMPLES and it.slots.proven == it.slots.count
         enter(dispatcher, want())
@@ -6576,6 +6633,24 @@ def test_slots_and_speeds_are_learned_from_answers_that_tell_no_durations(draw, 
             for slots, found in zip((1, 2, 4), known, strict=True):
                 assert slots <= found.slots.count <= slots + 1
                 assert not tokens_told or 0.8 < 115 * found.speeds.decode_s < 1.25
+    bench.run_virtual(run())
+
+
+@table("path, exponent, least, most", [
+    ("poor", CHAT, 0.4, 0.3, 0.55), ("usual", CHAT, 0.7, 0.6, 0.8), ("full", CHAT, 1.0, 0.85, 1.0),
+    ("poor, without durations", OPENAI, 0.4, 0.3, 0.6), ("full, without durations", OPENAI, 1.0, 0.8, 1.0)])
+def test_gain_of_batching_is_learned_from_answers(path, exponent, least, most):
+    """One to six clients, one after the other more of them; the speed of a lone request is then known, too."""
+    async def run():
+        node = bench.SimNode(slots=4, loaded=("llama3.2",), noise=0.1, machine=bench.Machine(exponent))
+        async with gateway_for(node) as gateway:
+            for clients in (1, 2, 3, 4, 6):
+                await work_through(gateway, untimed(path, stream=True), clients, 25)
+            known = gateway.dispatcher.cluster.nodes[f"127.0.0.1:{node.port}"].runners["llama3.2:latest"]
+            shown = (await call(gateway, "GET", "/api/stats")).json()["nodes"][0]["models"]["llama3.2:latest"]
+            learned = known.batching.batch_exponent
+            assert least <= learned <= most and shown["batch_exponent"] == round(learned, 2)
+            assert 0.8 < 115 * known.speeds.decode_s < 1.25
     bench.run_virtual(run())
 
 
@@ -11183,7 +11258,7 @@ def test_predicted_start_counts_what_the_nodes_are_busy_with(stream):
     assert placed(dispatcher) == ["n1", "n1"]
     second.lease.predicted_end_s = last_start_s(dispatcher)
     assert last_start_s(dispatcher) == pytest.approx(
-        min(sollol.solo_left_s(it.lease, 0.0) for it in (first, second)) * sollol.BATCH_SLOWDOWN[2], rel=0.01)
+        min(sollol.solo_left_s(it.lease, 0.0) for it in (first, second)) * sollol.slowdowns_of(0.7)[2], rel=0.01)
     half_s = last_start_s(dispatcher) / 2
     second.lease.heard(int(second.lease.output_tokens / 2) if stream else 0, half_s)
     assert last_start_s(dispatcher, half_s) == pytest.approx(half_s, rel=0.05)
