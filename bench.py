@@ -55,6 +55,7 @@ import shutil
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def model_named(name):
 # ------------------------------------------------------------------------------------------------------------
 
 BATCHING_EXPONENT = 0.7     # what nodes have around
+SHARING_EXPONENT = 0.0      # k models at work do k^this of the work of one together: they take turns
 PROMPT_BATCH = 1024         # tokens of a prompt between which other streams get a token each
 SHORT_BATCH_S = 0.25        # a stop of this length is not worth a line for each token: fewer events
 DUE_WITHIN_S = 1e-9     # solo-seconds; below this a rest of work is floating-point dust
@@ -391,7 +393,7 @@ class Device:
 
     def _set_rates(self):
         for share in self._shares.values():
-            pace = self._pace / len(self._shares)
+            pace = self._pace * len(self._shares) ** (SHARING_EXPONENT - 1)
             each = share.decoders ** (self._exponent - 1) if share.decoders else 1.0
             share.decode.rate, share.prompt.rate = pace * each, 0.0
             if share.prompts.locked():
@@ -613,19 +615,23 @@ def piece_tokens(piece):
     return math.ceil(len(piece) / (1.25 if has_digits else 2 if ODD_LETTERS.search(piece) else 6))
 
 
-FILLER = "lorem is "        # two tokens in nine characters, about as in English
+FILLERS = ("lorem is ",)    # of two tokens, about as in English; prompts take turns if there are more
 
 
 def token_count(text):
     """Return the number of tokens of a prompt. Filler is counted apart: most prompts of benchmarks are nothing else."""
-    counts = collections.Counter(PIECE.findall(text.replace(FILLER, " ")))
-    return max(1, 2 * text.count(FILLER) + sum(piece_tokens(piece) * count for piece, count in counts.items()))
+    filled = 0
+    for filler in FILLERS:
+        filled += 2 * text.count(filler)
+        text = text.replace(filler, " ")
+    counts = collections.Counter(PIECE.findall(text))
+    return max(1, filled + sum(piece_tokens(piece) * count for piece, count in counts.items()))
 
 
 def worded(lead, tokens):
     """Return a text that begins with `lead` and has so many tokens, if `lead` has not more."""
     pairs, single = divmod(max(0, tokens - token_count(lead)), 2)
-    return lead + FILLER * pairs + "lorem" * single
+    return lead + FILLERS[zlib.crc32(lead.encode()) % len(FILLERS)] * pairs + "lorem" * single
 
 
 class Ask(NamedTuple):
@@ -699,6 +705,7 @@ MAX_LOADED = 3              # OLLAMA_MAX_LOADED_MODELS: runners, whatever the me
 COUNTED_CONTEXT = 4096      # a server's own window counts as this much memory: Ollama chooses one that fits
 EMBED_CALL_S = 0.0025       # per input on a CPU: Ollama calls its engine once for each
 PICTURE_S = 15.0            # to encode a picture on a CPU: 15 to 82 s were seen
+CONTEXT_SLOWS = 0.0         # a token takes so much longer for each 1,000 tokens of its prompt
 
 
 def shared_length(one, other):
@@ -1638,7 +1645,8 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
     jitter, shared, kept = engine.jitter(), runner.take_text(ask.prompt), ask.prompt
     cached = min(token_count(ask.prompt[:shared]), prompt_tokens - 1) if shared else 0      # the last one is evaluated
     pictures = ask.prompt.count(PICTURE, shared)
-    prompt_rate_s, token_s = engine.prefill_s(runner), jitter * engine.decode_s(runner)
+    prompt_rate_s = engine.prefill_s(runner)
+    token_s = jitter * engine.decode_s(runner) * (1 + CONTEXT_SLOWS * prompt_tokens / 1000)
     exchange.trace.started_s = now_s()
     try:
         await engine.host.work("", jitter * engine.overhead_s())
@@ -3309,6 +3317,7 @@ def told_texts(names):
 # ------------------------------------------------------------------------------------------------------------
 
 RIVALS, SOLLOL = ("round-robin", "least-inflight"), "latency-weighted"
+NODE_NOISE = 0.08                   # of a request's time: sigma of its logarithm
 
 
 class Run(NamedTuple):
@@ -3324,8 +3333,8 @@ def cluster_nodes(scenario, seed):
     """Return a scenario's simulated nodes, not started. One model: it is loaded everywhere; more: none is."""
     loaded = scenario.models if len(scenario.models) == 1 else ()
     return [SimNode(hardware, scenario.models, name=f"{number + 1}-{hardware}", seed=seed * 100 + number, loaded=loaded,
-                    noise=0.08, latency_s=scenario.latency_s, vram_gb=scenario.vram_gb or None, tokens_per_line=16,
-                    drawn=True, context=BENCH_CONTEXT)
+                    noise=NODE_NOISE, latency_s=scenario.latency_s, vram_gb=scenario.vram_gb or None,
+                    tokens_per_line=16, drawn=True, context=BENCH_CONTEXT)
             for number, hardware in enumerate(CLUSTERS[scenario.cluster])]
 
 
@@ -4314,7 +4323,8 @@ def in_parallel(run, jobs):
         try:
             for task in concurrent.futures.as_completed(tasks):
                 results[tasks[task]] = task.result()
-                say(f"{len(results)} of {len(jobs)}, {tasks[task]} done")
+                name = tasks[task] if isinstance(tasks[task], str) else " ".join(map(str, tasks[task]))
+                say(f"{len(results)} of {len(jobs)}, {name} done")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             say(f"stopped after {len(results)} of {len(jobs)}")
@@ -4368,6 +4378,7 @@ ABLATIONS = (
     Switch("fairness", {"FairShare.charge": charge_nothing}, "fair"),
     Switch("watchdog", {"Dispatcher.watch": lambda dispatcher, now: ([], [])}, "models5|hang"),
     Switch("calibration", {"calibrate": no_calibration}, "seed|load"),
+    Switch("learned batching", {"BatchingEstimate.learn": lambda batching, crowd, token_s: None}),
 )
 ABLATED = tuple(scenario._replace(duration_s=40.0) for scenario in (
     seed_scenario("het5"), load_scenario("load0.6", "het5", requests=250),
@@ -4381,12 +4392,12 @@ ABLATION_SEEDS = 3                  # pooled: one alone is off by a tenth and mo
 
 
 @contextlib.contextmanager
-def instead(values):
-    """Run with other values of names in sollol.py. A name that is gone from there raises AttributeError."""
+def instead(values, module=sollol):
+    """Run with other values of names in a module, sollol.py's. A name that is gone from it raises AttributeError."""
     with contextlib.ExitStack() as stack:
         for path, value in values.items():
             *owners, name = path.split(".")
-            owner = functools.reduce(getattr, owners, sollol)
+            owner = functools.reduce(getattr, owners, module)
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
@@ -4551,6 +4562,184 @@ def misled_held(first, count):
           f"idle beside waiting requests: {share_of(idle_s, 0.5):.1f} s in the median, {share_of(idle_s, 0.9):.1f} s "
           f"in nine of ten seeds, {idle_s[-1]:.1f} s at the most")
     return worst.ratio <= MISLED_MOST and not failed and share_of(idle_s, 0.9) <= IDLE_MOST_S
+
+
+# Mismatch: what if nodes are not as simulation and gateway both take them to be? One assumption moves at a time.
+
+class Assumption(NamedTuple):
+    """Something of the simulation that routing may rely on, and how it moves."""
+
+    name: str
+    usual: str                      # as it is
+    moved: dict                     # {value, as text: {path in this module, or field of Scenario: what stands there}}
+    where: str = "seed|load|models5"        # pattern of scenarios in which that can matter
+
+
+def machines(drawn=drawn_machine, **fields):
+    """Return what lets all machines have some figures in common, the others drawn as ever."""
+    return {"drawn_machine": lambda seed: drawn(seed)._replace(**fields)}
+
+
+def written_with(*chars_per_token):
+    """Return what gives a prompt so many characters per token; prompts take turns if there are several."""
+    return {"FILLERS": tuple("lorem ipsum dolor"[:2 * count - 1] + " " for count in chars_per_token)}
+
+
+def of_lengths(change):
+    """Return what changes the token pairs of all kinds of requests."""
+    return {"LENGTHS": {name: change(pairs) for name, pairs in LENGTHS.items()}}
+
+
+def spread(power):
+    """Return what raises the answers' lengths to a power; their mean over a conversation stays."""
+    outputs = [output for _, output in CONVERSATION_PAIRS]
+    scale = sum(outputs) / sum(output ** power for output in outputs)
+    return of_lengths(lambda pairs: [(prompt, max(1, round(scale * output ** power))) for prompt, output in pairs])
+
+
+def shuffled(pairs):
+    """Return the same prompts and answers, each with any other."""
+    outputs = [output for _, output in pairs]
+    random.Random(0).shuffle(outputs)
+    return [(prompt, output) for (prompt, _), output in zip(pairs, outputs, strict=True)]
+
+
+def with_slots(**slots):
+    """Return what gives kinds of hardware other numbers of slots; the load stays the same share of the capacity."""
+    return {"HARDWARE": {name: one._replace(slots=slots.get(name, one.slots)) for name, one in HARDWARE.items()}}
+
+
+def longest_idle(engine):
+    """Return the runner that was used least recently, an idle one first."""
+    return min(engine.runners.values(), key=lambda runner: (runner.users > 0, runner.used_s))
+
+
+def in_ram(gigabytes, nodes_of=cluster_nodes):
+    """Return what lets each runner keep so much of earlier prompts in RAM."""
+    def nodes(scenario, seed):
+        found = nodes_of(scenario, seed)
+        for node in found:
+            node.traits = node.engine.traits = node.traits._replace(prompt_cache_gb=gigabytes)
+        return found
+    return {"cluster_nodes": nodes}
+
+
+ASSUMPTIONS = (
+    Assumption("b requests at once do b^x of one", "x 0.5 to 0.9", {
+        f"x {exponent:g}": machines(exponent=exponent) for exponent in (0.4, 1.0)}),
+    Assumption("overhead of a request", "10 to 200 ms", {
+        f"{1000 * overhead_s:g} ms": machines(overhead_s=overhead_s) for overhead_s in (0.01, 0.2)}),
+    Assumption("times of loads", "x0.5 to 2", {
+        f"x{factor:g}": machines(load_factor=factor) for factor in (0.2, 5.0)}, "models5"),
+    Assumption("characters per token", "4.5", {
+        **{f"{count}": written_with(count) for count in (1, 8)}, "1 or 8": written_with(1, 8)}),
+    Assumption("noise of speeds", "8 %", {f"{noise:.0%}": {"NODE_NOISE": noise} for noise in (0.0, 0.5)}),
+    Assumption("a prompt lets others go on after", "1024 tokens", {
+        f"{count}": {"PROMPT_BATCH": count} for count in (128, 8192)}),
+    Assumption("a token is slower per 1,000 of prompt", "by 0 %", {
+        f"by {slows:.0%}": {"CONTEXT_SLOWS": slows} for slows in (0.1, 0.3)}),
+    Assumption("slots", "4, 2 of the slower", {
+        "1": with_slots(rtx4090=1, rtx3090=1, rtx3060=1, m2=1), "8": with_slots(rtx4090=8, rtx3090=8, rtx3060=8, m2=8),
+        "1, 8 of the slower": with_slots(rtx4090=1, rtx3090=1, rtx3060=8, m2=8)}),
+    Assumption("answers' lengths", "as traced", {
+        "all alike": spread(0), "squared": spread(2), "not told by the prompt": of_lengths(shuffled)}),
+    Assumption("latency of the network", "0.5 ms", {
+        f"{1000 * latency_s:g} ms": {"latency_s": latency_s} for latency_s in (0.04, 0.15)}),
+    Assumption("k models at once do k^y of one", "y 0", {
+        f"y {exponent:g}": {"SHARING_EXPONENT": exponent} for exponent in (-0.3, 0.5)}, "models5"),
+    Assumption("a load evicts", "the shortest keep-alive", {
+        "the longest idle": {"Engine._victim": longest_idle}}, "models5"),
+    Assumption("a prompt's cache in VRAM", "as llama3.1", {
+        f"x{factor:g}": {"KV_GB_PER_TOKEN": factor * KV_GB_PER_TOKEN} for factor in (0.25, 4)}, "models5"),
+    Assumption("earlier prompts kept in RAM", "0 GB", {f"{size} GB": in_ram(size) for size in (1, 8)}, "chat"),
+)
+MISMATCHED = (DEFAULT, load_scenario("load0.6", "mild5"), load_scenario("models5", "mild5", models=FIVE_MODELS),
+              load_scenario("chat", "mild5", chat=True)._replace(requests=240))
+MISMATCH_SEEDS = 3                  # in the median
+GAIN = 0.9                          # times least-inflight's figure at the most: a gain that must not become a loss
+USUAL = Assumption("nothing moves", "", {"": {}})
+
+
+def mismatched(scenario, assumption, value, seed):
+    """Return {policy: Figures} of a scenario where an assumption has another value: SOLLOL's, and its rivals'."""
+    moved = assumption.moved[value]
+    scenario = scenario._replace(**{name: moved[name] for name in moved.keys() & set(Scenario._fields)})
+    rivals = ["central-queue", *(["resident-first"] if len(scenario.models) > 1 else [])]
+    with instead({path: moved[path] for path in moved.keys() - set(Scenario._fields)}, sys.modules[__name__]):
+        return {run.policy: figures(run) for run in simulate(scenario, seed, (RIVALS[1], *rivals, SOLLOL))}
+
+
+def mismatched_by_name(scenario, name, value, seed):
+    """Do the same in another process, to which a replacement cannot be sent."""
+    assumption = next((one for one in ASSUMPTIONS if one.name == name), USUAL)
+    return mismatched(scenario, assumption, value, seed)
+
+
+class Standing(NamedTuple):
+    """SOLLOL's figures over others', each the median of some seeds."""
+
+    mean: float                     # over least-inflight's
+    p95: float
+    best_mean: float                # over the best rival's
+    best_p95: float
+
+    def __str__(self):
+        return " ".join(f"{(ratio - 1) * 100:+.0f}" for ratio in self) + " %"
+
+
+def standing(seeds):
+    """Return the Standing of SOLLOL by [{policy: Figures}] of some seeds."""
+    def ratio(of, field):
+        return statistics.median(getattr(one[SOLLOL], field) / of(getattr(figures, field) for policy, figures
+                                 in one.items() if policy != SOLLOL) for one in seeds)
+    return Standing(ratio(next, "mean_s"), ratio(next, "p95_s"), ratio(min, "mean_s"), ratio(min, "p95_s"))
+
+
+def lost_gains(standings, scenarios):
+    """Return a text for each gain over least-inflight that becomes a loss when an assumption moves.
+
+    `standings`: {(scenario's name, assumption's name, value): Standing}.
+    """
+    return [f"{name} {value}, {scenario.name}: {field} {change_text(getattr(usual, field), 1)} becomes "
+            f"{change_text(getattr(moved, field), 1)}"
+            for scenario in scenarios if (usual := standings.get((scenario.name, USUAL.name, "")))
+            for (where, name, value), moved in standings.items() if where == scenario.name
+            for field in ("mean", "p95") if getattr(usual, field) < GAIN and getattr(moved, field) > 1]
+
+
+def mismatch_table(standings, scenarios, assumptions):
+    """Return rows of text: each assumption, its values, and how SOLLOL stands there in each scenario."""
+    def row(name, text, value):
+        found = [standings.get((scenario.name, name, value)) for scenario in scenarios]
+        return [text, value, *(str(one) if one else "" for one in found)] if any(found) else None
+
+    rows = [["mean, P95 to least-inflight, to the best", "", *(scenario.name for scenario in scenarios)],
+            row(USUAL.name, USUAL.name, "")]
+    for one in assumptions:
+        texts = itertools.chain([f"{one.name} ({one.usual})"], itertools.repeat(""))
+        rows += [row(one.name, next(texts), value) for value in one.moved]
+    return [one for one in rows if one]
+
+
+def mismatch_held(scenarios, pattern, seed):
+    """Move each assumption whose name has the pattern; print how SOLLOL stands, and tell whether it keeps its gains."""
+    chosen = [one for one in ASSUMPTIONS if re.search(pattern, one.name)]
+    if not chosen:
+        raise BadArgument(f"no assumption matches {pattern!r}; there are: {'; '.join(one.name for one in ASSUMPTIONS)}")
+    keys = [(scenario, one.name, value, number) for one in (USUAL, *chosen) for scenario in scenarios
+            if re.search(one.where, scenario.name) and (one is not USUAL or any(
+                re.search(other.where, scenario.name) for other in chosen))
+            for value in one.moved for number in range(seed, seed + MISMATCH_SEEDS)]
+    jobs = [((scenario.name, *rest), (scenario, *rest)) for scenario, *rest in keys]
+    results, seeds = in_parallel(mismatched_by_name, jobs), collections.defaultdict(list)
+    for (scenario, name, value, _), found in results.items():
+        seeds[scenario, name, value].append(found)
+    standings = {key: standing(found) for key, found in seeds.items()}
+    print(aligned(mismatch_table(standings, scenarios, chosen)))
+    lost = lost_gains(standings, scenarios)
+    print("\n" + ("a gain of over 10 % becomes a loss: " + "; ".join(lost) if lost else
+                  "no assumption turns a gain of over 10 % into a loss"))
+    return not lost
 
 
 async def one_by_one(scenario, hardware, seed):
@@ -7234,6 +7423,10 @@ def benchmark_commands(command: Callable[..., Callable[..., argparse.Action]]) -
     add = command("misled", lambda options: int(not misled_held(options.seed, options.count)), "wrong beliefs at the "
                   "start: exit status 1 if they cost more than 15 % or a request", "--seed")
     add("count", default=20, help="seeds (%(default)s)", **COUNT)
+    add = command("mismatch", lambda options: int(not mismatch_held(MISMATCHED, options.pattern, options.seed)), "move "
+                  "one assumption at a time that nodes and gateway share: exit status 1 if a gain becomes a loss; "
+                  "minutes", "--seed")
+    add("pattern", nargs="?", default=".", metavar="PATTERN", help="of names of assumptions (all)")
     command("check", run_check, "check the claims and guard routing: exit status 1 if one is missed", "--seed")
 
 
@@ -7300,10 +7493,10 @@ def command_line() -> argparse.ArgumentParser:
 
 
 # The flags that chose a program before there were commands. A flag's value is the first argument of its command.
-OLD_FLAGS = {"--matrix": "matrix", "--agents": "agents", "--ablate": "ablate", "--misled": "misled", "--check": "check",
-             "--overhead": "overhead", "--streams": "streams", "--decisions": "decisions", "--soak": "soak",
-             "--kills": "kills", "--siege": "siege", "--sollol-url": "live", "--baseline": "baseline",
-             "--nodes": "serve"}
+OLD_FLAGS = {"--matrix": "matrix", "--agents": "agents", "--ablate": "ablate", "--misled": "misled",
+             "--mismatch": "mismatch", "--check": "check", "--overhead": "overhead", "--streams": "streams",
+             "--decisions": "decisions", "--soak": "soak", "--kills": "kills", "--siege": "siege",
+             "--sollol-url": "live", "--baseline": "baseline", "--nodes": "serve"}
 
 
 def with_command(argv: list[str]) -> list[str]:

@@ -16475,10 +16475,57 @@ def test_tradeoff_shows_the_median_and_the_tail_of_each_way(monkeypatch):
 
 def test_ablation_shows_what_a_term_is_worth(monkeypatch):
     monkeypatch.setattr(bench, "ABLATION_SEEDS", 1)
-    scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=150)
+    scenario = bench.load_scenario("prio", "mild5", arrivals="burst", urgent=0.1, requests=300)
     rows = {row[0]: row[1] for row in bench.ablation_table((scenario,), 1)}
     assert rows["mean / P95"] == "prio/mild5 urgent" and rows["whole"].endswith(" s") and rows["no harm"] == ""
     assert int(rows["no hold"].split(" / ")[0]) > 5
+
+
+def test_every_assumption_can_be_moved_and_stands_as_before_afterwards(monkeypatch):
+    scenario = bench.load_scenario("models5", "mild3", models=bench.FIVE_MODELS, requests=25)
+    monkeypatch.setattr(bench, "simulate", lambda *given, simulate=bench.simulate: simulate(*given[:2], given[2][-1:]))
+    usual = bench.mismatched(scenario, bench.USUAL, "", 1)
+    unseen = "earlier prompts kept in RAM", "characters per token", "a load evicts"     # in so few requests
+    for assumption in bench.ASSUMPTIONS:
+        for value in assumption.moved:
+            found = bench.mismatched(scenario, assumption, value, 1)
+            assert list(found) == [bench.SOLLOL]
+            assert assumption.name in unseen or found != usual, (assumption.name, value)
+    assert bench.mismatched(scenario, bench.USUAL, "", 1) == usual
+
+
+@table("mean, p95, lost", [
+    ("the same", 0.8, 0.5, 0), ("less of a gain", 0.99, 0.9, 0), ("as much as the other", 1.0, 1.0, 0),
+    ("the mean is lost", 1.1, 0.5, 1), ("both are lost", 1.1, 1.1, 2)])
+def test_gain_that_becomes_a_loss_is_seen(mean, p95, lost):
+    scenario = bench.DEFAULT
+    standings = {(scenario.name, "nothing moves", ""): bench.Standing(0.8, 0.5, 1.0, 1.0),
+                 (scenario.name, "overhead", "9 s"): bench.Standing(mean, p95, 2.0, 2.0)}
+    texts = bench.lost_gains(standings, [scenario])
+    assert len(texts) == lost and all(text.startswith("overhead 9 s, seed/mild3: ") for text in texts)
+    standings[scenario.name, "nothing moves", ""] = bench.Standing(0.91, 0.91, 1.0, 1.0)
+    assert not bench.lost_gains(standings, [scenario])      # little was gained, so nothing is lost
+
+
+@table("is_good, status", [("held", True, 0), ("a gain is lost", False, 1)])
+def test_mismatch_shows_how_we_stand_and_fails_if_a_gain_becomes_a_loss(is_good, status, monkeypatch, capsys):
+    scenario = bench.load_scenario("load0.6", "mild3", requests=40)
+    found = bench.mismatched(scenario, bench.USUAL, "", 1)
+
+    def made_up(scenario, name, value, seed):
+        bad = name != bench.USUAL.name and not is_good
+        ours = found["least-inflight"]._replace(mean_s=(2.0 if bad else 0.5) * found["least-inflight"].mean_s)
+        return {**found, bench.SOLLOL: ours}
+
+    monkeypatch.setattr(bench, "MISMATCHED", (scenario,))
+    monkeypatch.setattr(bench, "in_parallel", lambda run, jobs: {name: made_up(*given) for name, given in jobs})
+    assert bench.main(["mismatch", "overhead"]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert " ".join(lines[2].split()).startswith("overhead of a request (10 to 200 ms) 10 ms ")
+    assert lines[1].split()[-5:] == ["-50", "+0", *lines[1].split()[-3:]]
+    lost = "a gain of over 10 % becomes a loss: overhead of a request 10 ms, load0.6/mild3: mean -50.0 % becomes +100.0"
+    assert lines[-1].startswith("no assumption turns a gain" if is_good else lost)
 
 
 def test_failed_requests_stay_in_every_figure():
@@ -16533,6 +16580,7 @@ OLD_AND_NEW = (
     ("--scenario seed/hom3", "compare --scenario seed/hom3"), ("--trace x --output y", "compare --trace x --output y"),
     ("--matrix", "matrix"), ("--matrix seed/ --seed 2", "matrix seed/ --seed 2"), ("--matrix=seed/", "matrix seed/"),
     ("--agents 10,40", "agents 10,40"), ("--ablate", "ablate"), ("--seed 3 --misled 9", "misled 9 --seed 3"),
+    ("--mismatch", "mismatch"), ("--mismatch overhead --seed 2", "mismatch overhead --seed 2"),
     ("--check", "check"), ("--overhead --rounds 1", "overhead --rounds 1"), ("--decisions", "decisions"),
     ("--hosts a,b --model m --overhead http://c", "overhead http://c --hosts a,b --model m"),
     ("--rate 15 --streams 50 --waiting 9 --rounds 1", "streams 50 --rate 15 --waiting 9 --rounds 1"),
@@ -16568,6 +16616,7 @@ def test_command_of_bench_takes_only_options_of_its_own(command, foreign, capsys
     (["--overhead", "ftp://x", "--hosts", "x"], "'ftp://x' is not the URL of a node"),
     (["--scenario", "none"], "there is no scenario 'none'"), (["--matrix", "none"], "no scenario matches 'none'"),
     (["--agents", "ten"], "agents: 'ten' is not a list of numbers"),
+    (["--mismatch", "none"], "no assumption matches 'none'; there are: b requests at once do b^x of one; overhead of"),
     (["--trace", "/no/such/file"], "/no/such/file: No such file or directory"),
     (["--baseline", "m", "many", "--hosts", "x"], "baseline: 'many' is not a number"),
     (["--output", "/no/such/folder/x"], "/no/such/folder/x: No such file or directory"),
