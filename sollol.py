@@ -3555,7 +3555,7 @@ def end_loading(lease: Lease, load_s: float | None, now: float) -> None:
     if load_s is not None and runner.ready_s is not None:
         runner.ready_s = min(runner.ready_s, now)
     if load_s is not None and load_s > 1.0:
-        runner.speeds.load_s = load_s
+        runner.learn_load(load_s)
     if load_s is None and lease.loads and not runner.leases:
         runner.assume_unloaded()
     lease.node.changes.note_all()
@@ -3882,6 +3882,7 @@ class Node:
     overheads_s: collections.deque[float] = field(          # samples
         default_factory=lambda: collections.deque(maxlen=OVERHEADS_KEPT))
     overhead_s: float = OVERHEAD_S  # what a lone request takes outside prefill and decode
+    load_factor: float = 1.0        # the seconds that its loads take, over the prior's
     on_cpu: bool = False            # all models that were seen resident lay wholly in main memory
     rtt_s: float = 0.0
     answer_s: float = 0.0           # EWMA of its answer times
@@ -4420,7 +4421,7 @@ def learn_speed(lease: Lease, timings: Timings, took_s: float, now: float) -> No
     """Take an answer's durations as samples of the speeds that a lone request would see."""
     runner, tokens = lease.slot, timings.output_tokens
     if timings.load_s > 1.0:
-        runner.speeds.load_s = timings.load_s
+        runner.learn_load(timings.load_s)
     if not timings.prompt_tokens or is_disturbed(lease):
         return
     share = (runner.shared_s - lease.start_shared_s) / took_s if took_s else 1.0
@@ -4435,7 +4436,7 @@ def learn_by_latency(lease: Lease, timings: Timings, now: float) -> None:
     """Learn slots and speeds from an answer that tells no durations."""
     node, runner = lease.node, lease.slot
     if timings.load_s > 1.0:
-        runner.speeds.load_s = timings.load_s
+        runner.learn_load(timings.load_s)
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s
     if loading or lease.sent_s <= node.doubted_s or node.speed < 0.6:
         return                      # it may have waited for other things than a slot
@@ -4936,6 +4937,7 @@ FRESH_SHARE = 0.1                   # of a prompt may have been seen before, the
 PRIOR_INPUT_S = 0.0025              # per text to embed, beside its tokens: one call to the engine
 CPU_SLOWDOWN = 20.0                 # of a model that lies wholly in main memory; 10 to 50 times were seen
 PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an NVMe drive
+LOAD_GAIN = 0.5                     # of a node's load: its disk is the same for all models
 
 
 class Cached(NamedTuple):
@@ -5094,7 +5096,16 @@ class Runner:
         return self.speeds.input_s or PRIOR_INPUT_S * self.node.size_factor * self.cpu_factor()
 
     def load_s(self) -> float:
-        return self.speeds.load_s or PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
+        return self.speeds.load_s or self.prior_load_s() * self.node.load_factor
+
+    def prior_load_s(self) -> float:
+        """Return what a load of so many bytes is expected to take where nothing was ever loaded."""
+        return PRIOR_LOAD_S + self.disk_bytes / 1e9 * PRIOR_LOAD_S_PER_GB
+
+    def learn_load(self, load_s: float) -> None:
+        """Take in how long a load took: the node's other models are expected to take as long for their size."""
+        self.speeds.load_s = load_s
+        self.node.load_factor = blend(self.node.load_factor, load_s / self.prior_load_s(), LOAD_GAIN)
 
     def resident_bytes(self) -> float:
         """Return the memory that it takes when resident; weights and some context if never seen."""
@@ -12699,7 +12710,8 @@ class Sources:
 # -----------------------------------------------------------------------------
 
 Range = tuple[type[float], float, float]        # kind of number, least, most
-KEPT_OF_NODE: dict[str, Range] = {"size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S)}
+KEPT_OF_NODE: dict[str, Range] = {
+    "size_factor": (float, 0.01, 100.0), "overhead_s": (float, 0.0, MOST_OVERHEAD_S), "load_factor": (float, 0.01, 1e3)}
 KEPT_OF_MEMORY: dict[str, Range] = {
     "seen_bytes": (float, 0.0, 1e15), "limit_bytes": (float, 1.0, 1e15), "most_loaded": (float, 1.0, 1e4)}
 KEPT_OF_RUNNER: dict[str, Range] = {"vram_bytes": (float, 1.0, 1e15)}

@@ -2764,6 +2764,20 @@ def test_load_time_is_learned():
     assert runner(dispatcher, "n1").load_s() == 20
 
 
+@table("load_s, times, expected", [
+    ("as expected", 4.0, 1, 1.0), ("slow, once", 12.0, 1, 2.0), ("slow, often", 20.0, 8, 5.0), ("fast", 1.2, 8, 0.3),
+    ("grossly slow, once", 4000.0, 1, 2.0)])
+def test_loads_of_one_model_tell_how_long_those_of_others_take_on_that_node(load_s, times, expected):
+    dispatcher = cluster(n1=["m", "x"], n2=["m", "x"])
+    known, other = runner(dispatcher, "n1"), runner(dispatcher, "n1", "x:latest")
+    known.disk_bytes, other.disk_bytes = 5e9, 10e9
+    far_s = runner(dispatcher, "n2").load_s()
+    for _ in range(times):
+        known.learn_load(load_s)
+    assert known.load_s() == load_s and runner(dispatcher, "n2").load_s() == far_s
+    assert other.load_s() == pytest.approx(expected * 6.5, rel=0.05)
+
+
 @table("vram, slower", [("on a card", 5e9, 1), ("on the CPU", 0, 20), ("half and half", 2.5e9, 10.5),
                         ("untold", None, 1)])
 def test_model_on_the_cpu_is_not_taken_for_one_on_a_card(vram, slower):
@@ -4225,6 +4239,7 @@ def taught():
     runner(dispatcher, "n2").speeds.load_s = 9.0
     runner(dispatcher, "n2").slots.reject(0.0, -math.inf)
     dispatcher.cluster.nodes["n1"].size_factor, dispatcher.cluster.nodes["n1"].memory.limit_bytes = 0.3, 8e9
+    dispatcher.cluster.nodes["n1"].load_factor = 2.5
     for _ in range(50):
         dispatcher.cluster.estimates.lengths["m:latest"].learn(100, 40)
     return dispatcher
@@ -4258,6 +4273,7 @@ def test_what_was_learned_is_known_again_as_an_estimate():
     assert (it.slots.count, it.slots.proven, it.slots.origin) == (4, 4, "learned")
     assert it.speeds.samples == sollol.KEPT_SAMPLES
     assert (one.size_factor, one.memory.limit_bytes, two.memory.limit_bytes) == (0.3, 8e9, math.inf)
+    assert (one.load_factor, two.load_factor) == (2.5, 1.0)
     assert (one.calibrated, two.calibrated, other.speeds.load_s) == (True, False, 9.0)
     assert (other.slots.count, other.slots.origin) == (1, "learned")
     assert other.slots.retry_at_s == 100.0 + sollol.RETRY_SLOT_S
