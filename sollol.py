@@ -4633,7 +4633,8 @@ SPREAD = 1.7                        # times: samples of undisturbed prefills are
 CONFIRMED_S = 600.0                 # how long an answer confirms
 BATCH_GAIN = 0.7                    # b requests on one model together progress at b**0.7 of one, until it is learned
 LEAST_GAIN, MOST_GAIN = 0.3, 1.0    # exponents that are believed
-BATCHES_KEPT = 100                  # answers that an exponent is learned from: older ones fade
+GAIN_STEP = 0.008                   # a change of an exponent by less is not reckoned with
+BATCHES_FADE = 0.99                 # of what older answers have shown of an exponent, with each new one
 PRIOR_SPREAD = 2.0                  # the prior counts like some ten answers beside one, two and three others
 
 
@@ -4813,7 +4814,7 @@ class BatchingEstimate:
     """
 
     def __init__(self) -> None:
-        self.batch_exponent = self.prior = BATCH_GAIN
+        self.batch_exponent = self.prior = self.reckoned = BATCH_GAIN
         self.slowdowns = slowdowns_of(BATCH_GAIN)   # times longer than alone, by how many run
         self.samples = 0.0                          # behind the means, faded
         self.crowd = self.log_s = 0.0               # means of ln(b), and of ln(seconds per token)
@@ -4821,23 +4822,23 @@ class BatchingEstimate:
 
     def learn(self, crowd: float, token_s: float) -> None:
         """Take in the seconds per token of an answer, beside others: the mean of ln(b) while it ran is `crowd`."""
-        keep, log_s = 1 - 1 / BATCHES_KEPT, math.log(token_s)
-        self.samples = keep * self.samples + 1
-        crowd_off, log_off = crowd - self.crowd, log_s - self.log_s
-        if self.samples > 1:
-            log_off = min(max(log_off, -LOG_CLIP), LOG_CLIP)
-        self.crowd += crowd_off / self.samples
-        self.log_s += log_off / self.samples
-        weight = 1 - 1 / self.samples
-        self.spread = keep * self.spread + weight * crowd_off * crowd_off
-        self.joint = keep * self.joint + weight * crowd_off * log_off
-        slope = (self.joint + PRIOR_SPREAD * (1 - self.prior)) / (self.spread + PRIOR_SPREAD)
-        self.believe(1 - slope)
+        self.samples = samples = BATCHES_FADE * self.samples + 1
+        crowd_off, log_off = crowd - self.crowd, math.log(token_s) - self.log_s
+        if samples > 1 and not -LOG_CLIP < log_off < LOG_CLIP:
+            log_off = math.copysign(LOG_CLIP, log_off)
+        self.crowd += crowd_off / samples
+        self.log_s += log_off / samples
+        left = crowd - self.crowd
+        self.spread = spread = BATCHES_FADE * self.spread + left * crowd_off
+        self.joint = joint = BATCHES_FADE * self.joint + left * log_off
+        self.believe(1 - (joint + PRIOR_SPREAD * (1 - self.prior)) / (spread + PRIOR_SPREAD))
 
     def believe(self, exponent: float) -> None:
-        """Reckon with an exponent, as far as it can be."""
-        self.batch_exponent = min(max(exponent, LEAST_GAIN), MOST_GAIN)
-        self.slowdowns = slowdowns_of(round(self.batch_exponent, 2))
+        """Reckon with an exponent, as far as it can be; with steps of it: a table is kept for each."""
+        self.batch_exponent = exponent = min(max(exponent, LEAST_GAIN), MOST_GAIN)
+        if not -GAIN_STEP < exponent - self.reckoned < GAIN_STEP:
+            self.reckoned = round(exponent, 2)
+            self.slowdowns = slowdowns_of(self.reckoned)
 
     def restart(self) -> None:
         """Note that the speed of a lone request has changed: later answers are not compared with those before."""
