@@ -4500,6 +4500,7 @@ def mislead(dispatcher, rng):
             runner.speeds.prefill_s = runner.prefill_s() * 100 ** rng.uniform(-1, 1)
             runner.speeds.samples, runner.slots.origin = rng.choice((0, 3, 50)), "learned"
             runner.slots.count = runner.slots.proven = runner.slots.max_proven = rng.randint(1, 8)
+            runner.slots.retry_at_s, runner.slots.rejections = 0.0, 0
             runner.speeds.confirmed_s = -math.inf
             lengths = dispatcher.cluster.estimates.lengths[runner.model]
             lengths.mean, lengths.samples = sollol.PRIOR_OUTPUT_TOKENS * 50 ** rng.uniform(-1, 1), rng.choice((0, 50))

@@ -2715,9 +2715,9 @@ def waited_s(*waits_s, output_s=0.5, load_s=0.0):
 
 @table("answers, count, origin, retry_s", [
     ("all at once", waited_s(0.03, 0.04), 2, "learned", 0.0),
-    ("two of four", waited_s(0.03, 0.04, 0.6, 0.7), 2, "learned", 240.0),
-    ("one after the other", waited_s(0.03, 0.6), 1, "learned", 240.0),
-    ("the other way round", waited_s(0.6, 0.03), 1, "learned", 240.0),
+    ("two of four", waited_s(0.03, 0.04, 0.6, 0.7), 2, "learned", 120.0),
+    ("one after the other", waited_s(0.03, 0.6), 1, "learned", 120.0),
+    ("the other way round", waited_s(0.6, 0.03), 1, "learned", 120.0),
     ("too short to tell", waited_s(0.03, 0.08, output_s=0.01), 1, "guessed", 0.0),
     ("they waited for a load", waited_s(0.0, 0.0, load_s=5.0), 1, "guessed", 0.0)])
 def test_measured_slots_are_those_whose_requests_did_not_wait(answers, count, origin, retry_s):
