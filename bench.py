@@ -658,18 +658,37 @@ CALL_MARK = "<call>"            # with tools in the body: the model answers with
 REPEAT_MARK = "<repeat>"        # the model says one token again and again, until the node gives it up
 MOST_EQUAL_TOKENS = 30
 
+# What a node for people says in place of words at random: the first sentence, then some of the others.
+SIMULATED = (
+    "This answer is simulated: no model has read your question.",
+    "The nodes here imitate the speed of real machines, and these words come as fast as they would there.",
+    "The field X-SOLLOL-Node of the answer names the node, and X-SOLLOL-Reason tells why it was chosen.",
+    "The gateway's page, /dashboard, shows where each request runs and which ones wait.",
+    "Send ten requests at once to see how they are spread over the nodes.",
+    "A model that is not in memory is loaded first, which takes seconds, as on a real machine.",
+    "For real answers put the URLs of your Ollama servers into hosts.txt and start the gateway with it.",
+)
 
-def composed(ask, most):
+
+def simulated_words(rng, count=None):
+    """Return the words of an answer that says what it is: so many, or by default two to six whole sentences."""
+    sentences = (SIMULATED[0], *rng.sample(SIMULATED[1:], rng.randint(1, 5)))
+    words = " ".join(sentences).split()
+    return words if count is None else list(itertools.islice(itertools.cycle(words), count))
+
+
+def composed(ask, most, for_people=False):
     """Return (tokens, done_reason). Deterministic: all nodes give one model and prompt the same answer.
 
     The reason is None for an answer that is given up for its repetitions. The prompt may choose the length,
-    `<out=123>` (the last mark counts); else it is 20 to 80 tokens.
+    `<out=123>` (the last mark counts); else it is 20 to 80 tokens, or whole sentences `for_people`.
     """
     rng = random.Random(hashlib.sha256((ask.model.blob + ask.prompt).encode("utf-8", "replace")).digest())
     marks = OUTPUT_MARK.findall(ask.prompt)
-    wanted = int(marks[-1]) if marks else rng.randint(20, 80)
+    said = simulated_words(rng, min(int(marks[-1]), most) if marks else None) if for_people else []
+    wanted = int(marks[-1]) if marks else len(said) or rng.randint(20, 80)
     count = min(wanted, most, ask.num_predict if ask.num_predict > 0 else most)
-    tokens = [" " + word for word in rng.choices(WORDS, k=count)]
+    tokens = [" " + word for word in said[:count] or rng.choices(WORDS, k=count)]
     tokens[:1] = [token.strip().capitalize() for token in tokens[:1]]
     if REPEAT_MARK in ask.prompt:
         return tokens + [" and"] * MOST_EQUAL_TOKENS, None
@@ -825,6 +844,7 @@ class Traits(NamedTuple):
     ps_blocks: bool = False         # /api/ps and /api/tags wait while a model loads
     silent_tools: bool = False      # every answer to a body with tools is a call, shown only when it is whole
     picture_s: float = PICTURE_S    # to encode a picture on a CPU
+    for_people: bool = False        # answers are sentences that say they are simulated, not words at random
     mlx: bool = False               # one slot, whatever `slots` says
     lacks: tuple = ()               # paths that this version does not know
     gzips: bool = False             # a tunnel compresses answers,
@@ -1641,7 +1661,7 @@ async def decode(turn, token_s, tokens, exchange, dialect, tokens_per_line):
 async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_line):
     """Prefill and decode on the device, streaming as tokens come; return (stats, text)."""
     ask, now_s = dialect.ask, asyncio.get_running_loop().time
-    tokens, reason = composed(ask, 10 * runner.context_length)      # Ollama ends there
+    tokens, reason = composed(ask, 10 * runner.context_length, engine.traits.for_people)    # Ollama ends there
     jitter, shared, kept = engine.jitter(), runner.take_text(ask.prompt), ask.prompt
     cached = min(token_count(ask.prompt[:shared]), prompt_tokens - 1) if shared else 0      # the last one is evaluated
     pictures = ask.prompt.count(PICTURE, shared)
@@ -2465,7 +2485,7 @@ DEMO = (
 
 
 DEMO_HINTS = """\
-Three simulated nodes are running. Try, in another terminal:
+Three simulated nodes are running, and their answers say that they are. Try, in another terminal:
 
   curl -N {url}/api/chat -d '{{"model":"llama3.2","messages":[{{"role":"user","content":"hi"}}]}}'
   curl {url}/api/tags
@@ -2477,13 +2497,16 @@ BENCH_CONTEXT = 65_536              # tokens: the longest chat of a benchmark fi
 
 
 def demo_nodes(count=3, first_port=0, speed=1.0):
-    """Return unequal nodes with overlapping models, not started; port 0 means any."""
+    """Return unequal nodes with overlapping models, not started; port 0 means any.
+
+    The first two models of each are in memory and stay there, so that the first request needs no load.
+    """
     nodes = []
     for index, (hardware, models) in enumerate(itertools.islice(itertools.cycle(DEMO), count)):
         name = hardware if count <= len(DEMO) else f"{hardware}-{index + 1}"
         port = first_port + index if first_port else 0
         nodes.append(SimNode(hardware, models, name=name, port=port, seed=index, speed=speed, drawn=True,
-                             context=BENCH_CONTEXT))
+                             context=BENCH_CONTEXT, loaded=models[:2], keep_alive_s=math.inf, for_people=True))
     return nodes
 
 

@@ -13407,6 +13407,32 @@ def test_demo_answers_and_sigterm_ends_it_cleanly():
         assert demo.wait(10) == 0
 
 
+def test_first_answer_of_the_demo_is_fast_and_says_that_it_is_simulated():
+    """The model is in memory on the fastest node. Nothing is drawn that another node would draw otherwise."""
+    with program("sollol.py", "--demo", "--port", 0) as demo:
+        url = read_until(demo, r"event=start .*url=(\S+)")[1]
+        value = {"model": "llama3.2", "stream": False, "messages": [{"role": "user", "content": "Who are you?"}]}
+        with urllib.request.urlopen(f"{url}/api/chat", json.dumps(value).encode(), timeout=20) as response:
+            assert response.headers["X-SOLLOL-Node"] == "rtx4090"
+            body = json.load(response)
+        text = body["message"]["content"]
+        assert text.startswith("This answer is simulated: ") and text.endswith(".") and 20 < len(text.split()) < 120
+        assert body.get("load_duration", 0) < 1e8 and body["total_duration"] < 2e9
+        loaded = {row["name"] for row in json.loads(curl(f"{url}/api/ps"))["models"]}
+        assert loaded == {"llama3.2:latest", "llama3.1:8b", "llama3.2:1b"}
+
+
+@pytest.mark.parametrize("prompt, num_predict, words, reason", [
+    ("hi", -1, range(20, 120), "stop"), ("<out=3> hi", -1, [3], "stop"), ("<out=500> hi", -1, [500], "stop"),
+    ("<out=0> hi", -1, [0], "stop"), ("hi", 5, [5], "length"), ("<out=500> hi", 5, [5], "length")])
+def test_simulated_answer_has_the_length_that_was_asked_for_and_is_the_same_everywhere(prompt, num_predict, words,
+                                                                                       reason):
+    ask = bench.Ask("llama3.2", bench.model_named("llama3.2"), prompt, True, num_predict, (), None)
+    tokens, told = bench.composed(ask, 1000, for_people=True)
+    assert len(tokens) in words and told == reason and bench.composed(ask, 1000, for_people=True)[0] == tokens
+    assert "This answer is simulated: no".startswith("".join(tokens[:5]))
+
+
 def test_demo_without_bench_beside_it_is_one_clear_line(tmp_path):
     shutil.copy(HERE / "sollol.py", tmp_path)
     done = subprocess.run([sys.executable, tmp_path / "sollol.py", "--demo"], capture_output=True, text=True)
