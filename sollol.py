@@ -2998,6 +2998,11 @@ def can_wake(node: Node, now: float) -> bool:
     return bool(node.settings.mac) and not (node.up or node.draining or node.sleep.is_in_vain(now))
 
 
+def is_at_hand(node: Node, now: float) -> bool:
+    """Tell whether a node can be expected to serve, perhaps after it was woken."""
+    return node.is_alive(now) or can_wake(node, now)
+
+
 def untried(nodes: Iterable[Node], ticket: Ticket) -> list[Node]:
     """Return the nodes that can be reached, busy or failing perhaps, and that a ticket may use."""
     return [node for node in nodes if node.up and not node.draining and ticket.may_use(node)]
@@ -10256,7 +10261,7 @@ def answer_health(gateway: Gateway) -> OwnAnswer:
     alive = [node for node in nodes if node.is_alive(now)]
     up = sum(1 for node in alive if not node.error_share.is_all(now))
     draining, down = sum(node.draining for node in nodes), sum(not node.is_reachable(now) for node in nodes)
-    ready = bool(alive) or any(can_wake(node, now) for node in nodes)
+    ready = any(is_at_hand(node, now) for node in nodes)
     status = "down" if not ready else "ok" if up == len(nodes) else "degraded"
     if gateway.leaving:
         status = "draining"
@@ -10627,6 +10632,23 @@ class Metrics:
 Samples = Iterable[tuple[str, str, float]]
 
 
+def cluster_families(dispatcher: Dispatcher, seen: ModelSet, now: float) -> Iterable[tuple[str, str, str, Samples]]:
+    """Yield the families that tell who waits for what, and where the models `seen` are."""
+    cluster, tickets = dispatcher.cluster, dispatcher.waiting.tickets
+    wanted = collections.Counter(ticket.spec.model for ticket in tickets)
+    yield ("sollol_queue_oldest_seconds", "gauge", "Age of the waiting request that came first, 0 without any.",
+           [("", "", round(now - min((ticket.arrived_s for ticket in tickets), default=now), 3))])
+    yield ("sollol_node_wanted", "gauge", "Waiting requests whose model a node has.",
+           [("", labelled(node=node.name), sum(wanted[model] for model in wanted if model in node.rows))
+            for node in cluster.nodes.values()])
+    yield ("sollol_model_nodes", "gauge", "Nodes with a model that are up and not drained, or asleep.",
+           [("", labelled(model=model or ""), sum(is_at_hand(runner.node, now) for runner in holders))
+            for model, holders in cluster.holders.items() if (model or "") in seen])
+    yield ("sollol_model_resident", "gauge", "1 for a model that is in a node's memory, or is being loaded.",
+           [("", labelled(node=node.name, model=model), 1) for node in cluster.nodes.values()
+            for model, runner in node.runners.items() if runner.ready_s is not None and model in seen])
+
+
 def metric_families(gateway: Gateway, seen: ModelSet) -> Iterable[tuple[str, str, str, Samples]]:
     """Yield (name, type, help, [(suffix, labels, value)]) of everything that /metrics shows of the models `seen`."""
     metrics, dispatcher, now = gateway.telemetry.metrics, gateway.dispatcher, gateway.loop.time()
@@ -10661,6 +10683,9 @@ def metric_families(gateway: Gateway, seen: ModelSet) -> Iterable[tuple[str, str
            of_nodes(lambda node: int(node.draining)))
     yield ("sollol_node_waking", "gauge", "1 if a sleeping node was called by a magic packet and is waited for.",
            of_nodes(lambda node: int(node.state(now) == "waking")))
+    yield ("sollol_node_asleep", "gauge", "1 if a node does not answer and a magic packet may wake it.",
+           of_nodes(lambda node: int(can_wake(node, now))))
+    yield from cluster_families(dispatcher, seen, now)
     yield "sollol_tokens_total", "counter", "Tokens.", counted(metrics.tokens, "node", "model", "kind", "key")
     yield ("sollol_slot_seconds_total", "counter", "Time for which requests had slots.",
            [("", labelled(key=key), round(held_s, 3)) for key, held_s in metrics.slot_s.items()])
@@ -14427,6 +14452,10 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--origins": dict(metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides those "
                           "of this machine, with commas; * stands for anything (none)"),
     },
+    "monitoring": {
+        "--grafana": dict(ON, help="print a dashboard for Grafana, which shows /metrics, and exit (no)"),
+        "--alerts": dict(ON, help="print alerting rules for Prometheus, and exit (no)"),
+    },
     "log": {
         "--log-format": dict(choices=("kv", "json"), default="kv", help="key=value or JSON lines"),
         "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="least that is told"),
@@ -14510,7 +14539,7 @@ def parse_options(argv: list[str] | None, environ: Mapping[str, str] | None = No
     options.ignored = links
     options.inherited = Inherited()
     refuse_unknown(parser, environ)
-    if not (options.hosts or options.node or options.discover or options.demo):
+    if not (options.hosts or options.node or options.discover or options.demo or options.grafana or options.alerts):
         parser.error("where are the nodes? Give --hosts FILE, --node URL or --discover CIDR, or try --demo")
     if bool(options.tls_cert) != bool(options.tls_key):
         parser.error("--tls-cert and --tls-key: one is nothing without the other")
@@ -14650,6 +14679,9 @@ def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
     """Run the command line; return the exit status. `demo` serves with --demo: see exec_demo."""
     channel = os.environ.pop(PREDECESSOR, "")       # before `parse_options`, which knows no such flag
     options = parse_options(argv)
+    if options.grafana or options.alerts:
+        print(grafana_dashboard() if options.grafana else alerting_rules())
+        return 0
     if options.demo and not demo:
         return exec_demo(sys.argv[1:] if argv is None else argv)
     start_log(options.log_format, options.log_level)
@@ -14687,6 +14719,164 @@ def abandon_unwritten() -> None:
             sys.stderr.flush()
     except OSError:
         sys.stderr = None
+
+
+# -----------------------------------------------------------------------------
+# Monitoring, as data: what Grafana shows of /metrics, and when Prometheus calls for help
+# -----------------------------------------------------------------------------
+
+INFERENCE = f'route=~"{"|".join(sorted(INFERENCE_PATHS))}"'
+FAILED = f'sollol_requests_total{{{INFERENCE}, outcome=~"cut|error|refused", code!~"4.."}}'     # not by the client
+ERROR_SHARE = f"sum(rate({FAILED}[%s])) / sum(rate(sollol_requests_total{{{INFERENCE}}}[%s]))"
+RANGE = "$__rate_interval"          # Grafana's word for a range that has enough samples
+
+
+def quantiles(histogram: str) -> dict[str, str]:
+    """Return the queries for the median and the P95 of a histogram."""
+    return {f"P{percent}": f"histogram_quantile({percent / 100}, sum by (le) (rate({histogram}_bucket[{RANGE}])))"
+            for percent in (50, 95)}
+
+
+class Panel(NamedTuple):
+    """One picture of the dashboard. `queries`: by their legends, which may name labels."""
+
+    title: str
+    unit: str                       # as Grafana calls it
+    queries: dict[str, str]
+    kind: str = "timeseries"
+    stacked: bool = False
+
+
+PANELS = (
+    Panel("Requests by outcome", "reqps", {
+        "{{outcome}}": f"sum by (outcome) (rate(sollol_requests_total{{{INFERENCE}}}[{RANGE}]))"}, stacked=True),
+    Panel("Requests that failed, share", "percentunit", {"failed": ERROR_SHARE % (RANGE, RANGE)}),
+    Panel("Requests that wait and that run", "short", {
+        "wait": "sum(sollol_queue_depth)", "run": "sum(sollol_inflight)"}),
+    Panel("Time in the queue", "s", {"oldest that waits": "max(sollol_queue_oldest_seconds)"}
+          | quantiles("sollol_queue_seconds")),
+    Panel("Time to the first byte", "s", quantiles("sollol_ttft_seconds")),
+    Panel("Time to the end of the answer", "s", quantiles("sollol_request_seconds")),
+    Panel("Output by node", "suffix: tokens/s", {
+        "{{node}}": f'sum by (node) (rate(sollol_tokens_total{{kind="output"}}[{RANGE}]))'}, stacked=True),
+    Panel("State of the nodes", "none", {
+        "{{node}}": "sollol_node_up + 2 * sollol_node_draining + 4 * sollol_node_asleep + 8 * sollol_node_waking"},
+          "state-timeline"),
+    Panel("Slots used by node", "short", {"{{node}}": "sum by (node) (sollol_inflight)"}, stacked=True),
+    Panel("Slots known by node", "short", {"{{node}}": "max by (node) (sollol_slots)"}, stacked=True),
+    Panel("Failures by node", "reqps", {
+        "{{node}}: {{reason}}": f"sum by (node, reason) (rate(sollol_failovers_total[{RANGE}]))"}),
+    Panel("Second attempts", "reqps", {
+        "{{node}} races, won: {{won}}": f"sum by (node, won) (rate(sollol_races_total[{RANGE}]))",
+        "broken streams, now {{result}}": f"sum by (result) (rate(sollol_rescues_total[{RANGE}]))"}),
+    Panel("Nodes that have a model in memory", "short", {"{{model}}": "sum by (model) (sollol_model_resident)"},
+          stacked=True),
+    Panel("Models in memory by node", "none", {"": "max by (node, model) (sollol_model_resident)"}, "table"),
+)
+
+# What the sum in the panel of states means: (text, colour).
+NODE_STATES = {0: ("down", "red"), 1: ("up", "green"), 2: ("down, draining", "dark-red"), 3: ("draining", "yellow"),
+               4: ("asleep", "blue"), 8: ("waking", "purple"), 10: ("waking, draining", "purple"),
+               12: ("waking", "purple")}
+LEGEND: Json = {"displayMode": "table", "placement": "right", "showLegend": True, "calcs": ["lastNotNull", "max"]}
+OPTIONS: dict[str, Json] = {        # by the kind of panel
+    "timeseries": {"legend": LEGEND, "tooltip": {"mode": "multi", "sort": "desc"}},
+    "state-timeline": {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": False},
+                       "tooltip": {"mode": "single", "sort": "none"}, "showValue": "auto", "rowHeight": 0.9,
+                       "mergeValues": True},
+    "table": {"showHeader": True},
+}
+SOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
+PANEL_WIDTH, PANEL_HEIGHT = 12, 8   # of a grid 24 wide
+
+
+def grafana_panel(number: int, panel: Panel) -> Json:
+    """Return a panel as Grafana reads it; `number` counts from 0, two a row."""
+    is_table = panel.kind == "table"
+    targets = [{"refId": chr(ord("A") + row), "datasource": SOURCE, "editorMode": "code", "expr": query,
+                "legendFormat": legend, "range": not is_table, "instant": is_table,
+                "format": "table" if is_table else "time_series"}
+               for row, (legend, query) in enumerate(panel.queries.items())]
+    defaults: Json = {"unit": panel.unit, "min": 0}
+    if panel.kind == "timeseries":
+        defaults["custom"] = {"fillOpacity": 20 if panel.stacked else 0, "showPoints": "never",
+                              "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"}}
+    if panel.kind == "state-timeline":
+        defaults["mappings"] = [{"type": "value", "options": {
+            str(value): {"text": text, "color": color, "index": index}
+            for index, (value, (text, color)) in enumerate(NODE_STATES.items())}}]
+    hidden = {"id": "organize", "options": {"excludeByName": {"Time": True, "Value": True}}}
+    row, column = divmod(number, 24 // PANEL_WIDTH)
+    return {"id": number + 1, "type": panel.kind, "title": panel.title, "datasource": SOURCE,
+            "gridPos": {"x": column * PANEL_WIDTH, "y": row * PANEL_HEIGHT, "w": PANEL_WIDTH, "h": PANEL_HEIGHT},
+            "fieldConfig": {"defaults": defaults, "overrides": []}, "options": OPTIONS[panel.kind],
+            "targets": targets, "transformations": [hidden] if is_table else []}
+
+
+def grafana_dashboard() -> str:
+    """Return the dashboard that --grafana prints. Source: @grafana/schema, Dashboard, schema version 42."""
+    variable = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus",
+                "includeAll": False, "multi": False, "hide": 0}
+    return json.dumps({
+        "uid": "sollol", "title": "SOLLOL", "tags": ["sollol", "ollama"], "schemaVersion": 42, "editable": True,
+        "graphTooltip": 1, "time": {"from": "now-3h", "to": "now"}, "refresh": "30s", "timezone": "browser",
+        "templating": {"list": [variable]}, "annotations": {"list": []},
+        "panels": [grafana_panel(number, panel) for number, panel in enumerate(PANELS)]}, indent=1)
+
+
+class Alert(NamedTuple):
+    """When Prometheus calls, and what the one who is called shall do."""
+
+    name: str
+    query: str
+    lasts: str                      # so long it must hold
+    severity: str
+    summary: str
+
+
+ALERTS = (
+    Alert("SollolGone", "absent(sollol_build_info)", "2m", "critical",
+          "Prometheus gets no /metrics from any SOLLOL. See whether the gateway runs (systemctl status sollol), and "
+          "whether Prometheus may ask it: with --keys it needs a key."),
+    Alert("SollolNoNode", "sum without (node) (sollol_node_up * (1 - sollol_node_draining) + sollol_node_asleep) == 0",
+          "1m", "critical",
+          "No node can serve: all are down or drained, and every request is refused. Start Ollama on the nodes, or "
+          "resume the drained ones; sollol.py --check tells why each does not answer."),
+    Alert("SollolNodeDown", "sollol_node_up == 0 and sollol_node_draining == 0 and sollol_node_asleep == 0",
+          "2m", "warning",
+          "Node {{ $labels.node }} does not answer, and others do its work. See whether the machine and its Ollama "
+          "run; last_error in /api/stats tells more. If it is to stay away, drain it or take it out of hosts.txt."),
+    Alert("SollolNothingRuns", "sum without (priority) (sollol_queue_depth) > 0 and "
+          "sum without (node) (sollol_inflight) == 0", "1m", "critical",
+          "{{ $value }} requests wait and none runs. See in /api/queue which models they want, and in /api/stats "
+          "whether a node that is up has them."),
+    Alert("SollolQueueOld", "sollol_queue_oldest_seconds > 60", "5m", "warning",
+          "Requests have waited for {{ $value | humanizeDuration }}; after --queue-timeout they get 503. See in "
+          "/api/queue who asks for what: give batch work a low priority, add a node, or pull the model onto more."),
+    Alert("SollolModelWithoutNode", "sollol_model_nodes == 0 and sum without (node, route, code, outcome) "
+          "(increase(sollol_requests_total[1h])) > 0", "2m", "critical",
+          "{{ $labels.model }} was asked for within the hour, and no node that has it is up. Bring one of its nodes "
+          "back, or pull the model: ollama pull {{ $labels.model }} at the gateway brings it to a node that is up."),
+    Alert("SollolErrors", ERROR_SHARE % ("10m", "10m") + f" > 0.05 and sum(increase({FAILED}[10m])) > 5",
+          "5m", "warning",
+          "{{ $value | humanizePercentage }} of the requests fail or are refused for want of a node. The log's lines "
+          "with event=failure name the nodes and why; drain a node that fails often."),
+    Alert("SollolNodeIdle", "sollol_node_wanted > 0 and sollol_inflight == 0 and sollol_node_up == 1 and "
+          "sollol_node_draining == 0", "5m", "warning",
+          "Node {{ $labels.node }} is idle while {{ $value }} requests wait whose model it has. If it is as fast as "
+          "the busy ones, look at its state, last_error and speed in /api/stats; if it is far slower, waiting may be "
+          "quicker, and it is idle for a reason."),
+)
+
+
+def alerting_rules() -> str:
+    """Return the rules that --alerts prints, in YAML, of which a string in JSON is a part."""
+    lines = ["groups:", "- name: sollol", "  rules:"]
+    for alert in ALERTS:
+        lines += [f"  - alert: {alert.name}", f"    expr: {json.dumps(alert.query)}", f"    for: {alert.lasts}",
+                  f"    labels: {{severity: {alert.severity}}}",
+                  "    annotations:", f"      summary: {json.dumps(alert.summary)}"]
+    return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------

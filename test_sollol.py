@@ -7315,7 +7315,9 @@ async def test_waiting_request_wakes_the_only_node_that_has_its_model_and_is_ser
             await until(lambda: box.state(gateway.loop.time()) == "waking")
             stats = (await call(gateway, "GET", "/api/stats")).json()["nodes"]
             assert [row["state"] for row in stats] == ["up", "waking"]
-            assert b'sollol_node_waking{node="box"} 1' in (await call(gateway, "GET", "/metrics")).body
+            page = (await call(gateway, "GET", "/metrics")).body
+            assert b'sollol_node_waking{node="box"} 1' in page and b'sollol_node_asleep{node="box"} 1' in page
+            assert b'sollol_model_nodes{model="mistral:latest"} 1' in page
             page = sollol.dashboard_state(gateway, sollol.EVERY_MODEL)
             assert [row["state"] for row in page["nodes"]] == ["up", "waking"]
             answer = await asking
@@ -12358,6 +12360,30 @@ def test_headline_tells_only_the_beginning_of_what_a_node_said():
                                            (7200.0, "2 h"), (90000.0, "25 h"), (172800.0, "2 days")])
 def test_times_for_people(seconds, text):
     assert sollol.for_people(seconds) == text
+@over_sockets
+async def test_metrics_tell_who_waits_and_where_models_are():
+    one, two = fixed(1), bench.SimNode(models=("mistral",))
+    one.line, two.line = one.line + " name=one", "name=two"
+    async with gateway_for(one, two) as gateway:
+        async def shown():
+            """Return {(name, value of its label or labels): value} of what is no counter."""
+            text = (await call(gateway, "GET", "/metrics")).body.decode()
+            return {(name, *(value for _, value in sorted(labels))): value
+                    for (name, labels), value in scraped(text).items()}
+
+        quiet = await shown()
+        assert quiet["sollol_queue_oldest_seconds",] == 0 and quiet["sollol_node_wanted", "one"] == 0
+        assert quiet["sollol_model_nodes", "llama3.2:latest"] == 1 and quiet["sollol_node_asleep", "one"] == 0
+        tasks = [asyncio.create_task(call(gateway, "POST", "/api/generate", generate(tokens=50))) for _ in range(3)]
+        await until(lambda: health(gateway)["queued"] == 2)
+        await asyncio.sleep(0.05)
+        busy = await shown()
+        assert busy["sollol_node_wanted", "one"] == 2 and busy["sollol_node_wanted", "two"] == 0
+        assert busy["sollol_queue_oldest_seconds",] >= 0.05
+        assert [key[1:] for key in busy if key[0] == "sollol_model_resident"] == [("llama3.2:latest", "one")]
+        await asyncio.gather(*tasks)
+        gateway.dispatcher.drain(gateway.dispatcher.cluster.nodes["one"], True)
+        assert (await shown())["sollol_model_nodes", "llama3.2:latest"] == 0
 
 
 # -----------------------------------------------------------------------------
@@ -15438,6 +15464,159 @@ def test_check_says_why_a_node_over_tls_is_down(pems, capsys):
     assert re.search(r"(?m)^strange .* down .* its certificate is not believed: self-signed certificate$", out)
     assert re.search(r"(?m)^good .* up ", out)
     assert re.search(r"(?m)^plain .* down .* no TLS: wrong version number$", out)
+
+
+# -----------------------------------------------------------------------------
+# Monitoring: Grafana's dashboard and Prometheus' rules
+# -----------------------------------------------------------------------------
+
+QUERIES = {**{panel.title: [query.replace(sollol.RANGE, "5m") for query in panel.queries.values()]
+              for panel in sollol.PANELS}, **{alert.name: [alert.query] for alert in sollol.ALERTS}}
+TEXTS = {**{panel.title: " ".join(panel.queries) for panel in sollol.PANELS},
+         **{alert.name: alert.summary for alert in sollol.ALERTS}}
+
+
+@functools.cache
+def scrape_of_a_gateway():
+    """Return {name of a sample: its labels} of a gateway to which all has happened that it counts."""
+    async def run():
+        async with gateway_for(bench.SimNode(**FAST)) as gateway:
+            await call(gateway, "POST", "/api/generate", generate())
+            for counter in (gateway.telemetry.metrics.failovers, gateway.telemetry.metrics.races):
+                counter["a", "yes"] += 1
+            return (await call(gateway, "GET", "/metrics")).body.decode()
+
+    samples = re.findall(r"(?m)^(sollol_\w+)(?:\{(.*)\})? ", bench.run_quick(run()))
+    return {name: set(re.findall(r'(\w+)="', labels)) for name, labels in samples}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_every_metric_and_label_of_a_panel_or_rule_is_one_of_the_gateways(name):
+    seen = scrape_of_a_gateway()
+    for query in QUERIES[name]:
+        metrics = re.findall(r"(sollol_\w+)(?:\{(.*?)\})?", query)
+        assert metrics
+        for metric, selector in metrics:
+            assert metric in seen and set(re.findall(r'(\w+) ?[=!]~?"', selector)) <= seen[metric]
+        known = set().union(*(seen[metric] for metric, _ in metrics))
+        grouped = [label for labels in re.findall(r"(?:by|without) \((.*?)\)", query) for label in labels.split(", ")]
+        assert set(grouped) <= known
+    known = set().union(*(seen[metric] for query in QUERIES[name] for metric in re.findall(r"sollol_\w+", query)))
+    assert set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", TEXTS[name])) <= known
+
+
+def test_panels_of_the_dashboard_lie_side_by_side():
+    panels = json.loads(sollol.grafana_dashboard())["panels"]
+    places = [(panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y) for panel in panels
+              for x in range(panel["gridPos"]["w"]) for y in range(panel["gridPos"]["h"])]
+    assert len(set(places)) == len(places) and all(0 <= x < 24 for x, _ in places)
+    assert len({panel["id"] for panel in panels}) == len(panels) == len({panel["title"] for panel in panels})
+
+
+def test_grafana_knows_every_field_of_the_dashboard():
+    """Its own classes read the dashboard and write it again: what they do not know would be lost."""
+    dashboard = pytest.importorskip("grafana_foundation_sdk.models.dashboard",
+                                    reason="PyPI grafana-foundation-sdk is not installed").Dashboard
+    from grafana_foundation_sdk.cog import encoder, plugins
+
+    def assert_within(part, whole):
+        if isinstance(part, dict):
+            assert part.keys() <= whole.keys()
+        else:
+            assert len(part) == len(whole)
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, (dict, list)):
+                assert_within(value, whole[key])
+            else:
+                assert value == whole[key]
+
+    plugins.register_default_plugins()
+    given = json.loads(sollol.grafana_dashboard())
+    assert_within(given, json.loads(encoder.JSONEncoder().encode(dashboard.from_json(given))))
+
+
+def promtool(*words):
+    """Run Prometheus' own tool; return what it says. It ends with an error if it has found one."""
+    program = shutil.which("promtool", path=f"{os.environ['PATH']}:{HERE}/.venv/prometheus/usr/bin")
+    if not program:
+        pytest.skip("promtool (Debian's package prometheus) is not installed")
+    done = subprocess.run([program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prometheus_reads_the_rules_and_every_query_of_the_dashboard(tmp_path):
+    rules, queries = tmp_path / "rules.yml", tmp_path / "queries.yml"
+    rules.write_text(sollol.alerting_rules())
+    assert f"{len(sollol.ALERTS)} rules found" in promtool("check", "rules", rules)
+    rows = [{"record": f"query:{number}", "expr": query} for number, query in
+            enumerate(query for panel in sollol.PANELS for query in QUERIES[panel.title])]
+    queries.write_text(json.dumps({"groups": [{"name": "panels", "rules": rows}]}))
+    assert f"{len(rows)} rules found" in promtool("check", "rules", queries)
+
+
+NODE = {"sollol_node_up": 1, "sollol_node_draining": 0, "sollol_node_asleep": 0, "sollol_inflight": 1,
+        "sollol_node_wanted": 0}
+OK, BAD, WRONG = (f'sollol_requests_total{{node="a",model="m",route="/api/chat",code="{code}",outcome="{outcome}"}}'
+                  for code, outcome in (("200", "ok"), ("503", "refused"), ("404", "error")))
+# Alert, series of node a, other series, what its summary says of value and labels; None: it is not called for.
+CALLS = [
+    ("SollolGone", {}, {}, {}), ("SollolGone", {}, {"sollol_build_info": "1x40"}, None),
+    ("SollolNodeDown", {"sollol_node_up": 0}, {}, {"node": "a"}), ("SollolNodeDown", {}, {}, None),
+    ("SollolNodeDown", {"sollol_node_up": 0, "sollol_node_draining": 1}, {}, None),
+    ("SollolNodeDown", {"sollol_node_up": 0, "sollol_node_asleep": 1}, {}, None),
+    ("SollolNoNode", {"sollol_node_draining": 1}, {}, {}), ("SollolNoNode", {"sollol_node_up": 0}, {}, {}),
+    ("SollolNoNode", {"sollol_node_up": 0, "sollol_node_asleep": 1}, {}, None),
+    ("SollolNoNode", {"sollol_node_up": 0}, {'sollol_node_up{node="b"}': "1x40",
+     'sollol_node_draining{node="b"}': "0x40", 'sollol_node_asleep{node="b"}': "0x40"}, None),
+    ("SollolNothingRuns", {"sollol_inflight": 0}, {'sollol_queue_depth{priority="5"}': "3x40"}, {"$value": "3"}),
+    ("SollolNothingRuns", {}, {'sollol_queue_depth{priority="5"}': "3x40"}, None),
+    ("SollolQueueOld", {}, {"sollol_queue_oldest_seconds": "90x40"}, {"$value | humanizeDuration": "1m 30s"}),
+    ("SollolQueueOld", {}, {"sollol_queue_oldest_seconds": "90x2 0x40"}, None),
+    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "0x40", OK: "0+1x40"}, {"model": "m"}),
+    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "1x40", OK: "0+1x40"}, None),
+    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "0x40", OK: "7x40"}, None),
+    ("SollolErrors", {}, {OK: "0+9x40", BAD: "0+1x40"}, {"$value | humanizePercentage": "10%"}),
+    ("SollolErrors", {}, {OK: "0+9x40", WRONG: "0+1x40"}, None),
+    ("SollolErrors", {}, {OK: "0+99x40", BAD: "0+1x40"}, None),
+    ("SollolNodeIdle", {"sollol_node_wanted": 2, "sollol_inflight": 0}, {}, {"node": "a", "$value": "2"}),
+    ("SollolNodeIdle", {"sollol_node_wanted": 2}, {}, None), ("SollolNodeIdle", {"sollol_inflight": 0}, {}, None),
+    ("SollolNodeIdle", {"sollol_node_wanted": 2, "sollol_inflight": 0, "sollol_node_draining": 1}, {}, None)]
+
+
+def test_each_alert_is_called_for_when_it_must_be_and_only_then(tmp_path):
+    """The series are samples of 30 s; after 15 minutes each alert has lasted long enough."""
+    tests = []
+    for name, changed, series, said in CALLS:
+        alert, = (alert for alert in sollol.ALERTS if alert.name == name)
+        summary = alert.summary
+        for word, text in (said or {}).items():
+            summary = summary.replace("{{ %s }}" % (word if word[0] == "$" else f"$labels.{word}"), text)
+        labels = {word: text for word, text in (said or {}).items() if word[0] != "$"}
+        expected = {"exp_labels": {"severity": alert.severity, **labels}, "exp_annotations": {"summary": summary}}
+        rows = {**{f'{metric}{{node="a"}}': f"{value}x40" for metric, value in (NODE | changed).items()}, **series}
+        tests.append({"interval": "30s", "input_series": [{"series": row, "values": values}
+                                                          for row, values in rows.items()],
+                      "alert_rule_test": [{"eval_time": "15m", "alertname": name,
+                                           "exp_alerts": [] if said is None else [expected]}]})
+    (tmp_path / "rules.yml").write_text(sollol.alerting_rules())
+    (tmp_path / "tests.yml").write_text(json.dumps(
+        {"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": tests}))
+    assert "SUCCESS" in promtool("test", "rules", tmp_path / "tests.yml")
+
+
+@pytest.mark.parametrize("flag", ["--grafana", "--alerts"])
+def test_monitoring_is_printed_without_nodes(flag):
+    done = subprocess.run([sys.executable, "sollol.py", flag], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    if flag == "--grafana":
+        assert json.loads(done.stdout)["title"] == "SOLLOL"
+    else:
+        yaml = pytest.importorskip("yaml", reason="PyPI pyyaml is not installed")
+        rules = yaml.safe_load(done.stdout)["groups"][0]["rules"]
+        assert [(rule["alert"], rule["expr"], rule["for"], rule["labels"], rule["annotations"]) for rule in rules] == [
+            (alert.name, alert.query, alert.lasts, {"severity": alert.severity}, {"summary": alert.summary})
+            for alert in sollol.ALERTS]
 
 
 # -----------------------------------------------------------------------------
