@@ -25,7 +25,8 @@ Runs on the Python 3.11+ standard library; uvloop is used when it can be importe
     Dispatcher.release                      the slot is free, for the next ticket                Dispatcher
 
 What follows is around that: going on with a broken stream, requests without a slot, changes on many nodes, probes,
-statistics, files, upgrades, peers, the life of the server, the command line and, last, the page of the dashboard.
+statistics, files, upgrades, peers, the life of the server, the command line, what Grafana and Prometheus are given and,
+last, the page of the dashboard.
 
 Decisions are pure: they are told `now` (seconds of the running loop's clock), and touch no socket and no clock. They
 are plain functions, so nothing can happen between a read and a write, and there is no lock in this file.
@@ -14727,7 +14728,7 @@ def abandon_unwritten() -> None:
 
 INFERENCE = f'route=~"{"|".join(sorted(INFERENCE_PATHS))}"'
 FAILED = f'sollol_requests_total{{{INFERENCE}, outcome=~"cut|error|refused", code!~"4.."}}'     # not by the client
-ERROR_SHARE = f"sum(rate({FAILED}[%s])) / sum(rate(sollol_requests_total{{{INFERENCE}}}[%s]))"
+ERROR_SHARE = f"(sum(rate({FAILED}[%s])) or vector(0)) / sum(rate(sollol_requests_total{{{INFERENCE}}}[%s]))"
 RANGE = "$__rate_interval"          # Grafana's word for a range that has enough samples
 
 
@@ -14757,13 +14758,13 @@ PANELS = (
           | quantiles("sollol_queue_seconds")),
     Panel("Time to the first byte", "s", quantiles("sollol_ttft_seconds")),
     Panel("Time to the end of the answer", "s", quantiles("sollol_request_seconds")),
-    Panel("Output by node", "suffix: tokens/s", {
+    Panel("Output by node", "suffix:tokens/s", {
         "{{node}}": f'sum by (node) (rate(sollol_tokens_total{{kind="output"}}[{RANGE}]))'}, stacked=True),
     Panel("State of the nodes", "none", {
         "{{node}}": "sollol_node_up + 2 * sollol_node_draining + 4 * sollol_node_asleep + 8 * sollol_node_waking"},
           "state-timeline"),
-    Panel("Slots used by node", "short", {"{{node}}": "sum by (node) (sollol_inflight)"}, stacked=True),
-    Panel("Slots known by node", "short", {"{{node}}": "max by (node) (sollol_slots)"}, stacked=True),
+    Panel("Slots used by node, of all models", "short", {"{{node}}": "sum by (node) (sollol_inflight)"}, stacked=True),
+    Panel("Slots known by node, of one model", "short", {"{{node}}": "max by (node) (sollol_slots)"}, stacked=True),
     Panel("Failures by node", "reqps", {
         "{{node}}: {{reason}}": f"sum by (node, reason) (rate(sollol_failovers_total[{RANGE}]))"}),
     Panel("Second attempts", "reqps", {

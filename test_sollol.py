@@ -15635,7 +15635,8 @@ def readme_commands():
 
 SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py serve 3"}
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
-        "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,), "python3 bench.py": (0,),
+        "python3 sollol.py --help": (0,), "python3 sollol.py --grafana": (0,), "python3 sollol.py --alerts": (0,),
+        "python3 bench.py --help": (0,), "python3 bench.py": (0,),
         "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,), "python3 bench.py gateways": (0,)}
 SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"],
            "python3 bench.py gateways": ["20 clients, 1 model", "--clusters", "hom3", "--rounds", "1"]}
