@@ -5988,7 +5988,7 @@ class CompletionTime(Policy):
             work.refuse(ticket, Answer(*ALL_FAILED))
 
     def leave_to_peer(self, work: DispatchPass, entry: Entry, free: Candidate) -> None:
-        """Leave a slot to a ticket that waits at a peer: it is next. What it does not take in LEFT_S others may have."""
+        """Leave a slot to a ticket that waits at a peer: it is next. What it leaves for LEFT_S, others may have."""
         ticket, now = entry[2], work.now
         work.held.append(entry)
         if ticket.offered is None or ticket.offered[0] is not free.runner:

@@ -12360,6 +12360,8 @@ def test_headline_tells_only_the_beginning_of_what_a_node_said():
                                            (7200.0, "2 h"), (90000.0, "25 h"), (172800.0, "2 days")])
 def test_times_for_people(seconds, text):
     assert sollol.for_people(seconds) == text
+
+
 @over_sockets
 async def test_metrics_tell_who_waits_and_where_models_are():
     one, two = fixed(1), bench.SimNode(models=("mistral",))
