@@ -13028,10 +13028,12 @@ def test_every_path_has_one_row_and_every_row_a_handler_that_has_what_it_needs()
 
 def test_readme_lists_every_route_and_what_is_done_with_it():
     text = (HERE / "README.md").read_text()
-    listed = {(method, path, where)
-              for methods, paths, where in re.findall(r"^\| `([A-Z ]+)` \| (`/.*?`) \| ([a-z, ]+) \|", text, re.M)
-              for method in methods.split() for path in re.findall(r"`(.+?)`", paths)}
-    assert listed == {(method, path, route.where.value) for (method, path), route in sollol.ROUTES.items()}
+    listed = [(method, path, where)
+              for where, cell in re.findall(r"^\| ([a-z, ]+) \| (`[A-Z ]+` `/.*?) \|", text, re.M)
+              for methods, paths in re.findall(r"`([A-Z ]+)` ((?:`/[^`]*`(?:, )?)+)", cell)
+              for method in methods.split() for path in re.findall(r"`(.+?)`", paths)]
+    assert sorted(listed) == sorted((method, path, route.where.value)
+                                    for (method, path), route in sollol.ROUTES.items())
 
 
 def test_big_blob_passes_in_constant_memory():
@@ -13719,50 +13721,112 @@ def test_service_is_valid_and_exposed_to_little(words, tmp_path):
     assert done.returncode == 0 and "sollol.service:" not in done.stderr, done.stderr + done.stdout[-300:]
 
 
+def container_files(uncomment=False):
+    """Return what the README's compose file and its objects of Kubernetes say; `uncomment` the GPU's line."""
+    yaml = pytest.importorskip("yaml", reason="PyPI pyyaml is not installed")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    if uncomment:
+        blocks, counts = zip(*(re.subn(r"(?m)^( +)# (?=deploy: )", r"\1", block) for block in blocks))
+        assert counts == (1, 0)
+    (compose,), objects = (list(yaml.safe_load_all(block)) for block in blocks)
+    return compose, {(each["kind"], each["metadata"]["name"]): each["spec"] for each in objects}
+
+
 def container_commands():
-    """Return the words of the gateway's command in each of the README's snippets for containers."""
-    text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    shell = [shlex.split(line) for line in re.findall(r"^ +docker run .*|(?<=command: )python .*", text, re.M)]
-    shell += [[word.strip(' "') for word in words.split(",")] for words in re.findall(r"command: \[(.*)\]", text)]
-    return [words[words.index("python"):] for words in shell]
+    """Return the words of the gateway's command in each of the README's snippets for containers; without a parser."""
+    text = (HERE / "README.md").read_text()
+    lines = re.search(r"(?m)^    command:\n((?:    - .*\n)+)", text)[1].splitlines()
+    words = re.search(r"(?s) command: \[(.*?)\]", text)[1].split(",")
+    return [re.sub(" +#.*", "", line).removeprefix("    - ") for line in lines], [word.strip(' \n"') for word in words]
 
 
 def test_commands_for_containers_run(tmp_path):
+    """And the health check of the compose file tells whether a node is up."""
     (tmp_path / "sollol.py").symlink_to(HERE / "sollol.py")
-    commands = container_commands()
-    assert len(commands) == 3
-    with program("bench.py", "--nodes", 1, "--port", 0) as node:
-        port = re.search(r":(\d+)", read_until(node, r"http://\S+")[0])[1]
-        (tmp_path / "hosts.txt").write_text(f"http://127.0.0.1:{port}\n")
-        for words in commands:
-            assert words[:2] == ["python", "/app/sollol.py"] and sollol.parse_options(words[2:], {}).bind == "0.0.0.0"
-            words = [re.sub("^/(app|state)", str(tmp_path), word) for word in words[1:]]
+    (tmp_path / "keys").write_text("wFp3vJ0sXk9 name=alice\n")
+    check = re.search(r'test: \[CMD, python, -c, "(.*)"\]', (HERE / "README.md").read_text())[1]
+    moved = {"//host.docker.internal:11434": "//127.0.0.1:1", "//192.168.1.20:11434": "//127.0.0.1:2"}
+    for words, total in zip(container_commands(), (3, 1), strict=True):
+        assert words[:2] == ["python", "/app/sollol.py"] and sollol.parse_options(words[2:], {}).bind == "0.0.0.0"
+        words = [re.sub("(^|=)/(app|state|keys)/", rf"\1{tmp_path}/", word) for word in words[1:]]
+        for place, other in moved.items():
+            words = [word.replace(place, other) for word in words]
+        with program("bench.py", "--nodes", 1, "--port", 0) as node:
+            port = re.search(r":(\d+)", read_until(node, r"http://\S+")[0])[1]
             words = [word.replace("//ollama", f"//localhost:{port}") for word in words]
-            with program(*words, "--port", 0) as gateway:
+            with program(*words, "--probe-interval", "0.2s", "--port", 0) as gateway:
                 url = read_until(gateway, r"event=start .*url=(\S+)")[1].replace("0.0.0.0", "127.0.0.1")
-                assert json.loads(curl(url + "/api/health"))["nodes"].items() >= {"up": 1, "total": 1}.items()
+                assert json.loads(curl(url + "/api/health"))["nodes"].items() >= {"up": 1, "total": total}.items()
+                script = [sys.executable, "-c", check.replace("http://127.0.0.1:8000", url)]
+                assert script[2] != check and not subprocess.run(script, timeout=30).returncode
+                node.kill()
+                read_until(gateway, "event=node .*state=down was=up")
+                assert subprocess.run(script, capture_output=True, timeout=30).returncode
                 gateway.send_signal(signal.SIGTERM)
                 assert gateway.wait(10) == 0
     assert (tmp_path / "state.json").exists()
 
 
-def test_snippets_for_containers_are_what_they_should_be():
-    yaml = pytest.importorskip("yaml", reason="PyPI pyyaml is not installed")
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
-    (compose,), (service, deployment) = (list(yaml.safe_load_all(block)) for block in blocks)
-    gateway, pods = compose["services"]["sollol"], deployment["spec"]["template"]
-    names = {url.split()[0] for words in container_commands() for url in sollol.parse_options(words[2:], {}).node}
-    assert names == {"http://ollama"} and "ollama" in compose["services"] and service["metadata"]["name"] == "ollama"
-    assert service["spec"]["clusterIP"] == "None" and service["spec"]["ports"] == [{"port": 11434}]
-    assert gateway["volumes"] == ["./sollol.py:/app/sollol.py:ro", "state:/state"] and "state" in compose["volumes"]
-    assert deployment["spec"]["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
-    container, = pods["spec"]["containers"]
-    assert [shlex.split(gateway["command"]), container["command"]] == container_commands()[1:]
-    assert container["volumeMounts"] == [{"name": pods["spec"]["volumes"][0]["name"], "mountPath": "/app"}]
+def test_compose_file_of_the_readme_is_what_it_should_be():
+    compose, services = container_files()[0], container_files()[0]["services"]
+    assert services["sollol"]["command"] == container_commands()[0]
+    options = sollol.parse_options(services["sollol"]["command"][2:], {})
+    assert [url.split()[0] for url in options.node][:2] == ["http://ollama", "http://host.docker.internal:11434"]
+    assert services["sollol"]["extra_hosts"] == ["host.docker.internal:host-gateway"]
+    assert services["open-webui"]["environment"] == {
+        "OLLAMA_BASE_URL": "http://sollol:8000", "ENABLE_FORWARD_USER_INFO_HEADERS": "true"}
+    assert options.port == 8000 and set(services) == {"sollol", "ollama", "open-webui"}
+    volumes = {name for each in services.values() for name, _ in (volume.split(":", 1) for volume in each["volumes"])}
+    assert volumes == {".", *compose["volumes"]} and options.state.startswith("/state/")
+    assert {each["restart"] for each in services.values()} == {"unless-stopped"}
+    assert float(services["sollol"]["stop_grace_period"].removesuffix("s")) > options.drain_timeout
+    device, = container_files(uncomment=True)[0]["services"]["ollama"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"] and "deploy" not in services["ollama"]
+
+
+def test_objects_of_kubernetes_in_the_readme_are_what_they_should_be():
+    objects = container_files()[1]
+    assert set(objects) == {("Service", "ollama"), ("Service", "sollol"), ("PodDisruptionBudget", "sollol"),
+                            ("Deployment", "sollol")}
+    nodes, deployment = objects["Service", "ollama"], objects["Deployment", "sollol"]
+    pods, labels = deployment["template"]["spec"], deployment["template"]["metadata"]["labels"]
+    container, = pods["containers"]
+    assert container["command"] == container_commands()[1]
+    options = sollol.parse_options(container["command"][2:], {})
+    assert options.node == ["http://ollama resolve=all"] and deployment["replicas"] == 2
+    assert nodes["clusterIP"] == "None" and nodes["ports"] == [{"port": 11434}]
+    budget = objects["PodDisruptionBudget", "sollol"]
+    assert budget["minAvailable"] == 1
+    for selector in (deployment["selector"]["matchLabels"], budget["selector"]["matchLabels"],
+                     objects["Service", "sollol"]["selector"]):
+        assert selector == labels
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    kinds = {volume["name"]: {key: value for key, value in volume.items() if key != "name"}
+             for volume in pods["volumes"]}
+    assert [kinds.pop(mounts[path]) for path in ("/app", "/keys", "/state")] == [
+        {"configMap": {"name": "sollol"}}, {"secret": {"secretName": "sollol"}}, {"emptyDir": {}}] and not kinds
+    assert (options.keys, options.state) == ("/keys/keys", "/state/state.json")
     for name in ("readinessProbe", "livenessProbe"):
         probe = container[name]["httpGet"]
         assert probe["path"] in sollol.OPEN_PATHS and probe["port"] == container["ports"][0]["containerPort"] == 8000
+    assert objects["Service", "sollol"]["ports"] == [{"port": 8000}]
+    assert pods["terminationGracePeriodSeconds"] > options.drain_delay + options.drain_timeout
     assert (HERE / "sollol.py").stat().st_size < 2**20      # the most that a ConfigMap holds
+
+
+def test_kubectl_makes_the_objects_that_the_readme_asks_of_it(tmp_path):
+    """As far as it does without a cluster: with --dry-run=client."""
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed")
+    commands = [command.partition(" | ")[0] for command in readme_commands() if command.startswith("kubectl create")]
+    assert len(commands) == 2
+    (tmp_path / "sollol.py").symlink_to(HERE / "sollol.py")
+    (tmp_path / "keys").write_text("wFp3vJ0sXk9 name=alice\n")
+    for command in commands:
+        words = [*shlex.split(command), *(["--dry-run=client", "-o", "yaml"] if "--dry-run" not in command else [])]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "HOME": str(tmp_path)})
+        assert done.returncode == 0 and "\n  name: sollol\n" in done.stdout, done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -15628,28 +15692,36 @@ def test_monitoring_is_printed_without_nodes(flag):
 def readme_commands():
     """Return every command in the README, without its comment."""
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"^(?:    |\$ )((?:python3|curl|sudo|docker|journalctl) .*)", text, re.M)
-    spans = re.findall(r"`((?:python3 )?(?:bench|sollol)\.py(?: .*?)?)`", text)
+    lines = re.findall(r"^    (?:\$ )?((?:python3|curl|sudo|docker|journalctl|kubectl) .*)", text, re.M)
+    spans = re.findall(r"`((?:python3 )?(?:bench|sollol)\.py(?: .*?)?|(?:curl|docker|kubectl|sudo) .*?)`", text)
     commands = {re.sub(r" +#.*", "", command) for command in (*lines, *spans)}
     return sorted(command if not command.startswith(("bench", "sollol")) else f"python3 {command}"
                   for command in commands if command not in ("bench.py", "sollol.py"))
 
 
-SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt", "python3 bench.py serve 3"}
+SERVES = {"python3 sollol.py --demo", "python3 sollol.py --hosts hosts.txt"}
+CHECK = "python3 sollol.py --check --node 'localhost:11434 name=4090' --node 'localhost:11435 name=3060'"
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
-        "python3 sollol.py --help": (0,), "python3 sollol.py --grafana": (0,), "python3 sollol.py --alerts": (0,),
-        "python3 bench.py --help": (0,), "python3 bench.py": (0,),
+        CHECK.replace("'", '"'): (0, 1), "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,),
+        "python3 sollol.py --grafana": (0,), "python3 sollol.py --alerts": (0,),
+        "python3 bench.py compare --scenario seed/mild5": (0,), "python3 bench.py compare --scenario models5/mild5": (0,),
         "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,), "python3 bench.py gateways": (0,)}
 SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"],
            "python3 bench.py gateways": ["20 clients, 1 model", "--clusters", "hom3", "--rounds", "1"]}
 # What runs the others: a test, or a line of .ci/run with these words.
-ELSEWHERE = {"curl -N": "test_demo_of_the_readme_streams_to_its_curl", "docker run": "test_commands_for_containers_run",
+ELSEWHERE = {"curl ": "test_demo_of_the_readme_answers_its_curls",
+             "docker compose up": "test_compose_file_of_the_readme_is_what_it_should_be",
+             "kubectl create": "test_kubectl_makes_the_objects_that_the_readme_asks_of_it",
+             "kubectl apply": "test_objects_of_kubernetes_in_the_readme_are_what_they_should_be",
+             "kubectl rollout restart deployment sollol": "test_objects_of_kubernetes_in_the_readme_are_what_they_should_be",
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
              "python3 bench.py live": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
+             "python3 bench.py tradeoff": "test_tradeoff_shows_the_median_and_the_tail_of_each_way",
              "python3 -m venv": "'^    python3 -m venv '",
              **{f"python3 bench.py {name}": f"bench.py {name}" for name in (
-                 "check", "overhead", "streams", "kills", "siege", "soak", "upgrades")}}
-NEEDS_SYSTEMD = ("sudo systemctl daemon-reload", "sudo systemctl enable --now sollol", "journalctl -u sollol -f")
+                 "overhead", "streams", "kills", "siege", "soak", "upgrades")}}
+NEEDS_SYSTEMD = ("sudo systemctl daemon-reload", "sudo systemctl enable --now sollol", "journalctl -u sollol -f",
+                 "sudo systemctl reload-or-restart sollol")
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -15670,15 +15742,26 @@ def test_command_of_the_readme_is_run(command):
         assert runner in globals() or runner in (HERE / ".ci" / "run").read_text()
 
 
-def test_demo_of_the_readme_streams_to_its_curl():
+def test_demo_of_the_readme_answers_its_curls():
     if not shutil.which("curl"):
         pytest.skip("curl is not installed")
-    command, = (command for command in readme_commands() if command.startswith("curl -N"))
+    commands = [command for command in readme_commands() if command.startswith("curl")]
+    assert len(commands) == 4
     with program("sollol.py", "--demo", "--port", 0) as demo:
         url = read_until(demo, r"event=start .*url=(\S+)")[1]
-        words = shlex.split(command.replace("http://127.0.0.1:8000", url))
-        lines = subprocess.run([*words, "-sS"], capture_output=True, check=True).stdout.splitlines()
-    assert json.loads(lines[0])["done"] is False and json.loads(lines[-1])["done"] is True
+        for command in commands:
+            words = shlex.split(command.replace("http://127.0.0.1:8000", url).replace("/NAME/", "/m2/"))
+            done = subprocess.run([*words, "-sS", "--fail"], capture_output=True, check=True)
+            if "-N" in words:
+                lines = done.stdout.splitlines()
+                assert json.loads(lines[0])["done"] is False and json.loads(lines[-1])["done"] is True
+
+
+def test_addresses_in_the_readme_are_those_of_the_gateway():
+    """For every client it names: the port is the default one, and where a path is told, it is /v1."""
+    found = re.findall(r"http://(?:127\.0\.0\.1|localhost|sollol):8000([^\s\"'`)>]*)", (HERE / "README.md").read_text())
+    assert sollol.command_line().get_default("port") == "8000" and len(found) >= 10
+    assert set(found) <= {"", "/v1", "/dashboard", "/api/chat", "/api/pull", "/api/health", "/api/nodes/NAME/drain"}
 
 
 def installed(root, secrets=False):
