@@ -7495,17 +7495,39 @@ def other_commands(command: Callable[..., Callable[..., argparse.Action]]) -> No
     command("demo", None, "a gateway in front of three simulated nodes; takes the flags of sollol.py")   # see main
 
 
+HELP_END = """\
+bench.py COMMAND --help tells more.
+
+The real gateway, parser and sockets run in front of simulated nodes: slots, a
+hidden queue, loads, evictions, batching, prefills that stop the neighbours,
+prefix caches, speeds of real cards, and what nobody can know drawn for each
+node. Where everybody waits, the clock jumps: 60 s take about one, and the same
+seed gives the same figures. Nothing here was measured on real cards; `live`
+does that on yours.
+
+A scenario is KIND/NODES. Kinds: seed is a closed loop, load0.6 an open one at
+60 % of what the nodes can do, models5 that with five models, prio with
+priorities, hang with a node that hangs. Nodes: homN are N equal ones, mild3 a
+4090, a 3060 and a Mac M2, mild5 a 4090, a 3090, two 3060 and an M2, hetN such
+ones and a CPU without a card. `compare --scenario x` lists all.
+
+Round-robin (RR) and least-inflight (LI, least-connections) are good plain
+proxies behind the same relay: they skip dead nodes and retry. Rivals told the
+truth by hand say what they were told. `over bound`: how much longer than with
+one server that has the speed of all; no real cluster reaches that."""
+
+
 def command_line() -> argparse.ArgumentParser:
     """Return the parser: a command, and the options of its own."""
     about = "Measure SOLLOL against plain proxies. Without a command: compare, on three simulated nodes."
-    parser = sollol.OneLineParser(prog="bench.py", description=about, epilog="bench.py COMMAND --help tells more.")
+    parser = sollol.OneLineParser(prog="bench.py", description=about, epilog=HELP_END,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int] | None, about: str,
                 *flags: str) -> Callable[..., argparse.Action]:
         """Add a command, with some of FLAGS; return what adds further options to it."""
-        about = about.replace("%", "%%")
-        one = commands.add_parser(name, help=about, description=about)
+        one = commands.add_parser(name, help=about.replace("%", "%%"), description=about)
         one.set_defaults(run=run)
         for flag in flags:
             one.add_argument(flag, **FLAGS[flag])

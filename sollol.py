@@ -14450,8 +14450,9 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--tls-cert": dict(NEEDED_FILE, help="certificate of this port in PEM form, the chain behind it: it speaks TLS "
                            "then; read again on SIGHUP (none: plain HTTP)"),
         "--tls-key": dict(NEEDED_FILE, help="private key of --tls-cert, in PEM form (none)"),
-        "--origins": dict(metavar="LIST", type=parse_origins, default="", help="web pages that may ask, besides those "
-                          "of this machine, with commas; * stands for anything (none)"),
+        "--origins": dict(metavar="LIST", type=parse_origins, default="", help="web pages that may ask, and change "
+                          "models, besides those of this machine, with commas; * stands for anything; a bare * lets "
+                          "every page ask, but change nothing (none)"),
     },
     "monitoring": {
         "--grafana": dict(ON, help="print a dashboard for Grafana, which shows /metrics, and exit (no)"),
@@ -14459,17 +14460,45 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
     },
     "log": {
         "--log-format": dict(choices=("kv", "json"), default="kv", help="key=value or JSON lines"),
-        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="least that is told"),
+        "--log-level": dict(choices=("debug", "info", "warning", "error"), default="info", help="least that is "
+                            "told; probes and scrapes that succeed are debug"),
     },
 }
+
+
+HELP_END = """\
+A TIME is 90 or 90s, 500ms, 5m, 2h. Every flag can be set in the environment:
+--queue-timeout is SOLLOL_QUEUE_TIMEOUT; the flag wins.
+
+Files are read again when they have been saved, or on SIGHUP; a bad one is
+refused, and the old one stays. SIGUSR2 lets the program that is on disk take
+over. SIGTERM lets running and queued requests finish; a second one, more than
+a second later, stops at once. Exit status 2: a mistake on the command line, in
+a variable or in a file, told in one line; 1: the port is in use. A supervisor's
+listening socket (LISTEN_FDS) is taken in place of --bind and --port.
+
+The file of --hosts explains itself. A line of --keys is a key, then settings:
+  name=alice          in the log, the counts and /api/usage (needed)
+  priority=low        of requests that name none
+  max-priority=5      what asks for more gets this
+  rate=60/min         requests in a s, min, h or d; beyond that 429
+  tokens=2M/d         of prompts and answers, counted when an answer has ended; a
+                      d ends at midnight (TZ); it begins anew with a restart
+  concurrency=4       requests at once; beyond that 429
+  share=2             of fairness, for each person behind the key
+  models=A,qwen3:*    that it may use; others are not there for it, and a body
+                      that cannot be read, such as a compressed one, gets 403
+  routes=read         GET, HEAD and show; inference: all that changes nothing
+                      and uses no account; all (default)
+  admin=yes           may change models, use the account and order nodes, and
+                      sees all of /api/usage
+  proxy=yes           is believed for whom it asks, as --trusted-proxies"""
 
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the flags alone."""
     parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
-                           epilog="A TIME is 90 or 90s, 500ms, 5m, 2h. "
-                           "Every flag can be set in the environment: --queue-timeout is SOLLOL_QUEUE_TIMEOUT. "
-                           "SIGHUP reads all files again, SIGUSR2 lets the program that is on disk take over.")
+                           epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, settings in flags.items():

@@ -4676,6 +4676,9 @@ def test_help_tells_every_flag_its_unit_and_its_default(capsys):
             assert action.metavar == "TIME" and action.default.endswith("s"), action
     assert "A TIME is 90 or 90s, 500ms, 5m, 2h." in text
     assert not re.search(r"\bseconds", text)
+    keys = sollol.parse_keys("\n".join(f"KEY{at} name=x{at} {setting}" if "name=" not in setting else f"KEY {setting}"
+                             for at, setting in enumerate(re.findall(r"^  ([a-z-]+=\S+)", text, re.M))), "help")
+    assert len(keys) == len(sollol.KEY_SETTINGS)
 
 
 @pytest.mark.parametrize("text, size", [
@@ -13726,8 +13729,7 @@ def container_files(uncomment=False):
     yaml = pytest.importorskip("yaml", reason="PyPI pyyaml is not installed")
     blocks = re.findall(r"^```yaml\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
     if uncomment:
-        blocks, counts = zip(*(re.subn(r"(?m)^( +)# (?=deploy: )", r"\1", block) for block in blocks))
-        assert counts == (1, 0)
+        blocks = [re.sub(r"(?m)^( +)# (?=deploy: )", r"\1", block) for block in blocks]
     (compose,), objects = (list(yaml.safe_load_all(block)) for block in blocks)
     return compose, {(each["kind"], each["metadata"]["name"]): each["spec"] for each in objects}
 
@@ -15704,7 +15706,8 @@ CHECK = "python3 sollol.py --check --node 'localhost:11434 name=4090' --node 'lo
 ENDS = {"python3 sollol.py --hosts hosts.txt --check": (0, 1),      # whether this machine has an Ollama or not
         CHECK.replace("'", '"'): (0, 1), "python3 sollol.py --help": (0,), "python3 bench.py --help": (0,),
         "python3 sollol.py --grafana": (0,), "python3 sollol.py --alerts": (0,),
-        "python3 bench.py compare --scenario seed/mild5": (0,), "python3 bench.py compare --scenario models5/mild5": (0,),
+        "python3 bench.py compare --scenario seed/mild5": (0,),
+        "python3 bench.py compare --scenario models5/mild5": (0,),
         "python3 bench.py matrix": (0,), "python3 bench.py coding": (0,), "python3 bench.py gateways": (0,)}
 SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": ["2"],
            "python3 bench.py gateways": ["20 clients, 1 model", "--clusters", "hom3", "--rounds", "1"]}
@@ -15712,8 +15715,8 @@ SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": 
 ELSEWHERE = {"curl ": "test_demo_of_the_readme_answers_its_curls",
              "docker compose up": "test_compose_file_of_the_readme_is_what_it_should_be",
              "kubectl create": "test_kubectl_makes_the_objects_that_the_readme_asks_of_it",
-             "kubectl apply": "test_objects_of_kubernetes_in_the_readme_are_what_they_should_be",
-             "kubectl rollout restart deployment sollol": "test_objects_of_kubernetes_in_the_readme_are_what_they_should_be",
+             **dict.fromkeys(("kubectl apply", "kubectl rollout restart deployment sollol"),
+                             "test_objects_of_kubernetes_in_the_readme_are_what_they_should_be"),
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
              "python3 bench.py live": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
              "python3 bench.py tradeoff": "test_tradeoff_shows_the_median_and_the_tail_of_each_way",
