@@ -12092,7 +12092,7 @@ def send_packet(packet: bytes, addresses: list[Server]) -> tuple[list[str], str]
 # -----------------------------------------------------------------------------
 # Routes: which handler answers which path?
 #
-# The README's table of routes, row by row. A row names its handler, so the table stands behind all handlers. A new path
+# The README's table of routes, path by path. A row names its handler, so the table stands behind all handlers. A new path
 # is one row, and a handler if none of these fits.
 # -----------------------------------------------------------------------------
 

@@ -12808,7 +12808,7 @@ def test_browser_holds_its_memory_over_an_hour_of_updates_and_keeps_the_focus(br
 
 
 # -----------------------------------------------------------------------------
-# The README's table of routes, row by row
+# The README's table of routes, path by path
 # -----------------------------------------------------------------------------
 
 MISTRAL = {"model": "mistral", "stream": False, "max_tokens": 3, "prompt": "hi <out=3>", "messages": MESSAGES,
@@ -15713,7 +15713,7 @@ SMALLER = {"python3 bench.py matrix": ["seed/hom3"], "python3 bench.py coding": 
            "python3 bench.py gateways": ["20 clients, 1 model", "--clusters", "hom3", "--rounds", "1"]}
 # What runs the others: a test, or a line of .ci/run with these words.
 ELSEWHERE = {"curl ": "test_demo_of_the_readme_answers_its_curls",
-             "docker compose up": "test_compose_file_of_the_readme_is_what_it_should_be",
+             "docker compose ": "test_compose_file_of_the_readme_is_what_it_should_be",
              "kubectl create": "test_kubectl_makes_the_objects_that_the_readme_asks_of_it",
              **dict.fromkeys(("kubectl apply", "kubectl rollout restart deployment sollol"),
                              "test_objects_of_kubernetes_in_the_readme_are_what_they_should_be"),
