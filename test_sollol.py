@@ -13829,6 +13829,11 @@ def test_kubectl_makes_the_objects_that_the_readme_asks_of_it(tmp_path):
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True,
                               env={**os.environ, "HOME": str(tmp_path)})
         assert done.returncode == 0 and "\n  name: sollol\n" in done.stdout, done.stderr
+    (tmp_path / "sollol.yaml").write_text(re.findall(r"(?ms)^```yaml\n(.*?)^```", (HERE / "README.md").read_text())[1])
+    (tmp_path / "kustomization.yaml").write_text("resources: [sollol.yaml]\n")
+    done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True,
+                          env={**os.environ, "HOME": str(tmp_path)})
+    assert done.returncode == 0 and done.stdout.count("\nkind: ") == 4, done.stderr
 
 
 # -----------------------------------------------------------------------------
