@@ -4666,7 +4666,7 @@ def test_help_tells_every_flag_its_unit_and_its_default(capsys):
         sollol.parse_options(["--help"], {})
     text = capsys.readouterr().out
     assert re.findall(r"^(\w+):$", text, re.M) == [
-        "options", "nodes", "listening", "scheduling", "limits", "security", "log"]
+        "options", "nodes", "listening", "scheduling", "limits", "security", "monitoring", "log"]
     assert text.count("SOLLOL_") == 1
     for action in sollol.command_line()._actions[1:-1]:
         assert re.search(r"\([^()]+\)$", action.help.replace("%(default)s", "x")), action
@@ -15545,7 +15545,7 @@ def test_check_says_why_a_node_over_tls_is_down(pems, capsys):
 
 QUERIES = {**{panel.title: [query.replace(sollol.RANGE, "5m") for query in panel.queries.values()]
               for panel in sollol.PANELS}, **{alert.name: [alert.query] for alert in sollol.ALERTS}}
-TEXTS = {**{panel.title: " ".join(panel.queries) for panel in sollol.PANELS},
+LEGENDS = {**{panel.title: " ".join(panel.queries) for panel in sollol.PANELS},
          **{alert.name: alert.summary for alert in sollol.ALERTS}}
 
 
@@ -15575,7 +15575,7 @@ def test_every_metric_and_label_of_a_panel_or_rule_is_one_of_the_gateways(name):
         grouped = [label for labels in re.findall(r"(?:by|without) \((.*?)\)", query) for label in labels.split(", ")]
         assert set(grouped) <= known
     known = set().union(*(seen[metric] for query in QUERIES[name] for metric in re.findall(r"sollol_\w+", query)))
-    assert set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", TEXTS[name])) <= known
+    assert set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", LEGENDS[name])) <= known
 
 
 def test_panels_of_the_dashboard_lie_side_by_side():
@@ -15628,9 +15628,10 @@ def test_prometheus_reads_the_rules_and_every_query_of_the_dashboard(tmp_path):
     assert f"{len(rows)} rules found" in promtool("check", "rules", queries)
 
 
-NODE = {"sollol_node_up": 1, "sollol_node_draining": 0, "sollol_node_asleep": 0, "sollol_inflight": 1,
+NODE_SERIES = {"sollol_node_up": 1, "sollol_node_draining": 0, "sollol_node_asleep": 0, "sollol_inflight": 1,
         "sollol_node_wanted": 0}
-OK, BAD, WRONG = (f'sollol_requests_total{{node="a",model="m",route="/api/chat",code="{code}",outcome="{outcome}"}}'
+WAS_OK, WAS_BAD, WAS_WRONG = (
+    f'sollol_requests_total{{node="a",model="m",route="/api/chat",code="{code}",outcome="{outcome}"}}'
                   for code, outcome in (("200", "ok"), ("503", "refused"), ("404", "error")))
 # Alert, series of node a, other series, what its summary says of value and labels; None: it is not called for.
 CALLS = [
@@ -15646,12 +15647,12 @@ CALLS = [
     ("SollolNothingRuns", {}, {'sollol_queue_depth{priority="5"}': "3x40"}, None),
     ("SollolQueueOld", {}, {"sollol_queue_oldest_seconds": "90x40"}, {"$value | humanizeDuration": "1m 30s"}),
     ("SollolQueueOld", {}, {"sollol_queue_oldest_seconds": "90x2 0x40"}, None),
-    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "0x40", OK: "0+1x40"}, {"model": "m"}),
-    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "1x40", OK: "0+1x40"}, None),
-    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "0x40", OK: "7x40"}, None),
-    ("SollolErrors", {}, {OK: "0+9x40", BAD: "0+1x40"}, {"$value | humanizePercentage": "10%"}),
-    ("SollolErrors", {}, {OK: "0+9x40", WRONG: "0+1x40"}, None),
-    ("SollolErrors", {}, {OK: "0+99x40", BAD: "0+1x40"}, None),
+    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "0x40", WAS_OK: "0+1x40"}, {"model": "m"}),
+    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "1x40", WAS_OK: "0+1x40"}, None),
+    ("SollolModelWithoutNode", {}, {'sollol_model_nodes{model="m"}': "0x40", WAS_OK: "7x40"}, None),
+    ("SollolErrors", {}, {WAS_OK: "0+9x40", WAS_BAD: "0+1x40"}, {"$value | humanizePercentage": "10%"}),
+    ("SollolErrors", {}, {WAS_OK: "0+9x40", WAS_WRONG: "0+1x40"}, None),
+    ("SollolErrors", {}, {WAS_OK: "0+99x40", WAS_BAD: "0+1x40"}, None),
     ("SollolNodeIdle", {"sollol_node_wanted": 2, "sollol_inflight": 0}, {}, {"node": "a", "$value": "2"}),
     ("SollolNodeIdle", {"sollol_node_wanted": 2}, {}, None), ("SollolNodeIdle", {"sollol_inflight": 0}, {}, None),
     ("SollolNodeIdle", {"sollol_node_wanted": 2, "sollol_inflight": 0, "sollol_node_draining": 1}, {}, None)]
@@ -15667,7 +15668,8 @@ def test_each_alert_is_called_for_when_it_must_be_and_only_then(tmp_path):
             summary = summary.replace("{{ %s }}" % (word if word[0] == "$" else f"$labels.{word}"), text)
         labels = {word: text for word, text in (said or {}).items() if word[0] != "$"}
         expected = {"exp_labels": {"severity": alert.severity, **labels}, "exp_annotations": {"summary": summary}}
-        rows = {**{f'{metric}{{node="a"}}': f"{value}x40" for metric, value in (NODE | changed).items()}, **series}
+        of_node = NODE_SERIES | changed
+        rows = {**{f'{metric}{{node="a"}}': f"{value}x40" for metric, value in of_node.items()}, **series}
         tests.append({"interval": "30s", "input_series": [{"series": row, "values": values}
                                                           for row, values in rows.items()],
                       "alert_rule_test": [{"eval_time": "15m", "alertname": name,
@@ -15725,6 +15727,8 @@ ELSEWHERE = {"curl ": "test_demo_of_the_readme_answers_its_curls",
              "sudo install": "test_service_is_installed_by_the_readmes_commands",
              "python3 bench.py live": "test_live_cluster_is_measured_against_round_robin_over_its_hosts",
              "python3 bench.py tradeoff": "test_tradeoff_shows_the_median_and_the_tail_of_each_way",
+             "python3 bench.py mismatch": "test_mismatch_shows_how_we_stand_and_fails_if_a_gain_becomes_a_loss",
+             "python3 bench.py misled": "test_wrong_beliefs_cost_little_and_no_request",
              "python3 -m venv": "'^    python3 -m venv '",
              **{f"python3 bench.py {name}": f"bench.py {name}" for name in (
                  "overhead", "streams", "kills", "siege", "soak", "upgrades")}}
