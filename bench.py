@@ -4438,12 +4438,17 @@ def is_favoured(scenario, sample):
     return sample.modest if scenario.modest else sample.priority > 5 if scenario.urgent else True
 
 
+def pooled(scenario, policy, seed):
+    """Return the Runs of one policy over some seeds as one."""
+    runs = [simulate(scenario, seed + number, (policy,))[0] for number in range(ABLATION_SEEDS)]
+    return Run(policy, [sample for run in runs for sample in run.samples], sum(run.elapsed_s for run in runs))
+
+
 def ablated(scenario, term, seed):
     """Return (mean, P95) of SOLLOL's counting requests without a term, or with all for None; some seeds pooled."""
     with switched_off(term):
-        samples = [sample for number in range(ABLATION_SEEDS)
-                   for sample in simulate(scenario, seed + number, (SOLLOL,))[0].samples]
-    favoured = figures(Run(SOLLOL, samples, 1.0), lambda sample: is_favoured(scenario, sample))
+        run = pooled(scenario, SOLLOL, seed)
+    favoured = figures(run, lambda sample: is_favoured(scenario, sample))
     return favoured.mean_s, favoured.p95_s
 
 
@@ -4493,8 +4498,7 @@ def traded(scenario, way, seed):
     """Return the Figures of one way to choose, or of a rival; some seeds pooled."""
     policy = SOLLOL if way in TRADES else way
     with instead(TRADES.get(way, {})):
-        runs = [simulate(scenario, seed + number, (policy,))[0] for number in range(ABLATION_SEEDS)]
-    return figures(Run(policy, [sample for run in runs for sample in run.samples], sum(run.elapsed_s for run in runs)))
+        return figures(pooled(scenario, policy, seed))
 
 
 def tradeoff_table(seed):
@@ -5106,9 +5110,7 @@ def urgent_share(seed):
 
     Thirty of a run are urgent: the P95 of one is off by a fifth.
     """
-    samples = [sample for number in range(ABLATION_SEEDS)
-               for sample in simulate(URGENT, seed + number, (SOLLOL,))[0].samples]
-    run = Run(SOLLOL, samples, 1.0)
+    run = pooled(URGENT, SOLLOL, seed)
     urgent, rest = (figures(run, lambda sample, is_urgent=is_urgent: (sample.priority > 5) == is_urgent).p95_s
                     for is_urgent in (True, False))
     return urgent / rest

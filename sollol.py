@@ -4644,6 +4644,11 @@ BATCHES_FADE = 0.99                 # of what older answers have shown of an exp
 PRIOR_SPREAD = 2.0                  # the prior counts like some ten answers beside one, two and three others
 
 
+def retry_pause_s(rejections: int) -> float:
+    """Return after how long one slot more is tried again that was disproved so often before."""
+    return RETRY_SLOT_S * 2.0 ** min(rejections, 6)
+
+
 class SlotEstimate:
     """How many requests a model works on at once on its node (OLLAMA_NUM_PARALLEL).
 
@@ -4701,8 +4706,7 @@ class SlotEstimate:
         if sure:
             self.rejections = max(self.rejections, FIRST_SURE_PAUSE)
         ours = self.proven >= self.max_proven and now - strangers_s > LATELY_S
-        self.retry_at_s = now + (RETRY_SLOT_S * 2 ** min(self.rejections, 6) if ours
-                                 else RETRY_SHARED_S * min(self.proven, 2))
+        self.retry_at_s = now + (retry_pause_s(self.rejections) if ours else RETRY_SHARED_S * min(self.proven, 2))
         self.rejected_s = now
         self.rejections += ours
         return True
@@ -4747,7 +4751,11 @@ class SlotEstimate:
             return
         rejections = kept.get("rejections", 0)
         if rejections > self.rejections:
-            self.retry_at_s, self.rejected_s = now + RETRY_SLOT_S * 2 ** min(rejections, 6), now
+            self.retry_at_s, self.rejected_s = now + retry_pause_s(rejections), now
+        self.adopt(kept, rejections)
+
+    def adopt(self, kept: Json, rejections: int) -> None:
+        """Believe what was learned elsewhere."""
         self.count = self.proven = kept["count"]
         self.max_proven = max(self.count, kept.get("max_proven", 1))
         self.origin, self.rejections = "learned", rejections
@@ -4765,9 +4773,7 @@ class SlotEstimate:
         """Take over what an earlier run has kept. The first hidden wait takes one of the slots back."""
         if "count" not in kept or self.origin != "guessed":
             return
-        self.count = self.proven = kept["count"]
-        self.max_proven = max(self.count, kept.get("max_proven", 1))
-        self.origin, self.rejections = "learned", min(kept.get("rejections", 0), LAST_SHORT_PAUSE)
+        self.adopt(kept, min(kept.get("rejections", 0), LAST_SHORT_PAUSE))
         self.waits = WAITS_TO_SHRINK - 1
         if self.rejections:
             self.retry_at_s = max(0.0, indexed_s + RETRY_SLOT_S)
@@ -9797,20 +9803,26 @@ def ordered_model(exchange: Exchange, node: Node) -> str:
     return model
 
 
+def begin_endless(exchange: Exchange, content_type: bytes) -> None:
+    """Begin an answer of the gateway's own that goes on until the connection closes."""
+    exchange.client.serving, exchange.keep, exchange.record.status = True, False, 200
+    lines = [b"HTTP/1.1 200 OK", b"Content-Type: " + content_type, b"Cache-Control: no-store", UNBUFFERED,
+             b"Connection: close", *exchange.record.cors]
+    exchange.client.write(b"\r\n".join(lines) + b"\r\n\r\n")
+
+
 async def serve_events(exchange: Exchange) -> None:
     """Send the dashboard what it shows, every EVENT_S, until it or the gateway goes; close the connection then.
 
     A gateway that is told to end shows what still runs until that has ended. The history of the day comes once, and
     again when it has changed.
     """
-    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    gateway, client = exchange.gateway, exchange.client
     telemetry, models = gateway.telemetry, exchange.verdict.models
-    client.serving, exchange.keep, record.status = True, False, 200
     sees_all = gateway.access.sees_all(exchange.head, exchange.verdict)
     may_order = gateway.access.may_order(exchange.head, exchange.verdict)
-    lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-store", UNBUFFERED,
-             b"Connection: close", *record.cors]
-    client.write(b"\r\n".join(lines) + b"\r\n\r\nretry: 1000\n\n")
+    begin_endless(exchange, b"text/event-stream")
+    client.write(b"retry: 1000\n\n")
     day, is_last = b"", False
     while not (is_last or gateway.retired):
         is_last = gateway.draining and not (gateway.dispatcher.cluster.in_flight() or gateway.dispatcher.waiting)
@@ -9827,16 +9839,13 @@ async def serve_events(exchange: Exchange) -> None:
 
 async def serve_peers(exchange: Exchange) -> None:
     """Tell a peer what runs and waits here, until it or the gateway goes; close the connection then. Raises Refusal."""
-    gateway, client, record = exchange.gateway, exchange.client, exchange.record
+    gateway = exchange.gateway
     if gateway.access.needs_key and not gateway.access.sees_all(exchange.head, exchange.verdict):
         raise Refusal(403, "a peer needs a key with admin=yes")
     if len(gateway.peers.followers) >= MOST_PEERS:
         raise Refusal(503, f"{MOST_PEERS} others ask for that already")
-    client.serving, exchange.keep, record.status = True, False, 200
-    lines = [b"HTTP/1.1 200 OK", b"Content-Type: application/x-ndjson", b"Cache-Control: no-store", UNBUFFERED,
-             b"Connection: close", *record.cors]
-    client.write(b"\r\n".join(lines) + b"\r\n\r\n")
-    follower = Follower(gateway, client)
+    begin_endless(exchange, b"application/x-ndjson")
+    follower = Follower(gateway, exchange.client)
     gateway.peers.followers.append(follower)
     try:
         follower.tell(progress=True)
@@ -11377,11 +11386,13 @@ def node_state(node: Node, health: NodeHealth, recent: Recent, now: float, seen:
     is_there, name = node.up, node.name
     measured = [runner for runner in node.runners.values() if runner.speeds.decode_s and runner.model in seen]
     used = max(measured, key=lambda runner: runner.used_s, default=None) if is_there else None
-    models = {model: {"slots": runner.slots.count, "known": runner.slots.origin,
-                      "loading": runner.ready_s is not None and runner.ready_s > now,
-                      "resident": runner.ready_s is not None}
-              for runner in each_runner(node) if runner.ready_s is not None or runner.leases
-              for model in [next((model for model in (runner.model, *runner.models) if model in seen), None)] if model}
+    models = {}
+    for runner in each_runner(node):
+        model = next((model for model in (runner.model, *runner.models) if model in seen), None)
+        if model and (runner.ready_s is not None or runner.leases):
+            models[model] = {"slots": runner.slots.count, "known": runner.slots.origin,
+                             "loading": runner.ready_s is not None and runner.ready_s > now,
+                             "resident": runner.ready_s is not None}
     return {"name": name, "state": node.state(now), "kind": health.kind, "draining": node.draining, "why": health.why,
             "for_s": round(health.for_s), "url": node.settings.url, "version": node.version, "failing": health.failing,
             "errors": recent.errors.get(name, 0), "cuts": recent.cuts.get(name, 0), "busy": health.busy,
@@ -11392,10 +11403,15 @@ def node_state(node: Node, health: NodeHealth, recent: Recent, now: float, seen:
             "running": [slot_state(lease, now) for lease in node.leases if (lease.ticket.spec.model or "") in seen]}
 
 
+def working(cluster: Cluster) -> Iterator[Lease]:
+    """Yield the leases of requests that take slots; the gateway's own questions take none."""
+    return (lease for node in cluster.nodes.values() for lease in node.leases
+            if lease.runner is not None and not lease.measures)
+
+
 def models_state(cluster: Cluster, waits: Sequence[Wait], recent: Recent, seen: ModelSet) -> Json:
     """Return what the dashboard shows of models: those that are in memory, waited for, or failed lately."""
-    running = collections.Counter(lease.ticket.spec.model for node in cluster.nodes.values() for lease in node.leases
-                                  if lease.runner is not None and not lease.measures)
+    running = collections.Counter(lease.ticket.spec.model for lease in working(cluster))
     waiting, rows = {wait.model: wait.queued for wait in waits}, list[Json]()
     for model, runners in cluster.holders.items():
         if model is None or model not in seen:
@@ -11415,8 +11431,7 @@ def models_state(cluster: Cluster, waits: Sequence[Wait], recent: Recent, seen: 
 def people_state(usage: Usage, dispatcher: Dispatcher, day: str) -> Json:
     """Return what the dashboard shows of people: those with work here, then those with most tokens of the day."""
     people = usage.days[day].people if day in usage.days else {}
-    running = collections.Counter(lease.ticket.spec.client for node in dispatcher.cluster.nodes.values()
-                                  for lease in node.leases if lease.runner is not None and not lease.measures)
+    running = collections.Counter(lease.ticket.spec.client for lease in working(dispatcher.cluster))
     waiting = collections.Counter(ticket.spec.client for ticket in dispatcher.waiting.tickets)
     most = heapq.nlargest(PEOPLE_SHOWN, people.items(), key=lambda item: item[1].tokens)
     names = [name for name, _ in (running + waiting).most_common(PEOPLE_SHOWN)]
@@ -11904,11 +11919,13 @@ async def calibrate(nodes: NodeIO, node: Node) -> None:
     """
     node.calibrates()
     runner = await loaded_runner(nodes, node)
-    if runner is not None:
-        node.pause_measuring(nodes.loop.time())
-    sure = runner is not None and runner.speeds.is_confirmed(nodes.loop.time())
-    if runner is None or not sure and not await measure(nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
-        node.calibrates(False)          # it is tried again, after a pause
+    if runner is None:
+        node.calibrates(False)          # it is looked at again
+        return
+    node.pause_measuring(nodes.loop.time())
+    if not runner.speeds.is_confirmed(nodes.loop.time()) and not await measure(
+            nodes, runner, CALIBRATION_WORDS, CALIBRATION_TOKENS):
+        node.calibrates(False)          # it is tried again, after that pause
         return
     if runner.slots.origin == "guessed":
         await measure_slots(nodes, runner)
@@ -12092,8 +12109,8 @@ def send_packet(packet: bytes, addresses: list[Server]) -> tuple[list[str], str]
 # -----------------------------------------------------------------------------
 # Routes: which handler answers which path?
 #
-# The README's table of routes, path by path. A row names its handler, so the table stands behind all handlers. A new path
-# is one row, and a handler if none of these fits.
+# The README's table of routes, path by path. A row names its handler, so the table stands behind all handlers. A new
+# path is one row, and a handler if none of these fits.
 # -----------------------------------------------------------------------------
 
 def queued(kind: str, family: Family = Family.OLLAMA, streams: bool = False) -> Route:
