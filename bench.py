@@ -271,7 +271,8 @@ class DeviceShare:
         self.decoders = 0               # turns that decode
         self.decode = WorkClock()       # of each of them
         self.prompts = asyncio.Lock()   # FIFO; its holder's prompt is evaluated
-        self.prompt = WorkClock()       # of that one
+        self.prompt = WorkClock()       # of that one,
+        self.span_s = (0.0, 0.0)        # and from where to where it goes on that clock
 
 
 class DeviceTurn:
@@ -300,14 +301,28 @@ class DeviceTurn:
         self._device.advance()
         return self._share.decode.clock_s - self._begun_s + DUE_WITHIN_S
 
+    async def admitted(self):
+        """Return when the engine looks for new requests: between two batches of the prompt that it evaluates."""
+        share = self._share
+        if self.stalled:
+            self._device.advance()
+            begin_s, end_s = share.span_s
+            batches = (share.prompt.clock_s - begin_s) // share.batch_s + 1
+            await self._device.reached(share.prompt, min(begin_s + batches * share.batch_s, end_s))
+
     async def prefill(self, solo_s):
         """Return when `solo_s` of a prompt are done, after those of the prompts before it."""
+        share = self._share
         try:
-            async with self._share.prompts:
+            async with share.prompts:
                 self._device.change()
                 if self.stalled:
-                    self._share.decode.wake()       # streams tell what they have so far
-                await self._device.reached(self._share.prompt, self._share.prompt.clock_s + solo_s)
+                    share.decode.wake()     # streams tell what they have so far
+                share.span_s = share.prompt.clock_s, share.prompt.clock_s + solo_s
+                try:
+                    await self._device.reached(share.prompt, share.span_s[1])
+                finally:
+                    share.prompt.wake()     # the batch that others wait for has ended, if its client has left, too
         finally:
             self._device.change()
 
@@ -1670,8 +1685,9 @@ async def produce(engine, runner, exchange, dialect, prompt_tokens, tokens_per_l
     exchange.trace.started_s = now_s()
     try:
         await engine.host.work("", jitter * engine.overhead_s())
-        begun_s = now_s()
         with engine.device.enter(runner.model.blob, token_s, PROMPT_BATCH * prompt_rate_s) as turn:
+            await turn.admitted()
+            begun_s = now_s()
             fresh = max(1, prompt_tokens - cached)
             engine.prefilled_tokens += fresh
             await turn.prefill(jitter * (fresh * prompt_rate_s + pictures * engine.picture_s()))

@@ -3459,6 +3459,10 @@ class Lease:
             self.first_byte(now)
         self.lines += lines
 
+    def watch_from(self, now: float) -> None:
+        """Judge its progress by what comes from now on."""
+        self.watched_s, self.watched_lines, self.watched_stall_tokens = now, self.lines, self.stall_tokens
+
     def first_byte(self, now: float) -> None:
         """Note the first byte: of a stream, the first token. Streams that overlap prove slots."""
         self.first_s = now
@@ -3469,6 +3473,8 @@ class Lease:
         node.advance(now)
         if self.position > runner.slots.count:
             stall(self)
+        if now - self.sent_s > may_stall_s(self, self.new_tokens):
+            runner.watch_from(now)
         self.first_progress_s, self.overlapping = runner.progress_s, certainly_beside(self)
         if runner.ready_s is not None:
             runner.ready_s = min(runner.ready_s, now)
@@ -4176,6 +4182,7 @@ STRANGER_WAIT_S = 0.25              # in a node; less can be for the overhead of
 STRANGERS_S = 30.0                  # somebody else's use of a node distorts speeds for so long after it was seen
 LEAST_MEASURED_S = 0.15             # of the gateway's own answers that are to show a wait
 TELLING_TOKENS = 500                # a prompt of so many shows by its time how much of it a cache held
+PROMPT_BATCH_TOKENS = 1024          # of a prompt, evaluated in one go: Ollama's default
 HIDDEN_WAIT_S = 0.05                # waiting inside a node below this (+2 % of the time taken) is noise
 
 
@@ -4253,9 +4260,15 @@ def waits_long(timings: Timings, took_s: float) -> bool:
     return timings.tell_durations and timings.hidden_wait_s > max(STRANGER_WAIT_S, 0.05 * took_s)
 
 
+def batch_wait_s(lease: Lease) -> float:
+    """Return for how long a request with a slot may have waited in its node: an engine that evaluates the prompt of
+    another one looks for new requests only between two batches (on a CPU a batch takes seconds)."""
+    return LEEWAY * min(lease.crowd_tokens, PROMPT_BATCH_TOKENS) * lease.slot.prefill_s()
+
+
 def waited_for_strangers(lease: Lease, timings: Timings, took_s: float) -> bool:
     """Tell whether an answer had to wait in its node although all that we had sent there were proved to run at once."""
-    if not waits_long(timings, took_s):
+    if not waits_long(timings, took_s) or timings.hidden_wait_s <= batch_wait_s(lease):
         return False
     loading = lease.loads or timings.load_s > 1.0 or lease.ready_s > lease.sent_s or lease.node.loading
     return not loading and lease.position <= lease.slot.slots.proven and not ran_at_once(lease, timings)
@@ -4408,7 +4421,8 @@ def learn_slots(lease: Lease, timings: Timings, took_s: float, now: float) -> No
             slots.waits = 0
     elif lease.sent_s <= slots.rejected_s:
         return                      # sent while more were believed to fit: what it says is known by now
-    elif timings.show_a_wait(took_s, max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S):
+    elif timings.show_a_wait(took_s, batch_wait_s(lease) + (
+            max(2 * node.overhead_s, OVERHEAD_S) if node.overheads_s else MOST_OVERHEAD_S)):
         learn_from_wait(lease, timings, now)    # beside others up to twice the lone overhead is none beyond doubt
 
 
@@ -5169,6 +5183,8 @@ class Runner:
         del self.leases[place]
         if lease.ticket.pace is not None:
             lease.ticket.pace.end(now)
+        if lease.first_s is None:
+            self.watch_from(now)
         for later in self.leases[place:]:
             later.left_s += (now,)
             if later.first_s is None and later.predecessor_left_progress_s is None:
@@ -5180,6 +5196,11 @@ class Runner:
             if not self.keep_alive_s:       # the node unloads it at once
                 self.assume_unloaded()
         self.node.changes.models.update(self.models)
+
+    def watch_from(self, now: float) -> None:
+        """Judge the progress of all that run by what comes from now on: something has stopped them."""
+        for lease in self.leases:
+            lease.watch_from(now)
 
     def confirm_slots(self, running: int, now: float) -> None:
         """Note that so many requests ran at once."""
@@ -5355,21 +5376,30 @@ def solo_left_s(lease: Lease, now: float) -> float:
     return prefill_left_s + decode_left_s + max(0.0, lease.ready_s - now)
 
 
-def meet(lease: Lease) -> None:
-    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there.
+def evaluates_prompt(lease: Lease) -> bool:
+    """Tell whether a request's prompt may not be evaluated yet: of one that does not stream nobody sees that."""
+    if lease.first_s is not None or lease.ticket.spec.stream:
+        return lease.first_s is None
+    runner = lease.slot
+    prompt_s = lease.node.overhead_s + lease.new_tokens * runner.prefill_s()
+    return runner.progress_s - lease.start_progress_s < prompt_s
 
-    Of a request that does not stream nobody sees the end of its prefill.
-    """
+
+def meet(lease: Lease) -> None:
+    """Note whose prefill falls into whose answer: it stops all others of its runner. Before a lease is added there."""
     runner, new_tokens, crowd_tokens = lease.slot, lease.new_tokens, 0.0
-    overhead_s, token_s, progress_s = lease.node.overhead_s, runner.prefill_s(), runner.progress_s
     stalling_tokens = new_tokens if len(runner.leases) < runner.slots.count else 0.0    # else it waits in the node
     for other in runner.leases:
         other.stall_tokens += stalling_tokens
-        if other.first_s is None and (other.ticket.spec.stream or
-                                      progress_s - other.start_progress_s < overhead_s + other.new_tokens * token_s):
+        if evaluates_prompt(other):
             crowd_tokens += other.new_tokens
             other.crowd_tokens += new_tokens
     lease.crowd_tokens = crowd_tokens
+
+
+def may_stall_s(lease: Lease, tokens: float) -> float:
+    """Return for how long a prompt may stop the others of a runner: its cache may not hold what it is believed to."""
+    return GROSS * tokens * lease.slot.prefill_s()
 
 
 def stall(lease: Lease) -> None:
@@ -7002,8 +7032,8 @@ def is_overdue(lease: Lease, now: float) -> bool:
     """Tell whether a node has shown nothing of anything for much longer than predicted for one of its answers."""
     node = lease.node
     if lease.is_held_up:            # nobody listens to the node
-        lease.heard_s = lease.watched_s = node.heard_s = now
-        lease.watched_lines = lease.lines
+        lease.heard_s = node.heard_s = now
+        lease.watch_from(now)
         return False
     return now - max(lease.heard_s, node.heard_s) > allowed_s(lease)
 
@@ -7018,10 +7048,16 @@ def allowed_s(lease: Lease) -> float:
 
 
 def judge_speed(lease: Lease, now: float) -> None:
-    """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
+    """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now.
+
+    Not while the prompt of another one takes longer than it may; once that ends, a new span begins.
+    """
     node, runner = lease.node, lease.slot
-    stalled_s = (lease.stall_tokens - lease.watched_stall_tokens) * runner.prefill_s()
     assert lease.first_s is not None        # its stream has begun
+    if any(now - other.sent_s > may_stall_s(other, other.new_tokens) and evaluates_prompt(other)
+           for other in runner.leases):
+        return
+    stalled_s = may_stall_s(lease, lease.stall_tokens - lease.watched_stall_tokens)
     elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
     if elapsed_s < JUDGE_S or runner.speeds.samples < 3:
         return
@@ -7033,7 +7069,7 @@ def judge_speed(lease: Lease, now: float) -> None:
     if seen > STREAM_ON_TIME_SHARE:
         seen = 1.0                  # above 1 nothing counts, so noise below it must not either: speeds would drift
     node.slow_down(seen)
-    lease.watched_s, lease.watched_lines, lease.watched_stall_tokens = now, lease.lines, lease.stall_tokens
+    lease.watch_from(now)
 
 
 # -----------------------------------------------------------------------------

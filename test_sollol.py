@@ -2963,6 +2963,48 @@ def test_wait_that_ends_when_one_of_ours_leaves_tells_the_slots_and_no_stranger(
     assert known.slots.count == 2 and dispatcher.cluster.nodes["n1"].strangers_s == -math.inf and len(tickets) == 40
 
 
+@table("waited_s, lost", [("for less than a batch", 4.0, False), ("for longer than a batch", 9.0, True)])
+def test_wait_for_the_batch_of_a_neighbours_prompt_costs_no_slot_and_shows_no_stranger(waited_s, lost):
+    """An engine looks for new requests between two batches of a prompt: on a CPU seconds pass."""
+    dispatcher = cluster(slots=0, n1=["m"])
+    known, now = runner(dispatcher, "n1"), 0.0
+    known.slots.count = known.slots.proven = known.slots.max_proven = known.slots.seen = 4
+    known.slots.origin, known.slots.seen_s, known.speeds.prefill_s = "learned", 0.0, 0.005
+    for _ in range(4):
+        enter(dispatcher, *[want(prompt_chars=4000)] * 4, now=now)
+        placed(dispatcher, now)
+        for ticket in [lease.ticket for lease in dispatcher.cluster.nodes["n1"].leases]:
+            took_s = 20.0 + waited_s
+            finish(dispatcher, ticket, now + took_s, Timings(took_s, 0, 10, 1000, 10, 50))
+        now += 100.0
+    assert (known.slots.count < 4) is lost and (dispatcher.cluster.nodes["n1"].strangers_s > 0) is lost
+
+
+@table("prefill_s", [("as believed", 1.0), ("twice as long", 2.0), ("ten times as long", 10.0)])
+def test_prompt_of_a_neighbour_that_takes_longer_than_believed_makes_no_node_slow(prefill_s):
+    dispatcher = cluster(slots=4, n1=["m"])
+    known = runner(dispatcher, "n1")
+    known.speeds.samples, known.speeds.decode_s, known.speeds.prefill_s = 20, 0.05, 0.001
+    stream, = enter(dispatcher, want())
+    placed(dispatcher, 0.0)
+    stream.lease.heard(1, 0.1)
+    neighbour, now, ready_s = None, 0.0, 0.0
+    for _ in range(200):
+        now += 0.5
+        if neighbour is None and now >= ready_s + 4.0:
+            neighbour, = enter(dispatcher, want(prompt_chars=4000), now=now)
+            placed(dispatcher, now)
+            ready_s = now + prefill_s
+        elif neighbour is not None and now >= ready_s:
+            neighbour.lease.heard(1, now)
+            finish(dispatcher, neighbour, now)
+            neighbour = None
+        elif neighbour is None:
+            stream.lease.heard(10, now)
+        dispatcher.watch(now)
+    assert known.node.speed == 1.0
+
+
 def test_slots_that_nobody_has_seen_for_long_are_tried_one_by_one():
     dispatcher = cluster(slots=0, n1=["m"])
     known = runner(dispatcher, "n1")
@@ -16188,12 +16230,26 @@ async def test_simulated_prompt_stops_the_other_streams_of_its_runner_but_for_a_
     assert sum(gap > 0.1 for gap in gaps) in (4, 5) and 1.1 < sum(gap for gap in gaps if gap > 0.1) < 1.4
 
 
+@alone(slots=2)
+async def test_simulated_prompt_keeps_new_requests_waiting_for_the_end_of_its_batch(node):
+    """Seen with llama-server: up to 2.5 s that no duration in the answer tells."""
+    prompt = bench.worded("<out=1> ", 4000)         # 3,450 tok/s: a batch takes 0.3 s
+    first = asyncio.create_task(ask(node, value={"model": "llama3.2", "prompt": prompt, "stream": False}))
+    await asyncio.sleep(0.4)
+    later = (await ask(node, value=generate(tokens=1))).json()
+    await first
+    waited_s = (later["total_duration"] - later.get("load_duration", 0) - later["prompt_eval_duration"]
+                - later["eval_duration"]) / 1e9
+    assert waited_s == pytest.approx(2 * 1024 / 3450 - 0.37, abs=0.05)
+
+
 @alone(slots=4)
 async def test_simulated_prompts_are_evaluated_one_after_the_other(node):
     bodies = [{"model": "llama3.2", "prompt": bench.worded(f"<out=1> {number} ", 3450), "stream": False}
               for number in range(3)]
     answers = await asyncio.gather(*(ask(node, value=body) for body in bodies))
-    took = sorted(answer.json()["prompt_eval_duration"] / 1e9 for answer in answers)
+    told = [answer.json() for answer in answers]
+    took = sorted((answer["total_duration"] - answer["eval_duration"]) / 1e9 for answer in told)
     assert took == pytest.approx([1.0, 2.0, 3.0], rel=0.05)
 
 
