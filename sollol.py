@@ -5331,7 +5331,7 @@ def evicted_for(runner: Runner) -> list[Runner]:
 # -----------------------------------------------------------------------------
 
 # These, their plateaus and what each is worth were measured on a simulator with real token traces.
-HARM, SWAP, AFFINITY = 1.0, 1.0, 1.0    # weights: delay of others, a later reload, cached prefixes; 0.5..2 alike
+HARM, SWAP, AFFINITY = 1.0, 2.0, 1.0    # weights: delay of others, a later reload, cached prefixes; x0.5..2 alike
 EVICTION = 1.0                      # weight of a prefill that another conversation will need again
 CONVERSATION_PARTS, CONTINUED_S = 4, 120.0  # messages of a conversation; so long it is expected to go on
 HIT_GAIN = 0.1
@@ -5709,14 +5709,16 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 # that came back. Plain policies send a request on when it arrives, as a plain proxy does; it then waits in the node.
 #
 # CompletionTime walks the queue in order, gives each ticket the node that is predicted to finish it first, and holds a
-# ticket back when the only free node would be 1.7 times slower than waiting for a better one. A ticket that is held
-# takes its virtual place on that better node, so those behind it see it as taken.
+# ticket back when the only free node would be 1.7 times slower than waiting for a better one, or would have to load its
+# model. A ticket that is held takes its virtual place on that better node, so those behind it see it
+# as taken.
 # -----------------------------------------------------------------------------
 
 HOLD = 1.7                          # wait for a better node if a free one is this many times slower; plateau 1.4..2.0
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 LEFT_S = 0.05                       # a slot stays free so long for a ticket of a peer; on a LAN it is taken within 1 ms
+LOAD_PATIENCE = 3.0                 # times a load's time that a ticket waits longer for a node without one; plateau 2..5
 MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
 YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
@@ -6004,8 +6006,7 @@ class CompletionTime(Policy):
         if free and len(ticket.spec.prefix) >= CONVERSATION_PARTS and now - ticket.since_s < MOST_KEPT_S:
             free = model.first_open([other for other in candidates if not other.offer.is_kept(demand, now)], now)
             model.keeps = model.keeps or free is None
-        if free and (free.finish_s <= HOLD * candidates[0].finish_s
-                     or self.has_waited_enough(ticket, free, candidates[0], now)):
+        if free and self.had_better_go(ticket, free, candidates[0], now):
             if ticket.peer is not None:
                 self.leave_to_peer(work, entry, free)
                 return
@@ -6056,12 +6057,21 @@ class CompletionTime(Policy):
         candidates.sort()
         return candidates
 
-    def has_waited_enough(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
-        """Tell whether a ticket has been held back as long as the better node was first predicted to need."""
+    def had_better_go(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
+        """Tell whether a ticket goes to a free node, rather than to wait for the best one.
+
+        It waits no longer than the best one was first predicted to need. A load keeps a node from everybody, and what it
+        pushes out is missed later: so a free node that must load has to be the best one, or the wait becomes longer.
+        """
+        load_s = 0.0
+        if free is not best and not is_loaded_for(free.runner, ticket.spec):
+            load_s = free.runner.load_s()
+        if free.finish_s <= (1.0 if load_s else HOLD) * best.finish_s:
+            return True
         if ticket.held_until_s is None:
             sure = free.runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
-        return now >= ticket.held_until_s
+        return now >= ticket.held_until_s + LOAD_PATIENCE * load_s
 
 
 POLICIES: dict[str, type[Policy]] = {

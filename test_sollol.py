@@ -3178,6 +3178,32 @@ def test_model_resident_on_the_second_node_is_used_there():
     assert placed(dispatcher) == ["n2"]
 
 
+@table("loads, goes_s", [("loaded there", False, 3.0), ("it would have to be loaded", True, 33.0)])
+def test_ticket_waits_longer_for_a_busy_node_where_the_free_one_would_have_to_load_its_model(loads, goes_s):
+    """A load of 10 s: what is held back for 3 s at the most goes there after three times as long, too."""
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    fast, slow = runner(dispatcher, "n1"), runner(dispatcher, "n2")
+    for known, decode_s in ((fast, 0.01), (slow, 0.01 if loads else 0.2)):
+        known.speeds.decode_s, known.speeds.load_s, known.speeds.samples = decode_s, 10.0, 20
+    if loads:
+        slow.assume_unloaded()
+    enter(dispatcher, want(), want())
+    assert placed(dispatcher, 0.0) == ["n1"]
+    now = 0.0
+    while not placed(dispatcher, now := now + 0.5):
+        assert now < 100.0
+    assert now == goes_s
+
+
+def test_free_node_that_would_finish_first_loads_the_model_at_once():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    fast, slow = runner(dispatcher, "n2"), runner(dispatcher, "n1")
+    slow.speeds.decode_s, fast.speeds.decode_s, fast.speeds.load_s = 1.0, 0.01, 5.0
+    fast.assume_unloaded()
+    enter(dispatcher, want())
+    assert placed(dispatcher, 0.0) == ["n2"]
+
+
 def test_model_loaded_with_other_options_is_as_good_as_cold():
     dispatcher = cluster(n1=["m"], n2=["m"])
     runner(dispatcher, "n1").options = ()
