@@ -2507,6 +2507,11 @@ Three simulated nodes are running, and their answers say that they are. Try, in 
   curl {url}/api/tags
 
 and open {url}/dashboard
+
+Ctrl-C ends it. With nodes of your own, written into hosts.txt:
+
+  python3 sollol.py --hosts hosts.txt --check
+  python3 sollol.py --hosts hosts.txt
 """
 
 BENCH_CONTEXT = 65_536              # tokens: the longest chat of a benchmark fits; windows by memory would refuse it

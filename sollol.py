@@ -7889,6 +7889,17 @@ def trust_in(settings: NodeSettings) -> ssl.SSLContext | None:
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
 
+def connect_error_text(error: OSError) -> str:
+    """Return the system's words for a connection that failed, each once.
+
+    asyncio's own text tells addresses; that of a name with several addresses has all their errors, and no number.
+    """
+    if isinstance(error, socket.gaierror):      # its numbers are others
+        return error.strerror or str(error)
+    numbers = [str(error.errno)] if error.errno else re.findall(r"\[Errno (\d+)\]", str(error))
+    return ", ".join(dict.fromkeys(os.strerror(int(number)) for number in numbers)) or str(error)
+
+
 class Pool:
     """The connections to one node. A connection made with earlier settings is not used again."""
 
@@ -7927,7 +7938,7 @@ class Pool:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise Refusal(503, f"the gateway has no connection left: {error.strerror}", retry_after_s=1.0) from None
-            raise NodeFailure("refused", f"no connection: {error.strerror or error}") from None
+            raise NodeFailure("refused", f"no connection: {connect_error_text(error)}") from None
         except UnicodeError:
             raise NodeFailure("refused", f"no connection: {node.host!r} is not a host name") from None
         except ValueError as error:     # the file of ca= has become unusable
@@ -14744,6 +14755,8 @@ async def run_check(options: argparse.Namespace, settings: list[NodeSettings]) -
                      models or ["-"], loaded or ["-"], reasons[node]))
     rows += [(line.name, line.url, "no address", "-", ["-"], ["-"], "") for line in missing]
     print("\n".join(table_lines(rows)))
+    if any(reason.endswith(os.strerror(errno.ECONNREFUSED)) for reason in reasons.values()):
+        print("Connection refused: Ollama does not run there, or only its own machine may ask (OLLAMA_HOST=0.0.0.0).")
     await gateway.stop()
     return 0 if nodes and not missing and all(node.up for node in nodes) else 1
 

@@ -7650,6 +7650,23 @@ async def test_fixed_length_answer_whose_node_dies_is_cut_and_never_padded():
         await until(lambda: health(gateway)["inflight"] == 0)
 
 
+REFUSED = "[Errno 111] Connect call failed ('{}', 11434)"
+
+
+@table("error, text", [
+    ("one address", OSError(111, "Connect call failed ('127.0.0.1', 11434)"), "Connection refused"),
+    ("two addresses", OSError(f"Multiple exceptions: {REFUSED.format('::1')}, {REFUSED.format('127.0.0.1')}"),
+     "Connection refused"),
+    ("two reasons", OSError("Multiple exceptions: [Errno 101] x, [Errno 113] y"),
+     "Network is unreachable, No route to host"),
+    ("no such name", socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+    ("its number on other systems", socket.gaierror(8, "nodename nor servname provided"),
+     "nodename nor servname provided"),
+    ("no number", OSError("odd"), "odd")])
+def test_failed_connection_is_told_in_the_systems_words_each_once(error, text):
+    assert sollol.connect_error_text(error) == text
+
+
 @over_sockets
 async def test_pooled_connection_that_died_unseen_is_replaced():
     node = bench.SimNode(**FAST)
@@ -13559,7 +13576,8 @@ def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
         status, out = check(f"{url} name=good\n")
         assert status == 0 and re.search(r"good +http\S+ +up +\S+ +llama3.1:8b +\S+\n +llama3.2:latest\n", out)
         status, out = check(f"{url} name=good\nhttp://127.0.0.1:1 name=bad\n")
-        assert status == 1 and re.search(r"bad +http://127.0.0.1:1 +down", out)
+        assert status == 1 and re.search(r"bad +http://127.0.0.1:1 +down .* no connection: Connection refused\n", out)
+        assert out.endswith(" (OLLAMA_HOST=0.0.0.0).\n")
         status, out = check("# nothing\n\nhttp://x slots=four\n")
         assert (status, out) == (2, f"{hosts}:3: slots must be a whole number from 1 to 64, not 'four'\n")
 
