@@ -14540,6 +14540,14 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
 }
 
 
+HELP_START = """\
+One address in front of several Ollama nodes.
+
+  sollol.py --demo                        try it, without any Ollama
+  sollol.py --hosts hosts.txt --check     which nodes are up, and what is there?
+  sollol.py --hosts hosts.txt             serve"""
+
+
 HELP_END = """\
 A TIME is 90 or 90s, 500ms, 5m, 2h. Every flag can be set in the environment:
 --queue-timeout is SOLLOL_QUEUE_TIMEOUT; the flag wins.
@@ -14571,8 +14579,8 @@ The file of --hosts explains itself. A line of --keys is a key, then settings:
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the flags alone."""
-    parser = OneLineParser(prog="sollol.py", description="One address in front of several Ollama nodes.",
-                           epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="sollol.py", description=HELP_START, epilog=HELP_END,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, settings in flags.items():
