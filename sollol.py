@@ -1726,8 +1726,9 @@ def is_local(address: str, fields: HeadFields) -> bool:
     return is_loopback(address) and is_loopback(host) and FORWARDING.isdisjoint(fields)
 
 
-# Fields in which a web front end tells who asks; the first one that is there counts. Open WebUI: env.py.
-USER_FIELDS = (b"x-openwebui-user-id", b"x-openwebui-user-email", b"x-openwebui-user-name", b"x-user-id")
+# Fields in which a web front end tells who asks; the first one that is there counts. Open WebUI: env.py. It sends all
+# three: an e-mail address says more than a number, and only its administrators can change it, unlike a name.
+USER_FIELDS = (b"x-openwebui-user-email", b"x-openwebui-user-id", b"x-openwebui-user-name", b"x-user-id")
 SHOWN_NAME_CHARS = 64
 
 
@@ -14519,7 +14520,7 @@ FLAGS: dict[str, dict[str, FlagSettings]] = {
         "--keys": dict(NEEDED_FILE, help="one key per line, `KEY name=alice`; requests need one; read again like "
                        "--hosts (none: everybody may ask)"),
         "--trusted-proxies": dict(metavar="CIDR,...", type=parse_proxies, default="", help="addresses that may tell "
-                                  "for whom they ask: X-OpenWebUI-User-Id, X-User-Id, user, metadata.user_id, "
+                                  "for whom they ask: X-OpenWebUI-User-Email, X-User-Id, user, metadata.user_id, "
                                   "X-Forwarded-For (none; a key with proxy=yes may, too)"),
         "--tls-cert": dict(NEEDED_FILE, help="certificate of this port in PEM form, the chain behind it: it speaks TLS "
                            "then; read again on SIGHUP (none: plain HTTP)"),
