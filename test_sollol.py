@@ -5584,15 +5584,16 @@ def test_keys_in_the_readme_are_valid():
         "alice", "batch", "ops", "school", "monitor"]
 
 
-def test_lines_of_a_hosts_file_in_the_readme_are_valid():
-    text = "\n".join(re.findall(r"^    (https?://.*)$", (HERE / "README.md").read_text(), re.M))
-    with pytest.raises(sollol.ConfigError, match="README.md:3: .*far.pem: No such file"):
-        sollol.parse_hosts(text, "README.md")
-    nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "README.md")
+def test_hosts_file_and_its_examples_are_valid():
+    text = (HERE / "hosts.txt").read_text()
+    assert [node.url for node in sollol.parse_hosts(text, "hosts.txt")] == ["http://localhost:11434"]
+    text = "\n".join(re.findall(r"^#   (https?://.*)$", text, re.M))
+    with pytest.raises(sollol.ConfigError, match="hosts.txt:2: .*far.pem: No such file"):
+        sollol.parse_hosts(text, "hosts.txt")
+    nodes = sollol.parse_hosts(text.replace("ca=far.pem", ""), "hosts.txt")
     assert [(node.slots, node.resolve, node.drain) for node in nodes] == [
-        (0, False, False), (4, False, False), (0, False, False), (0, True, False), (0, False, True), (0, False, False),
-        (0, False, False)]
-    assert nodes[5].load == ("llama3.2:latest", "qwen3:14b") and nodes[6].mac and nodes[6].probe_s == 60.0
+        (4, False, False), (0, False, False), (0, True, False), (0, False, True), (0, False, False), (0, False, False)]
+    assert nodes[4].load == ("llama3.2:latest", "qwen3:14b") and nodes[5].mac and nodes[5].probe_s == 60.0
 
 
 def test_empty_keys_file_lets_nobody_in_by_mistake():
