@@ -5711,8 +5711,8 @@ def quiet_s(runner: Runner, prediction: Prediction) -> float:
 #
 # CompletionTime walks the queue in order, gives each ticket the node that is predicted to finish it first, and holds a
 # ticket back when the only free node would be 1.7 times slower than waiting for a better one, or would have to load its
-# model. A ticket that is held takes its virtual place on that better node, so those behind it see it
-# as taken.
+# model beside others. A ticket that is held takes its virtual place on that better node, so those behind it see it as
+# taken.
 # -----------------------------------------------------------------------------
 
 HOLD = 1.7                          # wait for a better node if a free one is this many times slower; plateau 1.4..2.0
@@ -6061,11 +6061,12 @@ class CompletionTime(Policy):
     def had_better_go(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
         """Tell whether a ticket goes to a free node, rather than to wait for the best one.
 
-        It waits no longer than the best one was first predicted to need. A load keeps a node from everybody, and what it
-        pushes out is missed later: so a free node that must load has to be the best one, or the wait becomes longer.
+        It waits no longer than the best one was first predicted to need. A load keeps a node busy, and may push out what
+        somebody needs next: so a free node with other models that must load has to be the best one, or the wait becomes
+        longer. Whether they fit beside it is often not known.
         """
-        load_s = 0.0
-        if free is not best and not is_loaded_for(free.runner, ticket.spec):
+        load_s, node = 0.0, free.runner.node
+        if free is not best and not is_loaded_for(free.runner, ticket.spec) and resident_runners(node, free.runner):
             load_s = free.runner.load_s()
         if free.finish_s <= (1.0 if load_s else HOLD) * best.finish_s:
             return True

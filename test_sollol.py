@@ -3178,15 +3178,18 @@ def test_model_resident_on_the_second_node_is_used_there():
     assert placed(dispatcher) == ["n2"]
 
 
-@table("loads, goes_s", [("loaded there", False, 3.0), ("it would have to be loaded", True, 33.0)])
+@table("loads, goes_s", [("loaded there", "", 3.0), ("to be loaded beside another one", "beside", 33.0),
+                         ("to be loaded into empty memory", "into empty memory", 3.0)])
 def test_ticket_waits_longer_for_a_busy_node_where_the_free_one_would_have_to_load_its_model(loads, goes_s):
     """A load of 10 s: what is held back for 3 s at the most goes there after three times as long, too."""
-    dispatcher = cluster(n1=["m"], n2=["m"])
+    dispatcher = cluster(n1=["m"], n2=["m", "other"])
     fast, slow = runner(dispatcher, "n1"), runner(dispatcher, "n2")
     for known, decode_s in ((fast, 0.01), (slow, 0.01 if loads else 0.2)):
         known.speeds.decode_s, known.speeds.load_s, known.speeds.samples = decode_s, 10.0, 20
     if loads:
         slow.assume_unloaded()
+        if loads == "into empty memory":
+            runner(dispatcher, "n2", "other:latest").assume_unloaded()
     enter(dispatcher, want(), want())
     assert placed(dispatcher, 0.0) == ["n1"]
     now = 0.0
