@@ -1141,7 +1141,8 @@ def via_after(via: bytes, own: bytes) -> bytes:
 Handler = Callable[["Exchange"], Coroutine[Any, Any, None]]       # raises Refusal or NodeRefused before a byte is out
 
 
-class Route(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Route:
     """Who answers a path, which nodes that concerns, and what the path carries.
 
     `kind`: generate, chat, embed, image, transcribe; show, pull, push, create, copy, delete: their body names models,
@@ -1771,7 +1772,8 @@ def told_addresses(fields: HeadFields) -> list[str]:
     return [PORT_OF_IPV4.sub(r"\1", address.strip().strip("[]")) for address in told[-MOST_HOPS_TOLD:]]
 
 
-class Verdict(NamedTuple):
+@dataclass(slots=True)
+class Verdict:
     """The answer to "may this request be made?". It may if `refusal` and `page_status` are empty."""
 
     address: str                    # of the client
@@ -1842,33 +1844,36 @@ class Access:
         if origin:                  # question 1
             lines = origin_lines(origin, host, self.readers)
             if lines is None:
-                return verdict._replace(page_status=403)
-            verdict = verdict._replace(cors=lines)
+                verdict.page_status = 403
+                return verdict
+            verdict.cors = lines
             if lines and head.method == "OPTIONS":
-                return verdict._replace(page_status=204)
+                verdict.page_status = 204
+                return verdict
         if self.checks_host and not self.is_trusted_host(host):     # 2
             text = "this Host is no name of this machine: --origins can allow it"
-            return verdict._replace(refusal=Answer(403, text, close=has_body))
+            verdict.refusal = Answer(403, text, close=has_body)
+            return verdict
         if self.needs_key:          # 3
-            key = self.consume_key(head)
+            key = verdict.key = self.consume_key(head)
             if key is not None:
-                verdict = verdict._replace(key=key, priority=key.settings.priority,
-                                           max_priority=key.settings.max_priority)
+                verdict.priority, verdict.max_priority = key.settings.priority, key.settings.max_priority
             elif head.method not in ("GET", "HEAD") or head.path not in OPEN_PATHS:
-                return verdict._replace(refusal=Answer(401, "a key is needed: Authorization: Bearer KEY", has_body))
+                verdict.refusal = Answer(401, "a key is needed: Authorization: Bearer KEY", has_body)
+                return verdict
         elif not is_local(address, fields):
             if route.kind == "order":
                 text = "only this machine, or with --keys a key with admin=yes, may order that"
-                return verdict._replace(refusal=Answer(403, text, close=has_body))
-            verdict = verdict._replace(max_priority=MOST_FROM_AFAR)
+                verdict.refusal = Answer(403, text, close=has_body)
+                return verdict
+            verdict.max_priority = MOST_FROM_AFAR
         if route.guarded:           # 4
-            verdict = verdict._replace(refusal=self.forbids_change(head, verdict.key, route.kind == "order", has_body))
+            verdict.refusal = self.forbids_change(head, verdict.key, route.kind == "order", has_body)
         if verdict.key is not None and verdict.refusal is None:     # 5
-            refusal = verdict.key.forbids(head, route)
-            verdict = verdict._replace(refusal=refusal) if refusal else verdict
+            verdict.refusal = verdict.key.forbids(head, route)
         if verdict.key.settings.proxy if verdict.key else self.is_trusted_proxy(address):
-            user = next((user_name(fields[name]) for name in USER_FIELDS if name in fields), "")
-            verdict = verdict._replace(tells_users=True, user=user, behind=self.address_behind(fields))
+            verdict.user = next((user_name(fields[name]) for name in USER_FIELDS if name in fields), "")
+            verdict.tells_users, verdict.behind = True, self.address_behind(fields)
         return verdict
 
     def address_behind(self, fields: HeadFields) -> str:
@@ -2031,7 +2036,8 @@ def read_object(body: Body) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-class Prompt(NamedTuple):
+@dataclass(slots=True)
+class Prompt:
     """What routing needs of a prompt."""
 
     chars: int                      # of all that the model reads as text; estimated if the body is long
@@ -2043,7 +2049,8 @@ class Prompt(NamedTuple):
     opening: int = 0                # hash of all up to its first message: what the turns of a conversation share
 
 
-class Reading(NamedTuple):
+@dataclass(slots=True)
+class Reading:
     """What was read of a body. Without a `prompt` of its own, the prompt is in the fields."""
 
     fields: Json
@@ -4215,7 +4222,8 @@ class Histogram:
         yield "_count", labels, sum(self.counts)
 
 
-class Timings(NamedTuple):
+@dataclass(slots=True)
+class Timings:
     """The statistics in an answer's last line, in seconds and tokens; 0 = not given."""
 
     total_s: float = 0.0
@@ -4364,7 +4372,7 @@ def counted(lease: Lease, timings: Timings) -> Timings:
     """Return the Timings of an answer, a stream's output counted by its events where no usage was asked for."""
     if timings.output_tokens or not lease.ticket.spec.stream:
         return timings
-    return timings._replace(output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
+    return replace(timings, output_tokens=max(0, lease.lines // EVENT_LINES - EVENTS_AFTER))
 
 
 def accounted(lease: Lease, timings: Timings, path: str, is_whole: bool) -> Timings:
@@ -4383,7 +4391,7 @@ def accounted(lease: Lease, timings: Timings, path: str, is_whole: bool) -> Timi
         output_tokens = max(0, events - after) if spec.stream else round(lease.output_tokens)
     if (prompt_tokens, output_tokens) == (timings.prompt_tokens, timings.output_tokens):
         return timings
-    return timings._replace(prompt_tokens=prompt_tokens, output_tokens=output_tokens, estimated=True)
+    return replace(timings, prompt_tokens=prompt_tokens, output_tokens=output_tokens, estimated=True)
 
 
 def learn_from(lease: Lease, timings: Timings, now: float) -> Timings:
@@ -4968,7 +4976,8 @@ PRIOR_LOAD_S, PRIOR_LOAD_S_PER_GB = 1.5, 0.5    # process start; weights from an
 LOAD_GAIN = 0.5                     # of a node's load: its disk is the same for all models
 
 
-class Cached(NamedTuple):
+@dataclass(slots=True)
+class Cached:
     """A prompt that a runner's cache likely holds."""
 
     prefix: Prefix
@@ -5481,7 +5490,8 @@ class MemoryLoad(NamedTuple):
     drained_at_s: float             # one of the others can be evicted
 
 
-class Prediction(NamedTuple):
+@dataclass(slots=True)
+class Prediction:
     """What will become of a request on a node, in seconds from now."""
 
     demand: Demand
@@ -5752,7 +5762,8 @@ class DispatchPass:
                 self.refuse(ticket, refusal)
 
 
-class Decision(NamedTuple):
+@dataclass(slots=True)
+class Decision:
     """One dispatched ticket, for /api/stats: where it went, and when each candidate would have finished it."""
 
     at_s: float
@@ -6694,7 +6705,8 @@ class OutputLengths:
         bucket[0] += max(OUTPUT_GAIN, 1 / bucket[1]) * (output_tokens - bucket[0])
 
 
-class PromptSize(NamedTuple):
+@dataclass(slots=True, eq=False)
+class PromptSize:
     """How large the beginning of a prompt is, as a node told it or as it follows from that."""
 
     chars: int = 0
@@ -6797,7 +6809,8 @@ class PromptSizes:
             setattr(self, name, blend(known, sample, max(gain, 1 / (self.samples[name] + 1))))
 
 
-class Demand(NamedTuple):
+@dataclass(slots=True)
+class Demand:
     """What a request asks for, in the tokens that it is expected to cost."""
 
     spec: RequestSpec
@@ -6952,7 +6965,8 @@ class ClusterRates:
 
         Fair share stands and falls with this: were it too little, whoever keeps the queue full would owe nothing.
         """
-        spec, prompt_tokens, output_tokens, _, inputs, _ = demand
+        spec, inputs = demand.spec, demand.inputs
+        prompt_tokens, output_tokens = demand.prompt_tokens, demand.output_tokens
         per_s = sum([at_once / (overhead_s + prompt_tokens * token_s + output_tokens * decoded_s + inputs * text_s)
                      for at_once, overhead_s, token_s, decoded_s, text_s in self.rates_of(spec.model, now)])
         return 1 / per_s if per_s else 0.0
@@ -8404,7 +8418,8 @@ def error_in_stream(ending: bytes) -> str:
     return error_text(last) if has_error else ""
 
 
-class Begun(NamedTuple):
+@dataclass(slots=True)
+class Begun:
     """A lease whose answer has begun, and the connection that it comes on."""
 
     lease: Lease

@@ -11366,7 +11366,7 @@ def test_predicted_start_counts_what_the_nodes_are_busy_with(stream):
     dispatcher = cluster(slots=2, n1=["m"])
     first, second, _ = enter(dispatcher, *(want(stream=stream, max_output=most) for most in (1000, 500, 500)))
     for it in (first, second):      # nothing was learned yet: as much as is allowed is expected
-        it.demand = it.demand._replace(output_tokens=it.spec.max_output)
+        it.demand = replace(it.demand, output_tokens=it.spec.max_output)
     assert placed(dispatcher) == ["n1", "n1"]
     second.lease.predicted_end_s = last_start_s(dispatcher)
     assert last_start_s(dispatcher) == pytest.approx(
@@ -11845,7 +11845,7 @@ COUNTED = Timings(prompt_tokens=30, output_tokens=7)
     ("error", ended(outcome="error", status=502, held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 1, 0]}),
     ("left", ended(outcome="client_left", status=499, held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 0, 0]}),
     ("without counts", ended(held=(("a", 2.0),)), {"a": [1, 0, 0, 2.0, 0, 1]}),
-    ("estimated", ended(timings=COUNTED._replace(estimated=True), held=(("a", 2.0),)), {"a": [1, 30, 7, 2.0, 0, 1]}),
+    ("estimated", ended(timings=replace(COUNTED, estimated=True), held=(("a", 2.0),)), {"a": [1, 30, 7, 2.0, 0, 1]}),
     ("without a slot", ended(), {"a": [1, 0, 0, 0.0, 0, 0]}),
     ("batch", ended(node="a,b", timings=Timings(prompt_tokens=100), held=(("b", 1.0), ("a", 2.0), ("a", 3.0)), shares=[
         ended(timings=Timings(prompt_tokens=25)), ended(node="b", timings=Timings(prompt_tokens=75))]),
