@@ -3448,9 +3448,10 @@ class Lease:
 
     def expect(self, prediction: Prediction, now: float) -> None:
         """Note when it should end, and for how long it need not show anything."""
-        runner = self.slot
+        runner, demand = self.slot, self.ticket.demand
+        assert demand is not None   # it has waited for a slot
         self.ready_s, self.loads = now + prediction.ready_s, prediction.loads
-        self.prompt_tokens, self.output_tokens = prediction.demand.prompt_tokens, prediction.demand.output_tokens
+        self.prompt_tokens, self.output_tokens = demand.prompt_tokens, demand.output_tokens
         self.new_tokens = prediction.new_tokens
         work_s = prediction.prefill_s + prediction.decode_s
         self.predicted_end_s = now + prediction.start_s + work_s * prediction.slow
@@ -5494,7 +5495,8 @@ class MemoryLoad(NamedTuple):
 class Prediction:
     """What will become of a request on a node, in seconds from now."""
 
-    demand: Demand
+    silent: bool                    # it shows nothing before its end
+    finish_s: float                 # it is finished, with what it costs others: what nodes are compared by
     start_s: float                  # a slot is free and the model there
     ready_s: float                  # the model is there
     prefill_s: float                # the request's own work, alone
@@ -5573,14 +5575,13 @@ class Offer:
             self.loading = now, load + min(max(first_s, 0.0), FORESIGHT_S), SWAP * load if swaps else 0.0
         return self.loading[1:]
 
-    def start(self, demand: Demand, now: float) -> tuple[float, float, float]:
-        """Return when a request would begin, when its model would be there, and what a load costs others later."""
+    def start(self, demand: Demand, now: float) -> tuple[float, float, float, bool]:
+        """Return when a request would begin, when its model would be there, what a load costs others later, and whether
+        it needs one."""
         ready_at_s = self.runner.ready_s
-        if ready_at_s is not None and is_loaded_for(self.runner, demand.spec):
-            ready_s, swap_s = max(0.0, ready_at_s - now), 0.0
-        else:
-            ready_s, swap_s = self.load(now)
-        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s
+        loads = ready_at_s is None or not is_loaded_for(self.runner, demand.spec)
+        ready_s, swap_s = self.load(now) if loads or ready_at_s is None else (max(0.0, ready_at_s - now), 0.0)
+        return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s, loads
 
     def new_tokens(self, demand: Demand) -> float:
         """Return how many tokens of a prompt the prefix cache lacks: those after the longest beginning seen there.
@@ -5601,52 +5602,42 @@ class Offer:
             held += runner.held_elsewhere * max(0.0, seen - cached)
         return tokens - AFFINITY * held
 
-    def finish_s(self, demand: Demand, now: float) -> float:
-        """Return when a request would be finished, with what it costs others: what nodes are compared by.
+    def predict(self, demand: Demand, now: float) -> Prediction:
+        """Return the Prediction for a request that would go here.
 
         Its prefill stops the streams that run beside it: an engine works on one prompt at a time. It will be stopped as
         often: whoever comes after one of them has a prompt, too, of like length. Conversations that are expected back
         here will slow it down, and be slowed down.
         """
-        start_s, _, swap_s = self.start(demand, now)
+        start_s, ready_s, swap_s, loads = self.start(demand, now)
         new_tokens = self.new_tokens(demand)
-        prompt_s = new_tokens * self.prefill_s
+        prompt_s, decode_s = new_tokens * self.prefill_s, demand.output_tokens * self.decode_s
         texts_s = demand.inputs * self.runner.input_s() if demand.inputs else 0.0
-        work_s = self.overhead_s + texts_s + demand.output_tokens * self.decode_s
-        slowed_s = work_s * self.slow + prompt_s * self.prompt_slow
+        slowed_s = (self.overhead_s + texts_s + decode_s) * self.slow + prompt_s * self.prompt_slow
         stops_s = HARM * prompt_s * self.neighbours if self.free > 0 else 0.0
         if self.expected:
             slowed_s *= 1 + NEAR * (self.expected - self.is_own(demand, new_tokens))
         finish_s = start_s + self.fixed_s + slowed_s + swap_s + stops_s
         if self.evicted_tokens and not self.is_own(demand, new_tokens):     # another conversation will need them again
             finish_s += EVICTION * self.evicted_tokens * self.prefill_s
-        return finish_s
+        return Prediction(demand.spec.silent, finish_s, start_s + self.runner.node.rtt_s, ready_s,
+                          self.overhead_s + prompt_s + texts_s, decode_s, self.slow, new_tokens, loads)
 
     def is_own(self, demand: Demand, new_tokens: float) -> bool:
         """Tell whether a prompt goes on with what is cached here."""
         return new_tokens < (1 - CONTINUES_SHARE) * demand.prompt_tokens
 
-    def is_kept(self, demand: Demand, now: float) -> bool:
+    def is_kept(self, demand: Demand, new_tokens: float, now: float) -> bool:
         """Tell whether a slot is kept from a conversation that is not cached here, for one whose place it would take.
 
         That other one is expected back sooner than its prompt could be evaluated again, and has not been here for long.
         What goes round and round over more conversations than slots would never be cached.
         """
         victim = self.victim
-        if victim.pace is None or self.is_own(demand, self.new_tokens(demand)):
+        if victim.pace is None or self.is_own(demand, new_tokens):
             return False
         again_s = self.lost_share * victim.prefix[-1][1] / CHARS_PER_TOKEN * self.prefill_s
         return victim.pace.is_back_within(again_s, now) and now - victim.since_s < STAY * again_s
-
-    def predict(self, demand: Demand, now: float) -> Prediction:
-        """Return the Prediction for a request that is to go here."""
-        start_s, ready_s, _ = self.start(demand, now)
-        new_tokens = self.new_tokens(demand)
-        texts_s = demand.inputs * self.runner.input_s() if demand.inputs else 0.0
-        prefill_s = self.overhead_s + new_tokens * self.prefill_s + texts_s
-        return Prediction(demand, start_s + self.runner.node.rtt_s, ready_s, prefill_s,
-                          demand.output_tokens * self.decode_s, self.slow, new_tokens,
-                          not is_loaded_for(self.runner, demand.spec))
 
 
 class NodeSnapshot:
@@ -5691,6 +5682,7 @@ class Candidate(NamedTuple):
     finish_s: float
     order: int                      # ties go to the node listed first
     offer: Offer
+    prediction: Prediction
 
     @property
     def runner(self) -> Runner:
@@ -5699,7 +5691,7 @@ class Candidate(NamedTuple):
 
 def overdue_s(prediction: Prediction, times: float = 1) -> float:
     """Return after how many seconds without a byte an answer is `times` far later than predicted."""
-    work_s = prediction.prefill_s + (prediction.decode_s if prediction.demand.spec.silent else 0.0)
+    work_s = prediction.prefill_s + (prediction.decode_s if prediction.silent else 0.0)
     return max(SILENT_S, times * OVERDUE * (prediction.start_s + work_s * prediction.slow))
 
 
@@ -6016,7 +6008,8 @@ class CompletionTime(Policy):
         candidates = self.candidates(work, ticket, demand, model.runners)
         free = model.first_open(candidates, now)
         if free and len(ticket.spec.prefix) >= CONVERSATION_PARTS and now - ticket.since_s < MOST_KEPT_S:
-            free = model.first_open([other for other in candidates if not other.offer.is_kept(demand, now)], now)
+            free = model.first_open([one for one in candidates
+                                     if not one.offer.is_kept(demand, one.prediction.new_tokens, now)], now)
             model.keeps = model.keeps or free is None
         if free and self.had_better_go(ticket, free, candidates[0], now):
             if ticket.peer is not None:
@@ -6024,7 +6017,7 @@ class CompletionTime(Policy):
                 return
             work.waiting.take(ticket)
             runner, reason = free.runner, explain(candidates, free, demand)
-            work.leases.append(give_lease(ticket, runner.node, runner, now, reason, free.offer.predict(demand, now)))
+            work.leases.append(give_lease(ticket, runner.node, runner, now, reason, free.prediction))
             self.decisions.append(Decision(now, ticket.id, model.model, runner.node.name, candidates))
         elif candidates or ticket.peer is not None or not work.cluster.is_hopeless(ticket, now):
             work.held.append(entry)
@@ -6058,10 +6051,11 @@ class CompletionTime(Policy):
                 offer = snapshot.offer(runner, now)
             elif offer.snapshot is not snapshot:    # a lease was given there
                 offer = work.claimed[runner] = Offer(runner, snapshot, now, offer.claims_at_s)
-            finish_s = offer.finish_s(demand, now)
+            prediction = offer.predict(demand, now)
+            finish_s = prediction.finish_s
             if node.suspect:        # as long as it has been silent, it may be again
                 finish_s += max(0.0, now - node.heard_s)
-            candidates.append(Candidate(node.suspect, finish_s, order, offer))
+            candidates.append(Candidate(node.suspect, finish_s, order, offer, prediction))
         if demand.prompt_tokens * FIRST_WINDOW_MARGIN > LEAST_WINDOW_TOKENS:
             candidates = [candidate for candidate in candidates if fits(candidate.runner, demand)] or candidates
         if ticket.spec.needs_account:
@@ -6640,12 +6634,13 @@ class Dispatcher:
             if (self.may_race(runner, ticket, now) and fits(runner, demand)
                     and (not digest or digest_of(runner.node, model) == digest)):
                 offer = runner.node.snapshot(now).offer(runner, now)
-                rivals.append(Candidate(False, offer.finish_s(demand, now), order, offer))
+                prediction = offer.predict(demand, now)
+                rivals.append(Candidate(False, prediction.finish_s, order, offer, prediction))
         best = min(rivals, default=None)
         if best is None or best.finish_s > RACE_GAIN * silent_s:
             return None
         reason = f"races {first.node.name}, silent for {silent_s:.1f} s"
-        return give_lease(ticket, best.runner.node, best.runner, now, reason, best.offer.predict(demand, now))
+        return give_lease(ticket, best.runner.node, best.runner, now, reason, best.prediction)
 
     def may_race(self, runner: Runner, ticket: Ticket, now: float) -> bool:
         """Tell whether a ticket's second attempt may go to a runner: nobody else waits for its free slot."""
@@ -7023,7 +7018,7 @@ class Forecast:
         heap = []
         for runner in self.cluster.servers(demand.spec.model, self.now):
             slots = self.slots_of(runner.node)
-            start_s, ready_s, _ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
+            start_s, ready_s, *_ = NodeSnapshot(runner.node, self.now).offer(runner, self.now).start(demand, self.now)
             least_s = start_s if runner.slots.count < len(slots) else ready_s   # its own slots, or all of the node's
             heap += [(max(slot[0], least_s), id(slot), slot, runner) for slot in slots]
         heapq.heapify(heap)

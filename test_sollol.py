@@ -2814,7 +2814,7 @@ def test_texts_to_embed_cost_each_and_not_only_by_their_tokens():
     known.disk_bytes = 0.27e9
     long = dispatcher.cluster.estimates.demand(embedding(12_000))
     offer = known.node.snapshot(0.0).offer(known, 0.0)
-    assert 25 < offer.finish_s(long, 0.0) < 40 and 25 < offer.predict(long, 0.0).prefill_s < 40
+    assert 25 < offer.predict(long, 0.0).finish_s < 40 and 25 < offer.predict(long, 0.0).prefill_s < 40
     assert dispatcher.rates.cost_s(long, 0.0) > 25
     it, = enter(dispatcher, embedding(12_000))
     placed(dispatcher)
@@ -11290,6 +11290,17 @@ async def test_show_goes_to_a_holder_and_other_paths_to_some_node():
         answer = await call(gateway, "GET", "/no/such/path?x=%20y")
         assert (answer.status, answer.body) == (404, b"404 page not found")
         assert (await call(gateway, "PUT", "/api/chat")).status == 405
+
+
+def test_decisions_that_are_kept_hold_no_request():
+    dispatcher = cluster(n1=["m"], n2=["m"])
+    it, = enter(dispatcher, want(embeds=True, prompt_chars=8, batch={"input": ["a body of many MiB", "and more"]}))
+    assert placed(dispatcher) and len(dispatcher.policy.decisions) == 1
+    finish(dispatcher, it, 1.0)
+    del it
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is RequestSpec and one.batch
+                and "a body of many MiB" in one.batch["input"]]
 
 
 @over_sockets
