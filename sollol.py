@@ -138,7 +138,7 @@ LOG = logging.getLogger("sollol")
 Body = bytes | bytearray            # the whole of one; a long one is not copied out of its buffer
 Json = dict[str, Any]               # an object, as it was read or is to be written
 HeadFields = dict[bytes, bytes]     # the last value, by the lower-case name
-HeadLines = list[tuple[bytes, bytes]]       # (lower-case name, raw line)
+HeadLines = list[tuple[bytes, bytes, bytes]]    # (lower-case name, value, raw line)
 Prefix = tuple[tuple[int, int], ...]        # (hash, chars) after each leading part of a prompt
 RunnerOptions = tuple[tuple[str, float], ...]
 Parsed = TypeVar("Parsed")
@@ -1024,27 +1024,27 @@ def remembered(parse: Callable[[Line], Parsed]) -> Callable[[Line], Parsed]:
 
 
 @remembered
-def parse_field(line: bytes) -> tuple[bytes, bytes]:
-    """Return (lower-case name, value) of a field line. Raises ProtocolError, also for a folded line: it has no name."""
+def parse_field(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return (lower-case name, value, the line). Raises ProtocolError, also for a folded line: it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name):
         raise ProtocolError("malformed header field")
     if CONTROL.search(value):
         raise ProtocolError("control character, bare CR or bare LF in the head")
-    return name.lower(), value.strip(b" \t")
+    return name.lower(), value.strip(b" \t"), line
 
 
 def parse_fields(lines: list[bytes]) -> tuple[HeadFields, HeadLines]:
-    """Return the fields, the values of a repeated one joined by commas, and the named lines. Raises ProtocolError."""
+    """Return the fields, the values of a repeated one joined by commas, and the parsed lines. Raises ProtocolError."""
     parsed = list(map(parse_field, lines))
-    fields = dict(parsed)
+    fields = {name: value for name, value, _ in parsed}
     if len(fields) < len(parsed):
         fields = {}
-        for name, value in parsed:
+        for name, value, _ in parsed:
             if name in fields and name in ONLY_ONCE:
                 raise ProtocolError(f"more than one {name.decode()} field")
             fields[name] = fields[name] + b", " + value if name in fields else value
-    return fields, [(name, line) for (name, _), line in zip(parsed, lines, strict=True)]
+    return fields, parsed
 
 
 def parse_length(fields: HeadFields, version: int) -> int | None:
@@ -8299,7 +8299,7 @@ def end_to_end(lines: HeadLines, fields: HeadFields, dropped: frozenset[bytes]) 
     listed = fields.get(b"connection")
     if listed:
         dropped = dropped.union(name.strip() for name in listed.lower().split(b","))
-    return [line for name, line in lines if name not in dropped]
+    return [line for name, _, line in lines if name not in dropped]
 
 
 def render_request(head: RequestHead, settings: NodeSettings, length: int | None) -> bytes:
@@ -11618,7 +11618,7 @@ class OllamaApi:
                     max_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
         """Return (status, JSON object or None, body) of an answer of at most `max_bytes`."""
         body = b"" if value is None else json.dumps(value).encode()
-        head = RequestHead(method, path.encode(), path, 1, {}, [(b"content-type", b"Content-Type: application/json")],
+        head = RequestHead(method, path.encode(), path, 1, {}, [parse_field(b"Content-Type: application/json")],
                            len(body), True, False, self.pool.via)
         connection = None
         try:
