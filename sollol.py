@@ -5738,7 +5738,7 @@ class DispatchPass:
     refused: list[Ticket] = field(default_factory=list)
     held: list[Entry] = field(default_factory=list)         # heap entries that had better wait
     claimed: dict[Runner, Offer] = field(default_factory=dict)      # with the claims of those held for it
-    left: collections.Counter[Runner] = field(default_factory=collections.Counter)  # slots left to tickets of peers
+    left: dict[Runner, int] = field(default_factory=dict)   # slots left to tickets of peers
 
     def refuse(self, ticket: Ticket, refusal: Answer) -> None:
         self.refused.append(self.waiting.refuse(ticket, refusal))
@@ -5865,14 +5865,14 @@ class ModelPass:
     runners: list[Runner]           # on usable nodes, their own breakers not open
     forced: bool                    # every node fails the model: used in spite of its breaker
     looks_left: int                 # tickets that may still be held back
-    left: collections.Counter[Runner]           # see DispatchPass
+    left: dict[Runner, int]         # see DispatchPass
     keeps: bool = False             # a slot is kept for a conversation that may come back
 
     def has_room(self, runner: Runner, now: float) -> bool:
         """Tell whether one more request may be sent to a runner."""
         running, node = len(runner.leases), runner.node
         if self.left:
-            running += self.left[runner]
+            running += self.left.get(runner, 0)
             if any(other.node is node and other is not runner for other in self.left):
                 return False        # a peer may have another model loaded there, in a moment
         if running >= min(runner.slots.count, 2) and running >= slot_limit(runner, self.runners, now):
@@ -6036,16 +6036,16 @@ class CompletionTime(Policy):
         if ticket.offered is None or ticket.offered[0] is not free.runner:
             ticket.offered = free.runner, now
         if now - ticket.offered[1] < LEFT_S:
-            work.left[free.runner] += 1
+            work.left[free.runner] = work.left.get(free.runner, 0) + 1
             work.claimed[free.runner] = free.offer.claimed(now + free.finish_s, now)
 
     def candidates(self, work: DispatchPass, ticket: Ticket, demand: Demand, runners: list[Runner]) -> list[Candidate]:
         """Return a Candidate for each node that a ticket may use, best first."""
         candidates, now = [], work.now
+        if ticket.tried or ticket.version != "":
+            runners = [runner for runner in runners if ticket.may_use(runner.node)]
         for order, runner in enumerate(runners):
             node = runner.node
-            if (ticket.tried or ticket.version != "") and not ticket.may_use(node):
-                continue
             snapshot, offer = node.snapshot(now), work.claimed.get(runner)
             if offer is None:
                 offer = snapshot.offer(runner, now)
@@ -7489,6 +7489,9 @@ class Race:
             self.inference.close(begun)
 
 
+NO_ANSWER = Answer(502, "no node answered")
+
+
 class Inference:
     """One inference request on its way to an answer: a ticket, and the attempts to serve it, two at once at most."""
 
@@ -7497,7 +7500,7 @@ class Inference:
         self.gateway, self.loop = exchange.gateway, exchange.gateway.loop
         self.dispatcher = self.gateway.dispatcher
         self.race: Race | None = None       # under way
-        self.last: Answer | NodeAnswer = Answer(502, "no node answered")
+        self.last: Answer | NodeAnswer = NO_ANSWER
 
     async def run(self, take: Take) -> None:
         """Try one node after the other; see serve_inference."""
@@ -8120,9 +8123,14 @@ class Collector(Sink):
         return b"".join(self.parts)
 
 
+@remembered
+def names_stream(content_type: bytes) -> bool:
+    return content_type.lower().startswith((b"application/x-ndjson", b"text/event-stream"))
+
+
 def is_stream(answer: ResponseHead) -> bool:
     """Tell whether an answer is lines or events that come one after the other."""
-    return answer.fields.get(b"content-type", b"").lower().startswith((b"application/x-ndjson", b"text/event-stream"))
+    return names_stream(answer.fields.get(b"content-type", b""))
 
 
 # -----------------------------------------------------------------------------
