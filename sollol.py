@@ -2784,35 +2784,27 @@ def read_spec(head: RequestHead, route: Route, reading: Reading, client: str,
     stream = fields["stream"] if isinstance(fields.get("stream"), bool) else route.streams
     prompt = (reading.prompt or read_prompt(route.kind, fields)) if route.kind in PROMPT_KINDS else Prompt(0, ())
     change = change_of(route, fields)
-    return RequestSpec(
-        family=route.family,
-        model=canonical(name) if isinstance(name, str) else None,
-        priority=priority_of(head, fields if is_inference else {}, route.family, default_priority),
-        client=client,
-        stream=stream,
-        prompt_chars=prompt.chars,
-        prompt_images=prompt.images,
-        prompt_tokens=prompt.tokens,
-        has_tools=bool(fields.get("tools")),
-        kind=kind_of(client, prompt.lead, fields) if is_inference and not embeds else 0,
-        session=session_of(head, fields, prompt.opening),
-        max_output=output_bound(head.path, fields, options),
-        options=runner_options(fields, options),
-        keep_alive_s=parse_keep_alive(fields.get("keep_alive")) if is_ollama else None,
-        prefix=prompt.prefix,
-        embeds=embeds,
-        inputs=prompt.texts if embeds else 1,
-        inference=is_inference and not change,
-        where=route.where,
-        batch=fields if embeds and is_batch(fields.get("input")) else None,
-        source=None if is_inference else source_of(route, fields),
-        change=change,
-        repeatable=route.kind not in NOT_REPEATABLE,
-        deterministic=(stream and head.path in TEXT_STREAMS
-                       and is_deterministic(head.path, fields, options if is_ollama else fields)),
-        silent=not stream or bool(fields.get("tools")),
-        needs_account=searches_web(route.family, fields.get("tools")),
-    )
+    spec = RequestSpec(route.family, canonical(name) if isinstance(name, str) else None)
+    spec.priority = priority_of(head, fields if is_inference else {}, route.family, default_priority)
+    spec.client, spec.stream, spec.where = client, stream, route.where
+    spec.prompt_chars, spec.prompt_images, spec.prompt_tokens = prompt.chars, prompt.images, prompt.tokens
+    spec.prefix, spec.session = prompt.prefix, session_of(head, fields, prompt.opening)
+    if fields.get("tools"):
+        spec.has_tools, spec.needs_account = True, searches_web(route.family, fields["tools"])
+    spec.kind = kind_of(client, prompt.lead, fields) if is_inference and not embeds else 0
+    spec.max_output, spec.options = output_bound(head.path, fields, options), runner_options(fields, options)
+    if is_ollama and "keep_alive" in fields:
+        spec.keep_alive_s = parse_keep_alive(fields["keep_alive"])
+    if embeds:
+        spec.embeds, spec.inputs = True, prompt.texts
+        spec.batch = fields if is_batch(fields.get("input")) else None
+    spec.inference, spec.change = is_inference and not change, change
+    spec.source = None if is_inference else source_of(route, fields)
+    spec.repeatable = route.kind not in NOT_REPEATABLE
+    spec.deterministic = (stream and head.path in TEXT_STREAMS
+                          and is_deterministic(head.path, fields, options if is_ollama else fields))
+    spec.silent = not stream or spec.has_tools
+    return spec
 
 
 # -----------------------------------------------------------------------------
@@ -3529,7 +3521,8 @@ def give_lease(ticket: Ticket, node: Node, runner: Runner | None, now: float, re
 
     `runner`: None takes no slot. `prediction`: None is made here.
     """
-    lease = Lease(ticket, node, runner, now, reason, heard_s=now, watched_s=now)
+    lease = Lease(ticket, node, runner, now, reason)
+    lease.heard_s = lease.watched_s = now
     if node.measuring is not None and node.measuring.is_in_the_way_of(runner):
         node.measuring.give_way(now)
     node.advance(now)
@@ -7373,7 +7366,7 @@ async def begin(exchange: Exchange, lease: Lease) -> Begun:
             kind = failover_kind(answer.status, text, lease.runner is not None)
             raise NodeRefused(NodeAnswer(lease.node.name, kind, answer, text))
         has_begun = True
-        return Begun(lease, connection, answer, usage=bool(lead))
+        return Begun(lease, connection, answer, bool(lead))
     finally:
         lease.abandon = None
         if not has_begun:
@@ -8428,8 +8421,8 @@ class Begun:
     lease: Lease
     connection: NodeConnection
     answer: ResponseHead
-    upload: Upload | None = None    # of a body that is still going up
     usage: bool = False             # the gateway has asked for the counts of its tokens, the client has not
+    upload: Upload | None = None    # of a body that is still going up
 
 
 class Relay(Sink):
