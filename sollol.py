@@ -3285,6 +3285,9 @@ class TicketState(enum.Enum):
     LEFT = enum.auto()              # its client has got its answer, or has gone
 
 
+IDLE, WAITING, LEASED, REFUSED, LEFT = TicketState      # Python 3.11 takes long to look a member up in its class
+
+
 Held = tuple[tuple[str, float], ...]        # (node, seconds) for each slot that a request has had
 
 
@@ -3301,7 +3304,7 @@ class Ticket:
     cost_s: float = 0.0             # how long it will keep the whole cluster busy
     demand: Demand | None = None    # what it is expected to cost; None for what does not queue
     pace: Pace | None = None        # of its conversation; None = it is known to belong to none
-    state: TicketState = TicketState.IDLE
+    state: TicketState = IDLE
     begun: bool = False             # its client has a part of the answer
     version: str | None = ""        # digest of its model that it is pinned to; "" = any, None = one that nobody has
     lease: Lease | None = None      # while it runs
@@ -3325,7 +3328,7 @@ class Ticket:
 
     def take(self, lease: Lease) -> None:
         """Note a lease: its only one, or one that races the first."""
-        self.state = TicketState.LEASED
+        self.state = LEASED
         if self.lease is None:
             self.lease = lease
         else:
@@ -3338,8 +3341,8 @@ class Ticket:
         if self.lease is lease:
             self.lease = self.rival
         self.rival = None
-        if self.lease is None and self.state is TicketState.LEASED:
-            self.state = TicketState.IDLE
+        if self.lease is None and self.state is LEASED:
+            self.state = IDLE
 
     def pin_version_of(self, node: Node) -> None:
         """Let a ticket whose stream has begun run only where its model is known to be the same as on `node`."""
@@ -6152,7 +6155,7 @@ class FairShare:
 
 def is_valid(entry: Entry) -> bool:
     """Tell whether an entry of a heap stands for its ticket: it still waits, and has this key."""
-    return entry[2].state is TicketState.WAITING and entry[0] == entry[2].key_s
+    return entry[2].state is WAITING and entry[0] == entry[2].key_s
 
 
 def place_of(ticket: Ticket) -> tuple[float, int]:
@@ -6239,9 +6242,9 @@ class WaitingRoom:
 
     def push(self, ticket: Ticket) -> None:
         """Put a ticket at the place that its key gives it."""
-        if ticket.pace is not None and ticket.state is not TicketState.WAITING:
+        if ticket.pace is not None and ticket.state is not WAITING:
             ticket.pace.waiting += 1
-        ticket.state = TicketState.WAITING
+        ticket.state = WAITING
         self.tickets[ticket] = None
         entry, spec = (ticket.key_s, ticket.seq, ticket), ticket.spec
         heapq.heappush(self.heaps.setdefault(spec.model, []), entry)
@@ -6250,7 +6253,7 @@ class WaitingRoom:
 
     def note(self, ticket: Ticket) -> None:
         """Let a ticket that waits at a peer keep its place among those here, until it is discarded."""
-        ticket.state = TicketState.WAITING
+        ticket.state = WAITING
         heapq.heappush(self.heaps.setdefault(ticket.spec.model, []), (ticket.key_s, ticket.seq, ticket))
 
     def heads(self, most: int) -> Iterator[Ticket]:
@@ -6268,7 +6271,7 @@ class WaitingRoom:
 
     def discard(self, ticket: Ticket) -> None:
         """Take a ticket out. Its heap entry is only marked, and swept out when half of the heap is. Amortised O(1)."""
-        if ticket.state is not TicketState.WAITING:
+        if ticket.state is not WAITING:
             return
         self.take(ticket)
         model = ticket.spec.model
@@ -6302,7 +6305,7 @@ class WaitingRoom:
 
     def take(self, ticket: Ticket) -> None:
         """Let a ticket whose entry was popped wait no longer."""
-        ticket.state = TicketState.IDLE
+        ticket.state = IDLE
         self.tickets.pop(ticket, None)      # that of a peer is not among them
         if ticket.pace is not None:
             ticket.pace.waiting -= 1
@@ -6310,7 +6313,7 @@ class WaitingRoom:
     def refuse(self, ticket: Ticket, refusal: Answer) -> Ticket:
         """Take a waiting ticket out with the answer that its client gets. Its entry may have been popped or not."""
         self.discard(ticket)
-        ticket.state, ticket.refusal = TicketState.REFUSED, refusal
+        ticket.state, ticket.refusal = REFUSED, refusal
         return ticket
 
     def first_key_s(self) -> float | None:
@@ -6319,10 +6322,10 @@ class WaitingRoom:
 
     def leave(self, ticket: Ticket) -> bool:
         """End a ticket, whatever has become of it; tell whether it had not left before. Its lease has ended."""
-        if ticket.state is TicketState.LEFT:
+        if ticket.state is LEFT:
             return False
         self.discard(ticket)
-        ticket.state = TicketState.LEFT
+        ticket.state = LEFT
         self.fair.settle(ticket.spec)
         session = ticket.spec.client, ticket.spec.session
         self.sessions[session] -= 1
@@ -6450,7 +6453,7 @@ class Dispatcher:
     def leave(self, ticket: Ticket, now: float) -> bool:
         """End a ticket, whatever has become of it: waiting, running, refused or already left. Tell whether others may
         have its place."""
-        had_place = ticket.state in (TicketState.WAITING, TicketState.LEASED)
+        had_place = ticket.state in (WAITING, LEASED)
         if ticket.lease is not None:
             self.release(ticket.lease, now)
         return self.waiting.leave(ticket) and had_place
