@@ -720,7 +720,8 @@ class ClientConnection(asyncio.Protocol):
             self.sink.data(data)
             return
         self.buffer += data
-        if len(self.buffer) > max(READ_AHEAD_BYTES, self.wanted_bytes):
+        size = len(self.buffer)
+        if size > READ_AHEAD_BYTES and size > self.wanted_bytes:
             self.pause_reading()
         self.wake()
 
@@ -2475,8 +2476,8 @@ def priority_of(head: RequestHead, fields: Json, family: Family, default: int) -
         if type(value) is not int or not 1 <= value <= 10:
             raise Refusal(400, "priority must be a whole number from 1 to 10")
         return value
-    tier = fields.get("service_tier") if family is Family.OPENAI else None
-    return SERVICE_TIERS.get(tier, default) if isinstance(tier, str) else default
+    tier = fields.get("service_tier")
+    return SERVICE_TIERS.get(tier, default) if isinstance(tier, str) and family is Family.OPENAI else default
 
 
 # A message's parts that a model reads as text, and those that a client writes as JSON for it. What stands under other
@@ -2737,7 +2738,7 @@ def change_of(route: Route, fields: Json) -> str:
     if route.kind in CHANGES:
         return route.kind
     prompt = "messages" if route.kind == "chat" else "prompt"
-    unloads = (route.family is Family.OLLAMA and route.kind in ("generate", "chat") and not fields.get(prompt)
+    unloads = (not fields.get(prompt) and route.kind in ("generate", "chat") and route.family is Family.OLLAMA
                and parse_keep_alive(fields.get("keep_alive")) == 0)
     return "unload" if unloads else ""
 
@@ -5574,9 +5575,12 @@ class Offer:
     def start(self, demand: Demand, now: float) -> tuple[float, float, float, bool]:
         """Return when a request would begin, when its model would be there, what a load costs others later, and whether
         it needs one."""
-        ready_at_s = self.runner.ready_s
+        ready_at_s, ready_s, swap_s = self.runner.ready_s, 0.0, 0.0
         loads = ready_at_s is None or not is_loaded_for(self.runner, demand.spec)
-        ready_s, swap_s = self.load(now) if loads or ready_at_s is None else (max(0.0, ready_at_s - now), 0.0)
+        if loads:
+            ready_s, swap_s = self.load(now)
+        elif ready_at_s is not None and ready_at_s > now:
+            ready_s = ready_at_s - now
         return ready_s if self.free > 0 else max(ready_s, self.first_s(now)), ready_s, swap_s, loads
 
     def new_tokens(self, demand: Demand) -> float:
@@ -5871,7 +5875,8 @@ class ModelPass:
             running += self.left.get(runner, 0)
             if any(other.node is node and other is not runner for other in self.left):
                 return False        # a peer may have another model loaded there, in a moment
-        if running >= min(runner.slots.count, 2) and running >= slot_limit(runner, self.runners, now):
+        is_busy = running > 1 or running >= runner.slots.count      # else it is below any limit
+        if is_busy and running >= slot_limit(runner, self.runners, now):
             return False
         if node.loading and yields(node, now):
             return False
@@ -10946,16 +10951,16 @@ class LogFormat(logging.Formatter):
         lead = {"ts": self.formatTime(record), "level": record.levelname.lower()}
         if record.exc_info and self.as_json:
             message = {**message, "traceback": self.formatException(record.exc_info)}
-        lines = [self.line({**lead, **fields}) for fields in (message if isinstance(message, list) else [message])]
+        lines = [self.line(lead, fields) for fields in (message if isinstance(message, list) else [message])]
         if record.exc_info and not self.as_json:
             lines.append(self.formatException(record.exc_info))
         return "\n".join(lines)
 
-    def line(self, fields: Json) -> str:
+    def line(self, lead: Json, fields: Json) -> str:
         """Return the line of one event."""
         if self.as_json:
-            return json.dumps(fields)
-        return " ".join([f"{key}={bare(f'{value}')}" for key, value in fields.items()])
+            return json.dumps({**lead, **fields})
+        return " ".join([f"{key}={bare(f'{value}')}" for key, value in (*lead.items(), *fields.items())])
 
 
 class LogWriter(logging.Handler):
