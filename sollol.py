@@ -5721,7 +5721,7 @@ HOLD = 1.7                          # wait for a better node if a free one is th
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 LEFT_S = 0.05                       # a slot stays free so long for a ticket of a peer; on a LAN it is taken within 1 ms
-LOAD_PATIENCE = 3.0                 # times a load's time that a ticket waits longer for a node without one; plateau 2..5
+LOAD_PATIENCE = 3.0                 # times a load's time that a ticket waits longer, to spare it; plateau 2..5
 MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
 YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
@@ -6067,9 +6067,9 @@ class CompletionTime(Policy):
     def had_better_go(self, ticket: Ticket, free: Candidate, best: Candidate, now: float) -> bool:
         """Tell whether a ticket goes to a free node, rather than to wait for the best one.
 
-        It waits no longer than the best one was first predicted to need. A load keeps a node busy, and may push out what
-        somebody needs next: so a free node with other models that must load has to be the best one, or the wait becomes
-        longer. Whether they fit beside it is often not known.
+        It waits no longer than the best one was first predicted to need. A load may push out what somebody needs next:
+        so a free node with other models that must load has to be the best one, or the wait becomes longer. Whether they
+        fit beside it is often not known.
         """
         load_s, node = 0.0, free.runner.node
         if free is not best and not is_loaded_for(free.runner, ticket.spec) and resident_runners(node, free.runner):
