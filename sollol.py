@@ -537,9 +537,9 @@ class BodyMemory:
             client.held_bytes += more
             return
         turn, was_serving = self.turns.loop.create_future(), client.serving
+        client.begin_serving()      # so that its end is noticed
         self.waiting.append((more, turn))
         try:
-            client.serving = True   # so that its end is noticed
             async with asyncio.timeout(BODY_PAUSE_S):
                 await turn
         except TimeoutError:
@@ -740,6 +740,12 @@ class ClientConnection(asyncio.Protocol):
             self.task.cancel()
         self.wake()
 
+    def begin_serving(self) -> None:
+        """Note that its request is complete. Raises ClientGone if the client has been seen to leave."""
+        if self.eof:
+            raise ClientGone
+        self.serving = True
+
     def pause_writing(self) -> None:
         self.write_paused = True
         self.arm_write_deadline()
@@ -776,8 +782,7 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
             else:
                 self.arm_write_deadline()
-        elif (self.serving and self.read_paused and self.sink is None and not self.eof
-              and socket_has(self.transport, HAS_LEFT)):
+        elif self.serving and self.read_paused and not self.eof and socket_has(self.transport, HAS_LEFT):
             self.eof_received()
         elif now > self.deadline_s:
             self.overdue, self.deadline_s = True, math.inf
@@ -1293,7 +1298,7 @@ async def read_request(exchange: Exchange) -> None:
     body = exchange.body = b"" if route.kind == "raw" else await exchange.read_body()
     if route.family is Family.ANTHROPIC and gateway.options.stable_prefix and len(body) <= PARSED_BYTES:
         body = exchange.body = CHANGING_BLOCK.sub(STABLE_BLOCK, body, 1)
-    exchange.client.serving = True
+    exchange.client.begin_serving()
     reading = await gateway.work_on(body, reading_steps(head, route, body))
     if gateway.options.alias:
         await follow_alias(exchange, reading.fields)
@@ -1754,7 +1759,7 @@ def user_in(fields: Json) -> str:
     user = fields.get("user") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
     if not isinstance(user, str):
         return ""
-    parts = (object_in(user.encode()) or {}) if user.startswith("{") else {}
+    parts = (object_in(user) or {}) if user.startswith("{") else {}
     return clean_name(str(parts.get("account_uuid") or parts.get("device_id") or user.partition("_session_")[0]))
 
 
@@ -8390,8 +8395,8 @@ EVENT_END = re.compile(rb"(\r?\n\r?\n)")    # an event's lines may end in CRLF
 LINE_END = re.compile(rb"(\n)")
 
 
-def object_in(data: bytes) -> Json | None:
-    """Return the JSON object that a node sent, None if it sent anything else."""
+def object_in(data: bytes | str) -> Json | None:
+    """Return the JSON object in an answer or a text, None if it is anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -8679,9 +8684,11 @@ async def relay_answer(exchange: Exchange, begun: Begun) -> None:
         await relay.finished()
         judge_end(exchange, begun, relay.ending())
     except NodeFailure as failure:
-        if relay.prelude or isinstance(relay, LineRelay) and relay.can_be_continued():
+        if relay.prelude:
             raise
         record.timings = accounted(lease, read_timings(relay.tail()), exchange.head.path, False)
+        if isinstance(relay, LineRelay) and relay.can_be_continued():
+            raise
         gateway.node_io.record_failure(lease, failure.value)
         break_off(exchange, relay, f"{lease.node.name} {failure}")
     finally:
@@ -9266,8 +9273,9 @@ class Upload:
         if self.connection.failure is not None:
             return                  # nobody reads it any more
         self.behind += data
-        if self.catching_up is None:
-            self.step()
+        is_answered = socket_has(self.connection.transport, select.POLLIN)
+        if self.catching_up is None and not is_answered:    # else asyncio's write to a node that has answered and left
+            self.step()                                     # would fail before the answer is read: see it first
         if self.behind:
             self.client.pause_reading()
             self.catching_up = self.catching_up or self.client.loop.create_task(self.catch_up())
@@ -9883,7 +9891,8 @@ def ordered_model(exchange: Exchange, node: Node) -> str:
 
 def begin_endless(exchange: Exchange, content_type: bytes) -> None:
     """Begin an answer of the gateway's own that goes on until the connection closes."""
-    exchange.client.serving, exchange.keep, exchange.record.status = True, False, 200
+    exchange.client.begin_serving()
+    exchange.keep, exchange.record.status = False, 200
     lines = [b"HTTP/1.1 200 OK", b"Content-Type: " + content_type, b"Cache-Control: no-store", UNBUFFERED,
              b"Connection: close", *exchange.record.cors]
     exchange.client.write(b"\r\n".join(lines) + b"\r\n\r\n")
@@ -10313,7 +10322,7 @@ async def serve_usage(exchange: Exchange) -> None:
     if key is None and not sees_all:
         raise Refusal(403, "only this machine, or with --keys a key, may see that")
     query = parse_usage_query(exchange.head.target.partition(b"?")[2], local_day())
-    exchange.client.serving = True
+    exchange.client.begin_serving()
     telemetry.tally()
     async with telemetry.reporting:     # a report may take some MiB while it is made
         steps = telemetry.usage.report(query, None if sees_all or key is None else key.settings.name)

@@ -5625,6 +5625,7 @@ CLAUDE_USER = json.dumps({"device_id": "d-1", "account_uuid": "", "session_id": 
      "user_1_account_2", "user_1_account_2"),
     ("Claude Code's", "", "127.0.0.1", {}, {"metadata": {"user_id": CLAUDE_USER}}, "d-1", "d-1"),
     ("no text", "", "127.0.0.1", {}, {"user": 5, "metadata": [1]}, "127.0.0.1", ""),
+    ("half a character, and no JSON", "", "127.0.0.1", {}, {"user": "{b\ud800"}, "{b", "{b"),
     ("the address behind", "", "127.0.0.1", {"X_Forwarded_For": "6.6.6.6, 9.8.7.6:4711"}, {}, "9.8.7.6", "9.8.7.6"),
     ("behind two proxies", "", "127.0.0.1,10.0.0.0/8", {"X_Forwarded_For": "6.6.6.6, 9.8.7.6, 10.1.1.1"}, {}, "9.8.7.6",
      "9.8.7.6"),
@@ -8547,16 +8548,17 @@ async def test_tokens_of_every_stream_are_known_and_marked_where_they_are_estima
 @pytest.mark.parametrize("path", TEXT_PATHS)
 def test_tokens_of_a_stream_that_breaks_off_or_that_its_client_leaves_are_estimated(path):
     async def main():
-        for end in ("leave", "kill"):
+        for end, temperature in itertools.product(("leave", "kill"), (1, 0)):   # 0: another node would go on with it
             node = bench.SimNode(loaded=("llama3.2",))
             async with recorded(node) as (gateway, finished):
                 caller = await Caller.to(gateway)
-                value = {**asked_for(500), "options": {}, "temperature": 1, "stream": True}
+                sampling = {"temperature": temperature}
+                value = {**asked_for(500), "options": sampling, **sampling, "stream": True}
                 caller.writer.write(posted(value, path.encode()))
                 leases = next(iter(gateway.dispatcher.cluster.nodes.values())).leases
                 await until(lambda leases=leases: any(lease.lines > 60 for lease in leases))
                 caller.writer.transport.abort() if end == "leave" else node.kill()
-                await until(lambda finished=finished: finished)
+                await until(lambda finished=finished: finished, 300.0)
                 timings = finished[0].timings
                 assert timings.estimated and 15 <= timings.output_tokens < 100 and timings.prompt_tokens > 0
                 caller.close()
@@ -9769,6 +9771,37 @@ async def test_answer_before_the_end_of_an_upload_is_not_lost():
 
 
 @over_sockets
+async def test_answer_of_a_node_that_breaks_an_upload_off_is_not_lost():
+    async def leave(reader, writer):
+        writer.transport.abort()    # what it has not read makes that a reset
+
+    node = ScriptedNode(lambda request: [framed(b'{"error":"too large"}', b"413 Content Too Large"), leave])
+    async with gateway_for(node) as gateway:
+        for _ in range(5):
+            caller = await Caller.to(gateway)
+            caller.writer.write(head(b"POST /api/blobs/sha256:0 HTTP/1.1", b"Host: a", b"Transfer-Encoding: chunked")
+                                + sollol.chunk(b"x" * 2**20) * 16)
+            assert (await caller.answer()).body == b'{"error":"too large"}'
+            caller.close()
+
+
+@over_sockets
+async def test_client_that_leaves_an_upload_which_its_node_does_not_read_is_noticed():
+    async def deaf(reader, writer):
+        writer.transport.pause_reading()
+        await asyncio.sleep(3600)
+
+    async with gateway_for(ScriptedNode(lambda request: [deaf])) as gateway:
+        caller = await Caller.to(gateway)
+        caller.writer.write(head(b"POST /api/blobs/sha256:0 HTTP/1.1", b"Host: a", b"Transfer-Encoding: chunked")
+                            + sollol.chunk(b"x" * 2**20) * 64)
+        await until(lambda: any(client.sink and client.read_paused for client in gateway.listener.clients))
+        caller.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        caller.writer.transport.abort()
+        await until(lambda: health(gateway)["inflight"] == 0, 2.0)
+
+
+@over_sockets
 async def test_client_hangup_frees_slot_queue_and_node_connection():
     """While queued, before the first byte, and after it."""
     node = bench.SimNode(slots=1, speed=1.0, loaded=("llama3.2",))
@@ -10296,6 +10329,19 @@ async def test_client_that_leaves_is_noticed_although_it_is_not_read():
         await until(lambda: node.in_flight and any(client.read_paused for client in gateway.listener.clients))
         caller.writer.transport.abort()
         await until(lambda: node.aborted == 1 and health(gateway)["inflight"] == 0, 2.0)
+
+
+@over_sockets
+async def test_request_whose_client_leaves_while_its_body_is_decoded_reaches_no_node():
+    node = fixed(1)
+    async with recorded(node) as (gateway, finished):
+        caller = await Caller.to(gateway)
+        body = json.dumps(generate(padding="x" * 100_000)).encode()
+        caller.writer.write(head(b"POST /api/generate HTTP/1.1", b"Host: localhost", b"Transfer-Encoding: chunked")
+                            + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        caller.close()
+        await until(lambda: finished)
+        assert (finished[0].outcome, finished[0].attempts, node.in_flight) == ("client_left", 0, 0)
 
 
 def test_connection_that_sends_only_empty_lines_is_as_idle_as_one_that_sends_nothing():
