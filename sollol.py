@@ -3929,8 +3929,7 @@ class Node:
         self.wishes.configure(self.settings.load)
 
     def state(self, now: float) -> str:
-        """Return up, suspect, down, waking or draining: one that is drained and down is down, and `draining` tells the
-        rest."""
+        """Return up, suspect, draining, waking or down; of a node that is drained and down: down."""
         if not self.is_reachable(now):
             return "waking" if self.sleep.is_waking(now) else "down"
         if self.draining:
@@ -4112,6 +4111,7 @@ class Node:
         if runner is None:
             runner = self.runners[model] = Runner(self, model, [model])
             runner.set_slots()
+            runner.recall(self.kept.get(model, {}))
         return runner
 
     def take_tags(self, rows: list[Json], asked_s: float) -> bool:
@@ -4125,10 +4125,7 @@ class Node:
             self.kept = learned_of_node(self).get("models", {})
         self.rows = named
         for model, row in named.items():
-            is_new = model not in self.runners
             runner = self.runner_for(model)
-            if is_new:
-                runner.recall(self.kept.get(model, {}))
             runner.disk_bytes = row_bytes(row, "size") or PRIOR_MODEL_BYTES
             if embeds_only(row) and runner.slots.origin == "guessed":
                 runner.slots.origin = "set"     # to one, by Ollama itself
