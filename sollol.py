@@ -507,13 +507,14 @@ class LoopTurns:
 class BodyMemory:
     """Share the memory for bodies that are read as a whole: bodies for which there is no room wait unread, in order.
 
-    Short ones need not wait; one that is alone may be larger than all the memory.
+    Short ones need not wait; one that is alone may be larger than all the memory. A chunked body asks again as it
+    grows: if all the memory is held by bodies that wait for more of it, the largest one grows on.
     """
 
     def __init__(self, limit: int, turns: LoopTurns) -> None:
         self.limit, self.turns = limit, turns
         self.held_bytes = 0
-        self.waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+        self.waiting: collections.deque[tuple[int, asyncio.Future[None], ClientConnection]] = collections.deque()
 
     def fits(self, size: int) -> bool:
         """Tell whether there is room for so many bytes more."""
@@ -521,10 +522,17 @@ class BodyMemory:
 
     def grant(self) -> None:
         """Give those that wait what there is room for, the first one first."""
-        while self.waiting and (self.waiting[0][1].done() or self.fits(self.waiting[0][0])):
-            size, turn = self.waiting.popleft()
+        while self.waiting:
+            one = self.waiting[0]
+            if not (one[1].done() or self.fits(one[0])):
+                if self.held_bytes > sum(client.held_bytes for _, _, client in self.waiting):
+                    return          # a request that is served, or still read, will give its share back
+                one = max(self.waiting, key=lambda one: one[2].held_bytes)
+            self.waiting.remove(one)
+            size, turn, client = one
             if not turn.done():
                 self.held_bytes += size
+                client.held_bytes += size
                 turn.set_result(None)
 
     async def hold(self, client: ClientConnection, size: int) -> None:
@@ -532,14 +540,13 @@ class BodyMemory:
         if size <= max(SHORT_BODY_BYTES, client.held_bytes):
             return
         more = max(size - client.held_bytes, client.held_bytes)     # at least doubled: a chunked body asks often
-        if not self.waiting and self.fits(more):
-            self.held_bytes += more
-            client.held_bytes += more
-            return
         turn, was_serving = self.turns.loop.create_future(), client.serving
-        client.begin_serving()      # so that its end is noticed
-        self.waiting.append((more, turn))
+        self.waiting.append((more, turn, client))
+        self.grant()
+        if turn.done():
+            return
         try:
+            client.begin_serving()  # so that its end is noticed
             async with asyncio.timeout(BODY_PAUSE_S):
                 await turn
         except TimeoutError:
@@ -547,8 +554,7 @@ class BodyMemory:
                           retry_after_s=5.0) from None
         finally:
             client.serving = was_serving
-            if turn.done() and not turn.cancelled():
-                client.held_bytes += more
+            turn.cancel()           # if it was not granted
             self.grant()
 
     def give_back(self, client: ClientConnection) -> None:
@@ -920,7 +926,9 @@ class ClientConnection(asyncio.Protocol):
                 raise Refusal(413, f"the request body is over {limit} bytes", close=True)
             if decoder.done:
                 return b"".join(parts)
+            asked_s = self.loop.time()
             await memory.hold(self, size)
+            due_s += self.loop.time() - asked_s     # it was not read meanwhile
             if self.buffer:
                 await memory.turns.take()
             else:

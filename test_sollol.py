@@ -10397,6 +10397,32 @@ def test_bodies_beyond_the_memory_for_them_wait_unread_and_short_ones_do_not():
     bench.run_virtual(main())
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_chunked_bodies_that_together_fill_the_memory_are_all_read_and_take_little_more(count):
+    """They ask for memory as they grow, so that each may hold a part of it and wait for the rest."""
+    body, most = json.dumps(generate(padding="x" * 700_000)).encode(), []
+
+    async def slowly(gateway):
+        caller = await Caller.to(gateway)
+        caller.writer.write(head(b"POST /api/generate HTTP/1.1", b"Host: localhost", b"Transfer-Encoding: chunked"))
+        for at in range(0, len(body), 20_000):
+            caller.writer.write(sollol.chunk(body[at:at + 20_000]))
+            await asyncio.sleep(0.01)
+            most.append(gateway.memory.held_bytes)
+        caller.writer.write(b"0\r\n\r\n")
+        status = (await caller.answer()).status
+        caller.close()
+        return status
+
+    async def main():
+        async with gateway_for(bench.SimNode(**FAST), flags=["--max-memory", "1MiB"]) as gateway:
+            began_s = gateway.loop.time()
+            assert await asyncio.gather(*(slowly(gateway) for _ in range(count))) == [200] * count
+            assert gateway.loop.time() - began_s < 10.0 and max(most) <= 2**20 + 2 * len(body)
+            await until(lambda: not (gateway.memory.held_bytes or gateway.memory.waiting))
+    bench.run_virtual(main())
+
+
 async def feed(caller):
     """Send the rest of a body steadily, and never to its end."""
     for at in range(0, len(caller.rest) - 10_000, 10_000):
