@@ -701,7 +701,7 @@ class ClientConnection(asyncio.Protocol):
     sink: Upload | None = None      # takes the bytes as they come
     source: NodeConnection | None = None    # not read while this socket's buffer is full
     waiter: asyncio.Future[None] | None = None
-    deadline_s: float = math.inf    # until when more bytes must have come; see Gateway.sweep
+    deadline_s: float = math.inf    # until when more bytes must have come; see `expire`
     overdue: bool = False
     wanted_bytes: int = 0           # of a body that is read as a whole: so many may be in `buffer`
     held_bytes: int = 0             # of BodyMemory, for that body
@@ -1169,7 +1169,7 @@ class Route:
     kind: str = "raw"
     family: Family = Family.OLLAMA
     streams: bool = False           # when the body does not say
-    guarded: bool = False           # changes models, an account or what a node does: see `guard`
+    guarded: bool = False           # changes models, an account or what a node does: see `Access.forbids_change`
     own: Callable[[Gateway], OwnAnswer] | None = None   # what `serve_own` answers
     shows: Callable[[Gateway, ModelSet], OwnAnswer] | None = None   # the same where models are named: those of a set
     look: Look | None = None        # and how it lets the nodes be looked at before that
@@ -1452,8 +1452,8 @@ def begin_exchange(gateway: Gateway, client: ClientConnection, head: RequestHead
 # 1 and 2 are Ollama's own rules. What a key may use up is counted later, when the request is served (`Key.take`), and
 # the models that a body names are looked at when it has been read (`check_models`). For a key with models= the others
 # are not there: it gets Ollama's own 404, and answers that list models leave them out.
-# A key itself is kept nowhere, only its digest under a secret of this process. The table of keys is asked for that
-# digest, so the time that a look-up takes says nothing about any key.
+# The table of keys holds no key, only its digest under a secret of this process, and is asked for the digest of what a
+# request gives: the time that a look-up takes says nothing about any key.
 # -----------------------------------------------------------------------------
 
 MOST_FROM_AFAR = 8                  # for who asks from another machine without a key: else all would be critical
@@ -1780,10 +1780,10 @@ def told_addresses(fields: HeadFields) -> list[str]:
     """Return the addresses that proxies have told, the nearest one last (RFC 7239, X-Forwarded-For)."""
     forwarded = fields.get(b"forwarded")
     if forwarded is not None:
-        told = FORWARDED_FOR.findall(forwarded.decode("latin-1"))
+        addresses = FORWARDED_FOR.findall(forwarded.decode("latin-1"))
     else:
-        told = fields.get(b"x-forwarded-for", b"").decode("latin-1").split(",")
-    return [PORT_OF_IPV4.sub(r"\1", address.strip().strip("[]")) for address in told[-MOST_HOPS_TOLD:]]
+        addresses = fields.get(b"x-forwarded-for", b"").decode("latin-1").split(",")
+    return [PORT_OF_IPV4.sub(r"\1", address.strip().strip("[]")) for address in addresses[-MOST_HOPS_TOLD:]]
 
 
 @dataclass(slots=True)
@@ -1950,7 +1950,7 @@ SERVICE_TIERS = {"priority": 8, "flex": 3}
 SEEDED_STREAMS = frozenset(("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions"))
 TEXT_STREAMS = SEEDED_STREAMS | {"/v1/messages", "/v1/responses"}   # Ollama reads no `seed` of the last two
 
-# With the value that an option has by itself, it is as good as absent.
+# Options with their defaults: a request that gives one of these is the same as one without it.
 USUAL_OPTIONS = {"main_gpu": 0, "use_mmap": False, "num_thread": 0, "shift": True}
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict")
 MAX_OUTPUT_TOKENS = 2**20           # no model answers with more; keeps what clients claim out of the arithmetic
@@ -7514,7 +7514,7 @@ class Inference:
         self.last: Answer | NodeAnswer = NO_ANSWER
 
     async def run(self, take: Take) -> None:
-        """Try one node after the other; see serve_inference."""
+        """Try one node after the other until the client has an answer. Raises Refusal or NodeRefused."""
         try:
             while True:
                 try:
@@ -7605,8 +7605,8 @@ class Inference:
         if isinstance(failed, NodeAnswer):
             self.last = failed
             if failed.kind == "length":
-                told = TOLD_TOKENS.search(failed.body)
-                self.dispatcher.learn_too_long(lease, int(told[1] or told[2]) if told else 0)
+                tokens = TOLD_TOKENS.search(failed.body)
+                self.dispatcher.learn_too_long(lease, int(tokens[1] or tokens[2]) if tokens else 0)
         elif not isinstance(self.last, NodeAnswer):
             self.last = Answer(502, f"{lease.node.name}: {failed.text}")
         if failed.kind is not None:
@@ -8978,13 +8978,8 @@ MOST_NAMES = 1000                   # that are kept of one answer
 
 def objects(*values: object) -> list[Json]:
     """Return the JSON objects among some values, and in the arrays among them."""
-    found: list[Json] = []
-    for value in values:
-        if isinstance(value, dict):
-            found.append(value)
-        elif isinstance(value, list):
-            found += [one for one in value if isinstance(one, dict)]
-    return found
+    arrays = [value if isinstance(value, list) else [value] for value in values]
+    return [item for array in arrays for item in array if isinstance(item, dict)]
 
 
 def delta_texts(value: Json) -> list[tuple[Json, str, str]]:
