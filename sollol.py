@@ -9712,8 +9712,9 @@ async def keep_share(share: Share, exchange: Exchange, begun: Begun) -> None:
     if edits := edits_of(exchange, begun):
         body = await exchange.gateway.work_on(body, edits.whole(body, begun.answer))
     share.answer, share.cut = begun.answer, cut_answer(body, len(share.texts))
-    share.record.timings = read_timings(body[-TAIL_BYTES:])
-    dispatcher.observe(lease, share.record.timings, loop.time())
+    timings = read_timings(body[-TAIL_BYTES:])
+    dispatcher.observe(lease, timings, loop.time())
+    share.record.timings = accounted(lease, timings, exchange.head.path, True)
 
 
 async def serve_share(batch: Exchange, share: Share, version: str) -> None:
@@ -9747,6 +9748,8 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
         await asyncio.gather(*tasks, return_exceptions=True)
         records = record.shares = [share.record for share in shares]
         record.held = tuple(itertools.chain.from_iterable(part.held for part in records))
+        record.timings = Timings(prompt_tokens=sum(part.timings.prompt_tokens for part in records),
+                                 estimated=any(part.timings.estimated for part in records))
         used = {part.node for part in records}
         record.node = ",".join(name for name in dispatcher.cluster.nodes if name in used)
         record.attempts = sum(part.attempts for part in records)
@@ -9755,7 +9758,6 @@ async def serve_batch(exchange: Exchange, sizes: list[int], version: str) -> Non
     cuts, answer = [share.cut for share in shares if share.cut], shares[0].answer
     assert answer is not None       # as all shares have
     pieces = await gateway.turns.run(joined(cuts, sizes, loop.time() - record.started_s))
-    record.timings = read_timings(pieces[-1][-TAIL_BYTES:])
     await answer_whole(exchange, answer, pieces)
 
 

@@ -6430,6 +6430,16 @@ async def test_tokens_are_counted_for_parts_of_a_batch_and_for_a_stream_that_its
         answer = await call(gateway, "POST", "/api/embed", texts, **bearer("x"))
         assert answer.status == 200 and answer.fields["x-sollol-reason"].endswith("shares")
         assert key.budget.used == answer.json()["prompt_eval_count"]
+        before, known = key.budget.used, gateway.dispatcher.cluster.nodes.values()
+        answers = sum(len(node.latencies_s) for node in known)
+        caller = await Caller.to(gateway)
+        more = {**texts, "input": 4 * texts["input"]}
+        task = asyncio.create_task(caller.ask("POST", "/api/embed", more, **bearer("x")))
+        await until(lambda: sum(len(node.latencies_s) for node in known) > answers)
+        caller.close()
+        await asyncio.gather(task, return_exceptions=True)
+        await until(lambda: not key.running)
+        assert before < key.budget.used < 5 * before    # of a batch whose client leaves, the shares that were answered
         before = key.budget.used
         caller = await Caller.to(gateway)
         long = generate(tokens=500, stream=True)
