@@ -14020,6 +14020,7 @@ class PeerGateway:
                 self.end(failure.value.text, "itself" if is_itself else "down")
             except Refusal as refusal:
                 self.end(refusal.text)
+            pump(self.gateway)
             await asyncio.sleep(pause_s)
 
     async def listen(self) -> None:
@@ -14034,17 +14035,18 @@ class PeerGateway:
                     raise NodeFailure("garbage", f"{answer.status}: {error_text(object_in(text))[:SHOWN_CHARS]}")
                 await Lines(connection, answer, self.hear).collect()
         finally:
+            pool.close()            # before: a refusal may leave the connection clean, and none is to be kept
             if connection is not None:
                 pool.give_back(connection)
 
     def hear(self, line: bytes) -> None:
         """Take in a line. Raises NodeFailure if that is none of a peer, or it is this gateway itself."""
-        now = self.loop.time()
+        now, is_first = self.loop.time(), not self.id
         try:
             news = json.loads(line)
-            if not self.id:
+            if is_first:
                 self.introduce(object_of(PEER_FORMAT, line))
-            changed = self.take(news, now)
+            changed = self.take(news, now) or is_first
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise NodeFailure("garbage", f"says what no peer says: {error!r:.200}") from None
         if not self.silence.expired():
@@ -14120,7 +14122,6 @@ class PeerGateway:
             level = logging.WARNING if state == "down" else logging.INFO
             LOG.log(level, {"event": "peer", "peer": self.name, "state": state, "why": why})
             self.state, self.why, self.since_s = state, why, self.loop.time()
-        pump(self.gateway)
 
     def sweep(self, now: float) -> None:
         """Let requests count no longer of which it has told nothing for long."""

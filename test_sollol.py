@@ -14865,6 +14865,39 @@ async def test_peer_that_says_nothing_at_all_counts_no_longer():
     await peer.stop()
 
 
+@over_sockets
+async def test_peer_that_begins_anew_keeps_the_slots_of_what_still_runs_there():
+    """As after its upgrade, when another process of it answers."""
+    node, answers = fixed(1, **FAST), itertools.count()
+    await node.start()
+
+    def script(_):
+        line = peer_line(gateway=f"process {next(answers)}", running=[(1, running_row(node))])
+        return [PEER_HEAD, line, 0.2 if line.count(b"process 0") else 3600.0]
+
+    peer = await ScriptedNode(script).start()
+    async with gateway_for(node, flags=["--peer", f"{peer.url} name=p"]) as gateway:
+        await until(lambda: elsewhere(gateway))
+        task = asyncio.create_task(call(gateway, "POST", "/api/generate", generate()))
+        await until(lambda: len(peer.requests) == 2)
+        await asyncio.sleep(0.2)
+        assert health(gateway)["queued"] == 1 and peers_of(gateway)["p"][0] == "up"
+        assert (await task).status == 200       # once the peer has been silent for long
+    await peer.stop()
+
+
+@over_sockets
+async def test_no_connection_to_a_peer_that_refuses_is_kept(monkeypatch):
+    monkeypatch.setattr(sollol, "PEER_RETRY_S", 0.05)
+    node = fixed(1, **FAST)
+    await node.start()
+    peer = await ScriptedNode(lambda request: [framed(b"{}", b"404 Not Found"), KEEP]).start()
+    async with gateway_for(node, flags=["--peer", f"{peer.url} name=p"]):
+        await until(lambda: len(peer.requests) > 3)
+        assert len(peer.connections) <= 2
+    await peer.stop()
+
+
 @listed("row", [{"model": 5}, {"model": "x" * 1000}, {"lines": "many"}, {"output_tokens": -1}, {"sent_s": None}])
 @over_sockets
 async def test_row_of_a_peer_that_cannot_be_is_nonsense(row):
