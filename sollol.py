@@ -13402,6 +13402,7 @@ def row_of(lease: Lease) -> Json:
             "begun": lease.first_s is not None, "lines": lease.lines}
 
 
+MOST_ON_NODE = 256                  # as many slots may be known; work grows with the square: 256 that end take 15 ms
 ROW_TIMES: dict[str, Range] = dict.fromkeys(("sent_s", "predicted_end_s", "loaded_s", "key_s", "since_s"), (
     float, -1e10, 1e10))
 ROW_NUMBERS: dict[str, Range] = {**ROW_TIMES, **dict.fromkeys(("prompt_tokens", "new_tokens", "output_tokens"), (
@@ -13456,9 +13457,9 @@ class SharedSlots:
         return "running" in news or "ended" in news
 
     def begin(self, number: int, row: Json, now: float) -> Lease | None:
-        """Note a request that the other one runs; None if its node is unknown here."""
+        """Note a request that the other one runs; None if its node is unknown here, or has more than enough to do."""
         node, numbers = self.node_at(tuple(row["server"]), row.get("node")), self.numbers_in(row)
-        if node is None:
+        if node is None or len(node.leases) >= MOST_ON_NODE:
             return None
         ticket = self.ticket_of(row, now)
         runner, loaded_s, measures = node.runner_for(row["model"]), numbers.get("loaded_s"), bool(row.get("measures"))

@@ -14909,6 +14909,29 @@ async def test_row_of_a_peer_that_cannot_be_is_nonsense(row):
 
 
 @over_sockets
+async def test_peer_with_thousands_of_requests_on_one_node_delays_nobody():
+    nodes = fixed(1, **FAST), fixed(1, models=("mistral",), **FAST)
+    for node in nodes:
+        await node.start()
+    rows, told = range(2000), asyncio.Event()
+    line = peer_line(running=[(number, running_row(nodes[0])) for number in rows])
+
+    async def tell(_, writer):
+        await told.wait()
+        writer.write(json.dumps({"now_s": 1000.0, "ended": list(rows)}).encode() + b"\n")
+
+    peer = await ScriptedNode(lambda request: [PEER_HEAD, line, tell, 3600.0]).start()
+    async with gateway_for(*nodes, flags=["--peer", f"{peer.url} name=p"]) as gateway:
+        await until(lambda: elsewhere(gateway))
+        assert len(elsewhere(gateway)) == sollol.MOST_ON_NODE
+        answer = await call(gateway, "POST", "/api/generate", generate("mistral"))
+        assert answer.status == 200 and float(answer.fields["x-sollol-queue-ms"]) < 500
+        told.set()
+        await until(lambda: not elsewhere(gateway))
+    await peer.stop()
+
+
+@over_sockets
 async def test_request_of_which_a_peer_tells_nothing_for_long_counts_no_longer(monkeypatch):
     monkeypatch.setattr(sollol, "PEER_LEASE_S", 0.2)
     node = fixed(1, **FAST)
