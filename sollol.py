@@ -14141,6 +14141,7 @@ class Peers:
         self.followers: list[Follower] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}  # that follow them, by URL
         self.started = False
+        self.tells = False          # at the end of this turn of the event loop, once for all that changes in it
         self.timer: asyncio.TimerHandle | None = None
 
     def configure(self, lines: list[NodeSettings]) -> None:
@@ -14165,13 +14166,21 @@ class Peers:
 
     def spread(self, progress: bool = False) -> None:
         """Tell those that follow what has changed. Look again at what was left to them and they do not take."""
-        for follower in self.followers:
-            follower.tell(progress)
         if progress:
+            self.tell(progress)
             for peer in self.others.values():
                 peer.sweep(self.loop.time())
+        elif self.followers and not self.tells:
+            self.tells = True
+            self.loop.call_soon(self.tell)
         if self.gateway.dispatcher.policy.leaves and self.timer is None:
             self.timer = self.loop.call_later(LEFT_S, self.look_again)
+
+    def tell(self, progress: bool = False) -> None:
+        """Tell those that follow what they do not know."""
+        self.tells = False
+        for follower in self.followers:
+            follower.tell(progress)
 
     def look_again(self) -> None:
         """Give slots that were left to others and not taken."""

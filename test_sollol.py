@@ -15015,6 +15015,22 @@ async def test_gateway_that_drains_tells_its_peers_until_its_last_request_has_en
 
 
 @over_sockets
+async def test_followers_are_told_once_of_all_that_changes_in_one_turn_of_the_event_loop():
+    """Sixteen that are told at each change took half of what the gateway can do."""
+    async with gateway_for(fixed(1)) as gateway:
+        told = []
+        gateway.peers.followers.append(types.SimpleNamespace(tell=told.append))
+        for _ in range(5):
+            sollol.pump(gateway)
+        assert told == []
+        await asyncio.sleep(0.01)
+        assert told == [False]
+        sollol.pump(gateway)
+        await asyncio.sleep(0.01)
+        assert told == [False, False]
+
+
+@over_sockets
 async def test_only_so_many_are_told(monkeypatch):
     monkeypatch.setattr(sollol, "MOST_PEERS", 1)
     async with gateways_for(2, fixed(1)) as (one, two):
