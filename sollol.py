@@ -13011,7 +13011,15 @@ class KeptFile:
         try:
             self.replace_with(None)
         except OSError as error:
-            raise ConfigError(f"--state: {path}: {error.strerror}") from None
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise ConfigError(f"--state: {path}: {error.strerror}") from None
+            self.note_failure(error)        # there may be room again; nobody's request has to wait for that
+
+    def note_failure(self, error: OSError) -> None:
+        """Log that the file could not be written, the first of several times."""
+        if not self.failed:
+            LOG.error({"event": self.event, "file": self.path, "why": error.strerror})
+        self.failed = True
 
     def read_with(self, take: Callable[[bytes], Json]) -> None:
         """Let `take` read the text, and log what it returns; log one line if the file cannot be used."""
@@ -13033,7 +13041,7 @@ class KeptFile:
         LOG.info({"event": self.event, "file": self.path, **told})
 
     def write_pieces(self, pieces: Iterable[str]) -> bool:
-        """Write the file, whole or not at all; tell whether it was. Logs only the first of several failures."""
+        """Write the file, whole or not at all; tell whether it was."""
         try:
             if self.foreign:
                 os.replace(self.path, f"{self.path}.ignored")
@@ -13041,9 +13049,7 @@ class KeptFile:
             self.replace_with(pieces)
             self.failed = False
         except OSError as error:
-            if not self.failed:
-                LOG.error({"event": self.event, "file": self.path, "why": error.strerror})
-            self.failed = True
+            self.note_failure(error)
         return not self.failed
 
     def replace_with(self, pieces: Iterable[str] | None) -> None:

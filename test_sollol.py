@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import gc
@@ -13458,6 +13459,23 @@ def test_state_that_cannot_be_written_is_told_once_and_leaves_nothing_behind(tmp
     folder.mkdir()
     state.write({"nodes": [], "lengths": {}})
     assert os.listdir(folder) == ["state.json"]
+
+
+def test_full_disk_at_the_start_is_told_once_and_stops_nobody(tmp_path, monkeypatch, caplog):
+    caplog.set_level("WARNING", "sollol")
+    sollol.LOG.propagate = True
+    path = tmp_path / "state.json"
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", full)
+        state = sollol.StateFile(str(path))
+        state.write({"nodes": [], "lengths": {}})
+    assert len(caplog.messages) == 1 and "No space left on device" in caplog.messages[0]
+    state.write({"nodes": [], "lengths": {}})
+    assert path.exists()
 
 
 @contextlib.contextmanager
