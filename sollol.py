@@ -11614,13 +11614,14 @@ CALIBRATION_S = 30.0                # a node that is slower than this is not wor
 CALIBRATION_WORDS, CALIBRATION_TOKENS = 10, 8   # a word of four characters is five tokens at most: 64 in all
 MEASURED_S, MOST_MEASURED_TOKENS = 0.5, 256     # of an answer that shows by its wait whether it had a slot
 MOST_MEASURED_SLOTS = 8             # asked for at once; more are learned from real requests
+MAX_ANSWER_BYTES, MOST_MODELS = 4 * MIB, 1000    # of an answer to the gateway's own questions: each is read in 50 ms
 SLOW_CHECK_S = 0.5                  # a check that takes that much longer than expected finds the node still slow
 
 
 def rows_of(answer: Json) -> list[Json]:
-    """Return the rows of /api/tags or /api/ps, if they have a name."""
+    """Return the first MOST_MODELS rows of /api/tags or /api/ps, those of them that have a name."""
     rows = answer.get("models")
-    return [row for row in (rows if isinstance(rows, list) else [])
+    return [row for row in (rows[:MOST_MODELS] if isinstance(rows, list) else [])
             if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()]
 
 
@@ -11635,7 +11636,7 @@ class OllamaApi:
         self.pool = pool
 
     async def fetch(self, method: str, path: str, value: Json | None = None, timeout_s: float = PROBE_TIMEOUT_S,
-                    max_bytes: int = 64 * MIB) -> tuple[int, Json | None, bytes]:
+                    max_bytes: int = MAX_ANSWER_BYTES) -> tuple[int, Json | None, bytes]:
         """Return (status, JSON object or None, body) of an answer of at most `max_bytes`."""
         body = b"" if value is None else json.dumps(value).encode()
         head = RequestHead(method, path.encode(), path, 1, {}, [parse_field(b"Content-Type: application/json")],

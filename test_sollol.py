@@ -7160,6 +7160,18 @@ async def test_unknown_model_is_answered_beside_a_node_that_does_not_tell_its_mo
         assert answer.status in (404, 500) and "x-sollol-node" in answer.fields
 
 
+@over_sockets
+async def test_node_that_tells_gigabytes_or_thousands_of_models_holds_up_nobody():
+    node, huge = ScriptedNode(), b'{"models":[%b{}]}' % (b'{"name":"x"},' * 400_000)
+    node.own_answer, own_answer = lambda raw: None if b"/api/tags" in raw else own_answer(raw), node.own_answer
+    node.script = lambda raw: [framed(huge if b"/api/tags" in raw else b'{"done":true}'), KEEP]
+    async with gateway_for(node) as gateway:
+        (it,) = gateway.dispatcher.cluster.nodes.values()
+        assert it.up and gateway.node_io.reasons[it] == "answer too long"
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+    assert len(sollol.rows_of({"models": rows(*map(str, range(5000)))})) == sollol.MOST_MODELS
+
+
 @pytest.mark.parametrize("at_once", [1, 8])
 @pytest.mark.parametrize("too_long", ["refuse", "exceed", "cut"])
 def test_prompt_goes_only_where_it_fits(at_once, too_long):
