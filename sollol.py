@@ -10932,7 +10932,7 @@ class Telemetry:
         self.history.turn(self.metrics.steps, now, wall_clock_s())
 
     def keep_history(self) -> list[str]:
-        """Return the history for the state file, at the end of this process."""
+        """Return the history up to this moment, for the state file or another process."""
         self.tally()
         self.history.fold(self.metrics.steps, int(self.loop.time() // STEP_S))
         return self.history.kept()
@@ -13137,11 +13137,13 @@ class Files:
         self.usage = UsageFile(usage_path(self.options.state)) if self.options.state else None
         self.saved_s = self.loop.time()
         self.saving: asyncio.Task[None] | None = None
+        learned = self.options.inherited.learned
+        gateway.telemetry.history.recall(learned and learned.get("history"))    # first: it is newer than the file
         if self.state and self.usage:
             self.state.read(gateway.dispatcher, gateway.telemetry.history)
             self.usage.read(gateway.telemetry.usage)
-        if self.options.inherited.learned:
-            gateway.dispatcher.cluster.remember(self.options.inherited.learned)
+        if learned:
+            gateway.dispatcher.cluster.remember(learned)
 
     def stamps(self) -> list[tuple[int, int, int] | None]:
         """Return what changes when the hosts or the keys file is saved; a file that is away for a moment is None."""
@@ -13274,7 +13276,7 @@ class Inherited(NamedTuple):
     sockets: Sequence[socket.socket] = ()   # that listen
     channel: socket.socket | None = None    # to the process before; None: there is none
     stderr: int = 2                 # the descriptor of the log, from the moment at which it takes over
-    learned: Json | None = None     # see Cluster.learned
+    learned: Json | None = None     # as in a state file
     scanned: Mapping[Server, int] = types.MappingProxyType({})      # see Sources.scanned
     lifeline: int | None = None     # a pipe that ends with the first process of all, if that waits for the others
 
@@ -13718,7 +13720,8 @@ class Upgrade:
             self.lifeline, self.life = os.pipe()
         lifeline = [] if self.lifeline is None else [self.lifeline]
         socket.send_fds(channel, [b" "], [2, *self.gateway.listener.descriptors(), *lifeline])
-        peer.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned()},
+        peer.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned(),
+                                       "history": self.gateway.telemetry.keep_history()},
                              "scanned": [(*server, missed) for server, missed in
                                          self.gateway.sources.scanned.items()],
                              "is_waited_for": bool(lifeline)}})

@@ -14315,6 +14315,26 @@ async def test_nodes_that_scans_have_found_are_known_to_the_new_process_before_i
     await node.stop()
 
 
+@over_sockets
+async def test_history_of_the_day_is_known_to_the_new_process_without_a_state_file(monkeypatch):
+    node = await bench.SimNode(**FAST).start()
+    async with gateway_for(lines=node.url) as gateway:
+        gateway.telemetry.sweep(gateway.loop.time())
+        assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
+        ours, theirs = socket.socketpair()
+        peer = sollol.Peer(gateway.upgrade, sollol.SharedSlots(gateway.dispatcher))
+        await peer.connect(ours)
+        gateway.upgrade.greet(peer, ours)
+        inherited = sollol.inherit(str(theirs.detach()))
+        peer.transport.abort()
+    for passed in (inherited.channel, *inherited.sockets):
+        passed.close()
+    monkeypatch.setattr(sollol, "Inherited", lambda: inherited._replace(channel=None, sockets=()))
+    async with gateway_for(lines=node.url) as gateway:
+        assert [part.requests for part in gateway.telemetry.history.parts] == [1]
+    await node.stop()
+
+
 class Upgradable:
     """A folder with a copy of the program, one slow node with two slots, and what starts the gateway there."""
 
