@@ -13514,7 +13514,7 @@ class SharedSlots:
         self.leases.clear()
 
 
-class Peer(asyncio.Protocol):
+class Neighbour(asyncio.Protocol):
     """The other end of a socket pair: the process before this one, or the one after it."""
 
     def __init__(self, upgrade: Upgrade, slots: SharedSlots) -> None:
@@ -13562,9 +13562,9 @@ class Turn:
     """Which way is the right to give slots, and who wants it? `None` is this process."""
 
     def __init__(self) -> None:
-        self.at: Peer | None = None
-        self.asked_s: float | None = None       # when that peer was asked for it
-        self.wanted: list[Peer | None] = []     # by whom, the first one first
+        self.at: Neighbour | None = None
+        self.asked_s: float | None = None       # when that neighbour was asked for it
+        self.wanted: list[Neighbour | None] = []        # by whom, the first one first
 
     def is_here(self, now: float) -> bool:
         """Tell whether this process has it; it is taken from one that hangs."""
@@ -13572,7 +13572,7 @@ class Turn:
             self.come()
         return self.at is None
 
-    def want(self, who: Peer | None, now: float) -> Peer | None:
+    def want(self, who: Neighbour | None, now: float) -> Neighbour | None:
         """Note who wants it, while it is elsewhere; return whom to ask for it, None if that was done before."""
         if who not in self.wanted:
             self.wanted.append(who)
@@ -13585,20 +13585,20 @@ class Turn:
         """Note that it has come here."""
         self.at = self.asked_s = None
 
-    def next(self) -> Peer | None:
-        """Return the peer that wants it next, once this process has used it; None if none does."""
+    def next(self) -> Neighbour | None:
+        """Return the neighbour that wants it next, once this process has used it; None if none does."""
         self.wanted = [who for who in self.wanted if who is not None]
         return self.wanted.pop(0) if self.wanted else None
 
-    def leave(self, peer: Peer, now: float) -> bool:
-        """Note that it goes to a peer; tell whether that is asked to give it back."""
-        self.at, self.asked_s = peer, now if self.wanted else None
+    def leave(self, neighbour: Neighbour, now: float) -> bool:
+        """Note that it goes to a neighbour; tell whether that is asked to give it back."""
+        self.at, self.asked_s = neighbour, now if self.wanted else None
         return bool(self.wanted)
 
-    def forget(self, peer: Peer) -> None:
+    def forget(self, neighbour: Neighbour) -> None:
         """Note that a process has ended, perhaps with the turn."""
-        self.wanted = [who for who in self.wanted if who is not peer]
-        if self.at is peer:
+        self.wanted = [who for who in self.wanted if who is not neighbour]
+        if self.at is neighbour:
             self.come()
 
 
@@ -13609,11 +13609,13 @@ class Upgrade:
         self.gateway, self.loop, self.dispatcher = gateway, gateway.loop, gateway.dispatcher
         self.inherited: Inherited = gateway.options.inherited
         self.folder = start_folder()
-        self.predecessor: Peer | None = None    # that still works
-        self.successor: Peer | None = None      # the same
-        self.turn, self.yields = Turn(), True
+        self.predecessor: Neighbour | None = None       # that still works
+        self.successor: Neighbour | None = None         # the same
+        self.turn = Turn()
+        self.yields = True          # the turn, to one with an earlier ticket; not while it was just given here
         self.task: asyncio.Task[None] | None = None     # an upgrade that is under way
-        self.lifeline, self.life = self.inherited.lifeline, -1      # the pipe's other end is open in the first process
+        self.lifeline = self.inherited.lifeline
+        self.life = -1              # the other end of that pipe, in the first process only: it ends with this process
         self.uses: list[Json] = []  # since the usage file was saved for a new process
         self.heir = 0               # the process that has taken over
         self.outlives = False       # this process waits for the end of that
@@ -13629,8 +13631,8 @@ class Upgrade:
         return self.predecessor is None and self.successor is None
 
     @property
-    def peers(self) -> list[Peer]:
-        return [peer for peer in (self.predecessor, self.successor) if peer is not None]
+    def neighbours(self) -> list[Neighbour]:
+        return [neighbour for neighbour in (self.predecessor, self.successor) if neighbour is not None]
 
     # The old process.
 
@@ -13673,19 +13675,19 @@ class Upgrade:
 
     async def try_program(self) -> str:
         """Start the program and hand over to it; return why not, or "". Raises TimeoutError, OSError."""
-        peer = Peer(self, SharedSlots(self.dispatcher))
+        neighbour = Neighbour(self, SharedSlots(self.dispatcher))
         output = unnamed_file()
         process: subprocess.Popen[bytes] | None = None
         try:
             await self.gateway.files.save_usage()
             ours, theirs = socket.socketpair()
-            await peer.connect(ours)
+            await neighbour.connect(ours)
             with theirs:
                 process = self.start_program(theirs, output)
             async with asyncio.timeout(UPGRADE_S):
-                self.greet(peer, ours)
-                if await peer.agreed:
-                    self.hand_over(peer, process.pid)
+                self.greet(neighbour, ours)
+                if await neighbour.agreed:
+                    self.hand_over(neighbour, process.pid)
                     return ""
             process.kill()          # it has ended, or closed its end of the socket pair
             status = await self.loop.run_in_executor(None, process.wait)
@@ -13693,7 +13695,7 @@ class Upgrade:
         finally:
             os.close(output)
             if process is not None and not self.heir:
-                peer.transport.abort()
+                neighbour.transport.abort()
                 process.kill()
                 self.loop.run_in_executor(None, process.wait)
 
@@ -13714,28 +13716,28 @@ class Upgrade:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
 
-    def greet(self, peer: Peer, channel: socket.socket) -> None:
+    def greet(self, neighbour: Neighbour, channel: socket.socket) -> None:
         """Hand a new process what it needs to get ready. Raises OSError."""
         if self.outlives and self.lifeline is None and become_reaper():
             self.lifeline, self.life = os.pipe()
         lifeline = [] if self.lifeline is None else [self.lifeline]
         socket.send_fds(channel, [b" "], [2, *self.gateway.listener.descriptors(), *lifeline])
-        peer.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned(),
+        neighbour.tell({"hello": {"state": {**STATE_FORMAT, **self.dispatcher.cluster.learned(),
                                        "history": self.gateway.telemetry.keep_history()},
                              "scanned": [(*server, missed) for server, missed in
                                          self.gateway.sources.scanned.items()],
                              "is_waited_for": bool(lifeline)}})
 
-    def hand_over(self, peer: Peer, pid: int) -> None:
+    def hand_over(self, neighbour: Neighbour, pid: int) -> None:
         """Let a process that is ready take over, and finish what is here."""
         cluster, waiting = self.dispatcher.cluster, self.dispatcher.waiting
         LOG.info({"event": "upgrade", "pid": pid, "running": cluster.in_flight(), "queued": len(waiting)})
-        self.heir, self.successor = pid, peer
+        self.heir, self.successor = pid, neighbour
         tell_systemd("READY=1" if self.outlives else f"MAINPID={pid}\nREADY=1")
         os.environ.pop("NOTIFY_SOCKET", None)       # from here on the other process speaks for the service
         self.gateway.telemetry.tally()
         orders = [(*server, draining) for server, draining in cluster.orders.items()]
-        peer.tell({"go": {"orders": orders}, "used": self.uses, **peer.slots.news(self.first_key_s(peer))})
+        self.tell(neighbour, go={"orders": orders}, used=self.uses)
         self.gateway.retire()
         if self.outlives:
             for number in PASSED_ON:
@@ -13757,11 +13759,11 @@ class Upgrade:
         """
         if self.inherited.channel is None or self.gateway.leaving:
             return
-        peer = Peer(self, SharedSlots(self.dispatcher))
-        await peer.connect(self.inherited.channel)
-        self.predecessor = self.turn.at = peer
-        peer.tell({"ready": __version__})
-        await peer.agreed
+        neighbour = Neighbour(self, SharedSlots(self.dispatcher))
+        await neighbour.connect(self.inherited.channel)
+        self.predecessor = self.turn.at = neighbour
+        neighbour.tell({"ready": __version__})
+        await neighbour.agreed
         take_stderr(self.inherited.stderr, self.gateway.options.log_format, self.gateway.options.log_level)
         if self.lifeline is not None:
             self.loop.add_reader(self.lifeline, self.first_has_gone)
@@ -13775,7 +13777,7 @@ class Upgrade:
 
     # Both.
 
-    def hear(self, peer: Peer, message: Json) -> None:
+    def hear(self, neighbour: Neighbour, message: Json) -> None:
         """Take in a message."""
         now = self.loop.time()
         if "go" in message:
@@ -13787,32 +13789,32 @@ class Upgrade:
         for row in message.get("used", ()):
             self.gateway.telemetry.note_use(row["day"], *read_row(row["row"]))
         if "go" in message or "ready" in message:
-            peer.agree(message)
-        changed = peer.slots.take(message, now)
+            neighbour.agree(message)
+        changed = neighbour.slots.take(message, now)
         if "turn" in message:
-            self.take_turn(peer, message["want"])
+            self.take_turn(neighbour, message["want"])
         elif changed:
             pump(self.gateway)
         if "want" in message and "turn" not in message:
-            self.give_or_want(peer, now)
+            self.give_or_want(neighbour, now)
 
-    def lost(self, peer: Peer) -> None:
+    def lost(self, neighbour: Neighbour) -> None:
         """Note that a process has ended."""
-        if peer in self.peers:
-            self.predecessor = None if self.predecessor is peer else self.predecessor
-            self.successor = None if self.successor is peer else self.successor
-            peer.slots.end(self.loop.time())
-            self.turn.forget(peer)
+        if neighbour in self.neighbours:
+            self.predecessor = None if self.predecessor is neighbour else self.predecessor
+            self.successor = None if self.successor is neighbour else self.successor
+            neighbour.slots.end(self.loop.time())
+            self.turn.forget(neighbour)
             self.use_turn()
 
     async def close(self) -> None:
         """End the talk with other processes: nothing runs here any more. They get what was told last."""
         if self.task is not None:
             self.task.cancel()
-        for peer in self.peers:
-            peer.transport.close()
+        for neighbour in self.neighbours:
+            neighbour.transport.close()
         deadline_s = self.loop.time() + CLOSE_S
-        while self.peers and self.loop.time() < deadline_s:
+        while self.neighbours and self.loop.time() < deadline_s:
             await asyncio.sleep(0.005)
 
     def note_use(self, day: str, name: RowName, use: Use) -> None:
@@ -13826,20 +13828,22 @@ class Upgrade:
         else:
             self.uses.append(row)
 
-    def first_key_s(self, peer: Peer) -> float | None:
-        """Return the key of the ticket that is next, in this process or behind it as seen from a peer."""
-        keys_s = [self.dispatcher.waiting.first_key_s(), *(other.slots.first_key_s for other in self.peers
-                                                           if other is not peer)]
+    def first_key_s(self, neighbour: Neighbour) -> float | None:
+        """Return the key of the ticket that is next, in this process or behind it as seen from a neighbour."""
+        keys_s = [self.dispatcher.waiting.first_key_s(), *(other.slots.first_key_s for other in self.neighbours
+                                                           if other is not neighbour)]
         return min((key_s for key_s in keys_s if key_s is not None), default=None)
+
+    def tell(self, neighbour: Neighbour, progress: bool = False, **more: Json | list[Json] | bool) -> None:
+        """Tell a neighbour what it does not know of what runs and waits here, and `more`."""
+        message = {**neighbour.slots.news(self.first_key_s(neighbour), progress), **more}
+        if message:
+            neighbour.tell(message)
 
     def spread(self, progress: bool = False) -> None:
         """Tell the other processes what has begun and ended here."""
-        if self.is_alone:
-            return
-        for peer in self.peers:
-            news = peer.slots.news(self.first_key_s(peer), progress)
-            if news:
-                peer.tell(news)
+        for neighbour in self.neighbours:
+            self.tell(neighbour, progress)
 
     def may_give_slots(self, now: float) -> bool:
         """Tell whether this process may give slots to its tickets; if not, it asks for the turn.
@@ -13852,32 +13856,31 @@ class Upgrade:
             self.give_or_want(None, now)
             return False
         first_s = self.dispatcher.waiting.first_key_s()
-        earlier = [peer for peer in self.peers if self.yields and first_s is not None
-                   and peer.slots.first_key_s is not None and peer.slots.first_key_s < first_s]
+        earlier = [neighbour for neighbour in self.neighbours if self.yields and first_s is not None
+                   and neighbour.slots.first_key_s is not None and neighbour.slots.first_key_s < first_s]
         if earlier:
             self.turn.wanted = [None]
             self.give_turn(earlier[0], now)
         return not earlier
 
-    def give_or_want(self, who: Peer | None, now: float) -> None:
-        """Give the turn to a peer that wants it, or ask for it: for a peer, or for this process (None)."""
+    def give_or_want(self, who: Neighbour | None, now: float) -> None:
+        """Give the turn to a neighbour that wants it, or ask for it: for a neighbour, or for this process (None)."""
         if who is not None and self.turn.is_here(now):
             self.give_turn(who, now)
         elif who is None or who is not self.turn.at:    # else it is on its way there
             asked = self.turn.want(who, now)
             if asked is not None:
-                asked.tell({**asked.slots.news(self.first_key_s(asked)), "want": True})
+                self.tell(asked, want=True)
 
-    def give_turn(self, peer: Peer, now: float) -> None:
-        """Give the turn to a peer, with all that it must know."""
-        is_wanted = self.turn.leave(peer, now)
-        peer.tell({**peer.slots.news(self.first_key_s(peer)), "turn": True, "want": is_wanted})
+    def give_turn(self, neighbour: Neighbour, now: float) -> None:
+        """Give the turn to a neighbour, with all that it must know."""
+        self.tell(neighbour, turn=True, want=self.turn.leave(neighbour, now))
 
-    def take_turn(self, peer: Peer, is_wanted: bool) -> None:
-        """Note that a peer gave the turn, and whether that wants it back."""
+    def take_turn(self, neighbour: Neighbour, is_wanted: bool) -> None:
+        """Note that a neighbour gave the turn, and whether that wants it back."""
         self.turn.come()
         if is_wanted:
-            self.turn.wanted.append(peer)
+            self.turn.wanted.append(neighbour)
         self.use_turn()
 
     def use_turn(self) -> None:

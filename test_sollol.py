@@ -14110,7 +14110,7 @@ class Post:
 
 def join(old, new):
     """Let `new` take over from `old`, as `hand_over` and `take_over` do; return the two ways between them."""
-    peers = [sollol.Peer(it.upgrade, sollol.SharedSlots(it.dispatcher)) for it in (old, new)]
+    peers = [sollol.Neighbour(it.upgrade, sollol.SharedSlots(it.dispatcher)) for it in (old, new)]
     ways = [Post(), Post()]
     for peer, way, other in zip(peers, ways, reversed(peers), strict=True):
         peer.transport, way.other = way, other
@@ -14322,7 +14322,7 @@ async def test_history_of_the_day_is_known_to_the_new_process_without_a_state_fi
         gateway.telemetry.sweep(gateway.loop.time())
         assert (await call(gateway, "POST", "/api/generate", generate())).status == 200
         ours, theirs = socket.socketpair()
-        peer = sollol.Peer(gateway.upgrade, sollol.SharedSlots(gateway.dispatcher))
+        peer = sollol.Neighbour(gateway.upgrade, sollol.SharedSlots(gateway.dispatcher))
         await peer.connect(ours)
         gateway.upgrade.greet(peer, ours)
         inherited = sollol.inherit(str(theirs.detach()))
