@@ -10339,11 +10339,11 @@ async def serve_usage(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 
 TALLY_DELAY_S = 0.05                # finished requests are counted and logged together, at most this late
-NOTIFY_S = 0.2                      # all streams pause meanwhile
+NOTIFY_S = 0.2                      # most that a message to the service manager, and with it every stream, may wait
 MAX_LOG_BYTES = 1 * MIB             # of the log, not yet written: some 4,000 requests
 LOG_FLUSH_S, LOG_RETRY_S = 1.0, 0.05    # at the end; while its descriptor takes nothing
 
-# Prometheus keeps a series for each combination of labels: what clients can make up is not one of them.
+# Prometheus keeps a series for each combination of labels, so no label may hold what clients can make up.
 MOST_SERIES = 5000                  # of one family; after that its models are folded into `other`
 TIME_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 STEP_VALUES = 500                   # of one step, the latest: enough for a P95
@@ -10479,7 +10479,7 @@ def answer_stats(gateway: Gateway, models: ModelSet) -> OwnAnswer:
     dispatcher, now, outcomes = gateway.dispatcher, gateway.loop.time(), gateway.telemetry.metrics.outcomes()
     view = look(gateway, models)
     return json_answer({
-        "headline": headline_state(headline_of(view.situation)),
+        "headline": headline_of(view.situation)._asdict(),
         "service": "SOLLOL", "version": __version__, "policy": gateway.options.policy,
         "uptime_s": round(now - gateway.started_s, 3), "draining": gateway.leaving,
         "nodes": [node_stats(node, now, models) | {"outcomes": outcomes[node.name]}
@@ -10669,8 +10669,8 @@ class Metrics:
         self.failovers: Series = collections.Counter()      # (node, reason)
         self.races: Series = collections.Counter()          # (node, yes or no: it won)
         self.request_s, self.first_s = Histogram(TIME_BOUNDS_S), Histogram(TIME_BOUNDS_S)
-        self.queue_s: dict[int | str, Histogram] = collections.defaultdict(lambda: Histogram(TIME_BOUNDS_S))
-                                    # by priority
+        self.queue_s: dict[int | str, Histogram] = collections.defaultdict(     # by priority
+            lambda: Histogram(TIME_BOUNDS_S))
         self.steps: collections.deque[Step] = collections.deque(maxlen=STEPS_KEPT)      # those in which something was
 
     def count(self, counter: Series, amount: int, node: str, model: str, *more: str | int) -> None:
@@ -10686,12 +10686,6 @@ class Metrics:
         if not self.steps or self.steps[-1].number < number:
             self.steps.append(Step(number))
         return self.steps[-1]
-
-    def note_failed(self, step: Step, record: Record) -> None:
-        """Count a request that its client did not get answered."""
-        step.failed += 1
-        if record.outcome == "cut":
-            step.cuts[record.node] += 1
 
     def outcomes(self) -> dict[str, collections.Counter[str]]:
         """Return how the requests that each node answered ended: {node: {outcome: count}}."""
@@ -10711,7 +10705,10 @@ class Metrics:
         if record.path not in INFERENCE_PATHS:
             return
         if record.outcome == "cut" or record.outcome in ("error", "refused") and not 400 <= record.status < 500:
-            self.note_failed(self.step(record.started_s + total_s), record)
+            step = self.step(record.started_s + total_s)
+            step.failed += 1        # its client did not get it answered
+            if record.outcome == "cut":
+                step.cuts[record.node] += 1
         if not record.attempts:
             return
         first_s = None if record.first_s is None else record.first_s - record.started_s
@@ -11073,11 +11070,11 @@ def tell_systemd(message: str) -> None:
 
 OLD_S = 30.0                        # a request that has waited for so long makes the queue old,
 LONG_S = 60.0                       # as does one that is predicted to start only then
-IDLE_BESIDE_S = 10.0                # so long nobody should wait while a node that is as fast does nothing
+IDLE_BESIDE_S = 10.0                # longer nobody should wait while a node that is as fast does nothing
 FEW_FAILED, MANY_FAILED = 0.1, 0.5  # shares of the requests of a minute
 LEAST_JUDGED = 5                    # requests of a minute, before anything is said of their share
-LONE_SHARE, LEAST_LONE = 0.9, 20    # of the answers of a minute, by one node; and how many answers that must be
-AS_FAST = 1.5                       # times the seconds a token: a node is no slower than that
+LONE_SHARE, LEAST_LONE = 0.9, 20    # one node gives this share of a minute's answers, and that many at least
+AS_FAST = 1.5                       # a node is as fast as another if a token takes at most this many times as long
 NAMED = 4                           # nodes and models in one sentence; the rest is counted
 SAID_CHARS = 60                     # of a node's own error
 CANNOT_SERVE = ("unreachable", "failing", "waking", "draining")     # the worst first
@@ -11542,11 +11539,6 @@ def failures_state(failures: Sequence[NotedFailure], now: float, seen: ModelSet)
              "client": failure.client, "times": failure.times} for failure in noted]
 
 
-def headline_state(headline: Headline) -> Json:
-    return {"level": headline.level, "short": headline.short, "text": headline.text, "key": headline.key,
-            "about": headline.about}
-
-
 class View(NamedTuple):
     """What the headline and the dashboard are made of."""
 
@@ -11577,7 +11569,7 @@ def dashboard_state(gateway: Gateway, seen: ModelSet) -> Json:
     nodes, (situation, recent, queue) = dispatcher.cluster.nodes.values(), look(gateway, seen)
     return {
         "version": f"version {__version__}", "policy": gateway.options.policy, "draining": gateway.leaving,
-        "uptime_s": round(now - gateway.started_s), "headline": headline_state(headline_of(situation)),
+        "uptime_s": round(now - gateway.started_s), "headline": headline_of(situation)._asdict(),
         "per_min": recent.answered, "failed": recent.failed, "tok_s": round(sum(recent.tokens.values()) / 60, 2),
         "ttft_s": percentile(recent.first_s, 0.5), "oldest_s": round(situation.oldest_s, 1),
         "last_start_s": situation.last_start_s,
@@ -13265,8 +13257,8 @@ MOST_UNSENT_BYTES = 16 * MIB        # to a process that does not read: then it h
 MOST_SOCKETS = 16                   # that a supervisor may pass
 FIRST_PASSED = 3                    # SD_LISTEN_FDS_START
 PREDECESSOR = "SOLLOL_PREDECESSOR"  # the variable that tells a new process its end of the socket pair
-LATER = (signal.SIGHUP, signal.SIGUSR2)
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, *LATER)
+LATER = (signal.SIGHUP, signal.SIGUSR2)     # blocked in a new process until it handles them: they would end it
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, *LATER)     # from the first process to those after it
 SET_SUBREAPER = 36                  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 
@@ -13377,10 +13369,10 @@ def become_reaper() -> bool:
 
 
 def outlive(heir: int) -> int:
-    """Wait until no process that came from this one is left, and pass signals on to them. Return an exit status.
+    """Wait until no process that came from this one is left, and pass signals on to them. Return an exit status: the
+    first that is not 0, as all but the last process end with 0.
 
-    That is the first one that is not 0, as all but the last process end with 0. A supervisor or a shell that knows
-    this process only, a container of which it is process 1, see one program that goes on.
+    So whoever knows only this process, such as a shell, a supervisor or a container, sees one program that goes on.
     """
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -13423,7 +13415,7 @@ class SharedSlots:
 
     def __init__(self, dispatcher: Dispatcher, peer: PeerGateway | None = None) -> None:
         self.dispatcher, self.cluster, self.peer = dispatcher, dispatcher.cluster, peer
-        self.ahead_s = 0.0          # of the other one's clock, this one's
+        self.ahead_s = 0.0          # the clock here minus the clock there
         self.numbers = itertools.count()
         self.told: dict[Lease, tuple[int, int]] = {}    # (its number, lines) of those that the other one knows
         self.leases: dict[int, Lease] = {}      # what the other one runs, by its numbers
@@ -13493,7 +13485,7 @@ class SharedSlots:
         return node or (named if named is not None and (is_given or is_near(named)) else None)
 
     def numbers_in(self, row: Json) -> Json:
-        """Return the numbers of a row, its times by the clock of this one."""
+        """Return the numbers of a row, its times by the clock here."""
         return {name: number + self.ahead_s if name in ROW_TIMES else number
                 for name, number in within(row, ROW_NUMBERS).items()}
 
@@ -13621,16 +13613,6 @@ class Upgrade:
         self.outlives = False       # this process waits for the end of that
 
     @property
-    def patience_s(self) -> float:
-        """For how long the start waits for nodes: longer while another process serves the clients."""
-        return 0.5 if self.inherited.channel is None else UPGRADE_S / 6
-
-    @property
-    def is_alone(self) -> bool:
-        """Tell whether no other process of the gateway is there."""
-        return self.predecessor is None and self.successor is None
-
-    @property
     def neighbours(self) -> list[Neighbour]:
         return [neighbour for neighbour in (self.predecessor, self.successor) if neighbour is not None]
 
@@ -13702,9 +13684,9 @@ class Upgrade:
     def start_program(self, channel: socket.socket, output: int) -> subprocess.Popen[bytes]:
         """Start the program as this one was started, with its standard error in a file for now. Raises OSError.
 
-        Without systemd, which is told, nobody can know that another process is the gateway: then this one stays as its
-        parent; so does process 1, as its end is that of its container. So that signals can be passed on to all that
-        come after it, they have a process group. Those that end nothing are blocked there until they can be taken.
+        systemd is told that another process is the gateway; nobody else can know. So without it the first process stays
+        until the others have ended, as process 1 of a container does: a container ends with that. Those that come after
+        it have a process group of their own, by which signals are passed on to all of them.
         """
         is_first = self.inherited.lifeline is None and (os.getpid() == 1 or not os.environ.get("NOTIFY_SOCKET"))
         self.outlives = is_first
@@ -13769,7 +13751,7 @@ class Upgrade:
             self.loop.add_reader(self.lifeline, self.first_has_gone)
 
     def first_has_gone(self) -> None:
-        """End as after SIGTERM: who was killed in place of all wanted that, and may start another one on this port."""
+        """End as after SIGTERM: whoever killed the first process meant all, and may start another one on this port."""
         assert self.lifeline is not None
         self.loop.remove_reader(self.lifeline)
         LOG.warning({"event": "drain", "why": "the first process was killed"})
@@ -13850,7 +13832,7 @@ class Upgrade:
 
         Whoever has the turn lets one with an earlier ticket go first.
         """
-        if self.is_alone or not self.dispatcher.waiting.tickets:
+        if not (self.neighbours and self.dispatcher.waiting.tickets):
             return True
         if not self.turn.is_here(now):
             self.give_or_want(None, now)
@@ -14111,7 +14093,7 @@ class PeerGateway:
     def learn(self, entry: Json, is_news: bool, now: float) -> None:
         """Take over what was learned of a node: its slots, and speeds of which little is known here.
 
-        Of what both have learned before they met, more slots count: they were proved.
+        Of two counts of slots that were learned before the peers met, the larger one counts: it was proved.
         """
         lessons, node = read_node(entry), self.slots.node_at((entry["url"], entry["host"]), entry["name"])
         for model, kept in lessons["models"].items() if lessons and node else ():
@@ -14205,6 +14187,7 @@ class Peers:
 # Server life: start, reload, drain, stop
 # -----------------------------------------------------------------------------
 
+START_S = 0.5                       # that nodes have to answer before the gateway listens
 ECHO_S = 1.0                        # signals within this count once: timeout(1) sends two, to its child and its group
 COSTLY_S = 0.005                    # an own answer that takes longer to make is kept for FRESH_S
 MOST_ANSWERS = 64                   # of them; more may differ by the models that keys see
@@ -14248,9 +14231,10 @@ class Gateway:
         return at_once(steps) if len(body) <= SHORT_BODY_BYTES else await self.turns.run(steps)
 
     async def start(self) -> Gateway:
-        """Look at every node, then listen. Nodes that do not answer at once delay that a little: see `patience_s`."""
+        """Look at every node, then listen. Nodes that do not answer at once delay that by START_S at most, and longer
+        while another process still serves the clients."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.upgrade.patience_s):
+            async with asyncio.timeout(START_S if self.upgrade.inherited.channel is None else UPGRADE_S / 6):
                 await self.first_looks()
         await self.upgrade.take_over()
         if not self.leaving:        # else a signal came first
@@ -14364,7 +14348,7 @@ class Gateway:
     async def wait_until_idle(self) -> None:
         """Set `stopped` when no client is being served any more, or the drain time is over.
 
-        Nor by the process before this one: the next one would not know of its requests.
+        The process before this one must have ended, too: only this one tells the next one what still runs there.
         """
         deadline_s = self.loop.time() + self.options.drain_timeout
         while (self.listener.clients or self.upgrade.predecessor) and self.loop.time() < deadline_s:
