@@ -14166,7 +14166,10 @@ def test_what_runs_elsewhere_is_in_no_doubt_and_is_not_raced_and_its_node_is_not
 
 @pytest.mark.parametrize("seed", range(12 * FUZZ))
 def test_processes_of_a_chain_never_give_one_slot_twice_and_nobody_waits_for_ever(seed, monkeypatch):
-    """Whatever the order in which requests come, end and wait, and in which messages arrive."""
+    """Whatever the order in which requests come, end and wait, and in which messages arrive.
+
+    With few requests slots are free at times: one that is always taken anew by the same process shows no fault.
+    """
     monkeypatch.setattr(sollol, "TURN_S", math.inf)     # a message may take as long as it likes
     rng = random.Random(seed)
     Sibling.now_s = 0.0
@@ -14177,7 +14180,7 @@ def test_processes_of_a_chain_never_give_one_slot_twice_and_nobody_waits_for_eve
         if step in (100, 150, 200, 400):
             chain.append(Sibling())
             ways += join(chain[-2], chain[-1])
-        elif rng.random() < 0.4 and sum(len(it.tickets) for it in chain) < 30:
+        elif rng.random() < 0.4 and sum(len(it.tickets) for it in chain) < (6 if seed % 2 else 30):
             one.ask(priority=rng.randint(1, 10), client=rng.choice("abc"))
         elif rng.random() < 0.3 and one.tickets:
             one.answer(rng.choice(one.tickets))
