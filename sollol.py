@@ -14863,6 +14863,8 @@ def main(argv: list[str] | None = None, demo: Demo | None = None) -> int:
         text = os.strerror(number) if number is not None and number in errno.errorcode else error.strerror or error
         print(f"sollol.py: {bracketed(options.bind)}:{options.port}: {text}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:       # of --check, or before the gateway handles it
+        return 128 + signal.SIGINT
     return 0 if heir is None else outlive(heir)
 
 

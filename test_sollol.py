@@ -13692,6 +13692,15 @@ def test_demo_takes_its_flags_from_the_environment_too():
         assert json.loads(read_until(demo, '.*"event": "start".*')[0])["nodes"] == 3
 
 
+def test_check_that_is_interrupted_ends_without_a_traceback():
+    with socket.create_server(("127.0.0.1", 0)) as mute, program(
+            "sollol.py", "--check", "--node", f"http://127.0.0.1:{mute.getsockname()[1]}") as check:
+        mute.settimeout(20)
+        mute.accept()               # so it probes
+        check.send_signal(signal.SIGINT)
+        assert check.wait(10) == 128 + signal.SIGINT and all_output(check) == ""
+
+
 def test_check_prints_a_table_and_tells_by_its_exit_status(tmp_path):
     hosts = tmp_path / "hosts.txt"
     with program("bench.py", "--nodes", 1, "--port", 0) as node:
