@@ -13253,7 +13253,7 @@ class Files:
 UPGRADE_S = 30.0                    # time that a new process has to get ready
 TURN_S = 2.0                        # who does not pass the turn on for so long hangs: slots are given without it
 CLOSE_S = 1.0                       # for the last words to a process that does not read
-MOST_UNSENT_BYTES = 16 * MIB        # to a process that does not read: then it hangs
+MOST_PENDING_BYTES = 16 * MIB       # to a process that does not read, or of one message from it: it does not work
 MOST_SOCKETS = 16                   # that a supervisor may pass
 FIRST_PASSED = 3                    # SD_LISTEN_FDS_START
 PREDECESSOR = "SOLLOL_PREDECESSOR"  # the variable that tells a new process its end of the socket pair
@@ -13525,6 +13525,9 @@ class Neighbour(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        if len(self.buffer) > MOST_PENDING_BYTES:
+            self.transport.abort()
+            return
         if b"\n" not in data:
             return
         *lines, rest = self.buffer.split(b"\n")
@@ -13546,7 +13549,7 @@ class Neighbour(asyncio.Protocol):
 
     def tell(self, message: Json) -> None:
         self.transport.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
-        if self.transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
+        if self.transport.get_write_buffer_size() > MOST_PENDING_BYTES:
             self.transport.abort()
 
 

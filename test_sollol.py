@@ -14236,12 +14236,14 @@ def test_process_that_hangs_with_the_turn_holds_up_nobody_for_long():
     assert len(new.running()) == 1
 
 
-def test_process_that_talks_nonsense_is_heard_no_more():
+@table("data", [("a row without numbers", [b'{"running": [[1, {}]]}\n']), ("gigabytes", [b"x" * 2**20] * 17)])
+def test_process_that_talks_nonsense_is_heard_no_more(data):
     old, new = Sibling(), Sibling()
     join(old, new)
-    peer = new.upgrade.predecessor
-    peer.data_received(b'{"running": [[1, {}]]}\n')
-    assert peer.transport.aborted
+    process = new.upgrade.predecessor
+    for piece in data:
+        process.data_received(piece)
+    assert process.transport.aborted and len(process.buffer) < 2**25
 
 
 @pytest.fixture
