@@ -17215,6 +17215,19 @@ def test_report_is_written_as_json_and_as_one_page(tmp_path, capsys):
     assert page.count("<svg") >= 5 and not re.search(r'(src|href)="http', page)
 
 
+@table("status, end, ok", [
+    ("Ollama's", 200, b'"done":true}', True), ("another server's", 200, b'"done": true, "eval_count": 3}', True),
+    ("cut", 200, b'"done": false}', False), ("refused", 400, b'"done":true}', False)])
+def test_answer_counts_if_its_last_line_is_there(status, end, ok):
+    class OneAnswer:
+        async def call(self, *_):
+            response = bench.Response(b"HTTP/1.1 %d X\r\n\r\n" % status)
+            response.pieces = [b'{"message": {}, "done": false}\n{', end]
+            return response
+    sample = bench.run_virtual(bench.make_request(OneAnswer(), bench.Work(0, 0.0, "m", 10, 10), 0.0, 60.0))
+    assert sample.ok is ok and sample.end_s == (0.0 if ok else 60.0)
+
+
 def test_live_cluster_is_measured_against_round_robin_over_its_hosts(capsys):
     with program("bench.py", "--nodes", 2, "--port", 0, "--speed", 20) as nodes:
         urls = [read_until(nodes, r"http://\S+")[0] for _ in range(2)]
