@@ -3496,6 +3496,10 @@ class Lease:
         """Judge its progress by what comes from now on."""
         self.watched_s, self.watched_lines, self.watched_stall_tokens = now, self.lines, self.stall_tokens
 
+    def stops_long(self, now: float) -> bool:
+        """Tell whether its prompt, if it is still evaluated, has stopped the others for longer than it should."""
+        return now - self.sent_s > self.slot.may_stop_s(self.new_tokens)
+
     def first_byte(self, now: float) -> None:
         """Note the first byte: of a stream, the first token. Streams that overlap prove slots."""
         self.first_s = now
@@ -3506,7 +3510,7 @@ class Lease:
         node.advance(now)
         if self.position > runner.slots.count:
             stall(self)
-        if now - self.sent_s > may_stall_s(self, self.new_tokens):
+        if self.stops_long(now):
             runner.watch_from(now)
         self.first_progress_s, self.overlapping = runner.progress_s, certainly_beside(self)
         if runner.ready_s is not None:
@@ -5230,6 +5234,14 @@ class Runner:
                 self.assume_unloaded()
         self.node.changes.models.update(self.models)
 
+    def may_stop_s(self, tokens: float) -> float:
+        """Return for how long a prompt may stop the others that run: the cache may not hold what it is believed to."""
+        return GROSS * tokens * self.prefill_s()
+
+    def is_stopped(self, now: float) -> bool:
+        """Tell whether a prompt takes longer than it should: then the others' progress says nothing of the speed."""
+        return any(lease.stops_long(now) and evaluates_prompt(lease) for lease in self.leases)
+
     def watch_from(self, now: float) -> None:
         """Judge the progress of all that run by what comes from now on: something has stopped them."""
         for lease in self.leases:
@@ -5428,11 +5440,6 @@ def meet(lease: Lease) -> None:
             crowd_tokens += other.new_tokens
             other.crowd_tokens += new_tokens
     lease.crowd_tokens = crowd_tokens
-
-
-def may_stall_s(lease: Lease, tokens: float) -> float:
-    """Return for how long a prompt may stop the others of a runner: its cache may not hold what it is believed to."""
-    return GROSS * tokens * lease.slot.prefill_s()
 
 
 def stall(lease: Lease) -> None:
@@ -5746,7 +5753,7 @@ HOLD = 1.7                          # wait for a better node if a free one is th
 LOOK_AHEAD = 8                      # tickets per model judged in one decision; plateau 4..32 up to ten nodes
 FAR_S = 0.02                        # a round trip of a WAN; on a LAN nothing is gained by sending ahead
 LEFT_S = 0.05                       # a slot stays free so long for a ticket of a peer; on a LAN it is taken within 1 ms
-LOAD_PATIENCE = 3.0                 # times a load's time that a ticket waits longer, to spare it; plateau 2..5
+LOAD_PATIENCE = 3.0                 # a ticket waits so many loads longer before its model is loaded; plateau 2..5
 MOST_HELD_S = 3.0                   # a ticket is held back no longer on beliefs that no answer has confirmed lately
 YIELD_S = 30.0                      # for so long a node with an overdue load gets nothing else
 DECISIONS_KEPT = 100
@@ -6096,13 +6103,13 @@ class CompletionTime(Policy):
         so a free node with other models that must load has to be the best one, or the wait becomes longer. Whether they
         fit beside it is often not known.
         """
-        load_s, node = 0.0, free.runner.node
-        if free is not best and not is_loaded_for(free.runner, ticket.spec) and resident_runners(node, free.runner):
-            load_s = free.runner.load_s()
+        load_s, runner = 0.0, free.runner
+        if free is not best and free.prediction.loads and resident_runners(runner.node, runner):
+            load_s = runner.load_s()
         if free.finish_s <= (1.0 if load_s else HOLD) * best.finish_s:
             return True
         if ticket.held_until_s is None:
-            sure = free.runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
+            sure = runner.speeds.is_confirmed(now) and best.runner.speeds.is_confirmed(now)
             ticket.held_until_s = now + (best.finish_s if sure else min(best.finish_s, MOST_HELD_S))
         return now >= ticket.held_until_s + LOAD_PATIENCE * load_s
 
@@ -6615,10 +6622,11 @@ class Dispatcher:
         nodes = (*cluster.nodes.values(), *cluster.leaving)
         leases = [lease for node in nodes for lease in node.leases
                   if lease.runner and not (lease.measures or lease.elsewhere or self.policy.binds_early)]
+        stopped = {runner for runner in {lease.slot for lease in leases} if runner.is_stopped(now)}
         for lease in leases:
             if is_overdue(lease, now):
                 lease.node.doubt(now)
-            elif lease.first_s is not None and lease.ticket.spec.stream:
+            elif lease.first_s is not None and lease.ticket.spec.stream and lease.runner not in stopped:
                 judge_speed(lease, now)
         lost = [lease for node in nodes if node.misses and not node.up for lease in node.leases
                 if self.is_lost(lease, now)]
@@ -7095,16 +7103,10 @@ def allowed_s(lease: Lease) -> float:
 
 
 def judge_speed(lease: Lease, now: float) -> None:
-    """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now.
-
-    Not while the prompt of another one takes longer than it may; once that ends, a new span begins.
-    """
+    """Compare a stream's lines of the last seconds with what was predicted: the node's speed just now."""
     node, runner = lease.node, lease.slot
     assert lease.first_s is not None        # its stream has begun
-    if any(now - other.sent_s > may_stall_s(other, other.new_tokens) and evaluates_prompt(other)
-           for other in runner.leases):
-        return
-    stalled_s = may_stall_s(lease, lease.stall_tokens - lease.watched_stall_tokens)
+    stalled_s = runner.may_stop_s(lease.stall_tokens - lease.watched_stall_tokens)
     elapsed_s = now - max(lease.watched_s, lease.first_s) - stalled_s
     if elapsed_s < JUDGE_S or runner.speeds.samples < 3:
         return

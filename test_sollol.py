@@ -14820,10 +14820,10 @@ WAITING_ROW = {"id": "w", "model": "llama3.2:latest", "stream": True, "embeds": 
 
 
 @contextlib.asynccontextmanager
-async def scripted_peer(node, *items):
-    """Run a gateway before a node, whose peer tells what a test gives; yield the gateway."""
+async def scripted_peer(node, *items, beside=()):
+    """Run a gateway before a node and those beside it, whose peer tells what a test gives; yield the gateway."""
     peer = await ScriptedNode(lambda request: [PEER_HEAD, *items, 3600.0]).start()
-    async with gateway_for(node, flags=["--peer", f"{peer.url} name=p"]) as gateway:
+    async with gateway_for(node, *beside, flags=["--peer", f"{peer.url} name=p"]) as gateway:
         yield gateway
     await peer.stop()
 
@@ -14974,25 +14974,23 @@ async def test_row_of_a_peer_that_cannot_be_is_nonsense(row):
 
 @over_sockets
 async def test_peer_with_thousands_of_requests_on_one_node_delays_nobody():
-    nodes = fixed(1, **FAST), fixed(1, models=("mistral",), **FAST)
-    for node in nodes:
-        await node.start()
+    node, other = fixed(1, **FAST), fixed(1, models=("mistral",), **FAST)
+    await node.start()
+    await other.start()
     rows, told = range(2000), asyncio.Event()
-    line = peer_line(running=[(number, running_row(nodes[0])) for number in rows])
+    line = peer_line(running=[(number, running_row(node)) for number in rows])
 
     async def tell(_, writer):
         await told.wait()
         writer.write(json.dumps({"now_s": 1000.0, "ended": list(rows)}).encode() + b"\n")
 
-    peer = await ScriptedNode(lambda request: [PEER_HEAD, line, tell, 3600.0]).start()
-    async with gateway_for(*nodes, flags=["--peer", f"{peer.url} name=p"]) as gateway:
+    async with scripted_peer(node, line, tell, beside=[other]) as gateway:
         await until(lambda: elsewhere(gateway))
         assert len(elsewhere(gateway)) == sollol.MOST_ON_NODE
         answer = await call(gateway, "POST", "/api/generate", generate("mistral"))
         assert answer.status == 200 and float(answer.fields["x-sollol-queue-ms"]) < 500
         told.set()
         await until(lambda: not elsewhere(gateway))
-    await peer.stop()
 
 
 @over_sockets
